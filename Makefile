@@ -1,0 +1,45 @@
+# make train | test | lint: each sets up what it needs first; a second call starts working within seconds.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TRAIN_ARGS ?=
+
+.PHONY: setup train test test-unit lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
+	@echo "make test    lint, types and every test that CI runs"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make bench   the benchmarks; each prints one JSON line last"
+
+setup: $(STAMP)
+
+# The lock lists every package, so pip resolves nothing (see the head of requirements/cpu.txt for why).
+$(STAMP): requirements/cpu.txt pyproject.toml launch/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash launch/setup.sh
+	@touch $@
+
+train: $(STAMP)
+	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/codec.py
+	$(BIN)/python tests/bench/queue.py
+	$(BIN)/python tests/bench/overlap.py
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,98 @@
+"""The exception tree, at one glance. Knows nobody.
+
+    AsyncRLError
+    ├── ConfigError            the user's settings: key, value, or a combination that cannot work
+    │   ├── ModelError         checkpoint folder missing, incomplete, or unlike what the config says
+    │   └── DatasetError       dataset missing, or a bad row with data.on_bad_row=fail
+    ├── ResourceError          this machine lacks what the run needs (cores, memory, a free port, a package)
+    ├── InvalidTrajectory      a trajectory or group that breaks an invariant; names it
+    ├── WireError              a message that is truncated, oversized, corrupted or of another schema
+    ├── QueueError             a call that the broker refuses
+    │   ├── DuplicateGroup
+    │   ├── UnknownGroup       ack, release or put of a group that is not in that state
+    │   └── QueueClosed
+    ├── RewardError            a reward function that cannot be loaded, raised, or returned no finite number
+    ├── EngineError            the rollout engine refused a request or died
+    ├── ReplayError            routing that cannot be replayed as asked
+    ├── TrainerError           the trainer cannot go on
+    ├── WeightSyncError        a weight push failed
+    │   └── WeightSyncMismatch the canary: engine and trainer disagree after a push
+    └── StalledError           nothing moved for longer than allowed
+
+Each message names the field or the id, the offending value and the mend, and is meant for the user's eyes: the
+command line prints it as it is, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class AsyncRLError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(AsyncRLError):
+    """The settings are wrong; nothing was started."""
+
+
+class ModelError(ConfigError):
+    """The model folder is missing, incomplete, or does not fit the settings."""
+
+
+class DatasetError(ConfigError):
+    """The dataset is missing, empty, or has a bad row under ``data.on_bad_row=fail``."""
+
+
+class ResourceError(AsyncRLError):
+    """This machine lacks something that the run needs."""
+
+
+class InvalidTrajectory(AsyncRLError):
+    """A trajectory or group breaks an invariant of DESIGN section 5; the message names it."""
+
+
+class WireError(AsyncRLError):
+    """A message cannot be decoded; it was refused whole."""
+
+
+class QueueError(AsyncRLError):
+    """The broker refuses the call; its state is unchanged."""
+
+
+class DuplicateGroup(QueueError):
+    """A group id that was put before."""
+
+
+class UnknownGroup(QueueError):
+    """A group id that is not in the state which the call needs."""
+
+
+class QueueClosed(QueueError):
+    """The queue was closed while, or before, somebody waited on it."""
+
+
+class RewardError(AsyncRLError):
+    """A reward function cannot be loaded, raised, timed out, or returned something other than a finite number."""
+
+
+class EngineError(AsyncRLError):
+    """The rollout engine refused a request or is dead."""
+
+
+class ReplayError(AsyncRLError):
+    """Routing cannot be replayed as asked."""
+
+
+class TrainerError(AsyncRLError):
+    """The trainer cannot go on."""
+
+
+class WeightSyncError(AsyncRLError):
+    """A weight push failed; the engine must not generate until one succeeds."""
+
+
+class WeightSyncMismatch(WeightSyncError):
+    """Engine and trainer disagree on the canary after a push."""
+
+
+class StalledError(AsyncRLError):
+    """Nothing moved for longer than the watchdog allows; the message says who waits for whom."""

@@ -1,0 +1,204 @@
+"""The data that travels: Prompt, Segment, Trajectory, Group. Frozen; validated when built. Knows only ``errors``.
+
+Shapes: P prompt tokens, G response tokens, L MoE layers, K experts per token (top-k). The last token of a sequence
+never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from async_rl.errors import InvalidTrajectory
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+ExpertIds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+FinishReason = Literal["stop", "length"]
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSpec:
+    """What one row of routing looks like for a model: L MoE layers, K experts per token, E experts to choose from."""
+
+    num_moe_layers: int
+    top_k: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 up to 256 experts, uint16 above: what vLLM returns."""
+        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One dataset row, tokenized.
+
+    prompt_id: stable over the run and over restarts ("<epoch>-<row>"); conservation is counted by it.
+    row: line of the dataset file, from 1. token_ids: int32[P]. fields: the row as the reward function gets it.
+    """
+
+    prompt_id: str
+    row: int
+    text: str
+    token_ids: Int32Array
+    fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _check_array(f"prompt {self.prompt_id}", "token_ids", self.token_ids, np.int32, 1)
+        if len(self.token_ids) == 0:
+            raise InvalidTrajectory(f"prompt {self.prompt_id} (row {self.row}): no tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Response tokens [start, stop) of one trajectory, sampled in one engine call under one policy version.
+
+    routed_experts: that call's own full-sequence rows [P+stop-1, L, K], kept only where a routing policy needs them.
+    """
+
+    start: int
+    stop: int
+    version: int
+    routed_experts: ExpertIds | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One sampled response of a prompt.
+
+    prompt_ids int32[P]; response_ids int32[G]; logprobs float32[G], behaviour log-probs, of the distribution really
+    sampled from, written once; versions int32[G], the policy version that sampled each token; segments cover [0, G)
+    without gap or overlap; routed_experts uint8|uint16[P+G-1, L, K], None for a dense model or an engine that returned
+    none; routing: the row layout, given exactly when routed_experts is.
+
+    Raises InvalidTrajectory, naming the trajectory, when a length, dtype, order or expert id is off.
+    """
+
+    trajectory_id: str
+    prompt_ids: Int32Array
+    response_ids: Int32Array
+    logprobs: Float32Array
+    versions: Int32Array
+    segments: tuple[Segment, ...]
+    reward: float
+    finish_reason: FinishReason
+    routed_experts: ExpertIds | None = None
+    routing: RoutingSpec | None = None
+
+    def __post_init__(self) -> None:
+        name = f"trajectory {self.trajectory_id}"
+        _check_array(name, "prompt_ids", self.prompt_ids, np.int32, 1)
+        _check_array(name, "response_ids", self.response_ids, np.int32, 1)
+        _check_array(name, "logprobs", self.logprobs, np.float32, 1)
+        _check_array(name, "versions", self.versions, np.int32, 1)
+        prompt, response = len(self.prompt_ids), len(self.response_ids)
+        if prompt == 0 or response == 0:
+            raise InvalidTrajectory(f"{name}: {prompt} prompt and {response} response tokens; both must be > 0")
+        if len(self.logprobs) != response or len(self.versions) != response:
+            raise InvalidTrajectory(
+                f"{name}: {response} response tokens, but {len(self.logprobs)} logprobs and {len(self.versions)} versions"
+            )
+        if not np.isfinite(self.logprobs).all():
+            at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
+            raise InvalidTrajectory(f"{name}: logprobs[{at}] is {self.logprobs[at]}")
+        if not np.isfinite(self.reward):
+            raise InvalidTrajectory(f"{name}: reward is {self.reward}")
+        if self.finish_reason not in FINISH_REASONS:
+            raise InvalidTrajectory(f"{name}: finish_reason is {self.finish_reason!r}, not one of {FINISH_REASONS}")
+        self._check_segments(name)
+        if (self.routed_experts is None) != (self.routing is None):
+            raise InvalidTrajectory(f"{name}: routed_experts and routing must be given together")
+        if self.routed_experts is not None and self.routing is not None:
+            check_routing(name, self.routed_experts, rows=prompt + response - 1, spec=self.routing)
+
+    def _check_segments(self, name: str) -> None:
+        position = 0
+        for segment in self.segments:
+            if segment.start != position or segment.stop <= segment.start:
+                raise InvalidTrajectory(
+                    f"{name}: segment [{segment.start}, {segment.stop}) does not follow token {position}"
+                )
+            if (self.versions[segment.start : segment.stop] != segment.version).any():
+                raise InvalidTrajectory(
+                    f"{name}: segment [{segment.start}, {segment.stop}) is of version {segment.version}, "
+                    f"its tokens are of {sorted(set(self.versions[segment.start : segment.stop].tolist()))}"
+                )
+            position = segment.stop
+        if position != len(self.response_ids):
+            raise InvalidTrajectory(f"{name}: segments end at {position}, the response at {len(self.response_ids)}")
+
+    @property
+    def num_tokens(self) -> int:
+        """P + G."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def is_partial(self) -> bool:
+        """True for a partial rollout: more than one segment."""
+        return len(self.segments) > 1
+
+    @property
+    def oldest_version(self) -> int:
+        return int(self.versions.min())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The n sampled responses of one prompt, complete: the unit of the queue and of group-relative advantages.
+
+    group_id: "<prompt_id>.<attempt>"; a prompt that is issued again gets a new attempt, hence a new group id.
+    """
+
+    group_id: str
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise InvalidTrajectory(f"group {self.group_id}: no trajectories")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(t.num_tokens for t in self.trajectories)
+
+    @property
+    def oldest_version(self) -> int:
+        return min(t.oldest_version for t in self.trajectories)
+
+    @property
+    def rewards(self) -> Float32Array:
+        """float32[n]."""
+        return np.array([t.reward for t in self.trajectories], dtype=np.float32)
+
+
+def check_routing(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None:
+    """Raise InvalidTrajectory unless ``routed`` is [rows, L, K] of the spec's dtype with every id below E."""
+    expected = (rows, spec.num_moe_layers, spec.top_k)
+    if routed.shape != expected:
+        raise InvalidTrajectory(f"{name}: routed_experts has shape {routed.shape}, expected {expected}")
+    if routed.dtype != spec.dtype:
+        raise InvalidTrajectory(f"{name}: routed_experts is {routed.dtype}, expected {spec.dtype}")
+    if routed.size and int(routed.max()) >= spec.num_experts:
+        row, layer, slot = (int(i) for i in np.argwhere(routed >= spec.num_experts)[0])
+        raise InvalidTrajectory(
+            f"{name}: routed_experts[{row}, {layer}, {slot}] is {routed[row, layer, slot]}, "
+            f"the model has {spec.num_experts} experts"
+        )
+
+
+def _check_array(name: str, what: str, array: npt.NDArray[Any], dtype: type, ndim: int) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != ndim:
+        got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InvalidTrajectory(f"{name}: {what} must be a {ndim}-d {np.dtype(dtype)} array, got {got}")
