@@ -1,19 +1,21 @@
 """One typed tree of settings. Each field has its sentence; unknown keys are rejected. Knows only ``errors``.
 
 The names follow verl's fully-async recipe where it has one. ``load`` reads a YAML file and dotted overrides;
-combinations that can be judged without looking at the machine or the model are refused here, the rest by ``doctor``.
+combinations that can be judged without looking at the machine or the model are refused here, the rest by
+``doctor``.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from async_rl.errors import ConfigError
 
@@ -21,17 +23,20 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+PathName = Annotated[Path, Field(strict=False)]  # YAML has no paths; a string is one
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
 class Section(BaseModel):
-    """A node of the tree: frozen, no unknown keys, strings not silently turned into numbers."""
+    """A node of the tree: frozen, no unknown keys, no infinities, and no "3" or true taken for 3."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
-    path: Path
+    path: PathName
     """Hugging Face checkpoint folder: config.json, *.safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter type of engine and trainer."""
@@ -40,16 +45,16 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    train: Path
+    train: PathName
     """JSONL file, one prompt per line; the fields besides data.prompt_field are handed to the reward."""
-    eval: Path | None = None
+    eval: PathName | None = None
     """JSONL file of held-out prompts; none switches evaluation off."""
     prompt_field: str = "prompt"
     """Name of the field that holds the prompt text."""
     max_prompt_tokens: Positive = 512
     """A longer prompt is a bad row."""
     on_bad_row: Literal["skip", "fail"] = "fail"
-    """What a malformed, empty or too long row does: counted and reported with its line number, or an error."""
+    """A malformed, empty or too long row is counted and reported with its line, or ends the run."""
     shuffle: bool = True
     """Shuffle the rows anew in each epoch, by the run's seed."""
 
@@ -66,23 +71,23 @@ class RewardSection(Section):
     rate_period_s: PositiveFloat = 1.0
     """Period of reward.rate_limit, in seconds."""
     on_error: Literal["fail", "skip"] = "fail"
-    """A reward that raises, times out or returns no finite number fails the run, or its group only (counted)."""
+    """A reward that raises, times out or is not finite fails the run, or its group only (counted)."""
 
 
 class PartialRolloutSection(Section):
     mode: Literal["resume", "in_flight", "drain"] = "resume"
-    """At a push: abort, re-prefill and go on; pause in place and go on with the old KV cache; or finish first."""
+    """At a push: abort, then re-prefill; pause in place and go on with the old KV cache; or finish first."""
     routing: Literal["replace"] = "replace"
     """Routing of a resumed generation: the resumed call's full-sequence array replaces the earlier one."""
 
 
 class AsyncTrainingSection(Section):
     staleness_threshold: NonNegativeFloat = 0.5
-    """Admission: how many groups beyond what a version window consumes may be outstanding, as a share of it."""
+    """Admission: how many more groups than a version window consumes may be outstanding, as a share."""
     max_staleness: NonNegative = 4
     """Hard bound: no token older than this many versions contributes a gradient."""
     on_stale: Literal["mask", "drop"] = "mask"
-    """What happens to tokens over the bound: masked one by one, or the group is dropped and its prompt issued again."""
+    """Tokens over the bound are masked one by one, or the group is dropped and its prompt issued again."""
     trigger_parameter_sync_step: Positive = 1
     """Training steps per weight push."""
     require_batches: Positive = 1
@@ -187,7 +192,7 @@ class SyncSection(Section):
     backend: Literal["shm", "nccl"] = "shm"
     """How weights travel: shared memory of one host, or vLLM's NCCL engine."""
     canary_tolerance: PositiveFloat | None = None
-    """Largest |engine - trainer| log-prob difference on the canary; by default 1e-4 in float32, 0.1 in bfloat16."""
+    """Largest |engine - trainer| log-prob on the canary; by default 1e-4 in float32, 0.1 in bfloat16."""
     timeout_s: PositiveFloat = 120.0
     """A push that takes longer fails the run."""
 
@@ -202,7 +207,7 @@ class EvalSection(Section):
 class MetricsSection(Section):
     host: str = "127.0.0.1"
     """Interface of each process's /metrics."""
-    port: NonNegative = 0
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
     """First port to use, one per process upwards; 0 lets the system choose free ones."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
@@ -227,12 +232,12 @@ class ResourcesSection(Section):
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run; its folder is <runs>/<name>."""
-    runs: Path = Path("runs")
+    runs: PathName = Path("runs")
     """Folder that holds the run folders."""
     seed: NonNegative = 0
     """Seed of everything random."""
     prepare: FunctionName | None = None
-    """module:function called with this tree before anything starts; makes model and dataset where they are missing."""
+    """module:function called with this tree before anything starts; makes missing model and dataset."""
     model: ModelSection
     data: DataSection
     reward: RewardSection = RewardSection()
@@ -259,11 +264,27 @@ class RunConfig(Section):
     def _combinations(self) -> RunConfig:
         if self.queue.max_groups is not None and self.queue.max_groups < self.required_groups:
             raise ValueError(
-                f"queue.max_groups is {self.queue.max_groups}, but a training step needs {self.required_groups} groups "
-                "at once (trainer.groups_per_step x async_training.require_batches); raise it to that at least"
+                f"queue.max_groups is {self.queue.max_groups}, but a training step needs "
+                f"{self.required_groups} groups at once "
+                "(trainer.groups_per_step x async_training.require_batches); raise it to that at least"
+            )
+        if self.rollout.max_num_batched_tokens < self.rollout.max_num_seqs:
+            raise ValueError(
+                f"rollout.max_num_batched_tokens is {self.rollout.max_num_batched_tokens}, less than "
+                f"rollout.max_num_seqs ({self.rollout.max_num_seqs}): a step decodes one token of each"
+            )
+        if self.sync.backend == "nccl" and self.resources.device == "cpu":
+            raise ValueError(
+                "sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to shm"
+            )
+        if self.data.eval is not None and self.data.eval == self.data.train:
+            raise ValueError(
+                f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
         if self.trainer.parallel != ParallelSection(dp=self.trainer.parallel.dp):
-            raise ValueError("trainer.parallel: only dp may exceed 1 in this version; set tp, ep, etp, pp, vpp, cp to 1")
+            raise ValueError(
+                "trainer.parallel: only dp may exceed 1 in this version; set tp, ep, etp, pp, vpp, cp to 1"
+            )
         return self
 
 
@@ -273,7 +294,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     Raises ConfigError whose message has one line per fault: the key, the value, and the nearest valid ones.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -294,7 +315,7 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are read as YAML scalars, lists or mappings.
+    """``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are YAML, names and paths as written.
 
     Raises ConfigError for a stray word, a flag without a value, or a key that does not exist.
     """
@@ -304,15 +325,15 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or len(word) == 2:
             raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.key value")
         key, equals, text = word[2:].partition("=")
-        if not equals:
-            try:
-                text = next(words)
-            except StopIteration:
-                raise ConfigError(f"--{key} has no value") from None
-        if key not in dict(leaves()):
+        if _field(key) is None:
             raise ConfigError(_unknown(key))
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"--{key} has no value")
+            text = value
         try:
-            overrides[key] = yaml.safe_load(text)
+            overrides[key] = text if _is_text(key) and text != "null" else _read_yaml(text)
         except yaml.YAMLError:
             overrides[key] = text
     return overrides
@@ -320,17 +341,89 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved tree, in the order of its declaration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, its sentence) of every setting."""
     for name, info in section.model_fields.items():
         inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from leaves(inner, f"{prefix}{name}.")
+        if _is_section(inner):
+            yield from leaves(cast(type[BaseModel], inner), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info.description or ""
+
+
+def default_of(key: str) -> str:
+    """The default of a setting as one would write it; "required" where there is none."""
+    info = _field(key)
+    if info is None:
+        raise ConfigError(_unknown(key))
+    if info.is_required():
+        return "required"
+    value = info.get_default()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it (PyYAML reads 1.1): 1e-6 is a number, off a word, and no key may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} comes twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.I), list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that _Loader, or a reader of YAML 1.1, would take for something else."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The setting of that dotted name; None for a section or an unknown name."""
+    section: Any = RunConfig
+    *sections, leaf = key.split(".")
+    for part in sections:
+        info = section.model_fields.get(part)
+        if info is None or not _is_section(info.annotation):
+            return None
+        section = info.annotation
+    info = section.model_fields.get(leaf)
+    return None if info is None or _is_section(info.annotation) else info
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_text(key: str) -> bool:
+    """Whether a setting holds a string or a path, so that --name 7 means the name "7"."""
+    info = _field(key)
+    options = get_args(info.annotation) if info is not None and get_args(info.annotation) else ()
+    kinds = [kind for kind in (options or (info.annotation if info else None,)) if kind is not type(None)]
+    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    return bool(kinds) and all(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -347,6 +440,7 @@ def _unknown(key: str) -> str:
     known = [leaf for leaf, _ in leaves()]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     near += [leaf for leaf in known if leaf.rpartition(".")[2] == key.rpartition(".")[2] and leaf not in near]
+    near += [leaf for leaf in known if leaf.startswith(f"{key}.") and leaf not in near]
     return f"{key}: no such setting" + (f"; did you mean {', '.join(near[:3])}?" if near else "")
 
 
@@ -356,7 +450,7 @@ def _explain(fault: Any) -> str:
         return _unknown(key)
     if fault["type"] == "missing":
         return f"{key}: required, and missing"
-    message = fault["msg"].removeprefix("Value error, ")
+    message: str = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message
     message = message[0].lower() + message[1:]
@@ -368,10 +462,5 @@ def _explain(fault: Any) -> str:
 
 
 def _choices(key: str) -> list[str]:
-    section: Any = RunConfig
-    for part in key.split("."):
-        if part not in section.model_fields:
-            return []
-        section = section.model_fields[part].annotation
-    options = get_args(section) if get_origin(section) in (Literal, Union, UnionType) else ()
-    return [str(option) for option in options if isinstance(option, str)]
+    info = _field(key)
+    return [option for option in get_args(info.annotation) if isinstance(option, str)] if info else []

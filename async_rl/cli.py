@@ -1,0 +1,141 @@
+"""The command line: ``async-rl train`` and ``doctor``. Parses, calls, and turns errors into exit codes.
+
+Imports what a verb needs only when it runs, so that help and --dry-run answer at once, on any machine.
+
+Exit codes: 0 done, 1 the run failed or doctor found something missing, 2 the command line or the settings are
+wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from async_rl import __version__
+from async_rl.config import RunConfig, default_of, leaves, load, parse_overrides, to_yaml
+from async_rl.errors import AsyncRLError, ConfigError
+
+_FLAGS = ("-h", "--help", "--version", "--dry-run")
+"""Options of the command line itself; every other --word is a setting and takes a value."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Errors meant for the user are printed as they are; a defect keeps its trace."""
+    words, settings = split_settings(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
+    if arguments.verb == "train":
+        return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run))
+    return _reported(lambda: _doctor(arguments.config, settings))
+
+
+def _reported(verb: Callable[[], int]) -> int:
+    """The exit code of ``verb``; errors of the tree are told in one place, without a traceback."""
+    try:
+        return verb()
+    except ConfigError as error:
+        sys.stderr.write(f"async-rl: {error}\n")
+        return 2
+    except AsyncRLError as error:
+        sys.stderr.write(f"async-rl: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("async-rl: interrupted\n")
+        return 130
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words for argparse, and the settings (``--a.b value``, ``--a.b=value``) among them, in order.
+
+    argparse cannot tell the value of an option that it does not know from a positional argument.
+    """
+    words: list[str] = []
+    settings: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith("--") or word in _FLAGS:
+            words.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word:
+            settings.extend(value for value in [next(rest, None)] if value is not None)
+    return words, settings
+
+
+def _train(path: Path, settings: Sequence[str], *, dry_run: bool) -> int:
+    config = load(path, parse_overrides(settings))
+    if dry_run:
+        sys.stdout.write(to_yaml(config))
+        return 0
+    # Before anything heavy is imported: the supervisor forks.
+    from async_rl.supervisor import supervise
+
+    return supervise(lambda: _reported(lambda: _run(config)))
+
+
+def _run(config: RunConfig) -> int:
+    from async_rl import pipeline
+
+    return pipeline.run(config)
+
+
+def _doctor(path: Path | None, settings: Sequence[str]) -> int:
+    from async_rl import doctor
+
+    config: RunConfig | None = None
+    if path is not None:
+        config = load(path, parse_overrides(settings))
+    elif settings:
+        raise ConfigError(
+            f"{settings[0]}: settings need a config file: async-rl doctor CONFIG {settings[0]} ..."
+        )
+    found = doctor.checks(config)
+    sys.stdout.write(doctor.report(found))
+    return 1 if doctor.failed(found) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="async-rl",
+        description="Fully asynchronous RL post-training of mixture-of-experts language models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"async-rl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser(
+        "train",
+        help="run the training that a config file describes",
+        usage="async-rl train CONFIG [--dry-run] [--section.key value ...]",
+        description="Run the training that CONFIG describes; settings given here win over the file.",
+        epilog=_settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the settings below")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="say what this machine has and lacks for a run",
+        usage="async-rl doctor [CONFIG] [--section.key value ...]",
+        description="Say line by line what this machine has and lacks for the run that CONFIG describes; "
+        "without CONFIG, for any run. Exits 1 if a run could not start.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file, as for train")
+    return parser
+
+
+def _settings_help() -> str:
+    lines = ["settings:"]
+    for key, sentence in leaves():
+        lines.append(f"  --{key}  [{default_of(key)}]")
+        lines.extend(textwrap.wrap(sentence, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines).replace("%", "%%")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

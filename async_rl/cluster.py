@@ -1,0 +1,199 @@
+"""Where the processes of a run live: the Ray cluster, which cores each process computes on, and the actors.
+
+On one CPU host the engine and the trainer get cores of their own: two compute-thread pools that share cores spin
+against each other, and an engine client in the trainer's process would share its interpreter lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from async_rl import logs
+from async_rl.config import RunConfig
+from async_rl.errors import ResourceError
+from async_rl.metrics.exporter import Metrics
+from async_rl.process import pin
+from async_rl.queue.ray_queue import QueueClient
+from async_rl.rollout.tokenization import load_tokenizer
+from async_rl.rollout.worker import RolloutWorker, WorkerStats
+from async_rl.trainer.worker import TrainerWorker
+
+# Besides the queue's payloads the object store holds what is in training and the arguments of calls.
+_OBJECT_STORE_HEADROOM = 256 * 2**20
+_OBJECT_STORE_MINIMUM = 80 * 2**20  # Ray refuses less than 75 MB
+_MAX_CONCURRENT_CALLS = 1000
+
+# Set in every process of the run, before its libraries are imported.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",  # checkpoints come from folders; a typo must not become a download
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Cores of each engine and each trainer rank; None where the process may use any."""
+
+    engines: tuple[tuple[int, ...] | None, ...]
+    trainers: tuple[tuple[int, ...] | None, ...]
+
+
+def place(config: RunConfig, cores: Sequence[int]) -> Placement:
+    """Give engines and trainer ranks disjoint cores, engines first; nobody is pinned where there are too few."""
+    replicas, ranks = config.rollout.replicas, config.trainer.parallel.dp
+    engine_threads, trainer_threads = config.resources.engine_threads, config.resources.trainer_threads
+    needed = replicas * engine_threads + ranks * trainer_threads
+    if not config.resources.pin_cores or needed > len(cores):
+        return Placement((None,) * replicas, (None,) * ranks)
+    free = iter(cores)
+    return Placement(
+        tuple(tuple(next(free) for _ in range(engine_threads)) for _ in range(replicas)),
+        tuple(tuple(next(free) for _ in range(trainer_threads)) for _ in range(ranks)),
+    )
+
+
+@contextlib.contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[None]:
+    """A Ray cluster for the length of the block: the one at RAY_ADDRESS, or one on this host that ends with it."""
+    os.environ.update(_ENVIRONMENT)
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, namespace=config.name)
+        else:
+            ray.init(
+                num_cpus=os.cpu_count(),
+                object_store_memory=_object_store_bytes(config),
+                include_dashboard=False,
+                log_to_driver=False,
+                namespace=config.name,
+                logging_level="warning",
+            )
+    except (RayError, OSError, ValueError, RuntimeError) as error:
+        raise ResourceError(f"Ray did not start: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_rollout_workers(config: RunConfig, queue: QueueClient, placement: Placement) -> list[Any]:
+    """One actor per replica; their engines are not started yet."""
+    return [
+        ray.remote(RolloutActor)
+        .options(
+            name=f"rollout-{replica}",
+            num_cpus=0,
+            num_gpus=config.rollout.tensor_parallel_size if uses_gpu(config) else 0,
+            max_concurrency=_MAX_CONCURRENT_CALLS,
+            runtime_env={"env_vars": _threads(config.resources.engine_threads)},
+        )
+        .remote(config, replica, queue, cores)
+        for replica, cores in enumerate(placement.engines)
+    ]
+
+
+def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
+    """One actor per data-parallel rank; their models are not built yet."""
+    ranks = config.trainer.parallel.dp
+    init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
+    return [
+        ray.remote(TrainerActor)
+        .options(
+            name=f"trainer-{rank}",
+            num_cpus=0,
+            num_gpus=1 if uses_gpu(config) else 0,
+            runtime_env={"env_vars": _threads(config.resources.trainer_threads)},
+        )
+        .remote(config, rank, ranks, init_method, cores)
+        for rank, cores in enumerate(placement.trainers)
+    ]
+
+
+class RolloutActor(RolloutWorker):
+    """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
+
+    def __init__(self, config: RunConfig, replica: int, queue: QueueClient, cores: tuple[int, ...] | None) -> None:
+        from async_rl.rollout.rewards.runner import RewardRunner
+        from async_rl.rollout.vllm_engine import VllmEngine
+
+        role = f"rollout-{replica}"
+        logs.configure(config.run_dir, role, console=False)
+        tokenizer = load_tokenizer(config)
+        engine = VllmEngine(config, replica, cores=cores)
+        super().__init__(config, replica, queue, engine, tokenizer, RewardRunner(config.reward))
+        self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
+
+    def stats(self) -> WorkerStats:
+        """The counters; the driver asks every second, and /metrics shows what it was told."""
+        stats = super().stats()
+        self._metrics.set("policy_version", stats.version)
+        self._metrics.count_to("generated_tokens_total", stats.generated_tokens)
+        self._metrics.count_to("resumed_prefill_tokens_total", stats.resumed_prefill_tokens)
+        return stats
+
+    async def shutdown(self) -> None:
+        self._metrics.close()
+        await super().shutdown()
+
+
+class TrainerActor(TrainerWorker):
+    """TrainerWorker in a process of its own."""
+
+    def __init__(
+        self, config: RunConfig, rank: int, world_size: int, init_method: str | None, cores: tuple[int, ...] | None
+    ) -> None:
+        logs.configure(config.run_dir, f"trainer-{rank}", console=False)
+        if cores is not None:
+            pin(cores)
+        super().__init__(config, rank, world_size, init_method)
+        self._metrics = serve_metrics(config, "trainer", rank, order=1 + config.rollout.replicas + rank)
+
+    def shutdown(self) -> None:
+        self._metrics.close()
+        super().shutdown()
+
+
+def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Metrics:
+    """This process's /metrics, on the ``order``-th port from metrics.port, or a free one where that is 0."""
+    metrics = Metrics(role, run=config.name, replica=replica)
+    port = config.metrics.port + order if config.metrics.port else 0
+    metrics.serve(config.metrics.host, port, config.run_dir)
+    return metrics
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether engine and trainer compute on GPUs: resources.device, or what there is."""
+    if config.resources.device == "auto":
+        return shutil.which("nvidia-smi") is not None and Path("/dev/nvidiactl").exists()
+    return config.resources.device == "cuda"
+
+
+def _threads(count: int) -> dict[str, str]:
+    """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+
+def _object_store_bytes(config: RunConfig) -> int:
+    wanted = config.queue.max_bytes + _OBJECT_STORE_HEADROOM
+    # Ray falls back to slow disk files above what /dev/shm has.
+    available = int(shutil.disk_usage("/dev/shm").free * 0.9)
+    return max(_OBJECT_STORE_MINIMUM, min(wanted, available))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

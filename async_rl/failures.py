@@ -1,0 +1,26 @@
+"""One sentence for the user about why a run failed: from Ray's wrappers and foreign exceptions to the error tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from async_rl.errors import AsyncRLError, EngineError
+
+
+def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
+    """``error`` as an AsyncRLError: the original one that an actor raised, or what died and where its log is."""
+    if isinstance(error, BaseExceptionGroup):
+        return explain(error.exceptions[0], run_dir)
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, AsyncRLError):
+            return cause
+        last = str(error).strip().splitlines()[-1]
+        return AsyncRLError(f"an actor raised {last} (logs: {run_dir / 'logs'})")
+    if isinstance(error, AsyncRLError):
+        return error
+    if isinstance(error, RayActorError | ActorDiedError):
+        return EngineError(f"a process of the run died: {' '.join(str(error).split())} (logs: {run_dir / 'logs'})")
+    return AsyncRLError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,221 @@
+"""One process's metrics: counted in memory, served over HTTP, announced to Prometheus.
+
+Each process has its own registry, port and target file (no multiprocess mode: that loses labels and Info
+metrics). Values are kept here rather than in prometheus_client's own classes for three things these cannot
+do: add n equal observations at once (token staleness comes as a histogram per step), replace all labels of a
+family at once (a staleness that no longer occurs must vanish, not freeze), and have a family's whole beside
+its labelled parts. prometheus_client does the exposition format and the HTTP server.
+
+Knows ``declared`` and ``errors``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from async_rl.errors import ResourceError
+from async_rl.metrics.declared import METRICS, MetricSpec
+
+LabelValues = tuple[str, ...]
+
+
+class UndeclaredMetric(ValueError):
+    """A metric, label or operation that ``declared`` does not list: a defect of the caller."""
+
+
+class _Histogram:
+    __slots__ = ("counts", "total")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0.0] * (buckets + 1)  # the last one is +Inf
+        self.total = 0.0
+
+
+class _Store(Collector):
+    """Values of every declared metric of this process; a prometheus_client collector."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.numbers: dict[str, dict[LabelValues, float]] = {}
+        self.histograms: dict[str, dict[LabelValues, _Histogram]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        with self.lock:
+            numbers = {name: dict(series) for name, series in self.numbers.items()}
+            histograms = {
+                name: {labels: (list(h.counts), h.total) for labels, h in series.items()}
+                for name, series in self.histograms.items()
+            }
+        for name, series in numbers.items():
+            spec = METRICS[name]
+            family = Metric(spec.full_name.removesuffix("_total"), spec.help, spec.kind)
+            for labels, value in series.items():
+                family.add_sample(spec.full_name, dict(zip(spec.labels, labels, strict=False)), value)
+            yield family
+        for name, observed in histograms.items():
+            spec = METRICS[name]
+            family = Metric(spec.full_name, spec.help, spec.kind)
+            for labels, (counts, total) in observed.items():
+                _add_histogram(family, spec, dict(zip(spec.labels, labels, strict=False)), counts, total)
+            yield family
+
+
+def _add_histogram(
+    family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float
+) -> None:
+    cumulative = 0.0
+    for bound, count in zip((*spec.buckets, float("inf")), counts, strict=True):
+        cumulative += count
+        le = "+Inf" if bound == float("inf") else repr(bound)
+        family.add_sample(f"{spec.full_name}_bucket", {**labels, "le": le}, cumulative)
+    family.add_sample(f"{spec.full_name}_count", labels, cumulative)
+    family.add_sample(f"{spec.full_name}_sum", labels, total)
+
+
+class Metrics:
+    """The metrics of one process of a run. Thread-safe; a call is a dictionary update.
+
+    role: "pipeline", "rollout", "queue", ...; replica tells several of one role apart.
+    """
+
+    def __init__(self, role: str, run: str = "run", replica: int = 0) -> None:
+        self.role, self.run, self.replica = role, run, replica
+        self.registry = CollectorRegistry()
+        self._store = _Store()
+        self.registry.register(self._store)
+        ProcessCollector(registry=self.registry)  # process_resident_memory_bytes and the like
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        self._target: Path | None = None
+
+    def set(self, name: str, value: float, **labels: str | int) -> None:
+        """Set a gauge."""
+        key = _labels(_spec(name, "gauge"), labels)
+        with self._store.lock:
+            self._store.numbers.setdefault(name, {})[key] = float(value)
+
+    def set_all(self, name: str, whole: float | None, parts: Mapping[Any, float]) -> None:
+        """Replace every series of a gauge of one label: ``parts`` by label value, ``whole`` unlabelled."""
+        spec = _spec(name, "gauge")
+        if len(spec.labels) != 1 or (whole is not None and not spec.whole):
+            raise UndeclaredMetric(
+                f"metric {name}: set_all needs exactly one label, and a whole only where declared"
+            )
+        series: dict[LabelValues, float] = {} if whole is None else {(): float(whole)}
+        series.update({(str(label),): float(value) for label, value in parts.items()})
+        with self._store.lock:
+            self._store.numbers[name] = series
+
+    def inc(self, name: str, amount: float = 1.0, **labels: str | int) -> None:
+        """Add to a counter."""
+        key = _labels(_spec(name, "counter"), labels)
+        if not amount >= 0:
+            raise ValueError(f"metric {name}: a counter cannot change by {amount}")
+        with self._store.lock:
+            series = self._store.numbers.setdefault(name, {})
+            series[key] = series.get(key, 0.0) + amount
+
+    def count_to(self, name: str, total: float, **labels: str | int) -> None:
+        """Set a counter to a total that is counted elsewhere (by the broker, say)."""
+        key = _labels(_spec(name, "counter"), labels)
+        if not total >= 0:
+            raise ValueError(f"metric {name}: a counter cannot be {total}")
+        with self._store.lock:
+            self._store.numbers.setdefault(name, {})[key] = float(total)
+
+    def observe(self, name: str, value: float, count: int = 1, **labels: str | int) -> None:
+        """Add ``count`` equal observations to a histogram."""
+        spec = _spec(name, "histogram")
+        key = _labels(spec, labels)
+        at = bisect.bisect_left(spec.buckets, value)
+        with self._store.lock:
+            series = self._store.histograms.setdefault(name, {})
+            histogram = series.get(key)
+            if histogram is None:
+                histogram = series[key] = _Histogram(len(spec.buckets))
+            histogram.counts[at] += count
+            histogram.total += value * count
+
+    def serve(self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None) -> int:
+        """Serve /metrics; with ``run_dir``, write its Prometheus target file. Returns the port (0 asks for a
+        free one).
+
+        Raises ResourceError when the address cannot be had.
+        """
+        if self._server is not None:
+            raise RuntimeError(f"metrics of {self.role} are served already")
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise ResourceError(
+                f"metrics.port: cannot serve /metrics of {self.role} on {host}:{port} "
+                f"({error.strerror or error}); "
+                "set metrics.port to a free port, or to 0, which picks one, and metrics.host to an interface "
+                "of this machine"
+            ) from None
+        bound = int(self._server.server_port)
+        if run_dir is not None:
+            self._target = self._write_target(run_dir, host, bound)
+        return bound
+
+    def _write_target(self, run_dir: Path, host: str, port: int) -> Path:
+        # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
+        reachable = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+        address = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
+        labels = {"run": self.run, "role": self.role, "replica": str(self.replica)}
+        name = self.role if self.replica == 0 else f"{self.role}-{self.replica}"
+        path = run_dir / "prometheus" / "targets" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Prometheus may read at any moment, and only *.json: write aside, then rename.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps([{"targets": [address], "labels": labels}]) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    def close(self) -> None:
+        """Stop serving and withdraw the target file. May be called twice."""
+        if self._target is not None:
+            self._target.unlink(missing_ok=True)
+            self._target = None
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+            self._thread = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _spec(name: str, kind: str) -> MetricSpec:
+    spec = METRICS.get(name)
+    if spec is None:
+        raise UndeclaredMetric(f"metric {name!r} is not declared; add it to async_rl/metrics/declared.py")
+    if spec.kind != kind:
+        raise UndeclaredMetric(f"metric {name} is a {spec.kind}, used as a {kind}")
+    return spec
+
+
+def _labels(spec: MetricSpec, labels: Mapping[str, str | int]) -> LabelValues:
+    if not labels and (spec.whole or not spec.labels):
+        return ()
+    if len(labels) != len(spec.labels) or any(label not in labels for label in spec.labels):
+        declared = ", ".join(spec.labels) or "none"
+        raise UndeclaredMetric(f"metric {spec.name}: labels {sorted(labels)} given, declared: {declared}")
+    return tuple(str(labels[label]) for label in spec.labels)

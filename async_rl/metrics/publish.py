@@ -1,0 +1,77 @@
+"""From a record to the metrics on the wire: which field of ``summary``'s records feeds which metric."""
+
+from __future__ import annotations
+
+from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.summary import GroupCounts, StepRecord, SyncRecord
+
+
+def publish_step(metrics: Metrics, record: StepRecord) -> None:
+    """Everything that one training step says. Tokens generated and resumed are counted by the workers."""
+    for name in (
+        "policy_version",
+        "reward_mean",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "entropy",
+        "ppo_kl_k3",
+        "clip_fraction",
+        "effective_sample_size_ratio",
+        "queue_groups",
+        "queue_bytes",
+        "groups_outstanding",
+        "rollout_idle_ratio",
+        "trainer_idle_ratio",
+        "overlap_efficiency",
+    ):
+        metrics.set(name, getattr(record, name))
+    if record.eval_reward_mean is not None:
+        metrics.set("eval_reward_mean", record.eval_reward_mean)
+    metrics.set("extreme_token_fraction", record.extreme_token_fraction, tau=2)
+
+    whole, split = record.agreement, record.agreement_by_staleness
+    metrics.set_all("ppo_kl", whole.kl, {age: part.kl for age, part in split.items()})
+    metrics.set_all(
+        "rollout_logprob_abs_diff_mean",
+        whole.abs_mean,
+        {age: part.abs_mean for age, part in split.items() if part.abs_mean is not None},
+    )
+    metrics.set_all(
+        "rollout_logprob_abs_diff_max",
+        whole.abs_max,
+        {age: part.abs_max for age, part in split.items() if part.abs_max is not None},
+    )
+    for age, tokens in record.token_staleness.items():
+        metrics.observe("token_staleness", age, count=tokens)
+
+    metrics.inc("training_steps_total")
+    metrics.inc("trained_tokens_total", whole.tokens)
+    metrics.inc("trajectories_total", record.trajectories)
+    metrics.inc("partial_rollouts_total", record.partial)
+    metrics.inc("router_fallback_rows_total", record.router_fallback_rows)
+    for reason, tokens in record.tokens_masked.items():
+        metrics.inc("tokens_masked_total", tokens, reason=reason)
+    for segments in record.segments:
+        metrics.observe("segments_per_trajectory", segments)
+    for length in record.response_tokens:
+        metrics.observe("response_tokens", length)
+    metrics.observe("step_seconds", record.step_s)
+
+
+def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
+    """One weight push: its duration as a whole and by phase, and the canary."""
+    metrics.set("policy_version", record.policy_version)
+    metrics.observe("sync_seconds", record.seconds, phase="total")
+    for phase, seconds in record.phases.items():
+        metrics.observe("sync_seconds", seconds, phase=phase)
+    if record.canary is not None:
+        metrics.set("sync_canary_logprob_abs_diff", record.canary)
+
+
+def publish_groups(metrics: Metrics, counts: GroupCounts) -> None:
+    """Where the groups are. Drops and failures carry a reason, so whoever decides them counts them."""
+    metrics.set("groups_outstanding", counts.outstanding)
+    metrics.count_to("groups_issued_total", counts.issued)
+    metrics.count_to("groups_trained_total", counts.trained)
+    metrics.count_to("groups_returned_total", counts.returned)

@@ -1,0 +1,327 @@
+"""What a run adds up to: the records of its steps and pushes, and from them ``summary.json``. Pure.
+
+The pipeline fills the records from plain numbers; nothing here knows the trainer, the queue or the workers.
+Values that do not exist (no evaluation, no token of staleness 0) are None, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+REWARD_WINDOW = 10
+"""Steps at either end of the run over which ``reward_mean`` is taken: one alone is too noisy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenAgreement:
+    """How far behaviour and current log-probs are apart, over some of a step's trained tokens.
+
+    tokens: how many; kl: mean of behaviour - current; abs_mean, abs_max: of |behaviour - current|, None where
+    they were not measured.
+    """
+
+    tokens: int
+    kl: float
+    abs_mean: float | None = None
+    abs_max: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One training step. Ratios are in [0, 1]; times in seconds; log-prob differences in nats."""
+
+    step: int
+    """From 1."""
+    policy_version: int
+    """Version that the step's tokens were measured against."""
+    elapsed_s: float
+    """Since the first step began."""
+
+    reward_mean: float
+    eval_reward_mean: float | None = None
+    """Of an evaluation that ended during this step."""
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    entropy: float
+    clip_fraction: float
+    effective_sample_size_ratio: float
+
+    agreement: TokenAgreement
+    """Over all trained tokens."""
+    agreement_by_staleness: Mapping[int, TokenAgreement] = field(default_factory=dict)
+    """The same, split by token staleness; its token counts are the step's staleness histogram."""
+    ppo_kl_k3: float
+    extreme_token_fraction: float
+    """At tau = 2."""
+    router_fallback_rows: int = 0
+    tokens_masked: Mapping[str, int] = field(default_factory=dict)
+    """By reason."""
+
+    groups: int
+    response_tokens: tuple[int, ...] = ()
+    """Length of each trajectory."""
+    segments: tuple[int, ...] = ()
+    """Segments of each trajectory."""
+
+    queue_groups: int = 0
+    queue_bytes: int = 0
+    groups_outstanding: int = 0
+    rollout_idle_ratio: float = 0.0
+    trainer_idle_ratio: float = 0.0
+    overlap_efficiency: float = 0.0
+    step_s: float
+    """Wall time of the step, waiting for data included."""
+
+    @property
+    def trajectories(self) -> int:
+        return len(self.segments)
+
+    @property
+    def partial(self) -> int:
+        """Trajectories of more than one segment."""
+        return sum(count > 1 for count in self.segments)
+
+    @property
+    def partial_share(self) -> float:
+        return self.partial / self.trajectories if self.segments else 0.0
+
+    @property
+    def on_policy(self) -> TokenAgreement | None:
+        """Tokens of staleness 0: pure engine-versus-trainer mismatch."""
+        return self.agreement_by_staleness.get(0)
+
+    @property
+    def stale_kl(self) -> float | None:
+        """ppo_kl over tokens of staleness 1 and more: drift of the policy."""
+        stale = [part for age, part in self.agreement_by_staleness.items() if age > 0]
+        return weighted_mean((part.kl, part.tokens) for part in stale)
+
+    @property
+    def token_staleness(self) -> dict[int, int]:
+        """Trained tokens by staleness."""
+        return {age: self.agreement_by_staleness[age].tokens for age in sorted(self.agreement_by_staleness)}
+
+    def row(self) -> dict[str, Any]:
+        """The line of metrics.jsonl: flat, except for splits by a label, which are mappings."""
+        split = {str(age): self.agreement_by_staleness[age] for age in sorted(self.agreement_by_staleness)}
+        on_policy = self.on_policy
+        return {
+            "step": self.step,
+            "policy_version": self.policy_version,
+            "elapsed_s": self.elapsed_s,
+            "reward_mean": self.reward_mean,
+            "eval_reward_mean": self.eval_reward_mean,
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "entropy": self.entropy,
+            "clip_fraction": self.clip_fraction,
+            "effective_sample_size_ratio": self.effective_sample_size_ratio,
+            "ppo_kl": self.agreement.kl,
+            "ppo_kl_by_staleness": {age: part.kl for age, part in split.items()},
+            "ppo_kl_k3": self.ppo_kl_k3,
+            "rollout_logprob_abs_diff_mean": self.agreement.abs_mean,
+            "rollout_logprob_abs_diff_max": self.agreement.abs_max,
+            "on_policy_logprob_abs_diff_mean": on_policy.abs_mean if on_policy else None,
+            "on_policy_logprob_abs_diff_max": on_policy.abs_max if on_policy else None,
+            "extreme_token_fraction": self.extreme_token_fraction,
+            "router_fallback_rows": self.router_fallback_rows,
+            "trained_tokens": self.agreement.tokens,
+            "token_staleness": {age: part.tokens for age, part in split.items()},
+            "tokens_masked": dict(self.tokens_masked),
+            "groups": self.groups,
+            "trajectories": self.trajectories,
+            "partial_rollouts": self.partial,
+            "max_segments": max(self.segments, default=0),
+            "response_tokens_mean": sum(self.response_tokens) / max(1, len(self.response_tokens)),
+            "response_tokens_max": max(self.response_tokens, default=0),
+            "queue_groups": self.queue_groups,
+            "queue_bytes": self.queue_bytes,
+            "groups_outstanding": self.groups_outstanding,
+            "rollout_idle_ratio": self.rollout_idle_ratio,
+            "trainer_idle_ratio": self.trainer_idle_ratio,
+            "overlap_efficiency": self.overlap_efficiency,
+            "step_seconds": self.step_s,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncRecord:
+    """One weight push.
+
+    policy_version: that it brought. seconds: from pause to resume; phases: its parts ("pause", "transfer",
+    ...).
+    canary: largest |engine - trainer| log-prob difference on the canary; None if it was not probed.
+    """
+
+    policy_version: int
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+    canary: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCounts:
+    """Where every issued group is. Dropped ones are among the returned: their prompts went back."""
+
+    issued: int = 0
+    trained: int = 0
+    outstanding: int = 0
+    returned: int = 0
+    failed: int = 0
+    dropped: int = 0
+
+    @property
+    def add_up(self) -> bool:
+        """Invariant 5, conservation."""
+        return self.issued == self.trained + self.outstanding + self.returned + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counters of the whole run, read when it ends.
+
+    rollout_busy_s and trainer_busy_s: seconds in which that side computed, mean over its replicas or ranks.
+    """
+
+    wall_s: float
+    """From the first step to the end of the last, set-up and evaluation before it not included."""
+    setup_s: float
+    groups: GroupCounts = GroupCounts()
+    tokens_generated: int = 0
+    tokens_resumed_prefill: int = 0
+    rollout_busy_s: float = 0.0
+    trainer_busy_s: float = 0.0
+
+    @property
+    def overlap_efficiency(self) -> float | None:
+        """Busy time of the busier side over wall time."""
+        return max(self.rollout_busy_s, self.trainer_busy_s) / self.wall_s if self.wall_s > 0 else None
+
+
+class Summary:
+    """Takes a run's records as they come and says what they add up to, at any moment."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._policy_version = 0
+        self._rewards: list[float] = []
+        self._evals: list[float] = []
+        self._eval_n = 0
+        self._trajectories = self._partial = self._max_segments = 0
+        self._staleness: dict[int, int] = {}
+        self._masked = 0
+        self._trained_tokens = 0
+        self._kl: list[tuple[float, int]] = []
+        self._on_policy: list[TokenAgreement] = []
+        self._syncs: list[SyncRecord] = []
+
+    def add_step(self, record: StepRecord) -> None:
+        self._steps += 1
+        self._policy_version = max(self._policy_version, record.policy_version)
+        self._rewards.append(record.reward_mean)
+        self._trajectories += record.trajectories
+        self._partial += record.partial
+        self._max_segments = max(self._max_segments, *record.segments, 0)
+        for age, tokens in record.token_staleness.items():
+            self._staleness[age] = self._staleness.get(age, 0) + tokens
+        self._masked += sum(record.tokens_masked.values())
+        self._trained_tokens += record.agreement.tokens
+        if record.agreement.tokens:
+            self._kl.append((record.agreement.kl, record.agreement.tokens))
+        if record.on_policy is not None and record.on_policy.tokens:
+            self._on_policy.append(record.on_policy)
+
+    def add_sync(self, record: SyncRecord) -> None:
+        self._policy_version = max(self._policy_version, record.policy_version)
+        self._syncs.append(record)
+
+    def add_eval(self, reward_mean: float, n: int) -> None:
+        """A greedy evaluation on ``n`` held-out problems."""
+        self._evals.append(reward_mean)
+        self._eval_n = n
+
+    def result(self, totals: Totals, exit_reason: str) -> dict[str, Any]:
+        """The contents of summary.json. exit_reason: "finished", "interrupted", or why the run failed."""
+        syncs = [sync.seconds for sync in self._syncs]
+        ages = [age for age, tokens in self._staleness.items() if tokens]
+        return {
+            "steps": self._steps,
+            "policy_version": self._policy_version,
+            "wall_s": totals.wall_s,
+            "setup_s": totals.setup_s,
+            "eval": {
+                "first": self._evals[0] if self._evals else None,
+                "last": self._evals[-1] if self._evals else None,
+                "n": self._eval_n,
+            },
+            "reward_mean": {
+                "first": _mean(self._rewards[:REWARD_WINDOW]),
+                "last": _mean(self._rewards[-REWARD_WINDOW:]),
+            },
+            "trajectories": {
+                "total": self._trajectories,
+                "partial": self._partial,
+                "max_segments": self._max_segments,
+            },
+            "token_staleness": {
+                "max": max(ages, default=None),
+                "mean": weighted_mean((age, tokens) for age, tokens in self._staleness.items()),
+            },
+            "tokens_masked": self._masked,
+            "groups": {
+                "issued": totals.groups.issued,
+                "trained": totals.groups.trained,
+                "outstanding": totals.groups.outstanding,
+                "returned": totals.groups.returned,
+                "failed": totals.groups.failed,
+                "dropped": totals.groups.dropped,
+            },
+            "on_policy_logprob_abs_diff": {
+                "mean": weighted_mean(
+                    (p.abs_mean, p.tokens) for p in self._on_policy if p.abs_mean is not None
+                ),
+                "max": _largest(p.abs_max for p in self._on_policy if p.abs_max is not None),
+            },
+            "ppo_kl": {
+                "mean": weighted_mean(self._kl),
+                "max_abs": _largest(abs(kl) for kl, _ in self._kl),
+            },
+            "sync": {
+                "count": len(syncs),
+                "seconds_mean": _mean(syncs),
+                "seconds_max": _largest(syncs),
+                "canary_max": _largest(sync.canary for sync in self._syncs if sync.canary is not None),
+            },
+            "tokens": {
+                "generated": totals.tokens_generated,
+                "trained": self._trained_tokens,
+                "resumed_prefill": totals.tokens_resumed_prefill,
+            },
+            "busy": {"rollout_s": totals.rollout_busy_s, "trainer_s": totals.trainer_busy_s},
+            "overlap_efficiency": totals.overlap_efficiency,
+            "exit_reason": exit_reason,
+        }
+
+
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def weighted_mean(pairs: Iterable[tuple[float, int]]) -> float | None:
+    """Mean of values with weights; None without weight."""
+    pairs = list(pairs)
+    weight = sum(count for _, count in pairs)
+    return math.fsum(value * count for value, count in pairs) / weight if weight else None
+
+
+def _largest(values: Iterable[float]) -> float | None:
+    """The largest; None of nothing; NaN if any is, which max() hides or not depending on the order."""
+    values = list(values)
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return max(values, default=None)

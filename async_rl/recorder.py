@@ -1,0 +1,219 @@
+"""What a run writes down: the run folder, the driver's /metrics, the live view, and at the end summary.json.
+
+Turns what the trainer, the queue and the workers report into the records of ``metrics.summary``. Owns the clock of
+the run; takes no decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import ray
+
+from async_rl.cluster import serve_metrics
+from async_rl.config import RunConfig
+from async_rl.metrics.live import LiveView
+from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
+from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, TokenAgreement, Totals
+from async_rl.queue import codec
+from async_rl.queue.records import QueueStats
+from async_rl.rollout.worker import EvalResult, WorkerStats
+from async_rl.runfolder import RunFolder
+from async_rl.trainer.report import StepReport
+from async_rl.types import Group, Trajectory
+
+
+class Recorder:
+    """One run's records. A context manager: the terminal, the files and the port are given back on exit."""
+
+    def __init__(self, config: RunConfig, started: float, decode: Callable[[Any], str]) -> None:
+        """``started``: time.monotonic() when the run was asked for, from which set-up is measured; ``decode``: token
+        ids to text, for samples.jsonl."""
+        self._config = config
+        self._decode = decode
+        self._folder = RunFolder(config)
+        self._summary = Summary()
+        self._metrics = serve_metrics(config, "pipeline", 0, order=0)
+        self._live = LiveView(config.name, config.trainer.steps)
+        self._started = started
+        self._setup_s = 0.0
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._trainer_busy_s = 0.0
+        self._groups = GroupCounts()
+        self._queue: QueueStats | None = None
+        self._workers: list[WorkerStats] = []
+        self._busy_before = self._since = 0.0
+        self._pending_eval: float | None = None
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.close()
+        self._metrics.close()
+        self._folder.close()
+
+    # -- what happens -------------------------------------------------------------------------------------------
+
+    def event(self, text: str) -> None:
+        self._live.event(text)
+
+    def training_begins(self) -> None:
+        """Set-up and the first evaluation are over; the wall clock of the run starts."""
+        self._began = self._since = time.monotonic()
+        self._setup_s = self._began - self._started
+
+    def training_ended(self) -> None:
+        self._ended = time.monotonic()
+
+    def evaluation(self, results: Sequence[EvalResult]) -> None:
+        """Greedy evaluation, one result per replica on its share of the problems."""
+        n = sum(result.n for result in results)
+        reward = sum(result.reward_mean * result.n for result in results) / n
+        self._summary.add_eval(reward, n)
+        self._metrics.set("eval_reward_mean", reward)
+        self._live.evaluated(reward)
+
+    def sync(self, record: SyncRecord) -> None:
+        self._summary.add_sync(record)
+        publish_sync(self._metrics, record)
+        self._live.sync(record)
+
+    def counted(self, queue: QueueStats, workers: Sequence[WorkerStats]) -> None:
+        """What the queue and the workers have counted so far."""
+        self._queue, self._workers = queue, list(workers)
+        self._groups = GroupCounts(**dataclasses.asdict(queue.counts))
+        self._metrics.set("queue_groups", queue.queued_groups)
+        self._metrics.set("queue_bytes", queue.queued_bytes)
+        publish_groups(self._metrics, self._groups)
+        for reason, count in queue.dropped.items():
+            self._metrics.count_to("groups_dropped_total", count, reason=reason)
+        for reason, count in queue.failed.items():
+            self._metrics.count_to("groups_failed_total", count, reason=reason)
+
+    def step(
+        self,
+        step: int,
+        version: int,
+        reports: Sequence[StepReport],
+        leased: Sequence[Any],
+        *,
+        waited_s: float,
+        step_s: float,
+    ) -> None:
+        """One training step: its updates' reports, and the groups it consumed as leased from the queue."""
+        report = reports[0]
+        payloads = ray.get([ref for _, (ref,) in leased])
+        groups = [codec.decode(payload) for payload in payloads]
+        self._trainer_busy_s += sum(report.seconds.values())
+        record = self._record(step, version, report, groups, waited_s=waited_s, step_s=step_s)
+        self._summary.add_step(record)
+        publish_step(self._metrics, record)
+        self._folder.write_step(record.row())
+        self._write_samples(step, version, groups)
+        for group, payload in zip(groups, payloads, strict=True):
+            self._folder.write_group(memoryview(payload), group.group_id)
+        self._live.update(record)
+
+    def finish(self, exit_reason: str) -> None:
+        """Write summary.json; only the first call counts."""
+        if self._finished:
+            return
+        self._finished = True
+        self._folder.write_summary(self._summary.result(self._totals(), exit_reason))
+        self._live.event(f"{exit_reason}; see {self._config.run_dir / 'summary.json'}")
+
+    # -- how it is put together ---------------------------------------------------------------------------------
+
+    def _record(
+        self, step: int, version: int, report: StepReport, groups: Sequence[Group], *, waited_s: float, step_s: float
+    ) -> StepRecord:
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        now = time.monotonic()
+        rollout_busy = self._rollout_busy_s()
+        elapsed = max(now - self._since, 1e-9)
+        rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
+        self._busy_before, self._since = rollout_busy, now
+        totals = self._totals()
+        record = StepRecord(
+            step=step,
+            policy_version=version,
+            elapsed_s=totals.wall_s,
+            reward_mean=sum(t.reward for t in trajectories) / len(trajectories),
+            loss=report.loss,
+            grad_norm=report.grad_norm,
+            learning_rate=report.lr,
+            entropy=report.entropy,
+            clip_fraction=report.clip_fraction,
+            effective_sample_size_ratio=report.effective_sample_size_ratio,
+            agreement=TokenAgreement(
+                tokens=report.tokens_trained,
+                kl=report.ppo_kl,
+                abs_mean=report.logprob_abs_diff_mean,
+                abs_max=report.logprob_abs_diff_max,
+            ),
+            agreement_by_staleness={
+                age: TokenAgreement(
+                    tokens=count,
+                    kl=report.ppo_kl_by_staleness[age],
+                    abs_mean=report.on_policy_logprob_abs_diff_mean if age == 0 else 0.0,
+                    abs_max=report.on_policy_logprob_abs_diff_max if age == 0 else 0.0,
+                )
+                for age, count in report.tokens_by_staleness.items()
+            },
+            ppo_kl_k3=report.ppo_kl_k3,
+            extreme_token_fraction=report.extreme_token_fraction,
+            router_fallback_rows=report.router_fallback_rows,
+            tokens_masked=report.tokens_masked,
+            groups=len(groups),
+            response_tokens=tuple(len(t.response_ids) for t in trajectories),
+            segments=tuple(len(t.segments) for t in trajectories),
+            queue_groups=self._queue.queued_groups if self._queue else 0,
+            queue_bytes=self._queue.queued_bytes if self._queue else 0,
+            groups_outstanding=self._groups.outstanding,
+            rollout_idle_ratio=rollout_idle,
+            trainer_idle_ratio=1.0 - min(1.0, sum(report.seconds.values()) / elapsed),
+            overlap_efficiency=totals.overlap_efficiency or 0.0,
+            step_s=step_s,
+        )
+        return record
+
+    def _rollout_busy_s(self) -> float:
+        return sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))
+
+    def _totals(self) -> Totals:
+        end = self._ended or time.monotonic()
+        return Totals(
+            wall_s=end - self._began if self._began is not None else 0.0,
+            setup_s=self._setup_s or end - self._started,
+            groups=self._groups,
+            tokens_generated=sum(worker.generated_tokens for worker in self._workers),
+            tokens_resumed_prefill=sum(worker.resumed_prefill_tokens for worker in self._workers),
+            rollout_busy_s=self._rollout_busy_s(),
+            trainer_busy_s=self._trainer_busy_s,
+        )
+
+    def _write_samples(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        samples = [(group, t) for group in groups for t in group.trajectories]
+        # Spread over the step's groups, so that n samples are of n prompts.
+        stride = max(1, len(samples) // max(1, self._config.metrics.samples_per_step))
+        for group, trajectory in samples[::stride][: self._config.metrics.samples_per_step]:
+            self._folder.write_sample({"step": step, "policy_version": version, **self._readable(group, trajectory)})
+
+    def _readable(self, group: Group, trajectory: Trajectory) -> Mapping[str, Any]:
+        return {
+            "trajectory": trajectory.trajectory_id,
+            "prompt": group.prompt.text,
+            "response": self._decode(trajectory.response_ids),
+            "reward": trajectory.reward,
+            "finish_reason": trajectory.finish_reason,
+            "segments": [
+                {"version": s.version, "text": self._decode(trajectory.response_ids[s.start : s.stop])}
+                for s in trajectory.segments
+            ],
+        }

@@ -1,0 +1,296 @@
+"""VllmEngine: the ``RolloutEngine`` on vLLM's AsyncLLM. Knows vLLM 0.30; neither Ray nor the trainer.
+
+    frontend (this process)            engine core (a process of its own; on one CPU the model runs in it too)
+    generate ── tokens, salt ───────►  scheduler ── step ── sampler
+    collector ◄── final output only ── tokens, log-probs, routed experts
+
+True stamps (invariant 7). Weights change only while the scheduler is paused, and the engine core answers ``pause``
+after the outputs of all steps before it, over one ordered channel. So when the answer is here, those outputs are at
+worst in the frontend's queue; ``_drain_outputs`` waits until they are accounted for, and then the number of tokens that
+each running call has is exactly the number sampled under the old version.
+
+Prefix cache. Blocks computed under old weights must not serve new calls. Ending or draining all calls lets vLLM clear the
+cache; frozen calls ("keep") need their blocks, so the cache key of each call is salted with the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from async_rl.config import RunConfig
+from async_rl.errors import EngineError, WeightSyncError
+from async_rl.model_config import read_model_config
+from async_rl.rollout import vllm_process
+from async_rl.rollout.engine import EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.routing import moe_columns
+from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call under way. ``boundaries``: (tokens sampled so far, version they were sampled with), one per push."""
+
+    internal_id: str
+    boundaries: list[tuple[int, int]] = field(default_factory=list)
+    restart: bool = False
+
+
+class VllmEngine:
+    """One vLLM engine. ``cores``: the CPUs that its two processes share; None leaves placement to the system.
+
+    ``start`` must be called on the event loop that ``generate`` will run on, in a thread that lives as long as
+    the engine: the engine core dies with the thread that started it.
+    """
+
+    def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
+        self._config = config
+        self._replica = replica
+        self._cores = cores
+        self._model = read_model_config(config.model.path)
+        self._stop_token_ids = vllm_process.stop_token_ids(config.model.path)
+        self._llm: AsyncLLM | None = None
+        self._calls: dict[str, _Call] = {}
+        self._version = 0
+        self._running = (
+            asyncio.Event()
+        )  # clear while paused: calls begun then wait here, not in the scheduler
+        self._push_failed: str | None = None
+
+    @property
+    def routing(self) -> RoutingSpec | None:
+        return self._model.routing
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        vllm_process.prepare(self._config, self._cores)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            self._llm = AsyncLLM.from_engine_args(
+                vllm_process.engine_args(self._config, self._replica, self._model)
+            )
+            # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
+            await self._llm.get_supported_tasks()
+        except Exception as error:
+            await self.shutdown()
+            raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {error}") from error
+        self._running.set()
+
+    async def shutdown(self) -> None:
+        llm, self._llm = self._llm, None
+        self._running.clear()
+        if llm is not None:
+            llm.shutdown()
+            # Its tasks hold sockets: let them see their cancellation while there is a loop.
+            await asyncio.sleep(0)
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineError(f"replica {self._replica}: the engine is not running")
+        return self._llm
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int
+    ) -> EngineOutput:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            max_tokens=max_tokens,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=self._stop_token_ids,
+            # Not DELTA, which loses routed experts when the consumer lags; and nobody reads tokens one by one.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        while True:
+            await self._running.wait()
+            with self._errors(request_id):
+                call, output = await self._run(request_id, token_ids, params)
+            if not (call.restart and not output.outputs[0].token_ids):
+                break
+        completion = output.outputs[0]
+        sampled = np.asarray(completion.token_ids, dtype=np.int32)
+        return EngineOutput(
+            token_ids=sampled,
+            logprobs=_logprobs(completion.logprobs),
+            versions=self._stamps(call, len(sampled)),
+            routed_experts=self._columns(completion.routed_experts) if len(sampled) else None,
+            finish_reason=completion.finish_reason,
+        )
+
+    async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
+        """Submit one request and wait for its final output; its call is on record while it runs."""
+        from vllm.inputs.engine import tokens_input
+
+        llm = self._engine
+        # A rendered input is submitted synchronously: no pause can come between the gate and the scheduler's channel.
+        prompt = tokens_input(token_ids.tolist(), cache_salt=f"v{self._version}")
+        collector = await llm.add_request(request_id, prompt, params)
+        call = self._calls[collector.request_id] = _Call(collector.request_id)
+        try:
+            return call, await collector.get()
+        except asyncio.CancelledError:
+            await llm.abort(collector.request_id, internal=True)
+            raise
+        finally:
+            del self._calls[collector.request_id]
+            collector.close()
+
+    async def score(self, sequences: list[Int32Array]) -> list[Score]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,  # of the prompt's own tokens only; with it vLLM reads nothing from the prefix cache
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        with self._errors("score"):
+            outputs = await asyncio.gather(
+                *(self._run(f"score/{i}", sequence, params) for i, sequence in enumerate(sequences))
+            )
+        return [
+            Score(
+                _logprobs(output.prompt_logprobs),
+                # One token was sampled, so the rows are those of the N sent; the last of them scores nothing.
+                self._columns(output.outputs[0].routed_experts, rows=len(sequence) - 1),
+            )
+            for sequence, (_, output) in zip(sequences, outputs, strict=True)
+        ]
+
+    def _columns(self, routed: Any, rows: int | None = None) -> ExpertIds | None:
+        if self._model.routing is None:
+            return None
+        return moe_columns(routed, self._model.moe_layers)[:rows]
+
+    def _stamps(self, call: _Call, count: int) -> Int32Array:
+        versions = np.full(count, self._version, dtype=np.int32)
+        start = 0
+        for stop, version in call.boundaries:
+            versions[start:stop] = version
+            start = stop
+        return versions
+
+    # -- pause and resume -----------------------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode) -> None:
+        llm = self._engine
+        self._running.clear()
+        with self._errors("pause"):
+            # AsyncLLM.pause_generation is this call and a sleep of 20 ms; the drain below is exact instead.
+            await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+            await self._drain_outputs()
+            if mode == "keep":
+                await self._take_back_unstarted()
+
+    async def resume(self) -> None:
+        if self._push_failed is not None:
+            raise WeightSyncError(
+                f"replica {self._replica}: the last push failed, and its weights cannot be trusted: {self._push_failed}"
+            )
+        with self._errors("resume"):
+            await self._engine.resume_generation()
+        self._running.set()
+
+    async def _drain_outputs(self) -> None:
+        """Return when every output that the engine core sent before now has been accounted for in the frontend."""
+        from vllm.v1.engine import EngineCoreOutputs
+
+        llm = self._engine
+        # The handler takes an item only when it is done with all before it, so an empty message taken means drained.
+        queue = llm.engine_core.outputs_queue
+        queue.put_nowait(EngineCoreOutputs())
+        while not queue.empty():
+            if llm.errored:
+                raise EngineError(f"replica {self._replica}: the engine died during a pause")
+            await asyncio.sleep(0)
+
+    async def _take_back_unstarted(self) -> None:
+        """Withdraw frozen calls without a token: they would start after the push on prefixes cached before it."""
+        for call in self._calls.values():
+            if self._sampled(call) == 0:
+                call.restart = True
+        await self._engine.abort(
+            [call.internal_id for call in self._calls.values() if call.restart], internal=True
+        )
+
+    def _sampled(self, call: _Call) -> int | None:
+        """Tokens that a running call has; None when it has ended and its caller only has not looked yet."""
+        state = self._engine.output_processor.request_states.get(call.internal_id)
+        return None if state is None else state.detokenizer.num_output_tokens()
+
+    # -- weight transfer, as vLLM's clients call it on an actor ---------------------------------------------------
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._push(self._engine.init_weight_transfer_engine(request))
+
+    async def start_weight_update(self) -> None:
+        if self._running.is_set():
+            raise WeightSyncError(f"replica {self._replica}: pause the engine before a push")
+        await self._push(self._engine.start_weight_update())
+
+    async def update_weights(self, request: Any) -> None:
+        await self._push(self._engine.update_weights(request))
+
+    async def finish_weight_update(self) -> None:
+        await self._push(self._engine.finish_weight_update())
+
+    async def update_weight_version(self, version: str) -> None:
+        if self._running.is_set():
+            raise WeightSyncError(
+                f"replica {self._replica}: the version changed while the engine was not paused"
+            )
+        for call in self._calls.values():
+            sampled = self._sampled(call)
+            call.boundaries.append((np.iinfo(np.int32).max if sampled is None else sampled, self._version))
+        await self._push(self._engine.update_weight_version(version))
+        self._version = int(version)
+        self._push_failed = None
+
+    async def _push(self, step: Awaitable[None]) -> None:
+        try:
+            await step
+        except Exception as error:
+            # vLLM hands the engine core's exception over as text.
+            self._push_failed = str(error)
+            raise WeightSyncError(f"replica {self._replica}: {error}") from error
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            yield
+        except (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError) as error:
+            raise EngineError(f"replica {self._replica}: {what}: {error or type(error).__name__}") from error
+
+
+def _logprobs(flat: Any) -> Float32Array:
+    """vLLM's flat log-probs, one per position, to float32[n]; the first prompt token has none and no entry."""
+    return np.asarray(flat.logprobs, dtype=np.float32)

@@ -1,0 +1,119 @@
+"""How the vLLM processes are set up: environment, cores, engine arguments. The one place that names them, with reasons.
+
+Call ``prepare`` before anything imports vLLM: it reads most of this at import, and its engine core inherits the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from async_rl.config import RunConfig
+from async_rl.errors import EngineError, ModelError
+from async_rl.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+log = logging.getLogger(__name__)
+
+# vllm_engine and weights.shm reach into vLLM where it has no public way; they were written for this version.
+VLLM_VERSION = "0.30."
+
+ENVIRONMENT = {
+    # Models come from a folder; nothing is looked up or reported over the network.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # vLLM would give its loggers a handler on stdout; without it they follow the root logger of the process.
+    "VLLM_CONFIGURE_LOGGING": "0",
+}
+
+
+def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
+    """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
+    os.environ.update(ENVIRONMENT)
+    if not on_cpu(config):
+        return
+    threads = str(config.resources.engine_threads)
+    os.environ["OMP_NUM_THREADS"] = threads
+    # Placement is the affinity below, inherited by the engine core; vLLM's own binding would choose cores by itself.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if config.rollout.tensor_parallel_size == 1:
+        # Lets the model run inside the engine core (AsyncLLM has a process for that all the same) instead of in a
+        # third process, which costs a hop over shared memory each step.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if cores and config.resources.pin_cores:
+        pin(cores)
+
+
+def pin(cores: tuple[int, ...]) -> None:
+    """Bind every thread of this process, and so whatever it starts later, to ``cores``."""
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            os.sched_setaffinity(int(thread), cores)
+        except ProcessLookupError:
+            continue  # the thread ended meanwhile
+
+
+def on_cpu(config: RunConfig) -> bool:
+    if config.resources.device != "auto":
+        return config.resources.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
+    """Raises EngineError when another version of vLLM is installed."""
+    import vllm
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if not vllm.__version__.startswith(VLLM_VERSION):
+        raise EngineError(
+            f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x"
+        )
+    cpu = on_cpu(config)
+    return AsyncEngineArgs(
+        model=str(config.model.path),
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
+        seed=config.seed + replica,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_num_seqs=config.rollout.max_num_seqs,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        tensor_parallel_size=config.rollout.tensor_parallel_size,
+        kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=config.rollout.enforce_eager,
+        enable_prefix_caching=True,
+        enable_return_routed_experts=model.routing is not None,
+        # Behaviour log-probs: after temperature and top-p.
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
+        # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
+
+
+def stop_token_ids(folder: Path) -> list[int]:
+    """The tokens that end a response: generation_config.json, or config.json where there is none. Raises ModelError."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            eos = json.loads((folder / name).read_text()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path {folder}: {name}: {error}") from None
+        if eos is not None:
+            return list(eos) if isinstance(eos, list) else [eos]
+    return []

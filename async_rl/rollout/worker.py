@@ -1,0 +1,294 @@
+"""RolloutWorker: keeps one engine full, interrupts it at a push, resumes, scores, publishes complete groups.
+
+A thin shell, made a Ray actor by ``cluster``. Decisions live in ``partial`` (what a resumed call sends) and in the queue's
+broker (what may be issued). Knows the queue by its client; does not know the trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+
+from async_rl.config import RunConfig
+from async_rl.errors import EngineError, RewardError
+from async_rl.queue.ray_queue import QueueClient
+from async_rl.queue.records import Ticket
+from async_rl.rollout.engine import RolloutEngine, Sampling, Score
+from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.types import Group, Int32Array, Prompt, Trajectory
+
+log = structlog.get_logger(__name__)
+
+# What the engine is asked to do with running requests at a push, by async_training.partial_rollout.mode.
+PAUSE_MODE = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """Counters since the start of the worker; seconds for times."""
+
+    replica: int
+    version: int = 0
+    generated_tokens: int = 0
+    resumed_prefill_tokens: int = 0
+    partial_rollouts: int = 0
+    trajectories: int = 0
+    groups: int = 0
+    running_trajectories: int = 0
+    busy_s: float = 0.0
+    paused_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Greedy evaluation at one policy version: mean reward over n problems, mean response length in tokens."""
+
+    version: int
+    reward_mean: float
+    n: int
+    response_tokens_mean: float
+
+
+class Stopwatch:
+    """Seconds for which a condition held, with the clock read at its changes only."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._since: float | None = None
+
+    def set(self, running: bool) -> None:
+        now = time.monotonic()
+        if self._since is not None:
+            self._total += now - self._since
+        self._since = now if running else None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+
+class RolloutWorker:
+    """One replica: an engine and the groups that it works on.
+
+    ``engine`` is made by the caller, so that tests can bring their own.
+    """
+
+    def __init__(
+        self, config: RunConfig, replica: int, queue: QueueClient, engine: RolloutEngine, tokenizer: Any, rewards: RewardRunner
+    ) -> None:
+        self._config = config
+        self._name = f"rollout-{replica}"
+        self._queue = queue
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._rewards = rewards
+        self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
+        # Groups at work: enough to fill the engine's batch, and one more so that a long response at the end of a
+        # group does not leave its siblings' places empty.
+        self._max_groups = -(-config.rollout.max_num_seqs // config.rollout.n) + 1
+        self._open = asyncio.Event()  # closed from the start of a push to its end: no engine call is begun
+        self._open.set()
+        self._calls = 0  # engine calls under way
+        self._quiet = asyncio.Event()  # set while there are none
+        self._quiet.set()
+        self._groups: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._busy, self._paused = Stopwatch(), Stopwatch()
+        self._stats = WorkerStats(replica)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine. Raises EngineError when it does not come up."""
+        await self._engine.start()
+
+    async def run(self) -> None:
+        """Work until ``stop``. Raises what a group raised: the run must not go on as if nothing had happened."""
+        take: asyncio.Task[list[Ticket]] | None = None
+        more = True  # tickets may still come
+        try:
+            while not self._stopping and (more or self._groups):
+                free = self._max_groups - len(self._groups)
+                if more and take is None and free > 0:
+                    take = asyncio.create_task(self._take(free))
+                waiting: set[asyncio.Task[Any]] = {*self._groups, *([take] if take else [])}
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & self._groups:
+                    self._groups.discard(task)
+                    if not task.cancelled():  # by stop
+                        task.result()
+                if take in done:
+                    tickets = take.result()
+                    take = None
+                    more = bool(tickets)  # none: the dataset is exhausted or the queue closed
+                    self._groups.update(asyncio.create_task(self._group(ticket)) for ticket in tickets)
+        finally:
+            for task in [*self._groups, *([take] if take else [])]:
+                task.cancel()
+            await asyncio.gather(*self._groups, *([take] if take else []), return_exceptions=True)
+            self._groups.clear()
+
+    async def stop(self) -> None:
+        """Begin no more work and end what runs; partials are given up (their groups stay outstanding in the queue)."""
+        self._stopping = True
+        self._open.clear()
+        if self._calls:
+            await self._engine.pause("abort")
+        for task in list(self._groups):
+            task.cancel()
+
+    async def shutdown(self) -> None:
+        """Stop, and end the engine with its processes."""
+        await self.stop()
+        self._rewards.close()
+        await self._engine.shutdown()
+
+    def stats(self) -> WorkerStats:
+        self._stats.version = self._engine.version
+        self._stats.running_trajectories = self._calls
+        self._stats.busy_s, self._stats.paused_s = self._busy.seconds, self._paused.seconds
+        return self._stats
+
+    # -- work ---------------------------------------------------------------------------------------------------
+
+    async def _take(self, limit: int) -> list[Ticket]:
+        return await self._queue.take(self._name, limit)
+
+    async def _group(self, ticket: Ticket) -> None:
+        """Sample, score and publish one group. A reward's failure fails the group or the run, as configured."""
+        try:
+            trajectories = await asyncio.gather(
+                *(self._trajectory(ticket, index) for index in range(self._config.rollout.n))
+            )
+        except RewardError as error:
+            if self._config.reward.on_error == "fail":
+                raise
+            log.warning("group failed", group=ticket.group_id, reason=str(error))
+            await self._queue.fail(ticket.group_id, "reward")
+            return
+        await self._queue.put(Group(ticket.group_id, ticket.prompt, tuple(trajectories)))
+        self._stats.groups += 1
+        self._stats.trajectories += len(trajectories)
+        self._stats.partial_rollouts += sum(t.is_partial for t in trajectories)
+
+    async def _trajectory(self, ticket: Ticket, index: int) -> Trajectory:
+        partial = PartialRollout.begin(
+            f"{ticket.group_id}/{index}",
+            ticket.prompt.token_ids,
+            max_response_tokens=self._config.rollout.max_response_tokens,
+            eos_token_id=self._tokenizer.eos_token_id,
+            routing=self._engine.routing,
+        )
+        call = 0
+        while not partial.finished:
+            await self._open.wait()
+            partial = await self._call(partial, f"{partial.trajectory_id}/{call}")
+            call += 1
+        response = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
+        return partial.to_trajectory(await self._rewards.score(ticket.prompt, response))
+
+    async def _call(self, partial: PartialRollout, request_id: str) -> PartialRollout:
+        """One engine call for what is left of ``partial``."""
+        token_ids, budget = partial.next_request()
+        resumed = len(partial.response_ids) > 0
+        self._enter()
+        try:
+            output = await self._engine.generate(request_id, token_ids, self._sampling, budget)
+        finally:
+            self._leave()
+        self._stats.generated_tokens += len(output.token_ids)
+        if resumed and len(output.token_ids):
+            self._stats.resumed_prefill_tokens += len(token_ids)
+        return partial.absorb(output)
+
+    def _enter(self) -> None:
+        self._calls += 1
+        self._quiet.clear()
+        if self._calls == 1:
+            self._busy.set(self._open.is_set())
+
+    def _leave(self) -> None:
+        self._calls -= 1
+        if self._calls == 0:
+            self._quiet.set()
+            self._busy.set(False)
+
+    # -- a push -------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Begin no engine call, and bring the engine to a stop as partial_rollout.mode says."""
+        self._open.clear()
+        mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
+        if mode == "wait":
+            # The engine works on while it drains: that time is generation, not pause.
+            await self._quiet.wait()
+        self._busy.set(False)
+        self._paused.set(True)
+        await self._engine.pause(mode)
+        if mode != "keep":
+            await self._quiet.wait()
+
+    async def wake(self) -> None:
+        """Let the engine compute again, for the canary and for evaluation; rollouts still wait."""
+        await self._engine.resume()
+
+    async def resume(self) -> None:
+        """Go on with what was interrupted, and take new work."""
+        self._paused.set(False)
+        self._busy.set(self._calls > 0)
+        self._open.set()
+
+    # What vLLM's RayVLLMWeightSyncClient calls on each rollout actor.
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        if "rank_offset" in request.init_info:
+            # NCCL: the sender is rank 0, and each replica's ranks follow those of the one before it.
+            request.init_info["rank_offset"] += self._stats.replica * self._config.rollout.tensor_parallel_size
+        await self._engine.init_weight_transfer_engine(request)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, request: Any) -> None:
+        await self._engine.update_weights(request)
+
+    async def finish_weight_update(self) -> None:
+        await self._engine.finish_weight_update()
+
+    async def update_weight_version(self, version: str) -> None:
+        await self._engine.update_weight_version(version)
+
+    # -- probes -------------------------------------------------------------------------------------------------
+
+    async def score(self, sequences: Sequence[Int32Array]) -> list[Score]:
+        """Log-probs and routing of fixed token sequences under the engine's weights, for the canary."""
+        return await self._engine.score(list(sequences))
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> EvalResult:
+        """Greedy responses to ``prompts`` and their mean reward. The weights must not change meanwhile."""
+        version = self._engine.version
+        results = await asyncio.gather(*(self._evaluate_one(prompt) for prompt in prompts))
+        if self._engine.version != version:
+            raise EngineError(f"the weights went from version {version} to {self._engine.version} during an evaluation")
+        rewards, lengths = zip(*results, strict=True)
+        return EvalResult(version, float(np.mean(rewards)), len(prompts), float(np.mean(lengths)))
+
+    async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int]:
+        output = await self._engine.generate(
+            f"eval/{prompt.prompt_id}",
+            prompt.token_ids,
+            Sampling(temperature=1.0, top_p=1.0, greedy=True),
+            self._config.rollout.max_response_tokens,
+        )
+        if output.finish_reason == "abort":
+            raise EngineError(f"evaluation of prompt {prompt.prompt_id} was aborted")
+        response = self._tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        return await self._rewards.score(prompt, response), len(output.token_ids)
+

@@ -1,0 +1,189 @@
+"""Token log-probs, the policy loss, and the sums that the metrics are made of. Pure: torch only; knows
+nobody.
+
+Everything is a *sum* over the tokens that count, never a mean: means are taken once, over the global batch,
+so that no result depends on how sequences were packed or spread over ranks. Shapes: T positions, V
+vocabulary, S stalenesses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Bound of |log ratio| before it is exponentiated: e^20 is far beyond any clip, and its square still fits
+# float32.
+MAX_LOG_RATIO = 20.0
+
+# A token is extreme if its importance ratio lies outside [1/τ, τ].
+EXTREME_TAU = 2.0
+
+
+class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
+    """Keeps the logits and one float per position for the backward pass; softmax is recomputed there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = logits.float() / temperature
+        normalizer = scaled.logsumexp(dim=-1)
+        logprobs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
+        probabilities = torch.exp(scaled - normalizer.unsqueeze(-1))
+        entropy = normalizer - torch.einsum("tv,tv->t", probabilities, scaled)
+        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets, normalizer = ctx.saved_tensors
+        gradient = (gradients[0] / ctx.temperature).unsqueeze(-1)
+        result = torch.exp(logits.float() / ctx.temperature - normalizer.unsqueeze(-1)).mul_(-gradient)
+        result.scatter_add_(-1, targets.unsqueeze(-1), gradient)
+        return result.to(logits.dtype), None, None
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target and the entropy there, of softmax(logits / temperature), in float32.
+
+    logits [T, V], targets int64[T]; returns float32[T] (differentiable) and float32[T] (not).
+    """
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature)
+    return logprobs, entropy
+
+
+def clipped_policy_loss(
+    current: torch.Tensor,
+    behaviour: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped objective by token (arXiv:1707.06347), with a clip range of its own on either side
+    (arXiv:2503.14476).
+
+    All float32[T], mask bool[T]. Returns the loss summed over the mask, and bool[T]: where clipping stops the
+    gradient.
+    """
+    log_ratio = torch.where(mask, current - behaviour, 0.0)
+    ratio = torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    plain = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    loss = -torch.minimum(plain, clipped)
+    # A masked position may hold anything, NaN included: select, do not multiply.
+    return torch.where(mask, loss, 0.0).sum(), (clipped < plain) & mask
+
+
+SUMS = (
+    "tokens",
+    "loss",
+    "entropy",
+    "kl",
+    "k3",
+    "clipped",
+    "extreme",
+    "ratio",
+    "ratio_squared",
+    "abs_diff",
+    "abs_diff_on_policy",
+)
+MAXIMA = ("abs_diff", "abs_diff_on_policy")
+
+
+@dataclass(slots=True)
+class PolicySums:
+    """Sums over contributing tokens; two of them add up to that of both batches.
+
+    sums float64[len(SUMS)]; maxima float64[len(MAXIMA)]; tokens_by_staleness and kl_by_staleness float64[S],
+    S = largest staleness allowed + 1.
+    """
+
+    sums: torch.Tensor
+    maxima: torch.Tensor
+    tokens_by_staleness: torch.Tensor
+    kl_by_staleness: torch.Tensor
+
+    @staticmethod
+    def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
+        def zeros(n: int) -> torch.Tensor:
+            return torch.zeros(n, dtype=torch.float64, device=device)
+
+        return PolicySums(zeros(len(SUMS)), zeros(len(MAXIMA)), zeros(stalenesses), zeros(stalenesses))
+
+    def add(self, other: PolicySums) -> None:
+        self.sums += other.sums
+        torch.maximum(self.maxima, other.maxima, out=self.maxima)
+        self.tokens_by_staleness += other.tokens_by_staleness
+        self.kl_by_staleness += other.kl_by_staleness
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup) -> None:
+        """Make every rank of ``group`` hold the total."""
+        flat = torch.cat([self.sums, self.tokens_by_staleness, self.kl_by_staleness])
+        torch.distributed.all_reduce(flat, group=group)
+        torch.distributed.all_reduce(self.maxima, op=torch.distributed.ReduceOp.MAX, group=group)
+        sizes = [len(self.sums), len(self.tokens_by_staleness), len(self.kl_by_staleness)]
+        self.sums, self.tokens_by_staleness, self.kl_by_staleness = (
+            part.clone() for part in flat.split(sizes)
+        )
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.sums[SUMS.index(name)])
+
+    def maximum(self, name: str) -> float:
+        return float(self.maxima[MAXIMA.index(name)])
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def policy_sums(
+    *,
+    loss: torch.Tensor,
+    current: torch.Tensor,
+    behaviour: torch.Tensor,
+    entropy: torch.Tensor,
+    clipped: torch.Tensor,
+    staleness: torch.Tensor,
+    mask: torch.Tensor,
+    stalenesses: int,
+) -> PolicySums:
+    """What one microbatch adds to the metrics. Arrays [T]; staleness int64[T] below ``stalenesses`` wherever
+    mask is set.
+
+    kl is behaviour - current, the k1 estimate of KL(behaviour || current); k3 = e^x - 1 - x with x = current
+    - behaviour is its low-variance form (Schulman, "Approximating KL divergence", 2020).
+    """
+    current, behaviour, entropy = current[mask].double(), behaviour[mask].double(), entropy[mask].double()
+    staleness = staleness[mask]
+    log_ratio = current - behaviour
+    bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = torch.exp(bounded)
+    difference = log_ratio.abs()
+    on_policy = difference[staleness == 0]
+    sums = [
+        mask.sum().double(),
+        loss.double(),
+        entropy.sum(),
+        -log_ratio.sum(),
+        (torch.expm1(bounded) - bounded).sum(),
+        clipped.sum().double(),
+        (difference > math.log(EXTREME_TAU)).sum().double(),
+        ratio.sum(),
+        ratio.square().sum(),
+        difference.sum(),
+        on_policy.sum(),
+    ]
+    zero = difference.new_zeros(1)
+    return PolicySums(
+        sums=torch.stack(sums),
+        maxima=torch.stack([torch.cat([zero, difference]).max(), torch.cat([zero, on_policy]).max()]),
+        tokens_by_staleness=torch.bincount(staleness, minlength=stalenesses).double(),
+        kl_by_staleness=torch.bincount(staleness, weights=-log_ratio, minlength=stalenesses),
+    )

@@ -1,0 +1,184 @@
+"""Routing replay on Megatron's native RouterReplay: which experts each row executes, in forward and
+recomputation.
+
+Megatron 0.16.1 keeps, per router, one forward target and a list of targets for recomputation that it pops in
+order. ``RoutingReplay`` finds the routers of one model by walking it (Megatron's own registry is class-wide
+and grows with every model), addresses them by global layer number, and brackets each microbatch; the class
+docstring has the protocol.
+
+A row of NO_ROUTING goes through the native router, that row only (invariant 8). Nothing in Megatron checks a
+target's shape, range or duplicates: ``check_rows`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+from async_rl.errors import ReplayError
+from async_rl.model_config import ModelConfig
+from async_rl.trainer.packing import NO_ROUTING
+from async_rl.types import ExpertIds, Int32Array, RoutingSpec
+
+
+def check_rows(name: str, routing: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
+    """Raise ReplayError unless ``routing`` is [rows, L, K] and each row is NO_ROUTING or K distinct experts
+    below E.
+    """
+    expected = (rows, spec.num_moe_layers, spec.top_k)
+    if routing.shape != expected:
+        raise ReplayError(f"{name}: routing has shape {routing.shape}, the model needs {expected}")
+    if routing.size == 0:
+        return
+    absent = (routing == NO_ROUTING).all(axis=-1)
+    outside = ((routing < 0) | (routing >= spec.num_experts)).any(axis=-1) & ~absent
+    if outside.any():
+        row, layer = (int(i) for i in np.argwhere(outside)[0])
+        raise ReplayError(
+            f"{name}: row {row}, MoE layer {layer}: experts {routing[row, layer].tolist()}, "
+            f"the model has 0 to {spec.num_experts - 1}"
+        )
+    ordered = np.sort(routing, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~absent
+    if repeated.any():
+        row, layer = (int(i) for i in np.argwhere(repeated)[0])
+        raise ReplayError(
+            f"{name}: row {row}, MoE layer {layer}: expert repeated in {routing[row, layer].tolist()}; "
+            "padding or a prefix without routing has been taken for routing"
+        )
+
+
+class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no types
+    """RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, anew in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The registry would keep this object, and its targets, for the life of the process.
+        RouterReplay.global_router_replay_instances.remove(self)
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert default_compute_topk is not None
+        if self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            target = self.target_topk_idx
+        elif self.router_replay_action is RouterReplayAction.REPLAY_BACKWARD:
+            target = self.replay_backward_list.pop(0)
+        else:
+            native: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(
+                scores, topk, num_groups, group_topk, default_compute_topk
+            )
+            return native
+        if target is None or target.shape != (scores.shape[0], topk):
+            found = "none" if target is None else list(target.shape)
+            raise ReplayError(f"router got {scores.shape[0]} rows of {topk} experts, its target is {found}")
+        absent = target[:, :1] < 0
+        if absent.any():
+            _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            target = torch.where(absent, chosen, target)
+        return scores.gather(1, target), target
+
+
+class RoutingReplay:
+    """All routers of one model.
+
+    Around a schedule: ``with replay.schedule():``. Within it, once per microbatch, in the forward step:
+    ``before_forward`` with its rows (None: native routing), the model's forward pass, ``after_forward``. A
+    recomputing backward pass then pops the rows in the order in which they were given, also with several
+    microbatches in flight. With ``record=True`` nothing is replayed; ``after_forward`` returns the experts
+    that the routers chose.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module], model: ModelConfig) -> None:
+        self._spec = model.routing
+        self._routers: list[tuple[int, TopKRouter]] = []  # (index among the model's MoE layers, router)
+        self._verifier: _Verifier | None = None
+        for module in modules:
+            for name, router in module.named_modules():
+                # A multi-token-prediction head routes too, but the engine returns nothing for it.
+                if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
+                    router.router_replay = _RowwiseReplay()
+                    self._routers.append((model.moe_layers.index(router.layer_number - 1), router))
+        self._recording = False
+
+    @contextmanager
+    def schedule(self, *, record: bool = False, verify: bool = False) -> Iterator[None]:
+        """Brackets one schedule: nothing armed in it survives it, however it ends."""
+        self._recording = record
+        self._verifier = _Verifier(self._routers) if verify else None
+        try:
+            yield
+        finally:
+            self._recording = False
+            if self._verifier is not None:
+                self._verifier.close()
+                self._verifier = None
+            for _, router in self._routers:
+                router.router_replay.clear_indices()
+                router.router_replay.clear_router_replay_action()
+
+    def before_forward(self, rows: torch.Tensor | None) -> None:
+        """Arm the next forward pass with rows int[T, L, K]."""
+        if self._recording:
+            self._act(RouterReplayAction.RECORD)
+        elif rows is not None:
+            for layer, router in self._routers:
+                router.router_replay.set_target_indices(rows[:, layer].long())
+            self._act(RouterReplayAction.REPLAY_FORWARD)
+            if self._verifier is not None:
+                self._verifier.expect(rows)
+
+    def after_forward(self) -> dict[int, torch.Tensor]:
+        """Turn to what recomputation replays. Returns what was recorded: MoE layer index -> int64[T, K]."""
+        if self._recording:
+            return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers}
+        if self._routers and self._routers[0][1].router_replay.target_topk_idx is not None:
+            self._act(RouterReplayAction.REPLAY_BACKWARD)
+        return {}
+
+    def _act(self, action: RouterReplayAction) -> None:
+        for _, router in self._routers:
+            router.router_replay.set_router_replay_action(action)
+
+
+class _Verifier:
+    """Compares the routing map that leaves each router, which the dispatcher executes, with the rows asked
+    for.
+    """
+
+    def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
+        self._rows: torch.Tensor | None = None
+        self._hooks = [
+            router.register_forward_hook(lambda _m, _i, output, layer=layer: self._compare(layer, output[1]))
+            for layer, router in routers
+        ]
+
+    def expect(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _compare(self, layer: int, routing_map: torch.Tensor) -> None:
+        if self._rows is None:
+            return
+        target = self._rows[:, layer].long()
+        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), True)
+        wrong = ((asked != routing_map).any(dim=1) & (target[:, 0] >= 0)).nonzero().flatten().tolist()
+        if wrong:
+            executed = routing_map[wrong[0]].nonzero().flatten().tolist()
+            raise ReplayError(
+                f"MoE layer {layer}: {len(wrong)} of {len(target)} rows executed other experts than asked "
+                f"for; first row {wrong[0]}: asked {sorted(target[wrong[0]].tolist())}, executed {executed}"
+            )

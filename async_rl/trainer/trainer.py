@@ -1,0 +1,344 @@
+"""One Megatron rank, without Ray: groups in, an optimizer update and a StepReport out; weights out to whoever
+asks.
+
+A step reads top to bottom in ``train_step``: advantages, packing, global token count, (R2: record routing),
+forward and backward under Megatron's own schedule with routing replayed, update, metrics. Knows the other
+modules of this room, ``weights`` and ``model_config``; knows neither queue nor engine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from async_rl.config import RunConfig
+from async_rl.model_config import check_run, read_model_config
+from async_rl.trainer import losses, packing, platform
+from async_rl.trainer.advantages import group_advantages
+from async_rl.trainer.losses import PolicySums, policy_sums, token_logprobs
+from async_rl.trainer.packing import Microbatch, Sample
+from async_rl.trainer.report import StepReport, step_report
+from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
+from async_rl.weights import names
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import WeightSource
+
+# A loss: (microbatch, its tensors, logits [T, V]) -> (scalar to differentiate, what to keep of this
+# microbatch).
+Tensors = dict[str, torch.Tensor]
+LossFunction = Callable[[Microbatch, Tensors, torch.Tensor], tuple[torch.Tensor, Any]]
+
+# Size of one *.safetensors file of an export: what transformers writes too.
+SHARD_BYTES = 5 * 10**9
+
+
+class Trainer:
+    """Builds the model of ``config.model.path`` and trains it as data-parallel rank ``rank`` of
+    ``world_size``.
+
+    init_method: where the ranks meet, for example "tcp://127.0.0.1:29500"; needed for more than one. Every
+    rank must make the same calls in the same order. Megatron's state is global: one Trainer per process at a
+    time.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, rank: int = 0, world_size: int = 1, init_method: str | None = None
+    ) -> None:
+        self._config = config
+        self._model_config = read_model_config(config.model.path)
+        check_run(config, self._model_config)
+        self._device = platform.resolve(config.resources.device)
+        self._rank = rank
+        platform.activate(self._device)
+        platform.init_distributed(self._device, rank, world_size, init_method)
+        try:
+            self._build()
+        except BaseException:
+            platform.close_distributed()
+            raise
+
+    def _build(self) -> None:
+        # Megatron is imported only after the device seam was activated.
+        from megatron.core import parallel_state
+
+        from async_rl.trainer import megatron
+        from async_rl.trainer.executor import Executor
+        from async_rl.trainer.replay import RoutingReplay
+
+        self._model = megatron.build(self._config, self._model_config, self._device)
+        self._group = parallel_state.get_data_parallel_group()
+        replay = RoutingReplay([self._model.module], self._model_config)
+        self._executor = Executor(self._model, replay, self._device)
+        self._optimizer = platform.optimizer(self._device, self._model, self._config.trainer.optimizer)
+        self._steps = 0
+        self._recorded: dict[str, Int32Array] = {}  # R2: trajectory id -> routing [N-1, L, K]
+
+    # ---- training
+    # ----------------------------------------------------------------------------------------------
+
+    def train_step(self, groups: Sequence[Group], *, version: int, oldest_version: int) -> StepReport:
+        """One optimizer update on this rank's share of the batch; no group may be split over ranks.
+
+        version: the policy version that consumes the tokens. Tokens sampled before ``oldest_version``
+        contribute nothing (invariant 4). If no token of any rank contributes, nothing is updated and the
+        report says so.
+        """
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        if self._config.trainer.router_replay == "R2":
+            self.record_routing([g for g in groups if not self._is_recorded(g)])
+            started = _lap(seconds, "record_routing", started)
+        samples = [sample for group in groups for sample in self._samples(group, oldest_version)]
+        batches = self._pack(samples)
+        contributing = sum(int(sample.loss_mask.sum()) for sample in samples)
+        responses = sum(len(t.response_ids) for group in groups for t in group.trajectories)
+        total = self._all_reduce(
+            tokens=contributing,
+            stale=responses - contributing,
+            fallback=sum(packing.rows_without_routing(batch) for batch in batches),
+            groups=len(groups),
+            trajectories=len(samples),
+            reward=sum(float(group.rewards.sum(dtype=np.float64)) for group in groups),
+            microbatches=len(batches),
+        )
+        started = _lap(seconds, "prepare", started)
+
+        stalenesses = version - oldest_version + 1
+        sums = PolicySums.zero(stalenesses, self._device)
+        update = self._optimizer.no_update()
+        if total["tokens"]:
+            loss = self._policy_loss(version, stalenesses, total["tokens"])
+            for part in self._executor.forward_backward(batches, loss, verify=self._verifying):
+                sums.add(part)
+            started = _lap(seconds, "forward_backward", started)
+            update = self._optimizer.step()
+            started = _lap(seconds, "optimizer", started)
+            sums.all_reduce(self._group)
+        self._steps += 1
+        for group in groups:
+            for trajectory in group.trajectories:
+                self._recorded.pop(trajectory.trajectory_id, None)
+        _lap(seconds, "metrics", started)
+        return step_report(
+            sums,
+            update,
+            version=version,
+            groups=int(total["groups"]),
+            trajectories=int(total["trajectories"]),
+            reward_sum=total["reward"],
+            masked={"stale": int(total["stale"])},
+            fallback_rows=int(total["fallback"]),
+            microbatches=int(total["microbatches"]),
+            seconds=seconds,
+        )
+
+    def supervised_step(self, sequences: Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]) -> float:
+        """One update on the cross entropy of the masked-in tokens: (token ids int32[N], mask bool[N]) per
+        sequence.
+
+        Returns the mean over this step's tokens of all ranks, before the update; the mask of a first token is
+        of no effect. Routing is native.
+        """
+        samples = [
+            _plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)
+        ]
+        tokens = self._all_reduce(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
+        if not tokens:
+            return 0.0
+
+        def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            logprobs, _entropy = token_logprobs(logits, tensors["labels"])
+            summed = -torch.where(tensors["loss_mask"], logprobs, 0.0).sum()
+            return summed / tokens, float(summed.detach())
+
+        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch)
+        parts = self._executor.forward_backward(batches, loss)
+        self._optimizer.step()
+        return self._all_reduce(loss=sum(parts))["loss"] / tokens
+
+    def record_routing(self, groups: Sequence[Group]) -> None:
+        """R2's log-prob pass: remember the experts that the trainer's own router chooses for these groups
+        now.
+
+        ``train_step`` replays them and runs this pass itself for groups that are not recorded yet. Call it
+        first, with the groups of all updates of a training step, so that later updates replay the routing
+        from before the first.
+        """
+        trajectories = [t for group in groups for t in group.trajectories]
+        samples = [
+            _plain_sample(t.trajectory_id, np.concatenate([t.prompt_ids, t.response_ids]))
+            for t in trajectories
+        ]
+        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch)
+        for batch, recorded in zip(batches, self._forward(batches, _nothing, record=True), strict=True):
+            # {MoE layer: [T, K]} -> [T, L, K]
+            rows = np.stack([recorded[layer] for layer in sorted(recorded)], axis=1).astype(np.int32)
+            for index, part in zip(batch.samples, np.split(rows, batch.cu_seqlens[1:-1]), strict=True):
+                self._recorded[trajectories[index].trajectory_id] = part
+
+    # ---- asking the model
+    # --------------------------------------------------------------------------------------
+
+    def logprobs(
+        self,
+        sequences: Sequence[Int32Array],
+        routing: Sequence[ExpertIds | Int32Array] | None = None,
+        temperature: float = 1.0,
+    ) -> list[Float32Array]:
+        """Log-probs float32[N-1] of tokens 1..N-1 of each sequence int32[N], without touching any state.
+
+        routing: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
+        are without it.
+        """
+        samples = [
+            self._with_routing(
+                _plain_sample(f"sequence {index}", ids), None if routing is None else routing[index]
+            )
+            for index, ids in enumerate(sequences)
+        ]
+        row_shape = None if routing is None else self._row_shape
+        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch, row_shape)
+
+        def collect(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            values, _entropy = token_logprobs(logits, tensors["labels"], temperature)
+            return values.sum(), values.cpu().numpy()
+
+        return packing.unpack(self._executor.forward(batches, collect), batches, len(samples))
+
+    def weight_source(self) -> WeightSource:
+        """The live weights under Hugging Face names, for a push. The first call imports part of vLLM
+        (seconds).
+        """
+        from async_rl.weights.source import MegatronWeightSource
+
+        return MegatronWeightSource(self._model_config, self._parameters(), platform.layout(self._device))
+
+    def save_hf(self, folder: Path) -> None:
+        """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files. Rank 0
+        writes.
+        """
+        if self._rank == 0:
+            weights = names.export(self._model_config, self._parameters(), platform.layout(self._device))
+            names.write_checkpoint(weights, folder, shard_bytes=SHARD_BYTES)
+            for file in self._config.model.path.iterdir():
+                if file.is_file() and ".safetensors" not in file.name:
+                    shutil.copy2(file, folder / file.name)
+        torch.distributed.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Leave the process groups. The Trainer is unusable afterwards."""
+        platform.close_distributed()
+
+    # ---- one microbatch
+    # ----------------------------------------------------------------------------------------
+
+    def _policy_loss(self, version: int, stalenesses: int, total_tokens: float) -> LossFunction:
+        settings = self._config.trainer.loss
+        temperature = self._config.rollout.temperature
+
+        def loss(
+            batch: Microbatch, tensors: Tensors, logits: torch.Tensor
+        ) -> tuple[torch.Tensor, PolicySums]:
+            current, entropy = token_logprobs(logits, tensors["labels"], temperature)
+            mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
+            summed, clipped = losses.clipped_policy_loss(
+                current,
+                behaviour,
+                tensors["advantages"],
+                mask,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+            )
+            sums = policy_sums(
+                loss=summed.detach(),
+                current=current.detach(),
+                behaviour=behaviour,
+                entropy=entropy,
+                clipped=clipped,
+                staleness=version - tensors["versions"].long(),
+                mask=mask,
+                stalenesses=stalenesses,
+            )
+            return summed / total_tokens, sums
+
+        return loss
+
+    # ---- odds and ends
+    # -----------------------------------------------------------------------------------------
+
+    @property
+    def _verifying(self) -> bool:
+        return self._steps < self._config.trainer.verify_replay_steps and self._row_shape is not None
+
+    @property
+    def _row_shape(self) -> tuple[int, int] | None:
+        spec = self._model_config.routing
+        return None if spec is None else (spec.num_moe_layers, spec.top_k)
+
+    def _samples(self, group: Group, oldest_version: int) -> list[Sample]:
+        advantages = group_advantages(
+            group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std
+        )
+        mode = self._config.trainer.router_replay
+        samples = []
+        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
+            sample = packing.sample_of(trajectory, advantage=advantage, oldest_version=oldest_version)
+            if mode == "R3":
+                sample = self._with_routing(sample, trajectory.routed_experts)
+            elif mode == "R2":
+                sample = self._with_routing(sample, self._recorded[trajectory.trajectory_id])
+            samples.append(sample)
+        return samples
+
+    def _with_routing(self, sample: Sample, routing: ExpertIds | Int32Array | None) -> Sample:
+        if routing is None:
+            return sample
+        from async_rl.trainer.replay import check_rows
+
+        check_rows(sample.name, routing, rows=sample.positions, spec=self._model_config.routing)
+        return sample.with_routing(routing.astype(np.int32))
+
+    def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
+        replaying = self._config.trainer.router_replay != "off"
+        return packing.pack(
+            samples, self._config.trainer.tokens_per_microbatch, self._row_shape if replaying else None
+        )
+
+    def _is_recorded(self, group: Group) -> bool:
+        return all(t.trajectory_id in self._recorded for t in group.trajectories)
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self._model.module.named_parameters())
+
+    def _all_reduce(self, **values: float) -> dict[str, float]:
+        """Sums over the data-parallel ranks, exact for counts below 2**53."""
+        flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(flat, group=self._group)
+        return dict(zip(values, flat.tolist(), strict=True))
+
+
+def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None = None) -> Sample:
+    """A sequence without behaviour: every token counts unless a mask bool[N-1] says otherwise."""
+    positions = max(len(ids) - 1, 0)
+    return Sample(
+        name=name,
+        token_ids=ids,
+        loss_mask=np.ones(positions, dtype=np.bool_) if mask is None else mask,
+        logprobs=np.zeros(positions, dtype=np.float32),
+        versions=np.zeros(positions, dtype=np.int32),
+        advantages=np.zeros(positions, dtype=np.float32),
+    )
+
+
+def _lap(seconds: dict[str, float], phase: str, started: float) -> float:
+    now = time.perf_counter()
+    seconds[phase] = now - started
+    return now

@@ -1,0 +1,80 @@
+"""TrainerWorker: one Megatron rank as an actor. A thin shell around ``Trainer``: fetches, decodes, pushes, compares.
+
+Made a Ray actor by ``cluster``. Knows the rollout side only as actor handles, which it passes to vLLM's weight-sync client.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from async_rl.config import RunConfig
+from async_rl.queue.ray_queue import Payload, fetch
+from async_rl.types import ExpertIds, Float32Array, Int32Array
+
+if TYPE_CHECKING:
+    from async_rl.trainer.report import StepReport
+    from async_rl.weights.push import WeightPusher
+
+
+class TrainerWorker:
+    """Rank ``rank`` of ``world_size`` data-parallel ranks, meeting at ``init_method`` (tcp://host:port).
+
+    Megatron and vLLM are imported in the methods: the driver loads this module to create the actor, and must not load them.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int, init_method: str | None) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._init_method = init_method
+        self._pusher: WeightPusher | None = None
+
+    def start(self) -> None:
+        """Build the model. Blocks until every rank has come."""
+        from async_rl.trainer.trainer import Trainer
+
+        self._trainer = Trainer(
+            self._config, rank=self._rank, world_size=self._world_size, init_method=self._init_method
+        )
+
+    def connect(self, rollout_workers: Sequence[Any]) -> None:
+        """Set up weight transfer to these rollout actors. Called on every rank at once."""
+        from async_rl.weights.push import WeightPusher
+
+        self._pusher = WeightPusher(
+            self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
+        )
+
+    def train_step(
+        self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
+    ) -> list[StepReport]:
+        """One training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
+        batches = [fetch(payloads) for payloads in mini_batches]
+        if self._config.trainer.router_replay == "R2":
+            # One log-prob pass for the whole step: later updates replay the routing from before the first.
+            self._trainer.record_routing([group for batch in batches for group in batch])
+        return [
+            self._trainer.train_step(batch, version=version, oldest_version=oldest_version)
+            for batch in batches
+        ]
+
+    def push(self, version: int) -> float:
+        """Send the weights to every rollout actor as policy version ``version``. Returns the seconds it took."""
+        if self._pusher is None:
+            raise RuntimeError("connect() must come before push()")
+        start = time.monotonic()
+        self._pusher.push(version)
+        return time.monotonic() - start
+
+    def logprobs(
+        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]:
+        """Log-probs of tokens 1..N-1 of each sequence, with ``routing`` replayed where given; for the canary."""
+        return self._trainer.logprobs(sequences, routing)
+
+    def shutdown(self) -> None:
+        if self._pusher is not None:
+            self._pusher.close()
+        self._trainer.close()

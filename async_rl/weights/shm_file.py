@@ -1,0 +1,249 @@
+"""The file that carries one host's weights from the trainer to its engines: layout, writing, verification.
+
+An anonymous memory file (memfd): it has no name in /dev/shm, so nothing is left behind whoever dies. Readers open it as
+/proc/<pid>/fd/<fd> of the writer. Knows torch, xxhash and safetensors; neither vLLM nor Megatron.
+
+    head     magic, format version, round, size of the file, size of the table, checksum of table and digests
+    table    msgpack: [name, dtype, shape, offset, bytes] of each tensor
+    digests  xxh3_64 of each tensor, uint64
+    tensors  raw bytes, each at a multiple of 64
+
+The round is 0 while a round is being written, so a torn file is refused like any other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+import torch
+import xxhash
+from safetensors import safe_open
+
+from async_rl.errors import WeightSyncError
+
+MAGIC = b"ARLWGHTS"
+FORMAT_VERSION = 1
+HEAD = struct.Struct("<8sIIQQQ")
+ALIGNMENT = 64  # of a cache line, and more than any dtype needs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """One entry of the name table. dtype as torch spells it, without "torch."."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _dtype(self.name, self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the writer tells the readers of one round: where the file is, and which round it must hold."""
+
+    pid: int
+    fd: int
+    nbytes: int
+    round: int
+
+
+class WeightFile:
+    """The writer's end. One file for the life of the trainer, written anew each round."""
+
+    def __init__(self, metas: Sequence[TensorMeta]) -> None:
+        self._metas = list(metas)
+        start = HEAD.size + 8 * len(self._metas)
+        # Offsets are relative to the end of the head section, whose size depends on how long they are when packed.
+        self._offsets: list[int] = []
+        position = 0
+        for meta in self._metas:
+            self._offsets.append(position)
+            position += _aligned(meta.nbytes)
+        self._table = msgpack.packb(
+            [
+                [m.name, m.dtype, list(m.shape), offset, m.nbytes]
+                for m, offset in zip(self._metas, self._offsets, strict=True)
+            ]
+        )
+        self._data = _aligned(start + len(self._table))
+        self._nbytes = self._data + position
+        self._round = 0
+        self._fd = os.memfd_create("async_rl_weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, self._nbytes)
+        # A reader's mapping can then never reach beyond the file, which would kill it with SIGBUS.
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._map = mmap.mmap(self._fd, self._nbytes)
+
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
+        """Write one round. Raises WeightSyncError when ``tensors`` are not those of the name table, in its order."""
+        self._round += 1
+        self._put_head(0, 0)
+        digests = []
+        whole = memoryview(self._map)
+        written = 0
+        for (name, tensor), meta, offset in zip(tensors, self._metas, self._offsets, strict=False):
+            given = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if given != meta:
+                raise WeightSyncError(
+                    f"the trainer yielded {_describe(given)} where its name table has {_describe(meta)}"
+                )
+            start = self._data + offset
+            place = whole[start : start + meta.nbytes]
+            if meta.nbytes:
+                torch.frombuffer(place, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).copy_(
+                    tensor.detach()
+                )
+            digests.append(xxhash.xxh3_64_intdigest(place))
+            written += 1
+        if written != len(self._metas):
+            raise WeightSyncError(
+                f"the trainer yielded {written} tensors, its name table has {len(self._metas)}"
+            )
+        packed = struct.pack(f"<{len(digests)}Q", *digests)
+        self._map[HEAD.size : HEAD.size + len(self._table)] = self._table
+        self._map[HEAD.size + len(self._table) : HEAD.size + len(self._table) + len(packed)] = packed
+        self._put_head(self._round, xxhash.xxh3_64_intdigest(self._table + packed))
+        return Announcement(os.getpid(), self._fd, self._nbytes, self._round)
+
+    def close(self) -> None:
+        """Give the memory back; readers that still map it keep it until they are done."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            # The mapping itself goes when the last view on it does.
+
+    def _put_head(self, round_: int, checksum: int) -> None:
+        HEAD.pack_into(self._map, 0, MAGIC, FORMAT_VERSION, len(self._table), round_, self._nbytes, checksum)
+
+
+def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tuple[str, torch.Tensor]]:
+    """Map the announced round and verify all of it; then the tensors, as views on the mapping, in the table's order.
+
+    The views are valid until the writer's next round: copy what must last. Raises WeightSyncError naming what is off.
+    """
+    data = _map(announcement)
+    if len(data) < HEAD.size:
+        raise WeightSyncError(f"weight file: {len(data)} bytes, too short for its head of {HEAD.size}")
+    magic, version, table_bytes, round_, nbytes, checksum = HEAD.unpack_from(data, 0)
+    if magic != MAGIC:
+        raise WeightSyncError(f"weight file: starts with {magic!r}, not {MAGIC!r}: it is not a weight file")
+    if version != FORMAT_VERSION:
+        raise WeightSyncError(f"weight file: format version {version}, this engine reads {FORMAT_VERSION}")
+    if round_ != announcement.round:
+        raise WeightSyncError(
+            f"weight file: holds round {round_}, announced was {announcement.round} (0 is unfinished)"
+        )
+    if nbytes != len(data):
+        raise WeightSyncError(f"weight file: {len(data)} bytes, its head says {nbytes}")
+    digests_at = HEAD.size + table_bytes
+    end = digests_at + 8 * len(expected)
+    if end > len(data) or xxhash.xxh3_64_intdigest(memoryview(data)[HEAD.size : end]) != checksum:
+        raise WeightSyncError(
+            f"weight file: the name table does not match its checksum, or is not one of {len(expected)} tensors"
+        )
+    table = msgpack.unpackb(memoryview(data)[HEAD.size : digests_at])
+    digests = struct.unpack_from(f"<{len(expected)}Q", data, digests_at)
+    tensors = []
+    for (name, dtype, shape, offset, size), digest, want in zip(table, digests, expected, strict=True):
+        meta = TensorMeta(name, dtype, tuple(shape))
+        if meta != want:
+            raise WeightSyncError(f"weight file: has {_describe(meta)} where {_describe(want)} was agreed")
+        start = _aligned(end) + offset
+        if size != meta.nbytes or start + size > len(data):
+            raise WeightSyncError(
+                f"weight file: {_describe(meta)} has {size} bytes at {start}, which cannot be"
+            )
+        if xxhash.xxh3_64_intdigest(memoryview(data)[start : start + size]) != digest:
+            raise WeightSyncError(
+                f"weight file: {_describe(meta)} does not match its checksum; nothing was loaded"
+            )
+        kind = _dtype(name, dtype)
+        tensors.append(
+            (
+                name,
+                torch.frombuffer(data, dtype=kind, count=size // kind.itemsize, offset=start).view(
+                    meta.shape
+                ),
+            )
+            if size
+            else (name, torch.empty(meta.shape, dtype=kind))
+        )
+    return tensors
+
+
+def check_against_checkpoint(table: Sequence[TensorMeta], folder: Path, *, tied: bool) -> None:
+    """Raise WeightSyncError unless ``table`` has the tensors of the checkpoint that the engine was loaded from.
+
+    vLLM loads what it is given and keeps the old values of the rest, so a tensor that is missing or misnamed
+    would go unnoticed. Skipped for a checkpoint that is not in safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    if not shapes:
+        return
+    given = {meta.name: meta.shape for meta in table}
+    if len(given) != len(table):
+        raise WeightSyncError(
+            f"the trainer's name table names a tensor twice: {len(table)} entries, {len(given)} names"
+        )
+    optional = {"lm_head.weight"} if tied else set()  # tied to the embedding: either side may spell it out
+    for problem, names in (
+        ("lacks", shapes.keys() - given.keys() - optional),
+        ("has, unlike the checkpoint,", given.keys() - shapes.keys() - optional),
+    ):
+        if names:
+            raise WeightSyncError(
+                f"the trainer's name table {problem} {len(names)} tensors, first {min(names)}; {folder}"
+            )
+    for name in given.keys() & shapes.keys():
+        if given[name] != shapes[name]:
+            raise WeightSyncError(
+                f"tensor {name}: {list(given[name])} in the trainer, {list(shapes[name])} in {folder}"
+            )
+
+
+def _map(announcement: Announcement) -> mmap.mmap:
+    path = f"/proc/{announcement.pid}/fd/{announcement.fd}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WeightSyncError(
+            f"weight file {path}: {error.strerror}; sync.backend=shm needs trainer and engine on one host, as one user, "
+            "and the trainer alive"
+        ) from None
+    try:
+        size = os.fstat(fd).st_size
+        if size != announcement.nbytes:
+            raise WeightSyncError(f"weight file {path}: {size} bytes, announced were {announcement.nbytes}")
+        # Private: a reader that wrote to it would change its own copy only. torch has no read-only tensors.
+        return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(fd)
+
+
+def _aligned(position: int) -> int:
+    return -(-position // ALIGNMENT) * ALIGNMENT
+
+
+def _dtype(name: str, dtype: str) -> torch.dtype:
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise WeightSyncError(f"tensor {name}: {dtype!r} is no dtype of torch")
+    return kind
+
+
+def _describe(meta: TensorMeta) -> str:
+    return f"{meta.name} {meta.dtype}{list(meta.shape)}"

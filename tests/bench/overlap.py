@@ -1,0 +1,80 @@
+"""How much time asynchrony saves: the same number of groups three ways, in turns, in one call.
+
+    async       engine on one core, trainer on the other, at the same time
+    sync        the same split, one after the other: staleness_threshold = 0 and mode drain
+    colocated   synchronous too, with both cores for each phase
+
+Each run is the real pipeline in processes of its own. Printed last, one JSON line:
+wall_ratio_sync_over_async; ideal_ratio, what perfect overlap of the synchronous run's own phases would give (their sum
+over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time.
+
+    .venv/bin/python tests/bench/overlap.py [--steps 20] [--rounds 2] [--config configs/tiny_moe.yaml]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SYNCHRONOUS = {"async_training.staleness_threshold": 0, "async_training.partial_rollout.mode": "drain"}
+WAYS = {
+    "async": {},
+    "sync": SYNCHRONOUS,
+    "colocated": SYNCHRONOUS
+    | {"resources.pin_cores": "false", "resources.engine_threads": 2, "resources.trainer_threads": 2},
+}
+
+
+def run(config: Path, way: str, steps: int, seed: int, runs: Path) -> dict:
+    name = f"{way}-{seed}"
+    settings = {"name": name, "runs": runs, "seed": seed, "trainer.steps": steps, "eval.n": 1} | WAYS[way]
+    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        sys.exit(f"{way}: exit code {finished.returncode}\n{finished.stderr[-4000:]}")
+    return json.loads((runs / name / "summary.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
+    arguments = parser.parse_args()
+
+    summaries: dict[str, list[dict]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.rounds):
+            for way in WAYS:
+                summary = run(arguments.config, way, arguments.steps, seed, Path(folder))
+                summaries[way].append(summary)
+                print(
+                    f"{way:10s} wall {summary['wall_s']:6.1f} s   rollout {summary['busy']['rollout_s']:6.1f} s   "
+                    f"trainer {summary['busy']['trainer_s']:6.1f} s   overlap {summary['overlap_efficiency']:.2f}",
+                    flush=True,
+                )
+
+    def wall(way: str) -> float:
+        return statistics.median(summary["wall_s"] for summary in summaries[way])
+
+    phases = [summary["busy"] for summary in summaries["sync"]]
+    ideal = [(p["rollout_s"] + p["trainer_s"]) / max(p["rollout_s"], p["trainer_s"]) for p in phases]
+    result = {
+        "wall_ratio_sync_over_async": wall("sync") / wall("async"),
+        "ideal_ratio": statistics.median(ideal),
+        "wall_ratio_colocated_over_async": wall("colocated") / wall("async"),
+        "overlap_efficiency": {
+            way: statistics.median(summary["overlap_efficiency"] for summary in summaries[way])
+            for way in ("sync", "async")
+        },
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The queue's actor: its waiting, first without Ray, then for real with encoded groups by reference."""
+
+import asyncio
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+import ray
+
+from async_rl.config import validate
+from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
+from async_rl.queue.broker import Broker
+from async_rl.queue.codec import encode
+from async_rl.queue.ray_queue import QueueActor, QueueClient, fetch, start_queue
+from async_rl.queue.records import GroupMeta
+from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+
+
+class Source:
+    """A cursor of ``rows`` prompts."""
+
+    def __init__(self, rows=1000):
+        self.prompts = [Prompt(f"0-{row}", row, "", np.array([1, 2], dtype=np.int32)) for row in range(1, rows + 1)]
+
+    def next(self):
+        return self.prompts.pop(0) if self.prompts else None
+
+    def give_back(self, prompt):
+        self.prompts.insert(0, prompt)
+
+
+def make_actor(rows=1000, **settings):
+    defaults = {"required_groups": 2, "window_limit": 4, "max_staleness": 1, "on_stale": "mask", "max_bytes": 1000}
+    return QueueActor(Broker(Source(rows), **defaults | settings))
+
+
+def meta(ticket, nbytes=10):
+    return GroupMeta(ticket.group_id, 100, nbytes, ticket.version, ticket.version, 1, 0)
+
+
+async def settle():
+    """Let every task run until it waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def waiting(*calls):
+    """Start calls that must have to wait."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    await settle()
+    assert not any(task.done() for task in tasks)
+    try:
+        yield tasks
+        await settle()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# Without Ray
+
+
+async def test_take_waits_for_the_window_and_is_woken_by_each_thing_that_opens_it():
+    actor = make_actor(window_limit=2)
+    a, b = await actor.take("w", 9)
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.return_group(a.group_id, "interrupted")
+    assert [t.group_id for t in take.result()] == ["0-1.1"]
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.fail(b.group_id, "reward")
+    assert len(take.result()) == 1
+    async with waiting(actor.take("v", 9)) as (take,):
+        await actor.worker_lost("w")
+    assert len(take.result()) == 2
+    for ticket in take.result():
+        await actor.put(meta(ticket), [None])
+    leased = await actor.lease("t", 2)
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.ack([group.group_id for group, _ in leased])
+        await settle()
+        assert not take.done()  # trained groups keep their place until the push
+        await actor.advance(1)
+    assert [t.version for t in take.result()] == [1, 1]
+
+
+async def test_takers_that_wait_together_share_the_window():
+    actor = make_actor(window_limit=4)
+    first = await actor.take("w", 9)
+    async with waiting(actor.take("a", 9), actor.take("b", 9), actor.take("c", 1)) as takes:
+        for ticket in first:
+            await actor.fail(ticket.group_id, "x")
+    assert [len(take.result()) for take in takes] == [2, 1, 1]
+
+
+async def test_a_push_that_opens_the_window_is_shared_evenly():
+    actor = make_actor(window_limit=4)
+    for ticket in await actor.take("w", 4):
+        await actor.put(meta(ticket), [None])
+    leased = await actor.lease("t", 4)
+    await actor.ack([group.group_id for group, _ in leased])
+    async with waiting(actor.take("a", 9), actor.take("b", 9)) as takes:
+        await actor.advance(1)
+    assert [len(take.result()) for take in takes] == [2, 2]
+
+
+async def test_invariant_6_put_waits_for_room_by_groups():
+    actor = make_actor(window_limit=4, max_groups=2)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket), [None])
+    async with waiting(actor.put(meta(tickets[2]), [None]), actor.put(meta(tickets[3]), [None])) as puts:
+        leased = await actor.lease("t", 2)
+        await settle()
+        assert not puts[0].done()  # leased payloads are alive, and count
+        await actor.ack([leased[0][0].group_id])
+        await settle()
+        assert [put.done() for put in puts] == [True, False]  # first come, first served
+        await actor.ack([leased[1][0].group_id])
+    assert puts[1].done()
+
+
+async def test_invariant_6_put_waits_for_room_by_bytes():
+    actor = make_actor(max_bytes=100)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket, 40), [None])
+    async with waiting(actor.put(meta(tickets[2], 50), [None])) as (put,):
+        leased = await actor.lease("t", 2)
+        assert (await actor.stats()).held_bytes == 80
+        await actor.ack([group.group_id for group, _ in leased])
+    assert put.done()
+    assert (await actor.stats()).held_bytes == 50
+
+
+async def test_a_put_that_waits_in_vain_is_an_error_and_not_a_stall():
+    actor = make_actor(max_bytes=100, required_groups=2)
+    tickets = await actor.take("w", 3)
+    await actor.put(meta(tickets[0], 60), [None])
+    async with asyncio.timeout(5):
+        with pytest.raises(QueueError, match=r"queue\.max_bytes"):
+            await actor.put(meta(tickets[1], 60), [None])
+
+
+async def test_a_group_returned_while_its_put_waits_is_refused():
+    actor = make_actor(max_groups=2)
+    tickets = await actor.take("w", 3)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket), [None])
+    async with waiting(actor.put(meta(tickets[2]), [None])) as (put,):
+        await actor.return_group(tickets[2].group_id, "interrupted")
+    assert isinstance(put.exception(), UnknownGroup)
+
+
+async def test_lease_waits_for_n_and_gives_up_after_its_timeout():
+    actor = make_actor()
+    tickets = await actor.take("w", 2)
+    await actor.put(meta(tickets[0]), ["a"])
+    assert await actor.lease("t", 2, timeout_s=0) == []
+    assert await actor.lease("t", 2, timeout_s=0.01) == []
+    async with waiting(actor.lease("t", 2)) as (lease,):
+        await actor.put(meta(tickets[1]), ["b"])
+    assert [payload for _, payload in lease.result()] == [["a"], ["b"]]
+
+
+async def test_close_wakes_every_waiter():
+    actor = make_actor(window_limit=4, max_groups=2)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket), [None])
+    await actor.lease("t", 1)
+    puts = [actor.put(meta(ticket), [None]) for ticket in tickets[2:]]
+    takes = [actor.take("w", 1), actor.take("v", 1)]
+    async with waiting(*puts, *takes, actor.lease("t", 2)) as tasks:
+        await actor.close()
+    *closed, lease = tasks[:2] + tasks[4:]
+    assert all(isinstance(task.exception(), QueueClosed) for task in [*closed, lease])
+    assert [task.result() for task in tasks[2:4]] == [[], []]
+    for ticket in tickets[2:]:
+        await actor.return_group(ticket.group_id, "shutdown")  # books can still be closed
+    with pytest.raises(QueueClosed):
+        await actor.lease("t", 1)
+    assert await actor.take("w", 1) == []
+
+
+async def test_a_lost_workers_pending_take_gets_nothing():
+    actor = make_actor(window_limit=2)
+    (kept, _) = await actor.take("other", 2)
+    async with waiting(actor.take("w", 1)) as (take,):
+        await actor.worker_lost("w")
+        await actor.fail(kept.group_id, "x")
+    assert take.result() == []
+    assert len(await actor.take("w", 1)) == 1  # a worker restarted under the same name
+
+
+async def test_the_end_of_the_dataset_ends_take_and_lease():
+    actor = make_actor(rows=3)
+    tickets = await actor.take("w", 3)
+    async with waiting(actor.take("w", 1), actor.lease("t", 2)) as (take, lease):
+        await actor.put(meta(tickets[0]), [None])
+        await actor.put(meta(tickets[1]), [None])
+        await settle()
+        assert not take.done()  # prompts could come back
+        trained = [group.group_id for group, _ in lease.result()]
+        async with waiting(actor.lease("t", 2)) as (starved,):
+            await actor.ack(trained)
+        assert isinstance(starved.exception(), QueueClosed)  # one group is left
+        await actor.fail(tickets[2].group_id, "reward")
+    assert take.result() == []
+
+
+async def test_stats_count_the_seconds_that_workers_wait():
+    actor = make_actor(window_limit=2)
+    await actor.take("w", 2)
+    before = (await actor.stats()).take_wait_s
+    async with waiting(actor.take("w", 1)):
+        await asyncio.sleep(0.02)
+        during = (await actor.stats()).take_wait_s
+    assert during > before
+    await settle()
+    assert (await actor.stats()).take_wait_s >= during
+
+
+# With Ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(cluster):
+    clients = []
+
+    def _start(rows=1000, **overrides):
+        tree = {
+            "model": {"path": "model"},
+            "data": {"train": "train.jsonl"},
+            "async_training": {"staleness_threshold": 1.0},
+            "trainer": {"groups_per_step": 2},
+        }
+        clients.append(start_queue(validate(tree | overrides), Source(rows)))
+        return clients[-1]
+
+    yield _start
+    for client in clients:
+        ray.kill(client.actor)
+
+
+def make_group(ticket, tokens=50, seed=0):
+    rng = np.random.default_rng(seed)
+    spec = RoutingSpec(48, 8, 128)
+    p = len(ticket.prompt.token_ids)
+    trajectory = Trajectory(
+        trajectory_id=f"{ticket.group_id}/0",
+        prompt_ids=ticket.prompt.token_ids,
+        response_ids=rng.integers(0, 100, tokens).astype(np.int32),
+        logprobs=rng.normal(size=tokens).astype(np.float32),
+        versions=np.full(tokens, ticket.version, dtype=np.int32),
+        segments=(Segment(0, tokens, ticket.version),),
+        reward=1.0,
+        finish_reason="stop",
+        routed_experts=rng.integers(0, 128, (p + tokens - 1, 48, 8)).astype(np.uint8),
+        routing=spec,
+    )
+    return Group(ticket.group_id, ticket.prompt, (trajectory,))
+
+
+@pytest.mark.ray
+async def test_groups_travel_by_reference_and_arrive_intact(start):
+    client = start()
+    tickets = await client.take("w", 4)
+    groups = [make_group(ticket, seed=i) for i, ticket in enumerate(tickets)]
+    metas = await asyncio.gather(*(client.put(group) for group in groups))
+    assert metas[0].nbytes == len(encode(groups[0]))
+    leased = await client.lease("trainer", 2)
+    assert all(isinstance(reference, ray.ObjectRef) for _, (reference,) in leased)
+    for group, received in zip(groups, fetch([payload for _, payload in leased]), strict=False):
+        assert encode(received).tobytes() == encode(group).tobytes()
+        assert not received.trajectories[0].routed_experts.flags.owndata
+    stats = await client.stats()
+    assert (stats.queued_groups, stats.leased_groups) == (2, 2)
+    assert stats.held_bytes == sum(m.nbytes for m in metas)
+    await client.release([leased[1][0].group_id])
+    await client.ack([leased[0][0].group_id])
+    await client.advance(1)
+    counts = await client.counts()
+    assert (counts.issued, counts.trained, counts.outstanding) == (4, 1, 3)
+
+
+@pytest.mark.ray
+async def test_errors_of_the_broker_arrive_as_themselves(start):
+    client = start()
+    (ticket,) = await client.take("w", 1)
+    group = make_group(ticket)
+    results = await asyncio.gather(client.put(group), client.put(group), return_exceptions=True)
+    assert isinstance(results[0], GroupMeta)
+    assert type(results[1]) is DuplicateGroup
+    assert str(results[1]).startswith(f"group {ticket.group_id}: was put before")
+    with pytest.raises(UnknownGroup) as error:
+        await client.ack(["0-9.9"])
+    assert type(error.value) is UnknownGroup
+
+
+@pytest.mark.ray
+async def test_back_pressure_and_close_across_processes(start):
+    client = start(queue={"max_groups": 2})
+    tickets = await client.take("w", 4)
+    await asyncio.gather(*(client.put(make_group(ticket)) for ticket in tickets[:2]))
+    third = asyncio.create_task(client.put(make_group(tickets[2])))
+    leased = await client.lease("trainer", 2)
+    await asyncio.sleep(0.2)
+    assert not third.done()
+    await client.ack([group.group_id for group, _ in leased])
+    await third
+    fourth = asyncio.create_task(client.put(make_group(tickets[3])))
+    await fourth
+    take = asyncio.create_task(client.take("w", 1))
+    lease = asyncio.create_task(client.lease("trainer", 2))
+    await lease
+    lease = asyncio.create_task(client.lease("trainer", 1))
+    await asyncio.sleep(0.2)
+    assert not take.done()
+    await client.close()
+    assert await take == []
+    with pytest.raises(QueueClosed):
+        await lease
+
+
+@pytest.mark.ray
+async def test_invariant_6_the_object_of_a_trained_group_is_freed(start):
+    client = start()
+    for round_ in range(12):  # together twice the object store: it holds only if each round lets go of its own
+        tickets = await client.take("w", 2)
+        for ticket in tickets:
+            size = 21 * 2**20
+            payload = [ray.put(np.zeros(size, dtype=np.uint8))]
+            await client.put_stored(GroupMeta(ticket.group_id, 1, size, round_, round_, 1, 0), payload)
+            del payload
+        leased = await client.lease("trainer", 2)
+        await client.ack([group.group_id for group, _ in leased])
+        await client.advance(round_ + 1)
+        del leased
+    used = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
+    assert used < 8 * 21 * 2**20
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """A rollout worker in a process of its own, reduced to what the queue sees of one."""
+
+    def __init__(self, name, client):
+        self.name, self.client = name, client
+
+    async def produce(self, n):
+        tickets = await self.client.take(self.name, n)
+        await asyncio.gather(*(self.client.put(make_group(ticket)) for ticket in tickets))
+        return [ticket.group_id for ticket in tickets]
+
+
+@pytest.mark.ray
+async def test_invariant_5_conservation_after_a_worker_dies(start):
+    client = start()
+    doomed, other = Worker.remote("doomed", client), Worker.remote("other", client)
+    lost = await doomed.produce.remote(2)
+    kept = await other.produce.remote(2)
+    ray.kill(doomed)
+    assert await client.worker_lost("doomed") == lost
+    leased = await client.lease("trainer", 2)
+    assert [group.group_id for group, _ in leased] == kept
+    assert [group.group_id for group in fetch([payload for _, payload in leased])] == kept
+    await client.ack(kept)
+    counts = await client.counts()
+    assert (counts.issued, counts.trained, counts.returned, counts.dropped, counts.outstanding) == (4, 2, 2, 2, 0)
+    await client.advance(1)
+    again = await client.take("other", 2)
+    assert sorted(ticket.prompt.prompt_id for ticket in again) == sorted(i.rpartition(".")[0] for i in lost)
+    ray.kill(other)
+
+
+@pytest.mark.ray
+def test_the_client_can_be_sent_with_its_batching_state_left_behind(start):
+    client = start()
+    copy = ray.get(ray.put(client))
+    assert isinstance(copy, QueueClient)
+    assert copy.actor == client.actor

@@ -1,0 +1,498 @@
+"""The real vLLM engine on a tiny MoE with a dense layer in it: one engine for the whole module, in float32, on CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from async_rl.config import validate
+from async_rl.errors import EngineError, WeightSyncError
+from async_rl.rollout.engine import RolloutEngine, Sampling
+from async_rl.rollout.partial import PartialRollout
+from async_rl.types import RoutingSpec
+from async_rl.weights.canary import make_probe
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+VOCAB = 128
+EOS = 1
+GREEDY = Sampling(temperature=1.0, top_p=1.0, greedy=True)
+RANDOM = Sampling(temperature=1.0, top_p=1.0)
+# vLLM caches prefixes in blocks of 128 tokens on CPU, so a prompt shares something only when it is longer.
+LONG_PROMPT = np.random.default_rng(0).integers(2, VOCAB, 200).astype(np.int32)
+SHORT_PROMPT = LONG_PROMPT[:17]
+MAX_RUNNING = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=True, mlp_only_layers=[1], max_position_embeddings=1024, eos_token_id=EOS,
+        # Wide enough that tokens and experts are not all alike.
+        initializer_range=0.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tiny_moe")
+    Qwen3MoeForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"train": "unused.jsonl", "max_prompt_tokens": 256},
+            "rollout": {
+                "max_response_tokens": 256, "max_num_seqs": MAX_RUNNING, "kv_cache_bytes": 64 * 2**20, "enforce_eager": True,
+            },
+            "sync": {"backend": "shm"},
+            "resources": {"device": "cpu"},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    """The checkpoint's tensors, by name."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(config):
+    from async_rl.rollout.vllm_engine import VllmEngine
+
+    environment, shared = dict(os.environ), set(os.listdir("/dev/shm"))
+    engine = VllmEngine(config, replica=0)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.shutdown()
+        await engine.shutdown()  # twice does no harm
+        os.environ.clear()
+        os.environ.update(environment)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def trainer(engine, weights):
+    trainer = Trainer(engine, weights)
+    await trainer.connect()
+    yield trainer
+    trainer.sender.shutdown()
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def original_weights(engine, trainer, weights):
+    """Each test ends with the checkpoint's weights in the engine, and with the engine running."""
+    yield
+    await trainer.push(weights)
+
+
+class Trainer:
+    """Pushes tensors as a trainer would: through vLLM's trainer engine, which calls the rollout engine from a thread."""
+
+    def __init__(self, engine, weights):
+        self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
+        self.weights, self.sender = weights, None
+
+    async def connect(self):
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from async_rl.weights.shm import ShmTrainerInitInfo
+
+        trainer = self
+
+        class Source(WeightSource):
+            def metadata(self):
+                return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in trainer.weights.items()]
+
+            def __iter__(self):
+                return iter(trainer.weights.items())
+
+        self.sender = await asyncio.to_thread(
+            WeightTransferTrainerFactory.trainer_init, ShmTrainerInitInfo(rank=0), client=self, source=Source()
+        )
+
+    async def push(self, weights, mode="abort"):
+        """A whole sync; the new version."""
+        await self.engine.pause(mode)
+        await self.send(weights)
+        await self.engine.resume()
+        return self.version
+
+    async def send(self, weights):
+        self.weights = weights
+        self.version += 1
+        await asyncio.to_thread(self.sender.send_weights)
+
+    def init_weight_transfer_engine(self, info):
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._call(self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    def start_weight_update(self):
+        self._call(self.engine.start_weight_update())
+
+    def update_weights(self, info):
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._call(self.engine.update_weights(WeightTransferUpdateRequest(update_info=info)))
+
+    def finish_weight_update(self, weight_version=None):
+        self._call(self.engine.finish_weight_update())
+        self._call(self.engine.update_weight_version(str(self.version)))
+
+    def _call(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+
+def reference(folder, weights=None):
+    """(log-probs [N, V], routing [N, L, K]) by transformers, as a function of a sequence."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if weights is not None:
+        import shutil
+        import tempfile
+
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory() as other:
+            shutil.copy(folder / "config.json", other)
+            save_file(weights, Path(other) / "model.safetensors", metadata={"format": "pt"})
+            model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def forward(sequence):
+        out = model(torch.as_tensor(np.asarray(sequence)[None].astype(np.int64)), output_router_logits=True)
+        routing = torch.stack([logits.topk(2, dim=-1).indices for logits in out.router_logits], dim=1)
+        return out.logits[0].double(), routing.numpy()
+
+    return forward
+
+
+def token_logprobs(logits, sequence):
+    scores = logits.log_softmax(-1)[:-1]
+    return scores.gather(1, torch.as_tensor(np.asarray(sequence)[1:, None].astype(np.int64)))[:, 0].numpy()
+
+
+def perturbed(weights, scale=0.05, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+
+
+async def until_sampled(engine, count, calls=1):
+    """Wait until ``calls`` calls have sampled ``count`` tokens each."""
+    deadline = time.monotonic() + 60
+    while sum((engine._sampled(call) or 0) >= count for call in engine._calls.values()) < calls:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0)
+
+
+async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, name="r"):
+    """One greedy response, aborted and resumed whenever it has the number of tokens in ``cuts``."""
+    partial = PartialRollout.begin(
+        f"{name}{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing
+    )
+    for cut in [*cuts, None]:
+        tokens, budget = partial.next_request()
+        call = asyncio.create_task(engine.generate(f"{name}{cuts}{cut}", tokens, GREEDY, budget))
+        if cut is not None:
+            await until_sampled(engine, cut - len(partial.response_ids))
+            await engine.pause("abort")
+            await engine.resume()
+        partial = partial.absorb(await call)
+    return partial.to_trajectory(0.0)
+
+
+async def test_it_is_a_rollout_engine(engine):
+    assert isinstance(engine, RolloutEngine)
+    assert engine.routing == RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
+
+
+async def test_invariant_2_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(engine):
+    whole = await rollout(engine, ())
+    assert len(whole.response_ids) == 48
+    for cuts in [(1,), (2, 3, 4), (10, 11, 30), (47,)]:
+        resumed = await rollout(engine, cuts)
+        assert len(resumed.segments) == len(cuts) + 1 or len(cuts) > 1, cuts
+        assert resumed.is_partial
+        np.testing.assert_array_equal(resumed.response_ids, whole.response_ids)
+        np.testing.assert_array_equal(resumed.logprobs, whole.logprobs)
+        np.testing.assert_array_equal(resumed.routed_experts, whole.routed_experts)
+
+
+async def test_routing_and_log_probs_are_those_of_the_model(engine, folder):
+    response = await rollout(engine, ())
+    sequence = np.concatenate([response.prompt_ids, response.response_ids])
+    logits, routing = reference(folder)(sequence)
+    np.testing.assert_allclose(response.logprobs, token_logprobs(logits, sequence)[-48:], atol=1e-4)
+    np.testing.assert_array_equal(np.sort(response.routed_experts), np.sort(routing[:-1]))
+
+
+async def test_behaviour_log_probs_are_of_the_distribution_sampled_from(engine, folder):
+    """After temperature, and of the nucleus only."""
+    output = await engine.generate("nucleus", SHORT_PROMPT, Sampling(temperature=0.7, top_p=0.6), 32)
+    sequence = np.concatenate([SHORT_PROMPT, output.token_ids])
+    logits = reference(folder)(sequence)[0][len(SHORT_PROMPT) - 1 : -1] / 0.7
+    for scores, token, logprob in zip(logits, output.token_ids, output.logprobs, strict=True):
+        probabilities, order = scores.softmax(-1).sort(descending=True)
+        nucleus = int((probabilities.cumsum(0) < 0.6).sum()) + 1
+        assert token in order[:nucleus]
+        expected = probabilities[order == int(token)] / probabilities[:nucleus].sum()
+        assert logprob == pytest.approx(math.log(expected.item()), abs=1e-3)
+
+
+async def test_a_response_ends_at_the_stop_token(engine, trainer, weights):
+    """Weights under which the stop token is certain: an output layer that answers to a final norm of ones only."""
+    await trainer.push(certain(weights, EOS))
+    output = await engine.generate("stop", SHORT_PROMPT, GREEDY, 10)
+    assert (output.token_ids.tolist(), output.finish_reason) == ([EOS], "stop")
+
+
+async def test_score_agrees_with_transformers(engine, folder):
+    probe = [*make_probe(0, VOCAB), LONG_PROMPT]
+    forward = reference(folder)
+    for sequence, score in zip(probe, await engine.score(probe), strict=True):
+        logits, routing = forward(sequence)
+        np.testing.assert_allclose(score.logprobs, token_logprobs(logits, sequence), atol=1e-4)
+        np.testing.assert_array_equal(np.sort(score.routed_experts), np.sort(routing[:-1]))
+
+
+async def test_invariant_10_pushing_the_same_weights_changes_no_bit(engine, trainer, weights):
+    probe = make_probe(0, VOCAB)
+    before = await engine.score(probe)
+    for _ in range(3):
+        version = await trainer.push(weights)
+        assert engine.version == version
+        for a, b in zip(before, await engine.score(probe), strict=True):
+            np.testing.assert_array_equal(a.logprobs, b.logprobs)
+            np.testing.assert_array_equal(a.routed_experts, b.routed_experts)
+
+
+async def test_invariant_10_pushed_weights_are_the_ones_in_use(engine, trainer, weights, folder):
+    probe = make_probe(1, VOCAB)
+    before = await engine.score(probe)
+    await trainer.push(perturbed(weights))
+    forward = reference(folder, perturbed(weights))
+    for sequence, old, new in zip(probe, before, await engine.score(probe), strict=True):
+        assert np.abs(old.logprobs - new.logprobs).max() > 0.1
+        np.testing.assert_allclose(new.logprobs, token_logprobs(forward(sequence)[0], sequence), atol=1e-4)
+
+
+async def test_invariant_10_a_corrupted_push_is_refused_before_it_touches_the_model(engine, trainer, weights):
+    probe = make_probe(0, VOCAB)
+    before, version = await engine.score(probe), engine.version
+    await engine.pause("abort")
+    write = trainer.sender._file.write
+
+    def write_and_corrupt(tensors):
+        announced = write(tensors)
+        os.pwrite(announced.fd, b"\x7f\x7f", announced.nbytes // 2)
+        return announced
+
+    with mock.patch.object(trainer.sender._file, "write", write_and_corrupt):
+        with pytest.raises(WeightSyncError, match=r"replica 0: .*does not match its checksum"):
+            await trainer.send(perturbed(weights))
+    assert engine.version == version
+    with pytest.raises(WeightSyncError, match="the last push failed"):
+        await engine.resume()
+    # The weights are as before, and a good push makes the engine whole.
+    await trainer.send(weights)
+    await engine.resume()
+    for a, b in zip(before, await engine.score(probe), strict=True):
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
+async def test_a_push_needs_a_paused_engine(engine):
+    with pytest.raises(WeightSyncError, match="pause the engine before a push"):
+        await engine.start_weight_update()
+    with pytest.raises(WeightSyncError, match="was not paused"):
+        await engine.update_weight_version("7")
+
+
+async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(engine, trainer, weights):
+    """Under ``flat`` weights every log-prob is that of one in VOCAB, exactly: the weights sign each token."""
+    flat = {**weights, "model.norm.weight": torch.zeros_like(weights["model.norm.weight"])}
+    signature = np.float32(-math.log(VOCAB))
+    is_flat = {engine.version: False}
+    calls = [
+        asyncio.create_task(engine.generate(f"f{i}", np.append(SHORT_PROMPT, i).astype(np.int32), RANDOM, 200))
+        for i in range(3 * MAX_RUNNING)
+    ]
+    for k in range(8):
+        await until_sampled(engine, 1 + 5 * k % 3, calls=2)
+        await asyncio.sleep(0.01)
+        version = await trainer.push(weights if k % 2 else flat, mode="keep")
+        is_flat[version] = k % 2 == 0
+    outputs = await asyncio.gather(*calls)
+    assert {o.finish_reason for o in outputs} <= {"stop", "length"}
+    assert max(len(set(o.versions.tolist())) for o in outputs) >= 4
+    for output in outputs:
+        assert (np.diff(output.versions) >= 0).all()
+        expected = np.array([is_flat[v] for v in output.versions.tolist()])
+        np.testing.assert_array_equal(np.isclose(output.logprobs, signature, atol=1e-6), expected)
+        assert output.routed_experts.shape[0] == len(SHORT_PROMPT) + 1 + len(output.token_ids) - 1
+
+
+async def test_invariant_7_stamps_are_true_when_calls_are_aborted(engine, trainer, weights):
+    version = engine.version
+    calls = [asyncio.create_task(engine.generate(f"s{i}", SHORT_PROMPT, RANDOM, 200)) for i in range(MAX_RUNNING)]
+    await until_sampled(engine, 2)
+    await engine.pause("abort")
+    during = asyncio.create_task(engine.generate("during", SHORT_PROMPT, RANDOM, 8))
+    await trainer.send(perturbed(weights))
+    await engine.resume()
+    for output in await asyncio.gather(*calls):
+        assert set(output.versions.tolist()) <= {version}
+    assert set((await during).versions.tolist()) == {version + 1}
+
+
+@pytest.mark.parametrize("mode", ["abort", "keep", "wait"])
+async def test_no_prefix_of_earlier_weights_serves_a_later_call(engine, trainer, weights, folder, mode):
+    """Calls that share a long prompt: some run at the push, some wait for a place, some come after it."""
+    limit = 40 if mode == "wait" else 200
+    version = engine.version
+    early = [asyncio.create_task(engine.generate(f"e{i}", LONG_PROMPT, RANDOM, limit)) for i in range(2 * MAX_RUNNING)]
+    await until_sampled(engine, 3, calls=MAX_RUNNING)
+    pushed = perturbed(weights)
+    await trainer.push(pushed, mode)
+    late = [asyncio.create_task(engine.generate(f"l{i}", LONG_PROMPT, RANDOM, 12)) for i in range(4)]
+    outputs = [o for o in await asyncio.gather(*early, *late) if (o.versions == version + 1).all() and len(o.token_ids)]
+    assert len(outputs) >= (4 if mode == "abort" else 8)
+    forward = reference(folder, pushed)
+    for output in outputs:
+        sequence = np.concatenate([LONG_PROMPT, output.token_ids])
+        expected = token_logprobs(forward(sequence)[0], sequence)[len(LONG_PROMPT) - 1 :]
+        np.testing.assert_allclose(output.logprobs, expected, atol=1e-4)
+
+
+async def test_aborted_before_the_first_token(engine):
+    calls = [asyncio.create_task(engine.generate(f"w{i}", SHORT_PROMPT, GREEDY, 100)) for i in range(2 * MAX_RUNNING)]
+    await until_sampled(engine, 1)
+    await engine.pause("abort")
+    outputs = await asyncio.gather(*calls)
+    await engine.resume()
+    empty = [o for o in outputs if not len(o.token_ids)]
+    assert len(empty) >= MAX_RUNNING
+    for output in empty:
+        assert output.finish_reason == "abort"
+        assert output.routed_experts is None
+        assert len(output.logprobs) == len(output.versions) == 0
+
+
+async def test_a_call_that_is_cancelled_leaves_the_engine(engine):
+    call = asyncio.create_task(engine.generate("cancelled", SHORT_PROMPT, GREEDY, 200))
+    await until_sampled(engine, 1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert engine._engine.get_num_unfinished_requests() == 0
+
+
+async def test_a_request_that_cannot_be_is_refused(engine):
+    with pytest.raises(EngineError, match="replica 0: too-long: "):
+        await engine.generate("too-long", np.zeros(600, np.int32), GREEDY, 1)
+
+
+async def test_a_name_table_unlike_the_checkpoint_is_refused(engine, weights):
+    from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+    table = [[name, "float32", list(t.shape)] for name, t in weights.items() if "experts.3.up_proj" not in name]
+    with pytest.raises(WeightSyncError, match=r"lacks 3 tensors, first model\.layers\.0\.mlp\.experts\.3\.up_proj"):
+        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"table": table}))
+
+
+def certain(weights, token):
+    """Weights under which ``token`` is all but certain: the final norm keeps one direction that only it reads."""
+    norm = torch.zeros_like(weights["model.norm.weight"])
+    norm[0] = 1.0
+    embed = weights["model.embed_tokens.weight"].clone()
+    embed[:, 0] = 100.0
+    head = torch.zeros_like(weights["lm_head.weight"])
+    head[token, 0] = 10.0
+    return {**weights, "model.norm.weight": norm, "model.embed_tokens.weight": embed, "lm_head.weight": head}
+
+
+def test_vllm_still_skips_packing_on_reload():
+    """Why ``moe_repack`` exists. When this fails, vLLM packs on a reload by itself and the file can go."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+
+    method = module.UnquantizedFusedMoEMethod.__new__(module.UnquantizedFusedMoEMethod)
+    method.unquantized_backend = module.UnquantizedMoeBackend.CPU
+    packed = mock.Mock()
+    with (
+        mock.patch.object(module, "convert_to_unquantized_kernel_format", return_value=(None, None)),
+        mock.patch.object(module, "replace_parameter"),
+        mock.patch.object(method, "_init_moe_kernel", lambda layer: setattr(method, "moe_kernel", packed)),
+    ):
+        method.moe_kernel = None
+        method._setup_kernel(mock.Mock(), None, None)
+        assert packed.fused_experts.process_weights_after_loading.call_count == 1
+        method._setup_kernel(mock.Mock(), None, None)
+        assert packed.fused_experts.process_weights_after_loading.call_count == 1
+
+
+def test_no_process_of_the_engine_outlives_its_killed_parent(config, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import asyncio, psutil, sys
+            from async_rl.config import RunConfig
+            from async_rl.rollout.vllm_engine import VllmEngine
+
+            async def main():
+                engine = VllmEngine(RunConfig.model_validate_json({config.model_dump_json()!r}), replica=1)
+                await engine.start()
+                print("PIDS", *(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
+                await asyncio.sleep(600)
+
+            if __name__ == "__main__":
+                asyncio.run(main())
+            """
+        )
+    )
+    shared = set(os.listdir("/dev/shm"))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            line = next((line for line in parent.stdout if line.startswith("PIDS")), "")
+        finally:
+            parent.send_signal(signal.SIGKILL)
+    pids = [int(word) for word in line.split()[1:]]
+    assert pids, "the engine did not start"
+    deadline = time.monotonic() + 15
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"alive: {[pid for pid in pids if _alive(pid)]}"
+        time.sleep(0.1)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def _alive(pid):
+    """A zombie has ended; who reaps it is not the engine's business."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

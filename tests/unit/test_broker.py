@@ -1,0 +1,433 @@
+"""The broker: a state machine under arbitrary calls, and its edges one by one."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
+from async_rl.queue.broker import Broker
+from async_rl.queue.records import GroupMeta, Ticket
+from async_rl.types import Prompt
+
+
+class Source:
+    """Prompts "0-1" to "0-<rows>", those given back first."""
+
+    def __init__(self, rows=10**6):
+        self.rows = rows
+        self.row = 0
+        self.circulating = deque()
+
+    def next(self):
+        if self.circulating:
+            return self.circulating.popleft()
+        if self.row == self.rows:
+            return None
+        self.row += 1
+        return Prompt(f"0-{self.row}", self.row, "", np.array([1], dtype=np.int32))
+
+    def give_back(self, prompt):
+        self.circulating.append(prompt)
+
+
+def make(source=None, **settings):
+    defaults = {"required_groups": 2, "window_limit": 4, "max_staleness": 1, "on_stale": "mask", "max_bytes": 1000}
+    return Broker(source or Source(), **defaults | settings)
+
+
+def meta(ticket, nbytes=10, oldest=None, newest=None):
+    oldest = ticket.version if oldest is None else oldest
+    newest = oldest if newest is None else newest
+    return GroupMeta(ticket.group_id, 100, nbytes, oldest, newest, num_trajectories=8, num_partial=0)
+
+
+def finish(broker, n=1, worker="w", **of_meta):
+    """Issue and put n groups; their ids."""
+    tickets = broker.issue(worker, n)
+    assert len(tickets) == n
+    for ticket in tickets:
+        broker.put(meta(ticket, **of_meta))
+    return [ticket.group_id for ticket in tickets]
+
+
+def ids(leased):
+    return [meta.group_id for meta, _ in leased]
+
+
+class BrokerMachine(RuleBasedStateMachine):
+    """Arbitrary calls, right and wrong, against a plain book of what should be where."""
+
+    @initialize(
+        rows=st.integers(1, 30),
+        required=st.integers(1, 4),
+        extra=st.integers(0, 4),
+        room=st.integers(0, 4),
+        max_bytes=st.integers(40, 120),
+        max_staleness=st.integers(0, 2),
+        on_stale=st.sampled_from(["mask", "drop"]),
+    )
+    def start(self, rows, required, extra, room, max_bytes, max_staleness, on_stale):
+        self.source = Source(rows)
+        self.limit, self.max_groups, self.max_bytes = required + extra, required + room, max_bytes
+        self.max_staleness, self.on_stale = max_staleness, on_stale
+        self.broker = make(
+            self.source,
+            required_groups=required,
+            window_limit=self.limit,
+            max_groups=self.max_groups,
+            max_bytes=max_bytes,
+            max_staleness=max_staleness,
+            on_stale=on_stale,
+        )
+        self.version = 0
+        self.window = 0
+        self.running, self.queued, self.leased = {}, {}, {}  # group id: ticket or meta
+        self.workers, self.prompts, self.trained, self.past = {}, {}, [], []
+        self.issued = self.returned = self.failed = self.dropped = 0
+
+    def book_return(self, group_id):
+        for state in (self.running, self.queued, self.leased):
+            if state.pop(group_id, None) is not None:
+                self.dropped += state is not self.running
+        self.returned += 1
+        self.window -= 1
+        self.past.append(group_id)
+
+    def book_stale(self):
+        for group_id, m in list(self.queued.items()):
+            version = m.oldest_version if self.on_stale == "drop" else m.newest_version
+            if self.version - version > self.max_staleness:
+                self.book_return(group_id)
+
+    @rule(worker=st.sampled_from("abc"), limit=st.integers(0, 6))
+    def issue(self, worker, limit):
+        available = self.source.rows - self.source.row + len(self.source.circulating)
+        tickets = self.broker.issue(worker, limit)
+        assert len(tickets) == min(limit, max(0, self.limit - self.window), available)
+        for ticket in tickets:
+            assert ticket.version == self.version
+            assert ticket.group_id not in self.prompts  # no group id is ever used twice
+            assert ticket.prompt.prompt_id not in self.trained  # invariant 5: no prompt is trained twice
+            self.prompts[ticket.group_id] = ticket.prompt.prompt_id
+            self.running[ticket.group_id] = ticket
+            self.workers[ticket.group_id] = worker
+        self.issued += len(tickets)
+        self.window += len(tickets)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), nbytes=st.integers(1, 50), age=st.integers(0, 4), span=st.integers(0, 4))
+    def put(self, data, nbytes, age, span):
+        ticket = self.running[data.draw(st.sampled_from(sorted(self.running)))]
+        oldest = max(0, self.version - age)
+        group = meta(ticket, nbytes, oldest, min(self.version, oldest + span))
+        held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
+        fits = sum(held) + nbytes <= self.max_bytes and len(held) < self.max_groups
+        try:
+            full = self.broker.full_for(nbytes)
+        except QueueError:
+            assert not fits
+            assert not self.leased
+            return
+        assert full is not fits
+        if full:
+            with pytest.raises(QueueError, match="full"):
+                self.broker.put(group)
+            return
+        self.broker.put(group, payload=f"payload of {ticket.group_id}")
+        del self.running[ticket.group_id]
+        self.queued[ticket.group_id] = group
+        self.book_stale()
+
+    @rule(n=st.integers(1, 4))
+    def lease(self, n):
+        if n > self.max_groups:
+            with pytest.raises(QueueError, match=r"queue\.max_groups"):
+                self.broker.lease(n, "trainer")
+            return
+        leased = self.broker.lease(n, "trainer")
+        if len(self.queued) < n:
+            assert leased is None
+            return
+        assert ids(leased) == list(self.queued)[:n]  # first finished, first leased
+        for group, payload in leased:
+            assert payload == f"payload of {group.group_id}"
+            version = group.oldest_version if self.on_stale == "drop" else group.newest_version
+            assert self.version - version <= self.max_staleness  # invariant 4
+            self.leased[group.group_id] = self.queued.pop(group.group_id)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def ack(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.leased)), unique=True))
+        self.broker.ack(chosen)
+        for group_id in chosen:
+            del self.leased[group_id]
+            self.trained.append(self.prompts[group_id])
+            self.past.append(group_id)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def release(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.leased)), unique=True))
+        self.broker.release(chosen)
+        self.queued = {i: self.leased.pop(i) for i in list(self.leased) if i in chosen} | self.queued
+        self.book_stale()
+
+    @precondition(lambda self: self.running or self.queued or self.leased)
+    @rule(data=st.data(), fail=st.booleans())
+    def give_up(self, data, fail):
+        group_id = data.draw(st.sampled_from(sorted(self.running | self.queued | self.leased)))
+        if fail:
+            self.broker.fail(group_id, "reward")
+            for state in (self.running, self.queued, self.leased):
+                state.pop(group_id, None)
+            self.failed += 1
+            self.window -= 1
+            self.past.append(group_id)
+        else:
+            self.broker.return_group(group_id, "interrupted")
+            self.book_return(group_id)
+
+    @rule(worker=st.sampled_from("abc"))
+    def worker_lost(self, worker):
+        expected = {i for i in [*self.running, *self.queued] if self.workers[i] == worker}
+        assert set(self.broker.worker_lost(worker)) == expected
+        for group_id in expected:
+            self.book_return(group_id)
+
+    @rule(step=st.integers(1, 3))
+    def advance(self, step):
+        self.version += step
+        self.broker.advance(self.version)
+        self.window = len(self.running) + len(self.queued) + len(self.leased)
+        self.book_stale()
+
+    @rule(data=st.data())
+    def wrong_calls_change_nothing(self, data):
+        before = self.broker.stats()
+        known = [*self.queued, *self.leased, *self.past, "0-1.99"]
+        not_running = meta(Ticket(data.draw(st.sampled_from(known)), None, self.version))
+        with pytest.raises((DuplicateGroup, UnknownGroup)):
+            self.broker.put(not_running)
+        not_leased = data.draw(st.sampled_from([*self.queued, *self.running, *self.past, "0-1.99"]))
+        for call in (self.broker.ack, self.broker.release):
+            with pytest.raises(UnknownGroup):
+                call([*self.leased, not_leased])
+        with pytest.raises(QueueError):
+            self.broker.advance(self.version)
+        for call in (self.broker.fail, self.broker.return_group):
+            with pytest.raises(UnknownGroup):
+                call(data.draw(st.sampled_from([*self.past, "0-1.99"])), "twice")
+        assert self.broker.stats() == before
+
+    @invariant()
+    def invariant_5_conservation(self):
+        counts = self.broker.counts()
+        assert counts.issued == counts.trained + counts.outstanding + counts.returned + counts.failed
+        outstanding = len(self.running) + len(self.queued) + len(self.leased)
+        assert counts.outstanding == outstanding
+        assert (counts.issued, counts.trained) == (self.issued, len(self.trained))
+        assert (counts.returned, counts.failed, counts.dropped) == (self.returned, self.failed, self.dropped)
+        # No prompt is skipped: whatever the cursor passed is outstanding, trained, failed or in circulation.
+        assert self.source.row == outstanding + len(self.trained) + self.failed + len(self.source.circulating)
+
+    @invariant()
+    def invariant_6_bounded(self):
+        stats = self.broker.stats()
+        held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
+        assert stats.held_bytes == sum(held) <= self.max_bytes
+        assert stats.queued_groups + stats.leased_groups == len(held) <= self.max_groups
+        assert stats.counts.outstanding <= stats.window_groups == self.window <= self.limit
+        # Nothing is remembered of finished groups but a few outcomes, and attempts of circulating prompts.
+        assert len(self.broker._outcomes) <= 2 * self.limit
+        assert set(self.broker._attempts) == {p.prompt_id for p in self.source.circulating}
+
+
+BrokerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_invariants_4_5_6_under_arbitrary_calls = BrokerMachine.TestCase
+
+
+# Edges
+
+
+def test_threshold_0_issues_nothing_between_the_last_training_and_the_push():
+    broker = make(window_limit=2)
+    first = finish(broker, 2)
+    assert broker.issue("w", 9) == []
+    broker.lease(2, "t")
+    assert broker.issue("w", 9) == []
+    broker.ack(first)
+    assert broker.issue("w", 9) == []  # trained, but in this window
+    assert broker.refusal() == "budget full: 2 of 2 groups of window 0; 2 trained in it"
+    broker.advance(1)
+    assert [ticket.version for ticket in broker.issue("w", 9)] == [1, 1]
+
+
+def test_returned_and_failed_groups_leave_room_in_the_window():
+    broker = make(window_limit=2)
+    a, b = broker.issue("w", 2)
+    broker.return_group(a.group_id, "interrupted")
+    broker.fail(b.group_id, "reward")
+    assert [ticket.group_id for ticket in broker.issue("w", 9)] == ["0-1.1", "0-3.0"]
+
+
+def test_invariant_4_at_max_staleness_0_everything_goes_stale_at_once():
+    broker = make(max_staleness=0, on_stale="drop")
+    finish(broker, 3)
+    broker.advance(1)
+    assert broker.lease(2, "t") is None
+    stats = broker.stats()
+    assert stats.dropped == {"stale": 3}
+    assert (stats.queued_groups, stats.held_bytes) == (0, 0)
+    assert [ticket.group_id for ticket in broker.issue("w", 9)] == ["0-1.1", "0-2.1", "0-3.1", "0-4.0"]
+
+
+def test_mask_keeps_a_group_with_one_fresh_token_and_drops_one_without():
+    broker = make(on_stale="mask", max_staleness=0, version=5)
+    kept, gone = broker.issue("w", 2)
+    broker.put(meta(kept, oldest=2, newest=5))
+    broker.put(meta(gone, oldest=2, newest=4))
+    assert ids(broker.lease(1, "t")) == [kept.group_id]
+    assert broker.stats().dropped == {"stale": 1}
+
+
+def test_a_group_released_after_a_push_is_judged_by_the_new_version():
+    broker = make(on_stale="drop", max_staleness=0)
+    finish(broker, 2)
+    leased = ids(broker.lease(2, "t"))
+    broker.advance(1)
+    assert broker.counts().dropped == 0  # a lease is the consumer's
+    broker.release(leased)
+    assert broker.counts().dropped == 2
+
+
+def test_release_restores_the_order_and_a_duplicate_put_is_refused():
+    broker = make()
+    order = finish(broker, 4)
+    broker.lease(3, "t")
+    broker.release([order[2], order[0]])
+    with pytest.raises(DuplicateGroup, match=order[0]):
+        broker.put(GroupMeta(order[0], 1, 1, 0, 0, 1, 0))
+    assert ids(broker.lease(3, "t")) == [order[0], order[2], order[3]]
+
+
+def test_a_late_put_is_told_what_became_of_the_group():
+    broker = make()
+    (trained,) = finish(broker)
+    broker.lease(1, "t")
+    broker.ack([trained])
+    with pytest.raises(DuplicateGroup, match="was trained"):
+        broker.put(GroupMeta(trained, 1, 1, 0, 0, 1, 0))
+    (lost,) = broker.issue("w", 1)
+    broker.worker_lost("w")
+    with pytest.raises(UnknownGroup, match=r"was returned \(worker_lost\)"):
+        broker.put(meta(lost))
+    (again,) = broker.issue("v", 1)
+    assert (again.group_id, again.prompt) == ("0-2.1", lost.prompt)
+
+
+def test_a_lost_worker_loses_what_it_queued_but_not_what_is_leased():
+    broker = make(window_limit=6)
+    leased = finish(broker, 1, worker="a")
+    broker.lease(1, "t")
+    queued = finish(broker, 1, worker="a")
+    (running,) = broker.issue("a", 1)
+    finish(broker, 1, worker="b")
+    assert broker.worker_lost("a") == [running.group_id, *queued]
+    assert broker.counts().dropped == 1
+    broker.ack(leased)
+    assert broker.stats().queued_groups == 1
+
+
+def test_ack_is_all_or_nothing():
+    broker = make()
+    order = finish(broker, 2)
+    broker.lease(1, "t")
+    for wrong in ([order[0], order[1]], [order[0], order[0]]):
+        with pytest.raises(UnknownGroup):
+            broker.ack(wrong)
+    assert broker.counts().trained == 0
+    broker.ack([order[0]])
+
+
+def test_bytes_that_cannot_hold_one_step_are_an_error_that_names_the_key():
+    broker = make(max_bytes=25, required_groups=3)
+    finish(broker, 2)
+    (ticket,) = broker.issue("w", 1)
+    with pytest.raises(QueueError, match=r"queue\.max_bytes: 25 .* 3 groups .* set it to 30"):
+        broker.put(meta(ticket))
+    broker.lease(1, "t")
+    assert broker.full_for(10)  # something is leased: room may come
+
+
+def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
+    broker = make(max_bytes=25)
+    (ticket,) = broker.issue("w", 1)
+    with pytest.raises(QueueError, match=r"26 bytes, and queue\.max_bytes is 25; .* 2 such groups set it to 52"):
+        broker.put(meta(ticket, nbytes=26))
+    assert broker.counts().outstanding == 1
+
+
+def test_max_groups_below_a_training_step_is_refused():
+    with pytest.raises(ConfigError, match=r"queue\.max_groups: 1 is less than the 2"):
+        make(max_groups=1)
+
+
+def test_refusal_names_who_holds_the_window():
+    broker = make(version=7)
+    assert broker.refusal() is None
+    broker.issue("2", 3)
+    finish(broker, 1, worker="1")
+    assert broker.refusal() == "budget full: 4 of 4 groups of window 7; 3 running on worker 2, 1 queued"
+
+
+def test_the_end_of_the_dataset():
+    broker = make(Source(rows=2))
+    a, b = broker.issue("w", 2)
+    assert not broker.stats().exhausted  # nobody has asked for more yet
+    broker.put(meta(a))
+    assert broker.issue("w", 1) == []
+    assert broker.refusal() == "the dataset is exhausted"
+    assert not broker.starved(2)
+    broker.fail(b.group_id, "reward")
+    assert broker.starved(2)
+    assert not broker.finished
+    broker.return_group(a.group_id, "stale")
+    assert not broker.starved(2)  # its prompt is in circulation again
+    (again,) = broker.issue("w", 1)
+    broker.put(meta(again))
+    broker.lease(1, "t")
+    broker.ack([again.group_id])
+    assert broker.issue("w", 1) == []
+    assert broker.finished
+
+
+def test_a_dataset_that_raises_midway_loses_no_prompt():
+    class Breaking(Source):
+        def next(self):
+            if self.row == 2 and not self.circulating:
+                raise OSError("disk")
+            return super().next()
+
+    source = Breaking()
+    broker = make(source)
+    with pytest.raises(OSError, match="disk"):
+        broker.issue("w", 4)
+    assert broker.counts().issued == 0
+    assert [ticket.prompt.row for ticket in broker.issue("w", 2)] == [1, 2]
+
+
+def test_a_dataset_that_repeats_an_outstanding_prompt_is_refused():
+    class Repeating(Source):
+        def next(self):
+            self.row = 0
+            return super().next()
+
+    broker = make(Repeating())
+    with pytest.raises(QueueError, match="prompt 0-1"):
+        broker.issue("w", 2)
+    assert broker.counts().issued == 0

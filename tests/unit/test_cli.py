@@ -1,0 +1,158 @@
+"""The command line from outside: exit codes, what is printed where, and that nothing heavy is imported for
+it.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from async_rl import cli, doctor
+from async_rl.config import load
+from async_rl.errors import TrainerError
+
+CONFIG = "model: {path: model}\ndata: {train: train.jsonl}\ntrainer: {steps: 5}\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Stands where the real pipeline would be imported, in this process; tells what it was called with."""
+
+    class Pipeline:
+        result: object = 0
+        config = None
+
+        def run(self, config):
+            self.config = config
+            if isinstance(self.result, BaseException):
+                raise self.result
+            return self.result
+
+    stand_in = Pipeline()
+    monkeypatch.setitem(sys.modules, "async_rl.pipeline", stand_in)
+    monkeypatch.setattr("async_rl.pipeline", stand_in, raising=False)
+    monkeypatch.setattr("async_rl.supervisor.supervise", lambda body: body())
+    return stand_in
+
+
+def run(*words) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "async_rl.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_dry_run_prints_the_resolved_settings_and_starts_nothing(path, tmp_path):
+    done = run("train", path, "--dry-run", "--async_training.max_staleness", "2", "--seed=7")
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "resolved.yaml").write_text(done.stdout)
+    resolved = load(tmp_path / "resolved.yaml")
+    assert resolved == load(path, {"async_training.max_staleness": 2, "seed": 7})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.yaml", "resolved.yaml"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "CONFIG", "--dry-run"]])
+def test_help_and_dry_run_import_nothing_heavy(path, words):
+    words = [str(path) if word == "CONFIG" else word for word in words]
+    code = (
+        "import sys; from async_rl import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'vllm', 'ray', 'transformers', 'megatron', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_wrong_settings_are_one_message_and_exit_code_2(path):
+    done = run("train", path, "--trainer.stpes", "3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("async-rl: trainer.stpes: no such setting; did you mean trainer.steps")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    from async_rl.config import leaves
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert [key for key, _ in leaves() if f"--{key}  [" not in text] == []
+    assert "--async_training.max_staleness  [4]" in text
+    assert "Hard bound: no token older than" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "PATH", "--trainer.steps", "9"],
+        ["train", "--trainer.steps", "9", "PATH"],
+        ["train", "--trainer.steps=9", "PATH"],
+    ],
+)
+def test_settings_may_stand_anywhere(path, pipeline, words):
+    assert cli.main([str(path) if word == "PATH" else word for word in words]) == 0
+    assert pipeline.config.trainer.steps == 9
+
+
+def test_settings_that_look_like_options_of_the_command_line(path, pipeline, capsys):
+    assert cli.main(["train", str(path), "--dryrun"]) == 2
+    assert "dryrun: no such setting" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "--trainer.optimizer.lr", "-1"]) == 2
+    assert "trainer.optimizer.lr: -1 is not valid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "a.yaml", "b.yaml"]])
+def test_wrong_command_lines(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert "usage: async-rl" in capsys.readouterr().err
+
+
+def test_config_file_that_is_not_there(capsys):
+    assert cli.main(["train", "absent.yaml"]) == 2
+    assert capsys.readouterr().err == "async-rl: config file absent.yaml: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "err"),
+    [
+        (0, 0, ""),
+        (130, 130, ""),
+        (TrainerError("trainer rank 1 died"), 1, "async-rl: trainer rank 1 died\n"),
+        (KeyboardInterrupt(), 130, "async-rl: interrupted\n"),
+    ],
+)
+def test_exit_codes_of_a_run(path, pipeline, capsys, result, code, err):
+    pipeline.result = result
+    assert cli.main(["train", str(path)]) == code
+    assert capsys.readouterr().err == err
+
+
+def test_defects_keep_their_trace(path, pipeline):
+    pipeline.result = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", str(path)])
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("FAIL", 1)])
+def test_doctor_exits_1_if_a_run_could_not_start(path, monkeypatch, capsys, status, code):
+    monkeypatch.setattr(doctor, "checks", lambda config: [doctor.Check("memory", status, "1 GB", "buy more")])
+    assert cli.main(["doctor", str(path)]) == code
+    assert cli.main(["doctor"]) == code
+    assert f"{status:<5} memory  1 GB" in capsys.readouterr().out
+
+
+def test_doctor_takes_settings_only_with_a_config(capsys):
+    assert cli.main(["doctor", "--rollout.replicas", "2"]) == 2
+    assert "settings need a config file" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""The settings tree: what it refuses and how it says so, what it takes and means."""
+
+from pathlib import Path
+
+import pytest
+
+from async_rl.config import RunConfig, default_of, leaves, load, parse_overrides, to_yaml, validate
+from async_rl.errors import ConfigError
+
+MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
+
+
+def tree(**sections):
+    return {**MINIMAL, **sections}
+
+
+def refusal(**sections) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(tree(**sections))
+    return str(caught.value)
+
+
+def refused_words(*words) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(words)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_minimal_tree_takes_the_documented_defaults():
+    config = validate(MINIMAL)
+    assert config.async_training.staleness_threshold == 0.5
+    assert config.async_training.max_staleness == 4
+    assert config.async_training.on_stale == "mask"
+    assert config.async_training.partial_rollout.mode == "resume"
+    assert config.trainer.router_replay == "R3"
+    assert config.rollout.n == 8
+    assert config.queue.max_bytes == 2 * 2**30
+    assert config.run_dir == Path("runs/run")
+
+
+def test_every_setting_has_a_sentence_and_a_default():
+    found = dict(leaves())
+    assert len(found) > 60
+    assert [key for key, sentence in found.items() if not sentence.endswith(".")] == []
+    required = [key for key in found if default_of(key) == "required"]
+    assert required == ["model.path", "data.train"]
+    assert default_of("queue.max_groups") == "null"
+    assert default_of("data.shuffle") == "true"
+
+
+def test_unknown_key_names_the_near_ones():
+    message = refusal(async_training={"max_stalness": 2})
+    assert message.startswith("async_training.max_stalness: no such setting")
+    assert "async_training.max_staleness" in message
+
+
+def test_key_without_its_section_is_pointed_to_the_full_name():
+    assert "async_training.max_staleness" in refused_words("--max_staleness", "2")
+
+
+def test_section_given_a_value_names_settings_of_that_section():
+    assert "trainer." in refused_words("--trainer", "2")
+
+
+def test_every_fault_has_its_line():
+    message = refusal(rollout={"n": 1, "replicas": 0}, trainer={"router_replay": "R4"})
+    assert len(message.splitlines()) == 3
+    assert "rollout.n: 1 is not valid" in message
+    assert "trainer.router_replay: 'R4' is not valid: must be one of R3, R2, off" in message
+
+
+def test_missing_required_key():
+    with pytest.raises(ConfigError, match=r"model\.path: required"):
+        validate({"model": {}, "data": {"train": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("trainer", "steps", 0),
+        ("trainer", "steps", True),
+        ("trainer", "steps", "3"),
+        ("trainer", "steps", 2.5),
+        ("rollout", "temperature", 0.0),
+        ("rollout", "temperature", float("inf")),
+        ("rollout", "temperature", float("nan")),
+        ("rollout", "top_p", 1.5),
+        ("data", "shuffle", "yes"),
+        ("metrics", "port", 65536),
+        ("reward", "function", "no_colon"),
+        ("async_training", "on_stale", "drops"),
+    ],
+)
+def test_wrong_value_names_key_and_value(section, key, value):
+    message = refusal(**{section: {**MINIMAL.get(section, {}), key: value}})
+    assert message.startswith(f"{section}.{key}: {value!r} is not valid")
+
+
+def test_literal_names_the_nearest_choice():
+    assert "did you mean drop?" in refusal(async_training={"on_stale": "drops"})
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+def test_run_name_cannot_leave_its_folder(name):
+    assert "name" in refusal(name=name)
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys"),
+    [
+        ({"queue": {"max_groups": 3}}, ["queue.max_groups", "trainer.groups_per_step"]),
+        ({"trainer": {"parallel": {"tp": 2}}}, ["trainer.parallel"]),
+        (
+            {"rollout": {"max_num_seqs": 64, "max_num_batched_tokens": 32}},
+            ["max_num_batched_tokens", "max_num_seqs"],
+        ),
+        ({"sync": {"backend": "nccl"}, "resources": {"device": "cpu"}}, ["sync.backend", "resources.device"]),
+        ({"data": {"train": "same.jsonl", "eval": "same.jsonl"}}, ["data.eval", "data.train"]),
+    ],
+)
+def test_combinations_that_cannot_work(sections, keys):
+    message = refusal(**sections)
+    assert all(key in message for key in keys)
+
+
+def test_queue_bound_counts_all_mini_batches_of_a_step():
+    sections = {"trainer": {"groups_per_step": 4}, "queue": {"max_groups": 7}}
+    assert validate(tree(**sections)).required_groups == 4
+    assert "needs 8 groups" in refusal(**sections, async_training={"require_batches": 2})
+
+
+def test_tree_cannot_be_changed():
+    config = validate(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+
+
+def test_overrides_are_typed_by_their_setting():
+    words = "--trainer.steps 7 --trainer.optimizer.lr=1e-4 --name 7 --model.path=123 --data.eval null"
+    words += " --trainer.router_replay off --data.shuffle false"
+    overrides = parse_overrides(words.split())
+    assert overrides == {
+        "trainer.steps": 7,
+        "trainer.optimizer.lr": 1e-4,
+        "name": "7",
+        "model.path": "123",
+        "data.eval": None,
+        "trainer.router_replay": "off",
+        "data.shuffle": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["stray"], "unexpected argument 'stray'"),
+        (["--trainer.steps"], "--trainer.steps has no value"),
+        (["--trainer.steps", "--seed", "1"], "--trainer.steps has no value"),
+        (["--trainer.stpes", "1"], "did you mean trainer.steps"),
+        (["--"], "unexpected argument"),
+    ],
+)
+def test_mistyped_overrides(words, part):
+    assert part in refused_words(*words)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = write(tmp_path, "model: {path: m}\ndata: {train: t}\ntrainer: {steps: 3, groups_per_step: 2}\n")
+    config = load(path, {"trainer.steps": 5, "rollout.n": 4})
+    assert (config.trainer.steps, config.trainer.groups_per_step, config.rollout.n) == (5, 2, 4)
+
+
+def test_override_below_something_that_is_no_section(tmp_path):
+    path = write(tmp_path, "model: {path: m}\ndata: {train: t}\ntrainer: 3\n")
+    with pytest.raises(ConfigError, match=r"trainer\.steps: trainer is 3 in the file, not a section"):
+        load(path, {"trainer.steps": 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: [", "is not YAML"),
+        ("", "expected a mapping of keys, got NoneType"),
+        ("- a\n- b\n", "expected a mapping of keys, got list"),
+        ("seed: 1\nseed: 2\n", "key 'seed' comes twice"),
+        ("model: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_files_that_are_not_settings(tmp_path, text, part):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_yaml_reads_numbers_and_words_as_people_mean_them(tmp_path):
+    text = "model: {path: m}\ndata: {train: t}\n"
+    text += "trainer: {router_replay: off, optimizer: {lr: 1e-4, weight_decay: 0}}\n"
+    config = load(write(tmp_path, text))
+    assert config.trainer.router_replay == "off"
+    assert config.trainer.optimizer.lr == 1e-4
+    assert config.trainer.optimizer.weight_decay == 0.0
+
+
+def test_resolved_tree_reloads_to_itself(tmp_path):
+    config = validate(
+        tree(
+            trainer={"router_replay": "off", "optimizer": {"lr": 3e-5}},
+            queue={"max_groups": 99},
+            name="1e5",
+            data={"train": "t", "eval": "e"},
+        )
+    )
+    assert load(write(tmp_path, to_yaml(config))) == config
+    assert isinstance(config, RunConfig)

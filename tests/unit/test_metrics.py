@@ -1,0 +1,253 @@
+"""Declarations keep to Prometheus' conventions; the exporter takes only what is declared and serves it for
+real.
+"""
+
+import json
+import re
+import socket
+import threading
+import time
+import urllib.request
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from step_records import step_record
+
+from async_rl.errors import ResourceError
+from async_rl.metrics import publish
+from async_rl.metrics.declared import METRICS, PREFIX, series_key
+from async_rl.metrics.exporter import Metrics, UndeclaredMetric
+from async_rl.metrics.summary import GroupCounts, SyncRecord
+
+# DESIGN section 7: the contract with dashboards.
+CONTRACT = [
+    "policy_version",
+    "reward_mean",
+    "ppo_kl",
+    "ppo_kl_k3",
+    "rollout_logprob_abs_diff_mean",
+    "rollout_logprob_abs_diff_max",
+    "extreme_token_fraction",
+    "clip_fraction",
+    "entropy",
+    "grad_norm",
+    "effective_sample_size_ratio",
+    "token_staleness",
+    "tokens_masked_total",
+    "groups_dropped_total",
+    "partial_rollouts_total",
+    "segments_per_trajectory",
+    "resumed_prefill_tokens_total",
+    "queue_groups",
+    "queue_bytes",
+    "groups_outstanding",
+    "rollout_idle_ratio",
+    "trainer_idle_ratio",
+    "overlap_efficiency",
+    "sync_seconds",
+    "sync_canary_logprob_abs_diff",
+    "generated_tokens_total",
+    "trained_tokens_total",
+    "router_fallback_rows_total",
+    "watchdog_stalled_seconds",
+]
+
+
+@pytest.fixture
+def metrics():
+    with Metrics("pipeline", run="r") as metrics:
+        yield metrics
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every sample of a real scrape, by series."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        return parse(response.read().decode())
+
+
+def exposed(metrics: Metrics) -> dict[str, float]:
+    """What a scrape would give, without the server (which takes half a second to close)."""
+    return parse(generate_latest(metrics.registry).decode())
+
+
+def parse(text: str) -> dict[str, float]:
+    return {
+        series_key(sample.name, sample.labels): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_contract_is_declared():
+    assert [name for name in CONTRACT if name not in METRICS] == []
+
+
+@pytest.mark.parametrize("spec", METRICS.values(), ids=lambda spec: spec.name)
+def test_declarations_follow_the_conventions(spec):
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", spec.name)
+    assert spec.full_name == PREFIX + spec.name
+    assert spec.help.endswith(".")
+    assert spec.why
+    assert (spec.kind == "counter") == spec.name.endswith("_total")
+    assert (spec.kind == "histogram") == bool(spec.buckets)
+    assert list(spec.buckets) == sorted(set(spec.buckets))
+    assert not spec.whole or (spec.kind == "gauge" and spec.labels)
+    if spec.unit in ("seconds", "bytes"):
+        assert spec.unit in spec.name
+
+
+@pytest.mark.parametrize(
+    "emit",
+    [
+        lambda m: m.set("no_such_metric", 1),
+        lambda m: m.set("groups_issued_total", 1),
+        lambda m: m.inc("policy_version"),
+        lambda m: m.observe("policy_version", 1),
+        lambda m: m.set("policy_version", 1, replica=0),
+        lambda m: m.inc("tokens_masked_total", 1),
+        lambda m: m.inc("tokens_masked_total", 1, cause="stale"),
+        lambda m: m.set("extreme_token_fraction", 0.1),
+        lambda m: m.set_all("policy_version", 1, {}),
+        lambda m: m.set_all("extreme_token_fraction", 0.1, {2: 0.1}),
+    ],
+)
+def test_undeclared_names_kinds_and_labels_are_errors(metrics, emit):
+    with pytest.raises(UndeclaredMetric):
+        emit(metrics)
+
+
+@pytest.mark.parametrize("amount", [-1, float("nan")])
+def test_counters_never_fall(metrics, amount):
+    with pytest.raises(ValueError, match="counter"):
+        metrics.inc("generated_tokens_total", amount)
+
+
+def test_exposition_gives_what_was_emitted(metrics):
+    metrics.set("policy_version", 3)
+    metrics.inc("tokens_masked_total", 2, reason="stale")
+    metrics.inc("tokens_masked_total", 3, reason="stale")
+    metrics.count_to("groups_issued_total", 17)
+    metrics.set_all("ppo_kl", 0.5, {0: 1e-8, 2: 0.25})
+    samples = exposed(metrics)
+    assert samples["async_rl_policy_version"] == 3
+    assert samples['async_rl_tokens_masked_total{reason="stale"}'] == 5
+    assert samples["async_rl_groups_issued_total"] == 17
+    assert samples["async_rl_ppo_kl"] == 0.5
+    assert samples['async_rl_ppo_kl{staleness="0"}'] == 1e-8
+    assert samples['async_rl_ppo_kl{staleness="2"}'] == 0.25
+    assert samples["process_resident_memory_bytes"] > 0
+
+
+def test_histogram_buckets_are_cumulative_and_weighted(metrics):
+    metrics.observe("token_staleness", 0, count=5)
+    metrics.observe("token_staleness", 1, count=2)
+    metrics.observe("token_staleness", 100)
+    samples = exposed(metrics)
+    assert samples['async_rl_token_staleness_bucket{le="0.0"}'] == 5
+    assert samples['async_rl_token_staleness_bucket{le="1.0"}'] == 7
+    assert samples['async_rl_token_staleness_bucket{le="16.0"}'] == 7
+    assert samples['async_rl_token_staleness_bucket{le="+Inf"}'] == 8
+    assert samples["async_rl_token_staleness_count"] == 8
+    assert samples["async_rl_token_staleness_sum"] == 102
+
+
+def test_a_label_value_that_no_longer_occurs_vanishes(metrics):
+    metrics.set_all("ppo_kl", 0.1, {0: 0.0, 1: 0.1})
+    metrics.set_all("ppo_kl", 0.0, {0: 0.0})
+    assert 'async_rl_ppo_kl{staleness="1"}' not in exposed(metrics)
+
+
+def test_hostile_label_values_survive_the_trip(metrics):
+    metrics.inc("groups_failed_total", reason='line\nbreak "quoted" \\')
+    (key,) = [key for key in exposed(metrics) if key.startswith("async_rl_groups_failed_total")]
+    assert key == 'async_rl_groups_failed_total{reason="line\nbreak "quoted" \\"}'
+
+
+def test_counting_from_many_threads_loses_nothing(metrics):
+    def count():
+        for _ in range(2000):
+            metrics.inc("generated_tokens_total")
+            metrics.observe("response_tokens", 10)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    samples = exposed(metrics)
+    assert samples["async_rl_generated_tokens_total"] == 8000
+    assert samples["async_rl_response_tokens_count"] == 8000
+
+
+def test_publishing_a_run_emits_only_declared_metrics(metrics):
+    """publish raises if a record's field has no declaration; the scrape has what the step said."""
+    publish.publish_step(metrics, step_record(eval_reward_mean=0.5, tokens_masked={"stale": 4}))
+    publish.publish_sync(
+        metrics, SyncRecord(policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7)
+    )
+    publish.publish_groups(metrics, GroupCounts(issued=5, trained=3, outstanding=2))
+    samples = exposed(metrics)
+    assert samples["async_rl_reward_mean"] == 0.4
+    assert samples["async_rl_eval_reward_mean"] == 0.5
+    assert samples["async_rl_policy_version"] == 2
+    assert samples['async_rl_ppo_kl{staleness="0"}'] == 1e-8
+    assert samples['async_rl_extreme_token_fraction{tau="2"}'] == 0.01
+    assert samples['async_rl_tokens_masked_total{reason="stale"}'] == 4
+    assert samples["async_rl_trained_tokens_total"] == 100
+    assert samples["async_rl_partial_rollouts_total"] == 2
+    assert samples["async_rl_segments_per_trajectory_count"] == 4
+    assert samples['async_rl_sync_seconds_sum{phase="pause"}'] == 0.1
+    assert samples["async_rl_groups_outstanding"] == 2
+
+
+def test_scrape_over_http_on_loopback_only(metrics):
+    metrics.set("policy_version", 3)
+    metrics.observe("sync_seconds", 0.3, phase="pause")
+    samples = scrape(metrics.serve())
+    assert samples["async_rl_policy_version"] == 3
+    assert samples['async_rl_sync_seconds_bucket{le="0.5",phase="pause"}'] == 1
+    assert metrics._server.server_address[0] == "127.0.0.1"
+
+
+def test_port_taken_is_one_clear_error(metrics):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=rf"metrics\.port: .*127\.0\.0\.1:{port}.*or to 0"):
+            metrics.serve(port=port)
+
+
+def test_host_of_another_machine_is_one_clear_error(metrics):
+    with pytest.raises(ResourceError, match=r"metrics\.host"):
+        metrics.serve(host="192.0.2.1")
+
+
+def test_target_file_appears_and_vanishes(tmp_path):
+    metrics = Metrics("rollout", run="demo", replica=1)
+    port = metrics.serve(run_dir=tmp_path)
+    path = tmp_path / "prometheus" / "targets" / "rollout-1.json"
+    (group,) = json.loads(path.read_text())
+    assert group == {
+        "targets": [f"127.0.0.1:{port}"],
+        "labels": {"run": "demo", "role": "rollout", "replica": "1"},
+    }
+    assert scrape(port)
+    metrics.close()
+    metrics.close()
+    assert list(path.parent.iterdir()) == []
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=1)
+
+
+def test_a_call_costs_little_beside_a_token(metrics):
+    """No bound on time, only a ratio: a count must stay within a small multiple of a bare locked addition."""
+    lock, value, rounds = threading.Lock(), {"x": 0.0}, 20_000
+    start = time.perf_counter()
+    for _ in range(rounds):
+        with lock:
+            value["x"] += 1
+    bare = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(rounds):
+        metrics.inc("generated_tokens_total", 1)
+    assert time.perf_counter() - start < 100 * bare

@@ -1,0 +1,148 @@
+"""config.json of a checkpoint folder: what is read from it, and what is refused with which words."""
+
+import json
+
+import pytest
+
+from async_rl.config import validate
+from async_rl.errors import ModelError
+from async_rl.model_config import check_run, checkpoint_shards, read_model_config, routing_spec
+from async_rl.types import RoutingSpec
+
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "rope_theta": 1e6,
+}
+DENSE = {**{k: v for k, v in MOE.items() if "expert" not in k}, "architectures": ["Qwen3ForCausalLM"]}
+
+
+def folder(path, **changes):
+    values = {**changes.pop("base", MOE), **changes}
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return path
+
+
+def run_config(path, **trainer):
+    return validate({"model": {"path": str(path)}, "data": {"train": "x"}, "trainer": trainer})
+
+
+def test_reads_a_moe_and_a_dense_model(tmp_path):
+    model = read_model_config(folder(tmp_path / "moe"))
+    assert (model.num_experts, model.top_k, model.moe_layers) == (8, 2, (0, 1, 2, 3))
+    assert model.rope_theta == 1e6
+    assert routing_spec(tmp_path / "moe") == RoutingSpec(num_moe_layers=4, top_k=2, num_experts=8)
+    dense = read_model_config(folder(tmp_path / "dense", base=DENSE))
+    assert (dense.num_experts, dense.moe_layers, dense.routing) == (0, (), None)
+
+
+def test_reads_both_spellings_of_transformers_4_and_5(tmp_path):
+    old = read_model_config(folder(tmp_path / "4"))
+    new = read_model_config(
+        folder(
+            tmp_path / "5",
+            num_experts=None,
+            num_local_experts=8,
+            rope_theta=None,
+            rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+        )
+    )
+    assert old == new
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"mlp_only_layers": [0, 2]}, (1, 3)),
+        ({"decoder_sparse_step": 2}, (1, 3)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (3,)),
+    ],
+)
+def test_dense_layers_of_a_moe_model_are_no_moe_layers(tmp_path, changes, layers):
+    assert read_model_config(folder(tmp_path, **changes)).moe_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            ["LlamaForCausalLM", "Qwen3ForCausalLM, Qwen3MoeForCausalLM"],
+        ),
+        ({"architectures": None}, ["none", "supported are"]),
+        ({"vocab_size": None}, ["vocab_size", "None"]),
+        ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok (9)", "num_experts (8)"]),
+        ({"mlp_only_layers": "0"}, ["mlp_only_layers", "'0'"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope_type", "'yarn'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
+        ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
+    ],
+)
+def test_refuses_what_it_cannot_train_and_names_it(tmp_path, changes, words):
+    with pytest.raises(ModelError) as error:
+        read_model_config(folder(tmp_path, **changes))
+    for word in [str(tmp_path), *words]:
+        assert word in str(error.value)
+
+
+def test_refuses_a_missing_folder_a_missing_config_and_a_broken_one(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        read_model_config(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"config\.json: No such file"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="expected an object"):
+        read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_replay_on_a_dense_model_is_refused(tmp_path, mode):
+    path = folder(tmp_path, base=DENSE, max_position_embeddings=4096)
+    with pytest.raises(ModelError, match=f"router_replay is {mode}.*set trainer.router_replay to off"):
+        check_run(run_config(path, router_replay=mode), read_model_config(path))
+    check_run(run_config(path, router_replay="off"), read_model_config(path))
+
+
+def test_sequences_longer_than_the_model_are_refused(tmp_path):
+    path = folder(tmp_path, max_position_embeddings=1535)
+    with pytest.raises(
+        ModelError, match=r"max_prompt_tokens \(512\).*max_response_tokens \(1024\) is 1536, above the 1535"
+    ):
+        check_run(run_config(path), read_model_config(path))
+    folder(tmp_path, max_position_embeddings=1536)
+    check_run(run_config(path), read_model_config(path))
+
+
+def test_shards_are_those_of_the_index_and_all_must_be_there(tmp_path):
+    with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
+        checkpoint_shards(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert [p.name for p in checkpoint_shards(tmp_path)] == ["model.safetensors"]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    (tmp_path / "1.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"lists 2\.safetensors, which the folder lacks"):
+        checkpoint_shards(tmp_path)
+    (tmp_path / "2.safetensors").write_bytes(b"")
+    assert [p.name for p in checkpoint_shards(tmp_path)] == ["1.safetensors", "2.safetensors"]
+    index.write_text("{}")
+    with pytest.raises(ModelError, match="is not a safetensors index"):
+        checkpoint_shards(tmp_path)

@@ -1,0 +1,179 @@
+"""Rewards: what the two that come with the package return, how one is found, and what a failing one does."""
+
+import asyncio
+import importlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from async_rl.config import RewardSection
+from async_rl.errors import RewardError
+from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.text import exact_match, partial_credit
+from async_rl.types import Prompt
+
+
+def prompt(**fields) -> Prompt:
+    return Prompt("0-17", 17, "hdbca>", np.array([1], np.int32), fields)
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """Write a module of rewards and return a function that makes a runner for one of them."""
+
+    def make(source: str, **settings) -> RewardRunner:
+        (tmp_path / "my_rewards.py").write_text("import asyncio, math, threading, time\n" + source)
+        return RewardRunner(RewardSection(function="my_rewards:reward", **settings))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(importlib.sys.modules, "my_rewards", raising=False)
+    importlib.invalidate_caches()
+    yield make
+    importlib.sys.modules.pop("my_rewards", None)
+
+
+@pytest.mark.parametrize(
+    ("response", "exact", "partial"),
+    [
+        ("abcdh", 1.0, 1.0),
+        (" abcdh\n", 1.0, 1.0),
+        ("abcd", 0.0, 0.8),
+        ("abcdhh", 0.0, 5 / 6),
+        ("bacdh", 0.0, 0.6),
+        ("", 0.0, 0.0),
+        ("zzzzzzzzzz", 0.0, 0.0),
+    ],
+)
+def test_exact_match_and_partial_credit(response, exact, partial):
+    assert exact_match(prompt(answer="abcdh"), response) == exact
+    assert partial_credit(prompt(answer="abcdh"), response) == pytest.approx(partial)
+
+
+def test_partial_credit_of_an_empty_answer():
+    assert partial_credit(prompt(answer=""), "") == 1.0
+    assert partial_credit(prompt(answer=""), "a") == 0.0
+
+
+@pytest.mark.parametrize("fields", [{"solution": "a"}, {"answer": 5}])
+def test_a_row_without_an_answer_is_named(fields):
+    with pytest.raises(RewardError, match=r"needs a string field 'answer' .* row 17 has"):
+        exact_match(prompt(**fields), "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:f", "there is no module 'no_such_module'.*PYTHONPATH"),
+        ("async_rl.rollout.rewards.text:exactmatch", "has no function 'exactmatch'; it has .*exact_match"),
+        ("async_rl.rollout.rewards.text", "not of the form module:function"),
+        ("async_rl.rollout.rewards.loader:load_reward", "cannot be called as f.prompt, response."),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded_says_why(name, message):
+    with pytest.raises(RewardError, match=rf"reward\.function: {name!r}.*{message}|reward\.function: .*{message}"):
+        load_reward(name)
+
+
+def test_a_module_that_fails_to_import_says_why(rewards):
+    with pytest.raises(RewardError, match="importing 'my_rewards' raised ZeroDivisionError"):
+        rewards("1 / 0\n")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("value", ["1", "True", "0.5", "__import__('numpy').float32(0.5)"])
+async def test_any_number_is_a_reward(rewards, slow, value):
+    score = await rewards(f"def reward(prompt, response): return {value}\n", slow=slow).score(prompt(), "a")
+    assert type(score) is float
+    assert score in (0.5, 1.0)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('level')", "raised KeyError: 'level'"),
+        ("return math.nan", "returned nan; it must be a finite number"),
+        ("return -math.inf", "returned -inf"),
+        ("return None", "returned None of type NoneType"),
+        ("return '1'", "returned '1' of type str"),
+    ],
+)
+@pytest.mark.parametrize("define", ["def", "async def"])
+async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body, message, define):
+    runner = rewards(f"{define} reward(prompt, response): {body}\n", slow=slow)
+    with pytest.raises(RewardError) as error:
+        await runner.score(prompt(), "a")
+    assert str(error.value).startswith("reward.function my_rewards:reward, prompt 0-17 (dataset row 17): ")
+    assert message in str(error.value)
+
+
+async def test_a_slow_reward_leaves_the_event_loop_free(rewards):
+    """The reward waits for an event that only the loop sets: were it on the loop, this would time out."""
+    runner = rewards("gate = threading.Event()\ndef reward(prompt, response): return float(gate.wait(30))\n", slow=True)
+    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    await asyncio.sleep(0.01)
+    importlib.import_module("my_rewards").gate.set()
+    assert await scoring == 1.0
+
+
+async def test_a_fast_reward_runs_on_the_loop_thread(rewards):
+    runner = rewards("def reward(prompt, response): return threading.get_ident()\n")
+    assert await runner.score(prompt(), "a") == float(threading.get_ident())
+
+
+@pytest.mark.parametrize(
+    "define", ["def reward(p, r): time.sleep(5)", "async def reward(p, r): await asyncio.sleep(5)"]
+)
+async def test_a_reward_that_hangs_times_out(rewards, define):
+    runner = rewards(define, slow=True, timeout_s=0.05)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
+        await runner.score(prompt(), "a")
+    assert time.monotonic() - started < 5
+
+
+async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.rewards.runner.MAX_THREADS", 2)
+    source = "gate = threading.Event()\ndef reward(prompt, response): gate.wait(30); return 1.0\n"
+    runner = rewards(source, slow=True, timeout_s=0.05)
+    for expected in ("did not return", "did not return", "2 earlier calls"):
+        with pytest.raises(RewardError, match=expected):
+            await runner.score(prompt(), "a")
+    importlib.import_module("my_rewards").gate.set()
+    for _ in range(500):
+        if not [thread for thread in threading.enumerate() if thread.name == "reward 0-17"]:
+            break
+        await asyncio.sleep(0.01)
+    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places"
+
+
+async def test_slow_rewards_are_rate_limited(rewards):
+    """Five calls at two per period take two full periods at least."""
+    runner = rewards("async def reward(prompt, response): return 1.0\n", rate_limit=2, rate_period_s=0.1)
+    started = time.monotonic()
+    assert await asyncio.gather(*[runner.score(prompt(), "a") for _ in range(5)]) == [1.0] * 5
+    assert time.monotonic() - started >= 0.2
+
+
+def test_a_rate_limit_that_would_not_hold_is_refused(rewards):
+    with pytest.raises(RewardError, match=r"reward\.rate_limit is 5.*set reward\.slow to true"):
+        rewards("def reward(prompt, response): return 1.0\n", rate_limit=5)
+
+
+async def test_cancelling_a_score_is_not_a_reward_error(rewards):
+    runner = rewards("async def reward(prompt, response): await asyncio.sleep(30)\n")
+    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    await asyncio.sleep(0.01)
+    scoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+
+
+async def test_a_closed_runner_takes_no_calls(rewards):
+    runner = rewards("def reward(prompt, response): return 1.0\n")
+    runner.close()
+    with pytest.raises(RewardError, match="shutting down"):
+        await runner.score(prompt(), "a")

@@ -1,0 +1,248 @@
+"""RolloutWorker against a scripted engine and queue: interruption, resumption, stamps, completeness of groups.
+
+The same paths with the real engine and queue are in tests/integration/test_pipeline.py.
+"""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from async_rl.config import validate
+from async_rl.errors import RewardError
+from async_rl.queue.records import Ticket
+from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout.worker import RolloutWorker
+from async_rl.types import Prompt, RoutingSpec
+
+EOS = 0
+ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=4)
+
+
+class ScriptedEngine:
+    """Samples ``length`` tokens, one per event-loop turn; token i of a response is i + 1, the last one EOS.
+
+    A row of routing tells the version that computed it: experts [v % 4, (v + 1) % 4] in each layer.
+    """
+
+    routing = ROUTING
+
+    def __init__(self, length: int = 12) -> None:
+        self.version = 0
+        self.length = length
+        self.aborting = False
+        self.running = asyncio.Event()
+        self.running.set()
+        self.requests: list[tuple[str, int, int]] = []
+        self.sampled = 0
+
+    async def generate(self, request_id, token_ids, sampling, max_tokens) -> EngineOutput:
+        prompt = 3
+        done = len(token_ids) - prompt
+        self.requests.append((request_id, len(token_ids), max_tokens))
+        tokens, versions, reason = [], [], "length"
+        await self.running.wait()
+        while len(tokens) < max_tokens:
+            await asyncio.sleep(0)
+            if self.aborting:
+                reason = "abort"
+                break
+            await self.running.wait()
+            position = done + len(tokens)
+            tokens.append(EOS if position == self.length - 1 else position + 1)
+            versions.append(self.version)
+            self.sampled += 1
+            if tokens[-1] == EOS:
+                reason = "stop"
+                break
+        rows = len(token_ids) + len(tokens) - 1
+        row = np.array([self.version % 4, (self.version + 1) % 4], dtype=np.uint8)
+        return EngineOutput(
+            token_ids=np.array(tokens, dtype=np.int32),
+            logprobs=np.full(len(tokens), -0.5 - self.version, dtype=np.float32),
+            versions=np.array(versions, dtype=np.int32),
+            routed_experts=np.broadcast_to(row, (rows, 2, 2)).copy() if tokens else None,
+            finish_reason=reason,
+        )
+
+    async def pause(self, mode) -> None:
+        if mode == "abort":
+            self.aborting = True
+        self.running.clear()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    async def resume(self) -> None:
+        self.aborting = False
+        self.running.set()
+
+
+class ListQueue:
+    """Hands out ``count`` tickets and keeps what is put."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.groups = []
+        self.failed = []
+
+    async def take(self, worker, limit):
+        tickets = []
+        while self.left and len(tickets) < limit:
+            self.left -= 1
+            prompt = Prompt(f"0-{self.left}", self.left + 1, "abc", np.array([5, 6, 7], dtype=np.int32))
+            tickets.append(Ticket(f"{prompt.prompt_id}.0", prompt, 0))
+        return tickets
+
+    async def put(self, group) -> None:
+        self.groups.append(group)
+
+    async def fail(self, group_id, reason) -> None:
+        self.failed.append((group_id, reason))
+
+
+class Digits:
+    """A tokenizer and a reward in one: text is the token ids, the reward their count."""
+
+    eos_token_id = EOS
+    error: Exception | None = None
+
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(map(str, ids))
+
+    async def score(self, prompt, response):
+        if self.error is not None:
+            raise self.error
+        return float(len(response.split()))
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def worker(engine, queue, mode="resume", **settings):
+    tree = {
+        "model": {"path": "model"},
+        "data": {"train": "train.jsonl"},
+        "rollout": {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40},
+        "async_training": {"partial_rollout": {"mode": mode}},
+        **settings,
+    }
+    digits = Digits()
+    return RolloutWorker(validate(tree), 0, queue, engine, digits, digits), digits
+
+
+async def push(worker, engine) -> None:
+    """What a sync does to a worker and its engine."""
+    await worker.pause()
+    engine.version += 1
+    await worker.wake()
+    await worker.resume()
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def sampled(engine, more: int) -> None:
+    """Until the engine has sampled that many more tokens."""
+    goal = engine.sampled + more
+    while engine.sampled < goal:
+        await asyncio.sleep(0)
+
+
+async def test_all_groups_are_published_complete():
+    engine, queue = ScriptedEngine(), ListQueue(5)
+    subject, _ = worker(engine, queue)
+    await subject.run()
+    assert len(queue.groups) == 5
+    assert all(len(group.trajectories) == 2 for group in queue.groups)
+    assert {t.finish_reason for g in queue.groups for t in g.trajectories} == {"stop"}
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 4])
+async def test_invariant_2_and_7_interrupted_generations_resume_with_true_stamps(cuts):
+    engine, queue = ScriptedEngine(length=30), ListQueue(2)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    for _ in range(cuts):
+        await sampled(engine, 4 * 5)
+        await push(subject, engine)
+    await run
+    assert len(queue.groups) == 2
+    for trajectory in (t for group in queue.groups for t in group.trajectories):
+        assert trajectory.response_ids.tolist() == [*range(1, 30), EOS]
+        assert len(trajectory.segments) == cuts + 1
+        # The scripted log-prob names the version that sampled the token.
+        assert trajectory.versions.tolist() == (-0.5 - trajectory.logprobs).astype(int).tolist()
+        # Replaced, not concatenated: every row is of the last call.
+        assert (trajectory.routed_experts[:, 0, 0] == cuts % 4).all()
+    # A resumed call sends prompt and tokens so far, and may sample only what is left of the budget.
+    for _, sent, budget in engine.requests:
+        assert sent - 3 + budget == 40
+
+
+async def test_drain_finishes_what_runs_before_the_push():
+    engine, queue = ScriptedEngine(length=20), ListQueue(2)
+    subject, _ = worker(engine, queue, mode="drain")
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await push(subject, engine)
+    await run
+    assert all(not t.is_partial for group in queue.groups for t in group.trajectories)
+    assert all(t.oldest_version == 0 for group in queue.groups for t in group.trajectories)
+
+
+async def test_nothing_is_begun_while_paused():
+    engine, queue = ScriptedEngine(), ListQueue(2)
+    subject, _ = worker(engine, queue)
+    await subject.pause()
+    run = asyncio.create_task(subject.run())
+    await turns(20)
+    assert engine.requests == []
+    await subject.wake()
+    await turns(20)
+    assert engine.requests == []  # the canary may compute, rollouts may not
+    await subject.resume()
+    await run
+    assert len(queue.groups) == 2
+
+
+async def test_reward_failure_ends_the_run_or_the_group_as_configured():
+    engine, queue = ScriptedEngine(), ListQueue(2)
+    subject, digits = worker(engine, queue)
+    digits.error = RewardError("reward f: prompt 0-1: returned nan")
+    with pytest.raises(RewardError, match="returned nan"):
+        await subject.run()
+    assert queue.groups == []
+
+    engine, queue = ScriptedEngine(), ListQueue(2)
+    subject, digits = worker(engine, queue, reward={"on_error": "skip"})
+    digits.error = RewardError("reward f: prompt 0-1: returned nan")
+    await subject.run()
+    assert sorted(queue.failed) == [("0-0.0", "reward"), ("0-1.0", "reward")]
+
+
+async def test_stop_gives_up_what_runs():
+    engine, queue = ScriptedEngine(length=1000), ListQueue(2)
+    subject, _ = worker(engine, queue, rollout={"n": 2, "max_num_seqs": 4, "max_response_tokens": 2000})
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await subject.stop()
+    await asyncio.wait_for(run, 5)
+    assert queue.groups == []
+
+
+async def test_counts_tokens_and_busy_time():
+    engine, queue = ScriptedEngine(length=12), ListQueue(3)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await push(subject, engine)
+    await run
+    stats = subject.stats()
+    assert stats.generated_tokens == 3 * 2 * 12
+    assert stats.trajectories == 6
+    assert stats.partial_rollouts > 0
+    assert stats.resumed_prefill_tokens > 0
+    assert stats.running_trajectories == 0
+    assert 0 < stats.busy_s < 60

@@ -1,0 +1,85 @@
+"""What is taken for routing at the border, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_rl.errors import InvalidTrajectory
+from async_rl.rollout import routing
+from async_rl.types import RoutingSpec
+
+SPEC = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=8)
+
+
+def random_rows(count, spec=SPEC, seed=0):
+    rng = np.random.default_rng(seed)
+    order = rng.random((count, spec.num_moe_layers, spec.num_experts)).argsort(-1)[..., : spec.top_k]
+    return order.astype(spec.dtype)
+
+
+def check(rows, count=None, spec=SPEC):
+    routing.check("trajectory t1", rows, rows=len(rows) if count is None else count, spec=spec)
+
+
+def test_moe_columns_leaves_dense_layers_out():
+    everything = np.arange(3 * 5 * 2, dtype=np.uint8).reshape(3, 5, 2)
+    picked = routing.moe_columns(everything, (1, 3, 4))
+    np.testing.assert_array_equal(picked, everything[:, [1, 3, 4]])
+    assert picked.flags.c_contiguous
+
+
+def test_moe_columns_of_a_model_without_dense_layers_are_all():
+    everything = np.zeros((3, 2, 2), dtype=np.uint8)
+    assert routing.moe_columns(everything, (0, 1)) is everything
+
+
+@given(st.integers(0, 40), st.sampled_from([8, 256, 300]), st.integers(0, 5))
+def test_what_a_router_chooses_passes(count, experts, seed):
+    spec = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=experts)
+    check(random_rows(count, spec, seed), spec=spec)
+
+
+def test_replace_returns_what_the_call_returned():
+    returned = random_rows(9)
+    assert routing.replace("t", returned, rows=9, spec=SPEC) is returned
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: r[:-1], r"shape \(299, 2, 2\), expected \(300, 2, 2\)"),
+        (lambda r: np.concatenate([r, r]), r"shape \(600, 2, 2\)"),
+        (lambda r: r[:, :1], r"shape \(300, 1, 2\)"),
+        (lambda r: r[..., :1], r"shape \(300, 2, 1\)"),
+        (lambda r: r.astype(np.uint16), "is uint16, expected uint8"),
+        (lambda r: _with(r, (7, 1, 0), 8), r"routed_experts\[7, 1, 0\] is 8, the model has 8 experts"),
+        (lambda r: _with(r, (4, 1), 3), r"routed_experts\[4, 1\] names an expert twice: \[3, 3\]"),
+        (lambda r: np.zeros_like(r), r"routed_experts\[0, 0\] names an expert twice"),
+        (
+            lambda r: _with(r, (slice(None), 1), [2, 5]),
+            r"MoE layer 1 has the same experts \[2, 5\] in all 300 rows",
+        ),
+    ],
+)
+def test_a_bad_array_is_refused_by_the_name_of_its_trajectory(spoil, message):
+    with pytest.raises(InvalidTrajectory, match=f"trajectory t1: .*{message}"):
+        check(spoil(random_rows(300)), count=300)
+
+
+def test_top_1_routing_that_nobody_filled_in_is_refused():
+    spec = RoutingSpec(num_moe_layers=2, top_k=1, num_experts=8)
+    with pytest.raises(InvalidTrajectory, match="MoE layer 0 has the same experts"):
+        check(np.zeros((300, 2, 1), np.uint8), spec=spec)
+
+
+def test_a_few_equal_rows_are_nothing_unusual():
+    check(np.tile(random_rows(1), (20, 1, 1)))
+
+
+def _with(rows, where, value):
+    rows = rows.copy()
+    rows[where] = value
+    return rows

@@ -1,0 +1,140 @@
+"""The run folder: its layout, what is refused, and that what is written is whole and valid JSON."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from async_rl import runfolder
+from async_rl.config import load, validate
+from async_rl.errors import ConfigError
+from async_rl.runfolder import RunFolder, to_json
+
+
+def config(runs: Path, **sections):
+    return validate(
+        {"model": {"path": "m"}, "data": {"train": "t"}, "runs": str(runs), "name": "demo", **sections}
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with RunFolder(config(tmp_path, debug={"dump_trajectories": 2})) as folder:
+        yield folder
+
+
+def lines(path: Path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_layout_and_resolved_config(tmp_path, folder):
+    assert folder.path == tmp_path / "demo"
+    assert all(
+        path.is_dir() for path in (folder.logs, folder.checkpoints, folder.targets, folder.trajectories)
+    )
+    assert load(folder.path / "config.yaml") == config(tmp_path, debug={"dump_trajectories": 2})
+
+
+def test_a_second_run_of_that_name_is_refused_and_nothing_touched(tmp_path, folder):
+    folder.write_step({"step": 1})
+    before = sorted(folder.path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"name: 'demo' is taken.*give another --name"):
+        RunFolder(config(tmp_path))
+    assert sorted(folder.path.rglob("*")) == before
+    assert lines(folder.path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_an_empty_folder_is_no_run(tmp_path):
+    (tmp_path / "demo").mkdir()
+    RunFolder(config(tmp_path)).close()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="runs: cannot make the run folder"):
+        RunFolder(config(tmp_path / "file"))
+
+
+def test_each_line_is_on_disk_once_written(folder):
+    folder.write_step({"step": 1, "loss": 0.5})
+    assert lines(folder.path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    folder.write_step({"step": 2, "loss": math.nan})
+    assert lines(folder.path / "metrics.jsonl")[1] == {"step": 2, "loss": None}
+
+
+def test_any_text_is_one_line_and_comes_back(folder):
+    texts = [
+        "line\nbreak",
+        "\u2028 \u2029 \x85 \x0b",
+        "\U0001f600 日本",
+        "lone \ud800 surrogate",
+        'quote " \\ \\u2028',
+    ]
+    for text in texts:
+        folder.write_sample({"response": text})
+    folder.write_summary({"exit_reason": texts[3]})
+    assert [line["response"] for line in lines(folder.path / "samples.jsonl")] == texts
+    assert "日本" in (folder.path / "samples.jsonl").read_text()
+
+
+def test_json_has_no_nan_and_takes_numpy():
+    value = {
+        "nan": math.nan,
+        "nested": [math.inf, {"x": -math.inf}],
+        3: np.float32(0.5),
+        "array": np.array([1.0, np.nan]),
+        "path": Path("a/b"),
+        "flag": np.bool_(True),
+        "tuple": (1, 2),
+    }
+    assert json.loads(to_json(value), parse_constant=pytest.fail) == {
+        "nan": None,
+        "nested": [None, {"x": None}],
+        "3": 0.5,
+        "array": [1.0, None],
+        "path": "a/b",
+        "flag": True,
+        "tuple": [1, 2],
+    }
+
+
+def test_summary_is_written_whole_or_not_at_all(folder, monkeypatch):
+    folder.write_summary({"steps": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runfolder.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folder.write_summary({"steps": 2})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"steps": 1}
+    assert [path.name for path in folder.path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_the_last_groups_are_kept(folder):
+    for number in range(5):
+        folder.write_group(memoryview(bytes([number])), f"0-{number}.0")
+    kept = {path.name: path.read_bytes() for path in folder.trajectories.iterdir()}
+    assert kept == {"0-3.0.group": b"\x03", "0-4.0.group": b"\x04"}
+
+
+def test_the_same_group_twice_counts_once(folder):
+    for payload, name in ((b"a", "x"), (b"b", "y"), (b"c", "x")):
+        folder.write_group(payload, name)
+    assert {path.name: path.read_bytes() for path in folder.trajectories.iterdir()} == {
+        "x.group": b"c",
+        "y.group": b"b",
+    }
+
+
+def test_a_group_id_cannot_leave_the_folder(folder):
+    folder.write_group(b"x", "../../escape")
+    assert [path.name for path in folder.trajectories.iterdir()] == ["_.._escape.group"]
+
+
+def test_without_dump_trajectories_nothing_is_kept(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.write_group(b"x", "0-1.0")
+        assert list(folder.trajectories.iterdir()) == []

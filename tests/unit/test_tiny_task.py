@@ -1,0 +1,70 @@
+"""The demo's task: fixed, disjoint, long-tailed, and made of characters that the tokenizer has."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from async_rl.rollout.prompts import read_jsonl
+from async_rl.rollout.rewards.text import exact_match
+from async_rl.tiny import task
+from async_rl.tiny.tokenizer import CHARACTERS, TOKENS
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return task.train_and_eval()
+
+
+def test_answers_are_the_letters_in_order(sets):
+    train, _ = sets
+    for problem in train[:100]:
+        assert problem.prompt.endswith(">")
+        assert problem.answer == "".join(sorted(problem.prompt[:-1]))
+
+
+def test_warmup_train_and_eval_problems_are_disjoint_and_none_comes_twice(sets):
+    train, evaluation = sets
+    warmup = list(islice(task.warmup_problems(), 2000))
+    assert (len(train), len(evaluation)) == (task.TRAIN_ROWS, task.EVAL_ROWS)
+    assert len({*train, *evaluation, *warmup}) == len(train) + len(evaluation) + len(warmup)
+
+
+def test_the_sets_are_the_same_every_time(sets):
+    assert task.train_and_eval() == sets
+    assert list(islice(task.warmup_problems(), 50)) == list(islice(task.warmup_problems(), 50))
+    assert next(task.problems(1)) != next(task.problems(2))
+
+
+def test_response_lengths_have_a_long_tail_from_8_to_200_tokens(sets):
+    for problems in sets:
+        tokens = np.array([len(problem.answer) + 1 for problem in problems])
+        assert tokens.min() == 8
+        assert tokens.max() == 200
+        assert 33 < tokens.mean() < 45
+        assert np.median(tokens) < 0.8 * tokens.mean()
+        assert (tokens > 2 * tokens.mean()).mean() > 0.08
+
+
+def test_the_script_writes_files_that_the_dataset_reader_takes(tmp_path, sets):
+    subprocess.run([sys.executable, "-m", "async_rl.tiny.task", str(tmp_path / "data")], check=True, timeout=60)
+    dataset = read_jsonl(
+        tmp_path / "data" / "eval.jsonl",
+        encode=lambda text: [0] * len(text),
+        prompt_field="prompt",
+        max_prompt_tokens=task.MAX_LETTERS + 1,
+        on_bad_row="fail",
+    )
+    prompt = dataset.first(1, label="eval", key="eval.n")[0]
+    assert (prompt.text, prompt.fields["answer"]) == sets[1][0]
+    assert exact_match(prompt, sets[1][0].answer) == 1.0
+    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    assert [tuple(json.loads(line).values()) for line in lines] == sets[0]
+
+
+def test_the_vocabulary_has_every_character_once(sets):
+    assert len(set(TOKENS)) == len(TOKENS) == 32
+    assert {character for problem in sets[0] for character in problem.prompt + problem.answer} <= set(CHARACTERS)
