@@ -51,9 +51,7 @@ class ModelConfig:
         """How one row of routing looks; None for a dense model."""
         if not self.moe_layers:
             return None
-        return RoutingSpec(
-            num_moe_layers=len(self.moe_layers), top_k=self.top_k, num_experts=self.num_experts
-        )
+        return RoutingSpec(num_moe_layers=len(self.moe_layers), top_k=self.top_k, num_experts=self.num_experts)
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -124,9 +122,7 @@ def checkpoint_shards(path: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise ModelError(
-                f"model.path {path}: {index.name} is not a safetensors index ({error})"
-            ) from None
+            raise ModelError(f"model.path {path}: {index.name} is not a safetensors index ({error})") from None
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise ModelError(
@@ -136,9 +132,7 @@ def checkpoint_shards(path: Path) -> list[Path]:
         return [path / name for name in names]
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
-        raise ModelError(
-            f"model.path {path}: no *.safetensors file; a Hugging Face checkpoint folder is needed"
-        )
+        raise ModelError(f"model.path {path}: no *.safetensors file; a Hugging Face checkpoint folder is needed")
     return shards
 
 
@@ -161,9 +155,7 @@ class _Fields:
     def integers(self, name: str) -> list[int]:
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-            raise ModelError(
-                f"model.path {self.path}: config.json: {name} is {value!r}, expected a list of layers"
-            )
+            raise ModelError(f"model.path {self.path}: config.json: {name} is {value!r}, expected a list of layers")
         return value
 
 
@@ -194,15 +186,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except OSError as error:
-        raise ModelError(
-            f"model.path {path}: config.json: {error.strerror}; a Hugging Face folder has one"
-        ) from None
+        raise ModelError(f"model.path {path}: config.json: {error.strerror}; a Hugging Face folder has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"model.path {path}: config.json is not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ModelError(
-            f"model.path {path}: config.json holds a {type(values).__name__}, expected an object"
-        )
+        raise ModelError(f"model.path {path}: config.json holds a {type(values).__name__}, expected an object")
     return values
 
 
@@ -211,9 +199,7 @@ def _refuse_variants(path: Path, values: Mapping[str, Any]) -> None:
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         value = values.get(key, wanted)
         if value != wanted:
-            raise ModelError(
-                f"model.path {path}: config.json: {key} is {value!r}; only {wanted!r} is supported"
-            )
+            raise ModelError(f"model.path {path}: config.json: {key} is {value!r}; only {wanted!r} is supported")
 
 
 def _rope_theta(path: Path, values: Mapping[str, Any]) -> float:
@@ -221,8 +207,6 @@ def _rope_theta(path: Path, values: Mapping[str, Any]) -> float:
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ModelError(
-            f"model.path {path}: config.json: rope_type is {kind!r}; only 'default' is supported"
-        )
+        raise ModelError(f"model.path {path}: config.json: rope_type is {kind!r}; only 'default' is supported")
     # 10000 is what transformers assumes for a Qwen3 configuration that names none.
     return float(parameters.get("rope_theta", values.get("rope_theta", 10000.0)))

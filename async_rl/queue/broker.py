@@ -123,9 +123,7 @@ class Broker:
                     self._exhausted = True
                     break
                 if prompt.prompt_id in self._prompts:
-                    raise QueueError(
-                        f"prompt {prompt.prompt_id}: the dataset issued it while it is outstanding"
-                    )
+                    raise QueueError(f"prompt {prompt.prompt_id}: the dataset issued it while it is outstanding")
                 prompts.append(prompt)
                 self._prompts.add(prompt.prompt_id)
         except Exception:
@@ -151,8 +149,8 @@ class Broker:
     def full_for(self, nbytes: int) -> bool:
         """Whether a group of that size has to wait.
 
-        Raises QueueError where waiting is in vain: fewer groups than a training step needs use up the bytes, so
-        none will be leased, none acknowledged, and no room will appear.
+        Raises QueueError where waiting is in vain: fewer groups than a training step needs use up the bytes,
+        so none will be leased, none acknowledged, and no room will appear.
         """
         held = len(self._queued) + len(self._leased)
         if self._held_bytes + nbytes <= self._max_bytes:
@@ -161,7 +159,8 @@ class Broker:
             needed = math.ceil((self._held_bytes + nbytes) / (held + 1) * self._required)
             raise QueueError(
                 f"queue.max_bytes: {self._max_bytes} is too small for the {self._required} groups of a "
-                f"training step: {held} use {self._held_bytes} bytes, the next has {nbytes}; set it to {needed} at least"
+                f"training step: {held} use {self._held_bytes} bytes, the next has {nbytes}; "
+                f"set it to {needed} at least"
             )
         return True
 
@@ -191,9 +190,7 @@ class Broker:
     def lease(self, n: int, consumer: str) -> list[tuple[GroupMeta, Any]] | None:
         """The n groups that were finished first, with their payloads; None while there are fewer."""
         if not 0 < n <= self._max_groups:
-            raise QueueError(
-                f"{consumer} asks for {n} groups at once, queue.max_groups is {self._max_groups}"
-            )
+            raise QueueError(f"{consumer} asks for {n} groups at once, queue.max_groups is {self._max_groups}")
         if len(self._queued) < n:
             return None
         leased = [self._queued.pop(group_id) for group_id in list(self._queued)[:n]]
@@ -349,7 +346,5 @@ class Broker:
                 return kind(f"group {group_id}: is not {wanted}, it was {outcome}")
         states: dict[str, Container[str]]
         states = {"running": self._running, "queued": self._queued, "leased": self._leased}
-        state = next(
-            (name for name, ids in states.items() if group_id in ids), "unknown, or finished long ago"
-        )
+        state = next((name for name, ids in states.items() if group_id in ids), "unknown, or finished long ago")
         return UnknownGroup(f"group {group_id}: is not {wanted}, it is {state}")

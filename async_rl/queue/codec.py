@@ -271,9 +271,7 @@ def _as_bytes(buffer: Buffer) -> Array:
         message = np.frombuffer(buffer, dtype=np.uint8)
     except (ValueError, TypeError, BufferError) as error:
         raise WireError(f"a message must be one contiguous buffer of bytes: {error}") from None
-    message.flags.writeable = (
-        False  # this view's flag, inherited by every view on it; the buffer itself stays as it is
-    )
+    message.flags.writeable = False  # this view's flag, inherited by every view on it; the buffer itself stays as it is
     return message
 
 

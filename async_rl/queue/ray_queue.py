@@ -41,8 +41,8 @@ Payload = list[Any]
 """[ObjectRef of an encoded group]: in a list, so that Ray passes the reference on instead of the object."""
 
 MAX_CONCURRENCY = 10_000
-"""Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of 1,000
-could fill up with waiting calls, and then the ``ack`` that makes room for them would not even start."""
+"""Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of
+1,000 could fill up with waiting calls, and then the ``ack`` that makes room would not even start."""
 
 _T = TypeVar("_T")
 
@@ -71,7 +71,7 @@ def start_queue(config: RunConfig, source: PromptSource, version: int = 0) -> Qu
 
 
 def fetch(payloads: Sequence[Payload]) -> list[Group]:
-    """Get and decode leased groups; their arrays are views on the object store. For whoever trains on them."""
+    """Get and decode leased groups; their arrays are views on the object store. For who trains on them."""
     messages = ray.get([reference for (reference,) in payloads])
     return [decode(message) for message in messages]
 
@@ -92,9 +92,9 @@ class QueueActor:
     async def take(self, worker: str, limit: int) -> list[Ticket]:
         """One to ``limit`` tickets, as soon as the budget admits one; [] once there will never be one again.
 
-        That is after ``close``, when the worker was declared lost, or when the dataset is exhausted and nothing
-        is outstanding that could come back. Workers that wait together share what is free, so that the first of
-        them does not leave the others idle.
+        That is after ``close``, when the worker was declared lost, or when the dataset is exhausted and
+        nothing is outstanding that could come back. Workers that wait together share what is free, so that
+        the first of them does not leave the others idle.
         """
         if limit < 1:
             raise QueueError(f"worker {worker} asks for {limit} groups; it must ask for 1 at least")
@@ -124,9 +124,7 @@ class QueueActor:
                 errors.append(None)
         return errors
 
-    async def lease(
-        self, consumer: str, n: int, timeout_s: float | None = None
-    ) -> list[tuple[GroupMeta, Payload]]:
+    async def lease(self, consumer: str, n: int, timeout_s: float | None = None) -> list[tuple[GroupMeta, Payload]]:
         """The n groups finished first, as soon as there are n; [] after ``timeout_s``.
 
         Raises QueueClosed where there will never be n: after ``close``, or at the end of the dataset.
@@ -220,8 +218,8 @@ class QueueActor:
 class QueueClient:
     """A handle on the actor for workers and driver; can be sent to other processes.
 
-    Raises what the broker raised, without Ray's wrapping. Groups that are put while a call is on its way share
-    the next one: a remote call costs about as much as storing a megabyte.
+    Raises what the broker raised, without Ray's wrapping. Groups that are put while a call is on its way
+    share the next one: a remote call costs about as much as storing a megabyte.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -254,9 +252,7 @@ class QueueClient:
         if error is not None:
             raise error
 
-    async def lease(
-        self, consumer: str, n: int, timeout_s: float | None = None
-    ) -> list[tuple[GroupMeta, Payload]]:
+    async def lease(self, consumer: str, n: int, timeout_s: float | None = None) -> list[tuple[GroupMeta, Payload]]:
         """What was leased, for ``fetch``; [] after ``timeout_s``."""
         result: list[tuple[GroupMeta, Payload]] = await self._call("lease", consumer, n, timeout_s)
         return result

@@ -65,9 +65,9 @@ class QueueStats:
 
     window_groups: how much of window_limit is taken. held: queued and leased, what the two bounds are about.
     running: groups per worker. oldest_version: of what is running (when issued) or queued (its oldest token),
-    None when there is nothing. returned, dropped, failed: groups per reason. refusal: why no ticket can be issued
-    now, None if one can. exhausted: the dataset had no prompt left when last asked. take_wait_s: seconds that
-    workers have waited for tickets so far, summed over workers.
+    None when there is nothing. returned, dropped, failed: groups per reason. refusal: why no ticket can be
+    issued now, None if one can. exhausted: the dataset had no prompt left when last asked. take_wait_s: seconds
+    that workers have waited for tickets so far, summed over workers.
     """
 
     version: int

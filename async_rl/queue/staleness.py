@@ -49,9 +49,7 @@ def window_limit(required_groups: int, staleness_threshold: float, trigger_param
     Exact for the decimal that the user wrote: in floating point, 100 x (1 + 0.15) is 114.99999999999999.
     """
     if not 0 <= staleness_threshold < math.inf:
-        raise ConfigError(
-            f"async_training.staleness_threshold: {staleness_threshold} is not a finite number >= 0"
-        )
+        raise ConfigError(f"async_training.staleness_threshold: {staleness_threshold} is not a finite number >= 0")
     consumed = required_groups * trigger_parameter_sync_step
     return math.floor(consumed * (1 + Fraction(repr(float(staleness_threshold)))))
 

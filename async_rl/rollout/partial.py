@@ -8,6 +8,7 @@ recorded when a token was sampled is never touched again (3): arrays only grow, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -64,9 +65,7 @@ class PartialRollout:
             raise InvalidTrajectory(
                 f"trajectory {trajectory_id}: max_response_tokens is {max_response_tokens}, must be > 0"
             )
-        stop = (
-            () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
-        )
+        stop = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
         return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing)
 
     @property
@@ -77,9 +76,7 @@ class PartialRollout:
         """(tokens to send int32[P+G], how many may be sampled): the prompt, and all that was sampled after it."""
         if self.finished:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: it has ended ({self.finish_reason})")
-        return np.concatenate([self.prompt_ids, self.response_ids]), self.max_response_tokens - len(
-            self.response_ids
-        )
+        return np.concatenate([self.prompt_ids, self.response_ids]), self.max_response_tokens - len(self.response_ids)
 
     def absorb(self, output: EngineOutput) -> PartialRollout:
         """The state after one more call. Raises InvalidTrajectory when the output cannot be of this trajectory."""
@@ -91,9 +88,7 @@ class PartialRollout:
                 f"{name}: a call returned {new} tokens, {len(output.logprobs)} logprobs and {len(output.versions)} versions"
             )
         if new > budget:
-            raise InvalidTrajectory(
-                f"{name}: a call returned {new} tokens, {budget} were left of the response limit"
-            )
+            raise InvalidTrajectory(f"{name}: a call returned {new} tokens, {budget} were left of the response limit")
         if new == 0:
             if output.finish_reason != "abort":
                 raise InvalidTrajectory(f"{name}: a call ended by {output.finish_reason!r} without a token")
@@ -129,9 +124,7 @@ class PartialRollout:
         if self.routing is None:
             return None
         if output.routed_experts is None:
-            raise InvalidTrajectory(
-                f"{name}: a call returned {len(output.token_ids)} tokens without their routing"
-            )
+            raise InvalidTrajectory(f"{name}: a call returned {len(output.token_ids)} tokens without their routing")
         total = len(self.prompt_ids) + len(self.response_ids) + len(output.token_ids)
         return rows.replace(name, output.routed_experts, rows=total - 1, spec=self.routing)
 
@@ -149,6 +142,4 @@ class PartialRollout:
 def _segments(versions: Int32Array, start: int) -> tuple[Segment, ...]:
     """One segment per run of one version: several in one call if weights were pushed while it was frozen."""
     cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-    return tuple(
-        Segment(start + a, start + b, int(versions[a])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-    )
+    return tuple(Segment(start + a, start + b, int(versions[a])) for a, b in itertools.pairwise(cuts))

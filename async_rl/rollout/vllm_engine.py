@@ -35,7 +35,9 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-log = logging.getLogger(__name__)
+# How long the engine core may take to end by itself before it is killed. It holds nothing that must be saved, and on
+# CPU it never makes it: with the model in its process, the garbage collection at its end hangs.
+SHUTDOWN_GRACE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -63,9 +65,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._version = 0
-        self._running = (
-            asyncio.Event()
-        )  # clear while paused: calls begun then wait here, not in the scheduler
+        self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
         self._push_failed: str | None = None
 
     @property
@@ -83,9 +83,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                vllm_process.engine_args(self._config, self._replica, self._model)
-            )
+            self._llm = AsyncLLM.from_engine_args(vllm_process.engine_args(self._config, self._replica, self._model))
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:
@@ -96,10 +94,13 @@ class VllmEngine:
     async def shutdown(self) -> None:
         llm, self._llm = self._llm, None
         self._running.clear()
-        if llm is not None:
-            llm.shutdown()
-            # Its tasks hold sockets: let them see their cancellation while there is a loop.
-            await asyncio.sleep(0)
+        if llm is None:
+            return
+        # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
+        logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
+        llm.shutdown(timeout=SHUTDOWN_GRACE_S)
+        # Its tasks hold sockets: let them see their cancellation while there is a loop.
+        await asyncio.sleep(0)
 
     @property
     def _engine(self) -> AsyncLLM:
@@ -235,9 +236,7 @@ class VllmEngine:
         for call in self._calls.values():
             if self._sampled(call) == 0:
                 call.restart = True
-        await self._engine.abort(
-            [call.internal_id for call in self._calls.values() if call.restart], internal=True
-        )
+        await self._engine.abort([call.internal_id for call in self._calls.values() if call.restart], internal=True)
 
     def _sampled(self, call: _Call) -> int | None:
         """Tokens that a running call has; None when it has ended and its caller only has not looked yet."""
@@ -262,9 +261,7 @@ class VllmEngine:
 
     async def update_weight_version(self, version: str) -> None:
         if self._running.is_set():
-            raise WeightSyncError(
-                f"replica {self._replica}: the version changed while the engine was not paused"
-            )
+            raise WeightSyncError(f"replica {self._replica}: the version changed while the engine was not paused")
         for call in self._calls.values():
             sampled = self._sampled(call)
             call.boundaries.append((np.iinfo(np.int32).max if sampled is None else sampled, self._version))

@@ -6,7 +6,6 @@ Call ``prepare`` before anything imports vLLM: it reads most of this at import, 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,6 @@ from async_rl.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
-
-log = logging.getLogger(__name__)
 
 # vllm_engine and weights.shm reach into vLLM where it has no public way; they were written for this version.
 VLLM_VERSION = "0.30."
@@ -31,6 +28,8 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     # vLLM would give its loggers a handler on stdout; without it they follow the root logger of the process.
     "VLLM_CONFIGURE_LOGGING": "0",
+    # An engine core that was killed leaves its semaphores to Python's resource tracker, which removes them, with a warning.
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
 
 
@@ -75,9 +74,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     if not vllm.__version__.startswith(VLLM_VERSION):
-        raise EngineError(
-            f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x"
-        )
+        raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
     cpu = on_cpu(config)
     return AsyncEngineArgs(
         model=str(config.model.path),

@@ -136,17 +136,24 @@ class RolloutWorker:
             self._groups.clear()
 
     async def stop(self) -> None:
-        """Begin no more work and end what runs; partials are given up (their groups stay outstanding in the queue)."""
+        """Begin no more work and end what runs; partials are given up, and their groups stay outstanding in the queue.
+
+        The engine can still be asked for an evaluation.
+        """
         self._stopping = True
         self._open.clear()
-        if self._calls:
-            await self._engine.pause("abort")
+        await self._engine.pause("abort")
+        await self._quiet.wait()
         for task in list(self._groups):
             task.cancel()
+        await self._engine.resume()
 
     async def shutdown(self) -> None:
-        """Stop, and end the engine with its processes."""
-        await self.stop()
+        """End the engine with its processes, whatever it is at."""
+        self._stopping = True
+        self._open.clear()
+        for task in list(self._groups):
+            task.cancel()
         self._rewards.close()
         await self._engine.shutdown()
 

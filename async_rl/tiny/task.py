@@ -18,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-# Letters of a problem are log-normal: half have at most 28, one in ten more than 78, so that a weight push nearly
-# always catches long ones in flight, while the mean, and with it the cost of a step, stays near 38.
-MEDIAN_LETTERS = 28
-SIGMA = 0.8
+# Letters of a problem are log-normal: half have at most 16, one in ten more than 50, one in a hundred more than 130,
+# so that a weight push always catches some in flight, while the mean, and with it the cost of a step, stays near 25.
+MEDIAN_LETTERS = 16
+SIGMA = 0.9
 MIN_LETTERS, MAX_LETTERS = 7, 199
 # With ">" behind the prompt, and with the end of sequence behind the response.
 MAX_PROMPT_TOKENS = MAX_RESPONSE_TOKENS = MAX_LETTERS + 1

@@ -44,13 +44,13 @@ log = structlog.get_logger(__name__)
 MODEL_SEED = 20_240
 # Warm-up stops half-way: the policy knows what a response looks like and gets a third of it right, so that groups have
 # both good and bad responses to learn from, and most of the way is left to reinforcement learning.
-TARGET_LOSS = 0.34
+TARGET_LOSS = 0.33
 MAX_STEPS = 600
 # Over how many steps the loss is averaged before it is compared; one step's is noisy by a tenth.
 WINDOW = 10
 # Short problems only: a token of them teaches as much as one of a long problem, and attention costs less.
-MAX_LETTERS = 60
-BATCH = 24
+MAX_LETTERS = 40
+BATCH = 32
 LEARNING_RATE = 2e-3
 LEARNING_RATE_STEPS = 20
 LOG_EVERY = 50

@@ -18,9 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
-    """Core attention for ``thd`` inputs: query [T, heads, D], key and value [T, kv_heads, D]; output [T,
-    heads * D].
-    """
+    """Core attention for ``thd`` inputs: query [T, heads, D], key and value [T, kv_heads, D]; output [T, heads * D]."""
 
     def __init__(
         self,
@@ -33,9 +31,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
-            raise NotImplementedError(
-                f"layer {layer_number}: only causal self-attention, not {attn_mask_type}"
-            )
+            raise NotImplementedError(f"layer {layer_number}: only causal self-attention, not {attn_mask_type}")
         self.softmax_scale = softmax_scale
 
     def forward(

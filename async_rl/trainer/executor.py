@@ -35,9 +35,7 @@ class Executor:
         model.config.no_sync_func = model.no_sync
         model.config.finalize_model_grads_func = _sum_gradients
 
-    def forward_backward(
-        self, batches: Sequence[Microbatch], loss: LossFunction, *, verify: bool = False
-    ) -> list[Any]:
+    def forward_backward(self, batches: Sequence[Microbatch], loss: LossFunction, *, verify: bool = False) -> list[Any]:
         """Leave the gradient of the summed losses, of all ranks, in the parameters' main_grad.
 
         Returns what ``loss`` kept of each microbatch of this rank. verify: compare the experts executed with the rows
@@ -110,11 +108,7 @@ class Executor:
 
     def _to_device(self, batch: Microbatch) -> Tensors:
         arrays = {name: getattr(batch, name) for name in packing.ARRAYS}
-        return {
-            name: torch.from_numpy(array).to(self._device)
-            for name, array in arrays.items()
-            if array is not None
-        }
+        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items() if array is not None}
 
 
 def _sum_gradients(model: list[Any], _tokens: torch.Tensor | None = None, **groups: Any) -> None:

@@ -1,5 +1,4 @@
-"""Token log-probs, the policy loss, and the sums that the metrics are made of. Pure: torch only; knows
-nobody.
+"""Token log-probs, the policy loss, and the sums that the metrics are made of. Pure: torch only; knows nobody.
 
 Everything is a *sum* over the tokens that count, never a mean: means are taken once, over the global batch,
 so that no result depends on how sequences were packed or spread over ranks. Shapes: T positions, V
@@ -131,9 +130,7 @@ class PolicySums:
         torch.distributed.all_reduce(flat, group=group)
         torch.distributed.all_reduce(self.maxima, op=torch.distributed.ReduceOp.MAX, group=group)
         sizes = [len(self.sums), len(self.tokens_by_staleness), len(self.kl_by_staleness)]
-        self.sums, self.tokens_by_staleness, self.kl_by_staleness = (
-            part.clone() for part in flat.split(sizes)
-        )
+        self.sums, self.tokens_by_staleness, self.kl_by_staleness = (part.clone() for part in flat.split(sizes))
 
     def __getitem__(self, name: str) -> float:
         return float(self.sums[SUMS.index(name)])

@@ -120,10 +120,8 @@ def load_checkpoint(gpt: torch.nn.Module, path: Path, model: ModelConfig, layout
     table = list(names.entries(model, layout))
     unknown = set(parameters) ^ {entry.megatron for entry in table}
     if unknown:
-        raise ModelError(
-            f"model.path {path}: the name table and the built model differ in {sorted(unknown)[:5]}"
-        )
-    shards = [safe_open(shard, framework="pt") for shard in checkpoint_shards(path)]
+        raise ModelError(f"model.path {path}: the name table and the built model differ in {sorted(unknown)[:5]}")
+    shards: list[Any] = [safe_open(shard, framework="pt") for shard in checkpoint_shards(path)]
     where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a dict
     faults = _faults(model, table, parameters, where)
     if faults:

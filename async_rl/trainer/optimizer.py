@@ -1,5 +1,4 @@
-"""One optimizer update from accumulated gradients: warm-up, clipping, AdamW; a non-finite gradient is
-skipped.
+"""One optimizer update from accumulated gradients: warm-up, clipping, AdamW; a non-finite gradient is skipped.
 
 Two implementations behind one protocol; the device seam chooses. Knows Megatron's DistributedDataParallel,
 which keeps each parameter's summed gradient in ``main_grad``; knows neither loss nor replay.
@@ -22,9 +21,7 @@ CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one call of ``step`` did. applied is False if the gradient was not finite: parameters are
-    unchanged.
-    """
+    """What one call of ``step`` did. applied is False if the gradient was not finite: parameters are unchanged."""
 
     grad_norm: float
     lr: float
@@ -62,8 +59,7 @@ class TorchAdamW:
         self._settings = settings
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._masters = [
-            p if p.dtype is torch.float32 else torch.nn.Parameter(p.detach().float())
-            for p in self._parameters
+            p if p.dtype is torch.float32 else torch.nn.Parameter(p.detach().float()) for p in self._parameters
         ]
         self._adam = torch.optim.AdamW(
             _parameter_groups(self._masters, settings.weight_decay),
@@ -101,9 +97,7 @@ class TorchAdamW:
 
 
 class MegatronAdamW:
-    """Megatron's distributed optimizer: sharded states, float32 masters, clipping over the model-parallel
-    groups.
-    """
+    """Megatron's distributed optimizer: sharded states, float32 masters, clipping over the model-parallel groups."""
 
     def __init__(self, model: torch.nn.Module, settings: OptimizerSection) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

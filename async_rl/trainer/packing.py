@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.types import Float32Array, Group, Int32Array, Trajectory
+from async_rl.types import Float32Array, Int32Array, Trajectory
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
@@ -28,8 +28,7 @@ NO_ROUTING = -1
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence of N tokens as the trainer needs it; every array besides token_ids is by position, N-1
-    long.
+    """One sequence of N tokens as the trainer needs it; every array besides token_ids is by position, N-1 long.
 
     token_ids int32[N]; loss_mask bool[N-1], which predicted tokens count; logprobs float32[N-1], versions
     int32[N-1] and advantages float32[N-1] of the predicted token, zero where it has none; routing int32[N-1,
@@ -92,9 +91,7 @@ ARRAYS = (
 
 
 def sample_of(trajectory: Trajectory, *, advantage: float, oldest_version: int) -> Sample:
-    """The trajectory with a loss on its response tokens, less those sampled before ``oldest_version``
-    (invariant 4).
-    """
+    """The trajectory with a loss on its response tokens, less those sampled before ``oldest_version`` (invariant 4)."""
     prompt, response = len(trajectory.prompt_ids), len(trajectory.response_ids)
 
     def over_response(values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
@@ -133,17 +130,12 @@ def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def pack(
-    samples: Sequence[Sample], budget: int, row_shape: tuple[int, int] | None = None
-) -> list[Microbatch]:
+def pack(samples: Sequence[Sample], budget: int, row_shape: tuple[int, int] | None = None) -> list[Microbatch]:
     """Samples to microbatches.
 
     row_shape: (L, K) to carry routing, samples without any getting rows of NO_ROUTING; None to carry none.
     """
-    return [
-        _join(samples, indices, row_shape)
-        for indices in plan([sample.positions for sample in samples], budget)
-    ]
+    return [_join(samples, indices, row_shape) for indices in plan([sample.positions for sample in samples], budget)]
 
 
 def rows_without_routing(batch: Microbatch) -> int:
@@ -179,9 +171,7 @@ def _join(samples: Sequence[Sample], indices: list[int], row_shape: tuple[int, i
     )
 
 
-def unpack(
-    values: Sequence[npt.NDArray[np.float32]], batches: Sequence[Microbatch], count: int
-) -> list[Float32Array]:
+def unpack(values: Sequence[npt.NDArray[np.float32]], batches: Sequence[Microbatch], count: int) -> list[Float32Array]:
     """Per-position values [T] of each microbatch back to one array per packed sample, in their order."""
     result = [np.zeros(0, dtype=np.float32)] * count
     for array, batch in zip(values, batches, strict=True):
@@ -190,31 +180,11 @@ def unpack(
     return result
 
 
-def sequence_cost(tokens: int, hidden_size: int) -> float:
-    """Relative time to train on a sequence: linear in its tokens, and quadratic through attention.
-
-    A layer's projections and gated MLP do about 24 * hidden^2 operations per token, causal attention 2 * n *
-    hidden over n tokens: the second reaches the first at n = 12 * hidden.
-    """
-    return tokens * (1.0 + tokens / (12.0 * hidden_size))
-
-
-def split_groups(groups: Sequence[Group], ranks: int, hidden_size: int) -> list[list[Group]]:
-    """Complete groups to data-parallel ranks, balanced by cost: the costliest first, each to the least loaded
-    rank.
-    """
-    costs = [sum(sequence_cost(t.num_tokens, hidden_size) for t in group.trajectories) for group in groups]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for index in sorted(range(len(groups)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        shares[rank].append(index)
-        load[rank] += costs[index]
-    return [[groups[i] for i in sorted(share)] for share in shares]
-
-
 def split_over_ranks(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices of ``costs`` by rank, balanced: the costliest first, each to the least loaded rank."""
+    """Indices of ``costs`` by data-parallel rank, balanced: the costliest first, each to the least loaded rank.
+
+    Deterministic; indices ascend within a rank; with fewer costs than ranks, some ranks get none.
+    """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -7,7 +7,7 @@ torch, no other room.
 What differs by device, and where:
     activate            patches Megatron for the CPU; selects the GPU
     init_distributed    gloo or nccl
-    layer_spec          Megatron's own modules with our variable-length attention, or Transformer Engine
+    layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
     model_overrides     settings of TransformerConfig
     optimizer           AdamW of torch, or Megatron's distributed one
     pin                 cores and compute threads of this process
@@ -72,9 +72,7 @@ def activate(device: Device) -> None:
         )
     if device == "cpu":
         # Seven lines on every start about Apex and Transformer Engine, which are for GPUs.
-        warnings.filterwarnings(
-            "ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope)", module="megatron"
-        )
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope)", module="megatron")
         _patch_cuda_calls()
         _patch_router_gemm()
         _patch_recompute_rng()
@@ -88,9 +86,7 @@ def init_distributed(device: Device, rank: int, world_size: int, init_method: st
 
     if init_method is None:
         if world_size != 1:
-            raise TrainerError(
-                f"init_method is needed for {world_size} ranks, for example tcp://<host>:<port>"
-            )
+            raise TrainerError(f"init_method is needed for {world_size} ranks, for example tcp://<host>:<port>")
         store: Any = torch.distributed.HashStore()
         torch.distributed.init_process_group(
             _backend(device), rank=0, world_size=1, store=store, timeout=COLLECTIVE_TIMEOUT
@@ -139,14 +135,19 @@ def layer_spec(device: Device, config: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from async_rl.trainer.attention import PackedAttention
+    from async_rl.trainer.norm import RMSNorm
 
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=device == "cuda", normalization=config.normalization
     )
     if device == "cpu":
-        # Megatron's own attention refuses packed sequences; Transformer Engine's takes them on GPUs.
+        # Megatron's own attention refuses packed sequences, its RMSNorm is slow; see the two modules.
+        spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+            parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+            parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            attention.core_attention = PackedAttention
     return spec
 
 
@@ -209,9 +210,7 @@ def _patch_router_gemm() -> None:
 
 
 def _patch_recompute_rng() -> None:
-    """Megatron 0.16.1 saves and restores the CUDA generator around recomputation. There is none, and no
-    dropout.
-    """
+    """Megatron 0.16.1 saves and restores the CUDA generator around recomputation. There is none, and no dropout."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)

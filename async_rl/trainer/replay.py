@@ -1,5 +1,4 @@
-"""Routing replay on Megatron's native RouterReplay: which experts each row executes, in forward and
-recomputation.
+"""Routing replay on Megatron's native RouterReplay: which experts each row executes, in forward and recomputation.
 
 Megatron 0.16.1 keeps, per router, one forward target and a list of targets for recomputation that it pops in
 order. ``RoutingReplay`` finds the routers of one model by walking it (Megatron's own registry is class-wide
@@ -27,9 +26,7 @@ from async_rl.types import ExpertIds, Int32Array, RoutingSpec
 
 
 def check_rows(name: str, routing: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
-    """Raise ReplayError unless ``routing`` is [rows, L, K] and each row is NO_ROUTING or K distinct experts
-    below E.
-    """
+    """Raise ReplayError unless ``routing`` is [rows, L, K] and each row is NO_ROUTING or K distinct experts below E."""
     expected = (rows, spec.num_moe_layers, spec.top_k)
     if routing.shape != expected:
         raise ReplayError(f"{name}: routing has shape {routing.shape}, the model needs {expected}")
@@ -152,9 +149,7 @@ class RoutingReplay:
 
 
 class _Verifier:
-    """Compares the routing map that leaves each router, which the dispatcher executes, with the rows asked
-    for.
-    """
+    """Compares the routing map that leaves each router, which the dispatcher executes, with the rows asked for."""
 
     def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
         self._rows: torch.Tensor | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from async_rl.trainer.losses import PolicySums
-from async_rl.trainer.optimizer import Update
+if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
+    from async_rl.trainer.losses import PolicySums
+    from async_rl.trainer.optimizer import Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,4 @@
-"""One Megatron rank, without Ray: groups in, an optimizer update and a StepReport out; weights out to whoever
-asks.
+"""One Megatron rank, without Ray: groups in, an optimizer update and a StepReport out; weights out to whoever asks.
 
 A step reads top to bottom in ``train_step``: advantages, packing, global token count, (R2: record routing),
 forward and backward under Megatron's own schedule with routing replayed, update, metrics. Knows the other
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from async_rl.config import RunConfig
+from async_rl.errors import ReplayError, TrainerError
 from async_rl.model_config import check_run, read_model_config
 from async_rl.trainer import losses, packing, platform
 from async_rl.trainer.advantages import group_advantages
@@ -31,18 +31,14 @@ from async_rl.weights import names
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
-# A loss: (microbatch, its tensors, logits [T, V]) -> (scalar to differentiate, what to keep of this
-# microbatch).
-Tensors = dict[str, torch.Tensor]
-LossFunction = Callable[[Microbatch, Tensors, torch.Tensor], tuple[torch.Tensor, Any]]
+    from async_rl.trainer.executor import LossFunction, Tensors
 
 # Size of one *.safetensors file of an export: what transformers writes too.
 SHARD_BYTES = 5 * 10**9
 
 
 class Trainer:
-    """Builds the model of ``config.model.path`` and trains it as data-parallel rank ``rank`` of
-    ``world_size``.
+    """Builds the model of ``config.model.path`` and trains it as data-parallel rank ``rank`` of ``world_size``.
 
     init_method: where the ranks meet, for example "tcp://127.0.0.1:29500"; needed for more than one. Every
     rank must make the same calls in the same order. Megatron's state is global: one Trainer per process at a
@@ -81,8 +77,7 @@ class Trainer:
         self._steps = 0
         self._recorded: dict[str, Int32Array] = {}  # R2: trajectory id -> routing [N-1, L, K]
 
-    # ---- training
-    # ----------------------------------------------------------------------------------------------
+    # ---- training ----
 
     def train_step(self, groups: Sequence[Group], *, version: int, oldest_version: int) -> StepReport:
         """One optimizer update on this rank's share of the batch; no group may be split over ranks.
@@ -91,6 +86,7 @@ class Trainer:
         contribute nothing (invariant 4). If no token of any rank contributes, nothing is updated and the
         report says so.
         """
+        _check_versions(groups, version)
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         if self._config.trainer.router_replay == "R2":
@@ -111,7 +107,8 @@ class Trainer:
         )
         started = _lap(seconds, "prepare", started)
 
-        stalenesses = version - oldest_version + 1
+        # At least one, so that an all-stale batch has sums too.
+        stalenesses = max(version - oldest_version + 1, 1)
         sums = PolicySums.zero(stalenesses, self._device)
         update = self._optimizer.no_update()
         if total["tokens"]:
@@ -141,15 +138,12 @@ class Trainer:
         )
 
     def supervised_step(self, sequences: Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]) -> float:
-        """One update on the cross entropy of the masked-in tokens: (token ids int32[N], mask bool[N]) per
-        sequence.
+        """One update on the cross entropy of the masked-in tokens: (token ids int32[N], mask bool[N]) per sequence.
 
         Returns the mean over this step's tokens of all ranks, before the update; the mask of a first token is
         of no effect. Routing is native.
         """
-        samples = [
-            _plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)
-        ]
+        samples = [_plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)]
         tokens = self._all_reduce(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
         if not tokens:
             return 0.0
@@ -165,27 +159,22 @@ class Trainer:
         return self._all_reduce(loss=sum(parts))["loss"] / tokens
 
     def record_routing(self, groups: Sequence[Group]) -> None:
-        """R2's log-prob pass: remember the experts that the trainer's own router chooses for these groups
-        now.
+        """R2's log-prob pass: remember the experts that the trainer's own router chooses for these groups now.
 
         ``train_step`` replays them and runs this pass itself for groups that are not recorded yet. Call it
         first, with the groups of all updates of a training step, so that later updates replay the routing
         from before the first.
         """
         trajectories = [t for group in groups for t in group.trajectories]
-        samples = [
-            _plain_sample(t.trajectory_id, np.concatenate([t.prompt_ids, t.response_ids]))
-            for t in trajectories
-        ]
+        samples = [_plain_sample(t.trajectory_id, np.concatenate([t.prompt_ids, t.response_ids])) for t in trajectories]
         batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch)
-        for batch, recorded in zip(batches, self._forward(batches, _nothing, record=True), strict=True):
+        for batch, recorded in zip(batches, self._executor.record_routing(batches), strict=True):
             # {MoE layer: [T, K]} -> [T, L, K]
-            rows = np.stack([recorded[layer] for layer in sorted(recorded)], axis=1).astype(np.int32)
+            rows = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1).int().cpu().numpy()
             for index, part in zip(batch.samples, np.split(rows, batch.cu_seqlens[1:-1]), strict=True):
                 self._recorded[trajectories[index].trajectory_id] = part
 
-    # ---- asking the model
-    # --------------------------------------------------------------------------------------
+    # ---- asking the model ----
 
     def logprobs(
         self,
@@ -199,9 +188,7 @@ class Trainer:
         are without it.
         """
         samples = [
-            self._with_routing(
-                _plain_sample(f"sequence {index}", ids), None if routing is None else routing[index]
-            )
+            self._with_routing(_plain_sample(f"sequence {index}", ids), None if routing is None else routing[index])
             for index, ids in enumerate(sequences)
         ]
         row_shape = None if routing is None else self._row_shape
@@ -214,9 +201,7 @@ class Trainer:
         return packing.unpack(self._executor.forward(batches, collect), batches, len(samples))
 
     def weight_source(self) -> WeightSource:
-        """The live weights under Hugging Face names, for a push. The first call imports part of vLLM
-        (seconds).
-        """
+        """The live weights under Hugging Face names, for a push. The first call imports part of vLLM (seconds)."""
         from async_rl.weights.source import MegatronWeightSource
 
         return MegatronWeightSource(self._model_config, self._parameters(), platform.layout(self._device))
@@ -237,16 +222,13 @@ class Trainer:
         """Leave the process groups. The Trainer is unusable afterwards."""
         platform.close_distributed()
 
-    # ---- one microbatch
-    # ----------------------------------------------------------------------------------------
+    # ---- one microbatch ----
 
     def _policy_loss(self, version: int, stalenesses: int, total_tokens: float) -> LossFunction:
         settings = self._config.trainer.loss
         temperature = self._config.rollout.temperature
 
-        def loss(
-            batch: Microbatch, tensors: Tensors, logits: torch.Tensor
-        ) -> tuple[torch.Tensor, PolicySums]:
+        def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
             current, entropy = token_logprobs(logits, tensors["labels"], temperature)
             mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
             summed, clipped = losses.clipped_policy_loss(
@@ -271,8 +253,7 @@ class Trainer:
 
         return loss
 
-    # ---- odds and ends
-    # -----------------------------------------------------------------------------------------
+    # ---- odds and ends ----
 
     @property
     def _verifying(self) -> bool:
@@ -284,9 +265,7 @@ class Trainer:
         return None if spec is None else (spec.num_moe_layers, spec.top_k)
 
     def _samples(self, group: Group, oldest_version: int) -> list[Sample]:
-        advantages = group_advantages(
-            group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std
-        )
+        advantages = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
         mode = self._config.trainer.router_replay
         samples = []
         for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
@@ -303,14 +282,15 @@ class Trainer:
             return sample
         from async_rl.trainer.replay import check_rows
 
-        check_rows(sample.name, routing, rows=sample.positions, spec=self._model_config.routing)
+        spec = self._model_config.routing
+        if spec is None:
+            raise ReplayError(f"{sample.name}: has routing, but {self._config.model.path} has no MoE layer")
+        check_rows(sample.name, routing, rows=sample.positions, spec=spec)
         return sample.with_routing(routing.astype(np.int32))
 
     def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
         replaying = self._config.trainer.router_replay != "off"
-        return packing.pack(
-            samples, self._config.trainer.tokens_per_microbatch, self._row_shape if replaying else None
-        )
+        return packing.pack(samples, self._config.trainer.tokens_per_microbatch, self._row_shape if replaying else None)
 
     def _is_recorded(self, group: Group) -> bool:
         return all(t.trajectory_id in self._recorded for t in group.trajectories)
@@ -336,6 +316,17 @@ def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None
         versions=np.zeros(positions, dtype=np.int32),
         advantages=np.zeros(positions, dtype=np.float32),
     )
+
+
+def _check_versions(groups: Sequence[Group], version: int) -> None:
+    for group in groups:
+        for trajectory in group.trajectories:
+            newest = int(trajectory.versions.max())
+            if newest > version:
+                raise TrainerError(
+                    f"trajectory {trajectory.trajectory_id}: tokens of version {newest}, consumed at version "
+                    f"{version}; its stamps or the trainer's version are wrong"
+                )
 
 
 def _lap(seconds: dict[str, float], phase: str, started: float) -> float:

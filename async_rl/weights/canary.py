@@ -37,9 +37,7 @@ class CanaryReport:
 
 def make_probe(seed: int, vocab_size: int, *, max_tokens: int = TOKENS) -> list[Int32Array]:
     """int32[n] token sequences, the same for the same arguments. ``max_tokens``: what the model's context allows."""
-    rng = np.random.default_rng(
-        [seed, 0xCA11A12]
-    )  # a stream of its own, apart from whatever else uses the seed
+    rng = np.random.default_rng([seed, 0xCA11A12])  # a stream of its own, apart from whatever else uses the seed
     length = min(TOKENS, max_tokens)
     return list(rng.integers(0, vocab_size, size=(SEQUENCES, length), dtype=np.int32))
 

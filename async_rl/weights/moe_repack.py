@@ -24,9 +24,7 @@ def forget_moe_kernels(model: torch.nn.Module) -> int:
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return 0
     if not vllm.__version__.startswith(VLLM_VERSION):
-        raise WeightSyncError(
-            f"reloading MoE weights on CPU is known for vLLM {VLLM_VERSION}x, not {vllm.__version__}"
-        )
+        raise WeightSyncError(f"reloading MoE weights on CPU is known for vLLM {VLLM_VERSION}x, not {vllm.__version__}")
     count = 0
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)

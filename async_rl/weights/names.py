@@ -1,5 +1,4 @@
-"""Hugging Face <-> Megatron parameter names, as tables that can be checked at a glance, and how tensors are
-cut.
+"""Hugging Face <-> Megatron parameter names, as tables that can be checked at a glance, and how tensors are cut.
 
 Pure: knows torch and ``model_config``, neither Megatron nor vLLM. Loading and export both go by ``entries``,
 so what one of them reads, the other writes, bit for bit.
@@ -112,9 +111,7 @@ def entries(model: ModelConfig, layout: Layout) -> Iterator[Entry]:
 
 def ignored(model: ModelConfig, hf_name: str) -> bool:
     """Tensors that some checkpoints carry and that hold nothing of their own."""
-    return hf_name.endswith("rotary_emb.inv_freq") or (
-        model.tie_word_embeddings and hf_name == "lm_head.weight"
-    )
+    return hf_name.endswith("rotary_emb.inv_freq") or (model.tie_word_embeddings and hf_name == "lm_head.weight")
 
 
 def hf_shapes(model: ModelConfig, kind: Kind, shape: Sequence[int]) -> list[tuple[int, ...]]:

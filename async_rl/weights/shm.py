@@ -7,12 +7,12 @@ model, so that a push that is refused leaves the weights as they were.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from typing_extensions import Self
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
@@ -59,9 +59,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
 
     def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool) -> None:
         super().__init__(client=client, source=source, is_sender=is_sender)
-        metas = [
-            TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()
-        ]
+        metas = [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
         self._file = WeightFile(metas) if is_sender else None
         if is_sender:
             client.init_weight_transfer_engine({"table": [[m.name, m.dtype, list(m.shape)] for m in metas]})
@@ -102,6 +100,12 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     # A draft model has a name table of its own, and nothing here trains one.
     supports_draft_weight_update = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # It warns of each layer that was given no weights, at each push: of the rotary embedding, which has none.
+        # That nothing is missing is known from the name table.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     _table: list[TensorMeta] | None = None
     _received = False

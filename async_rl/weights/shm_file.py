@@ -101,15 +101,11 @@ class WeightFile:
             start = self._data + offset
             place = whole[start : start + meta.nbytes]
             if meta.nbytes:
-                torch.frombuffer(place, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).copy_(
-                    tensor.detach()
-                )
+                torch.frombuffer(place, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
             digests.append(xxhash.xxh3_64_intdigest(place))
             written += 1
         if written != len(self._metas):
-            raise WeightSyncError(
-                f"the trainer yielded {written} tensors, its name table has {len(self._metas)}"
-            )
+            raise WeightSyncError(f"the trainer yielded {written} tensors, its name table has {len(self._metas)}")
         packed = struct.pack(f"<{len(digests)}Q", *digests)
         self._map[HEAD.size : HEAD.size + len(self._table)] = self._table
         self._map[HEAD.size + len(self._table) : HEAD.size + len(self._table) + len(packed)] = packed
@@ -161,20 +157,14 @@ def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tup
             raise WeightSyncError(f"weight file: has {_describe(meta)} where {_describe(want)} was agreed")
         start = _aligned(end) + offset
         if size != meta.nbytes or start + size > len(data):
-            raise WeightSyncError(
-                f"weight file: {_describe(meta)} has {size} bytes at {start}, which cannot be"
-            )
+            raise WeightSyncError(f"weight file: {_describe(meta)} has {size} bytes at {start}, which cannot be")
         if xxhash.xxh3_64_intdigest(memoryview(data)[start : start + size]) != digest:
-            raise WeightSyncError(
-                f"weight file: {_describe(meta)} does not match its checksum; nothing was loaded"
-            )
+            raise WeightSyncError(f"weight file: {_describe(meta)} does not match its checksum; nothing was loaded")
         kind = _dtype(name, dtype)
         tensors.append(
             (
                 name,
-                torch.frombuffer(data, dtype=kind, count=size // kind.itemsize, offset=start).view(
-                    meta.shape
-                ),
+                torch.frombuffer(data, dtype=kind, count=size // kind.itemsize, offset=start).view(meta.shape),
             )
             if size
             else (name, torch.empty(meta.shape, dtype=kind))

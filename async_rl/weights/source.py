@@ -24,9 +24,7 @@ class MegatronWeightSource(WeightSource):  # type: ignore[misc]  # vLLM is not f
     next optimizer step.
     """
 
-    def __init__(
-        self, model: ModelConfig, parameters: Mapping[str, torch.nn.Parameter], layout: names.Layout
-    ) -> None:
+    def __init__(self, model: ModelConfig, parameters: Mapping[str, torch.nn.Parameter], layout: names.Layout) -> None:
         self._model = model
         self._parameters = parameters
         self._layout = layout
@@ -37,9 +35,7 @@ class MegatronWeightSource(WeightSource):  # type: ignore[misc]  # vLLM is not f
             ParamMeta(name, parameter.dtype, shape)
             for entry in names.entries(self._model, self._layout)
             for parameter in [self._parameters[entry.megatron]]
-            for name, shape in zip(
-                entry.hf, names.hf_shapes(self._model, entry.kind, parameter.shape), strict=True
-            )
+            for name, shape in zip(entry.hf, names.hf_shapes(self._model, entry.kind, parameter.shape), strict=True)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,5 +1,4 @@
-"""The Megatron trainer for real, on CPU: against Hugging Face, under replay, recomputation and data
-parallelism.
+"""The Megatron trainer for real, on CPU: against Hugging Face, under replay, recomputation and data parallelism.
 
 Megatron's state is global and its patches for the CPU reach into torch, so no model is built in the test
 process: one worker process serves the module, and the data-parallel test starts two of its own.
@@ -19,6 +18,7 @@ import pytest
 
 from async_rl.config import validate
 from async_rl.errors import ModelError, ReplayError
+from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
 pytestmark = pytest.mark.megatron
@@ -29,8 +29,7 @@ VOCAB = 40
 TIMEOUT_S = 120
 
 
-# ---- made in the worker
-# ----------------------------------------------------------------------------------------
+# ---- made in the worker ----
 
 
 def make_checkpoints(folder):
@@ -56,15 +55,11 @@ def make_checkpoints(folder):
         "mlp_only_layers": [1],
     }
     models = {
-        "moe": Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**shape, **experts, num_hidden_layers=4, norm_topk_prob=True)
-        ),
+        "moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, num_hidden_layers=4, norm_topk_prob=True)),
         "pre_softmax": Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**shape, **experts, num_hidden_layers=4, norm_topk_prob=False)
         ),
-        "dense": Qwen3ForCausalLM(
-            Qwen3Config(**shape, num_hidden_layers=2, tie_word_embeddings=True, rope_theta=5e5)
-        ),
+        "dense": Qwen3ForCausalLM(Qwen3Config(**shape, num_hidden_layers=2, tie_word_embeddings=True, rope_theta=5e5)),
     }
     for name, model in models.items():
         model.float().save_pretrained(folder / name)
@@ -111,9 +106,7 @@ class Opened:
         from async_rl.trainer.trainer import Trainer
 
         torch.set_num_threads(1)
-        self.trainer = Trainer(
-            run_config(path, **overrides), rank=rank, world_size=world_size, init_method=init_method
-        )
+        self.trainer = Trainer(run_config(path, **overrides), rank=rank, world_size=world_size, init_method=init_method)
         self.executed = []  # bool[T, E] per call of a router, in order
 
     def __enter__(self):
@@ -121,9 +114,7 @@ class Opened:
 
         for module in self.trainer._model.modules():
             if isinstance(module, TopKRouter):
-                module.register_forward_hook(
-                    lambda _m, _i, output: self.executed.append(output[1].numpy().copy())
-                )
+                module.register_forward_hook(lambda _m, _i, output: self.executed.append(output[1].numpy().copy()))
         return self.trainer, self.executed
 
     def __exit__(self, *_):
@@ -131,9 +122,7 @@ class Opened:
 
 
 def parameters(trainer, what="data"):
-    return {
-        name: getattr(p, what).detach().numpy().copy() for name, p in trainer._model.module.named_parameters()
-    }
+    return {name: getattr(p, what).detach().numpy().copy() for name, p in trainer._model.module.named_parameters()}
 
 
 def sequences(count=5, seed=0):
@@ -185,8 +174,7 @@ def step(trainer, groups, oldest_version=2):
     return trainer.train_step(groups, version=4, oldest_version=oldest_version)
 
 
-# ---- fixtures
-# --------------------------------------------------------------------------------------------------
+# ---- fixtures ----
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +190,7 @@ def models(worker, tmp_path_factory):
     return folder
 
 
-# ---- the model
-# -------------------------------------------------------------------------------------------------
+# ---- the model ----
 
 
 def megatron_logprobs(path, ids, temperature, tokens_per_microbatch):
@@ -280,8 +267,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_tensors_named(worker
         worker(open_and_close, broken)
 
 
-# ---- replay
-# ----------------------------------------------------------------------------------------------------
+# ---- replay ----
 
 
 def replay_and_fall_back(path):
@@ -404,9 +390,7 @@ def record_then_train(path):
         trainer.record_routing(groups)
         recorded = executed[:]
         ids = [np.concatenate([t.prompt_ids, t.response_ids]) for g in groups for t in g.trajectories]
-        trainer.supervised_step(
-            [(x, np.ones(len(x), bool)) for x in ids]
-        )  # other weights, other native routing
+        trainer.supervised_step([(x, np.ones(len(x), bool)) for x in ids])  # other weights, other native routing
         executed.clear()
         report = step(trainer, groups)
         replayed = executed[:]
@@ -430,8 +414,7 @@ def test_r2_replays_the_routing_of_the_logprob_pass(worker, models):
     assert unrecorded.seconds["record_routing"] > 0
 
 
-# ---- steps
-# -----------------------------------------------------------------------------------------------------
+# ---- steps ----
 
 
 def test_the_update_does_not_depend_on_microbatches(worker, models):
@@ -470,10 +453,9 @@ def one_rank_two_steps(path, first, second):
 
 
 def test_two_data_parallel_ranks_make_the_update_of_one(worker, models):
-    from async_rl.trainer.packing import split_groups
-
     groups = make_groups()
-    shares = split_groups(groups, 2, hidden_size=48)
+    by_rank = split_over_ranks([group.num_tokens for group in groups], 2)
+    shares = [[groups[index] for index in indices] for indices in by_rank]
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         init_method = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -488,9 +470,7 @@ def test_two_data_parallel_ranks_make_the_update_of_one(worker, models):
                 assert getattr(got, field) == getattr(wanted, field), field
             for field in ("loss", "ppo_kl", "reward_mean", "grad_norm", "logprob_abs_diff_max", "entropy"):
                 assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-4, abs=1e-6), field
-    assert (
-        ranks[0][2]["embedding.word_embeddings.weight"] == ranks[1][2]["embedding.word_embeddings.weight"]
-    ).all()
+    assert (ranks[0][2]["embedding.word_embeddings.weight"] == ranks[1][2]["embedding.word_embeddings.weight"]).all()
 
 
 def mask_everything_then_poison(path):
@@ -513,9 +493,7 @@ def mask_everything_then_poison(path):
         return before, masked, after_masked, poisoned, after_poison, healthy, parameters(trainer)
 
 
-def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_and_training_goes_on(
-    worker, models
-):
+def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_and_training_goes_on(worker, models):
     before, masked, after_masked, poisoned, after_poison, healthy, after = worker(
         mask_everything_then_poison, models / "moe"
     )
@@ -544,8 +522,7 @@ def change_stale_tokens(path):
             replace(
                 group,
                 trajectories=tuple(
-                    replace(t, logprobs=t.logprobs - np.float32(shift) * (t.versions < 4))
-                    for t in group.trajectories
+                    replace(t, logprobs=t.logprobs - np.float32(shift) * (t.versions < 4)) for t in group.trajectories
                 ),
             )
             for group in make_groups()
@@ -578,8 +555,35 @@ def test_supervised_steps_report_the_cross_entropy_of_the_masked_tokens_and_lear
     assert losses[-1] < 0.8 * losses[0]
 
 
-# ---- the device seam
-# -------------------------------------------------------------------------------------------
+# ---- the device seam ----
+
+
+def norms():
+    """(ours, torch's): output, gradients of input and weight, and whether bfloat16 stays bfloat16."""
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from async_rl.trainer.norm import RMSNorm
+
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
+    results = []
+    x, upstream, weight = torch.randn(7, 1, 3, 16), torch.randn(7, 1, 3, 16), torch.rand(16)
+    for norm in (RMSNorm(config=config, hidden_size=16, eps=1e-3), torch.nn.RMSNorm(16, 1e-3)):
+        norm.weight.data.copy_(weight)
+        leaf = x.clone().requires_grad_()
+        output = norm(leaf)
+        output.backward(upstream)
+        results.append([t.detach().numpy() for t in (output, leaf.grad, norm.weight.grad)])
+    half = RMSNorm(config=config, hidden_size=16).bfloat16()(x.bfloat16())
+    return *results, half.dtype is torch.bfloat16
+
+
+def test_rms_norm_and_its_gradients_are_those_of_torch(worker):
+    ours, expected, keeps_dtype = worker(norms)
+    for got, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    assert keeps_dtype
 
 
 def what_megatron_lacks():

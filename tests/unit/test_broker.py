@@ -1,5 +1,6 @@
 """The broker: a state machine under arbitrary calls, and its edges one by one."""
 
+import weakref
 from collections import deque
 
 import numpy as np
@@ -35,7 +36,13 @@ class Source:
 
 
 def make(source=None, **settings):
-    defaults = {"required_groups": 2, "window_limit": 4, "max_staleness": 1, "on_stale": "mask", "max_bytes": 1000}
+    defaults = {
+        "required_groups": 2,
+        "window_limit": 4,
+        "max_staleness": 1,
+        "on_stale": "mask",
+        "max_bytes": 1000,
+    }
     return Broker(source or Source(), **defaults | settings)
 
 
@@ -370,6 +377,29 @@ def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
     with pytest.raises(QueueError, match=r"26 bytes, and queue\.max_bytes is 25; .* 2 such groups set it to 52"):
         broker.put(meta(ticket, nbytes=26))
     assert broker.counts().outstanding == 1
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda broker, group_id: broker.ack([group_id]),
+        lambda broker, group_id: broker.fail(group_id, "reward"),
+        lambda broker, group_id: broker.return_group(group_id, "unreadable"),
+        lambda broker, group_id: (broker.advance(9), broker.release([group_id])),
+    ],
+    ids=["trained", "failed", "returned", "stale"],
+)
+def test_invariant_6_the_payload_of_an_ended_group_is_let_go(end):
+    broker = make()
+    (ticket,) = broker.issue("w", 1)
+    payload = np.zeros(1)  # stands for the reference that keeps an object in the store
+    alive = weakref.ref(payload)
+    broker.put(meta(ticket), payload)
+    del payload
+    broker.lease(1, "t")
+    assert alive() is not None
+    end(broker, ticket.group_id)
+    assert alive() is None
 
 
 def test_max_groups_below_a_training_step_is_refused():

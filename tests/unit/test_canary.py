@@ -48,9 +48,7 @@ def test_the_report_names_the_worst_token():
 
 @pytest.mark.parametrize(("dtype", "fine", "off"), [("float32", 0.9e-4, 1.2e-4), ("bfloat16", 0.09, 0.11)])
 def test_invariant_10_a_difference_above_the_tolerance_of_the_dtype_stops(dtype, fine, off):
-    assert check_canary(config(dtype), 0, logprobs(), logprobs(fine)).max_abs_diff == pytest.approx(
-        fine, rel=1e-2
-    )
+    assert check_canary(config(dtype), 0, logprobs(), logprobs(fine)).max_abs_diff == pytest.approx(fine, rel=1e-2)
     with pytest.raises(WeightSyncMismatch, match="replica 2 and the trainer differ"):
         check_canary(config(dtype), 2, logprobs(), logprobs(off))
 

@@ -150,7 +150,9 @@ def test_size_is_close_to_the_sum_of_the_arrays():
     assert len(encode(group)) <= 1.01 * arrays
 
 
-@pytest.mark.parametrize("fields", [{"a": MappingProxyType({})}, {"a": (1, 2)}, {"a": b"x"}, {"a": {1: 2}}, {"a": 2**70}])
+@pytest.mark.parametrize(
+    "fields", [{"a": MappingProxyType({})}, {"a": (1, 2)}, {"a": b"x"}, {"a": {1: 2}}, {"a": 2**70}]
+)
 def test_fields_that_are_not_json_are_refused_by_name(fields):
     with pytest.raises(WireError, match=r"group 0-1\.0: the prompt of row 1"):
         encode(small_group(fields=fields))
@@ -206,7 +208,9 @@ def test_a_flipped_bit_in_any_byte_is_refused():
 def test_another_schema_version_is_named():
     message = bytearray(encode(small_group()).tobytes())
     struct.pack_into("<I", message, 4, SCHEMA_VERSION + 1)
-    with pytest.raises(WireError, match=f"schema version {SCHEMA_VERSION + 1}; this reader knows version {SCHEMA_VERSION}"):
+    with pytest.raises(
+        WireError, match=f"schema version {SCHEMA_VERSION + 1}; this reader knows version {SCHEMA_VERSION}"
+    ):
         decode(message)
 
 
@@ -241,6 +245,14 @@ def resealed(change):
     table, payload = unseal(encode(small_group()))
     change(table)
     return seal(table, payload)
+
+
+def test_an_array_that_belongs_to_nothing_is_refused():
+    table, payload = unseal(encode(small_group()))
+    payload += bytes(-len(payload) % 64)
+    table["arrays"].append(["extra", "|u1", [3], len(payload)])
+    with pytest.raises(WireError, match="belong to nothing: extra"):
+        decode(seal(table, payload + b"abc"))
 
 
 def test_resealing_unchanged_is_accepted():

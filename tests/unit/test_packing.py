@@ -12,11 +12,10 @@ from async_rl.trainer.packing import (
     plan,
     rows_without_routing,
     sample_of,
-    sequence_cost,
-    split_groups,
+    split_over_ranks,
     unpack,
 )
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import RoutingSpec, Segment, Trajectory
 
 
 def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
@@ -120,22 +119,14 @@ def test_unpack_inverts_pack():
     assert [v.tolist() for v in values] == [s.logprobs.tolist() for s in samples]
 
 
-def group(name, lengths):
-    prompt = Prompt(prompt_id=name, row=1, text="", token_ids=np.array([1, 2, 3], np.int32))
-    return Group(name, prompt, tuple(trajectory(f"{name}/{i}", response=n) for i, n in enumerate(lengths)))
-
-
-def test_split_groups_keeps_groups_whole_and_balances_cost():
-    rng = np.random.default_rng(0)
-    groups = [group(f"g{i}", rng.integers(8, 200, 4).tolist()) for i in range(16)]
-    shares = split_groups(groups, 3, hidden_size=64)
-    assert sorted(g.group_id for share in shares for g in share) == sorted(g.group_id for g in groups)
-    loads = [sum(sequence_cost(t.num_tokens, 64) for g in share for t in g.trajectories) for share in shares]
+def test_split_over_ranks_gives_each_index_once_and_balances_cost():
+    costs = np.random.default_rng(0).integers(30, 800, 16).tolist()
+    shares = split_over_ranks(costs, 3)
+    assert sorted(index for share in shares for index in share) == list(range(16))
+    loads = [sum(costs[index] for index in share) for share in shares]
     assert max(loads) < 1.2 * min(loads)
-    assert [[g.group_id for g in s] for s in split_groups(groups, 3, hidden_size=64)] == [
-        [g.group_id for g in s] for s in shares
-    ]
+    assert shares == split_over_ranks(costs, 3)
 
 
-def test_split_groups_with_fewer_groups_than_ranks_leaves_ranks_empty():
-    assert [len(s) for s in split_groups([group("g", [5])], 2, hidden_size=8)] == [1, 0]
+def test_split_over_more_ranks_than_groups_leaves_ranks_empty():
+    assert split_over_ranks([5], 2) == [[0], []]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -96,7 +98,7 @@ def test_invariant_2_any_interruptions_give_the_uninterrupted_response(case):
 @given(interrupted())
 def test_invariant_2_routing_is_replaced_by_that_of_the_last_call(case):
     states = run(*case)
-    for before, after in zip(states[:-1], states[1:], strict=True):
+    for before, after in itertools.pairwise(states):
         if len(after.response_ids) == len(before.response_ids):
             assert after is before  # nothing sampled: nothing changed, and the earlier routing stays
         else:
@@ -107,7 +109,7 @@ def test_invariant_2_routing_is_replaced_by_that_of_the_last_call(case):
 @given(interrupted())
 def test_invariant_3_what_was_recorded_is_never_changed(case):
     states = run(*case)
-    for before, after in zip(states[:-1], states[1:], strict=True):
+    for before, after in itertools.pairwise(states):
         count = len(before.response_ids)
         np.testing.assert_array_equal(after.response_ids[:count], before.response_ids)
         np.testing.assert_array_equal(after.logprobs[:count], before.logprobs)
@@ -120,7 +122,7 @@ def test_invariant_7_segments_are_the_calls_that_sampled_something(case):
     response, cuts, _ = case
     *_, final = run(*case)
     edges = [c for c in dict.fromkeys([0, *cuts, len(response)]) if c <= len(final.response_ids)]
-    assert [(s.start, s.stop) for s in final.segments] == list(zip(edges[:-1], edges[1:], strict=True))
+    assert [(s.start, s.stop) for s in final.segments] == list(itertools.pairwise(edges))
     assert all(len(segment) > 0 for segment in final.segments)
 
 
@@ -175,9 +177,7 @@ def test_concatenated_routing_is_refused():
         np.concatenate([first.routed_experts, output.routed_experts]),
         "abort",
     )
-    with pytest.raises(
-        InvalidTrajectory, match=r"g\.0/0: routed_experts has shape \(11, 3, 2\), expected \(6, 3, 2\)"
-    ):
+    with pytest.raises(InvalidTrajectory, match=r"g\.0/0: routed_experts has shape \(11, 3, 2\), expected \(6, 3, 2\)"):
         first.absorb(doubled)
 
 
