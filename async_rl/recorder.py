@@ -6,7 +6,6 @@ the run; takes no decision.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -87,7 +86,7 @@ class Recorder:
     def counted(self, queue: QueueStats, workers: Sequence[WorkerStats]) -> None:
         """What the queue and the workers have counted so far."""
         self._queue, self._workers = queue, list(workers)
-        self._groups = GroupCounts(**dataclasses.asdict(queue.counts))
+        self._groups = queue.counts
         self._metrics.set("queue_groups", queue.queued_groups)
         self._metrics.set("queue_bytes", queue.queued_bytes)
         publish_groups(self._metrics, self._groups)

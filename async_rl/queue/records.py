@@ -1,7 +1,7 @@
 """What the queue says and is told: tickets, what it knows of a group, counts, one moment's state. Plain
 frozen data.
 
-Knows only ``types``.
+Knows ``types``, and the counts that ``metrics`` shows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from async_rl.metrics.summary import GroupCounts
 from async_rl.types import Group, Prompt
 
 
@@ -45,18 +46,6 @@ class GroupMeta:
             num_trajectories=len(group.trajectories),
             num_partial=sum(t.is_partial for t in group.trajectories),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class GroupCounts:
-    """Since the start; issued = trained + outstanding + returned + failed. dropped is a part of returned."""
-
-    issued: int
-    trained: int
-    outstanding: int
-    returned: int
-    failed: int
-    dropped: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class PartialRollout:
         new = len(output.token_ids)
         if len(output.logprobs) != new or len(output.versions) != new:
             raise InvalidTrajectory(
-                f"{name}: a call returned {new} tokens, {len(output.logprobs)} logprobs and {len(output.versions)} versions"
+                f"{name}: a call returned {new} tokens, {len(output.logprobs)} logprobs, {len(output.versions)} stamps"
             )
         if new > budget:
             raise InvalidTrajectory(f"{name}: a call returned {new} tokens, {budget} were left of the response limit")

@@ -1,4 +1,4 @@
-"""Routed experts at the border: the columns of MoE layers, what a resumed call does to earlier rows, and what is refused.
+"""Routed experts at the border: columns of MoE layers, what a resumed call does to earlier rows, what is refused.
 
 Pure. Shapes: n rows, A all decoder layers, L MoE layers, K experts per token.
 """
@@ -6,6 +6,7 @@ Pure. Shapes: n rows, A all decoder layers, L MoE layers, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def moe_columns(routed: ExpertIds, moe_layers: Sequence[int]) -> ExpertIds:
     """[n, A, K] to [n, L, K]: engines return a column for every layer, dense ones included."""
     if routed.shape[1] == len(moe_layers):
         return routed
-    return np.ascontiguousarray(routed[:, list(moe_layers)])
+    return cast(ExpertIds, np.ascontiguousarray(routed[:, list(moe_layers)]))
 
 
 def replace(name: str, returned: ExpertIds, *, rows: int, spec: RoutingSpec) -> ExpertIds:

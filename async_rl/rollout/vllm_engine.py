@@ -9,8 +9,8 @@ after the outputs of all steps before it, over one ordered channel. So when the 
 worst in the frontend's queue; ``_drain_outputs`` waits until they are accounted for, and then the number of tokens that
 each running call has is exactly the number sampled under the old version.
 
-Prefix cache. Blocks computed under old weights must not serve new calls. Ending or draining all calls lets vLLM clear the
-cache; frozen calls ("keep") need their blocks, so the cache key of each call is salted with the version.
+Prefix cache. Blocks computed under old weights must not serve new calls. Ending or draining all calls lets vLLM clear
+the cache; frozen calls ("keep") need their blocks, so the cache key of each call is salted with the version.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Call:
 class VllmEngine:
     """One vLLM engine. ``cores``: the CPUs that its two processes share; None leaves placement to the system.
 
-    ``start`` must be called on the event loop that ``generate`` will run on, in a thread that lives as long as
-    the engine: the engine core dies with the thread that started it.
+    ``start`` must be called on the event loop that ``generate`` will run on, and blocks it while the model loads; in a
+    thread that lives as long as the engine, for the engine core dies with the thread that started it.
     """
 
     def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
@@ -90,10 +90,19 @@ class VllmEngine:
             await self.shutdown()
             raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {error}") from error
         self._running.set()
+        await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """Have vLLM compile its samplers now: it does so at the first call of each kind, for seconds."""
+        prompt = np.zeros(2, dtype=np.int32)
+        for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0, greedy=True)):
+            for calls in (1, 3):  # compiled for one row, then for any number
+                await asyncio.gather(*(self.generate(f"warm-up/{i}", prompt, sampling, 2) for i in range(calls)))
+        await self.score([prompt])
 
     async def shutdown(self) -> None:
         llm, self._llm = self._llm, None
-        self._running.clear()
+        self._running.set()  # calls that wait for a resume go on, and find the engine gone
         if llm is None:
             return
         # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
@@ -147,7 +156,8 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
 
         llm = self._engine
-        # A rendered input is submitted synchronously: no pause can come between the gate and the scheduler's channel.
+        # A rendered input is submitted without a suspension (the socket has no limit to block at), so no pause comes
+        # between the gate in ``generate`` and the scheduler's channel, nor between that and the record.
         prompt = tokens_input(token_ids.tolist(), cache_salt=f"v{self._version}")
         collector = await llm.add_request(request_id, prompt, params)
         call = self._calls[collector.request_id] = _Call(collector.request_id)
@@ -171,10 +181,14 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        if not self._running.is_set():
+            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
         with self._errors("score"):
             outputs = await asyncio.gather(
                 *(self._run(f"score/{i}", sequence, params) for i, sequence in enumerate(sequences))
             )
+        if any(output.outputs[0].finish_reason == "abort" for _, output in outputs):
+            raise EngineError(f"replica {self._replica}: score: a pause interrupted it")
         return [
             Score(
                 _logprobs(output.prompt_logprobs),
@@ -212,7 +226,7 @@ class VllmEngine:
     async def resume(self) -> None:
         if self._push_failed is not None:
             raise WeightSyncError(
-                f"replica {self._replica}: the last push failed, and its weights cannot be trusted: {self._push_failed}"
+                f"replica {self._replica}: the last push failed, and its weights are unsure: {self._push_failed}"
             )
         with self._errors("resume"):
             await self._engine.resume_generation()
@@ -251,6 +265,7 @@ class VllmEngine:
     async def start_weight_update(self) -> None:
         if self._running.is_set():
             raise WeightSyncError(f"replica {self._replica}: pause the engine before a push")
+        self._push_failed = "it was not finished"
         await self._push(self._engine.start_weight_update())
 
     async def update_weights(self, request: Any) -> None:

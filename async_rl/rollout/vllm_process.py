@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     # vLLM would give its loggers a handler on stdout; without it they follow the root logger of the process.
     "VLLM_CONFIGURE_LOGGING": "0",
-    # An engine core that was killed leaves its semaphores to Python's resource tracker, which removes them, with a warning.
+    # The semaphores of an engine core that was killed are removed by Python's resource tracker, with a warning.
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
 

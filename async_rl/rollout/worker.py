@@ -284,10 +284,14 @@ class RolloutWorker:
         results = await asyncio.gather(*(self._evaluate_one(prompt) for prompt in prompts))
         if self._engine.version != version:
             raise EngineError(f"the weights went from version {version} to {self._engine.version} during an evaluation")
-        rewards, lengths = zip(*results, strict=True)
-        return EvalResult(version, float(np.mean(rewards)), len(prompts), float(np.mean(lengths)))
+        scored = [result for result in results if result is not None]
+        if not scored:
+            raise RewardError(f"{self._config.reward.function} failed on each of {len(prompts)} evaluation problems")
+        rewards, lengths = zip(*scored, strict=True)
+        return EvalResult(version, float(np.mean(rewards)), len(scored), float(np.mean(lengths)))
 
-    async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int]:
+    async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int] | None:
+        """(reward, response tokens); None where the reward failed and reward.on_error is skip."""
         output = await self._engine.generate(
             f"eval/{prompt.prompt_id}",
             prompt.token_ids,
@@ -297,5 +301,11 @@ class RolloutWorker:
         if output.finish_reason == "abort":
             raise EngineError(f"evaluation of prompt {prompt.prompt_id} was aborted")
         response = self._tokenizer.decode(output.token_ids, skip_special_tokens=True)
-        return await self._rewards.score(prompt, response), len(output.token_ids)
+        try:
+            return await self._rewards.score(prompt, response), len(output.token_ids)
+        except RewardError as error:
+            if self._config.reward.on_error == "fail":
+                raise
+            log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
+            return None
 

@@ -33,11 +33,11 @@ class _RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]  # torch 
         product = gradient * unit
         weight_gradient = product.sum(dim=tuple(range(x.ndim - 1)))
         mean = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)
-        x_gradient = (gradient * weight).addcmul_(unit, mean, value=1).mul_(inverse)
+        x_gradient = (gradient * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
         return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None
 
 
-class RMSNorm(torch.nn.Module):
+class RMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
     """As Megatron builds it: RMSNorm(config=..., hidden_size=..., eps=...)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -45,7 +45,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Megatron sums this parameter's gradient over the tensor-parallel ranks if they split the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = _RMSNormFunction.apply(x, self.weight, self.eps)

@@ -77,7 +77,7 @@ def activate(device: Device) -> None:
         _patch_router_gemm()
         _patch_recompute_rng()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
 
 def init_distributed(device: Device, rank: int, world_size: int, init_method: str | None) -> None:
@@ -156,8 +156,7 @@ def model_overrides(device: Device) -> dict[str, Any]:
     if device == "cpu":
         return {
             "use_cpu_initialization": True,
-            # Fused activations go through torch.compile, which costs a minute at start and gains nothing
-            # here.
+            # Fused activations go through torch.compile, which wants a C++ compiler on every machine.
             "bias_activation_fusion": False,
             "moe_grouped_gemm": False,
         }
@@ -193,16 +192,12 @@ class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no ty
 
 
 def _patch_cuda_calls() -> None:
-    """Megatron 0.16.1 asks torch.cuda.current_device() where to put buffers (gradient buffers, rotary table,
-    router).
-    """
+    """Megatron 0.16.1 puts gradient buffers, rotary table and router weights on torch.cuda.current_device()."""
     torch.cuda.current_device = lambda: torch.device("cpu")
 
 
 def _patch_router_gemm() -> None:
-    """Megatron 0.16.1 uses ``te_general_gemm`` in the router without defining it where Transformer Engine is
-    missing.
-    """
+    """Megatron 0.16.1's router reads ``te_general_gemm``, which is undefined without Transformer Engine."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):

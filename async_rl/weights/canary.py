@@ -49,7 +49,7 @@ def tolerance(config: RunConfig) -> float:
 
 
 def compare(engine: Sequence[Float32Array], trainer: Sequence[Float32Array]) -> CanaryReport:
-    """Log-probs float32[N-1] of each probe sequence from both sides. A log-prob that is not finite is infinitely far."""
+    """Log-probs float32[N-1] of each probe sequence from both sides. What is not finite is infinitely far."""
     lengths = [[len(a) for a in side] for side in (engine, trainer)]
     if lengths[0] != lengths[1] or not lengths[0]:
         raise WeightSyncMismatch(
@@ -76,7 +76,8 @@ def check_canary(
         return report
     raise WeightSyncMismatch(
         f"canary: replica {replica} and the trainer differ by {report.max_abs_diff:.3g} in log-prob (mean "
-        f"{report.mean_abs_diff:.3g}) at token {report.position} of probe sequence {report.sequence}; allowed is {limit:g}. "
+        f"{report.mean_abs_diff:.3g}) at token {report.position} of probe sequence {report.sequence}; "
+        f"allowed is {limit:g}. "
         + (
             "So large a mean says that the weights are not the ones sent: compare the names and shapes that the "
             "weight source yields with the checkpoint, and see that the engine reloads packed weights correctly"
@@ -88,5 +89,6 @@ def check_canary(
 
 
 def _distance(a: Float32Array, b: Float32Array) -> npt.NDArray[np.float64]:
-    diff = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # inf - inf
+        diff = np.abs(a.astype(np.float64) - b.astype(np.float64))
     return np.where(np.isfinite(diff), diff, np.inf)

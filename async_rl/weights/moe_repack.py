@@ -11,6 +11,8 @@ Only CPU engines are touched: elsewhere CUDA graphs hold the addresses that the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import vllm
 
@@ -27,7 +29,7 @@ def forget_moe_kernels(model: torch.nn.Module) -> int:
         raise WeightSyncError(f"reloading MoE weights on CPU is known for vLLM {VLLM_VERSION}x, not {vllm.__version__}")
     count = 0
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
             count += 1

@@ -1,8 +1,8 @@
 """The ``shm`` weight-transfer backend of vLLM: trainer and engine on one host, weights through ``shm_file``.
 
 Two classes that vLLM's factories know by ``vllm_plugin``. The trainer's end runs on every trainer rank (gathering a
-parameter may take them all), and rank 0 writes and announces; the engine's end verifies everything before it touches the
-model, so that a push that is refused leaves the weights as they were.
+parameter may take them all), and rank 0 writes and announces; the engine's end verifies everything before it touches
+the model, so that a push that is refused leaves the weights as they were.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, chec
 
 
 @dataclass
-class ShmInitInfo(WeightTransferInitInfo):
+class ShmInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not followed
     """The name table that every push will have: [name, dtype, shape] of each tensor."""
 
     table: list[list[Any]]
 
 
 @dataclass
-class ShmUpdateInfo(WeightTransferUpdateInfo):
+class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not followed
     """One round; the fields of ``shm_file.Announcement``."""
 
     pid: int
@@ -46,13 +46,13 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
 
 
 @dataclass
-class ShmTrainerInitInfo(TrainerInitInfo):
+class ShmTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
     """Nothing besides the trainer's rank: the memory file has no address to agree on."""
 
     backend: ClassVar[str] = "shm"
 
 
-class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):
+class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):  # type: ignore[misc]
     """The trainer's end."""
 
     init_info_cls = ShmTrainerInitInfo
@@ -92,7 +92,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
             self._file.close()
 
 
-class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):  # type: ignore[misc]
     """The engine's end, in the process that holds the model."""
 
     init_info_cls = ShmInitInfo
@@ -103,12 +103,11 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._table: list[TensorMeta] | None = None
+        self._received = False
         # It warns of each layer that was given no weights, at each push: of the rotary embedding, which has none.
         # That nothing is missing is known from the name table.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-
-    _table: list[TensorMeta] | None = None
-    _received = False
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.table]

@@ -45,7 +45,8 @@ class TensorMeta:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _dtype(self.name, self.dtype).itemsize
+        size: int = _dtype(self.name, self.dtype).itemsize
+        return math.prod(self.shape) * size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,7 @@ class WeightFile:
 
     def __init__(self, metas: Sequence[TensorMeta]) -> None:
         self._metas = list(metas)
-        start = HEAD.size + 8 * len(self._metas)
-        # Offsets are relative to the end of the head section, whose size depends on how long they are when packed.
-        self._offsets: list[int] = []
+        self._offsets: list[int] = []  # from the first tensor on, since the table that holds them comes before it
         position = 0
         for meta in self._metas:
             self._offsets.append(position)
@@ -76,7 +75,7 @@ class WeightFile:
                 for m, offset in zip(self._metas, self._offsets, strict=True)
             ]
         )
-        self._data = _aligned(start + len(self._table))
+        self._data = _aligned(HEAD.size + len(self._table) + 8 * len(self._metas))
         self._nbytes = self._data + position
         self._round = 0
         self._fd = os.memfd_create("async_rl_weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -107,17 +106,17 @@ class WeightFile:
         if written != len(self._metas):
             raise WeightSyncError(f"the trainer yielded {written} tensors, its name table has {len(self._metas)}")
         packed = struct.pack(f"<{len(digests)}Q", *digests)
-        self._map[HEAD.size : HEAD.size + len(self._table)] = self._table
-        self._map[HEAD.size + len(self._table) : HEAD.size + len(self._table) + len(packed)] = packed
-        self._put_head(self._round, xxhash.xxh3_64_intdigest(self._table + packed))
+        checked = self._table + packed
+        self._map[HEAD.size : HEAD.size + len(checked)] = checked
+        self._put_head(self._round, xxhash.xxh3_64_intdigest(checked))
         return Announcement(os.getpid(), self._fd, self._nbytes, self._round)
 
     def close(self) -> None:
         """Give the memory back; readers that still map it keep it until they are done."""
         if self._fd >= 0:
+            self._map.close()
             os.close(self._fd)
             self._fd = -1
-            # The mapping itself goes when the last view on it does.
 
     def _put_head(self, round_: int, checksum: int) -> None:
         HEAD.pack_into(self._map, 0, MAGIC, FORMAT_VERSION, len(self._table), round_, self._nbytes, checksum)
@@ -161,14 +160,9 @@ def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tup
         if xxhash.xxh3_64_intdigest(memoryview(data)[start : start + size]) != digest:
             raise WeightSyncError(f"weight file: {_describe(meta)} does not match its checksum; nothing was loaded")
         kind = _dtype(name, dtype)
-        tensors.append(
-            (
-                name,
-                torch.frombuffer(data, dtype=kind, count=size // kind.itemsize, offset=start).view(meta.shape),
-            )
-            if size
-            else (name, torch.empty(meta.shape, dtype=kind))
-        )
+        count = size // kind.itemsize
+        flat = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        tensors.append((name, flat.view(meta.shape)))
     return tensors
 
 
@@ -211,8 +205,8 @@ def _map(announcement: Announcement) -> mmap.mmap:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise WeightSyncError(
-            f"weight file {path}: {error.strerror}; sync.backend=shm needs trainer and engine on one host, as one user, "
-            "and the trainer alive"
+            f"weight file {path}: {error.strerror}; sync.backend=shm needs trainer and engine on one host, as one "
+            "user, and the trainer alive"
         ) from None
     try:
         size = os.fstat(fd).st_size

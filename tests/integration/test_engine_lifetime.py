@@ -1,4 +1,4 @@
-"""The end of an engine, however it comes, and the repair of vLLM that a reload needs. No running engine is shared here."""
+"""The end of an engine, however it comes, and the repair of vLLM that a reload needs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ pytestmark = pytest.mark.engine
 # Started as a script: vLLM spawns its engine core, which imports the main module again.
 PARENT = """
 import asyncio, sys
-import psutil
+import numpy as np, psutil
 from async_rl.config import RunConfig
+from async_rl.rollout.engine import Sampling
 from async_rl.rollout.vllm_engine import VllmEngine
 
 async def main():
     engine = VllmEngine(RunConfig.model_validate_json(sys.argv[1]), replica=1)
     await engine.start()
+    await engine.pause("keep")
+    call = asyncio.create_task(engine.generate("waits", np.arange(2, 9, dtype=np.int32), Sampling(1.0, 1.0), 9))
     print("PIDS", *(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await engine.shutdown()
+    print(repr((await asyncio.gather(call, return_exceptions=True))[0]))
 
 if __name__ == "__main__":
     asyncio.run(main())
@@ -51,8 +55,9 @@ def test_nothing_of_the_engine_outlives_its_parent(end, tmp_path):
             pids = [int(word) for word in line.split()[1:]]
             shared = set().union(*(shared_files(pid) for pid in [parent.pid, *pids]))
             if end == "shutdown":
-                _, errors = parent.communicate("\n", timeout=60)
+                output, errors = parent.communicate("\n", timeout=60)
                 assert parent.returncode == 0, errors
+                assert "EngineError('replica 1: the engine is not running')" in output
                 assert "Traceback" not in errors, errors
         finally:
             parent.send_signal(signal.SIGKILL)

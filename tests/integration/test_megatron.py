@@ -384,6 +384,37 @@ def test_full_recomputation_replays_the_same_rows(worker, models):
     assert abs(native.ppo_kl - plain.ppo_kl) > 1e-3, "forced experts must change what is computed"
 
 
+def microbatches_in_flight(path):
+    """Two forward passes before the first backward pass, as a pipeline schedule has them."""
+    import torch
+
+    with Opened(path) as (trainer, _):
+        replay = trainer._executor._replay
+        router = replay._routers[0][1].router_replay
+        scores = torch.zeros(4, SPEC.num_experts)
+
+        def chosen():
+            return router.get_replay_topk(scores, SPEC.top_k, None, None, lambda s, k, **_: s.topk(k))[1].tolist()
+
+        rows = [torch.from_numpy(random_rows(4, seed).astype(np.int32)) for seed in (1, 2)]
+        forward, backward = [], []
+        with replay.schedule():
+            for target in rows:
+                replay.before_forward(target)
+                forward.append(chosen())
+                replay.after_forward()
+            backward = [chosen() for _ in rows]
+            replay.before_forward(rows[0])
+        left = router.target_topk_idx, router.replay_backward_list, router.router_replay_action
+        return [target[:, 0].tolist() for target in rows], forward, backward, left
+
+
+def test_recomputation_takes_rows_in_order_and_nothing_survives_the_schedule(worker, models):
+    asked, forward, backward, left = worker(microbatches_in_flight, models / "moe")
+    assert forward == backward == asked
+    assert left == (None, [], None)
+
+
 def record_then_train(path):
     groups = make_groups(routing=False)
     with Opened(path, trainer__router_replay="R2", trainer__optimizer__lr=0.3) as (trainer, executed):

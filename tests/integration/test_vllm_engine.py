@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -80,7 +81,7 @@ async def original_weights(engine, trainer, weights):
 
 
 class Trainer:
-    """Pushes tensors as a trainer would: through vLLM's trainer engine, which calls the rollout engine from a thread."""
+    """Pushes tensors as a trainer would: by vLLM's trainer engine, which calls the rollout engine from a thread."""
 
     def __init__(self, engine, weights):
         self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
@@ -184,7 +185,7 @@ async def until_sampled(engine, count, calls=1, or_done=None):
 
 
 async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48):
-    """One greedy response, aborted and resumed each time it has sampled as many more tokens as ``cuts`` says, or a few more."""
+    """One greedy response, aborted and resumed whenever it has sampled as many more tokens as ``cuts`` says."""
     partial = PartialRollout.begin(
         f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing
     )
@@ -299,9 +300,11 @@ async def test_invariant_10_a_corrupted_push_is_refused_before_it_touches_the_mo
         os.pwrite(announced.fd, b"\x7f\x7f", announced.nbytes // 2)
         return announced
 
-    with mock.patch.object(trainer.sender._file, "write", write_and_corrupt):
-        with pytest.raises(WeightSyncError, match=r"replica 0: .*does not match its checksum"):
-            await trainer.send(perturbed(weights))
+    with (
+        mock.patch.object(trainer.sender._file, "write", write_and_corrupt),
+        pytest.raises(WeightSyncError, match=r"replica 0: .*does not match its checksum"),
+    ):
+        await trainer.send(perturbed(weights))
     assert engine.version == version
     with pytest.raises(WeightSyncError, match="the last push failed"):
         await engine.resume()
@@ -396,6 +399,27 @@ async def test_a_call_that_is_cancelled_leaves_the_engine(engine):
     with pytest.raises(asyncio.CancelledError):
         await call
     assert engine._engine.get_num_unfinished_requests() == 0
+
+
+async def test_score_refuses_a_paused_engine(engine):
+    await engine.pause("keep")
+    with pytest.raises(EngineError, match="score: the engine is paused"):
+        await engine.score([SHORT_PROMPT])
+    await engine.resume()
+
+
+async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine, trainer, weights):
+    await engine.pause("abort")
+    await engine.start_weight_update()
+    with pytest.raises(WeightSyncError, match="it was not finished"):
+        await engine.resume()
+    with pytest.raises(WeightSyncError, match="a push ended without weights"):
+        await engine.finish_weight_update()
+    announced = trainer.sender._file.write(weights.items())
+    trainer.version += 1
+    await asyncio.to_thread(trainer.update_weights, asdict(announced))
+    await asyncio.to_thread(trainer.finish_weight_update)
+    await engine.resume()
 
 
 async def test_a_request_that_cannot_be_is_refused(engine):

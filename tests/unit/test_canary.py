@@ -64,7 +64,7 @@ def test_the_verdict_says_where_to_look():
         check_canary(config(), 0, logprobs(), logprobs(1.0))
     one = logprobs()
     one[5][0] += 0.001
-    with pytest.raises(WeightSyncMismatch, match="token 1 of probe sequence 5.*a single layer or expert"):
+    with pytest.raises(WeightSyncMismatch, match=r"token 1 of probe sequence 5.*a single layer or expert"):
         check_canary(config(), 0, logprobs(), one)
 
 

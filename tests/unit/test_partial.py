@@ -1,4 +1,4 @@
-"""Partial rollouts against an engine that is a function: token, log-prob and routing of a position depend on the prefix."""
+"""Partial rollouts against an engine that is a function: what it returns for a position depends on the prefix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(tokens, salt=0):
 
 
 def call(sent, response, upto, versions, *, salt=0, finish="abort", routing=True):
-    """What the engine returns when it is interrupted after ``upto`` of ``response``, having been sent ``sent`` tokens."""
+    """What the engine returns when it is interrupted after ``upto`` of ``response``, having been sent ``sent``."""
     start = len(sent) - len(PROMPT)
     tokens = np.asarray(response[start:upto], dtype=np.int32)
     routed = rows([*sent, *tokens], salt) if routing and len(tokens) else None
@@ -185,7 +185,7 @@ def test_concatenated_routing_is_refused():
     ("change", "message"),
     [
         ({"logprobs": np.zeros(1, np.float32)}, "returned 2 tokens, 1 logprobs"),
-        ({"versions": np.zeros(3, np.int32)}, "3 versions"),
+        ({"versions": np.zeros(3, np.int32)}, ", 3 stamps"),
         ({"routed_experts": None}, "without their routing"),
         ({"finish_reason": "stop", "token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32),
           "versions": np.zeros(0, np.int32)}, "without a token"),

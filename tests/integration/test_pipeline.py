@@ -1,0 +1,199 @@
+"""The whole pipeline for real: vLLM, Ray, Megatron, in processes of their own. Invariants by their numbers in DESIGN."""
+
+import os
+import signal
+import time
+import urllib.request
+
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from async_rl.queue import codec
+
+pytestmark = pytest.mark.e2e
+
+
+def finished(run) -> dict:
+    assert run.wait() == 0, run.output
+    run.assert_nothing_left()
+    summary = run.summary
+    groups = summary["groups"]
+    # Invariant 5: conservation.
+    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
+    assert summary["exit_reason"] == "finished"
+    assert len(run.rows) == summary["steps"] == summary["policy_version"]
+    # Invariant 10: every push was verified.
+    assert summary["sync"]["count"] == summary["steps"]
+    assert summary["sync"]["canary_max"] <= 1e-4
+    return summary
+
+
+def trained_groups(run):
+    return [codec.decode(path.read_bytes()) for path in sorted((run.folder / "trajectories").iterdir())]
+
+
+def test_resume_with_two_replicas(start_run):
+    run = start_run(rollout__replicas=2, debug__dump_trajectories=64, metrics__samples_per_step=3)
+    run.wait_for_step(2)
+    scraped = scrape(run)
+    summary = finished(run)
+
+    assert summary["trajectories"]["partial"] > 0
+    assert summary["token_staleness"]["max"] <= 3  # invariant 4
+    assert summary["on_policy_logprob_abs_diff"]["max"] <= 1e-5  # R3 in float32
+    assert summary["tokens"]["resumed_prefill"] > 0
+    assert summary["groups"]["trained"] == 6 * 4
+    assert summary["eval"]["n"] == 8
+
+    groups = trained_groups(run)
+    assert len(groups) == 24
+    prompts = [group.prompt.prompt_id for group in groups]
+    assert len(set(prompts)) == len(prompts)  # invariant 5: none is trained twice
+    for trajectory in (t for group in groups for t in group.trajectories):
+        # Invariants 1 and 2 were checked when the message was decoded; a partial rollout has all its rows.
+        assert trajectory.routed_experts.shape[0] == trajectory.num_tokens - 1
+        # Invariant 7: versions only rise along a response.
+        assert sorted(trajectory.versions.tolist()) == trajectory.versions.tolist()
+    assert max(len(t.segments) for group in groups for t in group.trajectories) > 1
+
+    samples = (run.folder / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 6 * 3
+    assert {"pipeline", "rollout-0", "rollout-1", "trainer-0"} <= {path.stem for path in (run.folder / "logs").iterdir()}
+    assert scraped["pipeline"]["async_rl_policy_version"] >= 1
+    assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
+    assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
+    assert list((run.folder / "prometheus" / "targets").iterdir()) == []  # withdrawn at the end
+
+
+def scrape(run) -> dict:
+    """{role: {series: value}} of every process that announces itself to Prometheus."""
+    import json
+
+    result: dict = {}
+    for path in (run.folder / "prometheus" / "targets").glob("*.json"):
+        (target,) = json.loads(path.read_text())
+        assert target["targets"][0].startswith("127.0.0.1:")
+        with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics") as response:
+            text = response.read().decode()
+        series = result.setdefault(path.stem, {})
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = ",".join(f'{key}="{value}"' for key, value in sample.labels.items())
+                series[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return result
+
+
+def test_in_flight_keeps_generations_across_pushes(start_run):
+    run = start_run(async_training__partial_rollout__mode="in_flight", debug__dump_trajectories=64)
+    summary = finished(run)
+    assert summary["trajectories"]["partial"] > 0
+    assert summary["tokens"]["resumed_prefill"] == 0
+    assert summary["token_staleness"]["max"] <= 3
+    for trajectory in (t for group in trained_groups(run) for t in group.trajectories):
+        assert sorted(trajectory.versions.tolist()) == trajectory.versions.tolist()
+
+
+def test_drain_without_staleness_is_synchronous(start_run):
+    run = start_run(
+        async_training__partial_rollout__mode="drain",
+        async_training__staleness_threshold=0,
+        async_training__max_staleness=0,
+        trainer__steps=4,
+    )
+    summary = finished(run)
+    assert summary["trajectories"]["partial"] == 0
+    assert summary["token_staleness"]["max"] == 0
+    assert summary["tokens_masked"] == 0
+    assert summary["groups"]["issued"] == summary["groups"]["trained"] + summary["groups"]["outstanding"]
+
+
+@pytest.mark.parametrize("on_stale", ["mask", "drop"])
+def test_invariant_4_hard_bound_with_a_tight_limit(start_run, on_stale):
+    run = start_run(
+        async_training__staleness_threshold=3.0, async_training__max_staleness=1, async_training__on_stale=on_stale
+    )
+    summary = finished(run)
+    assert summary["token_staleness"]["max"] <= 1
+    # So much in flight against so tight a bound: something must have been over it.
+    assert (summary["tokens_masked"] if on_stale == "mask" else summary["groups"]["dropped"]) > 0
+
+
+def test_two_data_parallel_ranks_with_r2(start_run):
+    run = start_run(
+        trainer__parallel__dp=2, trainer__router_replay="R2", trainer__steps=3, async_training__require_batches=2
+    )
+    summary = finished(run)
+    assert summary["groups"]["trained"] == 3 * 2 * 4
+
+
+def test_ctrl_c_leaves_a_summary_and_nothing_else(start_run):
+    run = start_run(trainer__steps=10_000)
+    run.wait_for_step(2)
+    # As a terminal does: to every process of the foreground group. The driver handles it, the supervisor waits for it.
+    for pid in (run.driver, run.process.pid):
+        os.kill(pid, signal.SIGINT)
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    assert run.summary["exit_reason"] == "interrupted"
+    assert run.summary["steps"] >= 2
+
+
+@pytest.mark.parametrize("victim", ["driver", "supervisor", "EngineCore", "trainer"])
+def test_a_killed_process_ends_the_run(start_run, victim):
+    run = start_run(trainer__steps=10_000)
+    run.wait_for_step(1)
+    if victim == "driver":
+        os.kill(run.driver, signal.SIGKILL)
+    elif victim == "supervisor":
+        run.process.kill()
+    else:
+        name = {"EngineCore": "EngineCore", "trainer": "TrainerActor"}[victim]
+        (process,) = run.descendants(name)
+        process.kill()
+    code = run.wait()
+    run.assert_nothing_left()
+    assert code not in (0, 130)
+    if victim in ("EngineCore", "trainer"):
+        assert code == 1
+        assert run.summary["exit_reason"].startswith("failed: ")
+        assert run.output.count("async-rl: ") == 1  # why, in one place
+        assert "Traceback" not in run.output
+
+
+def test_a_reward_that_raises_fails_the_run_and_names_itself(start_run):
+    run = start_run(reward__function="user_rewards:fails_on_long_prompts")
+    assert run.wait() == 1, run.output
+    run.assert_nothing_left()
+    assert "user_rewards:fails_on_long_prompts" in run.output
+    assert "too long for me" in run.output
+    assert "too long for me" in run.summary["exit_reason"]
+
+
+def test_a_reward_that_raises_can_cost_its_group_only(start_run):
+    run = start_run(reward__function="user_rewards:fails_on_long_prompts", reward__on_error="skip", eval__n=1, trainer__steps=4)
+    summary = finished(run)
+    assert summary["groups"]["failed"] > 0
+
+
+def test_memory_of_the_queue_is_bounded(start_run):
+    """Invariant 6: with room for one step's groups only, rollouts wait instead of piling up."""
+    run = start_run(queue__max_groups=4, async_training__staleness_threshold=3.0, trainer__steps=4)
+    run.wait_for_step(1)
+    held = []
+    while run.process.poll() is None:
+        if run.rows:
+            held.append(run.rows[-1]["queue_groups"])
+        time.sleep(0.2)
+    finished(run)
+    assert max(held) <= 4
+
+
+def test_engine_and_trainer_have_cores_of_their_own(start_run):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    run = start_run(trainer__steps=10_000)
+    run.wait_for_step(1)
+    (engine,) = run.descendants("EngineCore")
+    (trainer,) = run.descendants("TrainerActor")
+    assert set(psutil.Process(engine.pid).cpu_affinity()).isdisjoint(psutil.Process(trainer.pid).cpu_affinity())

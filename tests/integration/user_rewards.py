@@ -1,0 +1,9 @@
+"""Rewards as a user would write them, named by module:function in the tests' configs."""
+
+from async_rl.types import Prompt
+
+
+def fails_on_long_prompts(prompt: Prompt, response: str) -> float:
+    if len(prompt.text) > 30:
+        raise ValueError(f"prompt of {len(prompt.text)} characters is too long for me")
+    return float(len(response) == len(prompt.fields["answer"]))
