@@ -16,12 +16,12 @@ from async_rl.cluster import serve_metrics
 from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
-from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, TokenAgreement, Totals
+from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.queue import codec
 from async_rl.queue.records import QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
 from async_rl.runfolder import RunFolder
-from async_rl.trainer.report import StepReport
+from async_rl.trainer.report import StepReport, merge_reports
 from async_rl.types import Group, Trajectory
 
 
@@ -106,7 +106,7 @@ class Recorder:
         step_s: float,
     ) -> None:
         """One training step: its updates' reports, and the groups it consumed as leased from the queue."""
-        report = reports[0]
+        report = merge_reports(reports)
         payloads = ray.get([ref for _, (ref,) in leased])
         groups = [codec.decode(payload) for payload in payloads]
         self._trainer_busy_s += sum(report.seconds.values())
@@ -150,25 +150,13 @@ class Recorder:
             entropy=report.entropy,
             clip_fraction=report.clip_fraction,
             effective_sample_size_ratio=report.effective_sample_size_ratio,
-            agreement=TokenAgreement(
-                tokens=report.tokens_trained,
-                kl=report.ppo_kl,
-                abs_mean=report.logprob_abs_diff_mean,
-                abs_max=report.logprob_abs_diff_max,
-            ),
-            agreement_by_staleness={
-                age: TokenAgreement(
-                    tokens=count,
-                    kl=report.ppo_kl_by_staleness[age],
-                    abs_mean=report.on_policy_logprob_abs_diff_mean if age == 0 else 0.0,
-                    abs_max=report.on_policy_logprob_abs_diff_max if age == 0 else 0.0,
-                )
-                for age, count in report.tokens_by_staleness.items()
-            },
+            agreement=report.agreement,
+            agreement_by_staleness=report.agreement_by_staleness,
             ppo_kl_k3=report.ppo_kl_k3,
             extreme_token_fraction=report.extreme_token_fraction,
             router_fallback_rows=report.router_fallback_rows,
             tokens_masked=report.tokens_masked,
+            updates_skipped=report.skipped,
             groups=len(groups),
             response_tokens=tuple(len(t.response_ids) for t in trajectories),
             segments=tuple(len(t.segments) for t in trajectories),

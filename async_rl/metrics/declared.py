@@ -84,6 +84,13 @@ _SPECS: tuple[MetricSpec, ...] = (
         why="Spikes precede collapse; always above the clip means the learning rate is really the clip.",
     ),
     MetricSpec(
+        "updates_skipped_total",
+        "counter",
+        "Optimizer updates that were not made, by reason.",
+        labels=("reason",),
+        why="`non_finite`: a gradient was NaN or infinite. `no_tokens`: every token was over the staleness bound.",
+    ),
+    MetricSpec(
         "learning_rate", "gauge", "Learning rate of the last optimizer step.", why="To see the warm-up end."
     ),
     MetricSpec(

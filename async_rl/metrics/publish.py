@@ -52,6 +52,8 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
     metrics.inc("router_fallback_rows_total", record.router_fallback_rows)
     for reason, tokens in record.tokens_masked.items():
         metrics.inc("tokens_masked_total", tokens, reason=reason)
+    for reason, updates in record.updates_skipped.items():
+        metrics.inc("updates_skipped_total", updates, reason=reason)
     for segments in record.segments:
         metrics.observe("segments_per_trajectory", segments)
     for length in record.response_tokens:

@@ -60,6 +60,8 @@ class StepRecord:
     router_fallback_rows: int = 0
     tokens_masked: Mapping[str, int] = field(default_factory=dict)
     """By reason."""
+    updates_skipped: Mapping[str, int] = field(default_factory=dict)
+    """By reason."""
 
     groups: int
     response_tokens: tuple[int, ...] = ()
@@ -133,6 +135,7 @@ class StepRecord:
             "trained_tokens": self.agreement.tokens,
             "token_staleness": {age: part.tokens for age, part in split.items()},
             "tokens_masked": dict(self.tokens_masked),
+            "updates_skipped": dict(self.updates_skipped),
             "groups": self.groups,
             "trajectories": self.trajectories,
             "partial_rollouts": self.partial,

@@ -82,61 +82,45 @@ def clipped_policy_loss(
     return torch.where(mask, loss, 0.0).sum(), (clipped < plain) & mask
 
 
-SUMS = (
-    "tokens",
-    "loss",
-    "entropy",
-    "kl",
-    "k3",
-    "clipped",
-    "extreme",
-    "ratio",
-    "ratio_squared",
-    "abs_diff",
-    "abs_diff_on_policy",
-)
-MAXIMA = ("abs_diff", "abs_diff_on_policy")
+SUMS = ("tokens", "entropy", "kl", "k3", "clipped", "extreme", "ratio", "ratio_squared", "abs_diff")
 
 
 @dataclass(slots=True)
 class PolicySums:
-    """Sums over contributing tokens; two of them add up to that of both batches.
+    """Sums over contributing tokens, by token staleness; those of two batches add up to those of both.
 
-    sums float64[len(SUMS)]; maxima float64[len(MAXIMA)]; tokens_by_staleness and kl_by_staleness float64[S],
+    loss float64[]; sums float64[S, len(SUMS)]; max_abs_diff float64[S], largest |behaviour - current log-prob|;
     S = largest staleness allowed + 1.
     """
 
+    loss: torch.Tensor
     sums: torch.Tensor
-    maxima: torch.Tensor
-    tokens_by_staleness: torch.Tensor
-    kl_by_staleness: torch.Tensor
+    max_abs_diff: torch.Tensor
 
     @staticmethod
     def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
-        def zeros(n: int) -> torch.Tensor:
-            return torch.zeros(n, dtype=torch.float64, device=device)
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return PolicySums(zeros(len(SUMS)), zeros(len(MAXIMA)), zeros(stalenesses), zeros(stalenesses))
+        return PolicySums(zeros(), zeros(stalenesses, len(SUMS)), zeros(stalenesses))
 
     def add(self, other: PolicySums) -> None:
+        self.loss += other.loss
         self.sums += other.sums
-        torch.maximum(self.maxima, other.maxima, out=self.maxima)
-        self.tokens_by_staleness += other.tokens_by_staleness
-        self.kl_by_staleness += other.kl_by_staleness
+        torch.maximum(self.max_abs_diff, other.max_abs_diff, out=self.max_abs_diff)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup) -> None:
         """Make every rank of ``group`` hold the total."""
-        flat = torch.cat([self.sums, self.tokens_by_staleness, self.kl_by_staleness])
-        torch.distributed.all_reduce(flat, group=group)
-        torch.distributed.all_reduce(self.maxima, op=torch.distributed.ReduceOp.MAX, group=group)
-        sizes = [len(self.sums), len(self.tokens_by_staleness), len(self.kl_by_staleness)]
-        self.sums, self.tokens_by_staleness, self.kl_by_staleness = (part.clone() for part in flat.split(sizes))
+        torch.distributed.all_reduce(self.loss, group=group)
+        torch.distributed.all_reduce(self.sums, group=group)
+        torch.distributed.all_reduce(self.max_abs_diff, op=torch.distributed.ReduceOp.MAX, group=group)
 
     def __getitem__(self, name: str) -> float:
-        return float(self.sums[SUMS.index(name)])
+        """The sum over every staleness."""
+        return float(self.sums[:, SUMS.index(name)].sum())
 
-    def maximum(self, name: str) -> float:
-        return float(self.maxima[MAXIMA.index(name)])
+    def by_staleness(self, name: str) -> list[float]:
+        return [float(value) for value in self.sums[:, SUMS.index(name)]]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -163,24 +147,19 @@ def policy_sums(
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = torch.exp(bounded)
     difference = log_ratio.abs()
-    on_policy = difference[staleness == 0]
-    sums = [
-        mask.sum().double(),
-        loss.double(),
-        entropy.sum(),
-        -log_ratio.sum(),
-        (torch.expm1(bounded) - bounded).sum(),
-        clipped.sum().double(),
-        (difference > math.log(EXTREME_TAU)).sum().double(),
-        ratio.sum(),
-        ratio.square().sum(),
-        difference.sum(),
-        on_policy.sum(),
+    values = [
+        torch.ones_like(log_ratio),
+        entropy,
+        -log_ratio,
+        torch.expm1(bounded) - bounded,
+        clipped[mask].double(),
+        (difference > math.log(EXTREME_TAU)).double(),
+        ratio,
+        ratio.square(),
+        difference,
     ]
-    zero = difference.new_zeros(1)
-    return PolicySums(
-        sums=torch.stack(sums),
-        maxima=torch.stack([torch.cat([zero, difference]).max(), torch.cat([zero, on_policy]).max()]),
-        tokens_by_staleness=torch.bincount(staleness, minlength=stalenesses).double(),
-        kl_by_staleness=torch.bincount(staleness, weights=-log_ratio, minlength=stalenesses),
-    )
+    result = PolicySums.zero(stalenesses, current.device)
+    result.loss += loss
+    result.sums.index_add_(0, staleness, torch.stack(values, dim=1))
+    result.max_abs_diff.scatter_reduce_(0, staleness, difference, "amax")
+    return result

@@ -1,10 +1,12 @@
-"""What one training step did, in plain Python numbers. Pure; knows the sums of ``losses``."""
+"""What one training step did, in plain Python numbers. Pure; knows the sums of ``losses`` and ``metrics``' records."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from async_rl.metrics.summary import TokenAgreement
 
 if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
     from async_rl.trainer.losses import PolicySums
@@ -13,39 +15,33 @@ if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Global values: every data-parallel rank reports the same, except ``seconds``, which are its own.
+    """One optimizer update, or several of one training step. Every data-parallel rank reports the same global values,
+    except ``seconds``, which are its own.
 
-    loss: policy loss per contributing token. skipped: why no update was made, "" if one was: "no_tokens"
-    (everything masked) or "non_finite" (gradient). ppo_kl: mean of behaviour - current log-prob over
-    contributing tokens, before the update; *_by_staleness: keyed by token staleness in versions, only those
-    that occurred. grad_norm is before clipping. token means are 0.0 where no token contributed.
+    loss: policy loss per contributing token. skipped: updates that were not made, by why: "no_tokens" (everything masked)
+    or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens, before the
+    update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over tokens are 0.0
+    where no token contributed.
     """
 
     loss: float
     grad_norm: float
     lr: float
-    skipped: str
+    skipped: Mapping[str, int]
     version: int
     groups: int
     trajectories: int
-    tokens_trained: int
-    tokens_masked: dict[str, int]
-    reward_mean: float
-    ppo_kl: float
+    tokens_masked: Mapping[str, int]
+    agreement: TokenAgreement
+    agreement_by_staleness: Mapping[int, TokenAgreement]
     ppo_kl_k3: float
-    ppo_kl_by_staleness: dict[int, float]
-    tokens_by_staleness: dict[int, int]
-    logprob_abs_diff_mean: float
-    logprob_abs_diff_max: float
-    on_policy_logprob_abs_diff_mean: float
-    on_policy_logprob_abs_diff_max: float
     extreme_token_fraction: float
     clip_fraction: float
     entropy: float
     effective_sample_size_ratio: float
     router_fallback_rows: int
     microbatches: int
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_report(
@@ -55,7 +51,6 @@ def step_report(
     version: int,
     groups: int,
     trajectories: int,
-    reward_sum: float,
     masked: dict[str, int],
     fallback_rows: int,
     microbatches: int,
@@ -67,30 +62,36 @@ def step_report(
     def mean(name: str) -> float:
         return sums[name] / tokens if tokens else 0.0
 
-    by_staleness = sums.tokens_by_staleness.tolist()
-    kl = sums.kl_by_staleness.tolist()
-    on_policy = by_staleness[0] if by_staleness else 0
+    columns = zip(
+        sums.by_staleness("tokens"),
+        sums.by_staleness("kl"),
+        sums.by_staleness("abs_diff"),
+        sums.max_abs_diff.tolist(),
+        strict=True,
+    )
     squares = sums["ratio_squared"]
-    skipped = "" if update.applied else "non_finite" if tokens else "no_tokens"
+    reason = "" if update.applied else "non_finite" if tokens else "no_tokens"
     return StepReport(
-        loss=mean("loss"),
+        loss=float(sums.loss) / tokens if tokens else 0.0,
         grad_norm=update.grad_norm,
         lr=update.lr,
-        skipped=skipped,
+        skipped={reason: 1} if reason else {},
         version=version,
         groups=groups,
         trajectories=trajectories,
-        tokens_trained=int(tokens),
         tokens_masked=masked,
-        reward_mean=reward_sum / trajectories if trajectories else math.nan,
-        ppo_kl=mean("kl"),
+        agreement=TokenAgreement(
+            tokens=int(tokens),
+            kl=mean("kl"),
+            abs_mean=mean("abs_diff"),
+            abs_max=max(sums.max_abs_diff.tolist()),
+        ),
+        agreement_by_staleness={
+            age: TokenAgreement(tokens=int(count), kl=kl / count, abs_mean=difference / count, abs_max=largest)
+            for age, (count, kl, difference, largest) in enumerate(columns)
+            if count
+        },
         ppo_kl_k3=mean("k3"),
-        ppo_kl_by_staleness={s: kl[s] / n for s, n in enumerate(by_staleness) if n},
-        tokens_by_staleness={s: int(n) for s, n in enumerate(by_staleness) if n},
-        logprob_abs_diff_mean=mean("abs_diff"),
-        logprob_abs_diff_max=sums.maximum("abs_diff"),
-        on_policy_logprob_abs_diff_mean=sums["abs_diff_on_policy"] / on_policy if on_policy else 0.0,
-        on_policy_logprob_abs_diff_max=sums.maximum("abs_diff_on_policy"),
         extreme_token_fraction=mean("extreme"),
         clip_fraction=mean("clipped"),
         entropy=mean("entropy"),
@@ -99,3 +100,56 @@ def step_report(
         microbatches=microbatches,
         seconds=seconds,
     )
+
+
+def merge_reports(reports: Sequence[StepReport]) -> StepReport:
+    """The updates of one training step as one report: means weighted by contributing tokens, the last update's
+    learning rate, the largest gradient norm."""
+    if len(reports) == 1:
+        return reports[0]
+    weights = [report.agreement.tokens for report in reports]
+
+    def mean(value: Callable[[StepReport], float]) -> float:
+        total = sum(weights)
+        return sum(value(report) * weight for report, weight in zip(reports, weights, strict=True)) / max(1, total)
+
+    ages = sorted({age for report in reports for age in report.agreement_by_staleness})
+    return StepReport(
+        loss=mean(lambda report: report.loss),
+        grad_norm=max(report.grad_norm for report in reports),
+        lr=reports[-1].lr,
+        skipped=_summed([report.skipped for report in reports]),
+        version=reports[-1].version,
+        groups=sum(report.groups for report in reports),
+        trajectories=sum(report.trajectories for report in reports),
+        tokens_masked=_summed([report.tokens_masked for report in reports]),
+        agreement=_merged([report.agreement for report in reports]),
+        agreement_by_staleness={
+            age: _merged([r.agreement_by_staleness[age] for r in reports if age in r.agreement_by_staleness])
+            for age in ages
+        },
+        ppo_kl_k3=mean(lambda report: report.ppo_kl_k3),
+        extreme_token_fraction=mean(lambda report: report.extreme_token_fraction),
+        clip_fraction=mean(lambda report: report.clip_fraction),
+        entropy=mean(lambda report: report.entropy),
+        effective_sample_size_ratio=mean(lambda report: report.effective_sample_size_ratio),
+        router_fallback_rows=sum(report.router_fallback_rows for report in reports),
+        microbatches=sum(report.microbatches for report in reports),
+        seconds=_summed([report.seconds for report in reports]),
+    )
+
+
+def _merged(parts: Sequence[TokenAgreement]) -> TokenAgreement:
+    tokens = sum(part.tokens for part in parts)
+    scale = max(1, tokens)
+    return TokenAgreement(
+        tokens=tokens,
+        kl=sum(part.kl * part.tokens for part in parts) / scale,
+        abs_mean=sum((part.abs_mean or 0.0) * part.tokens for part in parts) / scale,
+        abs_max=max(part.abs_max or 0.0 for part in parts),
+    )
+
+
+def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = {name: None for part in parts for name in part}
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}

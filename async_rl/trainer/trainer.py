@@ -102,7 +102,6 @@ class Trainer:
             fallback=sum(packing.rows_without_routing(batch) for batch in batches),
             groups=len(groups),
             trajectories=len(samples),
-            reward=sum(float(group.rewards.sum(dtype=np.float64)) for group in groups),
             microbatches=len(batches),
         )
         started = _lap(seconds, "prepare", started)
@@ -130,7 +129,6 @@ class Trainer:
             version=version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            reward_sum=total["reward"],
             masked={"stale": int(total["stale"])},
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),

@@ -358,6 +358,12 @@ def train_once(path, groups, overrides, oldest_version=2):
         return report, parameters(trainer, "main_grad"), parameters(trainer), len(executed)
 
 
+def assert_same_agreement(got, wanted):
+    assert got.tokens == wanted.tokens
+    for field in ("kl", "abs_mean", "abs_max"):
+        assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-4, abs=1e-6), field
+
+
 def assert_close(got, expected, rtol=1e-5, atol=1e-7):
     assert got.keys() == expected.keys()
     for name in expected:
@@ -381,7 +387,7 @@ def test_full_recomputation_replays_the_same_rows(worker, models):
     fallback = sum(t.num_tokens - 1 for t in groups[0].trajectories)
     assert plain.router_fallback_rows == again.router_fallback_rows == fallback
     native = worker(train_once, models / "moe", groups, {})[0]
-    assert abs(native.ppo_kl - plain.ppo_kl) > 1e-3, "forced experts must change what is computed"
+    assert abs(native.agreement.kl - plain.agreement.kl) > 1e-3, "forced experts must change what is computed"
 
 
 def microbatches_in_flight(path):
@@ -459,7 +465,7 @@ def test_the_update_does_not_depend_on_microbatches(worker, models):
     )
     assert (one[0].microbatches, many[0].microbatches > 3) == (1, True)
     assert_close(many[1], one[1], rtol=1e-4, atol=1e-7)
-    for field in ("loss", "ppo_kl", "entropy", "clip_fraction", "effective_sample_size_ratio", "grad_norm"):
+    for field in ("loss", "ppo_kl_k3", "entropy", "clip_fraction", "effective_sample_size_ratio", "grad_norm"):
         assert getattr(many[0], field) == pytest.approx(getattr(one[0], field), rel=1e-4, abs=1e-6), field
 
 
@@ -497,10 +503,14 @@ def test_two_data_parallel_ranks_make_the_update_of_one(worker, models):
     for first, second, weights in ranks:
         assert_close(weights, expected[2], rtol=1e-5, atol=1e-6)
         for got, wanted in ((first, expected[0]), (second, expected[1])):
-            for field in ("tokens_trained", "tokens_masked", "tokens_by_staleness", "groups", "trajectories"):
+            for field in ("tokens_masked", "groups", "trajectories"):
                 assert getattr(got, field) == getattr(wanted, field), field
-            for field in ("loss", "ppo_kl", "reward_mean", "grad_norm", "logprob_abs_diff_max", "entropy"):
+            for field in ("loss", "grad_norm", "entropy"):
                 assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-4, abs=1e-6), field
+            assert list(got.agreement_by_staleness) == list(wanted.agreement_by_staleness)
+            assert_same_agreement(got.agreement, wanted.agreement)
+            for age, agreement in got.agreement_by_staleness.items():
+                assert_same_agreement(agreement, wanted.agreement_by_staleness[age])
     assert (ranks[0][2]["embedding.word_embeddings.weight"] == ranks[1][2]["embedding.word_embeddings.weight"]).all()
 
 
@@ -529,18 +539,15 @@ def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_an
         mask_everything_then_poison, models / "moe"
     )
     responses = sum(len(t.response_ids) for g in make_groups() for t in g.trajectories)
-    assert (masked.skipped, masked.tokens_trained, masked.tokens_masked) == (
-        "no_tokens",
-        0,
-        {"stale": responses},
-    )
-    assert (masked.loss, masked.ppo_kl, masked.ppo_kl_by_staleness) == (0.0, 0.0, {})
-    assert poisoned.skipped == "non_finite"
+    assert (masked.skipped, masked.agreement.tokens) == ({"no_tokens": 1}, 0)
+    assert masked.tokens_masked == {"stale": responses}
+    assert (masked.loss, masked.agreement.kl, masked.agreement_by_staleness) == (0.0, 0.0, {})
+    assert poisoned.skipped == {"non_finite": 1}
     assert not np.isfinite(poisoned.grad_norm)
     for name, values in before.items():
         assert (after_masked[name] == values).all()
         assert (after_poison[name] == values).all()
-    assert healthy.skipped == ""
+    assert healthy.skipped == {}
     assert np.isfinite(healthy.grad_norm)
     assert any((after[name] != values).any() for name, values in before.items())
 
@@ -565,7 +572,7 @@ def change_stale_tokens(path):
 def test_invariant_4_stale_tokens_contribute_no_gradient_and_no_metric(worker, models):
     (report, gradients), (shifted_report, shifted) = worker(change_stale_tokens, models / "moe")
     assert report.tokens_masked["stale"] > 0
-    assert set(report.tokens_by_staleness) == {0}
+    assert set(report.agreement_by_staleness) == {0}
     assert_close(shifted, gradients, rtol=0, atol=0)
     assert replace(shifted_report, seconds={}) == replace(report, seconds={})
 

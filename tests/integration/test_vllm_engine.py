@@ -346,6 +346,17 @@ async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(eng
         assert output.routed_experts.shape[0] == len(SHORT_PROMPT) + 1 + len(output.token_ids) - 1
 
 
+async def test_invariant_7_a_pause_returns_when_all_outputs_before_it_are_accounted_for(engine):
+    from vllm.v1.engine import EngineCoreOutputs
+
+    llm, seen = engine._engine, []
+    with mock.patch.object(llm.output_processor, "update_scheduler_stats", seen.append):
+        for _ in range(5):
+            llm.engine_core.outputs_queue.put_nowait(EngineCoreOutputs())
+        await engine._drain_outputs()
+        assert len(seen) >= 5
+
+
 async def test_invariant_7_stamps_are_true_when_calls_are_aborted(engine, trainer, weights):
     version = engine.version
     calls = [asyncio.create_task(engine.generate(f"s{i}", SHORT_PROMPT, RANDOM, 200)) for i in range(MAX_RUNNING)]
