@@ -22,7 +22,7 @@ from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
-from async_rl.process import pin
+from async_rl.process import mark_semaphores, pin
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
@@ -129,8 +129,8 @@ class RolloutActor(RolloutWorker):
         from async_rl.rollout.rewards.runner import RewardRunner
         from async_rl.rollout.vllm_engine import VllmEngine
 
-        role = f"rollout-{replica}"
-        logs.configure(config.run_dir, role, console=False)
+        logs.configure(config.run_dir, f"rollout-{replica}", console=False)
+        mark_semaphores()  # vLLM's
         tokenizer = load_tokenizer(config)
         engine = VllmEngine(config, replica, cores=cores)
         super().__init__(config, replica, queue, engine, tokenizer, RewardRunner(config.reward))

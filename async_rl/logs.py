@@ -39,7 +39,8 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 def configure(run_dir: Path | None, role: str, console: bool) -> None:
     """Set up this process's logging; the last call counts.
 
-    run_dir: None writes no files. role goes into each line. console: lines also go to stderr.
+    run_dir: None writes no files. role goes into each line. console: warnings and worse also go to stderr;
+    what happens otherwise is the live view's to show.
     """
     ours = logging.getLogger(_OURS)
     root = logging.getLogger()
@@ -53,7 +54,9 @@ def configure(run_dir: Path | None, role: str, console: bool) -> None:
 
     shared = _shared_processors(role)
     if console:
-        ours.addHandler(_formatted(_StderrHandler(), _console_renderer(), shared))
+        stderr = _formatted(_StderrHandler(), _console_renderer(), shared)
+        stderr.setLevel(logging.WARNING)
+        ours.addHandler(stderr)
     if run_dir is not None:
         folder = run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from signal import Signals
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
+
+_SEMAPHORES = Path("/dev/shm")
+_RUN_TOKEN = "ASYNC_RL_RUN_TOKEN"
 
 
 def pin(cores: Iterable[int]) -> None:
@@ -32,6 +37,28 @@ def signal_on_parent_death(number: Signals) -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, in place of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def begin_run() -> None:
+    """Give this process and all that it starts a token, by which what they leave in shared memory can be told."""
+    os.environ[_RUN_TOKEN] = f"async_rl-{os.getpid()}"
+
+
+def mark_semaphores() -> None:
+    """Name the semaphores that multiprocessing makes in this process and its children after the run.
+
+    They are files in shared memory, unlinked by a helper process of Python's that a kill takes along.
+    """
+    if (token := os.environ.get(_RUN_TOKEN)) is not None:
+        # There is no public way; Python itself names them by this entry.
+        multiprocessing.current_process()._config["semprefix"] = f"/{token}"  # type: ignore[attr-defined]
+
+
+def remove_semaphores() -> None:
+    """Unlink what marked processes of this run left; call it when they have ended."""
+    if (token := os.environ.get(_RUN_TOKEN)) is not None:
+        for path in _SEMAPHORES.glob(f"sem.{token}-*"):
+            path.unlink(missing_ok=True)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import ray
+import structlog
 
 from async_rl.cluster import serve_metrics
 from async_rl.config import RunConfig
@@ -23,6 +24,8 @@ from async_rl.rollout.worker import EvalResult, WorkerStats
 from async_rl.runfolder import RunFolder
 from async_rl.trainer.report import StepReport, merge_reports
 from async_rl.types import Group, Trajectory
+
+log = structlog.get_logger(__name__)
 
 
 class Recorder:
@@ -60,6 +63,8 @@ class Recorder:
     # -- what happens -------------------------------------------------------------------------------------------
 
     def event(self, text: str) -> None:
+        """Show it, and keep it in the log."""
+        log.info(text)
         self._live.event(text)
 
     def training_begins(self) -> None:

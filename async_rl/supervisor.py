@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import psutil
 
-from async_rl.process import adopt_orphans, signal_on_parent_death
+from async_rl.process import adopt_orphans, begin_run, remove_semaphores, signal_on_parent_death
 
 # What is left after the driver's own shutdown gets this long to end by itself before it is killed.
 _GRACE_S = 3.0
@@ -28,6 +28,7 @@ def supervise(body: Callable[[], int]) -> int:
     sent here is passed on.
     """
     adopt_orphans()
+    begin_run()
     sys.stdout.flush()
     sys.stderr.flush()
     driver = os.fork()
@@ -82,6 +83,7 @@ def _end_descendants() -> None:
         psutil.wait_procs(_signal_all(psutil.Process.kill), timeout=_GRACE_S)
         alive = psutil.Process().children(recursive=True)
     _reap()
+    remove_semaphores()
 
 
 def _signal_all(send: Callable[[psutil.Process], None]) -> list[psutil.Process]:

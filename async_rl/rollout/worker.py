@@ -107,7 +107,9 @@ class RolloutWorker:
 
     async def start(self) -> None:
         """Start the engine. Raises EngineError when it does not come up."""
+        began = time.monotonic()
         await self._engine.start()
+        log.info("engine ready", seconds=round(time.monotonic() - began, 1))
 
     async def run(self) -> None:
         """Work until ``stop``. Raises what a group raised: the run must not go on as if nothing had happened."""

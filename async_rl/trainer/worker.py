@@ -9,9 +9,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from async_rl.config import RunConfig
 from async_rl.queue.ray_queue import Payload, fetch
 from async_rl.types import ExpertIds, Float32Array, Int32Array
+
+log = structlog.get_logger(__name__)
 
 if TYPE_CHECKING:
     from async_rl.trainer.report import StepReport
@@ -35,9 +39,11 @@ class TrainerWorker:
         """Build the model. Blocks until every rank has come."""
         from async_rl.trainer.trainer import Trainer
 
+        began = time.monotonic()
         self._trainer = Trainer(
             self._config, rank=self._rank, world_size=self._world_size, init_method=self._init_method
         )
+        log.info("trainer ready", seconds=round(time.monotonic() - began, 1))
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
         """Set up weight transfer to these rollout actors. Called on every rank at once."""

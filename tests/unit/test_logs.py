@@ -45,12 +45,13 @@ def test_ours_are_json_lines_with_their_role(tmp_path, capsys):
     assert captured.out + captured.err == ""
 
 
-def test_console_gets_ours_only(tmp_path, capsys):
+def test_console_gets_our_warnings_only(tmp_path, capsys):
     chatty = logging.getLogger("vllm")
     chatty.addHandler(logging.StreamHandler())
     chatty.propagate = False
     logs.configure(tmp_path, "pipeline", console=True)
-    structlog.get_logger("async_rl.x").info("mine", a=1)
+    structlog.get_logger("async_rl.x").info("quiet")
+    structlog.get_logger("async_rl.x").warning("mine", a=1)
     logging.getLogger("vllm.engine").info("theirs")
     logging.getLogger("ray").warning("theirs too")
     warnings.warn("and this", stacklevel=1)
@@ -58,12 +59,13 @@ def test_console_gets_ours_only(tmp_path, capsys):
     assert captured.out == ""
     assert "event=mine" in captured.err
     assert "a=1" in captured.err
+    assert "quiet" not in captured.err
     assert "their" not in captured.err
     text = (tmp_path / "logs" / "pipeline.libs.log").read_text()
     assert "INFO vllm.engine: theirs" in text
     assert "theirs too" in text
     assert "and this" in text
-    assert [line["event"] for line in read(tmp_path / "logs" / "pipeline.jsonl")] == ["mine"]
+    assert [line["event"] for line in read(tmp_path / "logs" / "pipeline.jsonl")] == ["quiet", "mine"]
 
 
 def test_exceptions_are_kept_whole(tmp_path):
