@@ -88,9 +88,7 @@ def _doctor(path: Path | None, settings: Sequence[str]) -> int:
     if path is not None:
         config = load(path, parse_overrides(settings))
     elif settings:
-        raise ConfigError(
-            f"{settings[0]}: settings need a config file: async-rl doctor CONFIG {settings[0]} ..."
-        )
+        raise ConfigError(f"{settings[0]}: settings need a config file: async-rl doctor CONFIG {settings[0]} ...")
     found = doctor.checks(config)
     sys.stdout.write(doctor.report(found))
     return 1 if doctor.failed(found) else 0

@@ -12,7 +12,6 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -96,7 +95,7 @@ def start_rollout_workers(config: RunConfig, queue: QueueClient, placement: Plac
         .options(
             name=f"rollout-{replica}",
             num_cpus=0,
-            num_gpus=config.rollout.tensor_parallel_size if uses_gpu(config) else 0,
+            num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _threads(config.resources.engine_threads)},
         )
@@ -114,7 +113,7 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
         .options(
             name=f"trainer-{rank}",
             num_cpus=0,
-            num_gpus=1 if uses_gpu(config) else 0,
+            num_gpus=1 if config.resources.device == "cuda" else 0,
             runtime_env={"env_vars": _threads(config.resources.trainer_threads)},
         )
         .remote(config, rank, ranks, init_method, cores)
@@ -174,16 +173,14 @@ def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Met
     return metrics
 
 
-def uses_gpu(config: RunConfig) -> bool:
-    """Whether engine and trainer compute on GPUs: resources.device, or what there is."""
-    if config.resources.device == "auto":
-        return shutil.which("nvidia-smi") is not None and Path("/dev/nvidiactl").exists()
-    return config.resources.device == "cuda"
-
-
 def _threads(count: int) -> dict[str, str]:
     """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
-    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return {
+        "OMP_NUM_THREADS": str(count),
+        "MKL_NUM_THREADS": str(count),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
 
 
 def _object_store_bytes(config: RunConfig) -> int:

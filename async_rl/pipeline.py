@@ -70,7 +70,7 @@ def run(config: RunConfig) -> int:
     if config.prepare is not None:
         _load(config.prepare)(config)
         doctor.require(config)
-    config = _with_free_name(config)
+    config = _resolved(config)
     tokenizer = load_tokenizer(config)
     train_set, eval_prompts = _read_data(config, tokenizer)
     with Recorder(config, started, tokenizer.decode) as recorder:
@@ -111,9 +111,7 @@ class Pipeline:
             await self._start()
             await self._evaluate()
             self._recorder.training_begins()
-            await _first_failure(
-                self._train(), self._monitor(), *(self._roll_out(worker) for worker in self._workers)
-            )
+            await _first_failure(self._train(), self._monitor(), *(self._roll_out(worker) for worker in self._workers))
             await asyncio.gather(*(worker.stop.remote() for worker in self._workers))
             await self._count()
             self._recorder.training_ended()
@@ -280,8 +278,10 @@ def _probe(config: RunConfig) -> list[Int32Array]:
     return make_probe(config.seed, read_model_config(config.model.path).vocab_size, max_tokens=longest)
 
 
-def _with_free_name(config: RunConfig) -> RunConfig:
-    """The config under its own name, or the first free of name-2, name-3, ... if that run exists already."""
+def _resolved(config: RunConfig) -> RunConfig:
+    """The config with what depends on this machine filled in: a free name (name, name-2, ...) and the device."""
+    device = "cuda" if doctor.uses_gpu(config) else "cpu"
+    config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
     number, candidate = 1, config
     while candidate.run_dir.exists() and any(candidate.run_dir.iterdir()):
         number += 1

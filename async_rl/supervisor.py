@@ -102,4 +102,3 @@ def _reap() -> None:
             pass
     except ChildProcessError:
         return
-

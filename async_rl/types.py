@@ -108,7 +108,7 @@ class Trajectory:
             raise InvalidTrajectory(f"{name}: {prompt} prompt and {response} response tokens; both must be > 0")
         if len(self.logprobs) != response or len(self.versions) != response:
             raise InvalidTrajectory(
-                f"{name}: {response} response tokens, but {len(self.logprobs)} logprobs and {len(self.versions)} versions"
+                f"{name}: {response} response tokens, {len(self.logprobs)} logprobs, {len(self.versions)} versions"
             )
         if not np.isfinite(self.logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])

@@ -10,8 +10,9 @@ from __future__ import annotations
 from async_rl.config import RunConfig
 from async_rl.doctor import inputs, installation, machine
 from async_rl.doctor.check import Check, Status
+from async_rl.doctor.machine import uses_gpu
 
-__all__ = ["Check", "Status", "checks", "failed", "report", "require"]
+__all__ = ["Check", "Status", "checks", "failed", "report", "require", "uses_gpu"]
 
 
 def checks(config: RunConfig | None) -> list[Check]:

@@ -25,9 +25,7 @@ DATASET_BYTES_CHECKED = 64 * 2**20
 
 
 def folder(config: RunConfig) -> Iterator[Check]:
-    existing = next(
-        path for path in (config.runs.absolute(), *config.runs.absolute().parents) if path.exists()
-    )
+    existing = next(path for path in (config.runs.absolute(), *config.runs.absolute().parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         yield Check("runs", "ok", f"{config.runs} is writable")
     else:
@@ -62,17 +60,13 @@ def model(config: RunConfig) -> Iterator[Check]:
         )
         return
     size = sum(shard.stat().st_size for shard in shards)
-    yield Check(
-        "model.path", "ok", f"{path}: {found.architecture}, {size / 10**6:.1f} MB in {len(shards)} files"
-    )
+    yield Check("model.path", "ok", f"{path}: {found.architecture}, {size / 10**6:.1f} MB in {len(shards)} files")
 
 
 def data(config: RunConfig) -> Iterator[Check]:
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is None:
-            yield Check(
-                key, "warn", "no held-out problems: nothing is evaluated", f"set {key} to a JSONL file"
-            )
+            yield Check(key, "warn", "no held-out problems: nothing is evaluated", f"set {key} to a JSONL file")
         elif config.prepare is not None and not path.exists():
             yield Check(key, "ok", f"{path}: made by {config.prepare} at start")
         else:
@@ -131,7 +125,5 @@ def _try(key: str, name: str, load: Callable[[], object]) -> Check:
     except AsyncRLError as error:
         return refused(key, error)
     except (ImportError, AttributeError) as error:
-        return Check(
-            key, "FAIL", f"cannot load {name}: {error}", "check the spelling and PYTHONPATH", ConfigError
-        )
+        return Check(key, "FAIL", f"cannot load {name}: {error}", "check the spelling and PYTHONPATH", ConfigError)
     return Check(key, "ok", name)

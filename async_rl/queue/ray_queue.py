@@ -31,9 +31,10 @@ from ray.exceptions import RayTaskError
 
 from async_rl.config import RunConfig
 from async_rl.errors import AsyncRLError, QueueClosed, QueueError
+from async_rl.metrics.summary import GroupCounts
 from async_rl.queue.broker import Broker, PromptSource
 from async_rl.queue.codec import decode, encode
-from async_rl.queue.records import GroupCounts, GroupMeta, QueueStats, Ticket
+from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import window_limit
 from async_rl.types import Group
 

@@ -19,7 +19,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import EngineError, RewardError
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.queue.records import Ticket
-from async_rl.rollout.engine import RolloutEngine, Sampling, Score
+from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Group, Int32Array, Prompt, Trajectory
@@ -27,7 +27,7 @@ from async_rl.types import Group, Int32Array, Prompt, Trajectory
 log = structlog.get_logger(__name__)
 
 # What the engine is asked to do with running requests at a push, by async_training.partial_rollout.mode.
-PAUSE_MODE = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
+PAUSE_MODE: dict[str, PauseMode] = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
 
 
 @dataclass(slots=True)
@@ -81,7 +81,13 @@ class RolloutWorker:
     """
 
     def __init__(
-        self, config: RunConfig, replica: int, queue: QueueClient, engine: RolloutEngine, tokenizer: Any, rewards: RewardRunner
+        self,
+        config: RunConfig,
+        replica: int,
+        queue: QueueClient,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        rewards: RewardRunner,
     ) -> None:
         self._config = config
         self._name = f"rollout-{replica}"
@@ -310,4 +316,3 @@ class RolloutWorker:
                 raise
             log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
             return None
-

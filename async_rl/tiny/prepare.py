@@ -65,7 +65,7 @@ def _make_model(config: RunConfig, recipe: str) -> None:
     building = _building(path)
     building.mkdir()
     start = time.monotonic()
-    log.info("making the demo's model; about a minute, once", path=str(path))
+    log.info("making the demo's model; a minute or two, once", path=str(path))
     # Nothing is ever written to the pipe. It ends when this process does, however that happens, and the child with it.
     # A session of its own keeps the terminal's Ctrl-C from it; this process hears it and stops the child.
     command = [*WARMUP_COMMAND, str(building)]

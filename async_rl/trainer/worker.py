@@ -1,6 +1,6 @@
 """TrainerWorker: one Megatron rank as an actor. A thin shell around ``Trainer``: fetches, decodes, pushes, compares.
 
-Made a Ray actor by ``cluster``. Knows the rollout side only as actor handles, which it passes to vLLM's weight-sync client.
+Made a Ray actor by ``cluster``. Knows the rollout side only as actor handles, passed on to vLLM's weight-sync client.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class TrainerWorker:
     """Rank ``rank`` of ``world_size`` data-parallel ranks, meeting at ``init_method`` (tcp://host:port).
 
-    Megatron and vLLM are imported in the methods: the driver loads this module to create the actor, and must not load them.
+    Megatron and vLLM are imported in the methods: the driver loads this module to create the actor, but not them.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, init_method: str | None) -> None:
@@ -61,10 +61,7 @@ class TrainerWorker:
         if self._config.trainer.router_replay == "R2":
             # One log-prob pass for the whole step: later updates replay the routing from before the first.
             self._trainer.record_routing([group for batch in batches for group in batch])
-        return [
-            self._trainer.train_step(batch, version=version, oldest_version=oldest_version)
-            for batch in batches
-        ]
+        return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
     def push(self, version: int) -> float:
         """Send the weights to every rollout actor as policy version ``version``. Returns the seconds it took."""
@@ -74,9 +71,7 @@ class TrainerWorker:
         self._pusher.push(version)
         return time.monotonic() - start
 
-    def logprobs(
-        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None
-    ) -> list[Float32Array]:
+    def logprobs(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
         """Log-probs of tokens 1..N-1 of each sequence, with ``routing`` replayed where given; for the canary."""
         return self._trainer.logprobs(sequences, routing)
 

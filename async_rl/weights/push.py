@@ -1,4 +1,4 @@
-"""The trainer's end of a weight push: which of vLLM's transfer backends, and the client that reaches the rollout actors.
+"""The trainer's end of a weight push: vLLM's transfer backend, and the client that reaches the rollout actors.
 
 Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processes import this module.
 """
@@ -20,7 +20,7 @@ from async_rl.weights.shm import ShmTrainerInitInfo
 from async_rl.weights.vllm_plugin import register
 
 
-class VersionedSyncClient(RayVLLMWeightSyncClient):
+class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
     """vLLM's client for Ray actors, which also names the policy version when an update is finished.
 
     vLLM's trainer engines finish an update without a version (``send_weights`` takes no argument), so the
@@ -38,9 +38,7 @@ class VersionedSyncClient(RayVLLMWeightSyncClient):
 class WeightPusher:
     """Sends ``source`` to the rollout actors at each ``push``. Every trainer rank holds one and calls it in step."""
 
-    def __init__(
-        self, config: RunConfig, rank: int, *, source: WeightSource, rollout_workers: Sequence[Any]
-    ) -> None:
+    def __init__(self, config: RunConfig, rank: int, *, source: WeightSource, rollout_workers: Sequence[Any]) -> None:
         register()
         self._client = VersionedSyncClient(rollout_workers)
         self._engine = WeightTransferTrainerFactory.trainer_init(

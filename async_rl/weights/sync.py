@@ -2,7 +2,7 @@
 
     pause     every replica stops generating, as partial_rollout.mode says
     transfer  trainer rank 0 drives vLLM's start / update / finish on every replica, which stamps the new version
-    canary    every replica scores a fixed probe under the weights it received; the trainer scores it under those it sent
+    canary    every replica scores a fixed probe under the weights it received, the trainer under those it sent
     resume    rollouts go on
 
 A replica is resumed only after its canary agreed. On any failure the engines stay stopped: better no tokens than
@@ -64,7 +64,7 @@ class WeightSync:
     async def check(self) -> CanaryReport:
         """Compare every replica with the trainer on the probe; the worst replica's report.
 
-        The trainer replays the routing that the engine used, as in training, so that a tie between two experts is no alarm.
+        The trainer replays the routing that the engine used, as in training: a tie between two experts is no alarm.
         """
         worst: CanaryReport | None = None
         for replica, scores in enumerate(await asyncio.gather(*(w.score.remote(self._probe) for w in self._workers))):

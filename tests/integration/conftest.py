@@ -47,7 +47,13 @@ def recipe(tiny_model, tmp_path_factory) -> Path:
         },
         "reward": {"function": "async_rl.rollout.rewards.text:partial_credit"},
         "async_training": {"staleness_threshold": 1.0, "max_staleness": 3},
-        "rollout": {"n": 4, "max_response_tokens": 120, "max_num_seqs": 16, "kv_cache_bytes": 64 * 2**20, "enforce_eager": True},
+        "rollout": {
+            "n": 4,
+            "max_response_tokens": 120,
+            "max_num_seqs": 16,
+            "kv_cache_bytes": 64 * 2**20,
+            "enforce_eager": True,
+        },
         "trainer": {"steps": 6, "groups_per_step": 4, "optimizer": {"lr": 1e-3}},
         "eval": {"n": 8},
     }

@@ -1,4 +1,4 @@
-"""The whole pipeline for real: vLLM, Ray, Megatron, in processes of their own. Invariants by their numbers in DESIGN."""
+"""The whole pipeline for real: vLLM, Ray, Megatron, in processes of their own. Invariants by number (docs)."""
 
 import os
 import signal
@@ -59,7 +59,9 @@ def test_resume_with_two_replicas(start_run):
 
     samples = (run.folder / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 6 * 3
-    assert {"pipeline", "rollout-0", "rollout-1", "trainer-0"} <= {path.stem for path in (run.folder / "logs").iterdir()}
+    assert {"pipeline", "rollout-0", "rollout-1", "trainer-0"} <= {
+        path.stem for path in (run.folder / "logs").iterdir()
+    }
     assert scraped["pipeline"]["async_rl_policy_version"] >= 1
     assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
     assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
@@ -171,7 +173,9 @@ def test_a_reward_that_raises_fails_the_run_and_names_itself(start_run):
 
 
 def test_a_reward_that_raises_can_cost_its_group_only(start_run):
-    run = start_run(reward__function="user_rewards:fails_on_long_prompts", reward__on_error="skip", eval__n=1, trainer__steps=4)
+    run = start_run(
+        reward__function="user_rewards:fails_on_long_prompts", reward__on_error="skip", eval__n=1, trainer__steps=4
+    )
     summary = finished(run)
     assert summary["groups"]["failed"] > 0
 

@@ -332,8 +332,7 @@ async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(eng
         for i in range(3 * MAX_RUNNING)
     ]
     for k in range(8):
-        await until_sampled(engine, 1 + 5 * k % 3, calls=2)
-        await asyncio.sleep(0.01)
+        await until_sampled(engine, 4 * (k + 1))
         version = await trainer.push(weights if k % 2 else flat, mode="keep")
         is_flat[version] = k % 2 == 0
     outputs = await asyncio.gather(*calls)

@@ -141,9 +141,7 @@ def test_compiler_is_needed_unless_eager(machine, inputs):
     check = the(doctor.checks(config(inputs)), "C++ compiler")
     assert check.status == "FAIL"
     assert "rollout.enforce_eager" in check.mend
-    assert (
-        fails(doctor.checks(config(inputs, rollout={"enforce_eager": True, "max_response_tokens": 9}))) == []
-    )
+    assert fails(doctor.checks(config(inputs, rollout={"enforce_eager": True, "max_response_tokens": 9}))) == []
 
 
 def test_more_threads_than_cores(machine, inputs):

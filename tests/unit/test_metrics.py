@@ -183,9 +183,7 @@ def test_counting_from_many_threads_loses_nothing(metrics):
 def test_publishing_a_run_emits_only_declared_metrics(metrics):
     """publish raises if a record's field has no declaration; the scrape has what the step said."""
     publish.publish_step(metrics, step_record(eval_reward_mean=0.5, tokens_masked={"stale": 4}))
-    publish.publish_sync(
-        metrics, SyncRecord(policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7)
-    )
+    publish.publish_sync(metrics, SyncRecord(policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7))
     publish.publish_groups(metrics, GroupCounts(issued=5, trained=3, outstanding=2))
     samples = exposed(metrics)
     assert samples["async_rl_reward_mean"] == 0.4

@@ -14,9 +14,7 @@ from async_rl.runfolder import RunFolder, to_json
 
 
 def config(runs: Path, **sections):
-    return validate(
-        {"model": {"path": "m"}, "data": {"train": "t"}, "runs": str(runs), "name": "demo", **sections}
-    )
+    return validate({"model": {"path": "m"}, "data": {"train": "t"}, "runs": str(runs), "name": "demo", **sections})
 
 
 @pytest.fixture
@@ -31,9 +29,7 @@ def lines(path: Path):
 
 def test_layout_and_resolved_config(tmp_path, folder):
     assert folder.path == tmp_path / "demo"
-    assert all(
-        path.is_dir() for path in (folder.logs, folder.checkpoints, folder.targets, folder.trajectories)
-    )
+    assert all(path.is_dir() for path in (folder.logs, folder.checkpoints, folder.targets, folder.trajectories))
     assert load(folder.path / "config.yaml") == config(tmp_path, debug={"dump_trajectories": 2})
 
 

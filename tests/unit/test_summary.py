@@ -116,9 +116,7 @@ def test_invariant_4_staleness_maximum_is_over_tokens_that_were_trained():
     summary = Summary()
     summary.add_step(step_record())
     none = TokenAgreement(tokens=0, kl=0.0)
-    summary.add_step(
-        step_record(agreement=none, agreement_by_staleness={9: none}, tokens_masked={"stale": 7})
-    )
+    summary.add_step(step_record(agreement=none, agreement_by_staleness={9: none}, tokens_masked={"stale": 7}))
     result = summary.result(TOTALS, "finished")
     assert result["token_staleness"] == pytest.approx({"max": 2, "mean": 0.8})
     assert result["tokens_masked"] == 7
@@ -152,9 +150,7 @@ def test_syncs_and_evaluations():
     for reward in (0.3, 0.5, 0.7):
         summary.add_eval(reward, 256)
     result = summary.result(TOTALS, "finished")
-    assert result["sync"] == pytest.approx(
-        {"count": 3, "seconds_mean": 0.3, "seconds_max": 0.4, "canary_max": 5e-6}
-    )
+    assert result["sync"] == pytest.approx({"count": 3, "seconds_mean": 0.3, "seconds_max": 0.4, "canary_max": 5e-6})
     assert result["eval"] == {"first": 0.3, "last": 0.7, "n": 256}
     assert result["policy_version"] == 3
 
@@ -167,9 +163,7 @@ def test_rows_use_the_names_of_the_metrics():
     assert (row["trajectories"], row["partial_rollouts"], row["max_segments"]) == (4, 2, 3)
     own = {"step", "elapsed_s", "groups", "max_segments", "response_tokens_mean", "response_tokens_max"}
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
-    assert [
-        key for key in row if key not in METRICS and f"{key}_total" not in METRICS and key not in own
-    ] == []
+    assert [key for key in row if key not in METRICS and f"{key}_total" not in METRICS and key not in own] == []
 
 
 def test_split_of_kl_into_on_policy_and_stale():

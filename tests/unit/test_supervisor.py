@@ -17,13 +17,24 @@ import os, subprocess, sys, time
 from pathlib import Path
 from async_rl.supervisor import supervise
 
-ORPHAN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({ready!r}, 'w').close(); time.sleep(300)"
-DAEMON = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {orphan!r}], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); print(p.pid)"
+ORPHAN = '''
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({ready!r}, "w").close()
+time.sleep(300)
+'''
+DAEMON = '''
+import subprocess, sys
+quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
+orphan = subprocess.Popen([sys.executable, "-c", {orphan!r}], start_new_session=True, **quiet)
+print(orphan.pid)
+'''
 
 def body():
     ready = sys.argv[1] + "/ready"
     orphan = ORPHAN.format(ready=ready)
-    daemon = subprocess.run([sys.executable, "-c", DAEMON.format(orphan=orphan)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", DAEMON.format(orphan=orphan)]
+    daemon = subprocess.run(command, capture_output=True, text=True, check=True)
     while not os.path.exists(ready):
         time.sleep(0.01)
     Path(sys.argv[1], "pids.tmp").write_text(f"{os.getpid()} {daemon.stdout}")
@@ -38,8 +49,22 @@ sys.exit(supervise(body))
 """
 
 
-def start(folder: Path, ending: str) -> tuple[subprocess.Popen, int, int]:
+@pytest.fixture(autouse=True)
+def started():
+    """Processes that a test started; ended with all below them if it failed half-way."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            for descendant in psutil.Process(process.pid).children(recursive=True):
+                descendant.kill()
+            process.kill()
+            process.wait()
+
+
+def start(started, folder: Path, ending: str) -> tuple[subprocess.Popen, int, int]:
     supervisor = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), ending], stderr=subprocess.PIPE)
+    started.append(supervisor)
     deadline = time.monotonic() + 30
     while not (folder / "pids").exists():
         assert time.monotonic() < deadline
@@ -65,8 +90,8 @@ def wait_gone(*pids: int) -> None:
 
 
 @pytest.mark.parametrize(("ending", "code"), [("return", 7), ("raise", 1)])
-def test_body_ends_by_itself(tmp_path, ending, code):
-    supervisor, driver, orphan = start(tmp_path, ending)
+def test_body_ends_by_itself(started, tmp_path, ending, code):
+    supervisor, driver, orphan = start(started, tmp_path, ending)
     _, stderr = supervisor.communicate(timeout=30)
     assert supervisor.returncode == code
     assert (b"the body failed" in stderr) == (ending == "raise")
@@ -74,8 +99,8 @@ def test_body_ends_by_itself(tmp_path, ending, code):
     assert gone(orphan)
 
 
-def test_driver_killed(tmp_path):
-    supervisor, driver, orphan = start(tmp_path, "sleep")
+def test_driver_killed(started, tmp_path):
+    supervisor, driver, orphan = start(started, tmp_path, "sleep")
     os.kill(driver, signal.SIGKILL)
     _, stderr = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 128 + signal.SIGKILL
@@ -83,10 +108,10 @@ def test_driver_killed(tmp_path):
     assert gone(orphan)
 
 
-def test_supervisor_killed(tmp_path):
+def test_supervisor_killed(started, tmp_path):
     # The driver gets SIGTERM from the kernel; this body has no handler for it, so it dies without cleaning up. What a
     # real driver does then is tested with the whole pipeline.
-    supervisor, driver, orphan = start(tmp_path, "sleep")
+    supervisor, driver, orphan = start(started, tmp_path, "sleep")
     supervisor.kill()
     supervisor.communicate(timeout=30)
     try:
@@ -95,8 +120,8 @@ def test_supervisor_killed(tmp_path):
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_sigterm_is_passed_on(tmp_path):
-    supervisor, driver, orphan = start(tmp_path, "sleep")
+def test_sigterm_is_passed_on(started, tmp_path):
+    supervisor, driver, orphan = start(started, tmp_path, "sleep")
     supervisor.terminate()
     supervisor.communicate(timeout=30)
     assert supervisor.returncode == 128 + signal.SIGTERM

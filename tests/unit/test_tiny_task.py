@@ -10,8 +10,8 @@ import pytest
 
 from async_rl.rollout.prompts import read_jsonl
 from async_rl.rollout.rewards.text import exact_match
-from async_rl.tiny import task
-from async_rl.tiny.tokenizer import CHARACTERS, TOKENS
+from async_rl.tiny import task, warmup
+from async_rl.tiny.tokenizer import CHARACTERS, EOS, TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,20 @@ def test_response_lengths_have_a_long_tail_from_8_to_200_tokens(sets):
         assert 20 < tokens.mean() < 30
         assert np.median(tokens) < 0.8 * tokens.mean()
         assert (tokens > 2 * tokens.mean()).mean() > 0.08, "one in twelve is twice as long as the mean"
+
+
+def test_demonstrations_are_half_in_order_and_half_backwards_and_short():
+    shown = list(islice(warmup.demonstrations(), 200))
+    letters = ["".join(sorted(problem.prompt[:-1])) for problem in shown]
+    assert [p.answer for p in shown[::2]] == letters[::2]
+    assert [p.answer for p in shown[1::2]] == [text[::-1] for text in letters[1::2]]
+    assert max(map(len, letters)) <= warmup.MAX_LETTERS
+
+
+def test_only_answer_and_end_of_a_demonstration_are_learned():
+    ids, learned = warmup.sequence(task.Problem("ba>", "ab"))
+    assert [TOKENS[i] for i in ids] == ["b", "a", ">", "a", "b", EOS]
+    assert learned.tolist() == [False] * 3 + [True] * 3
 
 
 def test_the_script_writes_files_that_the_dataset_reader_takes(tmp_path, sets):
