@@ -144,7 +144,7 @@ class Recorder:
         rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
         self._busy_before, self._since = rollout_busy, now
         totals = self._totals()
-        record = StepRecord(
+        return StepRecord(
             step=step,
             policy_version=version,
             elapsed_s=totals.wall_s,
@@ -173,7 +173,6 @@ class Recorder:
             overlap_efficiency=totals.overlap_efficiency or 0.0,
             step_s=step_s,
         )
-        return record
 
     def _rollout_busy_s(self) -> float:
         return sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))

@@ -61,7 +61,7 @@ def _run_driver(body: Callable[[], int]) -> None:
             code = body()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, this process ends here with its trace
         sys.excepthook(*sys.exc_info())
     finally:
         _end_descendants()

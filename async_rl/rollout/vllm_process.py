@@ -88,7 +88,9 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        enforce_eager=config.rollout.enforce_eager,
+        # Compiled for a CPU, vLLM 0.30 traces the model before the capture of routed experts is hooked in, and then
+        # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
+        enforce_eager=config.rollout.enforce_eager or (cpu and model.routing is not None),
         enable_prefix_caching=True,
         enable_return_routed_experts=model.routing is not None,
         # Behaviour log-probs: after temperature and top-p.

@@ -1,7 +1,7 @@
 """RolloutWorker: keeps one engine full, interrupts it at a push, resumes, scores, publishes complete groups.
 
-A thin shell, made a Ray actor by ``cluster``. Decisions live in ``partial`` (what a resumed call sends) and in the queue's
-broker (what may be issued). Knows the queue by its client; does not know the trainer.
+A thin shell, made a Ray actor by ``cluster``. Decisions live in ``partial`` (what a resumed call sends) and in the
+queue's broker (what may be issued). Knows the queue by its client; does not know the trainer.
 """
 
 from __future__ import annotations

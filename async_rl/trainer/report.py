@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer update, or several of one training step. Every data-parallel rank reports the same global values,
-    except ``seconds``, which are its own.
+    """One optimizer update, or several of one training step. Every data-parallel rank reports the same global
+    values, except ``seconds``, which are its own.
 
     loss: policy loss per contributing token. skipped: updates that were not made, by why: "no_tokens" (everything
-    masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens, before the
-    update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over tokens are 0.0
+    masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens, before
+    the update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over tokens are 0.0
     where no token contributed.
     """
 
