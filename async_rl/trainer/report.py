@@ -19,9 +19,9 @@ class StepReport:
     values, except ``seconds``, which are its own.
 
     loss: policy loss per contributing token. skipped: updates that were not made, by why: "no_tokens" (everything
-    masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens, before
-    the update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over tokens are 0.0
-    where no token contributed.
+    masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
+    before the update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over
+    tokens are 0.0 where no token contributed.
     """
 
     loss: float

@@ -52,7 +52,6 @@ def recipe(tiny_model, tmp_path_factory) -> Path:
             "max_response_tokens": 120,
             "max_num_seqs": 16,
             "kv_cache_bytes": 64 * 2**20,
-            "enforce_eager": True,
         },
         "trainer": {"steps": 6, "groups_per_step": 4, "optimizer": {"lr": 1e-3}},
         "eval": {"n": 8},

@@ -140,7 +140,8 @@ class Trainer:
 
 
 def reference(folder, weights=None):
-    """(log-probs [N, V], routing [N, L, K]) by transformers, as a function of a sequence."""
+    """(logits [N, V], routing [N, L, K]) by transformers, as a function of a sequence. In float64: its float32 kernels
+    may round differently from one process to the next."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -155,11 +156,13 @@ def reference(folder, weights=None):
             save_file(weights, Path(other) / "model.safetensors", metadata={"format": "pt"})
             model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
 
+    model = model.double()
+
     @torch.no_grad()
     def forward(sequence):
         out = model(torch.as_tensor(np.asarray(sequence)[None].astype(np.int64)), output_router_logits=True)
         routing = torch.stack([logits.topk(2, dim=-1).indices for logits in out.router_logits], dim=1)
-        return out.logits[0].double(), routing.numpy()
+        return out.logits[0], routing.numpy()
 
     return forward
 
