@@ -49,7 +49,7 @@ class Recorder:
         self._queue: QueueStats | None = None
         self._workers: list[WorkerStats] = []
         self._busy_before = self._since = 0.0
-        self._pending_eval: float | None = None
+        self._last_sync: SyncRecord | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -84,6 +84,7 @@ class Recorder:
         self._live.evaluated(reward)
 
     def sync(self, record: SyncRecord) -> None:
+        self._last_sync = record
         self._summary.add_sync(record)
         publish_sync(self._metrics, record)
         self._live.sync(record)
@@ -162,6 +163,7 @@ class Recorder:
             router_fallback_rows=report.router_fallback_rows,
             tokens_masked=report.tokens_masked,
             updates_skipped=report.skipped,
+            last_sync=self._last_sync,
             groups=len(groups),
             response_tokens=tuple(len(t.response_ids) for t in trajectories),
             segments=tuple(len(t.segments) for t in trajectories),

@@ -30,6 +30,21 @@ class TokenAgreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SyncRecord:
+    """One weight push.
+
+    policy_version: that it brought. seconds: from pause to resume; phases: its parts ("pause", "transfer",
+    ...).
+    canary: largest |engine - trainer| log-prob difference on the canary; None if it was not probed.
+    """
+
+    policy_version: int
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+    canary: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One training step. Ratios are in [0, 1]; times in seconds; log-prob differences in nats."""
 
@@ -62,6 +77,8 @@ class StepRecord:
     """By reason."""
     updates_skipped: Mapping[str, int] = field(default_factory=dict)
     """By reason."""
+    last_sync: SyncRecord | None = None
+    """The push that came before the step."""
 
     groups: int
     response_tokens: tuple[int, ...] = ()
@@ -110,7 +127,7 @@ class StepRecord:
     def row(self) -> dict[str, Any]:
         """The line of metrics.jsonl: flat, except for splits by a label, which are mappings."""
         split = {str(age): self.agreement_by_staleness[age] for age in sorted(self.agreement_by_staleness)}
-        on_policy = self.on_policy
+        on_policy, sync = self.on_policy, self.last_sync
         return {
             "step": self.step,
             "policy_version": self.policy_version,
@@ -136,6 +153,8 @@ class StepRecord:
             "token_staleness": {age: part.tokens for age, part in split.items()},
             "tokens_masked": dict(self.tokens_masked),
             "updates_skipped": dict(self.updates_skipped),
+            "sync_seconds": {"total": sync.seconds, **sync.phases} if sync else None,
+            "sync_canary_logprob_abs_diff": sync.canary if sync else None,
             "groups": self.groups,
             "trajectories": self.trajectories,
             "partial_rollouts": self.partial,
@@ -150,21 +169,6 @@ class StepRecord:
             "overlap_efficiency": self.overlap_efficiency,
             "step_seconds": self.step_s,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncRecord:
-    """One weight push.
-
-    policy_version: that it brought. seconds: from pause to resume; phases: its parts ("pause", "transfer",
-    ...).
-    canary: largest |engine - trainer| log-prob difference on the canary; None if it was not probed.
-    """
-
-    policy_version: int
-    seconds: float
-    phases: Mapping[str, float] = field(default_factory=dict)
-    canary: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,10 @@ class RolloutEngine(Protocol):
         """Layout of routed experts, None for a dense model."""
 
     @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The tokens that end a response."""
+
+    @property
     def version(self) -> int:
         """The policy version of the weights in the engine."""
 

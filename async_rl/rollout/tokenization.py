@@ -9,7 +9,7 @@ from async_rl.errors import ModelError
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The Hugging Face tokenizer of model.path. Raises ModelError when there is none or it names no end of sequence."""
+    """The Hugging Face tokenizer of model.path. Raises ModelError when there is none."""
     from transformers import AutoTokenizer  # takes a second; the command line must not pay for it
 
     path = config.model.path
@@ -17,6 +17,4 @@ def load_tokenizer(config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path}: no tokenizer can be loaded: {' '.join(str(error).split())}") from None
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path {path}: the tokenizer names no eos_token, so no response would ever end")
     return tokenizer

@@ -73,6 +73,10 @@ class VllmEngine:
         return self._model.routing
 
     @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return frozenset(self._stop_token_ids)
+
+    @property
     def version(self) -> int:
         return self._version
 

@@ -198,7 +198,7 @@ class RolloutWorker:
             f"{ticket.group_id}/{index}",
             ticket.prompt.token_ids,
             max_response_tokens=self._config.rollout.max_response_tokens,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=self._engine.stop_token_ids,
             routing=self._engine.routing,
         )
         call = 0

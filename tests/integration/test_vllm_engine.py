@@ -140,11 +140,12 @@ class Trainer:
 
 
 def reference(folder, weights=None):
-    """(logits [N, V], routing [N, L, K]) by transformers, as a function of a sequence. In float64: its float32 kernels
-    may round differently from one process to the next."""
+    """(logits [N, V], routing [N, L, K]) by transformers, as a function of a sequence. In float64, and without its
+    grouped experts kernel, which on CPU has been seen to be off by 1e-4 now and then."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if weights is not None:
         import shutil
         import tempfile
@@ -154,9 +155,7 @@ def reference(folder, weights=None):
         with tempfile.TemporaryDirectory() as other:
             shutil.copy(folder / "config.json", other)
             save_file(weights, Path(other) / "model.safetensors", metadata={"format": "pt"})
-            model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
-
-    model = model.double()
+            model = AutoModelForCausalLM.from_pretrained(other, **options).eval()
 
     @torch.no_grad()
     def forward(sequence):
@@ -326,25 +325,23 @@ async def test_a_push_needs_a_paused_engine(engine):
 
 
 async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(engine, trainer, weights):
-    """Under ``flat`` weights every log-prob is that of one in VOCAB, exactly: the weights sign each token."""
-    flat = {**weights, "model.norm.weight": torch.zeros_like(weights["model.norm.weight"])}
-    signature = np.float32(-math.log(VOCAB))
-    is_flat = {engine.version: False}
+    """Half of the pushes are of weights that are certain of each token, so every log-prob tells who sampled it."""
+    is_certain = {engine.version: False}
     calls = [
         asyncio.create_task(engine.generate(f"f{i}", np.append(SHORT_PROMPT, i).astype(np.int32), RANDOM, 200))
         for i in range(3 * MAX_RUNNING)
     ]
     for k in range(8):
         await until_sampled(engine, 4 * (k + 1))
-        version = await trainer.push(weights if k % 2 else flat, mode="keep")
-        is_flat[version] = k % 2 == 0
+        version = await trainer.push(weights if k % 2 else certain(weights, token=7), mode="keep")
+        is_certain[version] = k % 2 == 0
     outputs = await asyncio.gather(*calls)
     assert {o.finish_reason for o in outputs} <= {"stop", "length"}
     assert max(len(set(o.versions.tolist())) for o in outputs) >= 4
     for output in outputs:
         assert (np.diff(output.versions) >= 0).all()
-        expected = np.array([is_flat[v] for v in output.versions.tolist()])
-        np.testing.assert_array_equal(np.isclose(output.logprobs, signature, atol=1e-6), expected)
+        expected = np.array([is_certain[v] for v in output.versions.tolist()])
+        np.testing.assert_array_equal(output.logprobs > math.log(0.9), expected)
         assert output.routed_experts.shape[0] == len(SHORT_PROMPT) + 1 + len(output.token_ids) - 1
 
 

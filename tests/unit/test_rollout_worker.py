@@ -26,6 +26,7 @@ class ScriptedEngine:
     """
 
     routing = ROUTING
+    stop_token_ids = frozenset({EOS})
 
     def __init__(self, length: int = 12) -> None:
         self.version = 0
@@ -103,7 +104,6 @@ class ListQueue:
 class Digits:
     """A tokenizer and a reward in one: text is the token ids, the reward their count."""
 
-    eos_token_id = EOS
     error: Exception | None = None
 
     def decode(self, ids, skip_special_tokens=False):
