@@ -50,6 +50,7 @@ class Recorder:
         self._workers: list[WorkerStats] = []
         self._busy_before = self._since = 0.0
         self._last_sync: SyncRecord | None = None
+        self._eval_in_step: float | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -81,7 +82,10 @@ class Recorder:
         reward = sum(result.reward_mean * result.n for result in results) / n
         self._summary.add_eval(reward, n)
         self._metrics.set("eval_reward_mean", reward)
-        self._live.evaluated(reward)
+        if self._began is not None and self._ended is None:
+            self._eval_in_step = reward  # shown and written with the step that it falls into
+        else:
+            self._live.evaluated(reward)
 
     def sync(self, record: SyncRecord) -> None:
         self._last_sync = record
@@ -124,6 +128,7 @@ class Recorder:
         for group, payload in zip(groups, payloads, strict=True):
             self._folder.write_group(memoryview(payload), group.group_id)
         self._live.update(record)
+        self._eval_in_step = None
 
     def finish(self, exit_reason: str) -> None:
         """Write summary.json; only the first call counts."""
@@ -150,6 +155,7 @@ class Recorder:
             policy_version=version,
             elapsed_s=totals.wall_s,
             reward_mean=sum(t.reward for t in trajectories) / len(trajectories),
+            eval_reward_mean=self._eval_in_step,
             loss=report.loss,
             grad_norm=report.grad_norm,
             learning_rate=report.lr,

@@ -53,7 +53,7 @@ MAX_LETTERS = 40
 BATCH = 32
 # Constant to the end: a decay would settle the weights in a sharp minimum, which the first noisy steps of reinforcement
 # learning then leave again; the evaluation would fall before it rises.
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 LEARNING_RATE_STEPS = 20
 LOG_EVERY = 50
 
