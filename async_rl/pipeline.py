@@ -72,9 +72,11 @@ def run(config: RunConfig) -> int:
         doctor.require(config)
     config = _resolved(config)
     tokenizer = load_tokenizer(config)
-    train_set, eval_prompts = _read_data(config, tokenizer)
+    train_set, eval_set = _read_data(config, tokenizer)
+    eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
     with Recorder(config, started, tokenizer.decode) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
+        recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         try:
             with ray_cluster(config):
                 asyncio.run(_until_interrupted(Pipeline(config, recorder, train_set, eval_prompts).run()))
@@ -251,8 +253,8 @@ async def _first_failure(main: Any, *others: Any) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, list[Prompt]]:
-    """Training rows and the evaluation's prompts, tokenized. Bad rows are reported as data.on_bad_row says."""
+def _read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Rows for training and evaluation, tokenized. Bad ones are reported as data.on_bad_row says."""
 
     def read(path: Path) -> Dataset:
         dataset = read_jsonl(
@@ -266,10 +268,7 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, list[Prompt]
             log.warning("rows skipped", report=report)
         return dataset
 
-    train = read(config.data.train)
-    if config.data.eval is None:
-        return train, []
-    return train, list(read(config.data.eval).first(config.eval.n, label="eval", key="eval.n"))
+    return read(config.data.train), None if config.data.eval is None else read(config.data.eval)
 
 
 def _probe(config: RunConfig) -> list[Int32Array]:

@@ -18,6 +18,7 @@ from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
+from async_rl.metrics.watchdog import Watchdog, waiting_for
 from async_rl.queue import codec
 from async_rl.queue.records import QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
@@ -51,6 +52,7 @@ class Recorder:
         self._busy_before = self._since = 0.0
         self._last_sync: SyncRecord | None = None
         self._eval_in_step: float | None = None
+        self._watchdog = Watchdog()
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -67,6 +69,11 @@ class Recorder:
         """Show it, and keep it in the log."""
         log.info(text)
         self._live.event(text)
+
+    def data(self, **bad_rows: int) -> None:
+        """Rows of each dataset that were skipped."""
+        for dataset, count in bad_rows.items():
+            self._metrics.count_to("dataset_bad_rows_total", count, dataset=dataset)
 
     def training_begins(self) -> None:
         """Set-up and the first evaluation are over; the wall clock of the run starts."""
@@ -100,6 +107,10 @@ class Recorder:
         self._metrics.set("queue_groups", queue.queued_groups)
         self._metrics.set("queue_bytes", queue.queued_bytes)
         publish_groups(self._metrics, self._groups)
+        progress = (queue.counts, sum(worker.generated_tokens for worker in workers))
+        stalled = self._watchdog.look(time.monotonic(), progress)
+        what = waiting_for(leased_groups=queue.leased_groups, refusal=queue.refusal)
+        self._metrics.set_all("watchdog_stalled_seconds", None, {what: stalled})
         for reason, count in queue.dropped.items():
             self._metrics.count_to("groups_dropped_total", count, reason=reason)
         for reason, count in queue.failed.items():

@@ -260,8 +260,10 @@ _SPECS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "dataset_bad_rows_total",
         "counter",
-        "Dataset rows skipped, by reason.",
-        labels=("reason",),
+        "Dataset rows skipped, by dataset (train, eval).",
+        labels=("dataset",),
+        why="A dataset that silently shrinks.",
+    ),
         why="A dataset that silently shrinks.",
     ),
     MetricSpec("generated_tokens_total", "counter", "Response tokens sampled.", why="Rollout throughput."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,9 @@ def _make_model(config: RunConfig, recipe: str) -> None:
     # Nothing is ever written to the pipe. It ends when this process does, however that happens, and the child with it.
     # A session of its own keeps the terminal's Ctrl-C from it; this process hears it and stops the child.
     command = [*WARMUP_COMMAND, str(building)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as child:
+    # Threads that spin while they wait for each other take the cores from whatever else this machine does.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment) as child:
         try:
             code = child.wait()
         except BaseException:

@@ -87,10 +87,8 @@ def test_transformers_loads_model_and_tokenizer_offline(made):
 def test_a_second_call_makes_nothing(made, monkeypatch):
     before = build_log(made)
     monkeypatch.setattr(preparing, "WARMUP_COMMAND", ("false",))
-    started = time.monotonic()
     preparing.prepare(made)
     assert build_log(made) == before
-    assert time.monotonic() - started < 2
     assert not [path for path in made.model.path.parent.iterdir() if path.name.endswith(".building")]
 
 

@@ -1,0 +1,39 @@
+"""Which cores the processes of a run get."""
+
+import pytest
+
+from async_rl.cluster import place
+from async_rl.config import validate
+
+
+def config(**resources):
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}}
+    replicas, ranks = resources.pop("replicas", 1), resources.pop("ranks", 1)
+    return validate(
+        {
+            **tree,
+            "rollout": {"replicas": replicas},
+            "trainer": {"parallel": {"dp": ranks}},
+            "resources": resources,
+        }
+    )
+
+
+def test_two_cores_are_split():
+    placement = place(config(), [0, 1])
+    assert placement.engines == ((0,),)
+    assert placement.trainers == ((1,),)
+
+
+@pytest.mark.parametrize(("replicas", "ranks", "engine_threads", "trainer_threads"), [(2, 1, 1, 1), (1, 2, 2, 3)])
+def test_no_core_is_given_twice(replicas, ranks, engine_threads, trainer_threads):
+    settings = config(replicas=replicas, ranks=ranks, engine_threads=engine_threads, trainer_threads=trainer_threads)
+    placement = place(settings, range(3, 16))
+    given = [core for cores in (*placement.engines, *placement.trainers) for core in cores]
+    assert len(given) == len(set(given)) == replicas * engine_threads + ranks * trainer_threads
+    assert set(given) <= set(range(3, 16))
+
+
+def test_too_few_cores_or_no_pinning_leave_placement_to_the_system():
+    for placement in (place(config(replicas=2), [0, 1]), place(config(pin_cores=False), [0, 1])):
+        assert set(placement.engines) == set(placement.trainers) == {None}
