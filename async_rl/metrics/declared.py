@@ -264,8 +264,6 @@ _SPECS: tuple[MetricSpec, ...] = (
         labels=("dataset",),
         why="A dataset that silently shrinks.",
     ),
-        why="A dataset that silently shrinks.",
-    ),
     MetricSpec("generated_tokens_total", "counter", "Response tokens sampled.", why="Rollout throughput."),
     MetricSpec(
         "trained_tokens_total",

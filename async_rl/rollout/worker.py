@@ -96,15 +96,19 @@ class RolloutWorker:
         self._tokenizer = tokenizer
         self._rewards = rewards
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
-        # Groups at work: enough to fill the engine's batch, and one more so that a long response at the end of a
-        # group does not leave its siblings' places empty.
-        self._max_groups = -(-config.rollout.max_num_seqs // config.rollout.n) + 1
+        # Twice what fills the engine: a group whose last response is long must not leave its siblings' places
+        # empty, and finished groups that wait for room in the queue must not pile up.
+        self._max_groups = 2 * -(-config.rollout.max_num_seqs // config.rollout.n)
+        self._held = 0  # groups taken and not yet handed in
+        self._unfinished = 0  # responses of these that are not finished
+        self._room = asyncio.Event()  # set while the engine has free places
+        self._room.set()
+        self._work: asyncio.Task[None] | None = None
         self._open = asyncio.Event()  # closed from the start of a push to its end: no engine call is begun
         self._open.set()
         self._calls = 0  # engine calls under way
         self._quiet = asyncio.Event()  # set while there are none
         self._quiet.set()
-        self._groups: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._busy, self._paused = Stopwatch(), Stopwatch()
         self._stats = WorkerStats(replica)
@@ -119,29 +123,27 @@ class RolloutWorker:
 
     async def run(self) -> None:
         """Work until ``stop``. Raises what a group raised: the run must not go on as if nothing had happened."""
-        take: asyncio.Task[list[Ticket]] | None = None
-        more = True  # tickets may still come
+        self._work = asyncio.create_task(self._keep_engine_full())
         try:
-            while not self._stopping and (more or self._groups):
-                free = self._max_groups - len(self._groups)
-                if more and take is None and free > 0:
-                    take = asyncio.create_task(self._take(free))
-                waiting: set[asyncio.Task[Any]] = {*self._groups, *([take] if take else [])}
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done & self._groups:
-                    self._groups.discard(task)
-                    if not task.cancelled():  # by stop
-                        task.result()
-                if take in done:
-                    tickets = take.result()
-                    take = None
-                    more = bool(tickets)  # none: the dataset is exhausted or the queue closed
-                    self._groups.update(asyncio.create_task(self._group(ticket)) for ticket in tickets)
-        finally:
-            for task in [*self._groups, *([take] if take else [])]:
-                task.cancel()
-            await asyncio.gather(*self._groups, *([take] if take else []), return_exceptions=True)
-            self._groups.clear()
+            await self._work
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    async def _keep_engine_full(self) -> None:
+        async with asyncio.TaskGroup() as groups:
+            while True:
+                await self._room.wait()
+                tickets = await self._queue.take(self._name, self._free_groups())
+                if not tickets:
+                    return  # the dataset is exhausted or the queue closed; what runs is finished first
+                for ticket in tickets:
+                    self._held += 1
+                    self._unfinished += self._config.rollout.n
+                    groups.create_task(self._group(ticket))
+                self._look_for_room()
 
     async def stop(self) -> None:
         """Begin no more work and end what runs; partials are given up, and their groups stay outstanding in the queue.
@@ -152,16 +154,14 @@ class RolloutWorker:
         self._open.clear()
         await self._engine.pause("abort")
         await self._quiet.wait()
-        for task in list(self._groups):
-            task.cancel()
+        self._cancel_work()
         await self._engine.resume()
 
     async def shutdown(self) -> None:
         """End the engine with its processes, whatever it is at."""
         self._stopping = True
         self._open.clear()
-        for task in list(self._groups):
-            task.cancel()
+        self._cancel_work()
         self._rewards.close()
         await self._engine.shutdown()
 
@@ -173,11 +173,30 @@ class RolloutWorker:
 
     # -- work ---------------------------------------------------------------------------------------------------
 
-    async def _take(self, limit: int) -> list[Ticket]:
-        return await self._queue.take(self._name, limit)
+    def _free_groups(self) -> int:
+        """Groups that fill the engine's free places, the last one in part; 0 when there are none."""
+        free = self._config.rollout.max_num_seqs - self._unfinished
+        return max(0, min(-(-free // self._config.rollout.n), self._max_groups - self._held))
+
+    def _look_for_room(self) -> None:
+        if self._free_groups() > 0:
+            self._room.set()
+        else:
+            self._room.clear()
+
+    def _cancel_work(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
 
     async def _group(self, ticket: Ticket) -> None:
-        """Sample, score and publish one group. A reward's failure fails the group or the run, as configured."""
+        try:
+            await self._sample_and_publish(ticket)
+        finally:
+            self._held -= 1
+            self._look_for_room()
+
+    async def _sample_and_publish(self, ticket: Ticket) -> None:
+        """A reward's failure fails the group or the run, as configured."""
         try:
             trajectories = await asyncio.gather(
                 *(self._trajectory(ticket, index) for index in range(self._config.rollout.n))
@@ -202,10 +221,14 @@ class RolloutWorker:
             routing=self._engine.routing,
         )
         call = 0
-        while not partial.finished:
-            await self._open.wait()
-            partial = await self._call(partial, f"{partial.trajectory_id}/{call}")
-            call += 1
+        try:
+            while not partial.finished:
+                await self._open.wait()
+                partial = await self._call(partial, f"{partial.trajectory_id}/{call}")
+                call += 1
+        finally:
+            self._unfinished -= 1
+            self._look_for_room()
         response = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
         return partial.to_trajectory(await self._rewards.score(ticket.prompt, response))
 
