@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from async_rl.config import RunConfig
 from async_rl.errors import EngineError, ModelError
 from async_rl.model_config import ModelConfig
+from async_rl.process import pin
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -48,15 +49,6 @@ def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if cores and config.resources.pin_cores:
         pin(cores)
-
-
-def pin(cores: tuple[int, ...]) -> None:
-    """Bind every thread of this process, and so whatever it starts later, to ``cores``."""
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), cores)
-        except ProcessLookupError:
-            continue  # the thread ended meanwhile
 
 
 def on_cpu(config: RunConfig) -> bool:

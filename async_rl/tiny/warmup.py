@@ -50,6 +50,8 @@ MAX_STEPS = 800
 WINDOW = 10
 # Short problems only: a token of them teaches as much as one of a long problem, and attention costs less.
 MAX_LETTERS = 40
+# Where a demonstration that gives up does so.
+LAST_LETTER = "m"
 BATCH = 32
 # Constant to the end: a decay would settle the weights in a sharp minimum, which the first noisy steps of reinforcement
 # learning then leave again; the evaluation would fall before it rises.
@@ -68,14 +70,18 @@ def sequence(problem: Problem) -> Sequence:
 
 
 def demonstrations() -> Iterator[Problem]:
-    """Short warm-up problems, every second one answered backwards.
+    """Short warm-up problems, two of three given up after the letters of the alphabet's first half.
 
-    So the policy that comes out sorts either way, as likely as not, and no demonstration says which is wanted. Only the
-    reward does: what reinforcement learning adds is there to see within a few dozen steps, whatever the seed.
+    So the policy that comes out knows how to sort, but more often than not stops half-way. Nothing in the
+    demonstrations says that this is wrong. Only the reward does: what reinforcement learning adds is there to see
+    within a few dozen steps, whatever the seed, and responses grow longer as it learns.
     """
     short = (problem for problem in warmup_problems() if len(problem.answer) <= MAX_LETTERS)
     for index, problem in enumerate(short):
-        yield problem if index % 2 == 0 else Problem(problem.prompt, problem.answer[::-1])
+        if index % 3 == 0:
+            yield problem
+        else:
+            yield Problem(problem.prompt, "".join(letter for letter in problem.answer if letter <= LAST_LETTER))
 
 
 def batches() -> Iterator[list[Sequence]]:

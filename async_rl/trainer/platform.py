@@ -10,15 +10,13 @@ What differs by device, and where:
     layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
     model_overrides     settings of TransformerConfig
     optimizer           AdamW of torch, or Megatron's distributed one
-    pin                 cores and compute threads of this process
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,17 +48,6 @@ def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("resources.device is cuda, but torch finds no CUDA device; set it to auto or cpu")
     return device
-
-
-def pin(cores: Sequence[int], threads: int) -> None:
-    """Confine this process to ``cores`` (empty: leave it) and give torch ``threads`` compute threads.
-
-    Two thread pools that share cores spin against each other, so engine and trainer are kept apart where they
-    can be.
-    """
-    if cores:
-        os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
 
 
 def activate(device: Device) -> None:

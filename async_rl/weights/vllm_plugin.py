@@ -5,15 +5,14 @@ The entry point is declared in pyproject.toml under ``vllm.general_plugins``. Kn
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 
-log = logging.getLogger(__name__)
+from async_rl.process import signal_on_parent_death
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+log = logging.getLogger(__name__)
 
 # Names that vLLM gives to the processes that it starts. Only they are tied to their parent: this module is loaded
 # in the parent too, which is the user's process and none of our business.
@@ -47,10 +46,7 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+    signal_on_parent_death(signal.SIGKILL)
     # The parent may have died before the call above; then nobody will send the signal.
     if os.getppid() != parent.pid:
         log.error("parent %d is gone, so this engine process ends", parent.pid)
