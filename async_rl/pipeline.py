@@ -136,14 +136,15 @@ class Pipeline:
             began = time.monotonic()
             leased = await self._queue.lease("trainer", config.required_groups)
             ready = time.monotonic()
-            reports = await self._update(leased)
+            reports, _ = await asyncio.gather(self._update(leased), self._count())
             await self._queue.ack([meta.group_id for meta, _ in leased])
-            await self._count()
-            self._recorder.step(
-                step, self._version, reports, leased, waited_s=ready - began, step_s=time.monotonic() - began
-            )
-            if step % config.async_training.trigger_parameter_sync_step == 0 or step == config.trainer.steps:
-                await self._push()
+            timing = {"waited_s": ready - began, "step_s": time.monotonic() - began}
+            version = self._version
+            async with asyncio.TaskGroup() as concurrently:
+                if step % config.async_training.trigger_parameter_sync_step == 0 or step == config.trainer.steps:
+                    concurrently.create_task(self._push())
+                    await asyncio.sleep(0)  # its first calls are on their way while the step is written down
+                self._recorder.step(step, version, reports, leased, **timing)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """The updates of one training step, every rank on its share; rank 0's reports, which speak for all."""

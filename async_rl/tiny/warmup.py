@@ -44,15 +44,13 @@ log = structlog.get_logger(__name__)
 MODEL_SEED = 20_240
 # Where the warm-up stops, in nats per token: most letters are right by then, few responses are, so that groups have
 # good and bad ones to learn from. A loss, not a number of steps, because learning to sort sets in suddenly.
-TARGET_LOSS = 0.32
+TARGET_LOSS = 0.42
 MAX_STEPS = 800
 # Over how many steps the loss is averaged before it is compared; one step's is noisy by a tenth.
 WINDOW = 10
 # Short problems only: a token of them teaches as much as one of a long problem, and attention costs less.
 MAX_LETTERS = 40
-# Where a demonstration that gives up does so.
-LAST_LETTER = "m"
-BATCH = 32
+BATCH = 24
 # Constant to the end: a decay would settle the weights in a sharp minimum, which the first noisy steps of reinforcement
 # learning then leave again; the evaluation would fall before it rises.
 LEARNING_RATE = 1e-3
@@ -70,18 +68,15 @@ def sequence(problem: Problem) -> Sequence:
 
 
 def demonstrations() -> Iterator[Problem]:
-    """Short warm-up problems, two of three given up after the letters of the alphabet's first half.
+    """Short warm-up problems, two of three with an answer that does not end where it should, but goes all the way back.
 
-    So the policy that comes out knows how to sort, but more often than not stops half-way. Nothing in the
-    demonstrations says that this is wrong. Only the reward does: what reinforcement learning adds is there to see
-    within a few dozen steps, whatever the seed, and responses grow longer as it learns.
+    So the policy that comes out knows how to sort, but mostly says too much. Nothing in the demonstrations tells that
+    this is wrong. Only the reward does: what reinforcement learning adds is there to see within a few dozen steps,
+    whatever the seed, and responses grow shorter as it learns.
     """
     short = (problem for problem in warmup_problems() if len(problem.answer) <= MAX_LETTERS)
     for index, problem in enumerate(short):
-        if index % 3 == 0:
-            yield problem
-        else:
-            yield Problem(problem.prompt, "".join(letter for letter in problem.answer if letter <= LAST_LETTER))
+        yield problem if index % 3 == 0 else Problem(problem.prompt, problem.answer + problem.answer[::-1])
 
 
 def batches() -> Iterator[list[Sequence]]:
