@@ -118,6 +118,7 @@ class Pipeline:
             await self._count()
             self._recorder.training_ended()
             await self._evaluate()
+            await asyncio.gather(*(trainer.save.remote(self._recorder.checkpoint) for trainer in self._trainers))
         finally:
             await self._shut_down()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -62,6 +63,11 @@ class Recorder:
         self._live.close()
         self._metrics.close()
         self._folder.close()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the trained model goes, as a Hugging Face folder."""
+        return self._folder.checkpoints / "final"
 
     # -- what happens -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -74,6 +75,11 @@ class TrainerWorker:
     def logprobs(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
         """Log-probs of tokens 1..N-1 of each sequence, with ``routing`` replayed where given; for the canary."""
         return self._trainer.logprobs(sequences, routing)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a Hugging Face checkpoint folder. Called on every rank at once; rank 0 writes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._trainer.save_hf(folder)
 
     def shutdown(self) -> None:
         if self._pusher is not None:

@@ -8,7 +8,7 @@ Each run is the real pipeline in processes of its own. Printed last, one JSON li
 wall_ratio_sync_over_async; ideal_ratio, what perfect overlap of the synchronous run's own phases would give (their sum
 over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time.
 
-    .venv/bin/python tests/bench/overlap.py [--steps 20] [--rounds 2] [--config configs/tiny_moe.yaml]
+    .venv/bin/python tests/bench/overlap.py [--steps 24] [--groups 16] [--rounds 2] [--config configs/tiny_moe.yaml]
 """
 
 import argparse
@@ -29,9 +29,10 @@ WAYS = {
 }
 
 
-def run(config: Path, way: str, steps: int, seed: int, runs: Path) -> dict:
+def run(config: Path, way: str, steps: int, groups: int, seed: int, runs: Path) -> dict:
     name = f"{way}-{seed}"
-    settings = {"name": name, "runs": runs, "seed": seed, "trainer.steps": steps, "eval.n": 1} | WAYS[way]
+    size = {"trainer.steps": steps, "trainer.groups_per_step": groups}
+    settings = {"name": name, "runs": runs, "seed": seed, "eval.n": 1} | size | WAYS[way]
     arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -42,7 +43,8 @@ def run(config: Path, way: str, steps: int, seed: int, runs: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--groups", type=int, default=16, help="groups per training step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
     arguments = parser.parse_args()
@@ -51,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.rounds):
             for way in WAYS:
-                summary = run(arguments.config, way, arguments.steps, seed, Path(folder))
+                summary = run(arguments.config, way, arguments.steps, arguments.groups, seed, Path(folder))
                 summaries[way].append(summary)
                 print(
                     f"{way:10s} wall {summary['wall_s']:6.1f} s   rollout {summary['busy']['rollout_s']:6.1f} s   "

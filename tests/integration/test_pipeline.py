@@ -5,10 +5,10 @@ import signal
 import time
 import urllib.request
 
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from async_rl.model_config import read_model_config
 from async_rl.queue import codec
 
 pytestmark = pytest.mark.e2e
@@ -88,7 +88,14 @@ def scrape(run) -> dict:
 
 def test_in_flight_keeps_generations_across_pushes(start_run):
     run = start_run(async_training__partial_rollout__mode="in_flight", debug__dump_trajectories=64)
+    run.wait_for_step(1)
+    if len(os.sched_getaffinity(0)) >= 2:
+        (engine,), (trainer,) = run.descendants("EngineCore"), run.descendants("TrainerActor")
+        assert set(engine.cpu_affinity()).isdisjoint(trainer.cpu_affinity())
     summary = finished(run)
+    # What comes out is a checkpoint like the one that went in.
+    assert read_model_config(run.folder / "checkpoints" / "final").num_experts == 8
+    assert (run.folder / "checkpoints" / "final" / "tokenizer.json").exists()
     assert summary["trajectories"]["partial"] > 0
     assert summary["tokens"]["resumed_prefill"] == 0
     assert summary["token_staleness"]["max"] <= 3
@@ -191,13 +198,3 @@ def test_memory_of_the_queue_is_bounded(start_run):
         time.sleep(0.2)
     finished(run)
     assert max(held) <= 4
-
-
-def test_engine_and_trainer_have_cores_of_their_own(start_run):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs two cores")
-    run = start_run(trainer__steps=10_000)
-    run.wait_for_step(1)
-    (engine,) = run.descendants("EngineCore")
-    (trainer,) = run.descendants("TrainerActor")
-    assert set(psutil.Process(engine.pid).cpu_affinity()).isdisjoint(psutil.Process(trainer.pid).cpu_affinity())
