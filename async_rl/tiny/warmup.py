@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 MODEL_SEED = 20_240
 # Where the warm-up stops, in nats per token: most letters are right by then, few responses are, so that groups have
 # good and bad ones to learn from. A loss, not a number of steps, because learning to sort sets in suddenly.
-TARGET_LOSS = 0.42
+TARGET_LOSS = 0.36
 MAX_STEPS = 800
 # Over how many steps the loss is averaged before it is compared; one step's is noisy by a tenth.
 WINDOW = 10
