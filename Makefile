@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: setup train test test-unit lint bench clean
+.PHONY: help setup train test test-unit lint bench clean
 .DEFAULT_GOAL := help
 
 help:
