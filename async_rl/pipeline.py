@@ -80,7 +80,7 @@ def run(config: RunConfig) -> int:
         try:
             with ray_cluster(config):
                 asyncio.run(_until_interrupted(Pipeline(config, recorder, train_set, eval_prompts).run()))
-        except _Interrupted:
+        except (_Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
             recorder.finish("interrupted")
             return 130
         except BaseException as error:
@@ -136,16 +136,14 @@ class Pipeline:
         for step in range(1, config.trainer.steps + 1):
             began = time.monotonic()
             leased = await self._queue.lease("trainer", config.required_groups)
-            ready = time.monotonic()
             reports, _ = await asyncio.gather(self._update(leased), self._count())
             await self._queue.ack([meta.group_id for meta, _ in leased])
-            timing = {"waited_s": ready - began, "step_s": time.monotonic() - began}
-            version = self._version
+            step_s, version = time.monotonic() - began, self._version
             async with asyncio.TaskGroup() as concurrently:
                 if step % config.async_training.trigger_parameter_sync_step == 0 or step == config.trainer.steps:
                     concurrently.create_task(self._push())
                     await asyncio.sleep(0)  # its first calls are on their way while the step is written down
-                self._recorder.step(step, version, reports, leased, **timing)
+                self._recorder.step(step, version, reports, leased, step_s=step_s)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """The updates of one training step, every rank on its share; rank 0's reports, which speak for all."""

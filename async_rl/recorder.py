@@ -129,7 +129,6 @@ class Recorder:
         reports: Sequence[StepReport],
         leased: Sequence[Any],
         *,
-        waited_s: float,
         step_s: float,
     ) -> None:
         """One training step: its updates' reports, and the groups it consumed as leased from the queue."""
@@ -137,7 +136,7 @@ class Recorder:
         payloads = ray.get([ref for _, (ref,) in leased])
         groups = [codec.decode(payload) for payload in payloads]
         self._trainer_busy_s += sum(report.seconds.values())
-        record = self._record(step, version, report, groups, waited_s=waited_s, step_s=step_s)
+        record = self._record(step, version, report, groups, step_s=step_s)
         self._summary.add_step(record)
         publish_step(self._metrics, record)
         self._folder.write_step(record.row())
@@ -158,7 +157,7 @@ class Recorder:
     # -- how it is put together ---------------------------------------------------------------------------------
 
     def _record(
-        self, step: int, version: int, report: StepReport, groups: Sequence[Group], *, waited_s: float, step_s: float
+        self, step: int, version: int, report: StepReport, groups: Sequence[Group], *, step_s: float
     ) -> StepRecord:
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         now = time.monotonic()
