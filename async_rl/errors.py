@@ -47,7 +47,7 @@ class ResourceError(AsyncRLError):
 
 
 class InvalidTrajectory(AsyncRLError):
-    """A trajectory or group breaks an invariant of DESIGN section 5; the message names it."""
+    """A trajectory or group breaks an invariant (docs/architecture.md); the message names it."""
 
 
 class WireError(AsyncRLError):

@@ -1,4 +1,4 @@
-"""The whole pipeline for real: vLLM, Ray, Megatron, in processes of their own. Invariants by number (docs)."""
+"""The whole pipeline for real: vLLM, Ray, Megatron. Invariants by their number in docs/architecture.md."""
 
 import os
 import signal

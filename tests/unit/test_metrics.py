@@ -20,7 +20,7 @@ from async_rl.metrics.declared import METRICS, PREFIX, series_key
 from async_rl.metrics.exporter import Metrics, UndeclaredMetric
 from async_rl.metrics.summary import GroupCounts, SyncRecord
 
-# DESIGN section 7: the contract with dashboards.
+# The contract with dashboards: these names stay.
 CONTRACT = [
     "policy_version",
     "reward_mean",
