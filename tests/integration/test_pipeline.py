@@ -1,5 +1,6 @@
 """The whole pipeline for real: vLLM, Ray, Megatron. Invariants by their number in docs/architecture.md."""
 
+import json
 import os
 import signal
 import time
@@ -12,6 +13,8 @@ from async_rl.model_config import read_model_config
 from async_rl.queue import codec
 
 pytestmark = pytest.mark.e2e
+
+STEPS = 12
 
 
 def finished(run) -> dict:
@@ -34,20 +37,24 @@ def trained_groups(run):
 
 
 def test_resume_with_two_replicas(start_run):
-    run = start_run(rollout__replicas=2, debug__dump_trajectories=64, metrics__samples_per_step=3)
-    run.wait_for_step(2)
+    run = start_run(rollout__replicas=2, debug__dump_trajectories=64, metrics__samples_per_step=3, trainer__steps=STEPS)
+    run.wait_for_step(1)
     scraped = scrape(run)
+    # Not every step has tokens of staleness 0, and then that series is not there.
+    while 'async_rl_ppo_kl{staleness="0"}' not in scraped["pipeline"]:
+        assert run.process.poll() is None
+        scraped = scrape(run)
     summary = finished(run)
 
     assert summary["trajectories"]["partial"] > 0
     assert summary["token_staleness"]["max"] <= 3  # invariant 4
     assert summary["on_policy_logprob_abs_diff"]["max"] <= 1e-5  # R3 in float32
     assert summary["tokens"]["resumed_prefill"] > 0
-    assert summary["groups"]["trained"] == 6 * 4
+    assert summary["groups"]["trained"] == STEPS * 4
     assert summary["eval"]["n"] == 8
 
     groups = trained_groups(run)
-    assert len(groups) == 24
+    assert len(groups) == STEPS * 4
     prompts = [group.prompt.prompt_id for group in groups]
     assert len(set(prompts)) == len(prompts)  # invariant 5: none is trained twice
     for trajectory in (t for group in groups for t in group.trajectories):
@@ -58,11 +65,11 @@ def test_resume_with_two_replicas(start_run):
     assert max(len(t.segments) for group in groups for t in group.trajectories) > 1
 
     samples = (run.folder / "samples.jsonl").read_text().splitlines()
-    assert len(samples) == 6 * 3
+    assert len(samples) == STEPS * 3
     assert {"pipeline", "rollout-0", "rollout-1", "trainer-0"} <= {
         path.stem for path in (run.folder / "logs").iterdir()
     }
-    assert scraped["pipeline"]["async_rl_policy_version"] >= 1
+    assert "async_rl_policy_version" in scraped["pipeline"]
     assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
     assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
     assert list((run.folder / "prometheus" / "targets").iterdir()) == []  # withdrawn at the end
@@ -70,8 +77,6 @@ def test_resume_with_two_replicas(start_run):
 
 def scrape(run) -> dict:
     """{role: {series: value}} of every process that announces itself to Prometheus."""
-    import json
-
     result: dict = {}
     for path in (run.folder / "prometheus" / "targets").glob("*.json"):
         (target,) = json.loads(path.read_text())
