@@ -77,6 +77,9 @@ class RolloutEngine(Protocol):
     ) -> EngineOutput:
         """Sample up to ``max_tokens`` tokens after ``token_ids`` int32[P]. Raises EngineError."""
 
+    def check_alive(self) -> None:
+        """Raises EngineError when a process of the engine has died; calls under way may then never return."""
+
     async def pause(self, mode: PauseMode) -> None:
         """Stop computing: end running calls with what they have ("abort"), freeze them in place ("keep"), or let
         them finish ("wait"). Calls begun while paused wait for ``resume``."""

@@ -115,6 +115,10 @@ class VllmEngine:
         # Its tasks hold sockets: let them see their cancellation while there is a loop.
         await asyncio.sleep(0)
 
+    def check_alive(self) -> None:
+        if self._engine.errored:
+            raise EngineError(f"replica {self._replica}: the vLLM engine died")
+
     @property
     def _engine(self) -> AsyncLLM:
         if self._llm is None:

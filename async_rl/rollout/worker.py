@@ -26,6 +26,8 @@ from async_rl.types import Group, Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
 
+_WATCH_PERIOD_S = 1.0
+
 # What the engine is asked to do with running requests at a push, by async_training.partial_rollout.mode.
 PAUSE_MODE: dict[str, PauseMode] = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
 
@@ -124,13 +126,26 @@ class RolloutWorker:
     async def run(self) -> None:
         """Work until ``stop``. Raises what a group raised: the run must not go on as if nothing had happened."""
         self._work = asyncio.create_task(self._keep_engine_full())
+        watch = asyncio.create_task(self._watch_engine())
         try:
+            await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and not self._stopping:
+                watch.result()
             await self._work
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
+        finally:
+            watch.cancel()
+            self._work.cancel()
+
+    async def _watch_engine(self) -> None:
+        """Raise soon after the engine died: during a push no generation is under way that would notice."""
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            self._engine.check_alive()
 
     async def _keep_engine_full(self) -> None:
         async with asyncio.TaskGroup() as groups:

@@ -49,10 +49,12 @@ class WeightSync:
                 report = await self.check()
                 phases["canary"] = time.monotonic() - start
         except TimeoutError:
+            mode = self._config.async_training.partial_rollout.mode
             raise WeightSyncError(
                 f"push of version {version} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
-                f"finished phases: {', '.join(phases) or 'none'}. With partial_rollout.mode=drain a push waits for the "
-                "longest running generation: raise sync.timeout_s, or use resume"
+                f"finished phases: {', '.join(phases) or 'none'}. "
+                + ("A push waits for the longest running generation: " if mode == "drain" else "")
+                + "raise sync.timeout_s, or see the logs of the rollout workers"
             ) from None
         return SyncRecord(
             policy_version=version, seconds=sum(phases.values()), phases=phases, canary=report.max_abs_diff

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from async_rl.config import validate
-from async_rl.errors import RewardError
+from async_rl.errors import EngineError, RewardError
 from async_rl.queue.records import Ticket
 from async_rl.rollout.engine import EngineOutput
 from async_rl.rollout.worker import RolloutWorker
@@ -36,6 +36,7 @@ class ScriptedEngine:
         self.running.set()
         self.requests: list[tuple[str, int, int]] = []
         self.sampled = 0
+        self.dead = False
 
     async def generate(self, request_id, token_ids, sampling, max_tokens) -> EngineOutput:
         prompt = 3
@@ -65,6 +66,10 @@ class ScriptedEngine:
             routed_experts=np.broadcast_to(row, (rows, 2, 2)).copy() if tokens else None,
             finish_reason=reason,
         )
+
+    def check_alive(self) -> None:
+        if self.dead:
+            raise EngineError("replica 0: the engine died")
 
     async def pause(self, mode) -> None:
         if mode == "abort":
@@ -230,6 +235,18 @@ async def test_stop_gives_up_what_runs():
     await subject.stop()
     await asyncio.wait_for(run, 5)
     assert queue.groups == []
+
+
+async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
+    engine, queue = ScriptedEngine(length=1000), ListQueue(2)
+    subject, _ = worker(engine, queue, rollout={"n": 2, "max_num_seqs": 4, "max_response_tokens": 2000})
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await subject.pause()
+    engine.dead = True
+    with pytest.raises(EngineError, match="the engine died"):
+        await asyncio.wait_for(run, 5)
 
 
 async def test_counts_tokens_and_busy_time():
