@@ -49,11 +49,12 @@ def test_response_lengths_have_a_long_tail_from_8_to_200_tokens(sets):
         assert (tokens > 2 * tokens.mean()).mean() > 0.08, "one in twelve is twice as long as the mean"
 
 
-def test_demonstrations_are_half_in_order_and_half_backwards_and_short():
-    shown = list(islice(warmup.demonstrations(), 200))
+def test_two_of_three_demonstrations_go_on_backwards_and_all_are_of_short_problems():
+    shown = list(islice(warmup.demonstrations(), 201))
     letters = ["".join(sorted(problem.prompt[:-1])) for problem in shown]
-    assert [p.answer for p in shown[::2]] == letters[::2]
-    assert [p.answer for p in shown[1::2]] == [text[::-1] for text in letters[1::2]]
+    assert [p.answer for p in shown[::3]] == letters[::3]
+    for start in (1, 2):
+        assert [p.answer for p in shown[start::3]] == [text + text[::-1] for text in letters[start::3]]
     assert max(map(len, letters)) <= warmup.MAX_LETTERS
 
 
