@@ -30,6 +30,7 @@ from async_rl.trainer.worker import TrainerWorker
 # Besides the queue's payloads the object store holds what is in training and the arguments of calls.
 _OBJECT_STORE_HEADROOM = 256 * 2**20
 _OBJECT_STORE_MINIMUM = 80 * 2**20  # Ray refuses less than 75 MB
+# Ray's own default for asynchronous actors, written down: ``run`` and every probe and push share the one event loop.
 _MAX_CONCURRENT_CALLS = 1000
 
 # Set in every process of the run, before its libraries are imported.

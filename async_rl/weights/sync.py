@@ -77,13 +77,11 @@ class WeightSync:
         reports = []
         for replica, scores in enumerate(scored):
             logprobs = [score.logprobs for score in scores]
-            report = compare(logprobs, expected)
-            if report.max_abs_diff > tolerance(self._config) and scores[0].routed_experts is not None:
-                replayed, *_ = await self._trainer_logprobs([score.routed_experts for score in scores])
-                report = check_canary(self._config, replica, logprobs, replayed)
-            else:
-                report = check_canary(self._config, replica, logprobs, expected)
-            reports.append(report)
+            counterpart = expected
+            disagrees = compare(logprobs, expected).max_abs_diff > tolerance(self._config)
+            if disagrees and scores[0].routed_experts is not None:
+                counterpart, *_ = await self._trainer_logprobs([score.routed_experts for score in scores])
+            reports.append(check_canary(self._config, replica, logprobs, counterpart))
         return max(reports, key=lambda report: report.max_abs_diff)
 
     async def _trainer_logprobs(self, routing: list[ExpertIds] | None) -> list[list[Float32Array]]:
