@@ -126,6 +126,7 @@ class RolloutActor(RolloutWorker):
     """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
 
     def __init__(self, config: RunConfig, replica: int, queue: QueueClient, cores: tuple[int, ...] | None) -> None:
+        from async_rl.rollout.environment import Environment
         from async_rl.rollout.rewards.runner import RewardRunner
         from async_rl.rollout.vllm_engine import VllmEngine
 
@@ -133,7 +134,9 @@ class RolloutActor(RolloutWorker):
         mark_semaphores()  # vLLM's
         tokenizer = load_tokenizer(config)
         engine = VllmEngine(config, replica, cores=cores)
-        super().__init__(config, replica, queue, engine, tokenizer, RewardRunner(config.reward))
+        multi_turn = config.rollout.environment.function is not None
+        environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
+        super().__init__(config, replica, queue, engine, tokenizer, RewardRunner(config.reward), environment)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
 
     def stats(self) -> WorkerStats:

@@ -24,6 +24,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PathName = Annotated[Path, Field(strict=False)]  # YAML has no paths; a string is one
+RoutingPolicy = Literal["replace", "preserve", "exact"]
+Dtype = Literal["float32", "bfloat16"]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
@@ -38,8 +40,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     path: PathName
     """Hugging Face checkpoint folder: config.json, *.safetensors, tokenizer."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter type of engine and trainer."""
+    dtype: Dtype = "bfloat16"
+    """Parameter type of the trainer, and of the engine unless rollout.dtype says otherwise."""
     trust_remote_code: bool = False
     """Allow code that comes with the checkpoint to run."""
 
@@ -77,8 +79,9 @@ class RewardSection(Section):
 class PartialRolloutSection(Section):
     mode: Literal["resume", "in_flight", "drain"] = "resume"
     """At a push: abort, then re-prefill; pause in place and go on with the old KV cache; or finish first."""
-    routing: Literal["replace"] = "replace"
-    """Routing of a resumed generation: the resumed call's full-sequence array replaces the earlier one."""
+    routing: RoutingPolicy = "replace"
+    """Routing of a resumed generation: the resumed call's replaces the earlier one; earlier rows stay and only new ones
+    are added; or each segment is trained with its own call's, at the price of computing prefixes again."""
 
 
 class AsyncTrainingSection(Section):
@@ -95,9 +98,25 @@ class AsyncTrainingSection(Section):
     partial_rollout: PartialRolloutSection = PartialRolloutSection()
 
 
+class EnvironmentSection(Section):
+    function: FunctionName | None = None
+    """module:function called as f(prompt: Prompt, turns: tuple[str, ...]) -> str | None when the policy has stopped:
+    what it returns is appended and the policy goes on, None ends the response."""
+    max_turns: Annotated[int, Field(ge=2)] = 8
+    """Turns of the policy in one response; it ends with the last of them."""
+    timeout_s: PositiveFloat = 30.0
+    """A call that takes longer has failed."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """An environment that raises, times out or returns no text fails the run, or its group only (counted)."""
+
+
 class RolloutSection(Section):
     replicas: Positive = 1
     """Rollout engines."""
+    dtype: Dtype | None = None
+    """Parameter type of the engines where it is not the trainer's (model.dtype)."""
+    return_routed_experts: bool = True
+    """Have a MoE engine return which experts each token went to; R3 needs it."""
     n: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt."""
     max_response_tokens: Positive = 1024
@@ -118,6 +137,7 @@ class RolloutSection(Section):
     """GPUs per engine."""
     enforce_eager: bool = False
     """Skip compilation: the engine starts sooner and decodes slower."""
+    environment: EnvironmentSection = EnvironmentSection()
 
 
 class ParallelSection(Section):
@@ -169,11 +189,15 @@ class TrainerSection(Section):
     groups_per_step: Positive = 16
     """Groups in one mini-batch, that is, per optimizer update."""
     tokens_per_microbatch: Positive = 8192
-    """Sequences are packed into microbatches of at most this many tokens, without padding."""
+    """Sequences are packed into microbatches of at most this many tokens, padding aside."""
+    microbatch_multiple: Positive = 1
+    """Pad each microbatch to a multiple of this many tokens: 1 is no padding, kernels in fp8 want 16 or more."""
     router_replay: Literal["R3", "R2", "off"] = "R3"
     """Replay the rollout engine's routing, the trainer's own of its log-prob pass, or none."""
     verify_replay_steps: NonNegative = 3
     """Compare experts executed with experts asked for during this many first steps."""
+    router_fusion: bool = False
+    """Megatron's fused router kernel (Transformer Engine): faster, and blind to replay."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation."""
     parallel: ParallelSection = ParallelSection()
@@ -260,6 +284,11 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         return self.runs / self.name
 
+    @property
+    def engine_dtype(self) -> Dtype:
+        """Parameter type of the rollout engines."""
+        return self.rollout.dtype or self.model.dtype
+
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
         if self.queue.max_groups is not None and self.queue.max_groups < self.required_groups:
@@ -281,11 +310,38 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
+        self._check_replay()
         if self.trainer.parallel != ParallelSection(dp=self.trainer.parallel.dp):
             raise ValueError(
                 "trainer.parallel: only dp may exceed 1 in this version; set tp, ep, etp, pp, vpp, cp to 1"
             )
         return self
+
+    def _check_replay(self) -> None:
+        """Raise ValueError for settings under which replay would silently do nothing, or not what its name says."""
+        replay, partial = self.trainer.router_replay, self.async_training.partial_rollout
+        if replay == "R3" and not self.rollout.return_routed_experts:
+            raise ValueError(
+                "trainer.router_replay is R3, which replays the engine's routing, but rollout.return_routed_experts is "
+                "false; set it to true, or trainer.router_replay to R2 or off"
+            )
+        if replay != "off" and self.trainer.router_fusion:
+            raise ValueError(
+                f"trainer.router_replay is {replay}, but trainer.router_fusion is true: the fused router ignores what "
+                "it is told to replay; set trainer.router_fusion to false, or trainer.router_replay to off"
+            )
+        if partial.routing == "exact" and replay != "R3":
+            raise ValueError(
+                f"async_training.partial_rollout.routing is exact, but trainer.router_replay is {replay}: the routing "
+                "of each call is kept to be replayed, which only R3 does; set trainer.router_replay to R3, or "
+                "async_training.partial_rollout.routing to replace"
+            )
+        if partial.routing == "exact" and partial.mode == "in_flight":
+            raise ValueError(
+                "async_training.partial_rollout.routing is exact, but its mode is in_flight: a generation that goes on "
+                "with the KV cache of older weights has no context that could be trained exactly; set mode to resume, "
+                "or routing to replace"
+            )
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

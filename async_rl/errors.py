@@ -12,6 +12,7 @@
     │   ├── UnknownGroup       ack, release or put of a group that is not in that state
     │   └── QueueClosed
     ├── RewardError            a reward function that cannot be loaded, raised, or returned no finite number
+    ├── EnvironmentFailure     an environment that cannot be loaded, raised, or returned no text
     ├── EngineError            the rollout engine refused a request or died
     ├── ReplayError            routing that cannot be replayed as asked
     ├── TrainerError           the trainer cannot go on
@@ -72,6 +73,10 @@ class QueueClosed(QueueError):
 
 class RewardError(AsyncRLError):
     """A reward function cannot be loaded, raised, timed out, or returned something other than a finite number."""
+
+
+class EnvironmentFailure(AsyncRLError):
+    """A multi-turn environment cannot be loaded, raised, timed out, or returned something other than text or None."""
 
 
 class EngineError(AsyncRLError):

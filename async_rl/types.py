@@ -6,6 +6,7 @@ never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,6 +23,13 @@ ExpertIds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 FinishReason = Literal["stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
+
+# Version of a response token that no policy sampled: what an environment said between two turns.
+NOT_SAMPLED = -1
+
+# Where a sampled token lies relative to the last resume point of its trajectory (see Trajectory.resume_points): there
+# is none; before it; the first token after it; later tokens.
+RESUME_POSITIONS: tuple[str, ...] = ("uninterrupted", "before", "first", "after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,8 @@ class Prompt:
 class Segment:
     """Response tokens [start, stop) of one trajectory, sampled in one engine call under one policy version.
 
-    routed_experts: that call's own full-sequence rows [P+stop-1, L, K], kept only where a routing policy needs them.
+    routed_experts: that call's own rows [P+stop-1, L, K], kept by the routing policy ``exact``; None where they are the
+    first P+stop-1 rows of the trajectory's own array, as they always are for the last segment.
     """
 
     start: int
@@ -79,9 +88,12 @@ class Trajectory:
     """One sampled response of a prompt.
 
     prompt_ids int32[P]; response_ids int32[G]; logprobs float32[G], behaviour log-probs, of the distribution really
-    sampled from, written once; versions int32[G], the policy version that sampled each token; segments cover [0, G)
-    without gap or overlap; routed_experts uint8|uint16[P+G-1, L, K], None for a dense model or an engine that returned
-    none; routing: the row layout, given exactly when routed_experts is.
+    sampled from, written once; versions int32[G], the policy version that sampled each token; segments ascend, without
+    overlap, from token 0 to token G; routed_experts uint8|uint16[P+G-1, L, K], None for a dense model or an engine that
+    returned none; routing: the row layout, given exactly when routed_experts is.
+
+    Response tokens between two segments were not sampled (an environment's text between two turns): their version is
+    NOT_SAMPLED, and they have no behaviour log-prob, which is a NaN, so that whoever uses it notices.
 
     Raises InvalidTrajectory, naming the trajectory, when a length, dtype, order or expert id is off.
     """
@@ -110,9 +122,13 @@ class Trajectory:
             raise InvalidTrajectory(
                 f"{name}: {response} response tokens, {len(self.logprobs)} logprobs, {len(self.versions)} versions"
             )
-        if not np.isfinite(self.logprobs).all():
-            at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
-            raise InvalidTrajectory(f"{name}: logprobs[{at}] is {self.logprobs[at]}")
+        sampled = self.sampled
+        wrong = np.where(sampled, ~np.isfinite(self.logprobs), ~np.isnan(self.logprobs))
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            raise InvalidTrajectory(
+                f"{name}: logprobs[{at}] is {self.logprobs[at]}; a token that was sampled has a finite one, others NaN"
+            )
         if not np.isfinite(self.reward):
             raise InvalidTrajectory(f"{name}: reward is {self.reward}")
         if self.finish_reason not in FINISH_REASONS:
@@ -122,22 +138,39 @@ class Trajectory:
             raise InvalidTrajectory(f"{name}: routed_experts and routing must be given together")
         if self.routed_experts is not None and self.routing is not None:
             check_routing(name, self.routed_experts, rows=prompt + response - 1, spec=self.routing)
+        for segment in self.segments:
+            if segment.routed_experts is not None:
+                where = f"{name}: segment [{segment.start}, {segment.stop})"
+                if self.routing is None:
+                    raise InvalidTrajectory(f"{where} has routed_experts, the trajectory has none")
+                check_routing(where, segment.routed_experts, rows=prompt + segment.stop - 1, spec=self.routing)
 
     def _check_segments(self, name: str) -> None:
+        if not self.segments or self.segments[0].start != 0 or self.segments[-1].stop != len(self.response_ids):
+            covered = [self.segments[0].start, self.segments[-1].stop] if self.segments else []
+            raise InvalidTrajectory(
+                f"{name}: segments run from and to {covered}, the response from 0 to {len(self.response_ids)}"
+            )
+        expected = np.full(len(self.response_ids), NOT_SAMPLED, dtype=np.int32)
         position = 0
         for segment in self.segments:
-            if segment.start != position or segment.stop <= segment.start:
+            if segment.start < position or segment.stop <= segment.start:
                 raise InvalidTrajectory(
                     f"{name}: segment [{segment.start}, {segment.stop}) does not follow token {position}"
                 )
-            if (self.versions[segment.start : segment.stop] != segment.version).any():
+            if segment.version < 0:
                 raise InvalidTrajectory(
-                    f"{name}: segment [{segment.start}, {segment.stop}) is of version {segment.version}, "
-                    f"its tokens are of {sorted(set(self.versions[segment.start : segment.stop].tolist()))}"
+                    f"{name}: segment [{segment.start}, {segment.stop}) is of version {segment.version}"
                 )
+            expected[segment.start : segment.stop] = segment.version
             position = segment.stop
-        if position != len(self.response_ids):
-            raise InvalidTrajectory(f"{name}: segments end at {position}, the response at {len(self.response_ids)}")
+        wrong = np.flatnonzero(self.versions != expected)
+        if wrong.size:
+            at = int(wrong[0])
+            raise InvalidTrajectory(
+                f"{name}: versions[{at}] is {self.versions[at]}, its segment says {expected[at]} "
+                f"({NOT_SAMPLED}: in no segment)"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -145,13 +178,25 @@ class Trajectory:
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
+    def sampled(self) -> npt.NDArray[np.bool_]:
+        """bool[G]: which response tokens the engine sampled."""
+        mask: npt.NDArray[np.bool_] = self.versions != NOT_SAMPLED
+        return mask
+
+    @property
+    def resume_points(self) -> tuple[int, ...]:
+        """Response positions at which an interrupted generation went on: where one segment follows another directly."""
+        return tuple(after.start for before, after in itertools.pairwise(self.segments) if before.stop == after.start)
+
+    @property
     def is_partial(self) -> bool:
-        """True for a partial rollout: more than one segment."""
-        return len(self.segments) > 1
+        """True for a partial rollout: it was interrupted and resumed."""
+        return bool(self.resume_points)
 
     @property
     def oldest_version(self) -> int:
-        return int(self.versions.min())
+        """The oldest version that sampled a token of it."""
+        return min(segment.version for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)

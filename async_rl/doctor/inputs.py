@@ -14,6 +14,7 @@ from async_rl.config import RunConfig
 from async_rl.doctor.check import Check, refused
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
 from async_rl.model_config import check_run, checkpoint_shards, read_model_config
+from async_rl.rollout.environment import load_environment
 from async_rl.rollout.prompts import Encode, read_jsonl
 from async_rl.rollout.rewards.loader import load_reward
 
@@ -114,6 +115,9 @@ def _encode(path: Path) -> Encode:
 def functions(config: RunConfig) -> Iterator[Check]:
     """Functions that the config names can be imported."""
     yield _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    environment = config.rollout.environment.function
+    if environment is not None:
+        yield _try("rollout.environment.function", environment, lambda: load_environment(environment))
     if config.prepare is not None:
         module, _, name = config.prepare.partition(":")
         yield _try("prepare", config.prepare, lambda: getattr(importlib.import_module(module), name))

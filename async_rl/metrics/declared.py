@@ -132,6 +132,30 @@ _SPECS: tuple[MetricSpec, ...] = (
         why="One wrong routing row shows here long before it moves a mean.",
     ),
     MetricSpec(
+        "ppo_kl_by_resume_position",
+        "gauge",
+        "Mean of behaviour minus current log-prob over trained tokens, by position relative to a resume point.",
+        labels=("position",),
+        unit="nats",
+        why="`before` and `first` or `after` apart from `uninterrupted`: what the routing policy gets wrong.",
+    ),
+    MetricSpec(
+        "rollout_logprob_abs_diff_mean_by_resume_position",
+        "gauge",
+        "Mean |behaviour - current log-prob| over trained tokens, by position relative to a resume point.",
+        labels=("position",),
+        unit="nats",
+        why="With policy `replace` the tokens `before` the last resume point have newer routing than log-probs.",
+    ),
+    MetricSpec(
+        "rollout_logprob_abs_diff_max_by_resume_position",
+        "gauge",
+        "Largest |behaviour - current log-prob| of a trained token, by position relative to a resume point.",
+        labels=("position",),
+        unit="nats",
+        why="A resume that went wrong shows at `first` before anywhere else.",
+    ),
+    MetricSpec(
         "extreme_token_fraction",
         "gauge",
         "Share of trained tokens with |log importance ratio| > log(tau).",
@@ -159,6 +183,12 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Rows without recorded routing that the native router handled.",
         why="More than a handful means that replay is not doing its work.",
     ),
+    MetricSpec(
+        "exact_extra_tokens_total",
+        "counter",
+        "Positions that the trainer computed again as the prefix of a later segment.",
+        why="The price of routing policy `exact`.",
+    ),
     # Staleness
     MetricSpec(
         "token_staleness",
@@ -173,7 +203,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Response tokens kept out of the loss, by reason.",
         labels=("reason",),
-        why="Generated for nothing; a lot of `stale` asks for a lower staleness_threshold.",
+        why="A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment.",
     ),
     MetricSpec(
         "groups_dropped_total",

@@ -42,6 +42,11 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
         whole.abs_max,
         {age: part.abs_max for age, part in split.items() if part.abs_max is not None},
     )
+    for position, part in record.agreement_by_resume_position.items():
+        metrics.set("ppo_kl_by_resume_position", part.kl, position=position)
+        for name, value in (("mean", part.abs_mean), ("max", part.abs_max)):
+            if value is not None:
+                metrics.set(f"rollout_logprob_abs_diff_{name}_by_resume_position", value, position=position)
     for age, tokens in record.token_staleness.items():
         metrics.observe("token_staleness", age, count=tokens)
 
@@ -50,6 +55,7 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
     metrics.inc("trajectories_total", record.trajectories)
     metrics.inc("partial_rollouts_total", record.partial)
     metrics.inc("router_fallback_rows_total", record.router_fallback_rows)
+    metrics.inc("exact_extra_tokens_total", record.exact_extra_tokens)
     for reason, tokens in record.tokens_masked.items():
         metrics.inc("tokens_masked_total", tokens, reason=reason)
     for reason, updates in record.updates_skipped.items():

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from async_rl.types import RESUME_POSITIONS
+
 REWARD_WINDOW = 10
 """Steps at either end of the run over which ``reward_mean`` is taken: one alone is too noisy."""
 
@@ -69,10 +71,14 @@ class StepRecord:
     """Over all trained tokens."""
     agreement_by_staleness: Mapping[int, TokenAgreement] = field(default_factory=dict)
     """The same, split by token staleness; its token counts are the step's staleness histogram."""
+    agreement_by_resume_position: Mapping[str, TokenAgreement] = field(default_factory=dict)
+    """The same, split by position relative to a resume point (types.RESUME_POSITIONS)."""
     ppo_kl_k3: float
     extreme_token_fraction: float
     """At tau = 2."""
     router_fallback_rows: int = 0
+    exact_extra_tokens: int = 0
+    """Positions computed again as the prefix of a later segment."""
     tokens_masked: Mapping[str, int] = field(default_factory=dict)
     """By reason."""
     updates_skipped: Mapping[str, int] = field(default_factory=dict)
@@ -84,7 +90,9 @@ class StepRecord:
     response_tokens: tuple[int, ...] = ()
     """Length of each trajectory."""
     segments: tuple[int, ...] = ()
-    """Segments of each trajectory."""
+    """Segments of each trajectory, over all of its turns."""
+    interruptions: tuple[int, ...] = ()
+    """Resume points of each trajectory."""
 
     queue_groups: int = 0
     queue_bytes: int = 0
@@ -101,8 +109,8 @@ class StepRecord:
 
     @property
     def partial(self) -> int:
-        """Trajectories of more than one segment."""
-        return sum(count > 1 for count in self.segments)
+        """Trajectories that were interrupted and resumed."""
+        return sum(count > 0 for count in self.interruptions)
 
     @property
     def partial_share(self) -> float:
@@ -127,6 +135,7 @@ class StepRecord:
     def row(self) -> dict[str, Any]:
         """The line of metrics.jsonl: flat, except for splits by a label, which are mappings."""
         split = {str(age): self.agreement_by_staleness[age] for age in sorted(self.agreement_by_staleness)}
+        by_position = self.agreement_by_resume_position
         on_policy, sync = self.on_policy, self.last_sync
         return {
             "step": self.step,
@@ -142,13 +151,19 @@ class StepRecord:
             "effective_sample_size_ratio": self.effective_sample_size_ratio,
             "ppo_kl": self.agreement.kl,
             "ppo_kl_by_staleness": {age: part.kl for age, part in split.items()},
+            "ppo_kl_by_resume_position": {name: part.kl for name, part in by_position.items()},
             "ppo_kl_k3": self.ppo_kl_k3,
             "rollout_logprob_abs_diff_mean": self.agreement.abs_mean,
             "rollout_logprob_abs_diff_max": self.agreement.abs_max,
+            "rollout_logprob_abs_diff_mean_by_staleness": {age: part.abs_mean for age, part in split.items()},
+            "rollout_logprob_abs_diff_max_by_staleness": {age: part.abs_max for age, part in split.items()},
+            "rollout_logprob_abs_diff_mean_by_resume_position": {n: part.abs_mean for n, part in by_position.items()},
+            "rollout_logprob_abs_diff_max_by_resume_position": {n: part.abs_max for n, part in by_position.items()},
             "on_policy_logprob_abs_diff_mean": on_policy.abs_mean if on_policy else None,
             "on_policy_logprob_abs_diff_max": on_policy.abs_max if on_policy else None,
             "extreme_token_fraction": self.extreme_token_fraction,
             "router_fallback_rows": self.router_fallback_rows,
+            "exact_extra_tokens": self.exact_extra_tokens,
             "trained_tokens": self.agreement.tokens,
             "token_staleness": {age: part.tokens for age, part in split.items()},
             "tokens_masked": dict(self.tokens_masked),
@@ -225,6 +240,8 @@ class Summary:
         self._trained_tokens = 0
         self._kl: list[tuple[float, int]] = []
         self._on_policy: list[TokenAgreement] = []
+        self._by_position: dict[str, list[TokenAgreement]] = {position: [] for position in RESUME_POSITIONS}
+        self._extra_tokens = 0
         self._syncs: list[SyncRecord] = []
 
     def add_step(self, record: StepRecord) -> None:
@@ -242,6 +259,9 @@ class Summary:
             self._kl.append((record.agreement.kl, record.agreement.tokens))
         if record.on_policy is not None and record.on_policy.tokens:
             self._on_policy.append(record.on_policy)
+        for position, part in record.agreement_by_resume_position.items():
+            self._by_position[position].append(part)
+        self._extra_tokens += record.exact_extra_tokens
 
     def add_sync(self, record: SyncRecord) -> None:
         self._policy_version = max(self._policy_version, record.policy_version)
@@ -288,9 +308,10 @@ class Summary:
                 "failed": totals.groups.failed,
                 "dropped": totals.groups.dropped,
             },
-            "on_policy_logprob_abs_diff": {
-                "mean": weighted_mean((p.abs_mean, p.tokens) for p in self._on_policy if p.abs_mean is not None),
-                "max": _largest(p.abs_max for p in self._on_policy if p.abs_max is not None),
+            "on_policy_logprob_abs_diff": _abs_diff(self._on_policy),
+            "logprob_abs_diff_by_resume_position": {
+                position: {"tokens": sum(part.tokens for part in parts), **_abs_diff(parts)}
+                for position, parts in self._by_position.items()
             },
             "ppo_kl": {
                 "mean": weighted_mean(self._kl),
@@ -306,11 +327,20 @@ class Summary:
                 "generated": totals.tokens_generated,
                 "trained": self._trained_tokens,
                 "resumed_prefill": totals.tokens_resumed_prefill,
+                "exact_extra": self._extra_tokens,
             },
             "busy": {"rollout_s": totals.rollout_busy_s, "trainer_s": totals.trainer_busy_s},
             "overlap_efficiency": totals.overlap_efficiency,
             "exit_reason": exit_reason,
         }
+
+
+def _abs_diff(parts: list[TokenAgreement]) -> dict[str, float | None]:
+    """Mean and largest |behaviour - current log-prob| over several steps."""
+    return {
+        "mean": weighted_mean((p.abs_mean, p.tokens) for p in parts if p.abs_mean is not None),
+        "max": _largest(p.abs_max for p in parts if p.abs_max is not None),
+    }
 
 
 def _mean(values: list[float]) -> float | None:

@@ -29,8 +29,9 @@ class EngineOutput:
 
     token_ids int32[g]; logprobs float32[g], of the distribution really sampled from; versions int32[g], the policy
     version that the engine had when it sampled each token: one version, unless weights were pushed while the call was
-    kept; routed_experts [P+g-1, L, K], the rows of the *full* sequence, None for a dense model and when g is 0;
-    finish_reason "abort" when a pause ended the call, which may be before its first token.
+    kept; routed_experts [P+g-1 - first_row, L, K], the rows of the *full* sequence from the one asked for on, None when
+    g is 0 and for an engine without ``routing``; finish_reason "abort" when a pause ended the call, which may be before
+    its first token.
     """
 
     token_ids: Int32Array
@@ -59,7 +60,7 @@ class RolloutEngine(Protocol):
 
     @property
     def routing(self) -> RoutingSpec | None:
-        """Layout of routed experts, None for a dense model."""
+        """Layout of routed experts; None for a dense model, and where rollout.return_routed_experts is off."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -73,9 +74,12 @@ class RolloutEngine(Protocol):
         """Load the model and be ready. Raises EngineError."""
 
     async def generate(
-        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int
+        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
     ) -> EngineOutput:
-        """Sample up to ``max_tokens`` tokens after ``token_ids`` int32[P]. Raises EngineError."""
+        """Sample up to ``max_tokens`` tokens after ``token_ids`` int32[P]; routing is returned from ``first_row`` on.
+
+        Raises EngineError.
+        """
 
     def check_alive(self) -> None:
         """Raises EngineError when a process of the engine has died; calls under way may then never return."""
@@ -89,6 +93,10 @@ class RolloutEngine(Protocol):
 
     async def score(self, sequences: list[Int32Array]) -> list[Score]:
         """Log-probs of fixed sequences under the current weights. The engine must not be paused."""
+
+    async def fingerprints(self, sequences: list[Int32Array]) -> list[Float32Array | None]:
+        """Of the residual stream, float32[layers + 1, N-1, WIDTH] of each sequence as in ``weights.fingerprint``; None
+        where the engine cannot tell. Slow; for the search after a fault. The engine must not be paused."""
 
     async def init_weight_transfer_engine(self, request: Any) -> None: ...
 

@@ -12,13 +12,16 @@ import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from typing import NamedTuple
 
 import numpy as np
 
+from async_rl.config import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
 from async_rl.rollout import routing as rows
 from async_rl.rollout.engine import EngineOutput
 from async_rl.types import (
+    NOT_SAMPLED,
     ExpertIds,
     FinishReason,
     Float32Array,
@@ -29,13 +32,25 @@ from async_rl.types import (
 )
 
 
+class Request(NamedTuple):
+    """What the next engine call is given.
+
+    token_ids: int32[P+G], the prompt and all that came after it. max_tokens: how many may be sampled. first_row: the
+    first row of routing that is missing; the call returns those from there on.
+    """
+
+    token_ids: Int32Array
+    max_tokens: int
+    first_row: int
+
+
 @dataclass(frozen=True, slots=True)
 class PartialRollout:
     """A trajectory between engine calls.
 
-    prompt_ids int32[P]; response_ids int32[G], logprobs float32[G], versions int32[G] of the tokens so far; segments
-    cover them; routed_experts [P+G-1, L, K] of the last call that sampled anything. finish_reason is None until the
-    response has ended.
+    prompt_ids int32[P]; response_ids int32[G], logprobs float32[G], versions int32[G] of the tokens so far, of which
+    segments cover the sampled ones; routed_experts [n, L, K], what ``policy`` keeps of the calls so far, of all tokens
+    but the last one sampled and what follows it. finish_reason is None until the response has ended.
     """
 
     trajectory_id: str
@@ -43,6 +58,7 @@ class PartialRollout:
     max_response_tokens: int
     stop_token_ids: frozenset[int]
     routing: RoutingSpec | None
+    policy: RoutingPolicy = "replace"
     response_ids: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     logprobs: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     versions: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
@@ -59,28 +75,37 @@ class PartialRollout:
         max_response_tokens: int,
         eos_token_id: int | Collection[int] | None,
         routing: RoutingSpec | None,
+        policy: RoutingPolicy = "replace",
     ) -> PartialRollout:
-        """A response without a token. ``eos_token_id``: the token or tokens that end it; ``routing``: None if dense."""
+        """A response without a token.
+
+        ``eos_token_id``: the token or tokens that end it; ``routing``: None where the engine returns none.
+        """
         if max_response_tokens <= 0:
             raise InvalidTrajectory(
                 f"trajectory {trajectory_id}: max_response_tokens is {max_response_tokens}, must be > 0"
             )
         stop = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
-        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing)
+        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing, policy)
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def next_request(self) -> tuple[Int32Array, int]:
-        """(tokens to send int32[P+G], how many may be sampled): the prompt, and all that was sampled after it."""
+    def next_request(self) -> Request:
         if self.finished:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: it has ended ({self.finish_reason})")
-        return np.concatenate([self.prompt_ids, self.response_ids]), self.max_response_tokens - len(self.response_ids)
+        known = 0 if self.routed_experts is None else len(self.routed_experts)
+        return Request(
+            np.concatenate([self.prompt_ids, self.response_ids]),
+            self.max_response_tokens - len(self.response_ids),
+            rows.first_row(self.policy, known),
+        )
 
     def absorb(self, output: EngineOutput) -> PartialRollout:
         """The state after one more call. Raises InvalidTrajectory when the output cannot be of this trajectory."""
-        _, budget = self.next_request()
+        request = self.next_request()
+        budget = request.max_tokens
         name = f"trajectory {self.trajectory_id}"
         new = len(output.token_ids)
         if len(output.logprobs) != new or len(output.versions) != new:
@@ -93,14 +118,37 @@ class PartialRollout:
             if output.finish_reason != "abort":
                 raise InvalidTrajectory(f"{name}: a call ended by {output.finish_reason!r} without a token")
             return self
+        segments, routed_experts = self._merged(name, request, output)
         return changed(
             self,
             response_ids=np.concatenate([self.response_ids, output.token_ids]),
             logprobs=np.concatenate([self.logprobs, output.logprobs]),
             versions=np.concatenate([self.versions, output.versions]),
-            segments=self.segments + _segments(output.versions, len(self.response_ids)),
-            routed_experts=self._routing_after(name, output),
+            segments=segments + _segments(output.versions, len(self.response_ids)),
+            routed_experts=routed_experts,
             finish_reason=self._finish_reason_after(output),
+        )
+
+    def go_on(self, token_ids: Int32Array) -> PartialRollout:
+        """The state after a turn that has stopped was answered with int32[n] tokens that nobody sampled.
+
+        They have no behaviour log-prob and no version, and their routing comes with the next call, which reads them.
+        Where they leave no room for another token the response ends as it is, for its length.
+        """
+        name = f"trajectory {self.trajectory_id}"
+        if self.finish_reason != "stop":
+            raise InvalidTrajectory(f"{name}: a turn that has not stopped ({self.finish_reason}) takes no answer")
+        count = len(token_ids)
+        if count == 0:
+            raise InvalidTrajectory(f"{name}: a turn was answered without a token")
+        if len(self.response_ids) + count >= self.max_response_tokens:
+            return changed(self, finish_reason="length")
+        return changed(
+            self,
+            response_ids=np.concatenate([self.response_ids, token_ids]),
+            logprobs=np.concatenate([self.logprobs, np.full(count, np.nan, dtype=np.float32)]),
+            versions=np.concatenate([self.versions, np.full(count, NOT_SAMPLED, dtype=np.int32)]),
+            finish_reason=None,
         )
 
     def to_trajectory(self, reward: float) -> Trajectory:
@@ -120,13 +168,19 @@ class PartialRollout:
             routing=self.routing,
         )
 
-    def _routing_after(self, name: str, output: EngineOutput) -> ExpertIds | None:
+    def _merged(
+        self, name: str, request: Request, output: EngineOutput
+    ) -> tuple[tuple[Segment, ...], ExpertIds | None]:
+        """The segments so far, and the routing kept, with this call's rows checked and merged in."""
         if self.routing is None:
-            return None
+            if output.routed_experts is not None:
+                raise InvalidTrajectory(f"{name}: a call returned routing, and the model has no MoE layer")
+            return self.segments, None
         if output.routed_experts is None:
             raise InvalidTrajectory(f"{name}: a call returned {len(output.token_ids)} tokens without their routing")
-        total = len(self.prompt_ids) + len(self.response_ids) + len(output.token_ids)
-        return rows.replace(name, output.routed_experts, rows=total - 1, spec=self.routing)
+        total = len(request.token_ids) + len(output.token_ids) - 1
+        rows.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing)
+        return rows.MERGES[self.policy](self.segments, self.routed_experts, output.routed_experts)
 
     def _finish_reason_after(self, output: EngineOutput) -> FinishReason | None:
         """A call may be aborted in the very step that ended the response; what counts is the tokens."""

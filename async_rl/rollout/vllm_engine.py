@@ -70,7 +70,7 @@ class VllmEngine:
 
     @property
     def routing(self) -> RoutingSpec | None:
-        return self._model.routing
+        return self._model.routing if self._config.rollout.return_routed_experts else None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -128,7 +128,7 @@ class VllmEngine:
     # -- generation -----------------------------------------------------------------------------------------------
 
     async def generate(
-        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int
+        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
     ) -> EngineOutput:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -140,6 +140,7 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=False,
             stop_token_ids=self._stop_token_ids,
+            routed_experts_prompt_start=first_row,
             # Not DELTA, which loses routed experts when the consumer lags; and nobody reads tokens one by one.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -206,10 +207,25 @@ class VllmEngine:
             for sequence, (_, output) in zip(sequences, outputs, strict=True)
         ]
 
+    async def fingerprints(self, sequences: list[Int32Array]) -> list[Float32Array | None]:
+        with self._errors("fingerprints"):
+            await self._engine.collective_rpc("begin_fingerprints", args=([s.tolist() for s in sequences],))
+            try:
+                await self.score(sequences)
+            finally:
+                # Of the first tensor-parallel rank: the stream is the same on all.
+                seen, *_ = await self._engine.collective_rpc("end_fingerprints")
+        return [None if rows is None else np.asarray(rows, dtype=np.float32)[:, :-1] for rows in seen]
+
     def _columns(self, routed: Any, rows: int | None = None) -> ExpertIds | None:
-        if self._model.routing is None:
+        if self.routing is None:
             return None
-        return moe_columns(routed, self._model.moe_layers)[:rows]
+        if routed is None:
+            raise EngineError(
+                f"replica {self._replica}: the engine returned no routing; to train without, set "
+                "rollout.return_routed_experts to false and trainer.router_replay to R2 or off"
+            )
+        return moe_columns(routed, num_layers=self._model.num_layers, moe_layers=self._model.moe_layers)[:rows]
 
     def _stamps(self, call: _Call, count: int) -> Int32Array:
         versions = np.full(count, self._version, dtype=np.int32)

@@ -70,7 +70,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
     cpu = on_cpu(config)
     return AsyncEngineArgs(
         model=str(config.model.path),
-        dtype=config.model.dtype,
+        dtype=config.engine_dtype,
         trust_remote_code=config.model.trust_remote_code,
         # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
         seed=config.seed + replica,
@@ -84,10 +84,12 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
         enforce_eager=config.rollout.enforce_eager or (cpu and model.routing is not None),
         enable_prefix_caching=True,
-        enable_return_routed_experts=model.routing is not None,
+        enable_return_routed_experts=model.routing is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
+        # Two more methods on the worker; without a call of them nothing is hooked into the model.
+        worker_extension_cls="async_rl.weights.vllm_fingerprint.FingerprintExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
         skip_tokenizer_init=True,
         generation_config="vllm",

@@ -7,8 +7,9 @@ queue's broker (what may be issued). Knows the queue by its client; does not kno
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,20 @@ import numpy as np
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.errors import EngineError, RewardError
+from async_rl.errors import EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.queue.records import Ticket
 from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
+from async_rl.rollout.environment import Environment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
-from async_rl.types import Group, Int32Array, Prompt, Trajectory
+from async_rl.rollout.routing import check_probe
+from async_rl.types import Float32Array, Group, Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
+
+# (what there is of a response, request id) -> the same after one more engine call.
+Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
 
 _WATCH_PERIOD_S = 1.0
 
@@ -90,6 +96,7 @@ class RolloutWorker:
         engine: RolloutEngine,
         tokenizer: Any,
         rewards: RewardRunner,
+        environment: Environment | None = None,
     ) -> None:
         self._config = config
         self._name = f"rollout-{replica}"
@@ -97,6 +104,7 @@ class RolloutWorker:
         self._engine = engine
         self._tokenizer = tokenizer
         self._rewards = rewards
+        self._environment = environment
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
         # Twice what fills the engine: a group whose last response is long must not leave its siblings' places
         # empty, and finished groups that wait for room in the queue must not pile up.
@@ -178,6 +186,8 @@ class RolloutWorker:
         self._open.clear()
         self._cancel_work()
         self._rewards.close()
+        if self._environment is not None:
+            self._environment.close()
         await self._engine.shutdown()
 
     def stats(self) -> WorkerStats:
@@ -211,16 +221,16 @@ class RolloutWorker:
             self._look_for_room()
 
     async def _sample_and_publish(self, ticket: Ticket) -> None:
-        """A reward's failure fails the group or the run, as configured."""
+        """A failure of the user's reward or environment fails the group or the run, as configured."""
         try:
             trajectories = await asyncio.gather(
                 *(self._trajectory(ticket, index) for index in range(self._config.rollout.n))
             )
-        except RewardError as error:
-            if self._config.reward.on_error == "fail":
+        except (RewardError, EnvironmentFailure) as error:
+            if self._is_fatal(error):
                 raise
             log.warning("group failed", group=ticket.group_id, reason=str(error))
-            await self._queue.fail(ticket.group_id, "reward")
+            await self._queue.fail(ticket.group_id, "reward" if isinstance(error, RewardError) else "environment")
             return
         await self._queue.put(Group(ticket.group_id, ticket.prompt, tuple(trajectories)))
         self._stats.groups += 1
@@ -228,32 +238,57 @@ class RolloutWorker:
         self._stats.partial_rollouts += sum(t.is_partial for t in trajectories)
 
     async def _trajectory(self, ticket: Ticket, index: int) -> Trajectory:
-        partial = PartialRollout.begin(
-            f"{ticket.group_id}/{index}",
-            ticket.prompt.token_ids,
-            max_response_tokens=self._config.rollout.max_response_tokens,
-            eos_token_id=self._engine.stop_token_ids,
-            routing=self._engine.routing,
-        )
-        call = 0
         try:
-            while not partial.finished:
-                await self._open.wait()
-                partial = await self._call(partial, f"{partial.trajectory_id}/{call}")
-                call += 1
+            partial = await self._respond(f"{ticket.group_id}/{index}", ticket.prompt, self._sample)
         finally:
             self._unfinished -= 1
             self._look_for_room()
-        response = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
-        return partial.to_trajectory(await self._rewards.score(ticket.prompt, response))
+        return partial.to_trajectory(await self._rewards.score(ticket.prompt, self._text(partial)))
 
-    async def _call(self, partial: PartialRollout, request_id: str) -> PartialRollout:
-        """One engine call for what is left of ``partial``."""
-        token_ids, budget = partial.next_request()
+    async def _respond(self, name: str, prompt: Prompt, call: Call) -> PartialRollout:
+        """A whole response: as many calls as its interruptions and turns take."""
+        partial = PartialRollout.begin(
+            name,
+            prompt.token_ids,
+            max_response_tokens=self._config.rollout.max_response_tokens,
+            eos_token_id=self._engine.stop_token_ids,
+            routing=self._engine.routing,
+            policy=self._config.async_training.partial_rollout.routing,
+        )
+        turns: list[Int32Array] = []  # the policy's and the environment's, in alternation
+        calls = itertools.count()
+        while True:
+            begun = len(partial.response_ids)
+            while not partial.finished:
+                partial = await call(partial, f"{name}/{next(calls)}")
+            turns.append(partial.response_ids[begun:])
+            answer = await self._answer(prompt, partial, turns)
+            if answer is None:
+                return partial
+            partial = partial.go_on(answer)
+            turns.append(answer)
+
+    def _text(self, partial: PartialRollout) -> str:
+        text: str = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
+        return text
+
+    async def _answer(self, prompt: Prompt, partial: PartialRollout, turns: list[Int32Array]) -> Int32Array | None:
+        """What the environment says to a turn that has just ended; None when the response ends with it."""
+        if self._environment is None or partial.finish_reason != "stop":
+            return None
+        policy_turns = len(turns) // 2 + 1
+        if policy_turns == self._config.rollout.environment.max_turns:
+            return None
+        return await self._environment.answer(prompt, tuple(turns))
+
+    async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
+        """One engine call for what is left of ``partial``, begun once no push is under way."""
+        await self._open.wait()
+        token_ids, max_tokens, first_row = partial.next_request()
         resumed = len(partial.response_ids) > 0
         self._enter()
         try:
-            output = await self._engine.generate(request_id, token_ids, self._sampling, budget)
+            output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
         finally:
             self._leave()
         self._stats.generated_tokens += len(output.token_ids)
@@ -322,7 +357,15 @@ class RolloutWorker:
 
     async def score(self, sequences: Sequence[Int32Array]) -> list[Score]:
         """Log-probs and routing of fixed token sequences under the engine's weights, for the canary."""
-        return await self._engine.score(list(sequences))
+        scores = await self._engine.score(list(sequences))
+        routed = [score.routed_experts for score in scores if score.routed_experts is not None]
+        if self._engine.routing is not None and scores:
+            check_probe(routed, [len(sequence) for sequence in sequences], self._engine.routing)
+        return scores
+
+    async def fingerprints(self, sequences: Sequence[Int32Array]) -> list[Float32Array | None]:
+        """Of the engine's residual stream, layer by layer; to find the layer at fault when the canary disagrees."""
+        return await self._engine.fingerprints(list(sequences))
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> EvalResult:
         """Greedy responses to ``prompts`` and their mean reward. The weights must not change meanwhile."""
@@ -337,20 +380,26 @@ class RolloutWorker:
         return EvalResult(version, float(np.mean(rewards)), len(scored), float(np.mean(lengths)))
 
     async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int] | None:
-        """(reward, response tokens); None where the reward failed and reward.on_error is skip."""
-        output = await self._engine.generate(
-            f"eval/{prompt.prompt_id}",
-            prompt.token_ids,
-            Sampling(temperature=1.0, top_p=1.0, greedy=True),
-            self._config.rollout.max_response_tokens,
-        )
-        if output.finish_reason == "abort":
-            raise EngineError(f"evaluation of prompt {prompt.prompt_id} was aborted")
-        response = self._tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        """(reward, response tokens); None where the user's function failed and its on_error is skip."""
         try:
-            return await self._rewards.score(prompt, response), len(output.token_ids)
-        except RewardError as error:
-            if self._config.reward.on_error == "fail":
+            partial = await self._respond(f"eval/{prompt.prompt_id}", prompt, self._likeliest)
+            return await self._rewards.score(prompt, self._text(partial)), len(partial.response_ids)
+        except (RewardError, EnvironmentFailure) as error:
+            if self._is_fatal(error):
                 raise
             log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
             return None
+
+    async def _likeliest(self, partial: PartialRollout, request_id: str) -> PartialRollout:
+        """One greedy engine call; pushes wait for an evaluation, so none interrupts it."""
+        token_ids, max_tokens, first_row = partial.next_request()
+        greedy = Sampling(temperature=1.0, top_p=1.0, greedy=True)
+        output = await self._engine.generate(request_id, token_ids, greedy, max_tokens, first_row)
+        if output.finish_reason == "abort":
+            raise EngineError(f"{request_id}: an evaluation was aborted")
+        return partial.absorb(output)
+
+    def _is_fatal(self, error: RewardError | EnvironmentFailure) -> bool:
+        """Whether a failure of the user's function ends the run, or costs what it was called for only."""
+        section = self._config.reward if isinstance(error, RewardError) else self._config.rollout.environment
+        return section.on_error == "fail"

@@ -1,8 +1,8 @@
-"""Token log-probs, the policy loss, and the sums that the metrics are made of. Pure: torch only; knows nobody.
+"""Token log-probs, the policy loss, and the sums that the metrics are made of. Pure: torch only; knows ``types``.
 
 Everything is a *sum* over the tokens that count, never a mean: means are taken once, over the global batch,
 so that no result depends on how sequences were packed or spread over ranks. Shapes: T positions, V
-vocabulary, S stalenesses.
+vocabulary, S stalenesses, R resume positions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from async_rl.types import RESUME_POSITIONS
 
 # Bound of |log ratio| before it is exponentiated: e^20 is far beyond any clip, and its square still fits
 # float32.
@@ -87,10 +89,11 @@ SUMS = ("tokens", "entropy", "kl", "k3", "clipped", "extreme", "ratio", "ratio_s
 
 @dataclass(slots=True)
 class PolicySums:
-    """Sums over contributing tokens, by token staleness; those of two batches add up to those of both.
+    """Sums over contributing tokens, by token staleness and by position relative to a resume point; those of two
+    batches add up to those of both.
 
-    loss float64[]; sums float64[S, len(SUMS)]; max_abs_diff float64[S], largest |behaviour - current log-prob|;
-    S = largest staleness allowed + 1.
+    loss float64[]; sums float64[S, R, len(SUMS)]; max_abs_diff float64[S, R], largest |behaviour - current log-prob|;
+    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS).
     """
 
     loss: torch.Tensor
@@ -102,7 +105,8 @@ class PolicySums:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return PolicySums(zeros(), zeros(stalenesses, len(SUMS)), zeros(stalenesses))
+        cells = (stalenesses, len(RESUME_POSITIONS))
+        return PolicySums(zeros(), zeros(*cells, len(SUMS)), zeros(*cells))
 
     def add(self, other: PolicySums) -> None:
         self.loss += other.loss
@@ -116,11 +120,22 @@ class PolicySums:
         torch.distributed.all_reduce(self.max_abs_diff, op=torch.distributed.ReduceOp.MAX, group=group)
 
     def __getitem__(self, name: str) -> float:
-        """The sum over every staleness."""
-        return float(self.sums[:, SUMS.index(name)].sum())
+        """The sum over all contributing tokens."""
+        return float(self.sums[..., SUMS.index(name)].sum())
 
     def by_staleness(self, name: str) -> list[float]:
-        return [float(value) for value in self.sums[:, SUMS.index(name)]]
+        return [float(value) for value in self.sums[..., SUMS.index(name)].sum(dim=1)]
+
+    def by_resume_position(self, name: str) -> list[float]:
+        """In the order of RESUME_POSITIONS."""
+        return [float(value) for value in self.sums[..., SUMS.index(name)].sum(dim=0)]
+
+    def max_by_staleness(self) -> list[float]:
+        """Of |behaviour - current log-prob|."""
+        return [float(value) for value in self.max_abs_diff.amax(dim=1)]
+
+    def max_by_resume_position(self) -> list[float]:
+        return [float(value) for value in self.max_abs_diff.amax(dim=0)]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -132,17 +147,18 @@ def policy_sums(
     entropy: torch.Tensor,
     clipped: torch.Tensor,
     staleness: torch.Tensor,
+    resume_position: torch.Tensor,
     mask: torch.Tensor,
     stalenesses: int,
 ) -> PolicySums:
-    """What one microbatch adds to the metrics. Arrays [T]; staleness int64[T] below ``stalenesses`` wherever
-    mask is set.
+    """What one microbatch adds to the metrics. Arrays [T]; wherever mask is set, staleness int64[T] is below
+    ``stalenesses`` and resume_position int64[T] is an index into RESUME_POSITIONS.
 
     kl is behaviour - current, the k1 estimate of KL(behaviour || current); k3 = e^x - 1 - x with x = current
     - behaviour is its low-variance form (Schulman, "Approximating KL divergence", 2020).
     """
     current, behaviour, entropy = current[mask].double(), behaviour[mask].double(), entropy[mask].double()
-    staleness = staleness[mask]
+    cell = staleness[mask] * len(RESUME_POSITIONS) + resume_position[mask]
     log_ratio = current - behaviour
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = torch.exp(bounded)
@@ -160,6 +176,7 @@ def policy_sums(
     ]
     result = PolicySums.zero(stalenesses, current.device)
     result.loss += loss
-    result.sums.index_add_(0, staleness, torch.stack(values, dim=1))
-    result.max_abs_diff.scatter_reduce_(0, staleness, difference, "amax")
+    # Views: what is added to them is added to the sums.
+    result.sums.view(-1, len(SUMS)).index_add_(0, cell, torch.stack(values, dim=1))
+    result.max_abs_diff.view(-1).scatter_reduce_(0, cell, difference, "amax")
     return result

@@ -46,7 +46,7 @@ def transformer_config(config: RunConfig, model: ModelConfig, device: Device) ->
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
             "moe_enable_routing_replay": True,
-            "moe_router_fusion": False,  # the fused router bypasses replay
+            "moe_router_fusion": config.trainer.router_fusion,  # it bypasses replay: the config refuses the pair
             # With every expert on this rank, "allgather" gathers nothing and saves alltoall's second sort.
             "moe_token_dispatcher_type": "allgather",
         }

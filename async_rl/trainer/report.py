@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from async_rl.metrics.summary import TokenAgreement
+from async_rl.types import RESUME_POSITIONS
 
 if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
     from async_rl.trainer.losses import PolicySums
     from async_rl.trainer.optimizer import Update
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,9 @@ class StepReport:
 
     loss: policy loss per contributing token. skipped: updates that were not made, by why: "no_tokens" (everything
     masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
-    before the update; by_staleness in versions, only those that occurred. grad_norm is before clipping. Means over
-    tokens are 0.0 where no token contributed.
+    before the update; by_staleness in versions and by_resume_position (types.RESUME_POSITIONS), only those that
+    occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``). grad_norm is
+    before clipping. Means over tokens are 0.0 where no token contributed.
     """
 
     loss: float
@@ -34,12 +38,14 @@ class StepReport:
     tokens_masked: Mapping[str, int]
     agreement: TokenAgreement
     agreement_by_staleness: Mapping[int, TokenAgreement]
+    agreement_by_resume_position: Mapping[str, TokenAgreement]
     ppo_kl_k3: float
     extreme_token_fraction: float
     clip_fraction: float
     entropy: float
     effective_sample_size_ratio: float
     router_fallback_rows: int
+    extra_positions: int
     microbatches: int
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -53,6 +59,7 @@ def step_report(
     trajectories: int,
     masked: dict[str, int],
     fallback_rows: int,
+    extra_positions: int,
     microbatches: int,
     seconds: dict[str, float],
 ) -> StepReport:
@@ -62,13 +69,7 @@ def step_report(
     def mean(name: str) -> float:
         return sums[name] / tokens if tokens else 0.0
 
-    columns = zip(
-        sums.by_staleness("tokens"),
-        sums.by_staleness("kl"),
-        sums.by_staleness("abs_diff"),
-        sums.max_abs_diff.tolist(),
-        strict=True,
-    )
+    stalenesses = range(len(sums.by_staleness("tokens")))
     squares = sums["ratio_squared"]
     reason = "" if update.applied else "non_finite" if tokens else "no_tokens"
     return StepReport(
@@ -84,19 +85,17 @@ def step_report(
             tokens=int(tokens),
             kl=mean("kl"),
             abs_mean=mean("abs_diff"),
-            abs_max=max(sums.max_abs_diff.tolist()),
+            abs_max=max(sums.max_by_staleness()),
         ),
-        agreement_by_staleness={
-            age: TokenAgreement(tokens=int(count), kl=kl / count, abs_mean=difference / count, abs_max=largest)
-            for age, (count, kl, difference, largest) in enumerate(columns)
-            if count
-        },
+        agreement_by_staleness=_split(stalenesses, sums.by_staleness, sums.max_by_staleness()),
+        agreement_by_resume_position=_split(RESUME_POSITIONS, sums.by_resume_position, sums.max_by_resume_position()),
         ppo_kl_k3=mean("k3"),
         extreme_token_fraction=mean("extreme"),
         clip_fraction=mean("clipped"),
         entropy=mean("entropy"),
         effective_sample_size_ratio=sums["ratio"] ** 2 / (tokens * squares) if squares else 0.0,
         router_fallback_rows=fallback_rows,
+        extra_positions=extra_positions,
         microbatches=microbatches,
         seconds=seconds,
     )
@@ -113,7 +112,6 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         total = sum(weights)
         return sum(value(report) * weight for report, weight in zip(reports, weights, strict=True)) / max(1, total)
 
-    ages = sorted({age for report in reports for age in report.agreement_by_staleness})
     return StepReport(
         loss=mean(lambda report: report.loss),
         grad_norm=max(report.grad_norm for report in reports),
@@ -124,19 +122,35 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         trajectories=sum(report.trajectories for report in reports),
         tokens_masked=_summed([report.tokens_masked for report in reports]),
         agreement=_merged([report.agreement for report in reports]),
-        agreement_by_staleness={
-            age: _merged([r.agreement_by_staleness[age] for r in reports if age in r.agreement_by_staleness])
-            for age in ages
-        },
+        agreement_by_staleness=_merged_split([report.agreement_by_staleness for report in reports]),
+        agreement_by_resume_position=_merged_split([report.agreement_by_resume_position for report in reports]),
         ppo_kl_k3=mean(lambda report: report.ppo_kl_k3),
         extreme_token_fraction=mean(lambda report: report.extreme_token_fraction),
         clip_fraction=mean(lambda report: report.clip_fraction),
         entropy=mean(lambda report: report.entropy),
         effective_sample_size_ratio=mean(lambda report: report.effective_sample_size_ratio),
         router_fallback_rows=sum(report.router_fallback_rows for report in reports),
+        extra_positions=sum(report.extra_positions for report in reports),
         microbatches=sum(report.microbatches for report in reports),
         seconds=_summed([report.seconds for report in reports]),
     )
+
+
+def _split(
+    keys: Iterable[Key], column: Callable[[str], list[float]], largest: list[float]
+) -> dict[Key, TokenAgreement]:
+    """One split of the sums by what ``keys`` name, those without a token left out."""
+    rows = zip(keys, column("tokens"), column("kl"), column("abs_diff"), largest, strict=True)
+    return {
+        key: TokenAgreement(tokens=int(count), kl=kl / count, abs_mean=difference / count, abs_max=biggest)
+        for key, count, kl, difference, biggest in rows
+        if count
+    }
+
+
+def _merged_split(splits: Sequence[Mapping[Key, TokenAgreement]]) -> dict[Key, TokenAgreement]:
+    keys = {key: None for split in splits for key in split}
+    return {key: _merged([split[key] for split in splits if key in split]) for key in keys}
 
 
 def _merged(parts: Sequence[TokenAgreement]) -> TokenAgreement:

@@ -22,6 +22,7 @@ from async_rl.errors import ReplayError, TrainerError
 from async_rl.model_config import check_run, read_model_config
 from async_rl.trainer import losses, packing, platform
 from async_rl.trainer.advantages import group_advantages
+from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.losses import PolicySums, policy_sums, token_logprobs
 from async_rl.trainer.packing import Microbatch, Sample
 from async_rl.trainer.report import StepReport, step_report
@@ -92,16 +93,19 @@ class Trainer:
         if self._config.trainer.router_replay == "R2":
             self.record_routing([g for g in groups if not self._is_recorded(g)])
             started = _lap(seconds, "record_routing", started)
-        samples = [sample for group in groups for sample in self._samples(group, oldest_version)]
+        trajectories = [t for group in groups for t in group.trajectories]
+        samples, extra_positions = self._samples(groups, oldest_version)
         batches = self._pack(samples)
         contributing = sum(int(sample.loss_mask.sum()) for sample in samples)
-        responses = sum(len(t.response_ids) for group in groups for t in group.trajectories)
+        sampled = sum(int(t.sampled.sum()) for t in trajectories)
         total = self._all_reduce(
             tokens=contributing,
-            stale=responses - contributing,
+            stale=sampled - contributing,
+            not_sampled=sum(len(t.response_ids) for t in trajectories) - sampled,
+            extra_positions=extra_positions,
             fallback=sum(packing.rows_without_routing(batch) for batch in batches),
             groups=len(groups),
-            trajectories=len(samples),
+            trajectories=len(trajectories),
             microbatches=len(batches),
         )
         started = _lap(seconds, "prepare", started)
@@ -119,9 +123,8 @@ class Trainer:
             started = _lap(seconds, "optimizer", started)
             sums.all_reduce(self._group)
         self._steps += 1
-        for group in groups:
-            for trajectory in group.trajectories:
-                self._recorded.pop(trajectory.trajectory_id, None)
+        for trajectory in trajectories:
+            self._recorded.pop(trajectory.trajectory_id, None)
         _lap(seconds, "metrics", started)
         return step_report(
             sums,
@@ -129,7 +132,8 @@ class Trainer:
             version=version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked={"stale": int(total["stale"])},
+            masked={"stale": int(total["stale"]), "not_sampled": int(total["not_sampled"])},
+            extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
             seconds=seconds,
@@ -151,7 +155,7 @@ class Trainer:
             summed = -torch.where(tensors["loss_mask"], logprobs, 0.0).sum()
             return summed / tokens, float(summed.detach())
 
-        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch)
+        batches = self._pack(samples, replay=False)
         parts = self._executor.forward_backward(batches, loss)
         self._optimizer.step()
         return self._all_reduce(loss=sum(parts))["loss"] / tokens
@@ -164,13 +168,8 @@ class Trainer:
         from before the first.
         """
         trajectories = [t for group in groups for t in group.trajectories]
-        samples = [_plain_sample(t.trajectory_id, np.concatenate([t.prompt_ids, t.response_ids])) for t in trajectories]
-        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch)
-        for batch, recorded in zip(batches, self._executor.record_routing(batches), strict=True):
-            # {MoE layer: [T, K]} -> [T, L, K]
-            rows = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1).int().cpu().numpy()
-            for index, part in zip(batch.samples, np.split(rows, batch.cu_seqlens[1:-1]), strict=True):
-                self._recorded[trajectories[index].trajectory_id] = part
+        routing = self.native_routing([np.concatenate([t.prompt_ids, t.response_ids]) for t in trajectories])
+        self._recorded.update(zip((t.trajectory_id for t in trajectories), routing, strict=True))
 
     # ---- asking the model ----
 
@@ -185,18 +184,38 @@ class Trainer:
         routing: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
         are without it.
         """
-        samples = [
-            self._with_routing(_plain_sample(f"sequence {index}", ids), None if routing is None else routing[index])
-            for index, ids in enumerate(sequences)
-        ]
-        row_shape = None if routing is None else self._row_shape
-        batches = packing.pack(samples, self._config.trainer.tokens_per_microbatch, row_shape)
+        batches = self._probe_batches(sequences, routing)
 
         def collect(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
             values, _entropy = token_logprobs(logits, tensors["labels"], temperature)
             return values.sum(), values.cpu().numpy()
 
-        return packing.unpack(self._executor.forward(batches, collect), batches, len(samples))
+        return packing.unpack(self._executor.forward(batches, collect), batches, len(sequences))
+
+    def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
+        """The experts that the routers choose now: int32[N-1, L, K] of each sequence int32[N]."""
+        batches = self._probe_batches(sequences, None)
+        result = [np.zeros((0, 0, 0), dtype=np.int32)] * len(sequences)
+        for batch, recorded in zip(batches, self._executor.record_routing(batches), strict=True):
+            # {MoE layer: [T, K]} -> [T, L, K]
+            rows = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1).int().cpu().numpy()
+            for index, part in zip(batch.samples, packing.split(rows, batch), strict=True):
+                result[index] = part
+        return result
+
+    def fingerprints(
+        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None = None
+    ) -> list[Float32Array]:
+        """Of the residual stream, float32[layers + 1, N-1, WIDTH] of each sequence as in ``weights.fingerprint``;
+        routing as in ``logprobs``."""
+        batches = self._probe_batches(sequences, routing)
+        with FingerprintHooks(self._model.module) as hooks:
+
+            def collect(_: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
+                return logits.new_zeros(()), hooks.take()
+
+            rows = packing.unpack(self._executor.forward(batches, collect), batches, len(sequences))
+        return [part.swapaxes(0, 1) for part in rows]
 
     def weight_source(self) -> WeightSource:
         """The live weights under Hugging Face names, for a push. The first call imports part of vLLM (seconds)."""
@@ -244,6 +263,7 @@ class Trainer:
                 entropy=entropy,
                 clipped=clipped,
                 staleness=version - tensors["versions"].long(),
+                resume_position=tensors["resume_position"].long(),
                 mask=mask,
                 stalenesses=stalenesses,
             )
@@ -255,40 +275,63 @@ class Trainer:
 
     @property
     def _verifying(self) -> bool:
-        return self._steps < self._config.trainer.verify_replay_steps and self._row_shape is not None
+        return self._steps < self._config.trainer.verify_replay_steps and self._model_config.routing is not None
 
-    @property
-    def _row_shape(self) -> tuple[int, int] | None:
-        spec = self._model_config.routing
-        return None if spec is None else (spec.num_moe_layers, spec.top_k)
-
-    def _samples(self, group: Group, oldest_version: int) -> list[Sample]:
-        advantages = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
+    def _samples(self, groups: Sequence[Group], oldest_version: int) -> tuple[list[Sample], int]:
+        """What the groups are trained on, with the routing to replay; and positions of it that repeat a prefix."""
         mode = self._config.trainer.router_replay
-        samples = []
-        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
-            sample = packing.sample_of(trajectory, advantage=advantage, oldest_version=oldest_version)
-            if mode == "R3":
-                sample = self._with_routing(sample, trajectory.routed_experts)
-            elif mode == "R2":
-                sample = self._with_routing(sample, self._recorded[trajectory.trajectory_id])
-            samples.append(sample)
-        return samples
+        exact = self._config.async_training.partial_rollout.routing == "exact"
+        samples: list[Sample] = []
+        repeated = 0
+        for group in groups:
+            advantages = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
+            for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
+                views = packing.samples_of(
+                    trajectory, advantage=advantage, oldest_version=oldest_version, per_segment=exact
+                )
+                if mode == "R2":
+                    views = [view.with_routing(self._recorded[trajectory.trajectory_id]) for view in views]
+                if mode != "off":
+                    for view in views:
+                        self._check_routing(view)
+                samples += views
+                # The last view is the whole sequence, the others are prefixes of it.
+                repeated += sum(view.positions for view in views[:-1])
+        return samples, repeated
 
-    def _with_routing(self, sample: Sample, routing: ExpertIds | Int32Array | None) -> Sample:
-        if routing is None:
-            return sample
+    def _check_routing(self, sample: Sample) -> None:
+        """Raise ReplayError unless the sample has no routing, or such as this model can execute."""
         from async_rl.trainer.replay import check_rows
 
+        if sample.routing is None:
+            return
         spec = self._model_config.routing
         if spec is None:
             raise ReplayError(f"{sample.name}: has routing, but {self._config.model.path} has no MoE layer")
-        check_rows(sample.name, routing, rows=sample.positions, spec=spec)
-        return sample.with_routing(routing.astype(np.int32))
+        check_rows(sample.name, sample.routing, rows=sample.positions, spec=spec)
 
-    def _pack(self, samples: Sequence[Sample]) -> list[Microbatch]:
-        replaying = self._config.trainer.router_replay != "off"
-        return packing.pack(samples, self._config.trainer.tokens_per_microbatch, self._row_shape if replaying else None)
+    def _pack(self, samples: Sequence[Sample], *, replay: bool | None = None) -> list[Microbatch]:
+        """``replay``: carry the samples' routing; by default as trainer.router_replay says."""
+        if replay is None:
+            replay = self._config.trainer.router_replay != "off"
+        settings = self._config.trainer
+        return packing.pack(
+            samples,
+            settings.tokens_per_microbatch,
+            self._model_config.routing if replay else None,
+            settings.microbatch_multiple,
+        )
+
+    def _probe_batches(
+        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None
+    ) -> list[Microbatch]:
+        """Plain sequences, with ``routing`` to replay where given."""
+        samples = [_plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
+        if routing is not None:
+            samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
+            for sample in samples:
+                self._check_routing(sample)
+        return self._pack(samples, replay=routing is not None)
 
     def _is_recorded(self, group: Group) -> bool:
         return all(t.trajectory_id in self._recorded for t in group.trajectories)
@@ -313,6 +356,7 @@ def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None
         logprobs=np.zeros(positions, dtype=np.float32),
         versions=np.zeros(positions, dtype=np.int32),
         advantages=np.zeros(positions, dtype=np.float32),
+        resume_position=np.zeros(positions, dtype=np.int8),
     )
 
 

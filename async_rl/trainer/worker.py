@@ -76,6 +76,14 @@ class TrainerWorker:
         """Log-probs of tokens 1..N-1 of each sequence, with ``routing`` replayed where given; for the canary."""
         return self._trainer.logprobs(sequences, routing)
 
+    def fingerprints(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
+        """Of the residual stream, layer by layer, with ``routing`` replayed where given."""
+        return self._trainer.fingerprints(sequences, routing)
+
+    def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
+        """The experts that the trainer's own router chooses, [N-1, L, K] of each sequence."""
+        return self._trainer.native_routing(sequences)
+
     def save(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint folder. Called on every rank at once; rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)

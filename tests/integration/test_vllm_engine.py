@@ -194,8 +194,9 @@ async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48):
     for cut in [*cuts, None]:
         if partial.finished:
             break
-        tokens, budget = partial.next_request()
-        call = asyncio.create_task(engine.generate(f"{partial.trajectory_id}/{cut}", tokens, GREEDY, budget))
+        tokens, budget, first_row = partial.next_request()
+        request = f"{partial.trajectory_id}/{cut}"
+        call = asyncio.create_task(engine.generate(request, tokens, GREEDY, budget, first_row))
         if cut is not None:
             await until_sampled(engine, cut, or_done=call)
             await engine.pause("abort")

@@ -213,6 +213,43 @@ def test_yaml_reads_numbers_and_words_as_people_mean_them(tmp_path):
     assert config.trainer.optimizer.weight_decay == 0.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"rollout": {"return_routed_experts": False}}, "R3, which replays the engine's routing, but"),
+        ({"trainer": {"router_fusion": True}}, "the fused router ignores"),
+        ({"trainer": {"router_fusion": True, "router_replay": "R2"}}, "router_replay is R2, but"),
+        (
+            {"trainer": {"router_replay": "R2"}, "async_training": {"partial_rollout": {"routing": "exact"}}},
+            "routing is exact, but trainer.router_replay is R2",
+        ),
+        (
+            {"async_training": {"partial_rollout": {"routing": "exact", "mode": "in_flight"}}},
+            "routing is exact, but its mode is in_flight",
+        ),
+    ],
+)
+def test_replay_that_would_do_nothing_is_refused(settings, part):
+    with pytest.raises(ConfigError) as caught:
+        validate(tree(**settings))
+    assert part in str(caught.value)
+    assert "set " in str(caught.value), "the message says what to change"
+
+
+def test_replay_settings_that_make_sense_are_not_refused():
+    off = {"router_replay": "off", "router_fusion": True}
+    validate(tree(trainer=off, rollout={"return_routed_experts": False}))
+    validate(tree(trainer={"router_replay": "R2"}, rollout={"return_routed_experts": False}))
+    validate(tree(async_training={"partial_rollout": {"routing": "exact", "mode": "drain"}}))
+
+
+def test_the_engine_has_the_trainers_dtype_unless_told_otherwise():
+    assert validate(tree()).engine_dtype == "bfloat16"
+    assert validate(tree(model={"path": "m", "dtype": "float32"})).engine_dtype == "float32"
+    mixed = validate(tree(model={"path": "m", "dtype": "float32"}, rollout={"dtype": "bfloat16"}))
+    assert (mixed.engine_dtype, mixed.model.dtype) == ("bfloat16", "float32")
+
+
 def test_resolved_tree_reloads_to_itself(tmp_path):
     config = validate(
         tree(

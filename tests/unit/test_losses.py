@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from async_rl.trainer.losses import PolicySums, clipped_policy_loss, policy_sums, token_logprobs
+from async_rl.types import RESUME_POSITIONS
 
 T, V = 40, 11
 
@@ -86,7 +87,9 @@ def test_masked_positions_may_hold_anything():
     assert torch.isfinite(current.grad).all()
 
 
-def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4):
+def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resume_position=None):
+    if resume_position is None:
+        resume_position = np.arange(len(mask)) % len(RESUME_POSITIONS)
     tensors = [torch.from_numpy(a) for a in (current, behaviour, advantages, mask)]
     loss, clipped = clipped_policy_loss(*tensors, clip_low=0.2, clip_high=0.2)
     return policy_sums(
@@ -96,6 +99,7 @@ def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4):
         entropy=torch.ones(len(mask)),
         clipped=clipped,
         staleness=torch.from_numpy(staleness),
+        resume_position=torch.from_numpy(resume_position),
         mask=tensors[3],
         stalenesses=stalenesses,
     )
@@ -119,7 +123,12 @@ def test_metric_sums_match_numpy():
     assert sums.by_staleness("kl") == pytest.approx(np.bincount(s, weights=-x, minlength=4))
     assert sums.by_staleness("abs_diff") == pytest.approx(np.bincount(s, weights=np.abs(x), minlength=4))
     largest = [np.abs(x[s == age]).max(initial=0.0) for age in range(4)]
-    assert sums.max_abs_diff.tolist() == pytest.approx(largest)
+    assert sums.max_by_staleness() == pytest.approx(largest)
+    position = (np.arange(T) % len(RESUME_POSITIONS))[mask]
+    assert sums.by_resume_position("tokens") == np.bincount(position, minlength=4).tolist()
+    assert sums.by_resume_position("kl") == pytest.approx(np.bincount(position, weights=-x, minlength=4))
+    largest = [np.abs(x[position == p]).max(initial=0.0) for p in range(4)]
+    assert sums.max_by_resume_position() == pytest.approx(largest)
 
 
 def test_sums_of_two_halves_add_up_to_the_whole():
@@ -127,8 +136,10 @@ def test_sums_of_two_halves_add_up_to_the_whole():
     staleness = np.random.default_rng(1).integers(0, 4, T)
     whole = sums_of(current, behaviour, advantages, mask, staleness)
     total = PolicySums.zero(4)
+    position = np.arange(T) % len(RESUME_POSITIONS)
     for part in (slice(0, 13), slice(13, T)):
-        total.add(sums_of(current[part], behaviour[part], advantages[part], mask[part], staleness[part]))
+        arguments = [array[part] for array in (current, behaviour, advantages, mask, staleness)]
+        total.add(sums_of(*arguments, resume_position=position[part]))
     for name in ("loss", "sums", "max_abs_diff"):
         torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
 

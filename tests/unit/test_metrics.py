@@ -193,6 +193,8 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
     assert samples['async_rl_extreme_token_fraction{tau="2"}'] == 0.01
     assert samples['async_rl_tokens_masked_total{reason="stale"}'] == 4
     assert samples["async_rl_trained_tokens_total"] == 100
+    assert samples['async_rl_ppo_kl_by_resume_position{position="before"}'] == 0.011
+    assert samples['async_rl_rollout_logprob_abs_diff_max_by_resume_position{position="before"}'] == 0.3
     assert samples["async_rl_partial_rollouts_total"] == 2
     assert samples["async_rl_segments_per_trajectory_count"] == 4
     assert samples['async_rl_sync_seconds_sum{phase="pause"}'] == 0.1

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing padded, labels and routing rows aligned."""
+"""Packing: nothing lost, nothing padded unless asked, labels and routing rows aligned."""
 
 from itertools import pairwise
 
@@ -10,9 +10,11 @@ from async_rl.trainer.packing import (
     Sample,
     pack,
     plan,
+    resume_positions,
     rows_without_routing,
-    sample_of,
+    samples_of,
     split_over_ranks,
+    spread_rows,
     unpack,
 )
 from async_rl.types import RoutingSpec, Segment, Trajectory
@@ -45,13 +47,14 @@ def sample(n, seed=0, routing=None):
         logprobs=rng.random(n - 1).astype(np.float32),
         versions=rng.integers(0, 5, n - 1).astype(np.int32),
         advantages=rng.random(n - 1).astype(np.float32),
+        resume_position=rng.integers(0, 4, n - 1).astype(np.int8),
         routing=routing,
     )
 
 
 def test_invariant_1_alignment_positions_predict_response_tokens_and_match_routing_rows():
     one = trajectory(prompt=3, response=5)
-    packed = sample_of(one, advantage=2.0, oldest_version=0)
+    (packed,) = samples_of(one, advantage=2.0, oldest_version=0)
     assert packed.positions == len(one.routed_experts) == 3 + 5 - 1
     labels = packed.token_ids[1:]
     assert labels[packed.loss_mask].tolist() == one.response_ids.tolist()
@@ -63,9 +66,65 @@ def test_invariant_1_alignment_positions_predict_response_tokens_and_match_routi
 @pytest.mark.parametrize(("oldest", "kept"), [(0, 5), (3, 5), (4, 3), (5, 1), (6, 0)])
 def test_invariant_4_staleness_bound_masks_tokens_sampled_before_the_oldest_version(oldest, kept):
     one = trajectory(response=5, versions=[3, 3, 4, 4, 5])
-    packed = sample_of(one, advantage=1.0, oldest_version=oldest)
-    assert packed.loss_mask.sum() == kept
-    assert (packed.versions[packed.loss_mask] >= oldest).all()
+    samples = samples_of(one, advantage=1.0, oldest_version=oldest)
+    assert len(samples) == (kept > 0), "nothing to train is not computed either"
+    for packed in samples:
+        assert packed.loss_mask.sum() == kept
+        assert (packed.versions[packed.loss_mask] >= oldest).all()
+
+
+def multi_turn():
+    """Segments [0, 2) of version 3, [2, 4) of 4 and [6, 8) of 4, and the environment's text from 4 to 6."""
+    rng = np.random.default_rng(0)
+    rows = {stop: rng.integers(0, 4, (3 + stop - 1, 2, 1)).astype(np.uint8) for stop in (2, 4, 8)}
+    nothing = np.nan
+    return Trajectory(
+        trajectory_id="m",
+        prompt_ids=np.array([40, 41, 42], np.int32),
+        response_ids=np.arange(8, dtype=np.int32),
+        logprobs=np.array([-1, -2, -3, -4, nothing, nothing, -7, -8], np.float32),
+        versions=np.array([3, 3, 4, 4, -1, -1, 4, 4], np.int32),
+        segments=(Segment(0, 2, 3, rows[2]), Segment(2, 4, 4, rows[4]), Segment(6, 8, 4)),
+        reward=1.0,
+        finish_reason="stop",
+        routed_experts=rows[8],
+        routing=RoutingSpec(2, 1, 4),
+    ), rows
+
+
+def test_text_that_was_not_sampled_has_no_loss():
+    one, _ = multi_turn()
+    (packed,) = samples_of(one, advantage=1.0, oldest_version=0)
+    assert packed.token_ids[1:][packed.loss_mask].tolist() == [0, 1, 2, 3, 6, 7]
+    assert np.isfinite(packed.logprobs[packed.loss_mask]).all()
+
+
+@pytest.mark.parametrize(("oldest", "segments"), [(0, 3), (4, 2)])
+def test_exact_trains_each_segment_in_the_context_it_was_sampled_in(oldest, segments):
+    one, rows = multi_turn()
+    views = samples_of(one, advantage=1.0, oldest_version=oldest, per_segment=True)
+    assert len(views) == segments
+    for view, segment in zip(views, one.segments[-segments:], strict=True):
+        assert view.token_ids.tolist() == [40, 41, 42, *range(segment.stop)]
+        np.testing.assert_array_equal(view.routing, rows[segment.stop])
+        assert view.token_ids[1:][view.loss_mask].tolist() == list(range(segment.start, segment.stop))
+        assert view.logprobs[view.loss_mask].tolist() == one.logprobs[segment.start : segment.stop].tolist()
+
+
+@pytest.mark.parametrize("versions", [[7] * 6, [7, 7, 8, 8, 9, 9], [7, 8, 9, 9, 9, 9]])
+def test_views_of_all_segments_train_each_token_once(versions):
+    one = trajectory(response=6, versions=versions)
+    views = samples_of(one, advantage=1.0, oldest_version=0, per_segment=True)
+    trained = np.concatenate([view.token_ids[1:][view.loss_mask] for view in views])
+    assert trained.tolist() == one.response_ids.tolist()
+
+
+def test_resume_positions_are_relative_to_the_last_resume_point():
+    assert resume_positions(trajectory(response=3)).tolist() == [0, 0, 0]
+    assert resume_positions(trajectory(response=5, versions=[1, 2, 2, 3, 3])).tolist() == [1, 1, 1, 2, 3]
+    # A new turn is not a resumption: the environment's text lies between.
+    one, _ = multi_turn()
+    assert resume_positions(one).tolist() == [1, 1, 2, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,23 +157,54 @@ def test_pack_lays_sequences_back_to_back_without_padding():
         assert batch.token_ids[start:stop].tolist() == original.token_ids[:-1].tolist()
         assert batch.labels[start:stop].tolist() == original.token_ids[1:].tolist()
         assert batch.position_ids[start:stop].tolist() == list(range(stop - start))
-        for name in ("loss_mask", "logprobs", "versions", "advantages"):
+        for name in ("loss_mask", "logprobs", "versions", "advantages", "resume_position"):
             assert getattr(batch, name)[start:stop].tolist() == getattr(original, name).tolist()
     assert batch.routing is None
 
 
 def test_a_sample_without_routing_gets_rows_for_the_native_router_and_is_counted():
     routed = sample(5, routing=np.arange(16).reshape(4, 2, 2).astype(np.int32))
-    (batch,) = pack([routed, sample(4)], budget=100, row_shape=(2, 2))
+    (batch,) = pack([routed, sample(4)], budget=100, routing=RoutingSpec(2, 2, 16))
     assert batch.routing.shape == (7, 2, 2)
     assert batch.routing[:4].tolist() == routed.routing.tolist()
     assert (batch.routing[4:] == NO_ROUTING).all()
     assert rows_without_routing(batch) == 3
 
 
-def test_unpack_inverts_pack():
+@pytest.mark.parametrize("multiple", [1, 4, 7, 16])
+def test_padding_is_a_sequence_of_its_own_that_belongs_to_no_sample(multiple):
+    spec = RoutingSpec(2, 2, 16)
+    samples = [sample(n) for n in (4, 9, 2, 6)]
+    plain, padded = (pack(samples, 12, spec, m) for m in (1, multiple))
+    for a, b in zip(plain, padded, strict=True):
+        assert len(b) % multiple == 0
+        assert len(b) - len(a) < multiple
+        assert a.samples == b.samples
+        assert b.cu_seqlens[-1] == len(b)
+        for name in ("token_ids", "labels", "loss_mask", "logprobs", "position_ids", "routing"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[: len(a)])
+        assert not b.loss_mask[len(a) :].any()
+        np.testing.assert_array_equal(b.routing[len(a) :], spread_rows(len(b) - len(a), spec))
+
+
+@pytest.mark.parametrize(
+    "spec", [RoutingSpec(3, 2, 8), RoutingSpec(2, 4, 6), RoutingSpec(1, 1, 5), RoutingSpec(2, 3, 3)]
+)
+def test_padding_rows_name_distinct_experts_and_spread_over_all(spec):
+    rows = spread_rows(spec.num_experts * 5, spec)
+    ordered = np.sort(rows, axis=-1)
+    assert (ordered[..., 1:] != ordered[..., :-1]).all()
+    for layer in range(spec.num_moe_layers):
+        assert (
+            np.bincount(rows[:, layer].ravel(), minlength=spec.num_experts).tolist()
+            == [5 * spec.top_k] * spec.num_experts
+        )
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_unpack_inverts_pack(multiple):
     samples = [sample(n) for n in (4, 1, 9, 2, 6)]
-    batches = pack(samples, budget=9)
+    batches = pack(samples, 9, multiple=multiple)
     values = unpack([batch.logprobs for batch in batches], batches, len(samples))
     assert [v.tolist() for v in values] == [s.logprobs.tolist() for s in samples]
 

@@ -63,7 +63,8 @@ def run(response, cuts, reason):
     for version, cut in enumerate([*cuts, len(response)]):
         if partial.finished:
             break
-        sent, budget = partial.next_request()
+        sent, budget, first_row = partial.next_request()
+        assert first_row == 0
         assert budget == partial.max_response_tokens - len(partial.response_ids)
         np.testing.assert_array_equal(sent, [*PROMPT, *response[: len(partial.response_ids)]])
         new = cut - len(partial.response_ids)
@@ -159,6 +160,47 @@ def test_any_of_several_stop_tokens_ends_a_response():
     assert begin(eos=None).absorb(call(PROMPT, [EOS], 1, [0])).finish_reason is None
 
 
+def test_an_answer_between_two_turns_has_no_logprob_no_version_and_its_routing_from_the_next_call():
+    first = begin().absorb(call(PROMPT, [3, EOS], 2, [4, 4], finish="stop"))
+    asked = first.go_on(np.array([30, 31, 32], dtype=np.int32))
+    assert not asked.finished
+    sent, budget, _ = asked.next_request()
+    np.testing.assert_array_equal(sent, [*PROMPT, 3, EOS, 30, 31, 32])
+    assert budget == 20 - 5
+    response = [3, EOS, 30, 31, 32, 8, EOS]
+    trajectory = asked.absorb(call(sent, response, 7, [5, 5], finish="stop")).to_trajectory(1.0)
+    assert trajectory.response_ids.tolist() == response
+    assert trajectory.sampled.tolist() == [True, True, False, False, False, True, True]
+    assert np.isnan(trajectory.logprobs[2:5]).all()
+    assert trajectory.versions.tolist() == [4, 4, -1, -1, -1, 5, 5]
+    assert [(s.start, s.stop, s.version) for s in trajectory.segments] == [(0, 2, 4), (5, 7, 5)]
+    assert not trajectory.is_partial, "a new turn is not an interruption"
+    assert trajectory.routed_experts.shape == (len(PROMPT) + 7 - 1, 3, 2)
+
+
+def test_an_answer_that_leaves_no_room_ends_the_response():
+    first = begin(limit=5).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
+    assert first.go_on(np.array([30, 31], dtype=np.int32)).next_request().max_tokens == 1
+    ended = first.go_on(np.array([30, 31, 32], dtype=np.int32))
+    assert ended.finish_reason == "length"
+    assert ended.to_trajectory(0.0).response_ids.tolist() == [3, EOS]
+
+
+def test_only_a_turn_that_stopped_can_be_answered_and_only_with_tokens():
+    answer = np.array([30], dtype=np.int32)
+    for state in (begin(), begin(limit=2).absorb(call(PROMPT, [3, 4], 2, [0, 0]))):
+        with pytest.raises(InvalidTrajectory, match="takes no answer"):
+            state.go_on(answer)
+    stopped = begin().absorb(call(PROMPT, [EOS], 1, [0], finish="stop"))
+    with pytest.raises(InvalidTrajectory, match="answered without a token"):
+        stopped.go_on(answer[:0])
+
+
+def test_routing_for_a_dense_model_is_refused():
+    with pytest.raises(InvalidTrajectory, match="returned routing, and the model has no MoE layer"):
+        begin(routing=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
+
+
 def test_a_dense_model_has_no_routing():
     partial = begin(routing=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], routing=False, finish="stop"))
     trajectory = partial.to_trajectory(1.0)
@@ -168,7 +210,7 @@ def test_a_dense_model_has_no_routing():
 
 def test_concatenated_routing_is_refused():
     first = begin().absorb(call(PROMPT, [3, 4, 5], 2, [0, 0]))
-    sent, _ = first.next_request()
+    sent, _, _ = first.next_request()
     output = call(sent, [3, 4, 5], 3, [1])
     doubled = EngineOutput(
         output.token_ids,

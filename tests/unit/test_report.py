@@ -19,12 +19,14 @@ def report(tokens: int, kl: float, **changes) -> StepReport:
         "tokens_masked": {"stale": 1},
         "agreement": agreement,
         "agreement_by_staleness": {0: agreement},
+        "agreement_by_resume_position": {"first": agreement},
         "ppo_kl_k3": kl,
         "extreme_token_fraction": 0.0,
         "clip_fraction": 0.5,
         "entropy": 1.0,
         "effective_sample_size_ratio": 1.0,
         "router_fallback_rows": 2,
+        "extra_positions": 7,
         "microbatches": 1,
         "seconds": {"forward_backward": 1.5},
     }
@@ -47,6 +49,8 @@ def test_means_are_weighted_by_tokens_and_counts_are_summed():
     assert merged.skipped == {"non_finite": 1}
     assert merged.tokens_masked == {"stale": 2}
     assert (merged.groups, merged.trajectories, merged.router_fallback_rows) == (8, 64, 4)
+    assert merged.extra_positions == 14
+    assert merged.agreement_by_resume_position == {"first": merged.agreement}
     assert merged.seconds == {"forward_backward": 3.0}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from async_rl.config import validate
-from async_rl.errors import EngineError, RewardError
+from async_rl.errors import EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
 from async_rl.rollout.engine import EngineOutput
 from async_rl.rollout.worker import RolloutWorker
@@ -38,11 +38,12 @@ class ScriptedEngine:
         self.sampled = 0
         self.dead = False
 
-    async def generate(self, request_id, token_ids, sampling, max_tokens) -> EngineOutput:
+    async def generate(self, request_id, token_ids, sampling, max_tokens, first_row=0) -> EngineOutput:
         prompt = 3
         done = len(token_ids) - prompt
         self.requests.append((request_id, len(token_ids), max_tokens))
         tokens, versions, reason = [], [], "length"
+        last = self.last_position(token_ids[prompt:])
         await self.running.wait()
         while len(tokens) < max_tokens:
             await asyncio.sleep(0)
@@ -51,7 +52,7 @@ class ScriptedEngine:
                 break
             await self.running.wait()
             position = done + len(tokens)
-            tokens.append(EOS if position == self.length - 1 else position + 1)
+            tokens.append(EOS if position == last else position + 1)
             versions.append(self.version)
             self.sampled += 1
             if tokens[-1] == EOS:
@@ -63,9 +64,13 @@ class ScriptedEngine:
             token_ids=np.array(tokens, dtype=np.int32),
             logprobs=np.full(len(tokens), -0.5 - self.version, dtype=np.float32),
             versions=np.array(versions, dtype=np.int32),
-            routed_experts=np.broadcast_to(row, (rows, 2, 2)).copy() if tokens else None,
+            routed_experts=np.broadcast_to(row, (rows - first_row, 2, 2)).copy() if tokens else None,
             finish_reason=reason,
         )
+
+    def last_position(self, response) -> int:
+        """Where the response, of which these tokens are there, ends."""
+        return self.length - 1
 
     def check_alive(self) -> None:
         if self.dead:
@@ -123,7 +128,7 @@ class Digits:
         """Nothing to close."""
 
 
-def worker(engine, queue, mode="resume", **settings):
+def worker(engine, queue, mode="resume", environment=None, **settings):
     tree = {
         "model": {"path": "model"},
         "data": {"train": "train.jsonl"},
@@ -132,7 +137,7 @@ def worker(engine, queue, mode="resume", **settings):
         **settings,
     }
     digits = Digits()
-    return RolloutWorker(validate(tree), 0, queue, engine, digits, digits), digits
+    return RolloutWorker(validate(tree), 0, queue, engine, digits, digits, environment), digits
 
 
 async def push(worker, engine) -> None:
@@ -195,6 +200,75 @@ async def test_drain_finishes_what_runs_before_the_push():
     await run
     assert all(not t.is_partial for group in queue.groups for t in group.trajectories)
     assert all(t.oldest_version == 0 for group in queue.groups for t in group.trajectories)
+
+
+class Answers:
+    """An environment that answers each turn with two tokens, until ``turns`` have been answered."""
+
+    error: Exception | None = None
+
+    def __init__(self, turns: int) -> None:
+        self.turns, self.heard = turns, []
+
+    async def answer(self, prompt, turns):
+        if self.error is not None:
+            raise self.error
+        self.heard.append([turn.tolist() for turn in turns])
+        return np.array([90, 91], dtype=np.int32) if len(turns) // 2 < self.turns else None
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class TurnEngine(ScriptedEngine):
+    """Ends each turn after four tokens, whatever was said before."""
+
+    def last_position(self, response):
+        answered = [i for i, token in enumerate(response) if token == 91]
+        return (answered[-1] + 1 if answered else 0) + 3
+
+
+@pytest.mark.parametrize(("routing", "cuts"), [("replace", 0), ("replace", 3), ("preserve", 3), ("exact", 3)])
+async def test_an_environment_answers_each_turn_and_interruptions_do_not_matter(routing, cuts):
+    engine, queue, environment = TurnEngine(), ListQueue(2), Answers(turns=2)
+    partial = {"partial_rollout": {"routing": routing}}
+    subject, _ = worker(engine, queue, environment=environment, async_training=partial)
+    run = asyncio.create_task(subject.run())
+    for _ in range(cuts):
+        await sampled(engine, 10)
+        await push(subject, engine)
+    await run
+    for trajectory in (t for group in queue.groups for t in group.trajectories):
+        sampled_ids = trajectory.response_ids[trajectory.sampled].tolist()
+        assert trajectory.response_ids[~trajectory.sampled].tolist() == [90, 91] * 2
+        assert sampled_ids.count(EOS) == 3
+        assert len(trajectory.response_ids) == 3 * 4 + 2 * 2
+        assert np.isnan(trajectory.logprobs[~trajectory.sampled]).all()
+    assert [len(turns) for turns in environment.heard].count(5) == 4, "the third turn of each of four responses"
+
+
+async def test_the_last_turn_is_not_answered():
+    engine, queue, environment = TurnEngine(), ListQueue(1), Answers(turns=100)
+    limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 400, "environment": {"max_turns": 3}}
+    subject, _ = worker(engine, queue, environment=environment, rollout=limits)
+    await subject.run()
+    for trajectory in queue.groups[0].trajectories:
+        assert (trajectory.response_ids == EOS).sum() == 3
+        assert trajectory.response_ids[-1] == EOS
+
+
+async def test_environment_failure_ends_the_run_or_the_group_as_configured():
+    for on_error in ("fail", "skip"):
+        engine, queue, environment = TurnEngine(), ListQueue(2), Answers(turns=1)
+        environment.error = EnvironmentFailure("environment f: prompt 0-1: raised KeyError")
+        limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40, "environment": {"on_error": on_error}}
+        subject, _ = worker(engine, queue, environment=environment, rollout=limits)
+        if on_error == "fail":
+            with pytest.raises(EnvironmentFailure, match="raised KeyError"):
+                await subject.run()
+        else:
+            await subject.run()
+            assert sorted(queue.failed) == [("0-0.0", "environment"), ("0-1.0", "environment")]
 
 
 async def test_nothing_is_begun_while_paused():

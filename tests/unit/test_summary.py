@@ -22,9 +22,10 @@ KEYS = {
     "tokens_masked": None,
     "groups": {"issued", "trained", "outstanding", "returned", "failed", "dropped"},
     "on_policy_logprob_abs_diff": {"mean", "max"},
+    "logprob_abs_diff_by_resume_position": {"uninterrupted", "before", "first", "after"},
     "ppo_kl": {"mean", "max_abs"},
     "sync": {"count", "seconds_mean", "seconds_max", "canary_max"},
-    "tokens": {"generated", "trained", "resumed_prefill"},
+    "tokens": {"generated", "trained", "resumed_prefill", "exact_extra"},
     "busy": {"rollout_s", "trainer_s"},
     "overlap_efficiency": None,
     "exit_reason": None,
@@ -80,7 +81,7 @@ def test_totals_go_through():
     assert result["busy"] == {"rollout_s": 9.0, "trainer_s": 6.0}
     assert result["overlap_efficiency"] == 0.9
     assert (result["wall_s"], result["setup_s"]) == (10.0, 3.0)
-    assert result["tokens"] == {"generated": 500, "trained": 0, "resumed_prefill": 70}
+    assert result["tokens"] == {"generated": 500, "trained": 0, "resumed_prefill": 70, "exact_extra": 0}
 
 
 def test_invariant_5_conservation_of_the_counts():
@@ -129,10 +130,21 @@ def test_on_policy_figures_leave_stale_tokens_out():
     assert found == pytest.approx({"mean": 1e-7, "max": 2e-6}, rel=1e-9, abs=0)
 
 
+def test_differences_by_resume_position_and_extra_tokens_add_up_over_steps():
+    summary = Summary()
+    summary.add_step(step_record(exact_extra_tokens=5))
+    later = TokenAgreement(tokens=10, kl=0.0, abs_mean=0.05, abs_max=0.2)
+    summary.add_step(step_record(exact_extra_tokens=6, agreement_by_resume_position={"before": later}))
+    result = summary.result(TOTALS, "finished")
+    before = result["logprob_abs_diff_by_resume_position"]["before"]
+    assert before == pytest.approx({"tokens": 40, "mean": (30 * 0.03 + 10 * 0.05) / 40, "max": 0.3})
+    assert result["tokens"]["exact_extra"] == 11
+
+
 def test_trajectories_partial_and_segments():
     summary = Summary()
-    summary.add_step(step_record(segments=(1, 2)))
-    summary.add_step(step_record(segments=(1, 1, 4)))
+    summary.add_step(step_record(segments=(1, 2), interruptions=(0, 1)))
+    summary.add_step(step_record(segments=(1, 2, 4), interruptions=(0, 0, 3)))
     assert summary.result(TOTALS, "finished")["trajectories"] == {"total": 5, "partial": 2, "max_segments": 4}
 
 
@@ -163,6 +175,10 @@ def test_rows_use_the_names_of_the_metrics():
     assert (row["trajectories"], row["partial_rollouts"], row["max_segments"]) == (4, 2, 3)
     own = {"step", "elapsed_s", "groups", "max_segments", "response_tokens_mean", "response_tokens_max"}
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
+    own |= {f"rollout_logprob_abs_diff_{kind}_by_staleness" for kind in ("mean", "max")}
+    assert row["rollout_logprob_abs_diff_max_by_staleness"] == {"0": 2e-6, "2": 0.3}
+    assert row["ppo_kl_by_resume_position"] == {"uninterrupted": 1e-3, "before": 0.011}
+    assert row["rollout_logprob_abs_diff_max_by_resume_position"] == {"uninterrupted": 0.01, "before": 0.3}
     assert [key for key in row if key not in METRICS and f"{key}_total" not in METRICS and key not in own] == []
 
 

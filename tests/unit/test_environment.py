@@ -1,0 +1,80 @@
+"""The user's environment: called with texts, answered in tokens, and every way in which it can fail."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from async_rl.config import EnvironmentSection
+from async_rl.errors import EnvironmentFailure
+from async_rl.rollout.environment import Environment, load_environment
+from async_rl.types import Prompt
+
+PROMPT = Prompt("0-17", 18, "abc", np.array([5, 6, 7], dtype=np.int32))
+TURNS = (np.array([1, 2], np.int32), np.array([3], np.int32), np.array([4], np.int32))
+
+
+class Letters:
+    """A tokenizer: token n is the n-th letter."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(96 + int(i)) for i in ids)
+
+    def encode(self, text, add_special_tokens=True):
+        assert not add_special_tokens, "the answer stands in the middle of a sequence"
+        return [ord(letter) - 96 for letter in text]
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(source, **settings):
+        (tmp_path / "my_environment.py").write_text(f"import time\n{source}")
+        sys.modules.pop("my_environment", None)
+        return Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters())
+
+    yield make
+    sys.modules.pop("my_environment", None)
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+async def test_it_is_given_the_turns_as_text_and_answers_in_tokens(environment, prefix):
+    subject = environment(f"{prefix}def answer(prompt, turns): return prompt.text + '|'.join(turns).replace('|', '')")
+    assert (await subject.answer(PROMPT, TURNS)).tolist() == [1, 2, 3, 1, 2, 3, 4]
+    assert (await subject.answer(PROMPT, TURNS)).dtype == np.int32
+
+
+async def test_none_ends_the_response(environment):
+    assert await environment("def answer(prompt, turns): return None").answer(PROMPT, TURNS) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
+        ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
+        ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
+        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "did not return within 0.05 s"),
+    ],
+)
+async def test_a_failure_names_function_row_and_what_it_did(environment, source, settings, message):
+    with pytest.raises(EnvironmentFailure, match=r"my_environment:answer, prompt 0-17 \(dataset row 18\): ") as caught:
+        await environment(source, **settings).answer(PROMPT, TURNS)
+    assert message in str(caught.value)
+
+
+async def test_after_close_it_is_not_called(environment):
+    subject = environment("def answer(prompt, turns): return 'a'")
+    subject.close()
+    with pytest.raises(EnvironmentFailure, match="shutting down"):
+        await subject.answer(PROMPT, TURNS)
+
+
+def test_what_cannot_be_called_is_refused_when_loaded():
+    with pytest.raises(
+        EnvironmentFailure, match=r"rollout\.environment\.function: 'math:nothing'.*no function 'nothing'"
+    ):
+        load_environment("math:nothing")
+    with pytest.raises(EnvironmentFailure, match=r"cannot be called as f\(prompt, turns\)"):
+        load_environment("async_rl.rollout.environment:load_environment")
