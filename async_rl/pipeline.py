@@ -47,8 +47,7 @@ from async_rl.rollout.prompts import Dataset, DatasetCursor, read_jsonl
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.report import StepReport
-from async_rl.types import Int32Array, Prompt
-from async_rl.weights.canary import make_probe
+from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -106,7 +105,7 @@ class Pipeline:
         self._queue = start_queue(config, cursor)
         self._trainers = start_trainers(config, placement)
         self._workers = start_rollout_workers(config, self._queue, placement)
-        self._sync = WeightSync(config, self._trainers, self._workers, _probe(config))
+        self._sync = WeightSync(config, read_model_config(config.model.path), self._trainers, self._workers)
 
     async def run(self) -> None:
         try:
@@ -126,8 +125,12 @@ class Pipeline:
         """Engines and trainers come up side by side; then they must agree on the weights before anything is sampled."""
         await asyncio.gather(*(actor.start.remote() for actor in [*self._trainers, *self._workers]))
         await asyncio.gather(*(trainer.connect.remote(self._workers) for trainer in self._trainers))
-        report = await self._sync.check()
-        self._recorder.event(f"engine and trainer agree to {report.max_abs_diff:.1e} on the checkpoint's weights")
+        agreement = await self._sync.begin()
+        unreached = agreement.unreached_experts
+        self._recorder.event(
+            f"engine and trainer agree to {agreement.report.max_abs_diff:.1e} on the checkpoint's weights"
+            + (f"; {unreached} experts are not reached by the probe" if unreached else "")
+        )
 
     # -- the training loop --------------------------------------------------------------------------------------
 
@@ -269,12 +272,6 @@ def _read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | No
         return dataset
 
     return read(config.data.train), None if config.data.eval is None else read(config.data.eval)
-
-
-def _probe(config: RunConfig) -> list[Int32Array]:
-    """The canary's token sequences, as long as the engine's context allows."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    return make_probe(config.seed, read_model_config(config.model.path).vocab_size, max_tokens=longest)
 
 
 def _resolved(config: RunConfig) -> RunConfig:

@@ -356,6 +356,18 @@ _SPECS: tuple[MetricSpec, ...] = (
         unit="nats",
         why="Proof that the weights arrived; above tolerance the run stops.",
     ),
+    MetricSpec(
+        "sync_canary_unreached_experts",
+        "gauge",
+        "Experts, of all MoE layers, that no token of the canary of the last push went to.",
+        why="The canary says nothing about their weights; routers that collapse show here too.",
+    ),
+    MetricSpec(
+        "sync_retries_total",
+        "counter",
+        "Weight pushes made again because the canary disagreed.",
+        why="Each is a push that arrived wrong; a second failure ends the run.",
+    ),
 )
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})

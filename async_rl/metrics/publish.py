@@ -73,6 +73,8 @@ def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
     metrics.observe("sync_seconds", record.seconds, phase="total")
     for phase, seconds in record.phases.items():
         metrics.observe("sync_seconds", seconds, phase=phase)
+    metrics.set("sync_canary_unreached_experts", record.unreached_experts)
+    metrics.inc("sync_retries_total", record.retries)
     if record.canary is not None:
         metrics.set("sync_canary_logprob_abs_diff", record.canary)
 

@@ -38,12 +38,15 @@ class SyncRecord:
     policy_version: that it brought. seconds: from pause to resume; phases: its parts ("pause", "transfer",
     ...).
     canary: largest |engine - trainer| log-prob difference on the canary; None if it was not probed.
+    unreached_experts: that no token of the canary went to. retries: pushes made again because it disagreed.
     """
 
     policy_version: int
     seconds: float
     phases: Mapping[str, float] = field(default_factory=dict)
     canary: float | None = None
+    unreached_experts: int = 0
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,6 +324,7 @@ class Summary:
                 "count": len(syncs),
                 "seconds_mean": _mean(syncs),
                 "seconds_max": _largest(syncs),
+                "retries": sum(sync.retries for sync in self._syncs),
                 "canary_max": _largest(sync.canary for sync in self._syncs if sync.canary is not None),
             },
             "tokens": {

@@ -24,7 +24,7 @@ KEYS = {
     "on_policy_logprob_abs_diff": {"mean", "max"},
     "logprob_abs_diff_by_resume_position": {"uninterrupted", "before", "first", "after"},
     "ppo_kl": {"mean", "max_abs"},
-    "sync": {"count", "seconds_mean", "seconds_max", "canary_max"},
+    "sync": {"count", "seconds_mean", "seconds_max", "retries", "canary_max"},
     "tokens": {"generated", "trained", "resumed_prefill", "exact_extra"},
     "busy": {"rollout_s", "trainer_s"},
     "overlap_efficiency": None,
@@ -64,7 +64,7 @@ def test_a_run_that_ended_before_its_first_step_has_nulls_not_nan():
     assert result["overlap_efficiency"] is None
     assert result["reward_mean"] == {"first": None, "last": None}
     assert result["eval"] == {"first": None, "last": None, "n": 0}
-    assert result["sync"] == {"count": 0, "seconds_mean": None, "seconds_max": None, "canary_max": None}
+    assert result["sync"] == {"count": 0, "seconds_mean": None, "seconds_max": None, "retries": 0, "canary_max": None}
     assert result["exit_reason"] == "failed: no memory"
 
 
@@ -158,11 +158,13 @@ def test_a_nan_is_not_hidden_by_the_maximum():
 def test_syncs_and_evaluations():
     summary = Summary()
     for version, seconds, canary in ((1, 0.2, 1e-6), (2, 0.4, None), (3, 0.3, 5e-6)):
-        summary.add_sync(SyncRecord(policy_version=version, seconds=seconds, canary=canary))
+        summary.add_sync(SyncRecord(policy_version=version, seconds=seconds, canary=canary, retries=version // 3))
     for reward in (0.3, 0.5, 0.7):
         summary.add_eval(reward, 256)
     result = summary.result(TOTALS, "finished")
-    assert result["sync"] == pytest.approx({"count": 3, "seconds_mean": 0.3, "seconds_max": 0.4, "canary_max": 5e-6})
+    assert result["sync"] == pytest.approx(
+        {"count": 3, "seconds_mean": 0.3, "seconds_max": 0.4, "retries": 1, "canary_max": 5e-6}
+    )
     assert result["eval"] == {"first": 0.3, "last": 0.7, "n": 256}
     assert result["policy_version"] == 3
 

@@ -1,0 +1,124 @@
+"""Which layer is to blame when engine and trainer disagree: fingerprints of the residual stream, compared. Pure.
+
+A fingerprint is the stream after a layer times a fixed random matrix: a few numbers per token in place of the hidden
+size, so that it can travel, and linear, so that what a layer added can be told from what it was given. Fingerprints of
+one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as config.json
+numbers it; the last token of a sequence has none, for it never enters the trainer's forward pass.
+
+Who computes them: ``vllm_fingerprint`` in the engine, ``trainer.fingerprint`` in the trainer. Knows neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from async_rl.types import ExpertIds, Float32Array, Int32Array
+
+# Numbers per token and layer. Norms over the tokens of a sequence are estimated from them: 30 tokens of 8 numbers each
+# are off by about a tenth, and what is looked for differs by orders of magnitude.
+WIDTH = 8
+
+# Relative difference of what one layer adds that numerics alone explain. float32: kernels that add in another order,
+# 1e-6 is seen. bfloat16: 2^-8 per operation, over the handful that a layer consists of.
+NOISE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+# A layer whose contribution differs by so many times more than its input does is at fault itself. A layer that is
+# right passes a difference on about as large as it came, now and then several times as large.
+GROWTH = 10.0
+
+# Layers that a message names.
+_NAMED = 3
+
+
+def projection(hidden_size: int) -> Float32Array:
+    """float32[H, WIDTH] of +-1/sqrt(H), the same on both sides."""
+    signs = np.random.default_rng(0xF1A6).integers(0, 2, size=(hidden_size, WIDTH)) * 2 - 1
+    matrix: Float32Array = (signs / np.sqrt(hidden_size)).astype(np.float32)
+    return matrix
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDifference:
+    """How far the two sides are apart at one layer, relative to the trainer's own scale there.
+
+    own: what the layer adds to the stream; given: the stream that it gets, 0 for the embeddings.
+    """
+
+    name: str
+    own: float
+    given: float
+
+    def growth(self, noise: float) -> float:
+        """How much larger its own difference is than the one that it was given."""
+        return self.own / (self.given + noise)
+
+
+def layer_differences(engine: Float32Array, trainer: Float32Array) -> list[LayerDifference]:
+    """Of the embeddings and each layer, from the fingerprints [L+1, N-1, WIDTH] of one sequence on both sides."""
+    a, b = engine.astype(np.float64), trainer.astype(np.float64)
+    result = [LayerDifference("embeddings", _relative(a[0], b[0]), 0.0)]
+    for layer in range(len(b) - 1):
+        own = _relative(a[layer + 1] - a[layer], b[layer + 1] - b[layer])
+        result.append(LayerDifference(f"layer {layer}", own, _relative(a[layer], b[layer])))
+    return result
+
+
+def blame(differences: Sequence[LayerDifference], noise: float) -> list[LayerDifference]:
+    """The layers that are at fault themselves, the worst first; empty when every layer agrees."""
+    guilty = [d for d in differences if d.own > noise and d.growth(noise) > GROWTH]
+    return sorted(guilty, key=lambda d: d.growth(noise), reverse=True)
+
+
+def say_layers(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
+    """The verdict on one sequence's fingerprints, for a message."""
+    differences = layer_differences(engine, trainer)
+    guilty = blame(differences, noise)
+    if guilty:
+        first = next(d for d in differences if d in guilty)
+        listed = ", ".join(f"{d.name} (by {d.own:.2g}; its input by {d.given:.2g})" for d in guilty[:_NAMED])
+        return f"what they add to the residual stream differs most in {listed}; the first to differ is {first.name}"
+    largest = max(differences, key=lambda d: d.own)
+    if largest.own <= noise:
+        return "the embeddings and every layer agree, so it is the final norm or the output layer"
+    grown = max(differences, key=lambda d: d.growth(noise))
+    return (
+        f"no layer stands out; the difference grows most in {grown.name} "
+        f"(by {grown.own:.2g}; its input by {grown.given:.2g})"
+    )
+
+
+def routing_differences(
+    engine: Sequence[ExpertIds], trainer: Sequence[ExpertIds | Int32Array], moe_layers: Sequence[int]
+) -> list[tuple[int, float]]:
+    """(layer as in config.json, share of rows in which the two chose other experts), layer by layer, from the routing
+    [N-1, L, K] of the same sequences."""
+    a, b = np.sort(np.concatenate(list(engine)), axis=-1), np.sort(np.concatenate(list(trainer)), axis=-1)
+    shares = (a != b).any(axis=-1).mean(axis=0).tolist()
+    return list(zip(moe_layers, shares, strict=True))
+
+
+def say_routing(differences: Sequence[tuple[int, float]], *, first: bool) -> str:
+    """Layers by the share of rows routed otherwise, largest first; with ``first``, the first layer that has any."""
+    differing = [(layer, share) for layer, share in differences if share > 0]
+    if not differing:
+        return "both sides choose the same experts in every layer"
+    if first:
+        layer, share = differing[0]
+        return f"the first layer in which the two choose other experts is layer {layer} ({share:.0%} of rows)"
+    worst = sorted(differing, key=lambda pair: pair[1], reverse=True)
+    listed = ", ".join(f"layer {layer} ({share:.0%} of rows)" for layer, share in worst[:_NAMED])
+    return f"their own choice of experts differs most in {listed}"
+
+
+def _relative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """|a - b| over |b|; what is not finite is infinitely far."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = float(np.linalg.norm(a - b))
+    scale = float(np.linalg.norm(b))
+    if not np.isfinite(distance) or not np.isfinite(scale):
+        return float("inf")
+    return distance / max(scale, float(np.finfo(np.float32).tiny))

@@ -1,0 +1,181 @@
+"""WeightSync against scripted actors: when a push is repeated, what a mismatch says, which experts are probed."""
+
+import numpy as np
+import pytest
+
+from async_rl.config import validate
+from async_rl.errors import WeightSyncMismatch
+from async_rl.model_config import ModelConfig
+from async_rl.rollout.engine import Score
+from async_rl.weights.canary import SEQUENCES
+from async_rl.weights.fingerprint import WIDTH
+from async_rl.weights.sync import WeightSync
+
+VOCAB, EXPERTS, LAYERS = 50, 4, 3
+MODEL = ModelConfig(
+    architecture="Qwen3MoeForCausalLM", vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=LAYERS,
+    num_heads=1, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=256,
+    tie_word_embeddings=False, num_experts=EXPERTS, top_k=1, moe_intermediate_size=8, moe_layers=(0, 2),
+)  # fmt: skip
+
+
+class Actor:
+    """A handle: ``actor.method.remote(...)`` gives something to await."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        target = getattr(self, f"do_{name}")
+
+        class Method:
+            @staticmethod
+            async def remote(*arguments):
+                self.calls.append(name)
+                return target(*arguments)
+
+        return Method
+
+
+class Engine(Actor):
+    """Log-prob and expert of a token are functions of it; ``error`` is added to log-probs until the ``wrong``th push."""
+
+    def __init__(self, wrong=0, error=1.0, reach=EXPERTS, renumber=0, layer=1):
+        super().__init__()
+        self.wrong, self.error, self.reach, self.renumber, self.layer = wrong, error, reach, renumber, layer
+        self.pushes = 0
+
+    @property
+    def off(self):
+        return self.error if self.pushes < self.wrong else 0.0
+
+    def do_score(self, sequences):
+        return [Score(logprobs(s) + np.float32(self.off), self.routing(s)) for s in sequences]
+
+    def routing(self, sequence):
+        experts = (sequence[:-1] % self.reach + self.renumber) % EXPERTS
+        return np.repeat(experts[:, None, None], 2, axis=1).astype(np.uint8)
+
+    def do_fingerprints(self, sequences):
+        stream = fingerprints(sequences[0])
+        stream[self.layer + 1 :] += self.off
+        return [stream]
+
+    def do_pause(self): ...
+    def do_wake(self): ...
+    def do_resume(self): ...
+
+
+class Trainer(Actor):
+    def __init__(self, engine):
+        super().__init__()
+        self.engine = engine
+
+    def do_push(self, version):
+        self.engine.pushes += 1
+
+    def do_logprobs(self, sequences, routing):
+        wrong = 0.0 if routing is None or not self.engine.renumber else 0.7
+        return [logprobs(sequence) + np.float32(wrong) for sequence in sequences]
+
+    def do_fingerprints(self, sequences, routing):
+        return [fingerprints(sequences[0])]
+
+    def do_native_routing(self, sequences):
+        return [np.repeat((s[:-1] % EXPERTS)[:, None, None], 2, axis=1) for s in sequences]
+
+
+def logprobs(sequence):
+    return -(sequence[1:] % 7).astype(np.float32)
+
+
+def fingerprints(sequence):
+    return np.random.default_rng(0).random((LAYERS + 1, len(sequence) - 1, WIDTH)).astype(np.float32)
+
+
+def sync(engine, **sections):
+    tree = {"model": {"path": "m", "dtype": "float32"}, "data": {"train": "d"}, **sections}
+    trainer = Trainer(engine)
+    return WeightSync(validate(tree), MODEL, [trainer], [engine]), trainer
+
+
+async def test_invariant_10_a_push_that_arrives_is_made_once():
+    subject, _ = sync(engine := Engine())
+    await subject.begin()
+    engine.calls.clear()
+    record = await subject.push(1)
+    assert (record.canary, record.retries, record.unreached_experts) == (0.0, 0, 0)
+    assert engine.calls == ["pause", "wake", "score"]
+    assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
+
+
+async def test_a_push_that_arrives_wrong_is_made_once_more():
+    subject, trainer = sync(engine := Engine(wrong=2))
+    record = await subject.push(1)
+    assert record.retries == 1
+    assert trainer.calls.count("push") == 2
+    # The engine is paused for the second transfer as it was for the first.
+    assert [call for call in engine.calls if call in ("pause", "wake")] == ["pause", "wake"] * 2
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+async def test_invariant_10_a_second_mismatch_ends_the_run_and_names_the_layer(layer):
+    subject, trainer = sync(Engine(wrong=9, layer=layer))
+    with pytest.raises(
+        WeightSyncMismatch, match=f"differs most in layer {layer} .*the first to differ is layer {layer}"
+    ):
+        await subject.push(1)
+    assert trainer.calls.count("push") == 2
+
+
+async def test_in_flight_generations_cannot_be_taken_back_so_nothing_is_tried_again():
+    mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
+    subject, trainer = sync(Engine(wrong=2), **mode)
+    with pytest.raises(WeightSyncMismatch):
+        await subject.push(1)
+    assert trainer.calls.count("push") == 1
+
+
+async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3_only():
+    subject, _ = sync(Engine(renumber=1))
+    with pytest.raises(
+        WeightSyncMismatch, match=r"another numbering.*differs most in layer 0 \(100% of rows\), layer 2"
+    ):
+        await subject.begin()
+    subject, _ = sync(Engine(renumber=1), trainer={"router_replay": "R2"})
+    await subject.begin()
+
+
+async def test_an_engine_that_is_off_at_the_start_is_not_pushed_to():
+    subject, trainer = sync(Engine(wrong=1))
+    with pytest.raises(WeightSyncMismatch, match="layer 1"):
+        await subject.begin()
+    assert "push" not in trainer.calls
+
+
+async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
+    subject, _ = sync(engine := Engine())
+    rare = VOCAB - 1
+    engine.routing = lambda s: np.repeat(np.where(s[:-1] == rare, 3, s[:-1] % 3)[:, None, None], 2, axis=1).astype(
+        np.uint8
+    )
+    subject._probe = [s % rare for s in subject._probe]  # whatever they hold, none holds the rare token
+    agreement = await subject.begin()
+    assert agreement.unreached_experts == 0
+    assert SEQUENCES < len(subject._probe) <= SEQUENCES + 2
+
+
+async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_every_push():
+    subject, _ = sync(engine := Engine(reach=EXPERTS - 1))
+    assert (await subject.begin()).unreached_experts == 2  # one in each of two layers
+    engine.calls.clear()
+    assert (await subject.push(1)).unreached_experts == 2
+    assert engine.calls.count("score") == 1
+    # A router that has moved: one more search, for the pushes after it.
+    engine.reach = EXPERTS - 2
+    engine.calls.clear()
+    assert (await subject.push(2)).unreached_experts == 4
+    assert engine.calls.count("score") == 3
+    engine.calls.clear()
+    await subject.push(3)
+    assert engine.calls.count("score") == 1
