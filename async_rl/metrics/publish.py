@@ -42,11 +42,18 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
         whole.abs_max,
         {age: part.abs_max for age, part in split.items() if part.abs_max is not None},
     )
-    for position, part in record.agreement_by_resume_position.items():
-        metrics.set("ppo_kl_by_resume_position", part.kl, position=position)
-        for name, value in (("mean", part.abs_mean), ("max", part.abs_max)):
-            if value is not None:
-                metrics.set(f"rollout_logprob_abs_diff_{name}_by_resume_position", value, position=position)
+    positions = record.agreement_by_resume_position
+    metrics.set_all("ppo_kl_by_resume_position", None, {name: part.kl for name, part in positions.items()})
+    metrics.set_all(
+        "rollout_logprob_abs_diff_mean_by_resume_position",
+        None,
+        {name: part.abs_mean for name, part in positions.items() if part.abs_mean is not None},
+    )
+    metrics.set_all(
+        "rollout_logprob_abs_diff_max_by_resume_position",
+        None,
+        {name: part.abs_max for name, part in positions.items() if part.abs_max is not None},
+    )
     for age, tokens in record.token_staleness.items():
         metrics.observe("token_staleness", age, count=tokens)
 
@@ -73,8 +80,6 @@ def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
     metrics.observe("sync_seconds", record.seconds, phase="total")
     for phase, seconds in record.phases.items():
         metrics.observe("sync_seconds", seconds, phase=phase)
-    metrics.set("sync_canary_unreached_experts", record.unreached_experts)
-    metrics.inc("sync_retries_total", record.retries)
     if record.canary is not None:
         metrics.set("sync_canary_logprob_abs_diff", record.canary)
 

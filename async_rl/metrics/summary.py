@@ -169,6 +169,7 @@ class StepRecord:
             "exact_extra_tokens": self.exact_extra_tokens,
             "trained_tokens": self.agreement.tokens,
             "token_staleness": {age: part.tokens for age, part in split.items()},
+            "trained_tokens_by_resume_position": {name: part.tokens for name, part in by_position.items()},
             "tokens_masked": dict(self.tokens_masked),
             "updates_skipped": dict(self.updates_skipped),
             "sync_seconds": {"total": sync.seconds, **sync.phases} if sync else None,

@@ -112,6 +112,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         total = sum(weights)
         return sum(value(report) * weight for report, weight in zip(reports, weights, strict=True)) / max(1, total)
 
+    ages = sorted({age for report in reports for age in report.agreement_by_staleness})
     return StepReport(
         loss=mean(lambda report: report.loss),
         grad_norm=max(report.grad_norm for report in reports),
@@ -122,8 +123,10 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         trajectories=sum(report.trajectories for report in reports),
         tokens_masked=_summed([report.tokens_masked for report in reports]),
         agreement=_merged([report.agreement for report in reports]),
-        agreement_by_staleness=_merged_split([report.agreement_by_staleness for report in reports]),
-        agreement_by_resume_position=_merged_split([report.agreement_by_resume_position for report in reports]),
+        agreement_by_staleness=_merged_split([report.agreement_by_staleness for report in reports], ages),
+        agreement_by_resume_position=_merged_split(
+            [report.agreement_by_resume_position for report in reports], RESUME_POSITIONS
+        ),
         ppo_kl_k3=mean(lambda report: report.ppo_kl_k3),
         extreme_token_fraction=mean(lambda report: report.extreme_token_fraction),
         clip_fraction=mean(lambda report: report.clip_fraction),
@@ -148,9 +151,10 @@ def _split(
     }
 
 
-def _merged_split(splits: Sequence[Mapping[Key, TokenAgreement]]) -> dict[Key, TokenAgreement]:
-    keys = {key: None for split in splits for key in split}
-    return {key: _merged([split[key] for split in splits if key in split]) for key in keys}
+def _merged_split(splits: Sequence[Mapping[Key, TokenAgreement]], keys: Iterable[Key]) -> dict[Key, TokenAgreement]:
+    """In the order of ``keys``, those that occurred in any of the splits."""
+    parts = {key: [split[key] for split in splits if key in split] for key in keys}
+    return {key: _merged(found) for key, found in parts.items() if found}
 
 
 def _merged(parts: Sequence[TokenAgreement]) -> TokenAgreement:

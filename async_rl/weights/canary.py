@@ -132,7 +132,7 @@ def wrong_numbering(replica: int, report: CanaryReport, where: str) -> WeightSyn
     return WeightSyncMismatch(
         f"canary: replica {replica} and the trainer agree while each routes by itself, and differ by "
         f"{report.max_abs_diff:.3g} in log-prob when the trainer replays the engine's routing: the engine returns "
-        f"expert ids in another numbering than the trainer's, or its layers in another order. {where[:1].upper()}{where[1:]}. "
+        f"expert ids in another numbering than the trainer's, or its layers in another order; {where}. "
         "See that the engine returns logical expert ids, without a load balancer's renumbering, or set "
         "trainer.router_replay to R2"
     )

@@ -201,6 +201,18 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
     assert samples["async_rl_groups_outstanding"] == 2
 
 
+def test_positions_that_exact_computes_again_are_counted(metrics):
+    for _ in range(2):
+        publish.publish_step(metrics, step_record(exact_extra_tokens=12))
+    assert exposed(metrics)["async_rl_exact_extra_tokens_total"] == 24
+
+
+def test_a_resume_position_that_no_longer_occurs_vanishes(metrics):
+    publish.publish_step(metrics, step_record())
+    publish.publish_step(metrics, step_record(agreement_by_resume_position={}))
+    assert [name for name in exposed(metrics) if "resume_position" in name] == []
+
+
 def test_scrape_over_http_on_loopback_only(metrics):
     metrics.set("policy_version", 3)
     metrics.observe("sync_seconds", 0.3, phase="pause")

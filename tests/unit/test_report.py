@@ -3,7 +3,10 @@
 import pytest
 
 from async_rl.metrics.summary import TokenAgreement
-from async_rl.trainer.report import StepReport, merge_reports
+from async_rl.trainer.losses import SUMS, PolicySums
+from async_rl.trainer.optimizer import Update
+from async_rl.trainer.report import StepReport, merge_reports, step_report
+from async_rl.types import RESUME_POSITIONS
 
 
 def report(tokens: int, kl: float, **changes) -> StepReport:
@@ -66,3 +69,57 @@ def test_updates_without_tokens_do_not_divide_by_zero():
     merged = merge_reports([empty, empty])
     assert merged.agreement.kl == 0.0
     assert merged.skipped == {"no_tokens": 2}
+
+
+def reported(sums: PolicySums) -> StepReport:
+    return step_report(
+        sums,
+        Update(applied=True, grad_norm=1.0, lr=0.1),
+        version=3,
+        groups=4,
+        trajectories=32,
+        masked={"stale": 0, "not_sampled": 3},
+        fallback_rows=0,
+        extra_positions=11,
+        microbatches=1,
+        seconds={},
+    )
+
+
+def test_sums_are_reported_by_staleness_and_by_resume_position():
+    sums = PolicySums.zero(3)
+    for age, position, tokens, kl, difference, largest in (
+        (0, "uninterrupted", 10, 1.0, 2.0, 0.5),
+        (2, "uninterrupted", 10, 3.0, 4.0, 0.7),
+        (2, "after", 5, -1.0, 1.0, 0.6),
+    ):
+        cell = (age, RESUME_POSITIONS.index(position))
+        for name, value in (("tokens", tokens), ("kl", kl), ("abs_diff", difference)):
+            sums.sums[(*cell, SUMS.index(name))] = value
+        sums.max_abs_diff[cell] = largest
+    result = reported(sums)
+    assert result.agreement == TokenAgreement(tokens=25, kl=3 / 25, abs_mean=7 / 25, abs_max=0.7)
+    assert result.agreement_by_staleness == {
+        0: TokenAgreement(tokens=10, kl=0.1, abs_mean=0.2, abs_max=0.5),
+        2: TokenAgreement(tokens=15, kl=2 / 15, abs_mean=5 / 15, abs_max=0.7),
+    }
+    assert result.agreement_by_resume_position == {
+        "uninterrupted": TokenAgreement(tokens=20, kl=0.2, abs_mean=0.3, abs_max=0.7),
+        "after": TokenAgreement(tokens=5, kl=-0.2, abs_mean=0.2, abs_max=0.6),
+    }
+    assert result.extra_positions == 11
+
+
+def test_sums_without_tokens_are_reported_as_zeros():
+    result = reported(PolicySums.zero(1))
+    assert result.agreement == TokenAgreement(tokens=0, kl=0.0, abs_mean=0.0, abs_max=0.0)
+    assert (result.agreement_by_staleness, result.agreement_by_resume_position) == ({}, {})
+
+
+def test_merged_splits_are_in_order_whichever_update_they_come_from():
+    part = TokenAgreement(tokens=5, kl=0.2, abs_mean=0.2, abs_max=0.4)
+    first = report(5, 0.2, agreement_by_staleness={2: part}, agreement_by_resume_position={"after": part})
+    second = report(5, 0.2, agreement_by_staleness={0: part}, agreement_by_resume_position={"before": part})
+    merged = merge_reports([first, second])
+    assert list(merged.agreement_by_staleness) == [0, 2]
+    assert list(merged.agreement_by_resume_position) == ["before", "after"]
