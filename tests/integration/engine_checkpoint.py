@@ -1,7 +1,9 @@
-"""A tiny Qwen3-MoE with a dense layer in it, and the settings of an engine that serves it on CPU in float32."""
+"""A tiny Qwen3-MoE with a dense layer in it, settings of a CPU engine that serves it in float32, and pushes to it."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ def make_checkpoint(path: Path) -> Path:
     return path
 
 
-def engine_config(folder: Path) -> RunConfig:
+def engine_config(folder: Path, **rollout) -> RunConfig:
     return validate(
         {
             "model": {"path": str(folder), "dtype": "float32"},
@@ -48,8 +50,83 @@ def engine_config(folder: Path) -> RunConfig:
                 "max_num_seqs": MAX_RUNNING,
                 "kv_cache_bytes": 64 * 2**20,
                 "enforce_eager": True,
+                **rollout,
             },
             "sync": {"backend": "shm"},
             "resources": {"device": "cpu"},
         }
     )
+
+
+class Pusher:
+    """Pushes tensors as a trainer would: by vLLM's trainer engine, which calls the rollout engine from a thread."""
+
+    def __init__(self, engine, weights):
+        self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
+        self.weights, self.sender = weights, None
+
+    async def connect(self):
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from async_rl.weights.shm import ShmTrainerInitInfo
+
+        pusher = self
+
+        class Source(WeightSource):
+            def metadata(self):
+                return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in pusher.weights.items()]
+
+            def __iter__(self):
+                return iter(pusher.weights.items())
+
+        self.sender = await asyncio.to_thread(
+            WeightTransferTrainerFactory.trainer_init, ShmTrainerInitInfo(rank=0), client=self, source=Source()
+        )
+
+    async def push(self, weights, mode="abort"):
+        """A whole sync; the new version."""
+        await self.engine.pause(mode)
+        await self.send(weights)
+        await self.engine.resume()
+        return self.version
+
+    async def send(self, weights):
+        self.weights = weights
+        self.version += 1
+        await asyncio.to_thread(self.sender.send_weights)
+
+    def init_weight_transfer_engine(self, info):
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._call(self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    def start_weight_update(self):
+        self._call(self.engine.start_weight_update())
+
+    def update_weights(self, info):
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._call(self.engine.update_weights(WeightTransferUpdateRequest(update_info=info)))
+
+    def finish_weight_update(self, weight_version=None):
+        self._call(self.engine.finish_weight_update())
+        self._call(self.engine.update_weight_version(str(self.version)))
+
+    def _call(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+
+def perturbed(weights, scale=0.05, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+
+
+async def until_sampled(engine, count, calls=1, or_done=None):
+    """Wait until ``calls`` running calls have sampled ``count`` tokens each."""
+    deadline = time.monotonic() + 60
+    while sum((engine._sampled(call) or 0) >= count for call in engine._calls.values()) < calls:
+        if or_done is not None and or_done.done():
+            return
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -14,7 +13,16 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from engine_checkpoint import EOS, MAX_RUNNING, VOCAB, engine_config, make_checkpoint
+from engine_checkpoint import (
+    EOS,
+    MAX_RUNNING,
+    VOCAB,
+    Pusher,
+    engine_config,
+    make_checkpoint,
+    perturbed,
+    until_sampled,
+)
 
 from async_rl.errors import EngineError, WeightSyncError
 from async_rl.rollout.engine import RolloutEngine, Sampling
@@ -38,7 +46,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return engine_config(folder)
+    # A long prompt takes four steps, so that there is a middle of its prefill.
+    return engine_config(folder, max_num_batched_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ async def engine(config):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def trainer(engine, weights):
-    trainer = Trainer(engine, weights)
+    trainer = Pusher(engine, weights)
     await trainer.connect()
     yield trainer
     trainer.sender.shutdown()
@@ -78,65 +87,6 @@ async def original_weights(engine, trainer, weights):
     """Each test ends with the checkpoint's weights in the engine, and with the engine running."""
     yield
     await trainer.push(weights)
-
-
-class Trainer:
-    """Pushes tensors as a trainer would: by vLLM's trainer engine, which calls the rollout engine from a thread."""
-
-    def __init__(self, engine, weights):
-        self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
-        self.weights, self.sender = weights, None
-
-    async def connect(self):
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
-        from async_rl.weights.shm import ShmTrainerInitInfo
-
-        trainer = self
-
-        class Source(WeightSource):
-            def metadata(self):
-                return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in trainer.weights.items()]
-
-            def __iter__(self):
-                return iter(trainer.weights.items())
-
-        self.sender = await asyncio.to_thread(
-            WeightTransferTrainerFactory.trainer_init, ShmTrainerInitInfo(rank=0), client=self, source=Source()
-        )
-
-    async def push(self, weights, mode="abort"):
-        """A whole sync; the new version."""
-        await self.engine.pause(mode)
-        await self.send(weights)
-        await self.engine.resume()
-        return self.version
-
-    async def send(self, weights):
-        self.weights = weights
-        self.version += 1
-        await asyncio.to_thread(self.sender.send_weights)
-
-    def init_weight_transfer_engine(self, info):
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        self._call(self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
-
-    def start_weight_update(self):
-        self._call(self.engine.start_weight_update())
-
-    def update_weights(self, info):
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        self._call(self.engine.update_weights(WeightTransferUpdateRequest(update_info=info)))
-
-    def finish_weight_update(self, weight_version=None):
-        self._call(self.engine.finish_weight_update())
-        self._call(self.engine.update_weight_version(str(self.version)))
-
-    def _call(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
 
 def reference(folder, weights=None):
@@ -171,25 +121,10 @@ def token_logprobs(logits, sequence):
     return scores.gather(1, torch.as_tensor(np.asarray(sequence)[1:, None].astype(np.int64)))[:, 0].numpy()
 
 
-def perturbed(weights, scale=0.05, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
-
-
-async def until_sampled(engine, count, calls=1, or_done=None):
-    """Wait until ``calls`` running calls have sampled ``count`` tokens each."""
-    deadline = time.monotonic() + 60
-    while sum((engine._sampled(call) or 0) >= count for call in engine._calls.values()) < calls:
-        if or_done is not None and or_done.done():
-            return
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0)
-
-
-async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48):
+async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, policy="replace"):
     """One greedy response, aborted and resumed whenever it has sampled as many more tokens as ``cuts`` says."""
     partial = PartialRollout.begin(
-        f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing
+        f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing, policy=policy
     )
     for cut in [*cuts, None]:
         if partial.finished:
@@ -210,28 +145,86 @@ async def test_it_is_a_rollout_engine(engine):
     assert engine.routing == RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
 
 
-async def test_invariant_2_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(engine):
+def assert_same(resumed, whole):
+    """Bit for bit, the routing of every segment included."""
+    np.testing.assert_array_equal(resumed.response_ids, whole.response_ids)
+    np.testing.assert_array_equal(resumed.logprobs, whole.logprobs)
+    np.testing.assert_array_equal(resumed.routed_experts, whole.routed_experts)
+    assert resumed.finish_reason == whole.finish_reason
+    for segment in resumed.segments:
+        if segment.routed_experts is not None:
+            rows = len(resumed.prompt_ids) + segment.stop - 1
+            np.testing.assert_array_equal(segment.routed_experts, whole.routed_experts[:rows])
+
+
+@pytest.mark.parametrize("policy", ["replace", "preserve", "exact"])
+async def test_invariant_2_nothing_changes_when_nothing_changes_wherever_it_is_cut(engine, policy):
+    """Aborted and resumed under the same weights: before the first token, at each token, at the limit."""
     whole = await rollout(engine, ())
-    assert len(whole.response_ids) == 48
-    for cuts in [(0,), (1,), (1, 1, 1), (0, 10, 0, 10)]:
-        resumed = await rollout(engine, cuts)
-        assert resumed.is_partial or cuts == (0,)
-        np.testing.assert_array_equal(resumed.response_ids, whole.response_ids)
-        np.testing.assert_array_equal(resumed.logprobs, whole.logprobs)
-        np.testing.assert_array_equal(resumed.routed_experts, whole.routed_experts)
+    assert (len(whole.response_ids), whole.finish_reason) == (48, "length")
+    cut_at = set()
+    for cut in range(49):
+        resumed = await rollout(engine, (cut,), policy=policy)
+        assert_same(resumed, whole)
+        cut_at.update(resumed.resume_points)
+    # The engine runs on until the pause reaches it, so a cut may fall a token or two later than it was aimed at.
+    assert len(cut_at) > 35
+    for cuts in [(1, 1, 1), (0, 10, 0, 10), (5, 5, 5, 5, 5)]:
+        resumed = await rollout(engine, cuts, policy=policy)
+        assert resumed.is_partial
+        assert_same(resumed, whole)
 
 
-async def test_invariant_2_a_resumed_call_returns_what_was_missing_at_every_cut(engine):
+async def test_invariant_2_nothing_changes_when_it_is_cut_at_the_stop_token(engine, trainer, weights):
+    head = weights["lm_head.weight"].clone()
+    head[EOS] *= 2  # likely enough to end a greedy response within some tokens
+    await trainer.push({**weights, "lm_head.weight": head})
+    prompts = [np.append(LONG_PROMPT[:20], i).astype(np.int32) for i in range(16)]
+    responses = await asyncio.gather(*(engine.generate(f"p{i}", p, GREEDY, 200) for i, p in enumerate(prompts)))
+    stopped = [i for i, r in enumerate(responses) if r.finish_reason == "stop" and len(r.token_ids) > 3]
+    assert stopped, "no greedy response ends by itself: choose other prompts"
+    for index in stopped[:3]:
+        whole = await rollout(engine, (), prompts[index], limit=200)
+        count = len(whole.response_ids)
+        assert (whole.response_ids[-1], whole.finish_reason) == (EOS, "stop")
+        for cut in range(count - 2, count + 1):
+            assert_same(await rollout(engine, (cut,), prompts[index], limit=200, policy="preserve"), whole)
+
+
+async def test_invariant_2_nothing_changes_when_it_is_cut_in_the_middle_of_the_prefill(engine):
+    """The prompt takes several engine steps, and the pauses fall at all times of them."""
+    whole = await rollout(engine, (), LONG_PROMPT, limit=8)
+    without_a_token = 0
+    for attempt in range(30):
+        # Another first token each time, so that no cached prefix makes the prefill short.
+        prompt = np.concatenate([[2 + attempt], LONG_PROMPT[1:]]).astype(np.int32)
+        call = asyncio.create_task(engine.generate(f"m{attempt}", prompt, GREEDY, 8))
+        await asyncio.sleep(attempt * 2e-4)
+        await engine.pause("abort")
+        await engine.resume()
+        first = await call
+        if not len(first.token_ids):
+            without_a_token += 1
+            again = await engine.generate(f"m{attempt}/1", prompt, GREEDY, 8)
+            other = await rollout(engine, (), prompt, limit=8)
+            np.testing.assert_array_equal(again.token_ids, other.response_ids)
+            np.testing.assert_array_equal(again.logprobs, other.logprobs)
+            np.testing.assert_array_equal(again.routed_experts, other.routed_experts)
+    assert without_a_token >= 3
+    assert_same(await rollout(engine, (0, 0, 2), LONG_PROMPT, limit=8), whole)
+
+
+async def test_only_the_missing_rows_are_returned_where_the_others_are_known(engine):
     whole = await rollout(engine, ())
 
     async def continued(cut):
         tokens = np.concatenate([SHORT_PROMPT, whole.response_ids[:cut]])
-        return cut, await engine.generate(f"cut{cut}", tokens, GREEDY, 48 - cut)
+        return cut, await engine.generate(f"cut{cut}", tokens, GREEDY, 48 - cut, len(tokens) - 1)
 
     for cut, output in await asyncio.gather(*(continued(cut) for cut in range(1, 48))):
         np.testing.assert_array_equal(output.token_ids, whole.response_ids[cut:])
         np.testing.assert_array_equal(output.logprobs, whole.logprobs[cut:])
-        np.testing.assert_array_equal(output.routed_experts, whole.routed_experts)
+        np.testing.assert_array_equal(output.routed_experts, whole.routed_experts[len(SHORT_PROMPT) + cut - 1 :])
 
 
 async def test_routing_and_log_probs_are_those_of_the_model(engine, folder):

@@ -38,7 +38,7 @@ class Actor:
 
 
 class Engine(Actor):
-    """Log-prob and expert of a token are functions of it; log-probs are off by ``error`` before the ``wrong``th push."""
+    """Log-prob and expert of a token are functions of it; log-probs are off by ``error`` before push ``wrong``."""
 
     def __init__(self, wrong=0, error=1.0, reach=EXPERTS, renumber=0, layer=1):
         super().__init__()
