@@ -114,9 +114,7 @@ def samples_of(
     whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
     views = trajectory.segments if per_segment else (whole,)
     counts = trajectory.sampled & (trajectory.versions >= oldest_version)
-    return [
-        _view(trajectory, view, counts, advantage) for view in views if bool(counts[view.start : view.stop].any())
-    ]
+    return [_view(trajectory, view, counts, advantage) for view in views if bool(counts[view.start : view.stop].any())]
 
 
 def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: float) -> Sample:

@@ -454,6 +454,67 @@ def test_r2_replays_the_routing_of_the_logprob_pass(worker, models):
 # ---- steps ----
 
 
+def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_whole(worker, models):
+    """Each token is trained once, in its own context; and what the prefixes cost is counted."""
+    groups = make_groups()
+    r3, exact = {"trainer__router_replay": "R3"}, {"async_training__partial_rollout__routing": "exact"}
+    own = [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(
+                    t,
+                    segments=tuple(
+                        replace(s, routed_experts=t.routed_experts[: len(t.prompt_ids) + s.stop - 1])
+                        for s in t.segments[:-1]
+                    )
+                    + t.segments[-1:],
+                )
+                for t in group.trajectories
+            ),
+        )
+        for group in groups
+    ]
+    whole = worker(train_once, models / "moe", groups, r3)
+    views = worker(train_once, models / "moe", own, r3 | exact)
+    assert_close(views[1], whole[1], rtol=1e-4, atol=1e-7)
+    assert_same_agreement(views[0].agreement, whole[0].agreement)
+    first_segments = sum(len(t.prompt_ids) + t.segments[0].stop - 1 for g in groups for t in g.trajectories)
+    assert (whole[0].extra_positions, views[0].extra_positions) == (0, first_segments)
+    # Another routing for the first segments changes what is computed for them, and for nobody else.
+    changed = [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(
+                    t,
+                    segments=(
+                        replace(t.segments[0], routed_experts=t.segments[0].routed_experts[::-1].copy()),
+                        *t.segments[1:],
+                    ),
+                )
+                for t in group.trajectories
+            ),
+        )
+        for group in own
+    ]
+    other = worker(train_once, models / "moe", changed, r3 | exact)[0].agreement_by_resume_position
+    same = views[0].agreement_by_resume_position
+    assert abs(other["before"].kl - same["before"].kl) > 1e-3
+    for position in ("first", "after"):
+        assert_same_agreement(other[position], same[position])
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2", "off"])
+def test_padding_of_microbatches_changes_no_update(worker, models, mode):
+    settings = {"trainer__router_replay": mode, "trainer__tokens_per_microbatch": 60}
+    plain = worker(train_once, models / "moe", make_groups(), settings)
+    padded = worker(train_once, models / "moe", make_groups(), settings | {"trainer__microbatch_multiple": 64})
+    assert_close(padded[1], plain[1], rtol=1e-4, atol=1e-7)
+    assert_same_agreement(padded[0].agreement, plain[0].agreement)
+    assert padded[0].router_fallback_rows == plain[0].router_fallback_rows == 0
+
+
 def test_the_update_does_not_depend_on_microbatches(worker, models):
     groups = make_groups()
     one = worker(train_once, models / "moe", groups, {"trainer__router_replay": "R3"})
@@ -540,7 +601,7 @@ def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_an
     )
     responses = sum(len(t.response_ids) for g in make_groups() for t in g.trajectories)
     assert (masked.skipped, masked.agreement.tokens) == ({"no_tokens": 1}, 0)
-    assert masked.tokens_masked == {"stale": responses}
+    assert masked.tokens_masked == {"stale": responses, "not_sampled": 0}
     assert (masked.loss, masked.agreement.kl, masked.agreement_by_staleness) == (0.0, 0.0, {})
     assert poisoned.skipped == {"non_finite": 1}
     assert not np.isfinite(poisoned.grad_norm)

@@ -1,5 +1,6 @@
 """The whole pipeline for real: vLLM, Ray, Megatron. Invariants by their number in docs/architecture.md."""
 
+import itertools
 import json
 import os
 import signal
@@ -203,3 +204,26 @@ def test_memory_of_the_queue_is_bounded(start_run):
         time.sleep(0.2)
     finished(run)
     assert max(held) <= 4
+
+
+def test_several_turns_with_every_segment_trained_in_its_own_context(start_run):
+    run = start_run(
+        rollout__environment__function="user_rewards:ask_twice",
+        async_training__partial_rollout__routing="exact",
+        debug__dump_trajectories=8,
+        trainer__steps=5,
+    )
+    assert run.wait() == 0, run.output
+    assert run.summary["on_policy_logprob_abs_diff"]["max"] <= 1e-5
+    assert run.summary["trajectories"]["partial"] > 0
+    assert run.summary["tokens"]["exact_extra"] > 0
+    assert sum(row["tokens_masked"]["not_sampled"] for row in run.rows) > 0
+    groups = [codec.decode(path.read_bytes()) for path in (run.folder / "trajectories").iterdir()]
+    answered = [t for group in groups for t in group.trajectories if not t.sampled.all()]
+    assert answered
+    for trajectory in answered:
+        # Nobody tokenized anything twice: what stands between two turns is the environment's three letters.
+        gaps = [b.start - a.stop for a, b in itertools.pairwise(trajectory.segments)]
+        assert set(gaps) <= {0, 3}
+        assert sum(gaps) == (~trajectory.sampled).sum()
+    run.assert_nothing_left()

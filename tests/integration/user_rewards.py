@@ -7,3 +7,8 @@ def fails_on_long_prompts(prompt: Prompt, response: str) -> float:
     if len(prompt.text) > 30:
         raise ValueError(f"prompt of {len(prompt.text)} characters is too long for me")
     return float(len(response) == len(prompt.fields["answer"]))
+
+
+def ask_twice(prompt: Prompt, turns: tuple[str, ...]) -> str | None:
+    """An environment that goes on twice with some letters of the prompt."""
+    return prompt.text[:3] if len(turns) < 5 else None
