@@ -216,7 +216,8 @@ class SyncSection(Section):
     backend: Literal["shm", "nccl"] = "shm"
     """How weights travel: shared memory of one host, or vLLM's NCCL engine."""
     canary_tolerance: PositiveFloat | None = None
-    """Largest |engine - trainer| log-prob on the canary; by default 1e-4 in float32, 0.1 in bfloat16."""
+    """Largest |engine - trainer| log-prob on the canary; by default 1e-4 in float32, 0.5 in bfloat16. The mean over its
+    tokens may be a tenth of that."""
     timeout_s: PositiveFloat = 120.0
     """A push that takes longer fails the run."""
 

@@ -175,5 +175,6 @@ class _Verifier:
             executed = routing_map[wrong[0]].nonzero().flatten().tolist()
             raise ReplayError(
                 f"rank {torch.distributed.get_rank()}, MoE layer {layer}: {len(wrong)} of {len(target)} rows executed "
-                f"other experts than asked for; first row {wrong[0]}: asked {sorted(target[wrong[0]].tolist())}, executed {executed}"
+                f"other experts than asked for; first row {wrong[0]}: asked {sorted(target[wrong[0]].tolist())}, "
+                f"executed {executed}"
             )

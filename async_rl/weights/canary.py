@@ -24,9 +24,14 @@ TOKENS = 32
 CANDIDATES = 32
 BATCHES = 8
 
-# Largest difference that numerics alone explain. float32: kernels that add in another order, with the routing replayed;
-# about 1e-6 is seen. bfloat16: 8 bits of mantissa, through a few dozen layers.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+# Largest difference of a token that numerics alone explain. float32: kernels that add in another order, with the
+# routing replayed; about 1e-6 is seen. bfloat16: a logit of 30 is off by 0.06 from its own rounding alone; 0.11 is seen
+# on random tokens, which a sharp model finds very unlikely.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
+
+# Rounding errs this way and that, weights that are wrong err everywhere: the mean over all tokens must stay below this
+# share of the tolerance. Seen are 1e-6 in float32 and 0.014 in bfloat16.
+MEAN_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +115,22 @@ def compare(engine: Sequence[Float32Array], trainer: Sequence[Float32Array]) -> 
     )
 
 
+def agrees(report: CanaryReport, limit: float) -> bool:
+    """Whether numerics alone explain the report: no token is off by more than ``limit``, nor the mean by a tenth."""
+    return report.max_abs_diff <= limit and report.mean_abs_diff <= MEAN_SHARE * limit
+
+
 def mismatch(config: RunConfig, replica: int, report: CanaryReport, where: str) -> WeightSyncMismatch:
     """The error for a report above the tolerance. ``where``: what was found about the layers."""
     limit = tolerance(config)
     return WeightSyncMismatch(
         f"canary: replica {replica} and the trainer differ by {report.max_abs_diff:.3g} in log-prob (mean "
         f"{report.mean_abs_diff:.3g}) at token {report.position} of probe sequence {report.sequence}; "
-        f"allowed is {limit:g}. Looking into the layers: {where}. "
+        f"allowed is {limit:g}, and {MEAN_SHARE * limit:g} on average. Looking into the layers: {where}. "
         + (
             "So large a mean says that the weights are not the ones sent: compare the names and shapes that the "
             "weight source yields with the checkpoint, and see that the engine reloads packed weights correctly"
-            if report.mean_abs_diff > limit
+            if report.mean_abs_diff > MEAN_SHARE * limit
             else "The mean is small, so look for a single layer or expert, or for numerics: another dtype, kernel or "
             "attention implementation. If it is numerics, raise sync.canary_tolerance"
         )

@@ -29,6 +29,7 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.canary import (
     BATCHES,
     CanaryReport,
+    agrees,
     candidates,
     coarser_dtype,
     compare,
@@ -143,13 +144,13 @@ class WeightSync:
             logprobs = [score.logprobs for score in scores]
             routing = None if scores[0].routed_experts is None else [score.routed_experts for score in scores]
             report = compare(logprobs, native)
-            agrees = report.max_abs_diff <= limit
-            if routing is not None and (replay or not agrees):
+            alike = agrees(report, limit)
+            if routing is not None and (replay or not alike):
                 replayed = compare(logprobs, await self._trainer("logprobs", routing))
-                if agrees and replayed.max_abs_diff > limit:
+                if alike and not agrees(replayed, limit):
                     raise wrong_numbering(replica, replayed, await self._routing_verdict(routing, first=False))
                 report = replayed
-            if report.max_abs_diff > limit:
+            if not agrees(report, limit):
                 raise mismatch(self._config, replica, report, await self._layers_verdict(replica, report, routing))
             reports.append(report)
         return Agreement(

@@ -34,6 +34,19 @@ def register() -> None:
             factory.register_engine("shm", "async_rl.weights.shm", class_name)
     if multiprocessing.current_process().name.startswith(ENGINE_PROCESSES):
         die_with_parent()
+        _allow_amx()
+
+
+def _allow_amx() -> None:
+    """Ask the kernel for the use of AMX, which it grants by process.
+
+    The CPU attention of vLLM 0.30 uses it in bfloat16 wherever the processor has it, and does not ask: the engine core
+    dies of an illegal instruction.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def die_with_parent() -> None:
