@@ -40,6 +40,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/codec.py
 	$(BIN)/python tests/bench/queue.py
 	$(BIN)/python tests/bench/overlap.py
+	$(BIN)/python tests/bench/replay.py
+	$(BIN)/python tests/bench/mismatch.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

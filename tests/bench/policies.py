@@ -1,10 +1,10 @@
 """One training run of each routing policy, partial-rollout mode and replay mode, the same seed: `ppo_kl` over steps.
 
 Mode ``resume`` is run with each policy; in ``in_flight`` and ``drain`` no call is resumed, so the policies coincide; R2
-and no replay are run with ``replace``. The engine computes in bfloat16, the trainer in float32: in float32 on both sides
-R3, R2 and off are the same. Printed last, one JSON line: per run, means over its steps.
+and no replay are run with ``replace``. The engine computes in bfloat16, the trainer in float32: in float32 on both
+sides R3, R2 and off are the same. Printed last, one JSON line: per run, means over its steps.
 
-    .venv/bin/python tests/bench/policies.py [--steps 40] [--seed 0] [--figure docs/figures/policies.svg] [--runs FOLDER]
+    .venv/bin/python tests/bench/policies.py [--steps 40] [--seed 0] [--figure FILE] [--runs FOLDER]
 
 With --runs the run folders stay there, and those that have finished are not run again: only the figure is drawn.
 """
