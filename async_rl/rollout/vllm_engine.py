@@ -93,6 +93,7 @@ class VllmEngine:
         except Exception as error:
             await self.shutdown()
             raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {error}") from error
+        vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
         self._running.set()
         await self._warm_up()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from async_rl.config import RunConfig
 from async_rl.errors import EngineError, ModelError
@@ -96,6 +96,26 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         disable_log_stats=True,
         enable_log_requests=False,
     )
+
+
+def check_layout(hf_config: Any, model: ModelConfig) -> None:
+    """Raise ModelError unless the engine read the layout from its config that the trainer builds.
+
+    They read the same file, each in its own way, and routing means nothing where they disagree.
+    """
+
+    def engine_has(*names: str) -> Any:
+        # A dense architecture has none of these.
+        return next((value for name in names if (value := getattr(hf_config, name, None)) is not None), 0)
+
+    pairs = {
+        "layers": (engine_has("num_hidden_layers"), model.num_layers),
+        "experts": (engine_has("num_experts", "num_local_experts", "n_routed_experts"), model.num_experts),
+        "experts per token": (engine_has("num_experts_per_tok"), model.top_k),
+    }
+    unlike = [f"{name} ({a} in the engine, {b} in the trainer)" for name, (a, b) in pairs.items() if a != b]
+    if unlike:
+        raise ModelError(f"engine and trainer read different layouts from the checkpoint: {', '.join(unlike)}")
 
 
 def stop_token_ids(folder: Path) -> list[int]:

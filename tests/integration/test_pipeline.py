@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 STEPS = 12
 
 
-def finished(run) -> dict:
+def finished(run, canary: float = 1e-4) -> dict:
     assert run.wait() == 0, run.output
     run.assert_nothing_left()
     summary = run.summary
@@ -29,7 +29,7 @@ def finished(run) -> dict:
     assert len(run.rows) == summary["steps"] == summary["policy_version"]
     # Invariant 10: every push was verified.
     assert summary["sync"]["count"] == summary["steps"]
-    assert summary["sync"]["canary_max"] <= 1e-4
+    assert summary["sync"]["canary_max"] <= canary
     return summary
 
 
@@ -227,3 +227,11 @@ def test_several_turns_with_every_segment_trained_in_its_own_context(start_run):
         assert set(gaps) <= {0, 3}
         assert sum(gaps) == (~trajectory.sampled).sum()
     run.assert_nothing_left()
+
+
+def test_a_bfloat16_engine_beside_a_float32_trainer(start_run):
+    """Weights are cast at each push, the canary allows for it, and what is left shows at staleness 0."""
+    run = start_run(rollout__dtype="bfloat16", async_training__partial_rollout__routing="preserve")
+    summary = finished(run, canary=0.5)
+    assert 1e-5 < summary["on_policy_logprob_abs_diff"]["mean"] < 0.05
+    assert summary["sync"]["retries"] == 0

@@ -52,3 +52,17 @@ def _wait(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_engine_processes_ask_for_amx_where_there_is_any(monkeypatch):
+    """Without it a bfloat16 engine dies of an illegal instruction; tests/integration/test_pipeline.py runs one."""
+    import torch
+
+    from async_rl.weights import vllm_plugin
+
+    asked = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        vllm_plugin._allow_amx()
+        assert bool(asked) == has_amx

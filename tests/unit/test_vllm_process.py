@@ -1,0 +1,42 @@
+"""The engine's reading of a checkpoint against the trainer's. Without vLLM."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from async_rl.errors import ModelError
+from async_rl.model_config import ModelConfig
+from async_rl.rollout.vllm_process import check_layout
+
+SHAPE = {
+    "architecture": "a", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 4, "num_heads": 1,
+    "num_kv_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MOE = ModelConfig(**SHAPE, num_experts=8, top_k=2, moe_intermediate_size=8, moe_layers=(0, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_same_layout_under_either_name_passes(name):
+    check_layout(SimpleNamespace(num_hidden_layers=4, num_experts_per_tok=2, **{name: 8}), MOE)
+    check_layout(SimpleNamespace(num_hidden_layers=4), ModelConfig(**SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 16}, r"experts \(16 in the engine, 8 in the trainer\)"),
+        ({"num_experts_per_tok": 4}, r"experts per token \(4 in the engine, 2 in the trainer\)"),
+        ({"num_hidden_layers": 3}, r"layers \(3 in the engine, 4 in the trainer\)"),
+        ({"num_experts": None, "num_experts_per_tok": None}, r"experts \(0 in the engine"),
+    ],
+)
+def test_another_layout_is_refused_before_anything_is_sampled(changes, message):
+    engine = {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2} | changes
+    with pytest.raises(ModelError, match=message):
+        check_layout(SimpleNamespace(**engine), MOE)
+
+
+def test_a_mixture_where_the_trainer_has_a_dense_model_is_refused():
+    with pytest.raises(ModelError, match="experts"):
+        check_layout(SimpleNamespace(num_hidden_layers=4, num_experts=8), ModelConfig(**SHAPE))
