@@ -92,6 +92,11 @@ class PartialRollout:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the next call goes on in the middle of a turn, computing again what an earlier call had computed."""
+        return bool(self.segments) and self.segments[-1].stop == len(self.response_ids)
+
     def next_request(self) -> Request:
         if self.finished:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: it has ended ({self.finish_reason})")

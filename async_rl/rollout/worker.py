@@ -285,14 +285,13 @@ class RolloutWorker:
         """One engine call for what is left of ``partial``, begun once no push is under way."""
         await self._open.wait()
         token_ids, max_tokens, first_row = partial.next_request()
-        resumed = len(partial.response_ids) > 0
         self._enter()
         try:
             output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
         finally:
             self._leave()
         self._stats.generated_tokens += len(output.token_ids)
-        if resumed and len(output.token_ids):
+        if partial.interrupted and len(output.token_ids):
             self._stats.resumed_prefill_tokens += len(token_ids)
         return partial.absorb(output)
 

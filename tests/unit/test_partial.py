@@ -138,6 +138,11 @@ def test_invariant_7_versions_within_one_call_become_segments(steps):
     assert len(partial.segments) == len(set(versions))
 
 
+def test_a_response_is_interrupted_once_a_call_has_left_it_unfinished():
+    assert not begin().interrupted
+    assert begin().absorb(call(PROMPT, [3, 4], 2, [0, 0])).interrupted
+
+
 def test_aborted_before_the_first_token_changes_nothing():
     partial = begin()
     assert partial.absorb(call(PROMPT, [], 0, [])) is partial
@@ -164,6 +169,7 @@ def test_an_answer_between_two_turns_has_no_logprob_no_version_and_its_routing_f
     first = begin().absorb(call(PROMPT, [3, EOS], 2, [4, 4], finish="stop"))
     asked = first.go_on(np.array([30, 31, 32], dtype=np.int32))
     assert not asked.finished
+    assert not asked.interrupted
     sent, budget, _ = asked.next_request()
     np.testing.assert_array_equal(sent, [*PROMPT, 3, EOS, 30, 31, 32])
     assert budget == 20 - 5
