@@ -33,6 +33,8 @@ RUNS = {
     "replace, R2": {REPLAY: "R2"},
     "replace, off": {REPLAY: "off"},
 }
+WINDOW = 8  # steps of the running means that are drawn
+
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
@@ -89,23 +91,18 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "async_rl"  # the same figure is the same file
     from matplotlib import pyplot
 
-    panels = (
-        ("ppo_kl", "ppo_kl, all trained tokens", "symlog"),
-        ("on_policy_logprob_abs_diff_mean", "mean |Δ log-prob|, staleness 0", "log"),
-        ("reward_mean", "reward", "linear"),
-    )
+    panels = (("ppo_kl", "linear"), ("ppo_kl_k3", "log"), ("reward_mean", "linear"))
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 9), sharex=True, layout="constrained")
-    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+    for axis, (key, scale) in zip(axes, panels, strict=True):
         for (name, rows), colour in zip(results.items(), COLOURS, strict=True):
-            points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-            axis.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.2)
-        axis.set_ylabel(label)
-        if scale == "symlog":
-            axis.set_yscale("symlog", linthresh=1e-3)
-        else:
-            axis.set_yscale(scale)
+            # A step has 64 responses: single steps are mostly noise.
+            values = [mean([(row[key], 1) for row in rows[max(0, i - WINDOW + 1) : i + 1]]) for i in range(len(rows))]
+            style = "-" if name in ("replace", "preserve", "exact") else "--"
+            axis.plot([row["step"] for row in rows], values, style, label=name, color=colour, linewidth=1.3)
+        axis.set_ylabel(f"{key}, mean of {WINDOW} steps")
+        axis.set_yscale(scale)
         axis.grid(alpha=0.3)
-    axes[0].legend(ncols=4, fontsize="small")
+    axes[0].legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.2))
     axes[-1].set_xlabel("training step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

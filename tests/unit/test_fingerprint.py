@@ -17,7 +17,7 @@ from async_rl.weights.fingerprint import (
 HIDDEN, TOKENS, LAYERS = 64, 40, 6
 
 
-def stream(fault=None, size=0.1, noise=0.0, embedding_fault=0.0):
+def stream(fault=None, size=0.1, noise=0.0, embedding_fault=0.0, contribution=1.0):
     """Fingerprints [L+1, N, WIDTH] of a stack of random layers; ``fault`` is the one whose weights are off."""
     rng = np.random.default_rng(0)
     other = np.random.default_rng(1)
@@ -29,9 +29,9 @@ def stream(fault=None, size=0.1, noise=0.0, embedding_fault=0.0):
         if layer == fault:
             weight = weight + size * other.normal(size=weight.shape) / np.sqrt(HIDDEN)
         normed = x / np.sqrt((x**2).mean(-1, keepdims=True))
-        x = x + np.tanh(normed @ weight) + noise * other.normal(size=x.shape)
+        x = x + contribution * np.tanh(normed @ weight) + noise * other.normal(size=x.shape)
         states.append(x)
-    return (np.stack(states) @ projection(HIDDEN)).astype(np.float32)
+    return np.stack(states) @ projection(HIDDEN).astype(np.float64)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -40,6 +40,13 @@ def test_the_layer_whose_weights_are_off_is_named_and_no_other(layer, size):
     differences = layer_differences(stream(layer, size), stream())
     assert [d.name for d in blame(differences, NOISE["float32"])] == [f"layer {layer}"]
     assert f"differs most in layer {layer} " in say_layers(stream(layer, size), stream(), NOISE["float32"])
+
+
+def test_a_layer_that_adds_little_is_named_all_the_same():
+    """What counts is what it adds: in the stream as a whole the difference drowns."""
+    small = {"contribution": 1e-5}
+    differences = layer_differences(stream(3, 0.1, **small), stream(**small))
+    assert [d.name for d in blame(differences, NOISE["float32"])] == ["layer 3"]
 
 
 def test_other_embeddings_are_named_and_not_the_layers_after_them():

@@ -13,9 +13,9 @@ from async_rl.errors import InvalidTrajectory
 from async_rl.queue import codec
 from async_rl.rollout.engine import EngineOutput
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.routing import moe_columns
+from async_rl.rollout.routing import exact, moe_columns
 from async_rl.trainer.packing import samples_of
-from async_rl.types import Group, Prompt, RoutingSpec
+from async_rl.types import Group, Prompt, RoutingSpec, Segment
 
 EOS = 1
 PROMPT = np.array([5, 9, 7, 4], dtype=np.int32)
@@ -141,6 +141,17 @@ def test_without_an_interruption_the_policies_are_one(engine, plan):
     arrays = [play(engine, policy, whole)[0].routed_experts for policy in POLICIES]
     np.testing.assert_array_equal(arrays[0], arrays[1])
     np.testing.assert_array_equal(arrays[0], arrays[2])
+
+
+def test_exact_gives_each_segment_of_a_call_no_more_rows_than_its_own_tokens_need():
+    """A call that went on through a push has several segments."""
+    earlier = Engine(2, (0, 1), 8, 2).moe_rows(0, 0, 4 + 9 - 1)
+    segments = (Segment(0, 3, 5), Segment(3, 9, 6))
+    returned = Engine(2, (0, 1), 8, 2).moe_rows(1, 0, 4 + 12 - 1)
+    kept = exact(segments, earlier, returned)
+    assert kept.routed_experts is returned
+    np.testing.assert_array_equal(kept.segments[0].routed_experts, earlier[: 4 + 3 - 1])
+    np.testing.assert_array_equal(kept.segments[1].routed_experts, earlier)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
