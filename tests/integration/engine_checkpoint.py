@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from async_rl.config import RunConfig, validate
+
+if TYPE_CHECKING:
+    from async_rl.rollout.vllm_engine import VllmEngine
 
 VOCAB = 128
 EOS = 1
 MAX_RUNNING = 8
 
 
-def make_checkpoint(path: Path) -> Path:
+def make_checkpoint(path: Path, eos: int | None = EOS) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -33,7 +40,7 @@ def make_checkpoint(path: Path) -> Path:
         norm_topk_prob=True,
         mlp_only_layers=[1],
         max_position_embeddings=1024,
-        eos_token_id=EOS,
+        eos_token_id=eos,
         initializer_range=0.1,  # wide enough that tokens and experts are not all alike
     )
     Qwen3MoeForCausalLM(config).float().save_pretrained(path)
@@ -56,6 +63,23 @@ def engine_config(folder: Path, **rollout) -> RunConfig:
             "resources": {"device": "cpu"},
         }
     )
+
+
+@contextlib.asynccontextmanager
+async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
+    """The engine, started; its process's environment is put back afterwards."""
+    from async_rl.rollout.vllm_engine import VllmEngine
+
+    environment = dict(os.environ)
+    engine = VllmEngine(config, replica=0)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.shutdown()
+        await engine.shutdown()  # twice does no harm
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 class Pusher:

@@ -7,7 +7,6 @@ every fault that must be seen. One real engine and one process for the real trai
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import trainer_process
-from engine_checkpoint import EOS, VOCAB, Pusher, engine_config, make_checkpoint, perturbed, until_sampled
+from engine_checkpoint import VOCAB, Pusher, engine_config, make_checkpoint, perturbed, running, until_sampled
 
 from async_rl.errors import InvalidTrajectory, WeightSyncMismatch
 from async_rl.model_config import read_model_config
@@ -42,7 +41,8 @@ def folders(tmp_path_factory):
     """A checkpoint for each policy version, each unlike the others."""
     from safetensors.torch import load_file, save_file
 
-    first = make_checkpoint(tmp_path_factory.mktemp("version0"))
+    # No token ends a response, so that none is over before the last push.
+    first = make_checkpoint(tmp_path_factory.mktemp("version0"), eos=None)
     base = load_file(first / "model.safetensors")
     result = [first]
     for version in range(1, VERSIONS):
@@ -69,17 +69,8 @@ def config(folders):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(config):
-    from async_rl.rollout.vllm_engine import VllmEngine
-
-    environment = dict(os.environ)
-    engine = VllmEngine(config, replica=0)
-    try:
-        await engine.start()
+    async with running(config) as engine:
         yield engine
-    finally:
-        await engine.shutdown()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -114,7 +105,7 @@ def prompt(seed, length=17):
 async def respond(engine, name, token_ids, limit, policy="replace", sampling=RANDOM):
     """One response, gone on with whenever a push has interrupted it."""
     partial = PartialRollout.begin(
-        name, token_ids, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing, policy=policy
+        name, token_ids, max_response_tokens=limit, eos_token_id=None, routing=engine.routing, policy=policy
     )
     call = 0
     while not partial.finished:

