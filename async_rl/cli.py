@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from async_rl import __version__
-from async_rl.config import RunConfig, default_of, leaves, load, parse_overrides, to_yaml
+from async_rl.config import RunConfig
+from async_rl.config_file import default_of, leaves, load, parse_overrides, to_yaml
 from async_rl.errors import AsyncRLError, ConfigError
 
 _FLAGS = ("-h", "--help", "--version", "--dry-run")

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from async_rl.config import RunConfig, to_yaml
+from async_rl.config import RunConfig
+from async_rl.config_file import to_yaml
 from async_rl.errors import ConfigError
 
 CONFIG = "config.yaml"

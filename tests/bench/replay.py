@@ -73,7 +73,7 @@ def open_trainer(config: Path, mode: str, files: list[Path]) -> None:
     global _worker
     import torch
 
-    from async_rl.config import load
+    from async_rl.config_file import load
     from async_rl.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def step(index: int) -> float:
 
 def open_engine(config: Path, returns_routing: bool) -> None:
     global _worker
-    from async_rl.config import load
+    from async_rl.config_file import load
     from async_rl.rollout.vllm_engine import VllmEngine
 
     settings = {"rollout.return_routed_experts": returns_routing, "trainer.router_replay": "R2"}

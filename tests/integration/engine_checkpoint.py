@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_rl.config import RunConfig, validate
+from async_rl.config import RunConfig
+from async_rl.config_file import validate
 
 if TYPE_CHECKING:
     from async_rl.rollout.vllm_engine import VllmEngine

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_rl.config import validate
+from async_rl.config_file import validate
 from async_rl.errors import ModelError, ReplayError
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory

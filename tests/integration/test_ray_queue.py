@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from async_rl.config import validate
+from async_rl.config_file import validate
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
 from async_rl.queue.broker import Broker
 from async_rl.queue.codec import encode

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config import RunConfig, validate
+from async_rl.config import RunConfig
+from async_rl.config_file import validate
 from async_rl.errors import ModelError
 from async_rl.model_config import checkpoint_shards, read_model_config
 from async_rl.tiny import prepare as preparing
@@ -147,7 +148,7 @@ from tests_config import config
 preparing.prepare(config)
 """
     (tmp_path / "tests_config.py").write_text(
-        "from pathlib import Path\nfrom async_rl.config import validate\n"
+        "from pathlib import Path\nfrom async_rl.config_file import validate\n"
         f"root = Path({str(tmp_path)!r})\n"
         "config = validate({'model': {'path': root / 'model'}, 'data': {'train': root / 't.jsonl'}})\n"
     )

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from async_rl import cli, doctor
-from async_rl.config import load
+from async_rl.config_file import load
 from async_rl.errors import TrainerError
 
 CONFIG = "model: {path: model}\ndata: {train: train.jsonl}\ntrainer: {steps: 5}\n"
@@ -80,7 +80,7 @@ def test_wrong_settings_are_one_message_and_exit_code_2(path):
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
-    from async_rl.config import leaves
+    from async_rl.config_file import leaves
 
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])

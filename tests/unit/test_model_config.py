@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from async_rl.config import validate
+from async_rl.config_file import validate
 from async_rl.errors import ModelError
 from async_rl.model_config import check_run, checkpoint_shards, read_model_config, routing_spec
 from async_rl.types import RoutingSpec

@@ -3,7 +3,7 @@
 import pytest
 
 from async_rl.cluster import place
-from async_rl.config import validate
+from async_rl.config_file import validate
 
 
 def config(**resources):

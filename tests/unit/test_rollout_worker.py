@@ -8,7 +8,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_rl.config import validate
+from async_rl.config_file import validate
 from async_rl.errors import EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
 from async_rl.rollout.engine import EngineOutput

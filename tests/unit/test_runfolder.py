@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from async_rl import runfolder
-from async_rl.config import load, validate
+from async_rl.config_file import load, validate
 from async_rl.errors import ConfigError
 from async_rl.runfolder import RunFolder, to_json
 

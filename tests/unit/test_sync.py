@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from async_rl.config import validate
+from async_rl.config_file import validate
 from async_rl.errors import WeightSyncMismatch
 from async_rl.model_config import ModelConfig
 from async_rl.rollout.engine import Score
