@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to the tree in ``config``, and back. What is wrong is explained, a line a fault."""
+"""From a YAML file and dotted overrides to the tree in ``config``, and back; explains faults, one line each."""
 
 from __future__ import annotations
 
