@@ -4,10 +4,10 @@ The groups are real ones, recorded from a short run of the pipeline with routing
 in turns, one process of its own for each side, and only one of them works at a time. Printed last, one JSON line:
 
     step_ratio_r3_over_off          a training step with R3 over one without replay, the same batches; median of rounds
-    wire_bytes_ratio                bytes that routing adds to a message, over rows x layers x top-k x size of an id;
-                                    of 2,048 tokens of a model with 48 MoE layers and top 8
-    wire_bytes_ratio_recorded       the same of the recorded groups: some 65 tokens, 4 layers and top 2, a few hundred
-                                    bytes beside which the field table and the alignment to 64 bytes count
+    wire_bytes_ratio                bytes that routing adds to a message, over rows x layers x top-k x size of an id:
+                                    some 65 tokens, 4 layers and top 2, a few hundred bytes beside which the field
+                                    table and the alignment to 64 bytes count
+    wire_bytes_ratio_large          the same of 2,048 made-up tokens of a model with 48 MoE layers and top 8
     engine_ratio_with_over_without  tokens/s of the engine returning routing, over those of one that does not
     exact_extra_token_fraction      positions that ``exact`` computes beyond one pass over each trajectory, as a share
 
@@ -230,6 +230,10 @@ def main() -> None:
     for side, values in rates.items():
         print(f"engine {side} routing: median {statistics.median(values):.0f} tokens/s", flush=True)
 
+    for name, values, over, under in (("step", seconds, "R3", "off"), ("engine", rates, "with", "without")):
+        ratios = sorted(a / b for a, b in zip(values[over], values[under], strict=True))
+        print(f"{name} ratios by round: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+
     def ratio(values: dict[str, list[float]], over: str, under: str) -> float:
         return statistics.median(a / b for a, b in zip(values[over], values[under], strict=True))
 
@@ -237,8 +241,8 @@ def main() -> None:
         json.dumps(
             {
                 "step_ratio_r3_over_off": round(ratio(seconds, "R3", "off"), 4),
-                "wire_bytes_ratio": round(wire_ratio([large_group()]), 5),
-                "wire_bytes_ratio_recorded": round(wire_ratio(groups), 4),
+                "wire_bytes_ratio": round(wire_ratio(groups), 4),
+                "wire_bytes_ratio_large": round(wire_ratio([large_group()]), 5),
                 "engine_ratio_with_over_without": round(ratio(rates, "with", "without"), 4),
                 "exact_extra_token_fraction": round(extra_fraction(trajectories), 4),
             }

@@ -128,6 +128,14 @@ async def test_invariant_10_a_second_mismatch_ends_the_run_and_names_the_layer(l
     assert trainer.calls.count("push") == 2
 
 
+async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_push():
+    """Near-ties always fall differently there, and a tolerance wide enough for them would hide what it is for."""
+    for dtype, passes in (("float32", 1), ("bfloat16", 2)):
+        subject, trainer = sync(Engine(), model={"path": "m", "dtype": dtype})
+        await subject.push(1)
+        assert trainer.calls.count("logprobs") == passes
+
+
 async def test_in_flight_generations_cannot_be_taken_back_so_nothing_is_tried_again():
     mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
     subject, trainer = sync(Engine(wrong=2), **mode)
