@@ -25,7 +25,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import WeightSyncError, WeightSyncMismatch
 from async_rl.metrics.summary import SyncRecord
 from async_rl.model_config import ModelConfig
-from async_rl.types import ExpertIds, Float32Array, Int32Array
+from async_rl.types import ExpertIds, Int32Array
 from async_rl.weights.canary import (
     BATCHES,
     CanaryReport,
@@ -137,7 +137,7 @@ class WeightSync:
         replay = replay or coarser_dtype(self._config) == "bfloat16"
         scored, native = await asyncio.gather(
             asyncio.gather(*(worker.score.remote(self._probe) for worker in self._workers)),
-            self._trainer("logprobs", None),
+            self._trainer("logprobs", self._probe, None),
         )
         limit = tolerance(self._config)
         reports = []
@@ -147,7 +147,7 @@ class WeightSync:
             report = compare(logprobs, native)
             alike = agrees(report, limit)
             if routing is not None and (replay or not alike):
-                replayed = compare(logprobs, await self._trainer("logprobs", routing))
+                replayed = compare(logprobs, await self._trainer("logprobs", self._probe, routing))
                 if alike and not agrees(replayed, limit):
                     raise wrong_numbering(replica, replayed, await self._routing_verdict(routing, first=False))
                 report = replayed
@@ -166,7 +166,7 @@ class WeightSync:
         rows = None if routing is None else [routing[index]]
         (engine,) = await self._workers[replica].fingerprints.remote(sequence)
         if engine is not None:
-            (trainer,) = (await asyncio.gather(*(t.fingerprints.remote(sequence, rows) for t in self._trainers)))[0]
+            (trainer,) = await self._trainer("fingerprints", sequence, rows)
             return say_layers(engine, trainer, NOISE[coarser_dtype(self._config)])
         if routing is not None:
             return await self._routing_verdict(routing, first=True)
@@ -174,14 +174,13 @@ class WeightSync:
 
     async def _routing_verdict(self, routing: list[ExpertIds], *, first: bool) -> str:
         """Where the experts that the engine chose differ from those that the trainer's own routers choose."""
-        native = (await asyncio.gather(*(t.native_routing.remote(self._probe) for t in self._trainers)))[0]
+        native = await self._trainer("native_routing", self._probe)
         return say_routing(routing_differences(routing, native, self._model.moe_layers), first=first)
 
-    async def _trainer(self, method: str, routing: list[ExpertIds] | None) -> list[Float32Array]:
-        """Of the probe, under the trainer's weights; every rank computes it, rank 0's answer counts."""
-        calls = (getattr(trainer, method).remote(self._probe, routing) for trainer in self._trainers)
-        result: list[Float32Array] = (await asyncio.gather(*calls))[0]
-        return result
+    async def _trainer(self, method: str, *arguments: Any) -> Any:
+        """What a method of the trainer answers: every rank is called, for they compute together, and rank 0 counts."""
+        first, *_ = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._trainers))
+        return first
 
     # -- the probe ----------------------------------------------------------------------------------------------
 

@@ -11,38 +11,32 @@ k3, and extreme_token_fraction (importance ratio outside of [1/2, 2]).
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-sys.path.pop(0)  # this folder: here, "import queue" of any library would find the bench of that name
+# Not this folder: here, "import queue" of any library would find the bench of that name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.runs import ROOT, train
+
 MODES = ("R3", "R2", "off")
 
 
 def record(config: Path, dtype: str, groups: int, folder: Path) -> list[Path]:
     """The groups of the first step of a run, as wire-format files."""
     settings = {
-        "name": dtype,
-        "runs": folder,
         "rollout.dtype": dtype,
         "trainer.steps": 1,
         "trainer.groups_per_step": groups,
         "debug.dump_trajectories": groups,
         "eval.n": 1,
     }
-    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        sys.exit(f"{dtype}: exit code {finished.returncode}\n{finished.stderr[-4000:]}")
-    return sorted((folder / dtype / "trajectories").iterdir())
+    return sorted((train(config, folder, dtype, settings) / "trajectories").iterdir())
 
 
 def step(config: Path, mode: str, files: list[Path]) -> dict[str, float]:

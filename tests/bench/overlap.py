@@ -11,15 +11,19 @@ over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy 
     .venv/bin/python tests/bench/overlap.py [--steps 24] [--groups 16] [--rounds 2] [--config configs/tiny_moe.yaml]
 """
 
+import sys
+from pathlib import Path
+
+# Not this folder: here, "import queue" of any library would find the bench of that name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.runs import ROOT, train
+
 SYNCHRONOUS = {"async_training.staleness_threshold": 0, "async_training.partial_rollout.mode": "drain"}
 WAYS = {
     "async": {},
@@ -32,13 +36,8 @@ WAYS = {
 def run(config: Path, way: str, steps: int, groups: int, seed: int, runs: Path) -> dict:
     name = f"{way}-{seed}"
     size = {"trainer.steps": steps, "trainer.groups_per_step": groups}
-    settings = {"name": name, "runs": runs, "seed": seed, "eval.n": 1} | size | WAYS[way]
-    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        sys.exit(f"{way}: exit code {finished.returncode}\n{finished.stderr[-4000:]}")
-    return json.loads((runs / name / "summary.json").read_text())
+    folder = train(config, runs, name, {"seed": seed, "eval.n": 1} | size | WAYS[way])
+    return json.loads((folder / "summary.json").read_text())
 
 
 def main() -> None:

@@ -12,17 +12,18 @@ With --runs the run folders stay there, and those that have finished are not run
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-sys.path.pop(0)  # this folder: here, "import queue" of any library would find the bench of that name
+# Not this folder: here, "import queue" of any library would find the bench of that name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.runs import ROOT, train
+
 PARTIAL, REPLAY = "async_training.partial_rollout", "trainer.router_replay"
 RUNS = {
     "replace": {f"{PARTIAL}.routing": "replace"},
@@ -44,12 +45,7 @@ def run(config: Path, name: str, settings: dict[str, Any], folder: Path) -> list
     path = folder / name.replace(", ", "-")
     summary = path / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["exit_reason"] != "finished":
-        arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        arguments += ["--name", path.name, "--runs", str(folder)]
-        command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            sys.exit(f"{name}: exit code {finished.returncode}\n{finished.stderr[-4000:]}")
+        train(config, folder, path.name, settings)
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 

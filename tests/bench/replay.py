@@ -17,29 +17,29 @@ in turns, one process of its own for each side, and only one of them works at a 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-sys.path.pop(0)  # this folder: here, "import queue" of any library would find the bench of that name
+# Not this folder: here, "import queue" of any library would find the bench of that name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import asyncio
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench.runs import ROOT, train
 
 from async_rl.queue import codec
 from async_rl.trainer.packing import samples_of
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS_PER_STEP = 8
 STEPS = 12
 PROMPTS, MAX_TOKENS = 64, 150
@@ -48,20 +48,13 @@ PROMPTS, MAX_TOKENS = 64, 150
 def record(config: Path, folder: Path) -> list[Path]:
     """The groups of a run's last steps, as wire-format files."""
     settings = {
-        "name": "recorded",
-        "runs": folder,
         "async_training.partial_rollout.routing": "exact",
         "trainer.steps": STEPS,
         "trainer.groups_per_step": GROUPS_PER_STEP,
         "debug.dump_trajectories": 6 * GROUPS_PER_STEP,
         "eval.n": 1,
     }
-    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        sys.exit(f"exit code {finished.returncode}\n{finished.stderr[-4000:]}")
-    return sorted((folder / "recorded" / "trajectories").iterdir())
+    return sorted((train(config, folder, "recorded", settings) / "trajectories").iterdir())
 
 
 # ---- the trainer's side, in a process for each mode ----

@@ -1,0 +1,19 @@
+"""A real run of the pipeline, as the benchmarks start it; one that fails ends the benchmark."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(config: Path, runs: Path, name: str, settings: Mapping[str, object]) -> Path:
+    """``async-rl train`` to its end; the run folder ``runs``/``name``."""
+    everything = {"name": name, "runs": runs, **settings}
+    arguments = [word for key, value in everything.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "async_rl.cli", "train", str(config), *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        sys.exit(f"{name}: exit code {finished.returncode}\n{finished.stderr[-4000:]}")
+    return runs / name
