@@ -1,4 +1,4 @@
-"""What one training step did, in plain Python numbers. Pure; knows the sums of ``losses`` and ``metrics``' records."""
+"""What one training step did, in plain Python numbers. Pure; knows ``policy_sums`` and the records of ``metrics``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from async_rl.metrics.summary import TokenAgreement
 from async_rl.types import RESUME_POSITIONS
 
 if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
-    from async_rl.trainer.losses import PolicySums
     from async_rl.trainer.optimizer import Update
+    from async_rl.trainer.policy_sums import PolicySums
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -23,8 +23,9 @@ from async_rl.model_config import check_run, read_model_config
 from async_rl.trainer import losses, packing, platform
 from async_rl.trainer.advantages import group_advantages
 from async_rl.trainer.fingerprint import FingerprintHooks
-from async_rl.trainer.losses import PolicySums, policy_sums, token_logprobs
+from async_rl.trainer.logprobs import token_logprobs
 from async_rl.trainer.packing import Microbatch, Sample
+from async_rl.trainer.policy_sums import PolicySums, policy_sums
 from async_rl.trainer.report import StepReport, step_report
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
 from async_rl.weights import names

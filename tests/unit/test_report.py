@@ -3,8 +3,8 @@
 import pytest
 
 from async_rl.metrics.summary import TokenAgreement
-from async_rl.trainer.losses import SUMS, PolicySums
 from async_rl.trainer.optimizer import Update
+from async_rl.trainer.policy_sums import SUMS, PolicySums
 from async_rl.trainer.report import StepReport, merge_reports, step_report
 from async_rl.types import RESUME_POSITIONS
 
