@@ -25,6 +25,7 @@ from async_rl.process import mark_semaphores, pin
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
+from async_rl.trainer.parallel import world_size
 from async_rl.trainer.worker import TrainerWorker
 
 # Besides the queue's payloads the object store holds what is in training and the arguments of calls.
@@ -53,7 +54,7 @@ class Placement:
 
 def place(config: RunConfig, cores: Sequence[int]) -> Placement:
     """Give engines and trainer ranks disjoint cores, engines first; nobody is pinned where there are too few."""
-    replicas, ranks = config.rollout.replicas, config.trainer.parallel.dp
+    replicas, ranks = config.rollout.replicas, world_size(config.trainer.parallel)
     engine_threads, trainer_threads = config.resources.engine_threads, config.resources.trainer_threads
     needed = replicas * engine_threads + ranks * trainer_threads
     if not config.resources.pin_cores or needed > len(cores):
@@ -106,8 +107,8 @@ def start_rollout_workers(config: RunConfig, queue: QueueClient, placement: Plac
 
 
 def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
-    """One actor per data-parallel rank; their models are not built yet."""
-    ranks = config.trainer.parallel.dp
+    """One actor per rank of trainer.parallel; their models are not built yet."""
+    ranks = world_size(config.trainer.parallel)
     init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
     return [
         ray.remote(TrainerActor)
@@ -117,7 +118,7 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
             num_gpus=1 if config.resources.device == "cuda" else 0,
             runtime_env={"env_vars": _threads(config.resources.trainer_threads)},
         )
-        .remote(config, rank, ranks, init_method, cores)
+        .remote(config, rank, init_method, cores)
         for rank, cores in enumerate(placement.trainers)
     ]
 
@@ -155,13 +156,11 @@ class RolloutActor(RolloutWorker):
 class TrainerActor(TrainerWorker):
     """TrainerWorker in a process of its own."""
 
-    def __init__(
-        self, config: RunConfig, rank: int, world_size: int, init_method: str | None, cores: tuple[int, ...] | None
-    ) -> None:
+    def __init__(self, config: RunConfig, rank: int, init_method: str | None, cores: tuple[int, ...] | None) -> None:
         logs.configure(config.run_dir, f"trainer-{rank}", console=False)
         if cores is not None:
             pin(cores)
-        super().__init__(config, rank, world_size, init_method)
+        super().__init__(config, rank, init_method)
         self._metrics = serve_metrics(config, "trainer", rank, order=1 + config.rollout.replicas + rank)
 
     def shutdown(self) -> None:

@@ -18,6 +18,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 PathName = Annotated[Path, Field(strict=False)]  # YAML has no paths; a string is one
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
+RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
@@ -190,8 +191,11 @@ class TrainerSection(Section):
     """Compare experts executed with experts asked for during this many first steps."""
     router_fusion: bool = False
     """Megatron's fused router kernel (Transformer Engine): faster, and blind to replay."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass instead of keeping them: none, those of
+    trainer.recompute_modules, or all of each layer."""
+    recompute_modules: Annotated[tuple[RecomputeModule, ...], Field(strict=False)] = ("core_attn",)
+    """With recompute selective: Megatron's names of what is computed again."""
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
     loss: LossSection = LossSection()
@@ -304,11 +308,23 @@ class RunConfig(Section):
                 f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
         self._check_replay()
-        if self.trainer.parallel != ParallelSection(dp=self.trainer.parallel.dp):
-            raise ValueError(
-                "trainer.parallel: only dp may exceed 1 in this version; set tp, ep, etp, pp, vpp, cp to 1"
-            )
+        self._check_parallel()
         return self
+
+    def _check_parallel(self) -> None:
+        """Raise ValueError for a layout that no model could have; ``model_config`` judges it by the model."""
+        sizes = self.trainer.parallel
+        dense, experts = sizes.dp * sizes.tp * sizes.cp, sizes.ep * sizes.etp
+        if dense % experts:
+            raise ValueError(
+                f"trainer.parallel: ep x etp is {experts}, which does not divide dp x tp x cp ({dense}), the ranks of "
+                "a pipeline stage, among which the experts are laid out; change one of them"
+            )
+        if sizes.vpp > 1 and sizes.pp == 1:
+            raise ValueError(
+                f"trainer.parallel.vpp is {sizes.vpp}, but pp is 1: virtual stages are of a pipeline; set vpp to 1, or "
+                "pp to 2 at least"
+            )
 
     def _check_replay(self) -> None:
         """Raise ValueError for settings under which replay would silently do nothing, or not what its name says."""

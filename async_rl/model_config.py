@@ -7,25 +7,54 @@ Light on purpose: no torch, no Megatron, no transformers, so that every room and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from async_rl.config import RunConfig
 from async_rl.errors import ModelError
 from async_rl.types import RoutingSpec
 
-# Architectures that the table in weights/names.py covers.
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Rotary embeddings stretched to longer contexts (arXiv:2309.00071), in the words of config.json."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (MLA, arXiv:2405.04434). Ranks of the compressed query (None: not compressed) and key
+    and value; sizes of a head: without position, rotary, and of its value."""
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    yarn: Yarn | None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a Qwen3 or Qwen3-MoE model.
+    """The shape of a supported model.
 
-    moe_layers: 0-based numbers of the layers whose MLP is a mixture of experts, ascending; empty for a dense
-    model. num_experts, top_k and moe_intermediate_size are 0 for a dense model.
+    rotary_fraction: the part of a head that is rotated. latent: None for ordinary attention, whose q and k have norms
+    per head with ``qk_norm``, and q, k and v biases with ``qkv_bias``. extra_layers: layers past the last that the
+    checkpoint may carry (multi-token prediction); they are not built. moe_layers: 0-based numbers of the layers whose
+    MLP is a mixture of experts, ascending; empty for a dense model, where what follows it is of no meaning.
+    score_function: how the router's logits become scores; expert_bias: added to them for the choice alone; num_groups,
+    group_top_k: experts are chosen among those of the best groups, 0 where there are no groups; scaling: factor on the
+    weights of routed experts; shared_intermediate_size: of the experts that every token goes to, together.
     """
 
     architecture: str
@@ -40,11 +69,22 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rotary_fraction: float = 1.0
+    latent: LatentAttention | None = None
+    extra_layers: int = 0
+    moe_layers: tuple[int, ...] = ()
     num_experts: int = 0
     top_k: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
-    moe_layers: tuple[int, ...] = ()
+    score_function: ScoreFunction = "softmax"
+    expert_bias: bool = False
+    num_groups: int = 0
+    group_top_k: int = 0
+    scaling: float = 1.0
+    shared_intermediate_size: int = 0
 
     @property
     def routing(self) -> RoutingSpec | None:
@@ -58,39 +98,11 @@ def read_model_config(path: Path) -> ModelConfig:
     """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the mend."""
     values = _read_json(path)
     architecture = (values.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in FAMILIES:
         raise ModelError(
-            f"model.path {path}: architecture {architecture} is not supported; "
-            f"supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"model.path {path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
         )
-    fields = _Fields(path, values)
-    _refuse_variants(path, values)
-    heads = fields.positive("num_attention_heads")
-    kv_heads = fields.positive("num_key_value_heads", default=heads)
-    if heads % kv_heads:
-        raise ModelError(
-            f"model.path {path}: config.json: num_attention_heads ({heads}) is not a multiple of "
-            f"num_key_value_heads ({kv_heads})"
-        )
-    num_layers = fields.positive("num_hidden_layers")
-    dense = ModelConfig(
-        architecture=architecture,
-        vocab_size=fields.positive("vocab_size"),
-        hidden_size=fields.positive("hidden_size"),
-        intermediate_size=fields.positive("intermediate_size"),
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        # Qwen3 sets the head size apart from hidden_size / heads; the quotient is only the fallback.
-        head_dim=fields.positive("head_dim", default=fields.positive("hidden_size") // heads),
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(path, values),
-        max_position_embeddings=fields.positive("max_position_embeddings"),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-    )
-    if architecture == "Qwen3ForCausalLM":
-        return dense
-    return _with_experts(path, dense, fields)
+    return FAMILIES[architecture](architecture, _Fields(path, values))
 
 
 def routing_spec(path: Path) -> RoutingSpec | None:
@@ -106,6 +118,7 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"({model.architecture}) has no MoE layer, hence no routing to replay; "
             "set trainer.router_replay to off"
         )
+    _check_layout(config, model)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > model.max_position_embeddings:
         raise ModelError(
@@ -113,6 +126,37 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"({config.rollout.max_response_tokens}) is {longest}, above the {model.max_position_embeddings} "
             f"positions of {config.model.path} (max_position_embeddings); lower one of the two"
         )
+
+
+def _check_layout(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ModelError unless trainer.parallel divides the model."""
+    sizes = config.trainer.parallel
+    stages = sizes.pp * sizes.vpp
+    divided = [
+        ("tp", sizes.tp, "num_attention_heads", model.num_heads),
+        ("tp", sizes.tp, "intermediate_size", model.intermediate_size),
+        ("tp", sizes.tp, "vocab_size", model.vocab_size),
+        ("pp x trainer.parallel.vpp" if sizes.vpp > 1 else "pp", stages, "num_hidden_layers", model.num_layers),
+    ]
+    if model.latent is None:
+        divided.append(("tp", sizes.tp, "num_key_value_heads", model.num_kv_heads))
+    if model.moe_layers:
+        divided += [
+            ("ep", sizes.ep, "the number of experts", model.num_experts),
+            ("etp", sizes.etp, "moe_intermediate_size", model.moe_intermediate_size),
+            ("tp", sizes.tp, "the shared experts' intermediate size", model.shared_intermediate_size),
+        ]
+    elif sizes.ep > 1 or sizes.etp > 1:
+        raise ModelError(
+            f"trainer.parallel.ep is {sizes.ep} and etp {sizes.etp}, but {config.model.path} ({model.architecture}) "
+            "has no experts; set both to 1"
+        )
+    for key, size, what, count in divided:
+        if count % size:
+            raise ModelError(
+                f"trainer.parallel.{key} is {size}, which does not divide {what} ({count}) of {config.model.path}; "
+                f"possible are {', '.join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)}"
+            )
 
 
 def checkpoint_shards(path: Path) -> list[Path]:
@@ -137,46 +181,204 @@ def checkpoint_shards(path: Path) -> list[Path]:
 
 
 class _Fields:
-    """Reads integers out of config.json, with an error that names the key."""
+    """Reads config.json, with an error that names the key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
         self.values = values
 
+    def error(self, what: str) -> ModelError:
+        return ModelError(f"model.path {self.path}: config.json: {what}")
+
+    def only(self, **wanted: Any) -> None:
+        """Refuse what a family allows but this trainer would compute differently from the engine."""
+        for key, value in wanted.items():
+            found = self.values.get(key, value)
+            if found != value:
+                raise self.error(f"{key} is {found!r}; only {value!r} is supported")
+
     def positive(self, *names: str, default: int | None = None) -> int:
         """The first of ``names`` that is set."""
         value = next((self.values[name] for name in names if self.values.get(name) is not None), default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ModelError(
-                f"model.path {self.path}: config.json: {names[0]} is {value!r}, expected a positive integer"
-            )
+            raise self.error(f"{names[0]} is {value!r}, expected a positive integer")
         return value
+
+    def not_negative(self, name: str) -> int:
+        """0 where it is not set."""
+        return self.positive(name) if self.values.get(name) else 0
 
     def integers(self, name: str) -> list[int]:
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-            raise ModelError(f"model.path {self.path}: config.json: {name} is {value!r}, expected a list of layers")
+            raise self.error(f"{name} is {value!r}, expected a list of layers")
         return value
 
+    def rope_theta(self) -> float:
+        # 10000 is what transformers assumes for a configuration that names none.
+        return float(self._rope.get("rope_theta", self.values.get("rope_theta", 10000.0)))
 
-def _with_experts(path: Path, dense: ModelConfig, fields: _Fields) -> ModelConfig:
-    # transformers 5 writes num_local_experts where earlier versions wrote num_experts.
-    experts = fields.positive("num_experts", "num_local_experts")
-    top_k = fields.positive("num_experts_per_tok")
-    if top_k > experts:
-        raise ModelError(
-            f"model.path {path}: config.json: num_experts_per_tok ({top_k}) exceeds num_experts ({experts})"
+    def plain_rope(self) -> None:
+        kind = self._rope_type
+        if kind != "default":
+            raise self.error(f"rope_type is {kind!r}; only 'default' is supported")
+
+    def yarn(self) -> Yarn | None:
+        if self._rope_type == "default":
+            return None
+        if self._rope_type != "yarn":
+            raise self.error(f"rope_type is {self._rope_type!r}; only 'default' and 'yarn' are supported")
+        rope = self._rope
+        return Yarn(
+            factor=float(rope["factor"]),
+            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+            beta_fast=float(rope.get("beta_fast", 32)),
+            beta_slow=float(rope.get("beta_slow", 1)),
+            mscale=float(rope.get("mscale", 1.0)),
+            mscale_all_dim=float(rope.get("mscale_all_dim", 0.0)),
         )
-    dense_layers = set(fields.integers("mlp_only_layers"))
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        """transformers 5 nests it in rope_parameters; before, it stood at the top beside rope_scaling."""
+        return self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+
+    @property
+    def _rope_type(self) -> str:
+        return str(self._rope.get("rope_type", self._rope.get("type", "default")))
+
+
+# ---- the families ----
+
+
+def _common(architecture: str, fields: _Fields) -> ModelConfig:
+    """What all families say in the same words."""
+    fields.only(hidden_act="silu", use_sliding_window=False)
+    heads = fields.positive("num_attention_heads")
+    kv_heads = fields.positive("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise fields.error(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=fields.positive("hidden_size"),
+        intermediate_size=fields.positive("intermediate_size"),
+        num_layers=fields.positive("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        # Some set the head size apart from hidden_size / heads; the quotient is only the fallback.
+        head_dim=fields.positive("head_dim", default=fields.positive("hidden_size") // heads),
+        rms_norm_eps=float(fields.values.get("rms_norm_eps", 1e-6)),
+        rope_theta=fields.rope_theta(),
+        max_position_embeddings=fields.positive("max_position_embeddings"),
+        tie_word_embeddings=bool(fields.values.get("tie_word_embeddings", False)),
+    )
+
+
+def _qwen3(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(attention_bias=False)
+    fields.plain_rope()
+    return replace(_common(architecture, fields), qk_norm=True)
+
+
+def _qwen3_moe(architecture: str, fields: _Fields) -> ModelConfig:
+    model = _qwen3(architecture, fields)
+    dense = set(fields.integers("mlp_only_layers"))
     step = fields.positive("decoder_sparse_step", default=1)
     return replace(
-        dense,
-        num_experts=experts,
-        top_k=top_k,
+        model,
+        **_experts(fields),
+        moe_layers=tuple(i for i in range(model.num_layers) if i not in dense and (i + 1) % step == 0),
         moe_intermediate_size=fields.positive("moe_intermediate_size"),
         norm_topk_prob=bool(fields.values.get("norm_topk_prob", False)),
-        moe_layers=tuple(i for i in range(dense.num_layers) if i not in dense_layers and (i + 1) % step == 0),
     )
+
+
+def _mixtral(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(sliding_window=None, attention_bias=False)
+    fields.plain_rope()
+    model = _common(architecture, fields)
+    return replace(
+        model,
+        **_experts(fields),
+        moe_layers=tuple(range(model.num_layers)),
+        moe_intermediate_size=model.intermediate_size,
+        norm_topk_prob=True,
+    )
+
+
+def _deepseek_v3(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(attention_bias=False)
+    latent = LatentAttention(
+        query_rank=None if fields.values.get("q_lora_rank") is None else fields.positive("q_lora_rank"),
+        key_value_rank=fields.positive("kv_lora_rank"),
+        plain_dim=fields.positive("qk_nope_head_dim"),
+        rotary_dim=fields.positive("qk_rope_head_dim"),
+        value_dim=fields.positive("v_head_dim"),
+        yarn=fields.yarn(),
+    )
+    return replace(_sigmoid_routed(architecture, fields), latent=latent)
+
+
+def _glm4_moe(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.plain_rope()
+    model = _sigmoid_routed(architecture, fields)
+    parameters = fields.values.get("rope_parameters") or {}
+    return replace(
+        model,
+        qk_norm=bool(fields.values.get("use_qk_norm", False)),
+        qkv_bias=bool(fields.values.get("attention_bias", False)),
+        rotary_fraction=float(parameters.get("partial_rotary_factor", fields.values.get("partial_rotary_factor", 0.5))),
+    )
+
+
+def _sigmoid_routed(architecture: str, fields: _Fields) -> ModelConfig:
+    """Experts as in DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a bias for balance, groups, shared experts."""
+    # Megatron normalizes sigmoid scores always.
+    fields.only(norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    model = _common(architecture, fields)
+    experts = _experts(fields)
+    groups, group_top_k = fields.positive("n_group", default=1), fields.positive("topk_group", default=1)
+    if groups > 1 and experts["top_k"] != 2 * group_top_k:
+        # A group's score is the sum of its best two; Megatron takes the best top_k / topk_group.
+        raise fields.error(
+            f"num_experts_per_tok is {experts['top_k']} with topk_group {group_top_k}; "
+            "only twice as many experts as groups is supported"
+        )
+    intermediate = fields.positive("moe_intermediate_size")
+    return replace(
+        model,
+        **experts,
+        moe_layers=tuple(range(fields.not_negative("first_k_dense_replace"), model.num_layers)),
+        moe_intermediate_size=intermediate,
+        norm_topk_prob=True,
+        score_function="sigmoid",
+        expert_bias=True,
+        num_groups=groups if groups > 1 else 0,
+        group_top_k=group_top_k if groups > 1 else 0,
+        scaling=float(fields.values.get("routed_scaling_factor", 1.0)),
+        shared_intermediate_size=intermediate * fields.not_negative("n_shared_experts"),
+        extra_layers=fields.not_negative("num_nextn_predict_layers"),
+    )
+
+
+def _experts(fields: _Fields) -> dict[str, Any]:
+    # transformers 5 writes num_local_experts where earlier versions wrote num_experts; DeepSeek's word is another.
+    experts = fields.positive("num_experts", "num_local_experts", "n_routed_experts")
+    top_k = fields.positive("num_experts_per_tok")
+    if top_k > experts:
+        raise fields.error(f"num_experts_per_tok ({top_k}) exceeds num_experts ({experts})")
+    return {"num_experts": experts, "top_k": top_k}
+
+
+# Architectures that the tables in weights/names.py cover, by how their config.json is read.
+FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "MixtralForCausalLM": _mixtral,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
+    "Glm4MoeForCausalLM": _glm4_moe,
+}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -192,21 +394,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"model.path {path}: config.json holds a {type(values).__name__}, expected an object")
     return values
-
-
-def _refuse_variants(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse what the two families allow but this trainer would compute differently from the engine."""
-    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
-        value = values.get(key, wanted)
-        if value != wanted:
-            raise ModelError(f"model.path {path}: config.json: {key} is {value!r}; only {wanted!r} is supported")
-
-
-def _rope_theta(path: Path, values: Mapping[str, Any]) -> float:
-    """transformers 5 nests it in rope_parameters; before, it stood at the top beside rope_scaling."""
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"model.path {path}: config.json: rope_type is {kind!r}; only 'default' is supported")
-    # 10000 is what transformers assumes for a Qwen3 configuration that names none.
-    return float(parameters.get("rope_theta", values.get("rope_theta", 10000.0)))

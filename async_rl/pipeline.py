@@ -46,6 +46,7 @@ from async_rl.recorder import Recorder
 from async_rl.rollout.prompts import Dataset, DatasetCursor, read_jsonl
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.trainer.packing import split_over_ranks
+from async_rl.trainer.parallel import Place
 from async_rl.trainer.report import StepReport
 from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
@@ -149,14 +150,14 @@ class Pipeline:
                 self._recorder.step(step, version, reports, leased, step_s=step_s)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
-        """The updates of one training step, every rank on its share; rank 0's reports, which speak for all."""
+        """The updates of one training step, every replica on its share; rank 0's reports, which speak for all."""
         oldest = oldest_allowed_version(self._version, self._config.async_training.max_staleness)
-        size = self._config.trainer.groups_per_step
+        size, sizes = self._config.trainer.groups_per_step, self._config.trainer.parallel
         shares: list[list[list[Payload]]] = [[] for _ in self._trainers]
         for batch in (leased[first : first + size] for first in range(0, len(leased), size)):
-            by_rank = split_over_ranks([meta.num_tokens for meta, _ in batch], len(self._trainers))
-            for rank, indices in enumerate(by_rank):
-                shares[rank].append([batch[index][1] for index in indices])
+            by_replica = split_over_ranks([meta.num_tokens for meta, _ in batch], sizes.dp)
+            for rank, share in enumerate(shares):
+                share.append([batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]])
         reports: list[list[StepReport]] = await asyncio.gather(
             *(
                 trainer.train_step.remote(share, self._version, oldest)

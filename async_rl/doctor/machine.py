@@ -13,6 +13,7 @@ import psutil
 from async_rl.config import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.errors import ConfigError
+from async_rl.trainer.parallel import world_size
 
 GB = 10**9
 # Resident memory of one process before weights and caches, measured with a tiny model: an engine with its
@@ -58,7 +59,7 @@ def devices(config: RunConfig) -> Iterator[Check]:
             )
         yield Check("device", "ok", "CPU")
         return
-    needed = config.rollout.replicas * config.rollout.tensor_parallel_size + config.trainer.parallel.dp
+    needed = config.rollout.replicas * config.rollout.tensor_parallel_size + world_size(config.trainer.parallel)
     detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank)"
     if count < needed:
         yield Check("device", "FAIL", detail, "lower rollout.replicas, or set resources.device to cpu")
@@ -104,7 +105,7 @@ def cores(config: RunConfig) -> Iterator[Check]:
                 f"set it to {count} at most",
             )
     needed = config.rollout.replicas * resources.engine_threads
-    needed += config.trainer.parallel.dp * resources.trainer_threads
+    needed += world_size(config.trainer.parallel) * resources.trainer_threads
     detail = f"{count} usable, {needed} wanted (replicas x engine_threads + ranks x trainer_threads)"
     if needed <= count:
         yield Check("cores", "ok", detail)
@@ -138,7 +139,7 @@ def needed_memory(config: RunConfig, weights: int) -> int:
     parameters = weights // (4 if config.model.dtype == "float32" else 2)
     engine = ENGINE_BYTES + config.rollout.kv_cache_bytes + weights
     rank = TRAINER_BYTES + parameters * TRAINER_BYTES_PER_PARAMETER[config.model.dtype]
-    return DRIVER_BYTES + config.rollout.replicas * engine + config.trainer.parallel.dp * rank
+    return DRIVER_BYTES + config.rollout.replicas * engine + world_size(config.trainer.parallel) * rank
 
 
 def memory(config: RunConfig) -> Iterator[Check]:
@@ -183,7 +184,9 @@ def shared_memory(config: RunConfig) -> Iterator[Check]:
 def ports(config: RunConfig) -> Iterator[Check]:
     """The ports that the processes will serve /metrics on: driver, replicas and ranks."""
     host, first = config.metrics.host, config.metrics.port
-    wanted = range(first, first + 1 + config.rollout.replicas + config.trainer.parallel.dp) if first else range(1)
+    wanted = (
+        range(first, first + 1 + config.rollout.replicas + world_size(config.trainer.parallel)) if first else range(1)
+    )
     for port in wanted:
         try:
             with socket.create_server((host, port)):

@@ -1,7 +1,11 @@
-"""Runs microbatches through the model under Megatron's own schedule, with their routing armed.
+"""Runs microbatches through this rank's part of the model under Megatron's own schedules, with their routing armed.
 
 Every forward and backward pass of the trainer goes through ``Executor``; what is done with the logits is the caller's
-``LossFunction``. Knows Megatron's schedules, ``replay`` and the device seam; knows neither configuration nor groups.
+``LossFunction``, which only ranks of the last pipeline stage call. Knows Megatron's schedules, ``replay``, ``parallel``
+and the device seam; knows neither configuration nor groups.
+
+All ranks call the same methods in the same order. They may bring different numbers of microbatches: those with fewer
+are given ones of padding, because ranks that share experts or a pipeline compute microbatch by microbatch together.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -16,103 +22,151 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from async_rl.trainer import packing, platform
 from async_rl.trainer.megatron import packed
 from async_rl.trainer.packing import Microbatch
+from async_rl.trainer.parallel import Place, context_rows
 from async_rl.trainer.platform import Device
 from async_rl.trainer.replay import RoutingReplay
 
+# Of the positions of a microbatch that this rank's attention sees, [T / cp], by name; see packing.BY_POSITION.
 Tensors = dict[str, torch.Tensor]
 
-# (a microbatch's tensors, logits [T, V]) -> (scalar to differentiate, what to keep of this microbatch).
+# (a microbatch's tensors, logits [T / cp, V / tp]) -> (scalar to differentiate, what to keep of this microbatch).
 LossFunction = Callable[[Tensors, torch.Tensor], tuple[torch.Tensor, Any]]
+
+# (number of a microbatch in the run, number of the chunk that has just computed it).
+Watcher = Callable[[int, int], None]
 
 
 class Executor:
-    """One model on this rank."""
+    """This rank's chunks of one model. filler: a microbatch of padding alone."""
 
-    def __init__(self, model: DistributedDataParallel, replay: RoutingReplay, device: Device) -> None:
-        self._model = model
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        replay: RoutingReplay,
+        place: Place,
+        device: Device,
+    ) -> None:
+        self._chunks = list(chunks)
         self._replay = replay
+        self._place = place
         self._device = device
-        model.config.no_sync_func = model.no_sync
-        model.config.finalize_model_grads_func = _sum_gradients
 
-    def forward_backward(self, batches: Sequence[Microbatch], loss: LossFunction, *, verify: bool = False) -> list[Any]:
-        """Leave the gradient of the summed losses, of all ranks, in the parameters' main_grad.
+    def zero_gradients(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
 
-        Returns what ``loss`` kept of each microbatch of this rank. verify: compare the experts executed with the rows
-        asked for, raising ReplayError where they differ.
+    def accumulate(
+        self, batches: Sequence[Microbatch], loss: LossFunction, *, filler: Microbatch, verify: bool = False
+    ) -> list[Any]:
+        """Add the gradient of the summed losses to this rank's gradients. May be called several times in a step.
+
+        Returns what ``loss`` kept of each microbatch of this rank, on the last stage. verify: compare the experts
+        executed with the rows asked for, raising ReplayError where they differ.
         """
-        self._model.zero_grad_buffer()
-        if not batches:  # this rank has nothing to add, but the others wait for it in the reduction
-            with platform.cuda_means(self._device):
-                _sum_gradients([self._model])
-            return []
-        return self._run(batches, loss, forward_only=False, record=False, verify=verify)
+        return self._run(batches, loss, filler, forward_only=False, verify=verify)
 
-    def forward(self, batches: Sequence[Microbatch], keep: LossFunction) -> list[Any]:
-        """What ``keep`` kept of each microbatch. No gradients, no state."""
-        with torch.no_grad():
-            return self._run(batches, keep, forward_only=True, record=False, verify=False)
+    def finish_gradients(self, divisor: float) -> None:
+        """Leave the sum of all ranks' gradients, divided, in the parameters' main_grad."""
+        with platform.cuda_means(self._device):
+            finalize_model_grads(self._chunks, None)
+        for chunk in self._chunks:
+            chunk.scale_gradients(1.0 / divisor)
 
-    def record_routing(self, batches: Sequence[Microbatch]) -> list[dict[int, torch.Tensor]]:
-        """The experts that the routers choose now: MoE layer index -> int64[T, K], for each microbatch."""
+    def forward(
+        self,
+        batches: Sequence[Microbatch],
+        keep: LossFunction | None = None,
+        *,
+        filler: Microbatch,
+        watch: Watcher | None = None,
+    ) -> list[Any]:
+        """What ``keep`` kept of each microbatch, on the last stage. No gradients, no state.
+
+        watch: called on every rank after each forward pass of each of its chunks, also those of fillers.
+        """
 
         def nothing(_: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
             return logits.new_zeros(()), None
 
         with torch.no_grad():
-            return self._run(batches, nothing, forward_only=True, record=True, verify=False)
+            return self._run(batches, keep or nothing, filler, forward_only=True, watch=watch)
+
+    def record_routing(
+        self, batches: Sequence[Microbatch], *, filler: Microbatch
+    ) -> list[dict[int, npt.NDArray[np.int64]]]:
+        """The experts that this rank's routers choose now: MoE layer index -> int64[rows, K], for each microbatch."""
+        recorded: list[dict[int, npt.NDArray[np.int64]]] = [{} for _ in batches]
+
+        def note(index: int, chunk: int) -> None:
+            if index < len(recorded):
+                recorded[index] |= {layer: rows.cpu().numpy() for layer, rows in self._replay.recorded(chunk).items()}
+
+        with self._replay.recording():
+            self.forward(batches, filler=filler, watch=note)
+        return recorded
 
     def _run(
         self,
         batches: Sequence[Microbatch],
         loss: LossFunction,
+        filler: Microbatch,
         *,
         forward_only: bool,
-        record: bool,
-        verify: bool,
+        verify: bool = False,
+        watch: Watcher | None = None,
     ) -> list[Any]:
-        if not batches:
+        count = self._common_count(len(batches))
+        if count == 0:
             return []
+        run = [*batches, *[filler] * (count - len(batches))]
+        chunk_of = {id(chunk): number for number, chunk in enumerate(self._chunks)}
 
-        def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            batch = next(iterator)
+        def forward_step(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            index, batch = next(iterator)
+            number = chunk_of[id(chunk)]
             tensors = self._to_device(batch)
-            self._replay.before_forward(tensors.get("routing"))
-            logits = model(
+            routing = None if batch.routing is None else torch.from_numpy(batch.routing).to(self._device)
+            self._replay.before_forward(routing, batch.cu_seqlens, number)
+            logits = chunk(
                 input_ids=tensors["token_ids"].unsqueeze(0),
                 position_ids=tensors["position_ids"].unsqueeze(0),
                 attention_mask=None,
-                packed_seq_params=packed(tensors["cu_seqlens"], batch.longest),
+                packed_seq_params=packed(torch.from_numpy(batch.cu_seqlens).to(self._device), batch.longest),
             )
-            recorded = self._replay.after_forward()
+            self._replay.after_forward(number)
+            if watch is not None:
+                watch(index, number)
 
             def scalar(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 value, kept = loss(tensors, output.squeeze(0))
-                # Megatron wants a token count, for an average that the loss has taken already.
-                count = torch.tensor(len(batch), dtype=torch.int, device=value.device)
-                return value, count, recorded if record else kept
+                # Megatron wants a token count, for an average that is taken elsewhere.
+                return value, torch.tensor(len(batch), dtype=torch.int, device=value.device), kept
 
             return logits, scalar
 
-        with platform.cuda_means(self._device), self._replay.schedule(record=record, verify=verify):
+        iterators = [iter(enumerate(run)) for _ in self._chunks]
+        with platform.cuda_means(self._device), self._replay.schedule(verify=verify):
             kept: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=[self._model],
-                num_microbatches=len(batches),
-                seq_length=max(len(batch) for batch in batches),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._chunks,
+                num_microbatches=count,
+                seq_length=max(len(batch) for batch in run),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return kept
+        return kept[: len(batches)]
+
+    def _common_count(self, count: int) -> int:
+        """What every rank is to run: as many as the one with most, and whole rounds of an interleaved pipeline."""
+        most = torch.tensor(count, device=self._device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        sizes = self._place.sizes
+        return int(most) + -int(most) % (sizes.pp if sizes.vpp > 1 else 1)
 
     def _to_device(self, batch: Microbatch) -> Tensors:
-        arrays = {name: getattr(batch, name) for name in packing.ARRAYS}
-        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items() if array is not None}
-
-
-def _sum_gradients(model: list[Any], _tokens: torch.Tensor | None = None, **groups: Any) -> None:
-    """Megatron's finalization, less its division by a token count: the losses were divided before the backward
-    pass, by the count of the global batch.
-    """
-    finalize_model_grads(model, None, **groups)
+        rows = context_rows(batch.cu_seqlens, self._place)
+        arrays = {name: getattr(batch, name) for name in packing.BY_POSITION}
+        return {
+            name: torch.from_numpy(array[rows]).to(self._device) for name, array in arrays.items() if array is not None
+        }

@@ -5,6 +5,7 @@ The engine's counterpart is ``weights.vllm_fingerprint``; what they are is in ``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,38 +16,39 @@ from async_rl.weights.fingerprint import projection
 
 
 class FingerprintHooks:
-    """While entered, each forward pass of ``gpt`` leaves its fingerprints, for ``take`` to fetch before the next."""
+    """While entered, each forward pass of one of ``chunks`` (Megatron's GPTModel, or what it has of one) leaves the
+    fingerprints of its layers, for ``take`` to fetch before the next."""
 
-    def __init__(self, gpt: Any) -> None:
-        self._gpt = gpt
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._chunks = chunks
         self._hooks: list[Any] = []
-        self._taken: dict[int, torch.Tensor] = {}  # entry -> [T, WIDTH]
+        self._taken: dict[int, torch.Tensor] = {}  # entry -> [rows, WIDTH]
         self._projection: torch.Tensor | None = None
 
     def __enter__(self) -> Self:
-        self._hooks.append(self._gpt.embedding.register_forward_hook(lambda _m, _i, output: self._record(0, output)))
-        for layer in self._gpt.decoder.layers:
-            # Megatron counts layers from 1, which is the entry after the embeddings.
-            self._hooks.append(
-                layer.register_forward_hook(
-                    lambda _m, _i, output, entry=layer.layer_number: self._record(entry, output[0])
-                )
-            )
+        for chunk in self._chunks:
+            if chunk.pre_process:
+                self._watch(chunk.embedding, 0, lambda output: output)
+            for layer in chunk.decoder.layers:
+                # Megatron counts layers from 1, which is the entry after the embeddings.
+                self._watch(layer, layer.layer_number, lambda output: output[0])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def take(self) -> Float32Array:
-        """float32[T, L+1, WIDTH] of the last forward pass."""
-        entries = [self._taken[entry] for entry in sorted(self._taken)]
-        self._taken = {}
-        result: Float32Array = torch.stack(entries, dim=1).cpu().numpy()
-        return result
+    def take(self) -> dict[int, Float32Array]:
+        """By entry, 0 for the embeddings and then a number for each layer, float32[rows, WIDTH]; the rows are those
+        that a router of this rank would see."""
+        taken, self._taken = self._taken, {}
+        return {entry: rows.cpu().numpy() for entry, rows in taken.items()}
+
+    def _watch(self, module: Any, entry: int, stream: Callable[[Any], torch.Tensor]) -> None:
+        self._hooks.append(module.register_forward_hook(lambda _m, _i, output: self._record(entry, stream(output))))
 
     def _record(self, entry: int, stream: torch.Tensor) -> None:
-        """``stream`` [T, 1, H]."""
+        """``stream`` [rows, 1, H]."""
         if self._projection is None:
             self._projection = torch.from_numpy(projection(stream.shape[-1])).to(stream.device)
         self._taken[entry] = stream[:, 0].detach().float() @ self._projection

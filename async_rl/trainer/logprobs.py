@@ -1,4 +1,7 @@
-"""Log-probs and entropies of given tokens from logits. Pure: torch only. Shapes: T positions, V vocabulary."""
+"""Log-probs and entropies of given tokens from logits, whose vocabulary may be split over ranks. Pure: torch only.
+
+Shapes: T positions, V vocabulary, of which each of the ranks of ``group`` has an equal part, in their order.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,53 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = logits.float() / temperature
+        width = logits.shape[-1]
+        index = targets - (0 if group is None else group.rank() * width)
+        here = (index >= 0) & (index < width)
+        index = index.clamp(0, width - 1)
+        chosen = scaled.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         normalizer = scaled.logsumexp(dim=-1)
-        logprobs = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer
+        if group is not None:
+            chosen = _summed(torch.where(here, chosen, 0.0), group)
+            normalizer = _logsumexp_over(normalizer, group)
         probabilities = torch.exp(scaled - normalizer.unsqueeze(-1))
-        entropy = normalizer - torch.einsum("tv,tv->t", probabilities, scaled)
-        ctx.save_for_backward(logits, targets, normalizer)
+        expected = torch.einsum("tv,tv->t", probabilities, scaled)
+        entropy = normalizer - (expected if group is None else _summed(expected, group))
+        ctx.save_for_backward(logits, index, here, normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - normalizer, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, targets, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, index, here, normalizer = ctx.saved_tensors
         gradient = (gradients[0] / ctx.temperature).unsqueeze(-1)
         result = torch.exp(logits.float() / ctx.temperature - normalizer.unsqueeze(-1)).mul_(-gradient)
-        result.scatter_add_(-1, targets.unsqueeze(-1), gradient)
-        return result.to(logits.dtype), None, None
+        result.scatter_add_(-1, index.unsqueeze(-1), gradient * here.unsqueeze(-1))
+        return result.to(logits.dtype), None, None, None
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and the entropy there, of softmax(logits / temperature), in float32.
 
-    logits [T, V], targets int64[T]; returns float32[T] (differentiable) and float32[T] (not).
+    logits [T, V], or [T, V / ranks] of each rank of ``group``; targets int64[T]. Returns float32[T] (differentiable)
+    and float32[T] (not), the same on every rank; the gradient that comes back must be so too.
     """
-    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature)
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group)
     return logprobs, entropy
+
+
+def _summed(values: torch.Tensor, group: Any) -> torch.Tensor:
+    torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+def _logsumexp_over(values: torch.Tensor, group: Any) -> torch.Tensor:
+    largest = values.clone()
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return largest + torch.log(_summed(torch.exp(values - largest), group))

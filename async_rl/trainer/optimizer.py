@@ -7,6 +7,7 @@ which keeps each parameter's summed gradient in ``main_grad``; knows neither los
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,12 +53,36 @@ def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float)
     ]
 
 
+def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """The norm of the whole model's gradient, each of its elements counted once whatever ranks hold it.
+
+    As Megatron-core ``optimizer/clip_grads.py`` counts, which insists on CUDA tensors: of what tensor-parallel ranks
+    all have, the first one's; an embedding that the last stage has a copy of, once.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    counted = [p for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
+    total = 0.0
+    for of_experts, group in (
+        (False, parallel_state.get_model_parallel_group()),
+        (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
+    ):
+        gradients = [p.main_grad for p in counted if getattr(p, "allreduce", True) != of_experts]
+        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else torch.tensor(0.0)
+        square = square.to(dtype=torch.float64, device=parameters[0].device)
+        torch.distributed.all_reduce(square, group=group)
+        total += float(square)
+    return math.sqrt(total) if math.isfinite(total) else total
+
+
 class TorchAdamW:
     """torch's fused AdamW on the CPU, over float32 masters where the parameters are of a smaller type."""
 
-    def __init__(self, model: torch.nn.Module, settings: OptimizerSection) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], settings: OptimizerSection) -> None:
         self._settings = settings
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
         self._masters = [
             p if p.dtype is torch.float32 else torch.nn.Parameter(p.detach().float()) for p in self._parameters
         ]
@@ -73,7 +98,7 @@ class TorchAdamW:
     def step(self) -> Update:
         lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
         gradients = [p.main_grad for p in self._parameters]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = gradient_norm(self._parameters)
         if not math.isfinite(norm):
             return Update(grad_norm=norm, lr=lr, applied=False)
         if norm > self._settings.clip_grad:
@@ -99,11 +124,11 @@ class TorchAdamW:
 class MegatronAdamW:
     """Megatron's distributed optimizer: sharded states, float32 masters, clipping over the model-parallel groups."""
 
-    def __init__(self, model: torch.nn.Module, settings: OptimizerSection) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], settings: OptimizerSection) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         self._settings = settings
-        dtype = next(model.parameters()).dtype
+        dtype = next(chunks[0].parameters()).dtype
         self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -117,7 +142,7 @@ class MegatronAdamW:
                 params_dtype=dtype,
                 use_distributed_optimizer=True,
             ),
-            [model],
+            list(chunks),
         )
         self._steps = 0
 

@@ -34,6 +34,9 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 # Expert id of a row that has no routing: the router decides it. Real ids are never negative.
 NO_ROUTING = -1
 
+# Microbatches that may be filled at once: more find a fuller place for each sample, and hand the first out later.
+OPEN_MICROBATCHES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -42,10 +45,12 @@ class Sample:
     token_ids int32[N]; loss_mask bool[N-1], which predicted tokens count; logprobs float32[N-1], versions
     int32[N-1], advantages float32[N-1] and resume_position int8[N-1] (index into RESUME_POSITIONS) of the predicted
     token, of no meaning where the mask is off; routing [N-1, L, K], NO_ROUTING where a row has none, or None if
-    there is none to replay.
+    there is none to replay. weight: of each of its tokens in the sum that is the loss. proximal, reference
+    float32[N-1]: log-probs of the predicted tokens under those policies, where the loss needs them.
     """
 
     name: str
+    trajectory_id: str
     token_ids: Int32Array
     loss_mask: BoolArray
     logprobs: Float32Array
@@ -53,10 +58,16 @@ class Sample:
     advantages: Float32Array
     resume_position: Int8Array
     routing: ExpertIds | Int32Array | None = None
+    weight: float = 1.0
+    proximal: Float32Array | None = None
+    reference: Float32Array | None = None
 
     @property
     def positions(self) -> int:
         return len(self.token_ids) - 1
+
+    def with_advantage(self, value: float) -> Sample:
+        return replace(self, advantages=np.full(self.positions, value, dtype=np.float32))
 
     def with_routing(self, routing: ExpertIds | Int32Array) -> Sample:
         return replace(self, routing=routing)
@@ -64,11 +75,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """S sequences back to back, T positions in all; a last one may be padding, which belongs to no sample.
+    """S sequences back to back, T positions in all; padding follows a sequence, or is a last one of no sample.
 
-    token_ids, position_ids, labels int64[T]; loss_mask bool[T]; logprobs, advantages float32[T]; versions
-    int32[T]; resume_position int8[T]; cu_seqlens int32[S+1], where each sequence starts; longest, its longest
-    sequence; samples, their indices in the list that was packed; routing int32[T, L, K] or None.
+    token_ids, position_ids, labels int64[T]; loss_mask bool[T]; logprobs, advantages, weights float32[T]; versions
+    int32[T]; resume_position int8[T]; sequence int64[T], from 0 to S - 1; cu_seqlens int32[S+1], where each starts;
+    longest, its longest sequence; samples, their indices in the list that was packed, and positions, how many each has
+    without padding; routing int32[T, L, K] or None; proximal, reference float32[T], or None where no sample has them.
     """
 
     token_ids: Int64Array
@@ -78,18 +90,34 @@ class Microbatch:
     logprobs: Float32Array
     versions: Int32Array
     advantages: Float32Array
+    weights: Float32Array
     resume_position: Int8Array
+    sequence: Int64Array
     cu_seqlens: Int32Array
     longest: int
     samples: tuple[int, ...]
+    positions: tuple[int, ...]
     routing: Int32Array | None
+    proximal: Float32Array | None = None
+    reference: Float32Array | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def padding(self) -> int:
+        """Positions that belong to no sample."""
+        return len(self) - sum(self.positions)
 
-# The fields of Microbatch that the model or the loss reads as tensors.
-ARRAYS = (
+    @property
+    def cost(self) -> int:
+        """What attention costs: each position looks at all before it in its sequence."""
+        lengths = np.diff(self.cu_seqlens).astype(np.int64)
+        return int((lengths * (lengths + 1) // 2).sum())
+
+
+# The fields of Microbatch that are by position, [T, ...], and that the model or the loss reads as tensors.
+BY_POSITION = (
     "token_ids",
     "position_ids",
     "labels",
@@ -97,14 +125,16 @@ ARRAYS = (
     "logprobs",
     "versions",
     "advantages",
+    "weights",
     "resume_position",
-    "cu_seqlens",
-    "routing",
+    "sequence",
+    "proximal",
+    "reference",
 )
 
 
 def samples_of(
-    trajectory: Trajectory, *, advantage: float, oldest_version: int, per_segment: bool = False
+    trajectory: Trajectory, *, oldest_version: int, per_segment: bool = False, advantage: float = 0.0
 ) -> list[Sample]:
     """What a trajectory is trained on: a loss on its sampled tokens but those before ``oldest_version`` (invariant 4).
 
@@ -128,6 +158,7 @@ def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: f
     routing = trajectory.routed_experts if view.routed_experts is None else view.routed_experts
     return Sample(
         name=f"trajectory {trajectory.trajectory_id}, response [{view.start}, {stop})",
+        trajectory_id=trajectory.trajectory_id,
         token_ids=np.concatenate([trajectory.prompt_ids, trajectory.response_ids[:stop]]),
         loss_mask=over_response(counts & (np.arange(len(counts)) >= view.start)),
         logprobs=over_response(trajectory.logprobs),
@@ -149,37 +180,68 @@ def resume_positions(trajectory: Trajectory) -> Int8Array:
     return result
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of ``lengths`` by microbatch, each at most ``budget`` positions: first-fit decreasing.
+class Packer:
+    """Samples to microbatches as they come: one that is full is handed out before the next sample is known.
 
-    A sequence longer than the budget gets a microbatch of its own. Deterministic; zero lengths are left out.
+    What is handed out, and in which order, depends on the order of the samples alone, not on how they were divided
+    among calls: so a step whose groups arrive one by one computes exactly what it computes with all of them at hand.
+
+    budget: most positions of a microbatch, its padding included; a longer sample is never cut, it gets a microbatch of
+    its own. routing: the layout of rows to carry, samples without any getting rows of NO_ROUTING; None to carry none.
+    sequence_multiple, multiple: each sequence, each microbatch is padded to a multiple of so many positions.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        if length == 0:
-            continue
-        slot = next((b for b, free in enumerate(room) if free >= length), None)
-        if slot is None:
-            bins.append([index])
-            room.append(budget - length)
-        else:
-            bins[slot].append(index)
-            room[slot] -= length
-    return bins
+
+    def __init__(
+        self, budget: int, routing: RoutingSpec | None = None, *, sequence_multiple: int = 1, multiple: int = 1
+    ) -> None:
+        self._budget = budget
+        self._routing = routing
+        self._sequence_multiple = sequence_multiple
+        self._multiple = multiple
+        self._open: list[tuple[int, list[tuple[int, Sample]]]] = []  # (positions, [(index, sample)])
+        self._count = 0
+
+    def add(self, samples: Sequence[Sample]) -> list[Microbatch]:
+        """The microbatches that these samples fill. A sample goes where it leaves least room."""
+        full: list[Microbatch] = []
+        for sample in samples:
+            index, self._count = self._count, self._count + 1
+            length = sample.positions + -sample.positions % self._sequence_multiple
+            if length == 0:
+                continue
+            fitting = [bin for bin in self._open if bin[0] + length <= self._budget]
+            chosen = max(fitting, key=lambda bin: bin[0], default=(0, []))
+            if fitting:
+                self._open.remove(chosen)
+            self._open.append((chosen[0] + length, [*chosen[1], (index, sample)]))
+            if len(self._open) > OPEN_MICROBATCHES:
+                full.append(self._close(max(self._open, key=lambda bin: bin[0])))
+        return full
+
+    def flush(self) -> list[Microbatch]:
+        """The microbatches that are not full; nothing is left behind."""
+        return [self._close(bin) for bin in list(self._open)]
+
+    def filler(self) -> Microbatch:
+        """A microbatch of padding alone, as short as can be, for a rank that has fewer than those it computes with."""
+        return _join([], self._routing, self._sequence_multiple, self._multiple)
+
+    def _close(self, bin: tuple[int, list[tuple[int, Sample]]]) -> Microbatch:
+        self._open.remove(bin)
+        return _join(bin[1], self._routing, self._sequence_multiple, self._multiple)
 
 
 def pack(
-    samples: Sequence[Sample], budget: int, routing: RoutingSpec | None = None, multiple: int = 1
+    samples: Sequence[Sample],
+    budget: int,
+    routing: RoutingSpec | None = None,
+    *,
+    sequence_multiple: int = 1,
+    multiple: int = 1,
 ) -> list[Microbatch]:
-    """Samples to microbatches.
-
-    routing: the layout of rows to carry, samples without any getting rows of NO_ROUTING; None to carry none.
-    multiple: each microbatch is padded to a multiple of so many positions, by a sequence that nothing is read from.
-    """
-    lengths = [sample.positions for sample in samples]
-    return [_join(samples, indices, routing, multiple) for indices in plan(lengths, budget)]
+    """All of ``samples`` to microbatches; see ``Packer``."""
+    packer = Packer(budget, routing, sequence_multiple=sequence_multiple, multiple=multiple)
+    return packer.add(samples) + packer.flush()
 
 
 def rows_without_routing(batch: Microbatch) -> int:
@@ -197,45 +259,67 @@ def spread_rows(count: int, spec: RoutingSpec) -> Int32Array:
     return rows
 
 
-def _join(samples: Sequence[Sample], indices: list[int], spec: RoutingSpec | None, multiple: int) -> Microbatch:
-    chosen = [samples[i] for i in indices]
-    padding = -sum(sample.positions for sample in chosen) % multiple
-    lengths = np.array([sample.positions for sample in chosen] + [padding] * bool(padding), dtype=np.int32)
+def _join(
+    chosen: Sequence[tuple[int, Sample]], spec: RoutingSpec | None, sequence_multiple: int, multiple: int
+) -> Microbatch:
+    samples = [sample for _, sample in chosen]
+    lengths = [sample.positions + -sample.positions % sequence_multiple for sample in samples]
+    tail = -sum(lengths) % multiple if samples else multiple
+    spans = np.cumsum([0, *lengths, *([tail] if tail else [])]).astype(np.int32)
+    total = int(spans[-1])
 
-    def join(parts: Sequence[npt.NDArray[Any]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
-        joined: npt.NDArray[Scalar] = np.concatenate([*parts, np.zeros(padding, dtype=dtype)]).astype(dtype, copy=False)
-        return joined
+    def filled(parts: Sequence[npt.NDArray[Any] | float | None], rest: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """``rest`` [T, ...] with each sample's part written over where it lies."""
+        for part, sample, start in zip(parts, samples, spans, strict=False):
+            if part is not None:
+                rest[start : start + sample.positions] = part
+        return rest
+
+    def zeros(dtype: type[Scalar]) -> npt.NDArray[Scalar]:
+        return np.zeros(total, dtype=dtype)
+
+    def optional(parts: Sequence[Float32Array | None]) -> Float32Array | None:
+        return None if all(part is None for part in parts) else filled(parts, zeros(np.float32))
 
     routing = None
     if spec is not None:
-        shape = (spec.num_moe_layers, spec.top_k)
-        absent = np.int32(NO_ROUTING)
-        rows = [np.full((s.positions, *shape), absent) if s.routing is None else s.routing for s in chosen]
-        routing = np.concatenate([*rows, spread_rows(padding, spec)]).astype(np.int32, copy=False)
+        # A sample's rows are NO_ROUTING unless it has any; the padding's spread over the experts.
+        absent = np.full((1, spec.num_moe_layers, spec.top_k), NO_ROUTING, dtype=np.int32)
+        rows: list[Any] = [absent if sample.routing is None else sample.routing for sample in samples]
+        routing = filled(rows, spread_rows(total, spec))
     return Microbatch(
-        token_ids=join([sample.token_ids[:-1] for sample in chosen], np.int64),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        labels=join([sample.token_ids[1:] for sample in chosen], np.int64),
-        loss_mask=join([sample.loss_mask for sample in chosen], np.bool_),
-        logprobs=join([sample.logprobs for sample in chosen], np.float32),
-        versions=join([sample.versions for sample in chosen], np.int32),
-        advantages=join([sample.advantages for sample in chosen], np.float32),
-        resume_position=join([sample.resume_position for sample in chosen], np.int8),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-        longest=int(lengths.max()),
-        samples=tuple(indices),
+        token_ids=filled([sample.token_ids[:-1] for sample in samples], zeros(np.int64)),
+        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in np.diff(spans)]),
+        labels=filled([sample.token_ids[1:] for sample in samples], zeros(np.int64)),
+        loss_mask=filled([sample.loss_mask for sample in samples], zeros(np.bool_)),
+        logprobs=filled([sample.logprobs for sample in samples], zeros(np.float32)),
+        versions=filled([sample.versions for sample in samples], zeros(np.int32)),
+        advantages=filled([sample.advantages for sample in samples], zeros(np.float32)),
+        weights=filled([sample.weight for sample in samples], zeros(np.float32)),
+        resume_position=filled([sample.resume_position for sample in samples], zeros(np.int8)),
+        sequence=np.repeat(np.arange(len(spans) - 1), np.diff(spans)),
+        cu_seqlens=spans,
+        longest=int(np.diff(spans).max()),
+        samples=tuple(index for index, _ in chosen),
+        positions=tuple(sample.positions for sample in samples),
         routing=routing,
+        proximal=optional([sample.proximal for sample in samples]),
+        reference=optional([sample.reference for sample in samples]),
     )
 
 
 def split(values: npt.NDArray[Scalar], batch: Microbatch) -> list[npt.NDArray[Scalar]]:
     """Values [T, ...] of a microbatch by sample, in the order of ``batch.samples``; padding is left out."""
-    return np.split(values, batch.cu_seqlens[1 : len(batch.samples) + 1])[:-1]
+    starts = batch.cu_seqlens.tolist()
+    return [values[start : start + length] for start, length in zip(starts, batch.positions, strict=False)]
 
 
-def unpack(values: Sequence[npt.NDArray[np.float32]], batches: Sequence[Microbatch], count: int) -> list[Float32Array]:
-    """Per-position values [T] of each microbatch back to one array per packed sample, in their order."""
-    result = [np.zeros(0, dtype=np.float32)] * count
+def unpack(
+    values: Sequence[npt.NDArray[Scalar]], batches: Sequence[Microbatch], count: int
+) -> list[npt.NDArray[Scalar]]:
+    """Per-position values [T, ...] of each microbatch back to one array per packed sample, in their order."""
+    nothing: Any = values[0][:0] if values else np.zeros(0, dtype=np.float32)
+    result: list[npt.NDArray[Scalar]] = [nothing] * count
     for array, batch in zip(values, batches, strict=True):
         for index, part in zip(batch.samples, split(array, batch), strict=True):
             result[index] = part

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from async_rl.config import OptimizerSection
 from async_rl.errors import ResourceError, TrainerError
+from async_rl.trainer.parallel import Place, world_size
 from async_rl.weights.names import Layout
 
 if TYPE_CHECKING:
@@ -57,23 +58,31 @@ def activate(device: Device) -> None:
         raise TrainerError(
             f"megatron-core {found} is installed; the trainer is made for {MEGATRON_VERSION}; install that"
         )
+    # Once in each process: torch calls Megatron's collectives by their old names deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    _patch_pipeline_shapes()
     if device == "cpu":
-        # Seven lines on every start about Apex and Transformer Engine, which are for GPUs.
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope)", module="megatron")
+        # Eight lines on every start about what is for GPUs.
+        warnings.filterwarnings(
+            "ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|CUDA_DEVICE_MAX)", module="megatron"
+        )
         _patch_cuda_calls()
+        _patch_dispatcher()
         _patch_router_gemm()
-        _patch_recompute_rng()
+        _patch_rng()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
 
-def init_distributed(device: Device, rank: int, world_size: int, init_method: str | None) -> None:
-    """Start torch.distributed and Megatron's process groups: data parallel over all ranks."""
+def init_distributed(device: Device, place: Place, init_method: str | None) -> torch.distributed.ProcessGroup:
+    """Start torch.distributed and Megatron's process groups. Returns the group of the ranks that share this one's data:
+    of every pipeline stage, those of its data-parallel index."""
     from megatron.core import parallel_state
 
+    sizes, ranks = place.sizes, world_size(place.sizes)
     if init_method is None:
-        if world_size != 1:
-            raise TrainerError(f"init_method is needed for {world_size} ranks, for example tcp://<host>:<port>")
+        if ranks != 1:
+            raise TrainerError(f"init_method is needed for {ranks} ranks, for example tcp://<host>:<port>")
         store: Any = torch.distributed.HashStore()
         torch.distributed.init_process_group(
             _backend(device), rank=0, world_size=1, store=store, timeout=COLLECTIVE_TIMEOUT
@@ -82,12 +91,38 @@ def init_distributed(device: Device, rank: int, world_size: int, init_method: st
         torch.distributed.init_process_group(
             _backend(device),
             init_method=init_method,
-            rank=rank,
-            world_size=world_size,
+            rank=place.rank,
+            world_size=ranks,
             timeout=COLLECTIVE_TIMEOUT,
         )
-    # The extra gloo groups serve distributed checkpoints of GPU runs; on CPU every group is gloo already.
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=device == "cuda")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+        # The extra gloo groups serve distributed checkpoints of GPU runs; on CPU every group is gloo already.
+        create_gloo_process_groups=device == "cuda",
+    )
+    found = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+    if found != (place.tp, place.cp, place.dp, place.pp, place.ep, place.etp):
+        raise TrainerError(f"Megatron numbers its ranks otherwise than trainer.parallel: {found} is not {place}")
+    if device == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        # Nothing is initialized and nothing dropped out, but the generators are asked for.
+        model_parallel_cuda_manual_seed(0)
+    replicas = [[rank for rank in range(ranks) if Place.of(sizes, rank).dp == dp] for dp in range(sizes.dp)]
+    groups = [torch.distributed.new_group(replica) for replica in replicas]  # every rank takes part in making each
+    return groups[place.dp]
 
 
 def close_distributed() -> None:
@@ -101,9 +136,10 @@ def close_distributed() -> None:
 
 @contextlib.contextmanager
 def cuda_means(device: Device) -> Iterator[None]:
-    """Within it, ``device="cuda"`` in torch calls means ``device``.
+    """Within it, ``device="cuda"`` and ``.cuda()`` in torch calls mean ``device``.
 
-    For Megatron's schedules, which name the device in words (0.16.1, ``torch.zeros([], device="cuda")``).
+    For Megatron's schedules, which name the device in words (0.16.1, ``torch.zeros([], device="cuda")``), and its
+    model, which moves an embedding that two pipeline stages share.
     """
     if device == "cuda":
         yield
@@ -117,15 +153,15 @@ def layout(device: Device) -> Layout:
     return "local" if device == "cpu" else "transformer_engine"
 
 
-def layer_spec(device: Device, config: Any) -> Any:
-    """The decoder's block specification."""
+def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
+    """The block specification of this rank's decoder layers, or of one virtual pipeline chunk of them."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    from async_rl.trainer.attention import PackedAttention
+    from async_rl.trainer.attention import LatentAttention, PackedAttention
     from async_rl.trainer.norm import RMSNorm
 
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=device == "cuda", normalization=config.normalization
+        config, use_transformer_engine=device == "cuda", normalization=config.normalization, vp_stage=vp_stage
     )
     if device == "cpu":
         # Megatron's own attention refuses packed sequences, its RMSNorm is slow; see the two modules.
@@ -133,9 +169,20 @@ def layer_spec(device: Device, config: Any) -> Any:
         for layer in spec.layer_specs:
             parts, attention = layer.submodules, layer.submodules.self_attention.submodules
             parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
             attention.core_attention = PackedAttention
+            if config.multi_latent_attention:
+                parts.self_attention.module = LatentAttention
+                attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            elif config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
+
+
+def keep_float32(model: torch.nn.Module) -> None:
+    """Turn back to float32 what Megatron keeps in it whatever the parameters' type: the routers' expert biases."""
+    for module in model.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            module._maintain_float32_expert_bias()
 
 
 def model_overrides(device: Device) -> dict[str, Any]:
@@ -150,15 +197,15 @@ def model_overrides(device: Device) -> dict[str, Any]:
     return {"bias_activation_fusion": True, "moe_grouped_gemm": True, "moe_permute_fusion": True}
 
 
-def optimizer(device: Device, model: Any, settings: OptimizerSection) -> Optimizer:
-    """What applies the gradients that ``model`` (Megatron's DistributedDataParallel) has accumulated.
+def optimizer(device: Device, chunks: Sequence[Any], settings: OptimizerSection) -> Optimizer:
+    """What applies the gradients that ``chunks`` (each a DistributedDataParallel of Megatron's) have accumulated.
 
     Megatron 0.16.1's gradient clipping and distributed optimizer insist on CUDA tensor types.
     """
     from async_rl.trainer import optimizer as optimizers
 
     kind = optimizers.TorchAdamW if device == "cpu" else optimizers.MegatronAdamW
-    return kind(model, settings)
+    return kind(chunks, settings)
 
 
 def _backend(device: Device) -> str:
@@ -166,12 +213,14 @@ def _backend(device: Device) -> str:
 
 
 class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
-    """Turns ``device="cuda"`` arguments of torch functions into the CPU."""
+    """Turns ``device="cuda"`` arguments of torch functions into the CPU, and moves nothing to a GPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
@@ -181,6 +230,52 @@ class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no ty
 def _patch_cuda_calls() -> None:
     """Megatron 0.16.1 puts gradient buffers, rotary table and router weights on torch.cuda.current_device()."""
     torch.cuda.current_device = lambda: torch.device("cpu")
+    # Its pipeline schedules wait for their last message; a CPU's is there when the call returns.
+    torch.cuda.synchronize = lambda *_: None
+
+
+def _patch_dispatcher() -> None:
+    """Megatron 0.16.1's dispatcher of expert parallelism copies its counts to the CPU on a stream of its own, as NumPy
+    arrays, which gloo does not take."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def counts_as_lists(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits"):
+                if isinstance(value := getattr(self, name), torch.Tensor):
+                    setattr(self, name, value.tolist())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # not None, for which it would make one
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_lists
+
+
+def _patch_pipeline_shapes() -> None:
+    """Megatron 0.16.1's stages tell each other the shapes of what they send in one batch of sends and receives. Two
+    stages of an interleaved pipeline are each the other's next and previous, and take a shape for the other one. Its
+    function for the tensors themselves orders the calls so that they cannot."""
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    def communicate_shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+        def shape(wanted: bool, tensor: Any = None) -> torch.Tensor | None:
+            size = [0, 0, 0] if tensor is None else list(tensor.shape)
+            return torch.tensor(size, device=torch.cuda.current_device()) if wanted else None
+
+        received = shape(recv_prev), shape(recv_next)
+        requests = p2p_communication._p2p_ops(
+            tensor_send_prev=shape(send_prev is not None, send_prev),
+            tensor_recv_prev=received[0],
+            tensor_send_next=shape(send_next is not None, send_next),
+            tensor_recv_next=received[1],
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for request in requests.values():
+            request.wait()
+        return tuple([0, 0, 0] if one is None else one.tolist() for one in received)
+
+    p2p_communication.P2PCommunicator._communicate_shapes = communicate_shapes
 
 
 def _patch_router_gemm() -> None:
@@ -191,9 +286,12 @@ def _patch_router_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
-def _patch_recompute_rng() -> None:
-    """Megatron 0.16.1 saves and restores the CUDA generator around recomputation. There is none, and no dropout."""
+def _patch_rng() -> None:
+    """Megatron 0.16.1 has CUDA generators for dropout in tensor-parallel regions, and saves and restores them around
+    recomputation. There is none, and no dropout."""
     from megatron.core.tensor_parallel import random
+
+    random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     random._set_cuda_rng_state = lambda *_, **__: None

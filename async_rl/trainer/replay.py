@@ -11,7 +11,8 @@ target's shape, range or duplicates: ``check_rows`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from async_rl.errors import ReplayError
 from async_rl.model_config import ModelConfig
 from async_rl.trainer.packing import NO_ROUTING
+from async_rl.trainer.parallel import Int64Array, Place, replayed
 from async_rl.types import ExpertIds, Int32Array, RoutingSpec
 
 
@@ -87,88 +89,119 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
 
 
 class RoutingReplay:
-    """All routers of one model.
+    """All routers of one rank's part of a model, which may be several virtual pipeline chunks.
 
-    Around a schedule: ``with replay.schedule():``. Within it, once per microbatch, in the forward step:
-    ``before_forward`` with its rows (None: native routing), the model's forward pass, ``after_forward``. A
+    Around a schedule: ``with replay.schedule():``. Within it, once per microbatch and chunk, in the forward step:
+    ``before_forward`` with the microbatch's rows (None: native routing), the chunk's forward pass, ``after_forward``. A
     recomputing backward pass then pops the rows in the order in which they were given, also with several
-    microbatches in flight. With ``record=True`` nothing is replayed; ``after_forward`` returns the experts
-    that the routers chose.
+    microbatches in flight. Within ``with replay.recording():`` nothing is replayed; ``recorded`` returns the experts
+    that the routers chose in a chunk's last forward pass.
     """
 
-    def __init__(self, modules: Iterable[torch.nn.Module], model: ModelConfig) -> None:
-        self._spec = model.routing
-        self._routers: list[tuple[int, TopKRouter]] = []  # (index among the model's MoE layers, router)
-        self._verifier: _Verifier | None = None
-        for module in modules:
-            for name, router in module.named_modules():
+    def __init__(self, chunks: Sequence[torch.nn.Module], model: ModelConfig, place: Place) -> None:
+        self._model = model
+        self._place = place
+        # Of each chunk: (index among the model's MoE layers, router).
+        self._routers: list[list[tuple[int, TopKRouter]]] = []
+        self._verifiers: list[_Verifier] = []
+        for number, chunk in enumerate(chunks):
+            found = []
+            for name, router in chunk.named_modules():
                 # A multi-token-prediction head routes too, but the engine returns nothing for it.
                 if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
                     router.router_replay = _RowwiseReplay()
-                    self._routers.append((model.moe_layers.index(router.layer_number - 1), router))
+                    found.append((model.moe_layers.index(router.layer_number - 1), router))
+            self._routers.append(sorted(found, key=lambda pair: pair[0]))
+            _, expected = self._share(np.zeros(1, dtype=np.int32), number)
+            if [layer for layer, _ in found] != expected:
+                raise ReplayError(
+                    f"rank {place.rank}, chunk {number}: routers of MoE layers {[layer for layer, _ in found]} were "
+                    f"built where the layout has {expected}"
+                )
         self._recording = False
 
     @contextmanager
-    def schedule(self, *, record: bool = False, verify: bool = False) -> Iterator[None]:
-        """Brackets one schedule: nothing armed in it survives it, however it ends."""
-        self._recording = record
-        self._verifier = _Verifier(self._routers) if verify else None
+    def recording(self) -> Iterator[None]:
+        """What runs within records instead of replaying."""
+        self._recording = True
         try:
             yield
         finally:
             self._recording = False
-            if self._verifier is not None:
-                self._verifier.close()
-                self._verifier = None
-            for _, router in self._routers:
+
+    @contextmanager
+    def schedule(self, *, verify: bool = False) -> Iterator[None]:
+        """Brackets one schedule: nothing armed in it survives it, however it ends."""
+        self._verifiers = [_Verifier(routers) for routers in self._routers] if verify else []
+        try:
+            yield
+        finally:
+            for verifier in self._verifiers:
+                verifier.close()
+            self._verifiers = []
+            for _, router in (pair for routers in self._routers for pair in routers):
                 router.router_replay.clear_indices()
                 router.router_replay.clear_router_replay_action()
 
-    def before_forward(self, rows: torch.Tensor | None) -> None:
-        """Arm the next forward pass with rows int[T, L, K]."""
+    def before_forward(self, routing: torch.Tensor | None, cu_seqlens: Int32Array, chunk: int = 0) -> None:
+        """Arm a chunk's next forward pass with its share of a microbatch's routing int[T, L, K]."""
         if self._recording:
-            self._act(RouterReplayAction.RECORD)
-        elif rows is not None:
-            for layer, router in self._routers:
-                router.router_replay.set_target_indices(rows[:, layer].long())
-            self._act(RouterReplayAction.REPLAY_FORWARD)
-            if self._verifier is not None:
-                self._verifier.expect(rows)
+            self._act(chunk, RouterReplayAction.RECORD)
+        elif routing is not None:
+            rows, _ = self._share(cu_seqlens, chunk)
+            share = routing[torch.from_numpy(rows).to(routing.device)].long()
+            for layer, router in self._routers[chunk]:
+                router.router_replay.set_target_indices(share[:, layer])
+            self._act(chunk, RouterReplayAction.REPLAY_FORWARD)
+            if self._verifiers:
+                self._verifiers[chunk].expect(share)
 
-    def after_forward(self) -> dict[int, torch.Tensor]:
-        """Turn to what recomputation replays. Returns what was recorded: MoE layer index -> int64[T, K]."""
-        if self._recording:
-            return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers}
-        if self._routers and self._routers[0][1].router_replay.target_topk_idx is not None:
-            self._act(RouterReplayAction.REPLAY_BACKWARD)
-        return {}
+    def after_forward(self, chunk: int = 0) -> None:
+        """Turn to what recomputation replays."""
+        routers = self._routers[chunk]
+        if routers and routers[0][1].router_replay.target_topk_idx is not None:
+            self._act(chunk, RouterReplayAction.REPLAY_BACKWARD)
 
-    def _act(self, action: RouterReplayAction) -> None:
-        for _, router in self._routers:
+    def recorded(self, chunk: int = 0) -> dict[int, torch.Tensor]:
+        """What the routers of a chunk chose: MoE layer index -> int64[rows, K]."""
+        return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers[chunk]}
+
+    def _share(self, cu_seqlens: Int32Array, chunk: int) -> tuple[Int64Array, list[int]]:
+        return replayed(cu_seqlens, self._model.moe_layers, self._model.num_layers, self._place, chunk)
+
+    def _act(self, chunk: int, action: RouterReplayAction) -> None:
+        for _, router in self._routers[chunk]:
             router.router_replay.set_router_replay_action(action)
 
 
 class _Verifier:
-    """Compares the routing map that leaves each router, which the dispatcher executes, with the rows asked for."""
+    """Compares the routing map that leaves each router of a chunk, which the dispatcher executes, with the rows asked
+    for: in the forward pass with those just given, in recomputation with the oldest that were not recomputed yet."""
 
     def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
         self._rows: torch.Tensor | None = None
+        self._to_recompute: dict[int, deque[torch.Tensor]] = {layer: deque() for layer, _ in routers}
         self._hooks = [
-            router.register_forward_hook(lambda _m, _i, output, layer=layer: self._compare(layer, output[1]))
+            router.register_forward_hook(lambda r, _i, output, layer=layer: self._compare(layer, r, output[1]))
             for layer, router in routers
         ]
 
     def expect(self, rows: torch.Tensor) -> None:
+        """rows [rows, L, K] of the forward pass that comes."""
         self._rows = rows
+        for waiting in self._to_recompute.values():
+            waiting.append(rows)
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _compare(self, layer: int, routing_map: torch.Tensor) -> None:
+    def _compare(self, layer: int, router: TopKRouter, routing_map: torch.Tensor) -> None:
         if self._rows is None:
             return
-        target = self._rows[:, layer].long()
+        recomputing = router.router_replay.router_replay_action is RouterReplayAction.REPLAY_BACKWARD
+        rows = self._to_recompute[layer].popleft() if recomputing else self._rows
+        target = rows[:, layer]
         asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), True)
         wrong = ((asked != routing_map).any(dim=1) & (target[:, 0] >= 0)).nonzero().flatten().tolist()
         if wrong:

@@ -1,7 +1,7 @@
 """One Megatron rank, without Ray: groups in, an optimizer update and a StepReport out; weights out to whoever asks.
 
-A step reads top to bottom in ``train_step``: advantages, packing, global token count, (R2: record routing),
-forward and backward under Megatron's own schedule with routing replayed, update, metrics. Knows the other
+A step reads top to bottom in ``accumulate`` and ``finish_step``: (R2: record routing,) advantages, packing, forward and
+backward under Megatron's own schedule with routing replayed; then the global counts, update, metrics. Knows the other
 modules of this room, ``weights`` and ``model_config``; knows neither queue nor engine.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,43 +21,46 @@ import torch
 from async_rl.config import RunConfig
 from async_rl.errors import ReplayError, TrainerError
 from async_rl.model_config import check_run, read_model_config
-from async_rl.trainer import losses, packing, platform
+from async_rl.trainer import losses, packing, parallel, platform
 from async_rl.trainer.advantages import group_advantages
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
-from async_rl.trainer.packing import Microbatch, Sample
+from async_rl.trainer.packing import Microbatch, Packer, Sample
+from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
 from async_rl.trainer.report import StepReport, step_report
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
 from async_rl.weights import names
+from async_rl.weights.fingerprint import WIDTH
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
     from async_rl.trainer.executor import LossFunction, Tensors
+    from async_rl.trainer.export import Weights
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 # Size of one *.safetensors file of an export: what transformers writes too.
 SHARD_BYTES = 5 * 10**9
 
 
 class Trainer:
-    """Builds the model of ``config.model.path`` and trains it as data-parallel rank ``rank`` of ``world_size``.
+    """Builds this rank's part of the model of ``config.model.path``, as trainer.parallel lays it out, and trains it.
 
     init_method: where the ranks meet, for example "tcp://127.0.0.1:29500"; needed for more than one. Every
-    rank must make the same calls in the same order. Megatron's state is global: one Trainer per process at a
-    time.
+    rank must make the same calls in the same order: ranks of one data-parallel index with the same groups, others with
+    groups of their own. Megatron's state is global: one Trainer per process at a time.
     """
 
-    def __init__(
-        self, config: RunConfig, *, rank: int = 0, world_size: int = 1, init_method: str | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, *, rank: int = 0, init_method: str | None = None) -> None:
         self._config = config
         self._model_config = read_model_config(config.model.path)
         check_run(config, self._model_config)
         self._device = platform.resolve(config.resources.device)
-        self._rank = rank
+        self._place = Place.of(config.trainer.parallel, rank)
         platform.activate(self._device)
-        platform.init_distributed(self._device, rank, world_size, init_method)
+        self._replica = platform.init_distributed(self._device, self._place, init_method)
         try:
             self._build()
         except BaseException:
@@ -71,74 +75,86 @@ class Trainer:
         from async_rl.trainer.executor import Executor
         from async_rl.trainer.replay import RoutingReplay
 
-        self._model = megatron.build(self._config, self._model_config, self._device)
-        self._group = parallel_state.get_data_parallel_group()
-        replay = RoutingReplay([self._model.module], self._model_config)
-        self._executor = Executor(self._model, replay, self._device)
-        self._optimizer = platform.optimizer(self._device, self._model, self._config.trainer.optimizer)
+        self._chunks = megatron.build(self._config, self._model_config, self._device, self._place)
+        replay = RoutingReplay([chunk.module for chunk in self._chunks], self._model_config, self._place)
+        self._executor = Executor(self._chunks, replay, self._place, self._device)
+        self._optimizer = platform.optimizer(self._device, self._chunks, self._config.trainer.optimizer)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self._vocabulary = tensor_group if tensor_group.size() > 1 else None
         self._steps = 0
-        self._recorded: dict[str, Int32Array] = {}  # R2: trajectory id -> routing [N-1, L, K]
+        self._prepared: dict[str, list[Sample]] = {}  # by group id
 
     # ---- training ----
 
     def train_step(self, groups: Sequence[Group], *, version: int, oldest_version: int) -> StepReport:
-        """One optimizer update on this rank's share of the batch; no group may be split over ranks.
+        """One optimizer update on this rank's share of the batch; no group may be split over data-parallel ranks.
 
         version: the policy version that consumes the tokens. Tokens sampled before ``oldest_version``
         contribute nothing (invariant 4). If no token of any rank contributes, nothing is updated and the
         report says so.
         """
-        _check_versions(groups, version)
-        seconds: dict[str, float] = {}
-        started = time.perf_counter()
-        if self._config.trainer.router_replay == "R2":
-            self.record_routing([g for g in groups if not self._is_recorded(g)])
-            started = _lap(seconds, "record_routing", started)
-        trajectories = [t for group in groups for t in group.trajectories]
-        samples, extra_positions = self._samples(groups, oldest_version)
-        batches = self._pack(samples)
-        contributing = sum(int(sample.loss_mask.sum()) for sample in samples)
-        sampled = sum(int(t.sampled.sum()) for t in trajectories)
-        total = self._all_reduce(
-            tokens=contributing,
-            stale=sampled - contributing,
-            not_sampled=sum(len(t.response_ids) for t in trajectories) - sampled,
-            extra_positions=extra_positions,
-            fallback=sum(packing.rows_without_routing(batch) for batch in batches),
-            groups=len(groups),
-            trajectories=len(trajectories),
-            microbatches=len(batches),
-        )
-        started = _lap(seconds, "prepare", started)
+        self.begin_step(version=version, oldest_version=oldest_version)
+        self.accumulate(groups)
+        return self.finish_step()
 
-        # At least one, so that an all-stale batch has sums too.
-        stalenesses = max(version - oldest_version + 1, 1)
-        sums = PolicySums.zero(stalenesses, self._device)
+    def begin_step(self, *, version: int, oldest_version: int) -> None:
+        """Open an update whose groups come in several calls of ``accumulate``; see ``train_step``."""
+        self._executor.zero_gradients()
+        # At least one staleness, so that an all-stale batch has sums too.
+        sums = PolicySums.zero(max(version - oldest_version + 1, 1), self._device)
+        self._step = _Step(version, oldest_version, sums, self._packer())
+
+    def accumulate(self, groups: Sequence[Group]) -> None:
+        """Compute the microbatches that these groups of this rank fill; the rest waits for the next ones."""
+        step = self._step
+        _check_versions(groups, step.version)
+        started = time.perf_counter()
+        self.prepare(groups, oldest_version=step.oldest_version)
+        started = _lap(step.seconds, "record_routing", started)
+        samples = self._with_advantages(groups)
+        step.count(groups, samples)
+        batches = step.packer.add(samples)
+        started = _lap(step.seconds, "prepare", started)
+        self._forward_backward(batches)
+        _lap(step.seconds, "forward_backward", started)
+
+    def finish_step(self) -> StepReport:
+        """Compute what is left, update the parameters, and report."""
+        step = self._step
+        started = time.perf_counter()
+        self._forward_backward(step.packer.flush())
+        started = _lap(step.seconds, "forward_backward", started)
+        total = self._sum_over_data(**step.counts)
         update = self._optimizer.no_update()
         if total["tokens"]:
-            loss = self._policy_loss(version, stalenesses, total["tokens"])
-            for part in self._executor.forward_backward(batches, loss, verify=self._verifying):
-                sums.add(part)
-            started = _lap(seconds, "forward_backward", started)
+            self._executor.finish_gradients(total["tokens"])
+            started = _lap(step.seconds, "forward_backward", started)
             update = self._optimizer.step()
-            started = _lap(seconds, "optimizer", started)
-            sums.all_reduce(self._group)
+            started = _lap(step.seconds, "optimizer", started)
+            step.sums.all_reduce(torch.distributed.group.WORLD)
         self._steps += 1
-        for trajectory in trajectories:
-            self._recorded.pop(trajectory.trajectory_id, None)
-        _lap(seconds, "metrics", started)
+        _lap(step.seconds, "metrics", started)
         return step_report(
-            sums,
+            step.sums,
             update,
-            version=version,
+            version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked={"stale": int(total["stale"]), "not_sampled": int(total["not_sampled"])},
+            masked={"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])},
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
-            seconds=seconds,
+            seconds=step.seconds,
         )
+
+    def _forward_backward(self, batches: Sequence[Microbatch]) -> None:
+        step = self._step
+        step.counts["microbatches"] += len(batches)
+        step.counts["fallback"] += sum(packing.rows_without_routing(batch) for batch in batches)
+        loss = self._policy_loss(step.version, len(step.sums.max_abs_diff))
+        for part in self._executor.accumulate(batches, loss, filler=step.packer.filler(), verify=self._verifying):
+            if self._place.answers:
+                step.sums.add(part)
 
     def supervised_step(self, sequences: Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]) -> float:
         """One update on the cross entropy of the masked-in tokens: (token ids int32[N], mask bool[N]) per sequence.
@@ -147,30 +163,60 @@ class Trainer:
         of no effect. Routing is native.
         """
         samples = [_plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)]
-        tokens = self._all_reduce(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
+        tokens = self._sum_over_data(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
         if not tokens:
             return 0.0
 
         def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            logprobs, _entropy = token_logprobs(logits, tensors["labels"])
+            logprobs, _entropy = token_logprobs(logits, tensors["labels"], group=self._vocabulary)
             summed = -torch.where(tensors["loss_mask"], logprobs, 0.0).sum()
-            return summed / tokens, float(summed.detach())
+            return summed, float(summed.detach())
 
-        batches = self._pack(samples, replay=False)
-        parts = self._executor.forward_backward(batches, loss)
+        packer = self._packer(replay=False)
+        self._executor.zero_gradients()
+        parts = self._executor.accumulate(packer.add(samples) + packer.flush(), loss, filler=packer.filler())
+        self._executor.finish_gradients(tokens)
         self._optimizer.step()
-        return self._all_reduce(loss=sum(parts))["loss"] / tokens
+        mine = torch.tensor(sum(parts) if self._place.answers else 0.0, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(mine)
+        return float(mine) / tokens
 
-    def record_routing(self, groups: Sequence[Group]) -> None:
-        """R2's log-prob pass: remember the experts that the trainer's own router chooses for these groups now.
+    def prepare(self, groups: Sequence[Group], *, oldest_version: int) -> None:
+        """What has to be known of groups before their update, under the weights of now: for R2, the experts that the
+        trainer's own router chooses.
 
-        ``train_step`` replays them and runs this pass itself for groups that are not recorded yet. Call it
-        first, with the groups of all updates of a training step, so that later updates replay the routing
-        from before the first.
+        ``accumulate`` does this itself for groups that have not been prepared. Call it first, with the groups of all
+        updates of a training step, so that later updates use what was before the first.
         """
-        trajectories = [t for group in groups for t in group.trajectories]
-        routing = self.native_routing([np.concatenate([t.prompt_ids, t.response_ids]) for t in trajectories])
-        self._recorded.update(zip((t.trajectory_id for t in trajectories), routing, strict=True))
+        fresh = [group for group in groups if group.group_id not in self._prepared]
+        views = {group.group_id: self._views(group, oldest_version) for group in fresh}
+        if self._config.trainer.router_replay == "R2":
+            samples = [sample for group in fresh for sample in views[group.group_id]]
+            routing = iter(self.native_routing([sample.token_ids for sample in samples]))
+            for group in fresh:
+                views[group.group_id] = [view.with_routing(next(routing)) for view in views[group.group_id]]
+        if self._config.trainer.router_replay != "off":
+            for view in (view for group in fresh for view in views[group.group_id]):
+                self._check_routing(view)
+        self._prepared |= views
+
+    def _views(self, group: Group, oldest_version: int) -> list[Sample]:
+        """What a group is trained on, advantages apart."""
+        exact = self._config.async_training.partial_rollout.routing == "exact"
+        return [
+            view
+            for trajectory in group.trajectories
+            for view in packing.samples_of(trajectory, oldest_version=oldest_version, per_segment=exact)
+        ]
+
+    def _with_advantages(self, groups: Sequence[Group]) -> list[Sample]:
+        """The prepared samples of these groups; they are forgotten."""
+        samples = []
+        for group in groups:
+            values = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
+            of = dict(zip((t.trajectory_id for t in group.trajectories), values.tolist(), strict=True))
+            samples += [view.with_advantage(of[view.trajectory_id]) for view in self._prepared.pop(group.group_id)]
+        return samples
 
     # ---- asking the model ----
 
@@ -185,56 +231,73 @@ class Trainer:
         routing: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
         are without it.
         """
-        batches = self._probe_batches(sequences, routing)
+        batches, filler = self._probe_batches(sequences, routing)
 
         def collect(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            values, _entropy = token_logprobs(logits, tensors["labels"], temperature)
-            return values.sum(), values.cpu().numpy()
+            values, _entropy = token_logprobs(logits, tensors["labels"], temperature, self._vocabulary)
+            return values.sum(), {0: values.cpu().numpy()}
 
-        return packing.unpack(self._executor.forward(batches, collect), batches, len(sequences))
+        kept = self._executor.forward(batches, collect, filler=filler)
+        parts = kept if self._place.answers else [{}] * len(batches)
+        whole = self._assembled(batches, parts, self._context_rows, np.zeros((1,), np.float32))
+        return [part[:, 0] for part in packing.unpack(whole, batches, len(sequences))]
 
     def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
         """The experts that the routers choose now: int32[N-1, L, K] of each sequence int32[N]."""
-        batches = self._probe_batches(sequences, None)
-        result = [np.zeros((0, 0, 0), dtype=np.int32)] * len(sequences)
-        for batch, recorded in zip(batches, self._executor.record_routing(batches), strict=True):
-            # {MoE layer: [T, K]} -> [T, L, K]
-            rows = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1).int().cpu().numpy()
-            for index, part in zip(batch.samples, packing.split(rows, batch), strict=True):
-                result[index] = part
-        return result
+        spec = self._model_config.routing
+        batches, filler = self._probe_batches(sequences, None)
+        if spec is None:
+            return [np.zeros((max(len(ids) - 1, 0), 0, 0), np.int32) for ids in sequences]
+        parts = self._executor.record_routing(batches, filler=filler)
+        row = np.zeros((spec.num_moe_layers, spec.top_k), np.int32)
+        return packing.unpack(self._assembled(batches, parts, self._router_rows, row), batches, len(sequences))
 
     def fingerprints(
         self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None = None
     ) -> list[Float32Array]:
         """Of the residual stream, float32[layers + 1, N-1, WIDTH] of each sequence as in ``weights.fingerprint``;
         routing as in ``logprobs``."""
-        batches = self._probe_batches(sequences, routing)
-        with FingerprintHooks(self._model.module) as hooks:
+        batches, filler = self._probe_batches(sequences, routing)
+        parts: list[dict[int, Float32Array]] = [{} for _ in batches]
+        with FingerprintHooks([chunk.module for chunk in self._chunks]) as hooks:
 
-            def collect(_: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
-                return logits.new_zeros(()), hooks.take()
+            def note(index: int, _chunk: int) -> None:
+                taken = hooks.take()
+                if index < len(parts):
+                    parts[index] |= taken
 
-            rows = packing.unpack(self._executor.forward(batches, collect), batches, len(sequences))
-        return [part.swapaxes(0, 1) for part in rows]
+            self._executor.forward(batches, filler=filler, watch=note)
+        row = np.zeros((self._model_config.num_layers + 1, WIDTH), np.float32)
+        whole = packing.unpack(self._assembled(batches, parts, self._router_rows, row), batches, len(sequences))
+        return [part.swapaxes(0, 1) for part in whole]
+
+    def weights(self) -> Weights:
+        """The live weights under Hugging Face names, tensor by tensor, on rank 0. Every rank iterates it in step."""
+        from async_rl.trainer.export import Weights
+
+        modules = [chunk.module for chunk in self._chunks]
+        return Weights(modules, self._model_config, self._place, platform.layout(self._device))
 
     def weight_source(self) -> WeightSource:
-        """The live weights under Hugging Face names, for a push. The first call imports part of vLLM (seconds)."""
-        from async_rl.weights.source import MegatronWeightSource
+        """The same for a push. The first call imports part of vLLM (seconds)."""
+        from async_rl.weights.source import StreamedSource
 
-        return MegatronWeightSource(self._model_config, self._parameters(), platform.layout(self._device))
+        return StreamedSource(self.weights())
 
     def save_hf(self, folder: Path) -> None:
         """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files. Rank 0
         writes.
         """
-        if self._rank == 0:
-            weights = names.export(self._model_config, self._parameters(), platform.layout(self._device))
+        weights = self.weights()
+        if self._place.rank == 0:
             names.write_checkpoint(weights, folder, shard_bytes=SHARD_BYTES)
             for file in self._config.model.path.iterdir():
                 if file.is_file() and ".safetensors" not in file.name:
                     shutil.copy2(file, folder / file.name)
-        torch.distributed.barrier(group=self._group)
+        else:
+            for _ in weights:  # gathering a parameter is a collective: take part in it
+                pass
+        torch.distributed.barrier()
 
     def close(self) -> None:
         """Leave the process groups. The Trainer is unusable afterwards."""
@@ -242,12 +305,12 @@ class Trainer:
 
     # ---- one microbatch ----
 
-    def _policy_loss(self, version: int, stalenesses: int, total_tokens: float) -> LossFunction:
+    def _policy_loss(self, version: int, stalenesses: int) -> LossFunction:
         settings = self._config.trainer.loss
         temperature = self._config.rollout.temperature
 
         def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
-            current, entropy = token_logprobs(logits, tensors["labels"], temperature)
+            current, entropy = token_logprobs(logits, tensors["labels"], temperature, self._vocabulary)
             mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
             summed, clipped = losses.clipped_policy_loss(
                 current,
@@ -268,7 +331,7 @@ class Trainer:
                 mask=mask,
                 stalenesses=stalenesses,
             )
-            return summed / total_tokens, sums
+            return summed, sums
 
         return loss
 
@@ -277,28 +340,6 @@ class Trainer:
     @property
     def _verifying(self) -> bool:
         return self._steps < self._config.trainer.verify_replay_steps and self._model_config.routing is not None
-
-    def _samples(self, groups: Sequence[Group], oldest_version: int) -> tuple[list[Sample], int]:
-        """What the groups are trained on, with the routing to replay; and positions of it that repeat a prefix."""
-        mode = self._config.trainer.router_replay
-        exact = self._config.async_training.partial_rollout.routing == "exact"
-        samples: list[Sample] = []
-        repeated = 0
-        for group in groups:
-            advantages = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
-            for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
-                views = packing.samples_of(
-                    trajectory, advantage=advantage, oldest_version=oldest_version, per_segment=exact
-                )
-                if mode == "R2":
-                    views = [view.with_routing(self._recorded[trajectory.trajectory_id]) for view in views]
-                if mode != "off":
-                    for view in views:
-                        self._check_routing(view)
-                samples += views
-                # The last view is the whole sequence, the others are prefixes of it.
-                repeated += sum(view.positions for view in views[:-1])
-        return samples, repeated
 
     def _check_routing(self, sample: Sample) -> None:
         """Raise ReplayError unless the sample has no routing, or such as this model can execute."""
@@ -311,40 +352,109 @@ class Trainer:
             raise ReplayError(f"{sample.name}: has routing, but {self._config.model.path} has no MoE layer")
         check_rows(sample.name, sample.routing, rows=sample.positions, spec=spec)
 
-    def _pack(self, samples: Sequence[Sample], *, replay: bool | None = None) -> list[Microbatch]:
+    def _packer(self, *, replay: bool | None = None) -> Packer:
         """``replay``: carry the samples' routing; by default as trainer.router_replay says."""
-        if replay is None:
-            replay = self._config.trainer.router_replay != "off"
         settings = self._config.trainer
-        return packing.pack(
-            samples,
+        if replay is None:
+            replay = settings.router_replay != "off"
+        return Packer(
             settings.tokens_per_microbatch,
             self._model_config.routing if replay else None,
-            settings.microbatch_multiple,
+            sequence_multiple=parallel.sequence_multiple(settings.parallel),
+            multiple=parallel.microbatch_multiple(settings.parallel, settings.microbatch_multiple),
         )
 
     def _probe_batches(
         self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None
-    ) -> list[Microbatch]:
-        """Plain sequences, with ``routing`` to replay where given."""
+    ) -> tuple[list[Microbatch], Microbatch]:
+        """Plain sequences, with ``routing`` to replay where given; and a filler."""
         samples = [_plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
         if routing is not None:
             samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
             for sample in samples:
                 self._check_routing(sample)
-        return self._pack(samples, replay=routing is not None)
+        packer = self._packer(replay=routing is not None)
+        return packer.add(samples) + packer.flush(), packer.filler()
 
-    def _is_recorded(self, group: Group) -> bool:
-        return all(t.trajectory_id in self._recorded for t in group.trajectories)
+    def _context_rows(self, batch: Microbatch) -> Int64Array:
+        return parallel.context_rows(batch.cu_seqlens, self._place)
 
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        return dict(self._model.module.named_parameters())
+    def _router_rows(self, batch: Microbatch) -> Int64Array:
+        return parallel.replayed(batch.cu_seqlens, (), self._model_config.num_layers, self._place)[0]
 
-    def _all_reduce(self, **values: float) -> dict[str, float]:
+    def _assembled(
+        self,
+        batches: Sequence[Microbatch],
+        parts: Sequence[Mapping[int, npt.NDArray[Any]]],
+        rows: Callable[[Microbatch], Int64Array],
+        zero: npt.NDArray[Scalar],
+    ) -> list[npt.NDArray[Scalar]]:
+        """[T, *zero.shape] of each microbatch on every rank, from what the ranks of this replica have of it.
+
+        parts: of each microbatch, column (first axis of ``zero``) -> values at the positions that ``rows`` gives. No
+        two ranks have the same; ``zero`` stands where none has anything.
+        """
+        if not batches:
+            return []
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        whole = np.broadcast_to(zero, (int(starts[-1]), *zero.shape)).copy()
+        for batch, start, columns in zip(batches, starts, parts, strict=False):
+            for column, values in columns.items():
+                whole[start + rows(batch), column] = values
+        summed = torch.from_numpy(whole).to(self._device)
+        torch.distributed.all_reduce(summed, group=self._replica)
+        return np.split(summed.cpu().numpy(), starts[1:-1])
+
+    def _sum_over_data(self, **values: float) -> dict[str, float]:
         """Sums over the data-parallel ranks, exact for counts below 2**53."""
+        from megatron.core import parallel_state
+
         flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(flat, group=self._group)
+        torch.distributed.all_reduce(flat, group=parallel_state.get_data_parallel_group())
         return dict(zip(values, flat.tolist(), strict=True))
+
+
+# What a step counts of this rank's groups.
+COUNTS = (
+    "tokens",
+    "sampled",
+    "not_sampled",
+    "extra_positions",
+    "groups",
+    "trajectories",
+    "microbatches",
+    "fallback",
+)
+
+
+@dataclass(slots=True)
+class _Step:
+    """An update under way. counts: of this rank's groups."""
+
+    version: int
+    oldest_version: int
+    sums: PolicySums
+    packer: Packer
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def count(self, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
+        trajectories = [t for group in groups for t in group.trajectories]
+        sampled = sum(int(t.sampled.sum()) for t in trajectories)
+        views: dict[str, list[int]] = {}
+        for sample in samples:
+            views.setdefault(sample.trajectory_id, []).append(sample.positions)
+        added = {
+            "tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
+            "sampled": sampled,
+            "not_sampled": sum(len(t.response_ids) for t in trajectories) - sampled,
+            # The last view of a trajectory is all of it that is trained, the others are prefixes of that.
+            "extra_positions": sum(sum(positions[:-1]) for positions in views.values()),
+            "groups": len(groups),
+            "trajectories": len(trajectories),
+        }
+        for name, value in added.items():
+            self.counts[name] += value
 
 
 def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None = None) -> Sample:
@@ -352,6 +462,7 @@ def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None
     positions = max(len(ids) - 1, 0)
     return Sample(
         name=name,
+        trajectory_id=name,
         token_ids=ids,
         loss_mask=np.ones(positions, dtype=np.bool_) if mask is None else mask,
         logprobs=np.zeros(positions, dtype=np.float32),
@@ -374,5 +485,5 @@ def _check_versions(groups: Sequence[Group], version: int) -> None:
 
 def _lap(seconds: dict[str, float], phase: str, started: float) -> float:
     now = time.perf_counter()
-    seconds[phase] = now - started
+    seconds[phase] = seconds.get(phase, 0.0) + now - started
     return now

@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 
 
 class TrainerWorker:
-    """Rank ``rank`` of ``world_size`` data-parallel ranks, meeting at ``init_method`` (tcp://host:port).
+    """Rank ``rank`` of the trainer's ranks (``trainer.parallel``), which meet at ``init_method`` (tcp://host:port).
 
     Megatron and vLLM are imported in the methods: the driver loads this module to create the actor, but not them.
     """
 
-    def __init__(self, config: RunConfig, rank: int, world_size: int, init_method: str | None) -> None:
+    def __init__(self, config: RunConfig, rank: int, init_method: str | None) -> None:
         self._config = config
         self._rank = rank
-        self._world_size = world_size
         self._init_method = init_method
         self._pusher: WeightPusher | None = None
 
@@ -41,9 +40,7 @@ class TrainerWorker:
         from async_rl.trainer.trainer import Trainer
 
         began = time.monotonic()
-        self._trainer = Trainer(
-            self._config, rank=self._rank, world_size=self._world_size, init_method=self._init_method
-        )
+        self._trainer = Trainer(self._config, rank=self._rank, init_method=self._init_method)
         log.info("trainer ready", seconds=round(time.monotonic() - began, 1))
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
@@ -59,9 +56,8 @@ class TrainerWorker:
     ) -> list[StepReport]:
         """One training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
         batches = [fetch(payloads) for payloads in mini_batches]
-        if self._config.trainer.router_replay == "R2":
-            # One log-prob pass for the whole step: later updates replay the routing from before the first.
-            self._trainer.record_routing([group for batch in batches for group in batch])
+        # All of the step's groups at once: later updates go by what was before the first.
+        self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
     def push(self, version: int) -> float:

@@ -1,42 +1,38 @@
-"""The trainer's weights as vLLM sees them: a WeightSource of (Hugging Face name, tensor), tensor by tensor.
+"""The trainer's weights as vLLM's weight transfer wants them: a WeightSource over a stream of named tensors.
 
-Knows the table in ``names`` and vLLM's weight-transfer base class, not Megatron: it gets named parameters.
-Importing this module imports part of vLLM (about 3.5 s and 270 MiB without an engine), so the trainer does so
-only when asked for a source.
+Knows vLLM's weight-transfer base class, not Megatron. Importing this module imports part of vLLM (about 3.5 s and
+270 MiB without an engine), so the trainer does so only when asked for a source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from async_rl.model_config import ModelConfig
-from async_rl.weights import names
+from async_rl.weights.names import Meta
 
 
-class MegatronWeightSource(WeightSource):  # type: ignore[misc]  # vLLM is not followed
-    """Streams a model's parameters under their Hugging Face names.
+class NamedWeights(Protocol):
+    """What ``trainer.export.Weights`` is: metadata, and the tensors in its order, on the sending rank at least."""
 
-    Tensors are views of the live parameters where Megatron's layout allows and copies of one parameter
-    otherwise, so a pass needs memory for one parameter, and a consumer must be done with a tensor before the
-    next optimizer step.
-    """
+    def metadata(self) -> list[Meta]: ...
 
-    def __init__(self, model: ModelConfig, parameters: Mapping[str, torch.nn.Parameter], layout: names.Layout) -> None:
-        self._model = model
-        self._parameters = parameters
-        self._layout = layout
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
+
+
+class StreamedSource(WeightSource):  # type: ignore[misc]  # vLLM is not followed
+    """Streams ``weights``, tensor by tensor. Every trainer rank has one and iterates in step with the others; ranks
+    that do not send get None for a tensor, and have no use for one."""
+
+    def __init__(self, weights: NamedWeights) -> None:
+        self._weights = weights
 
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and shape of everything that iteration yields, in the same order."""
-        return [
-            ParamMeta(name, parameter.dtype, shape)
-            for entry in names.entries(self._model, self._layout)
-            for parameter in [self._parameters[entry.megatron]]
-            for name, shape in zip(entry.hf, names.hf_shapes(self._model, entry.kind, parameter.shape), strict=True)
-        ]
+        return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in self._weights.metadata()]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return names.export(self._model, self._parameters, self._layout)
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        return iter(self._weights)

@@ -100,19 +100,19 @@ def run_config(path, **overrides):
 class Opened:
     """A Trainer that is closed again, and the maps that its routers really executed."""
 
-    def __init__(self, path, rank=0, world_size=1, init_method=None, **overrides):
+    def __init__(self, path, rank=0, init_method=None, **overrides):
         import torch
 
         from async_rl.trainer.trainer import Trainer
 
         torch.set_num_threads(1)
-        self.trainer = Trainer(run_config(path, **overrides), rank=rank, world_size=world_size, init_method=init_method)
+        self.trainer = Trainer(run_config(path, **overrides), rank=rank, init_method=init_method)
         self.executed = []  # bool[T, E] per call of a router, in order
 
     def __enter__(self):
         from megatron.core.transformer.moe.router import TopKRouter
 
-        for module in self.trainer._model.modules():
+        for module in self.trainer._chunks[0].modules():
             if isinstance(module, TopKRouter):
                 module.register_forward_hook(lambda _m, _i, output: self.executed.append(output[1].numpy().copy()))
         return self.trainer, self.executed
@@ -122,7 +122,7 @@ class Opened:
 
 
 def parameters(trainer, what="data"):
-    return {name: getattr(p, what).detach().numpy().copy() for name, p in trainer._model.module.named_parameters()}
+    return {name: getattr(p, what).detach().numpy().copy() for name, p in trainer._chunks[0].module.named_parameters()}
 
 
 def sequences(count=5, seed=0):
@@ -396,7 +396,8 @@ def microbatches_in_flight(path):
 
     with Opened(path) as (trainer, _):
         replay = trainer._executor._replay
-        router = replay._routers[0][1].router_replay
+        router = replay._routers[0][0][1].router_replay
+        cu_seqlens = np.array([0, 4], np.int32)
         scores = torch.zeros(4, SPEC.num_experts)
 
         def chosen():
@@ -406,11 +407,11 @@ def microbatches_in_flight(path):
         forward, backward = [], []
         with replay.schedule():
             for target in rows:
-                replay.before_forward(target)
+                replay.before_forward(target, cu_seqlens)
                 forward.append(chosen())
                 replay.after_forward()
             backward = [chosen() for _ in rows]
-            replay.before_forward(rows[0])
+            replay.before_forward(rows[0], cu_seqlens)
         left = router.target_topk_idx, router.replay_backward_list, router.router_replay_action
         return [target[:, 0].tolist() for target in rows], forward, backward, left
 
@@ -424,7 +425,7 @@ def test_recomputation_takes_rows_in_order_and_nothing_survives_the_schedule(wor
 def record_then_train(path):
     groups = make_groups(routing=False)
     with Opened(path, trainer__router_replay="R2", trainer__optimizer__lr=0.3) as (trainer, executed):
-        trainer.record_routing(groups)
+        trainer.prepare(groups, oldest_version=0)
         recorded = executed[:]
         ids = [np.concatenate([t.prompt_ids, t.response_ids]) for g in groups for t in g.trajectories]
         trainer.supervised_step([(x, np.ones(len(x), bool)) for x in ids])  # other weights, other native routing
@@ -432,7 +433,7 @@ def record_then_train(path):
         report = step(trainer, groups)
         replayed = executed[:]
         executed.clear()
-        trainer.record_routing(groups)
+        trainer.prepare(groups, oldest_version=0)
         native = executed[:]
         executed.clear()
         unrecorded = step(trainer, make_groups(routing=False, seed=5, epoch=1))
@@ -534,7 +535,6 @@ def rank_of_two(path, rank, init_method, groups):
     with Opened(
         path,
         rank=rank,
-        world_size=2,
         init_method=init_method,
         trainer__router_replay="R3",
         trainer__parallel__dp=2,
@@ -583,7 +583,7 @@ def mask_everything_then_poison(path):
         before = parameters(trainer)
         masked = step(trainer, groups, oldest_version=5)
         after_masked = parameters(trainer)
-        norm = dict(trainer._model.module.named_parameters())["decoder.final_layernorm.weight"]
+        norm = dict(trainer._chunks[0].module.named_parameters())["decoder.final_layernorm.weight"]
         with torch.no_grad():
             kept = norm.clone()
             norm[0] = float("inf")

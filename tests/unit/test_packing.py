@@ -7,9 +7,9 @@ import pytest
 
 from async_rl.trainer.packing import (
     NO_ROUTING,
+    Packer,
     Sample,
     pack,
-    plan,
     resume_positions,
     rows_without_routing,
     samples_of,
@@ -42,6 +42,7 @@ def sample(n, seed=0, routing=None):
     rng = np.random.default_rng([seed, n])
     return Sample(
         name=f"s{n}",
+        trajectory_id=f"s{n}",
         token_ids=rng.integers(0, 50, n).astype(np.int32),
         loss_mask=rng.random(n - 1) < 0.5,
         logprobs=rng.random(n - 1).astype(np.float32),
@@ -127,31 +128,59 @@ def test_resume_positions_are_relative_to_the_last_resume_point():
     assert resume_positions(one).tolist() == [1, 1, 2, 3, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("budget", [10, 37, 200])
-def test_plan_keeps_every_sequence_once_within_the_budget(seed, budget):
-    lengths = np.random.default_rng(seed).integers(0, 60, 50).tolist()
-    bins = plan(lengths, budget)
-    assert sorted(i for b in bins for i in b) == [i for i, n in enumerate(lengths) if n]
-    for indices in bins:
-        assert len(indices) == 1 or sum(lengths[i] for i in indices) <= budget
-    assert bins == plan(lengths, budget)
-    # First-fit decreasing never leaves two bins that would fit in one.
-    totals = sorted(sum(lengths[i] for i in b) for b in bins)
-    assert len(totals) < 2 or totals[0] + totals[1] > budget
+LONG_TAILED = np.random.default_rng(3).lognormal(4.0, 1.0, 200).astype(int).clip(2, 900)
 
 
-def test_a_sequence_over_the_budget_gets_a_microbatch_of_its_own():
-    assert plan([5, 100, 5], 10) == [[1], [0, 2]]
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("budget", [10, 200, 1000])
+def test_every_sample_is_packed_once_and_whole_within_the_budget(budget, multiple):
+    samples = [sample(int(n)) for n in LONG_TAILED]
+    batches = pack(samples, budget, sequence_multiple=multiple, multiple=multiple)
+    assert sorted(index for batch in batches for index in batch.samples) == list(range(len(samples)))
+    for batch in batches:
+        assert len(batch.samples) == 1 or len(batch) <= budget
+        assert batch.positions == tuple(samples[index].positions for index in batch.samples)
+        for start, index in zip(batch.cu_seqlens, batch.samples, strict=False):
+            stop = start + samples[index].positions
+            assert batch.token_ids[start:stop].tolist() == samples[index].token_ids[:-1].tolist()
+
+
+def test_microbatches_are_full():
+    """The price of handing them out before all samples are known: some of the budget, none of it computed."""
+    samples = [sample(int(n)) for n in LONG_TAILED]
+    batches = pack(samples, 2000)
+    assert sum(len(batch) for batch in batches) / (2000 * len(batches)) > 0.9
+    assert sum(batch.padding for batch in batches) == 0
+
+
+@pytest.mark.parametrize("calls", [1, 3, 200])
+def test_what_is_packed_together_does_not_depend_on_when_the_samples_came(calls):
+    samples = [sample(int(n)) for n in LONG_TAILED]
+    packer = Packer(700, sequence_multiple=4, multiple=8)
+    batches = []
+    for part in np.array_split(np.arange(200), calls):
+        batches += packer.add([samples[index] for index in part])
+    assert batches, "some are full before the last sample has come"
+    batches += packer.flush()
+    expected = pack(samples, 700, sequence_multiple=4, multiple=8)
+    assert [batch.samples for batch in batches] == [batch.samples for batch in expected]
+    assert packer.flush() == []
+
+
+def test_a_sequence_over_the_budget_is_not_cut_but_gets_a_microbatch_of_its_own():
+    batches = pack([sample(6), sample(101), sample(6)], 10)
+    assert sorted((batch.samples, len(batch)) for batch in batches) == [((0, 2), 10), ((1,), 100)]
 
 
 def test_pack_lays_sequences_back_to_back_without_padding():
     samples = [sample(n) for n in (4, 9, 2, 6)]
     (batch,) = pack(samples, budget=100)
     assert len(batch) == sum(s.positions for s in samples) == 17
-    assert batch.cu_seqlens.tolist() == [0, 8, 13, 16, 17]
+    assert batch.cu_seqlens.tolist() == [0, 3, 11, 12, 17]
     assert batch.longest == 8
-    assert batch.samples == (1, 3, 0, 2)
+    assert batch.samples == (0, 1, 2, 3)
+    assert batch.sequence.tolist() == [0] * 3 + [1] * 8 + [2] + [3] * 5
+    assert batch.cost == sum(n * (n + 1) // 2 for n in (3, 8, 1, 5))
     for index, start, stop in zip(batch.samples, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         original = samples[index]
         assert batch.token_ids[start:stop].tolist() == original.token_ids[:-1].tolist()
@@ -160,6 +189,28 @@ def test_pack_lays_sequences_back_to_back_without_padding():
         for name in ("loss_mask", "logprobs", "versions", "advantages", "resume_position"):
             assert getattr(batch, name)[start:stop].tolist() == getattr(original, name).tolist()
     assert batch.routing is None
+    assert batch.proximal is None
+
+
+def test_each_sequence_is_padded_at_its_end_where_a_layout_wants_it():
+    spec = RoutingSpec(2, 2, 16)
+    samples = [sample(n, routing=np.full((n - 1, 2, 2), n, np.int32)) for n in (4, 9)]
+    (batch,) = pack(samples, 100, spec, sequence_multiple=4, multiple=8)
+    assert batch.cu_seqlens.tolist() == [0, 4, 12, 16]
+    assert batch.loss_mask[[3, 12, 13, 14, 15]].tolist() == [False] * 5
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, *range(8), 0, 1, 2, 3]
+    assert batch.padding == 5
+    np.testing.assert_array_equal(batch.routing[3], spread_rows(16, spec)[3])
+    assert (batch.routing[4:12] == 9).all()
+    assert [part.tolist() for part in unpack([batch.labels], [batch], 2)] == [s.token_ids[1:].tolist() for s in samples]
+
+
+def test_a_filler_is_padding_alone():
+    spec = RoutingSpec(2, 2, 16)
+    filler = Packer(100, spec, sequence_multiple=4, multiple=8).filler()
+    assert len(filler) == filler.padding == 8
+    assert not filler.loss_mask.any()
+    np.testing.assert_array_equal(filler.routing, spread_rows(8, spec))
 
 
 def test_a_sample_without_routing_gets_rows_for_the_native_router_and_is_counted():
@@ -175,7 +226,7 @@ def test_a_sample_without_routing_gets_rows_for_the_native_router_and_is_counted
 def test_padding_is_a_sequence_of_its_own_that_belongs_to_no_sample(multiple):
     spec = RoutingSpec(2, 2, 16)
     samples = [sample(n) for n in (4, 9, 2, 6)]
-    plain, padded = (pack(samples, 12, spec, m) for m in (1, multiple))
+    plain, padded = (pack(samples, 100, spec, multiple=m) for m in (1, multiple))
     for a, b in zip(plain, padded, strict=True):
         assert len(b) % multiple == 0
         assert len(b) - len(a) < multiple
@@ -184,7 +235,7 @@ def test_padding_is_a_sequence_of_its_own_that_belongs_to_no_sample(multiple):
         for name in ("token_ids", "labels", "loss_mask", "logprobs", "position_ids", "routing"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[: len(a)])
         assert not b.loss_mask[len(a) :].any()
-        np.testing.assert_array_equal(b.routing[len(a) :], spread_rows(len(b) - len(a), spec))
+        np.testing.assert_array_equal(b.routing[len(a) :], spread_rows(len(b), spec)[len(a) :])
 
 
 @pytest.mark.parametrize(

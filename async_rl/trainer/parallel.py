@@ -1,0 +1,134 @@
+"""Which part of a model and of a microbatch a rank holds. Pure: NumPy only; knows the sizes in ``config``.
+
+Ranks are numbered as Megatron numbers them (order tp-cp-ep-dp-pp: the tensor-parallel index runs fastest, the pipeline
+stage slowest; ``platform.init_distributed`` checks that the two agree). Expert layers lay the same ranks of one stage
+out anew: etp fastest, then ep, then what is left, on which an expert's parameters are replicated.
+
+Shapes: S sequences, T positions of a microbatch, each sequence padded as ``sequence_multiple`` and all of them together
+as ``microbatch_multiple`` say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from async_rl.config import ParallelSection
+from async_rl.types import Int32Array
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank's coordinates. sizes: how many ranks there are along each; ep, etp: within an expert layer."""
+
+    sizes: ParallelSection
+    rank: int
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+    etp: int
+
+    @classmethod
+    def of(cls, sizes: ParallelSection, rank: int) -> Place:
+        """Where global rank ``rank`` stands."""
+        stage_ranks = sizes.tp * sizes.cp * sizes.dp
+        within = rank % stage_ranks
+        return cls(
+            sizes=sizes,
+            rank=rank,
+            tp=within % sizes.tp,
+            cp=within // sizes.tp % sizes.cp,
+            dp=within // (sizes.tp * sizes.cp),
+            pp=rank // stage_ranks,
+            etp=within % sizes.etp,
+            ep=within // sizes.etp % sizes.ep,
+        )
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp == self.sizes.pp - 1
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's loss and metrics count: of the tensor-parallel ranks of the last stage, which compute the
+        same, the first."""
+        return self.is_last_stage and self.tp == 0
+
+
+def world_size(sizes: ParallelSection) -> int:
+    """Ranks of the trainer; expert parallelism is among them, it adds none."""
+    return sizes.dp * sizes.tp * sizes.cp * sizes.pp
+
+
+def holder(sizes: ParallelSection, stage: int, expert_rank: int | None) -> int:
+    """The lowest rank that holds, of its tensor-parallel group the first part, of a dense layer's parameter of pipeline
+    stage ``stage``; or of an expert of expert-parallel rank ``expert_rank``."""
+    first = stage * sizes.tp * sizes.cp * sizes.dp
+    return first if expert_rank is None else first + expert_rank * sizes.etp
+
+
+def layers(num_layers: int, sizes: ParallelSection, stage: int, chunk: int) -> range:
+    """Global numbers of the layers of virtual chunk ``chunk`` of stage ``stage``: chunks go round the stages."""
+    each = num_layers // (sizes.pp * sizes.vpp)
+    first = (chunk * sizes.pp + stage) * each
+    return range(first, first + each)
+
+
+def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, int, int]:
+    """(pipeline stage, its virtual chunk, number within the chunk) of a layer; the inverse of ``layers``."""
+    each = num_layers // (sizes.pp * sizes.vpp)
+    chunk, stage = divmod(layer // each, sizes.pp)
+    return stage, chunk, layer % each
+
+
+def sequence_multiple(sizes: ParallelSection) -> int:
+    """What each sequence's length must divide by: context parallelism gives every rank two of 2 x cp equal parts."""
+    return 2 * sizes.cp if sizes.cp > 1 else 1
+
+
+def microbatch_multiple(sizes: ParallelSection, asked: int = 1) -> int:
+    """What a microbatch's length must divide by: sequence parallelism cuts the rows of a context-parallel rank into tp
+    parts; ``asked`` is what kernels want of a rank's rows."""
+    return math.lcm(sequence_multiple(sizes), sizes.cp * math.lcm(sizes.tp, asked))
+
+
+def context_rows(cu_seqlens: Int32Array, place: Place) -> Int64Array:
+    """Positions int64[T / cp] of a microbatch that the rank's attention layers see, in their order.
+
+    cu_seqlens int32[S + 1]. Of each sequence, cut into 2 x cp parts, context-parallel rank r has parts r and
+    2 x cp - 1 - r: an early and a late one, so that causal attention costs every rank the same (Megatron-core
+    ``get_batch_on_this_cp_rank``).
+    """
+    size = place.sizes.cp
+    if size == 1:
+        return np.arange(cu_seqlens[-1], dtype=np.int64)
+    parts = [np.zeros(0, dtype=np.int64)]
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        length = (stop - start) // (2 * size)
+        for part in (place.cp, 2 * size - 1 - place.cp):
+            parts.append(np.arange(start + part * length, start + (part + 1) * length, dtype=np.int64))
+    return np.concatenate(parts)
+
+
+def replayed(
+    cu_seqlens: Int32Array, moe_layers: Sequence[int], num_layers: int, place: Place, chunk: int = 0
+) -> tuple[Int64Array, list[int]]:
+    """What a rank's routers see of a microbatch: (positions int64[T / cp / tp] in their order, numbers among the
+    model's MoE layers of those that the rank's chunk ``chunk`` has, ascending).
+
+    moe_layers: global numbers of the model's MoE layers. Data-parallel ranks have microbatches of their own. Under
+    sequence parallelism, which is on wherever tp exceeds 1, a router sees the tp-th part of the rank's rows.
+    """
+    rows = context_rows(cu_seqlens, place)
+    share = len(rows) // place.sizes.tp
+    rows = rows[place.tp * share : (place.tp + 1) * share]
+    held = layers(num_layers, place.sizes, place.pp, chunk)
+    return rows, [index for index, layer in enumerate(moe_layers) if layer in held]

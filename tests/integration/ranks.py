@@ -1,0 +1,73 @@
+"""Trainer ranks as processes of their own, which serve one layout after another: Megatron's state is global."""
+
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from multiprocessing import get_context
+
+from async_rl.config_file import validate
+from async_rl.trainer.parallel import world_size
+
+TIMEOUT_S = 60
+
+
+def run_config(path, **overrides):
+    """overrides: section__key=value."""
+    tree = {
+        "model": {"path": str(path), "dtype": "float32"},
+        "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
+        "rollout": {"max_response_tokens": 128},
+        # A large epsilon keeps Adam's first steps proportional to the gradient, so that updates can be compared.
+        "trainer": {"optimizer": {"lr": 1e-2, "eps": 1e-2}, "router_replay": "off"},
+        "resources": {"device": "cpu"},
+    }
+    for key, value in overrides.items():
+        section = tree
+        *sections, leaf = key.split("__")
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return validate(tree)
+
+
+class Ranks:
+    """``with Ranks(4) as ranks: ranks.run(function, config, ...)``."""
+
+    def __init__(self, most: int) -> None:
+        self._processes = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(most)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self._processes:
+            process.shutdown(cancel_futures=True)
+
+    def run(self, function, config, *arguments):
+        """``function(trainer, *arguments)`` on every rank of the config's layout; what each returned, by rank."""
+        count = world_size(config.trainer.parallel)
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            init_method = f"tcp://127.0.0.1:{probe.getsockname()[1]}" if count > 1 else None
+        futures = [
+            process.submit(_with_trainer, config, rank, init_method, function, arguments)
+            for rank, process in enumerate(self._processes[:count])
+        ]
+        # The first to fail says why; the others only wait for it.
+        errors = [future.exception(TIMEOUT_S) for future in futures]
+        for error in sorted((e for e in errors if e is not None), key=lambda e: "Connection closed" in str(e)):
+            raise error
+        return [future.result() for future in futures]
+
+
+def _with_trainer(config, rank, init_method, function, arguments):
+    import torch
+
+    from async_rl.trainer.trainer import Trainer
+
+    torch.set_num_threads(1)
+    trainer = Trainer(config, rank=rank, init_method=init_method)
+    try:
+        return function(trainer, *arguments)
+    finally:
+        trainer.close()
