@@ -69,6 +69,9 @@ def transformer_config(config: RunConfig, model: ModelConfig, device: Device) ->
         "context_parallel_size": sizes.cp,
         "expert_model_parallel_size": sizes.ep,
         "expert_tensor_parallel_size": sizes.etp,
+        # With every expert and token on this rank, "allgather" gathers nothing and saves alltoall's second sort; it
+        # refuses the pipeline's microbatches of different lengths.
+        "moe_token_dispatcher_type": "allgather" if sizes.tp * sizes.ep * sizes.pp == 1 else "alltoall",
         **platform.model_overrides(device),
         **_recomputation(config),
     }
@@ -98,7 +101,6 @@ def _recomputation(config: RunConfig) -> dict[str, Any]:
 
 
 def _experts(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    sizes = config.trainer.parallel
     return {
         "num_moe_experts": model.num_experts,
         "moe_ffn_hidden_size": model.moe_intermediate_size,
@@ -120,9 +122,6 @@ def _experts(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": True,
         "moe_router_fusion": config.trainer.router_fusion,  # it bypasses replay: the config refuses the pair
-        # With every expert and token on this rank, "allgather" gathers nothing and saves alltoall's second sort; it
-        # refuses the pipeline's microbatches of different lengths.
-        "moe_token_dispatcher_type": "allgather" if sizes.tp * sizes.ep * sizes.pp == 1 else "alltoall",
     }
 
 

@@ -66,8 +66,9 @@ class Sample:
     def positions(self) -> int:
         return len(self.token_ids) - 1
 
-    def with_advantage(self, value: float) -> Sample:
-        return replace(self, advantages=np.full(self.positions, value, dtype=np.float32))
+    def with_advantages(self, values: Float32Array | float) -> Sample:
+        """values: one for each position, or one for all."""
+        return replace(self, advantages=np.broadcast_to(np.asarray(values, dtype=np.float32), (self.positions,)))
 
     def with_routing(self, routing: ExpertIds | Int32Array) -> Sample:
         return replace(self, routing=routing)

@@ -68,7 +68,7 @@ def activate(device: Device) -> None:
         )
         _patch_cuda_calls()
         _patch_dispatcher()
-        _patch_router_gemm()
+        _patch_transformer_engine()
         _patch_rng()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
@@ -221,6 +221,8 @@ class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no ty
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
@@ -278,9 +280,13 @@ def _patch_pipeline_shapes() -> None:
     p2p_communication.P2PCommunicator._communicate_shapes = communicate_shapes
 
 
-def _patch_router_gemm() -> None:
-    """Megatron 0.16.1's router reads ``te_general_gemm``, which is undefined without Transformer Engine."""
+def _patch_transformer_engine() -> None:
+    """Megatron 0.16.1's router reads ``te_general_gemm``, which is undefined without Transformer Engine, and its latent
+    attention takes the stand-ins for Transformer Engine's classes for the real ones."""
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
+
+    multi_latent_attention.HAVE_TE = False
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

@@ -215,7 +215,7 @@ class Trainer:
         for group in groups:
             values = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
             of = dict(zip((t.trajectory_id for t in group.trajectories), values.tolist(), strict=True))
-            samples += [view.with_advantage(of[view.trajectory_id]) for view in self._prepared.pop(group.group_id)]
+            samples += [view.with_advantages(of[view.trajectory_id]) for view in self._prepared.pop(group.group_id)]
         return samples
 
     # ---- asking the model ----

@@ -43,6 +43,10 @@ class Ranks:
         for process in self._processes:
             process.shutdown(cancel_futures=True)
 
+    def call(self, function, *arguments):
+        """``function(*arguments)`` in the first process."""
+        return self._processes[0].submit(function, *arguments).result(TIMEOUT_S)
+
     def run(self, function, config, *arguments):
         """``function(trainer, *arguments)`` on every rank of the config's layout; what each returned, by rank."""
         count = world_size(config.trainer.parallel)

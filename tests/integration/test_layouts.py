@@ -132,7 +132,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def checkpoint(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    ranks._processes[0].submit(make_checkpoint, folder).result(120)
+    ranks.call(make_checkpoint, folder)
     yield folder
     shutil.rmtree(folder)
 

@@ -1,0 +1,169 @@
+"""A tiny random checkpoint of each model family that the trainer supports, and what transformers computes with it."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+VOCAB, LAYERS, EXPERTS = 128, 4, 8
+
+
+def _configs():
+    from transformers import DeepseekV3Config, Glm4MoeConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+    }
+    grouped = {"num_key_value_heads": 2, "head_dim": 16}
+    sigmoid = {
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    latent = {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    return {
+        "Qwen3": Qwen3Config(**shape, **grouped, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6}),
+        "Qwen3-MoE": Qwen3MoeConfig(
+            **shape,
+            **grouped,
+            num_experts=EXPERTS,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        ),
+        "Mixtral": MixtralConfig(
+            **shape, **grouped, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None
+        ),
+        "Moonlight": DeepseekV3Config(
+            **shape, **sigmoid, **latent, q_lora_rank=None, n_shared_experts=2, routed_scaling_factor=2.446
+        ),
+        "DeepSeek-V3": DeepseekV3Config(
+            **shape,
+            **latent,
+            **sigmoid | {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+            q_lora_rank=48,
+            n_shared_experts=1,
+            routed_scaling_factor=2.5,
+            rope_parameters=yarn,
+        ),
+        "GLM-4 MoE": Glm4MoeConfig(
+            **shape,
+            **grouped,
+            **sigmoid,
+            attention_bias=True,
+            use_qk_norm=True,
+            n_shared_experts=1,
+            routed_scaling_factor=1.5,
+        ),
+    }
+
+
+FAMILIES = ("Qwen3", "Qwen3-MoE", "Mixtral", "Moonlight", "DeepSeek-V3", "GLM-4 MoE")
+DENSE = ("Qwen3",)
+
+
+def make(name, folder, seed=0):
+    """A checkpoint whose every parameter is random, norms and biases too, at scales that make log-probs spread."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_configs()[name]).float()
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in key:
+                continue
+            if "norm" in key:
+                tensor.uniform_(0.5, 1.5)
+            elif "bias" in key:
+                tensor.normal_(0.0, 0.1)
+            else:
+                tensor.normal_(0.0, 0.12)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Reference(NamedTuple):
+    """logprobs float32[N-1] and routing int32[N-1, L, K] of each sequence int32[N]; gradients of -sum of weight x
+    log-prob over all of them, by name in the checkpoint."""
+
+    logprobs: list
+    routing: list
+    gradients: dict
+
+
+def token_weights(sequences):
+    """A weight for each predicted token, so that the gradient is not that of a plain mean."""
+    rng = np.random.default_rng(11)
+    return [rng.uniform(-1.0, 1.0, len(ids) - 1).astype(np.float32) for ids in sequences]
+
+
+def reference(folder, sequences):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
+    )
+    chosen = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            # What executes the experts is given their numbers [tokens, K].
+            module.register_forward_pre_hook(lambda _m, arguments: chosen.append(arguments[1].detach()))
+    logprobs, routing = [], []
+    for ids, weights in zip(sequences, token_weights(sequences), strict=True):
+        chosen.clear()
+        tokens = torch.from_numpy(ids).long()
+        logits = model(tokens[None, :-1], use_cache=False).logits[0]
+        values = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+        (-(values * torch.from_numpy(weights)).sum()).backward()
+        logprobs.append(values.detach().numpy())
+        routing.append(torch.stack(chosen, dim=1).int().numpy() if chosen else np.zeros((len(ids) - 1, 0, 0), np.int32))
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients |= _published(name, parameter.grad.numpy(), mixtral="Mixtral" in type(model).__name__)
+    return Reference(logprobs, routing, gradients)
+
+
+def _published(name, gradient, mixtral):
+    """transformers 5 keeps the experts of a layer in one tensor; checkpoints do not."""
+    mlp = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+    match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", mlp)
+    if match is None:
+        return {mlp: gradient}
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    parts = {}
+    for expert, one in enumerate(gradient):
+        stem = f"{match[1]}.{expert}"
+        if match[2] == "down_proj":
+            parts[f"{stem}.{down}.weight"] = one
+        else:
+            parts[f"{stem}.{gate}.weight"], parts[f"{stem}.{up}.weight"] = np.split(one, 2)
+    return parts
