@@ -167,13 +167,43 @@ class OptimizerSection(Section):
     """Global gradient norm above which gradients are scaled down."""
 
 
+class ImportanceSection(Section):
+    level: Literal["off", "token", "sequence"] = "off"
+    """Weigh the loss by proximal over behaviour policy (current over behaviour with policy reinforce): no, token by
+    token, or by the product over a sequence."""
+    mode: Literal["plain", "truncate", "mask"] = "truncate"
+    """Take the weight as it is, at most importance.high, or 0 outside of importance.low to importance.high."""
+    low: NonNegativeFloat = 0.5
+    """Lower end of the weights that are kept (mode mask)."""
+    high: PositiveFloat = 2.0
+    """Upper end of the weights."""
+
+
 class LossSection(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Lower clip of the importance ratio: 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the ratio where the advantage is negative (dual clip); none is no bound."""
+    policy: Literal["ppo", "gspo", "cispo", "reinforce"] | FunctionName = "ppo"
+    """What is clipped; or module:function called as f(tokens: Tokens, settings: LossSection), which returns a loss for
+    each token."""
+    proximal: Literal["behaviour", "recompute", "interpolate"] = "behaviour"
+    """The policy that the ratio starts from: the one that sampled, the trainer's at the start of the step (one more
+    pass), or one between the two by staleness (no pass)."""
+    importance: ImportanceSection = ImportanceSection()
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    """Penalty for leaving the reference, which is the checkpoint that the run started from; the estimator of KL."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the penalty."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Every token weighs the same; every sequence does; or every token, divided by sequences times
+    rollout.max_response_tokens."""
+    advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
+    """How a response is compared with its group; or module:function called as f(rewards float32[n]) -> float32[n]."""
     normalize_by_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
+    """Divide a group's advantages by the standard deviation of its rewards (grpo)."""
 
 
 class TrainerSection(Section):
@@ -308,8 +338,35 @@ class RunConfig(Section):
                 f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
         self._check_replay()
+        self._check_loss()
         self._check_parallel()
         return self
+
+    def _check_loss(self) -> None:
+        """Raise ValueError for a loss of which a part would do nothing, or could not be computed."""
+        loss, exact = self.trainer.loss, self.async_training.partial_rollout.routing == "exact"
+        if (loss.kl != "none") != (loss.kl_coef > 0):
+            raise ValueError(
+                f"trainer.loss.kl is {loss.kl}, but kl_coef is {loss.kl_coef}: one without the other does nothing; set "
+                "kl to k3 and kl_coef above 0, or kl to none and kl_coef to 0"
+            )
+        if loss.importance.level != "off" and loss.proximal == "behaviour" and loss.policy != "reinforce":
+            raise ValueError(
+                f"trainer.loss.importance.level is {loss.importance.level}, but trainer.loss.proximal is behaviour: "
+                "the ratio holds the whole difference then, and every weight is 1; set proximal to recompute or "
+                "interpolate, or importance.level to off"
+            )
+        if loss.importance.mode == "mask" and loss.importance.low > loss.importance.high:
+            raise ValueError(
+                f"trainer.loss.importance.low ({loss.importance.low}) is above importance.high "
+                f"({loss.importance.high}), so that no token would be kept; exchange them"
+            )
+        if exact and (loss.policy == "gspo" or loss.importance.level == "sequence"):
+            raise ValueError(
+                "async_training.partial_rollout.routing is exact, which trains a response in pieces, but trainer.loss "
+                f"(policy {loss.policy}, importance.level {loss.importance.level}) needs whole sequences; set routing "
+                "to replace, or trainer.loss to a policy and importance.level token by token"
+            )
 
     def _check_parallel(self) -> None:
         """Raise ValueError for a layout that no model could have; ``model_config`` judges it by the model."""

@@ -1,23 +1,32 @@
-"""Group-relative advantages. Pure: NumPy in, NumPy out; knows nobody."""
+"""How much better each response did than others. Pure: NumPy in, NumPy out; knows the settings in ``config``.
+
+``group_advantages`` looks at one group. What an estimator needs of the whole batch comes after it:
+``batch_normalized``, with sums that ranks have added up.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
+from async_rl.config import LossSection
+from async_rl.errors import TrainerError
 from async_rl.types import Float32Array
+from async_rl.user_function import load_function
 
 # Keeps the quotient finite for rewards that differ by rounding only; far below any reward difference that is
 # meant.
 STD_FLOOR = 1e-6
 
+# Rewards float32[n] of a group -> advantages float32[n] of its responses.
+GroupAdvantages = Callable[[Float32Array], Float32Array]
 
-def group_advantages(rewards: Float32Array, *, normalize_by_std: bool) -> Float32Array:
-    """How much better each response did than its group: float32[n] from rewards float32[n].
 
-    reward - mean, divided by the group's (population) standard deviation if asked: GRPO, arXiv:2402.03300,
+def grpo(rewards: Float32Array, *, normalize_by_std: bool) -> Float32Array:
+    """reward - mean, divided by the group's (population) standard deviation if asked: GRPO, arXiv:2402.03300,
     and without the division arXiv:2503.20783. A group whose rewards are all equal has advantages of exactly
-    zero.
-    """
+    zero."""
     values = rewards.astype(np.float64)
     if np.all(values == values[0]):
         return np.zeros(len(rewards), dtype=np.float32)
@@ -26,3 +35,66 @@ def group_advantages(rewards: Float32Array, *, normalize_by_std: bool) -> Float3
         advantages /= values.std() + STD_FLOOR
     result: Float32Array = advantages.astype(np.float32)
     return result
+
+
+def rloo(rewards: Float32Array) -> Float32Array:
+    """reward - mean of the others': RLOO, arXiv:2402.14740."""
+    values = rewards.astype(np.float64)
+    others = (values.sum() - values) / (len(values) - 1)
+    result: Float32Array = (values - others).astype(np.float32)
+    return result
+
+
+def load_advantages(settings: LossSection) -> GroupAdvantages:
+    """The estimator that trainer.loss.advantage names. Raises TrainerError if it is a function that cannot be called
+    so."""
+    name = settings.advantage
+    if name == "rloo":
+        return rloo
+    if name == "grpo":
+        return lambda rewards: grpo(rewards, normalize_by_std=settings.normalize_by_std)
+    if name == "reinforce_plus_plus":
+        # Its baseline is the group's mean; the scale is the batch's.
+        return lambda rewards: grpo(rewards, normalize_by_std=False)
+    function = load_function("trainer.loss.advantage", name, ("rewards",), TrainerError)
+
+    def checked(rewards: Float32Array) -> Float32Array:
+        result = np.asarray(function(rewards), dtype=np.float32)
+        if result.shape != rewards.shape or not np.isfinite(result).all():
+            raise TrainerError(
+                f"trainer.loss.advantage {name}: returned {result.tolist()} for rewards {rewards.tolist()}; expected a "
+                "finite number for each"
+            )
+        return result
+
+    return checked
+
+
+def group_advantages(group_id: str, rewards: Float32Array, estimator: GroupAdvantages) -> Float32Array:
+    """Of each response, float32[n] from rewards float32[n]. Raises TrainerError for a reward that is no number."""
+    if not np.isfinite(rewards).all():
+        raise TrainerError(f"group {group_id}: rewards {rewards.tolist()} are not all finite; mend the reward function")
+    return estimator(rewards)
+
+
+def needs_batch_statistics(settings: LossSection) -> bool:
+    """Whether advantages are normalized over the batch, which then has to be complete before any is known."""
+    return settings.advantage == "reinforce_plus_plus"
+
+
+def batch_sums(advantages: Sequence[float], tokens: Sequence[int]) -> tuple[float, float, float]:
+    """(tokens, sum, sum of squares) of advantages that each of a response's ``tokens`` carries; over ranks they add
+    up."""
+    values, counts = np.asarray(advantages, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    return float(counts.sum()), float((counts * values).sum()), float((counts * values**2).sum())
+
+
+def batch_normalized(advantages: Sequence[float], sums: tuple[float, float, float]) -> list[float]:
+    """(advantage - mean) / standard deviation over the tokens of the global batch, whose ``batch_sums`` are given:
+    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. All zero where no advantage differs."""
+    count, total, squares = sums
+    mean = total / max(count, 1.0)
+    variance = squares / max(count, 1.0) - mean**2
+    if variance <= STD_FLOOR**2:
+        return [0.0] * len(advantages)
+    return [(value - mean) / variance**0.5 for value in advantages]

@@ -70,6 +70,17 @@ class Sample:
         """values: one for each position, or one for all."""
         return replace(self, advantages=np.broadcast_to(np.asarray(values, dtype=np.float32), (self.positions,)))
 
+    def with_weight(self, weight: float) -> Sample:
+        return replace(self, weight=weight)
+
+    def with_logprobs(self, *, proximal: Float32Array | None = None, reference: Float32Array | None = None) -> Sample:
+        """float32[N-1] each; None leaves what there is."""
+        return replace(
+            self,
+            proximal=self.proximal if proximal is None else proximal,
+            reference=self.reference if reference is None else reference,
+        )
+
     def with_routing(self, routing: ExpertIds | Int32Array) -> Sample:
         return replace(self, routing=routing)
 

@@ -21,8 +21,8 @@ class StepReport:
     """One optimizer update, or several of one training step. Every data-parallel rank reports the same global
     values, except ``seconds``, which are its own.
 
-    loss: policy loss per contributing token. skipped: updates that were not made, by why: "no_tokens" (everything
-    masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
+    loss: aggregated as trainer.loss.aggregation says. skipped: updates that were not made, by why: "no_tokens" (all of
+    them masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
     before the update; by_staleness in versions and by_resume_position (types.RESUME_POSITIONS), only those that
     occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``). grad_norm is
     before clipping. Means over tokens are 0.0 where no token contributed.
@@ -54,6 +54,7 @@ def step_report(
     sums: PolicySums,
     update: Update,
     *,
+    denominator: float,
     version: int,
     groups: int,
     trajectories: int,
@@ -63,7 +64,7 @@ def step_report(
     microbatches: int,
     seconds: dict[str, float],
 ) -> StepReport:
-    """Sums over the global batch to the means that people watch."""
+    """Sums over the global batch to the means that people watch. denominator: what the loss is divided by."""
     tokens = sums["tokens"]
 
     def mean(name: str) -> float:
@@ -73,7 +74,7 @@ def step_report(
     squares = sums["ratio_squared"]
     reason = "" if update.applied else "non_finite" if tokens else "no_tokens"
     return StepReport(
-        loss=float(sums.loss) / tokens if tokens else 0.0,
+        loss=float(sums.loss) / denominator if tokens else 0.0,
         grad_norm=update.grad_norm,
         lr=update.lr,
         skipped={reason: 1} if reason else {},

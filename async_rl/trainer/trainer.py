@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,9 +23,16 @@ from async_rl.config import RunConfig
 from async_rl.errors import ReplayError, TrainerError
 from async_rl.model_config import check_run, read_model_config
 from async_rl.trainer import losses, packing, parallel, platform
-from async_rl.trainer.advantages import group_advantages
+from async_rl.trainer.advantages import (
+    batch_normalized,
+    batch_sums,
+    group_advantages,
+    load_advantages,
+    needs_batch_statistics,
+)
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
+from async_rl.trainer.losses import sequence_sums
 from async_rl.trainer.packing import Microbatch, Packer, Sample
 from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
@@ -81,6 +89,9 @@ class Trainer:
         self._optimizer = platform.optimizer(self._device, self._chunks, self._config.trainer.optimizer)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         self._vocabulary = tensor_group if tensor_group.size() > 1 else None
+        loss = self._config.trainer.loss
+        self._policy, self._estimator = losses.load_policy(loss), load_advantages(loss)
+        self._reference = self._copy_of_parameters() if loss.kl != "none" else None
         self._steps = 0
         self._prepared: dict[str, list[Sample]] = {}  # by group id
 
@@ -125,9 +136,10 @@ class Trainer:
         self._forward_backward(step.packer.flush())
         started = _lap(step.seconds, "forward_backward", started)
         total = self._sum_over_data(**step.counts)
+        divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
         update = self._optimizer.no_update()
         if total["tokens"]:
-            self._executor.finish_gradients(total["tokens"])
+            self._executor.finish_gradients(divisor)
             started = _lap(step.seconds, "forward_backward", started)
             update = self._optimizer.step()
             started = _lap(step.seconds, "optimizer", started)
@@ -137,6 +149,7 @@ class Trainer:
         return step_report(
             step.sums,
             update,
+            denominator=divisor,
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
@@ -183,7 +196,7 @@ class Trainer:
 
     def prepare(self, groups: Sequence[Group], *, oldest_version: int) -> None:
         """What has to be known of groups before their update, under the weights of now: for R2, the experts that the
-        trainer's own router chooses.
+        trainer's own router chooses; where the loss needs them, log-probs under the proximal and the reference policy.
 
         ``accumulate`` does this itself for groups that have not been prepared. Call it first, with the groups of all
         updates of a training step, so that later updates use what was before the first.
@@ -198,7 +211,48 @@ class Trainer:
         if self._config.trainer.router_replay != "off":
             for view in (view for group in fresh for view in views[group.group_id]):
                 self._check_routing(view)
+        settings = self._config.trainer.loss
+        if settings.proximal == "recompute":
+            found = iter(self._logprobs_of([view for group in fresh for view in views[group.group_id]]))
+            for group in fresh:
+                views[group.group_id] = [view.with_logprobs(proximal=next(found)) for view in views[group.group_id]]
+        if settings.kl != "none":
+            with self._reference_weights():
+                found = iter(self._logprobs_of([view for group in fresh for view in views[group.group_id]]))
+            for group in fresh:
+                views[group.group_id] = [view.with_logprobs(reference=next(found)) for view in views[group.group_id]]
         self._prepared |= views
+
+    def _logprobs_of(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        """float32[N-1] of each, computed as in training: with its routing and at the sampling temperature."""
+        spec = self._model_config.routing
+        routing = None
+        if spec is not None and self._config.trainer.router_replay != "off":
+            absent = np.int32(packing.NO_ROUTING)
+            shape = (spec.num_moe_layers, spec.top_k)
+            routing = [np.full((s.positions, *shape), absent) if s.routing is None else s.routing for s in samples]
+        return self.logprobs([s.token_ids for s in samples], routing, self._config.rollout.temperature)
+
+    def _copy_of_parameters(self) -> list[torch.Tensor]:
+        """In main memory."""
+        return [parameter.detach().cpu().clone() for chunk in self._chunks for parameter in chunk.parameters()]
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Within it, the model is the checkpoint that the run started from."""
+        assert self._reference is not None
+        now = self._copy_of_parameters()
+        self._load_parameters(self._reference)
+        try:
+            yield
+        finally:
+            self._load_parameters(now)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _load_parameters(self, values: Sequence[torch.Tensor]) -> None:
+        parameters = (parameter for chunk in self._chunks for parameter in chunk.parameters())
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
     def _views(self, group: Group, oldest_version: int) -> list[Sample]:
         """What a group is trained on, advantages apart."""
@@ -210,13 +264,27 @@ class Trainer:
         ]
 
     def _with_advantages(self, groups: Sequence[Group]) -> list[Sample]:
-        """The prepared samples of these groups; they are forgotten."""
-        samples = []
-        for group in groups:
-            values = group_advantages(group.rewards, normalize_by_std=self._config.trainer.loss.normalize_by_std)
-            of = dict(zip((t.trajectory_id for t in group.trajectories), values.tolist(), strict=True))
-            samples += [view.with_advantages(of[view.trajectory_id]) for view in self._prepared.pop(group.group_id)]
-        return samples
+        """The prepared samples of these groups, each token with its advantage and weight; they are forgotten here."""
+        settings, limit = self._config.trainer.loss, self._config.rollout.max_response_tokens
+        views = [view for group in groups for view in self._prepared.pop(group.group_id)]
+        # Of each response: how many tokens of it count, in all its views.
+        tokens = dict.fromkeys((t.trajectory_id for group in groups for t in group.trajectories), 0)
+        for view in views:
+            tokens[view.trajectory_id] += int(view.loss_mask.sum())
+        values = [group_advantages(group.group_id, group.rewards, self._estimator).tolist() for group in groups]
+        advantages = [value for group in values for value in group]
+        if needs_batch_statistics(settings):
+            names = ("count", "sum", "squares")
+            sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
+            total = self._sum_over_data(**sums)
+            advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
+        of = dict(zip(tokens, advantages, strict=True))
+        return [
+            view.with_advantages(of[view.trajectory_id]).with_weight(
+                losses.token_weight(settings.aggregation, tokens[view.trajectory_id], limit)
+            )
+            for view in views
+        ]
 
     # ---- asking the model ----
 
@@ -306,27 +374,41 @@ class Trainer:
     # ---- one microbatch ----
 
     def _policy_loss(self, version: int, stalenesses: int) -> LossFunction:
+        from megatron.core import parallel_state
+
         settings = self._config.trainer.loss
         temperature = self._config.rollout.temperature
+        context = parallel_state.get_context_parallel_group()
 
         def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
             current, entropy = token_logprobs(logits, tensors["labels"], temperature, self._vocabulary)
             mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
-            summed, clipped = losses.clipped_policy_loss(
-                current,
-                behaviour,
-                tensors["advantages"],
-                mask,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
+            staleness = version - tensors["versions"].long()
+            match settings.proximal:
+                case "recompute":
+                    proximal = tensors.get("proximal", behaviour)  # a microbatch of padding has none
+                case "interpolate":
+                    proximal = losses.interpolated_proximal(behaviour, current, staleness)
+                case _:
+                    proximal = behaviour
+            tokens = losses.Tokens(
+                current=current,
+                behaviour=behaviour,
+                proximal=proximal,
+                advantages=tensors["advantages"],
+                mask=mask,
+                staleness=staleness,
+                sequence_sum=sequence_sums(tensors["sequence"], mask, context),
             )
+            value, clipped = losses.policy_loss(tokens, settings, self._policy, tensors.get("reference"))
+            summed = (value * tensors["weights"]).sum()
             sums = policy_sums(
                 loss=summed.detach(),
                 current=current.detach(),
                 behaviour=behaviour,
                 entropy=entropy,
                 clipped=clipped,
-                staleness=version - tensors["versions"].long(),
+                staleness=staleness,
                 resume_position=tensors["resume_position"].long(),
                 mask=mask,
                 stalenesses=stalenesses,
@@ -419,6 +501,7 @@ COUNTS = (
     "tokens",
     "sampled",
     "not_sampled",
+    "sequences",
     "extra_positions",
     "groups",
     "trajectories",
@@ -450,6 +533,7 @@ class _Step:
             "not_sampled": sum(len(t.response_ids) for t in trajectories) - sampled,
             # The last view of a trajectory is all of it that is trained, the others are prefixes of that.
             "extra_positions": sum(sum(positions[:-1]) for positions in views.values()),
+            "sequences": len(views),
             "groups": len(groups),
             "trajectories": len(trajectories),
         }

@@ -1,7 +1,7 @@
 """Trainer ranks as processes of their own, which serve one layout after another: Megatron's state is global."""
 
 import socket
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import closing
 from multiprocessing import get_context
 
@@ -34,7 +34,11 @@ class Ranks:
     """``with Ranks(4) as ranks: ranks.run(function, config, ...)``."""
 
     def __init__(self, most: int) -> None:
-        self._processes = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(most)]
+        self._most = most
+        self._start()
+
+    def _start(self) -> None:
+        self._processes = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(self._most)]
 
     def __enter__(self):
         return self
@@ -57,10 +61,15 @@ class Ranks:
             process.submit(_with_trainer, config, rank, init_method, function, arguments)
             for rank, process in enumerate(self._processes[:count])
         ]
-        # The first to fail says why; the others only wait for it.
-        errors = [future.exception(TIMEOUT_S) for future in futures]
-        for error in sorted((e for e in errors if e is not None), key=lambda e: "Connection closed" in str(e)):
-            raise error
+        done, running = wait(futures, TIMEOUT_S, return_when=FIRST_EXCEPTION)
+        failed = [future.exception() for future in done if future.exception() is not None]
+        if failed or running:
+            # The others wait for the one that failed, and would for minutes.
+            for process in self._processes:
+                for child in list(process._processes.values()):
+                    child.kill()
+            self._start()
+            raise failed[0] if failed else TimeoutError(f"{len(running)} of {count} ranks did not end")
         return [future.result() for future in futures]
 
 

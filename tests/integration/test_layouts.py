@@ -189,3 +189,104 @@ def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, al
         assert [r.loss for r in other[0]] == [r.loss for r in reports], "every rank reports the same"
         assert other[1].keys() == weights.keys()
         assert all(tensor is None for tensor in other[1].values()), "only rank 0 gathers"
+
+
+# Losses that look at more than a token: at its sequence, which context parallelism cuts, at the batch, at other passes.
+LOSSES = {
+    "GSPO": {"trainer__loss__policy": "gspo", "trainer__loss__aggregation": "sequence_mean"},
+    "decoupled, KL, REINFORCE++": {
+        "trainer__loss__proximal": "recompute",
+        "trainer__loss__importance__level": "sequence",
+        "trainer__loss__kl": "k3",
+        "trainer__loss__kl_coef": 0.2,
+        "trainer__loss__advantage": "reinforce_plus_plus",
+        "trainer__loss__aggregation": "fixed_length",
+        "rollout__temperature": 0.8,
+    },
+    "R2, interpolated": {"trainer__router_replay": "R2", "trainer__loss__proximal": "interpolate"},
+}
+
+
+def train_twice(trainer, updates):
+    """Of one training step: the second update goes by what was known before the first."""
+    groups = [group for shares in updates for group in shares[trainer._place.dp]]
+    trainer.prepare(groups, oldest_version=3)
+    return train_and_look(trainer, updates)
+
+
+@pytest.fixture(scope="module")
+def alone_with(ranks, checkpoint, batches):
+    done = {}
+
+    def result(name):
+        if name not in done:
+            (done[name],) = ranks.run(
+                train_twice, config_of(checkpoint, {}, **LOSSES[name]), [shared_out(batch, 1) for batch in batches]
+            )
+        return done[name]
+
+    return result
+
+
+@pytest.mark.parametrize("layout", ["DP2", "CP2", "TP2 x EP2 x PP2"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_the_same_in_every_layout(ranks, checkpoint, batches, alone_with, name, layout):
+    sizes = LAYOUTS[layout]
+    updates = [shared_out(batch, sizes.get("dp", 1)) for batch in batches]
+    reports, weights, _ = ranks.run(train_twice, config_of(checkpoint, sizes, **LOSSES[name]), updates)[0]
+    expected_reports, expected_weights, _ = alone_with(name)
+    # Advantages that are centred on 0 leave of the loss a difference of what is 1e4 times as large.
+    assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected_reports], rel=TOLERANCE, abs=1e-7)
+    assert largest([r.grad_norm for r in reports], [r.grad_norm for r in expected_reports]) < TOLERANCE
+    assert max(relative(weights[key], expected_weights[key]) for key in weights) < TOLERANCE
+
+
+def test_the_losses_differ(alone, alone_with):
+    norms = [[r.grad_norm for r in result[0]] for result in (alone, *map(alone_with, LOSSES))]
+    assert len({tuple(np.round(norm, 4)) for norm in norms}) == len(norms)
+
+
+@pytest.mark.parametrize("microbatch", [60, 1000])
+def test_a_loss_does_not_depend_on_microbatches(ranks, checkpoint, batches, alone_with, microbatch):
+    name = "decoupled, KL, REINFORCE++"
+    config = config_of(checkpoint, {}, **LOSSES[name] | {"trainer__tokens_per_microbatch": microbatch})
+    ((reports, weights, _),) = ranks.run(train_twice, config, [shared_out(batch, 1) for batch in batches])
+    assert [r.loss for r in reports] == pytest.approx([r.loss for r in alone_with(name)[0]], rel=TOLERANCE, abs=1e-7)
+    assert max(relative(weights[key], alone_with(name)[1][key]) for key in weights) < TOLERANCE
+
+
+# ---- streaming ----
+
+
+def train_in_parts(trainer, updates, parts):
+    """Each update's groups in so many calls."""
+    for shares in updates:
+        groups = shares[trainer._place.dp]
+        trainer.begin_step(version=4, oldest_version=3)
+        for part in np.array_split(np.arange(len(groups)), parts):
+            trainer.accumulate([groups[index] for index in part])
+        report = trainer.finish_step()
+    gradients = [p.main_grad.numpy().copy() for chunk in trainer._chunks for p in chunk.parameters()]
+    return report, gradients, {name: w if w is None else w.detach().numpy().copy() for name, w in trainer.weights()}
+
+
+def test_a_streamed_step_is_the_unstreamed_one_bit_for_bit(ranks, checkpoint, batches):
+    config = config_of(checkpoint, {}, trainer__tokens_per_microbatch=100, trainer__recompute="full")
+    updates = [shared_out(batch, 1) for batch in batches]
+    whole, *streamed = (ranks.run(train_in_parts, config, updates, parts)[0] for parts in (1, 2, 6))
+    assert whole[0].microbatches > 1
+    for report, gradients, weights in streamed:
+        assert report.loss == whole[0].loss
+        assert report.microbatches == whole[0].microbatches
+        for a, b in zip(gradients, whole[1], strict=True):
+            np.testing.assert_array_equal(a, b)
+        for name, weight in weights.items():
+            np.testing.assert_array_equal(weight, whole[2][name])
+
+
+@pytest.mark.parametrize("layout", ["EP2", "TP2 x EP2 x PP2"])
+def test_a_streamed_step_in_a_layout(ranks, checkpoint, batches, alone, layout):
+    """Ranks fill different numbers of microbatches in each call."""
+    updates = [shared_out(batch, LAYOUTS[layout].get("dp", 1)) for batch in batches]
+    weights = ranks.run(train_in_parts, config_of(checkpoint, LAYOUTS[layout]), updates, 3)[0][2]
+    assert max(relative(weights[key], alone[1][key]) for key in weights) < TOLERANCE

@@ -1,51 +1,355 @@
-"""Policy losses against plain NumPy."""
+"""Policy losses against plain NumPy in float64, with ratios at and beyond every edge."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from async_rl.trainer.losses import clipped_policy_loss
+from async_rl.config import ImportanceSection, LossSection
+from async_rl.errors import TrainerError
+from async_rl.trainer.losses import (
+    MAX_LOG_RATIO,
+    TokenLoss,
+    Tokens,
+    denominator,
+    importance_weights,
+    interpolated_proximal,
+    kl_penalty,
+    load_policy,
+    policy_loss,
+    sequence_sums,
+    token_weight,
+)
 
-T = 40
+# A ratio of exactly 1, at either clip, one ulp of float32 around them, 0 and infinity for all that float32 knows.
+LOG_RATIOS = st.one_of(
+    st.floats(-3, 3, width=32),
+    st.sampled_from([0.0, float(np.log(0.8)), float(np.log(1.3)), -1e4, 1e4, MAX_LOG_RATIO, -MAX_LOG_RATIO]),
+)
+FAST = settings(max_examples=60, deadline=None)
 
 
-def arrays(seed=0):
-    rng = np.random.default_rng(seed)
-    behaviour = -rng.random(T).astype(np.float32)
-    current = (behaviour + rng.normal(0, 0.6, T)).astype(np.float32)
-    advantages = rng.normal(size=T).astype(np.float32)
-    return current, behaviour, advantages, rng.random(T) < 0.7
+@st.composite
+def batches(draw):
+    """Arrays of a microbatch of some sequences, the first of which may be one token; NaN where the mask is off."""
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    count = sum(lengths)
+
+    def each(values):
+        return np.array(draw(st.lists(values, min_size=count, max_size=count)), np.float32)
+
+    behaviour = each(st.floats(-8, 0, width=32))
+    proximal = behaviour + each(LOG_RATIOS)
+    arrays = {
+        "behaviour": behaviour,
+        "proximal": proximal,
+        "current": proximal + each(LOG_RATIOS),
+        "reference": behaviour + each(LOG_RATIOS),
+        "advantages": each(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.5])),
+    }
+    mask = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    for array in arrays.values():
+        array[~mask] = np.nan
+    return arrays | {
+        "mask": mask,
+        "sequence": np.repeat(np.arange(len(lengths)), lengths),
+        "staleness": np.array(draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))),
+    }
 
 
-def test_clipped_policy_loss_matches_numpy_with_asymmetric_clip():
-    current, behaviour, advantages, mask = arrays()
-    loss, clipped = clipped_policy_loss(
-        *map(torch.from_numpy, (current, behaviour, advantages, mask)), clip_low=0.2, clip_high=0.3
+def tokens_of(batch, gradient=False):
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}
+    sums = sequence_sums(tensors.pop("sequence"), tensors["mask"])
+    reference = tensors.pop("reference")
+    tensors["current"].requires_grad_(gradient)
+    return Tokens(**tensors, sequence_sum=sums), reference
+
+
+def ratio_of(batch, above, below):
+    return np.exp(np.clip(batch[above].astype(np.float64) - batch[below], -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def clip_by_hand(ratio, advantage, loss):
+    """One token, case by case."""
+    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    if advantage > 0:
+        return -advantage * min(ratio, high), ratio > high
+    if advantage < 0:
+        kept = max(ratio, low)
+        if loss.dual_clip is not None and kept > loss.dual_clip:
+            return -advantage * loss.dual_clip, True
+        return -advantage * kept, ratio < low
+    return 0.0, False
+
+
+def by_hand(batch, loss):
+    """(loss, clipped) of each token; sequence by sequence."""
+    values, clipped = np.zeros(len(batch["mask"])), np.zeros(len(batch["mask"]), bool)
+    for number in np.unique(batch["sequence"]):
+        here = np.flatnonzero((batch["sequence"] == number) & batch["mask"])
+        if not len(here):
+            continue
+        log_ratio = np.clip(batch["current"][here].astype(np.float64) - batch["proximal"][here], -20, 20)
+        of_sequence = np.exp(log_ratio.sum() / len(here))
+        for place, t in enumerate(here):
+            ratio, advantage = np.exp(log_ratio[place]), float(batch["advantages"][t])
+            if loss.policy == "ppo":
+                values[t], clipped[t] = clip_by_hand(ratio, advantage, loss)
+            elif loss.policy == "gspo":
+                values[t], clipped[t] = clip_by_hand(of_sequence, advantage, loss)
+            elif loss.policy == "cispo":
+                weight = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
+                values[t], clipped[t] = -weight * advantage * batch["current"][t], weight != ratio
+            else:
+                values[t] = -advantage * batch["current"][t]
+    return values, clipped
+
+
+POLICIES = [
+    LossSection(policy="ppo", clip_low=0.2, clip_high=0.3),
+    LossSection(policy="ppo", clip_low=0.2, clip_high=0.3, dual_clip=3.0),
+    LossSection(policy="gspo", clip_low=0.2, clip_high=0.3),
+    LossSection(policy="cispo", clip_low=0.5, clip_high=2.0),
+    LossSection(policy="reinforce"),
+]
+NAMES = ["ppo", "dual clip", "gspo", "cispo", "reinforce"]
+
+
+def near_a_bound(batch, loss):
+    """Where float32 may fall on the other side of a clip than float64."""
+    ratio = ratio_of(batch, "current", "proximal")
+    bounds = [1 - loss.clip_low, 1 + loss.clip_high, loss.dual_clip or np.inf]
+    with np.errstate(invalid="ignore"):
+        return np.any([np.abs(ratio / bound - 1) < 1e-5 for bound in bounds], axis=0)
+
+
+@pytest.mark.parametrize("loss", POLICIES, ids=NAMES)
+@FAST
+@given(batch=batches())
+def test_a_policy_is_what_its_paper_says(loss, batch):
+    tokens, _ = tokens_of(batch)
+    found = load_policy(loss)(tokens, loss)
+    values, clipped = by_hand(batch, loss)
+    assert found.loss.numpy() == pytest.approx(values, rel=2e-4, abs=1e-4)
+    assert (found.loss.numpy()[~batch["mask"]] == 0).all()
+    sure = ~near_a_bound(batch, loss) & batch["mask"]
+    if loss.policy != "gspo":
+        assert found.clipped.numpy()[sure].tolist() == clipped[sure].tolist()
+    assert not found.clipped.numpy()[~batch["mask"]].any()
+
+
+@pytest.mark.parametrize("loss", POLICIES, ids=NAMES)
+@FAST
+@given(batch=batches())
+def test_a_gradient_stops_where_it_is_clipped_and_nowhere_else(loss, batch):
+    tokens, _ = tokens_of(batch, gradient=True)
+    found = load_policy(loss)(tokens, loss)
+    found.loss.sum().backward()
+    gradient = tokens.current.grad.numpy()
+    assert np.isfinite(gradient).all(), "NaN where the mask is off must not spread"
+    assert (gradient[~batch["mask"]] == 0).all()
+    if loss.policy == "ppo":
+        assert (gradient[found.clipped.numpy()] == 0).all()
+        ratio = ratio_of(batch, "current", "proximal")
+        free = batch["mask"] & ~found.clipped.numpy() & ~near_a_bound(batch, loss)
+        inside = free & (np.abs(np.log(np.where(free, ratio, 1.0))) < MAX_LOG_RATIO - 1e-3)
+        expected = -(ratio * batch["advantages"])
+        assert gradient[inside] == pytest.approx(expected[inside], rel=1e-3, abs=1e-6)
+    if loss.policy == "cispo":
+        ratio = np.clip(ratio_of(batch, "current", "proximal"), 0.5, 3.0)
+        expected = np.where(batch["mask"], -ratio * batch["advantages"], 0)
+        assert gradient[batch["mask"]] == pytest.approx(expected[batch["mask"]], rel=1e-3, abs=1e-6)
+
+
+def test_gspo_gives_each_token_its_share_of_the_gradient_of_the_sequence():
+    rng = np.random.default_rng(0)
+    proximal = -rng.random(6).astype(np.float32)
+    batch = {
+        "behaviour": proximal,
+        "proximal": proximal,
+        "current": proximal + rng.normal(0, 0.05, 6).astype(np.float32),
+        "reference": proximal,
+        "advantages": np.repeat([1.0, -1.0], 3).astype(np.float32),
+        "mask": np.array([1, 1, 1, 1, 1, 0], bool),
+        "sequence": np.repeat([0, 1], 3),
+        "staleness": np.zeros(6, int),
+    }
+    loss = LossSection(policy="gspo", clip_low=0.2, clip_high=0.2)
+    tokens, _ = tokens_of(batch, gradient=True)
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 0])  # sequence_mean
+    (load_policy(loss)(tokens, loss).loss * weights).sum().backward()
+    for here, sign in ((slice(0, 3), 1.0), (slice(3, 5), -1.0)):
+        ratio = np.exp((batch["current"][here] - batch["proximal"][here]).mean())
+        expected = -sign * ratio / len(batch["current"][here])
+        assert tokens.current.grad[here].tolist() == pytest.approx([expected] * len(batch["current"][here]), rel=1e-4)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mode", ["plain", "truncate", "mask"])
+@FAST
+@given(batch=batches())
+def test_importance_weights(level, mode, batch):
+    section = ImportanceSection(level=level, mode=mode, low=0.5, high=2.0)
+    tokens, _ = tokens_of(batch, gradient=True)
+    found = importance_weights(tokens, section, of=tokens.proximal)
+    assert not found.requires_grad
+    for t in np.flatnonzero(batch["mask"]):
+        of = [t] if level == "token" else np.flatnonzero((batch["sequence"] == batch["sequence"][t]) & batch["mask"])
+        logs = np.clip(batch["proximal"][of].astype(np.float64) - batch["behaviour"][of], -20, 20)
+        weight = np.exp(np.clip(logs.sum(), -20, 20))
+        if min(abs(weight / 0.5 - 1), abs(weight / 2.0 - 1)) < 1e-4:
+            continue
+        if mode == "truncate":
+            weight = min(weight, 2.0)
+        elif mode == "mask" and not 0.5 <= weight <= 2.0:
+            weight = 0.0
+        assert float(found[t]) == pytest.approx(weight, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@FAST
+@given(batch=batches())
+def test_kl_penalty(kind, batch):
+    tokens, reference = tokens_of(batch)
+    found = kl_penalty(tokens, reference, kind).numpy()
+    x = np.clip(batch["reference"].astype(np.float64) - batch["current"], -20, 20)
+    expected = {"k1": -x, "k2": x**2 / 2, "k3": np.exp(x) - 1 - x}[kind]
+    assert found[batch["mask"]] == pytest.approx(expected[batch["mask"]], rel=1e-3, abs=1e-6)
+    assert (found[~batch["mask"]] == 0).all()
+    if kind != "k1":
+        assert (found >= 0).all()
+
+
+@FAST
+@given(batch=batches())
+def test_the_interpolated_proximal_policy_lies_between_by_version(batch):
+    tokens, _ = tokens_of(batch, gradient=True)
+    found = interpolated_proximal(tokens.behaviour, tokens.current, tokens.staleness)
+    assert not found.requires_grad
+    age = batch["staleness"]
+    expected = (batch["behaviour"].astype(np.float64) + age * batch["current"]) / (age + 1)
+    assert found.numpy()[batch["mask"]] == pytest.approx(expected[batch["mask"]], rel=1e-4, abs=1e-3)
+    fresh = batch["mask"] & (age == 0)
+    assert found.numpy()[fresh].tolist() == batch["behaviour"][fresh].tolist()
+
+
+def test_decoupled_ppo_is_weight_times_clipped_ratio_plus_penalty():
+    rng = np.random.default_rng(1)
+    behaviour = -rng.random(30).astype(np.float32)
+    batch = {
+        "behaviour": behaviour,
+        "proximal": behaviour + rng.normal(0, 0.5, 30).astype(np.float32),
+        "current": behaviour + rng.normal(0, 0.5, 30).astype(np.float32),
+        "reference": behaviour + rng.normal(0, 0.5, 30).astype(np.float32),
+        "advantages": rng.normal(size=30).astype(np.float32),
+        "mask": rng.random(30) < 0.8,
+        "sequence": np.repeat(np.arange(5), 6),
+        "staleness": np.ones(30, int),
+    }
+    section = LossSection(
+        proximal="recompute",
+        importance=ImportanceSection(level="token", mode="truncate", high=1.5),
+        kl="k3",
+        kl_coef=0.1,
     )
-    ratio = np.exp(current - behaviour)
-    plain, cut = ratio * advantages, np.clip(ratio, 0.8, 1.3) * advantages
-    assert float(loss) == pytest.approx(-np.minimum(plain, cut)[mask].sum(), rel=1e-5)
-    stopped = mask & (((advantages > 0) & (ratio > 1.3)) | ((advantages < 0) & (ratio < 0.8)))
-    assert clipped.numpy().tolist() == stopped.tolist()
-    assert 0 < stopped.sum() < mask.sum()
+    tokens, reference = tokens_of(batch)
+    found, _ = policy_loss(tokens, section, load_policy(section), reference)
+    weight = np.minimum(ratio_of(batch, "proximal", "behaviour"), 1.5)
+    ratio, advantages = ratio_of(batch, "current", "proximal"), batch["advantages"]
+    x = batch["reference"].astype(np.float64) - batch["current"]
+    expected = -weight * np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
+    expected = np.where(batch["mask"], expected + 0.1 * (np.exp(x) - 1 - x), 0)
+    assert found.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_clipping_stops_the_gradient_exactly_where_it_says():
-    current, behaviour, advantages, mask = map(torch.from_numpy, arrays())
-    current.requires_grad_()
-    loss, clipped = clipped_policy_loss(current, behaviour, advantages, mask, clip_low=0.2, clip_high=0.2)
-    loss.backward()
-    assert (current.grad[clipped] == 0).all()
-    assert (current.grad[~mask] == 0).all()
-    assert (current.grad[mask & ~clipped] != 0).all()
+def test_reinforce_is_weighted_by_the_current_policy():
+    rng = np.random.default_rng(2)
+    behaviour = -rng.random(8).astype(np.float32)
+    current = behaviour + rng.normal(0, 0.5, 8).astype(np.float32)
+    batch = dict.fromkeys(("behaviour", "proximal", "reference"), behaviour) | {
+        "current": current,
+        "advantages": rng.normal(size=8).astype(np.float32),
+        "mask": np.ones(8, bool),
+        "sequence": np.zeros(8, int),
+        "staleness": np.zeros(8, int),
+    }
+    section = LossSection(policy="reinforce", importance=ImportanceSection(level="token", mode="plain"))
+    tokens, _ = tokens_of(batch, gradient=True)
+    loss, _ = policy_loss(tokens, section, load_policy(section))
+    loss.sum().backward()
+    assert tokens.current.grad.numpy() == pytest.approx(-np.exp(current - behaviour) * batch["advantages"], rel=1e-4)
 
 
-def test_masked_positions_may_hold_anything():
-    current, behaviour, advantages, mask = map(torch.from_numpy, arrays())
-    clean = clipped_policy_loss(current, behaviour, advantages, mask, clip_low=0.2, clip_high=0.2)[0]
-    behaviour[~mask] = float("nan")
-    current = current.clone().requires_grad_()
-    loss, _ = clipped_policy_loss(current, behaviour, advantages, mask, clip_low=0.2, clip_high=0.2)
-    loss.backward()
-    assert loss == clean
-    assert torch.isfinite(current.grad).all()
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "fixed_length"])
+@FAST
+@given(batch=batches(), cut=st.integers(0, 4))
+def test_aggregation_is_the_mean_it_is_named_for_however_the_batch_is_cut(aggregation, batch, cut):
+    values = np.where(batch["mask"], np.arange(len(batch["mask"])) + 1.0, 0.0)
+    parts = [values[(batch["sequence"] == s) & batch["mask"]] for s in np.unique(batch["sequence"])]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return
+    limit = 16
+    expected = {
+        "token_mean": np.concatenate(parts).mean(),
+        "sequence_mean": np.mean([part.mean() for part in parts]),
+        "fixed_length": np.mean([part.sum() / limit for part in parts]),
+    }[aggregation]
+    total = 0.0
+    for microbatch in (parts[:cut], parts[cut:]):
+        for part in microbatch:
+            total += token_weight(aggregation, len(part), limit) * part.sum()
+    divisor = denominator(aggregation, sum(len(part) for part in parts), len(parts))
+    assert total / divisor == pytest.approx(expected)
+
+
+# ---- a user's own ----
+
+
+def half(tokens, settings):
+    return -0.5 * tokens.advantages * tokens.current
+
+
+def with_clipping(tokens, settings):
+    return TokenLoss(half(tokens, settings), tokens.advantages > 0)
+
+
+def a_mean(tokens, settings):
+    return half(tokens, settings).mean()
+
+
+def wants_more(tokens, settings, other):
+    return half(tokens, settings)
+
+
+@FAST
+@given(batch=batches())
+def test_a_users_own_loss(batch):
+    tokens, _ = tokens_of(batch)
+    for name in ("half", "with_clipping"):
+        section = LossSection(policy=f"{__name__}:{name}")
+        found = policy_loss(tokens, section, load_policy(section))
+        expected = np.where(batch["mask"], -0.5 * batch["advantages"] * batch["current"], 0)
+        assert found.loss.numpy() == pytest.approx(expected)
+        assert not found.clipped.numpy()[~batch["mask"]].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no_such", "no function"), ("wants_more", "cannot be called as f(tokens, settings)")],
+)
+def test_a_users_loss_that_cannot_be_called_is_refused_at_the_start(name, words):
+    with pytest.raises(TrainerError, match=r"trainer\.loss\.policy") as caught:
+        load_policy(LossSection(policy=f"{__name__}:{name}"))
+    assert words in str(caught.value)
+
+
+def test_a_users_loss_of_another_shape_is_refused():
+    tokens, _ = tokens_of(
+        {name: np.zeros(3, np.float32) for name in ("behaviour", "proximal", "current", "reference", "advantages")}
+        | {"mask": np.ones(3, bool), "sequence": np.zeros(3, int), "staleness": np.zeros(3, int)}
+    )
+    section = LossSection(policy=f"{__name__}:a_mean")
+    with pytest.raises(TrainerError, match=r"returned \[\]; expected a tensor \[3\]"):
+        load_policy(section)(tokens, section)

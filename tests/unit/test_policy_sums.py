@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from async_rl.trainer.losses import clipped_policy_loss
+from async_rl.config import LossSection
+from async_rl.trainer.losses import Tokens, load_policy, sequence_sums
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
 from async_rl.types import RESUME_POSITIONS
 
@@ -23,7 +24,18 @@ def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resu
     if resume_position is None:
         resume_position = np.arange(len(mask)) % len(RESUME_POSITIONS)
     tensors = [torch.from_numpy(a) for a in (current, behaviour, advantages, mask)]
-    loss, clipped = clipped_policy_loss(*tensors, clip_low=0.2, clip_high=0.2)
+    settings = LossSection(clip_low=0.2, clip_high=0.2)
+    tokens = Tokens(
+        current=tensors[0],
+        behaviour=tensors[1],
+        proximal=tensors[1],
+        advantages=tensors[2],
+        mask=tensors[3],
+        staleness=torch.from_numpy(staleness),
+        sequence_sum=sequence_sums(torch.zeros(len(mask), dtype=torch.long), tensors[3]),
+    )
+    values, clipped = load_policy(settings)(tokens, settings)
+    loss = values.sum()
     return policy_sums(
         loss=loss,
         current=tensors[0],

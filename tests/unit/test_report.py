@@ -75,6 +75,7 @@ def reported(sums: PolicySums) -> StepReport:
     return step_report(
         sums,
         Update(applied=True, grad_norm=1.0, lr=0.1),
+        denominator=1.0,
         version=3,
         groups=4,
         trajectories=32,

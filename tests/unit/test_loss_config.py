@@ -1,0 +1,55 @@
+"""Settings of the loss of which a part would do nothing are refused, by name and with the mend."""
+
+import pytest
+
+from async_rl.config_file import validate
+from async_rl.errors import ConfigError
+
+MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
+EXACT = {"async_training": {"partial_rollout": {"routing": "exact"}}}
+
+
+def tree(loss, **sections):
+    return {**MINIMAL, "trainer": {"loss": loss}, **sections}
+
+
+@pytest.mark.parametrize(
+    ("loss", "sections", "words"),
+    [
+        ({"kl": "k3"}, {}, ["trainer.loss.kl is k3", "kl_coef is 0.0"]),
+        ({"kl_coef": 0.1}, {}, ["trainer.loss.kl is none", "kl_coef is 0.1"]),
+        ({"importance": {"level": "token"}}, {}, ["importance.level is token", "proximal is behaviour"]),
+        (
+            {"importance": {"level": "token", "mode": "mask", "low": 3.0}, "proximal": "recompute"},
+            {},
+            ["importance.low (3.0)", "importance.high (2.0)"],
+        ),
+        ({"policy": "gspo"}, EXACT, ["routing is exact", "policy gspo"]),
+        (
+            {"importance": {"level": "sequence"}, "proximal": "interpolate"},
+            EXACT,
+            ["routing is exact", "importance.level sequence"],
+        ),
+        ({"policy": "trpo"}, {}, ["trainer.loss.policy", "'trpo'"]),
+        ({"dual_clip": 0.5}, {}, ["trainer.loss.dual_clip"]),
+    ],
+)
+def test_combinations_that_cannot_work(loss, sections, words):
+    with pytest.raises(ConfigError) as caught:
+        validate(tree(loss, **sections))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"policy": "gspo", "aggregation": "sequence_mean"},
+        {"policy": "reinforce", "importance": {"level": "token"}},
+        {"proximal": "recompute", "importance": {"level": "sequence", "mode": "plain"}},
+        {"policy": "my_losses:mine", "advantage": "my_losses:yours"},
+        {"kl": "k2", "kl_coef": 0.01},
+    ],
+)
+def test_combinations_that_can(loss):
+    validate(tree(loss))
