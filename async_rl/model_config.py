@@ -86,6 +86,32 @@ class ModelConfig:
     scaling: float = 1.0
     shared_intermediate_size: int = 0
 
+    def sequence_cost(self, positions: int) -> float:
+        """FLOPs of a forward pass over one sequence: 2 for each parameter that a token meets, output layer too, and
+        causal attention, which grows with the square."""
+        latent = self.latent
+        query_dim = self.head_dim if latent is None else latent.plain_dim + latent.rotary_dim
+        value_dim = self.head_dim if latent is None else latent.value_dim
+        if latent is None:
+            attention = self.hidden_size * (self.num_heads + self.num_kv_heads) * 2 * self.head_dim
+        else:
+            query = self.num_heads * query_dim
+            attention = (
+                self.hidden_size * (latent.key_value_rank + latent.rotary_dim + self.num_heads * value_dim)
+                + (
+                    self.hidden_size * query
+                    if latent.query_rank is None
+                    else (self.hidden_size + query) * latent.query_rank
+                )
+                + latent.key_value_rank * self.num_heads * (latent.plain_dim + value_dim)
+            )
+        experts = self.top_k * self.moe_intermediate_size + self.shared_intermediate_size
+        dense_layers = self.num_layers - len(self.moe_layers)
+        mlp = 3 * self.hidden_size * (dense_layers * self.intermediate_size + len(self.moe_layers) * experts)
+        parameters = self.num_layers * attention + mlp + self.hidden_size * self.vocab_size
+        pairs = positions * (positions + 1) / 2
+        return 2.0 * parameters * positions + 2.0 * pairs * self.num_layers * self.num_heads * (query_dim + value_dim)
+
     @property
     def routing(self) -> RoutingSpec | None:
         """How one row of routing looks; None for a dense model."""

@@ -106,7 +106,8 @@ class Pipeline:
         self._queue = start_queue(config, cursor)
         self._trainers = start_trainers(config, placement)
         self._workers = start_rollout_workers(config, self._queue, placement)
-        self._sync = WeightSync(config, read_model_config(config.model.path), self._trainers, self._workers)
+        self._model = read_model_config(config.model.path)
+        self._sync = WeightSync(config, self._model, self._trainers, self._workers)
 
     async def run(self) -> None:
         try:
@@ -155,7 +156,8 @@ class Pipeline:
         size, sizes = self._config.trainer.groups_per_step, self._config.trainer.parallel
         shares: list[list[list[Payload]]] = [[] for _ in self._trainers]
         for batch in (leased[first : first + size] for first in range(0, len(leased), size)):
-            by_replica = split_over_ranks([meta.num_tokens for meta, _ in batch], sizes.dp)
+            costs = [sum(self._model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
+            by_replica = split_over_ranks(costs, sizes.dp)
             for rank, share in enumerate(shares):
                 share.append([batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]])
         reports: list[list[StepReport]] = await asyncio.gather(

@@ -185,6 +185,8 @@ class Recorder:
             extreme_token_fraction=report.extreme_token_fraction,
             router_fallback_rows=report.router_fallback_rows,
             exact_extra_tokens=report.extra_positions,
+            padding_ratio=report.padding_ratio,
+            rank_cost_ratio=report.rank_cost_ratio,
             tokens_masked=report.tokens_masked,
             updates_skipped=report.skipped,
             last_sync=self._last_sync,

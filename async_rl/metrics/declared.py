@@ -189,6 +189,20 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Positions that the trainer computed again as the prefix of a later segment.",
         why="The price of routing policy `exact`.",
     ),
+    MetricSpec(
+        "padding_ratio",
+        "gauge",
+        "Share of computed positions that belong to no sequence.",
+        unit="ratio",
+        why="What the layout's multiples (tp, cp, trainer.microbatch_multiple) cost.",
+    ),
+    MetricSpec(
+        "rank_cost_ratio",
+        "gauge",
+        "Work of the costliest data-parallel rank over the mean.",
+        unit="ratio",
+        why="Above 1.1 the other ranks wait: more groups per step, or fewer data-parallel ranks.",
+    ),
     # Staleness
     MetricSpec(
         "token_staleness",

@@ -24,6 +24,8 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
         "rollout_idle_ratio",
         "trainer_idle_ratio",
         "overlap_efficiency",
+        "padding_ratio",
+        "rank_cost_ratio",
     ):
         metrics.set(name, getattr(record, name))
     if record.eval_reward_mean is not None:

@@ -82,6 +82,10 @@ class StepRecord:
     router_fallback_rows: int = 0
     exact_extra_tokens: int = 0
     """Positions computed again as the prefix of a later segment."""
+    padding_ratio: float = 0.0
+    """Positions computed that belong to no sequence."""
+    rank_cost_ratio: float = 1.0
+    """Of data-parallel ranks: the costliest one's share over the mean."""
     tokens_masked: Mapping[str, int] = field(default_factory=dict)
     """By reason."""
     updates_skipped: Mapping[str, int] = field(default_factory=dict)
@@ -167,6 +171,8 @@ class StepRecord:
             "extreme_token_fraction": self.extreme_token_fraction,
             "router_fallback_rows": self.router_fallback_rows,
             "exact_extra_tokens": self.exact_extra_tokens,
+            "padding_ratio": self.padding_ratio,
+            "rank_cost_ratio": self.rank_cost_ratio,
             "trained_tokens": self.agreement.tokens,
             "token_staleness": {age: part.tokens for age, part in split.items()},
             "trained_tokens_by_resume_position": {name: part.tokens for name, part in by_position.items()},

@@ -33,6 +33,8 @@ class GroupMeta:
     newest_version: int
     num_trajectories: int
     num_partial: int
+    lengths: tuple[int, ...] = ()
+    """Tokens of each trajectory."""
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
@@ -45,6 +47,7 @@ class GroupMeta:
             newest_version=max(int(t.versions.max()) for t in group.trajectories),
             num_trajectories=len(group.trajectories),
             num_partial=sum(t.is_partial for t in group.trajectories),
+            lengths=tuple(t.num_tokens for t in group.trajectories),
         )
 
 

@@ -121,12 +121,6 @@ class Microbatch:
         """Positions that belong to no sample."""
         return len(self) - sum(self.positions)
 
-    @property
-    def cost(self) -> int:
-        """What attention costs: each position looks at all before it in its sequence."""
-        lengths = np.diff(self.cu_seqlens).astype(np.int64)
-        return int((lengths * (lengths + 1) // 2).sum())
-
 
 # The fields of Microbatch that are by position, [T, ...], and that the model or the loss reads as tensors.
 BY_POSITION = (

@@ -24,7 +24,9 @@ class StepReport:
     loss: aggregated as trainer.loss.aggregation says. skipped: updates that were not made, by why: "no_tokens" (all of
     them masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
     before the update; by_staleness in versions and by_resume_position (types.RESUME_POSITIONS), only those that
-    occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``). grad_norm is
+    occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``).
+    padding_ratio: positions computed that belong to no sequence. rank_cost_ratio: the costliest data-parallel rank's
+    share over the mean. grad_norm is
     before clipping. Means over tokens are 0.0 where no token contributed.
     """
 
@@ -47,6 +49,8 @@ class StepReport:
     router_fallback_rows: int
     extra_positions: int
     microbatches: int
+    padding_ratio: float = 0.0
+    rank_cost_ratio: float = 1.0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,6 +66,8 @@ def step_report(
     fallback_rows: int,
     extra_positions: int,
     microbatches: int,
+    padding_ratio: float,
+    rank_cost_ratio: float,
     seconds: dict[str, float],
 ) -> StepReport:
     """Sums over the global batch to the means that people watch. denominator: what the loss is divided by."""
@@ -98,6 +104,8 @@ def step_report(
         router_fallback_rows=fallback_rows,
         extra_positions=extra_positions,
         microbatches=microbatches,
+        padding_ratio=padding_ratio,
+        rank_cost_ratio=rank_cost_ratio,
         seconds=seconds,
     )
 
@@ -136,6 +144,8 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         router_fallback_rows=sum(report.router_fallback_rows for report in reports),
         extra_positions=sum(report.extra_positions for report in reports),
         microbatches=sum(report.microbatches for report in reports),
+        padding_ratio=mean(lambda report: report.padding_ratio),
+        rank_cost_ratio=mean(lambda report: report.rank_cost_ratio),
         seconds=_summed([report.seconds for report in reports]),
     )
 

@@ -157,12 +157,18 @@ class Trainer:
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
+            padding_ratio=total["padding"] / max(total["positions"], 1.0),
+            rank_cost_ratio=self._largest_over_mean(total["cost"], step.counts["cost"]),
             seconds=step.seconds,
         )
 
     def _forward_backward(self, batches: Sequence[Microbatch]) -> None:
         step = self._step
         step.counts["microbatches"] += len(batches)
+        step.counts["padding"] += sum(batch.padding for batch in batches)
+        step.counts["positions"] += sum(len(batch) for batch in batches)
+        cost = self._model_config.sequence_cost
+        step.counts["cost"] += sum(cost(positions) for batch in batches for positions in batch.positions)
         step.counts["fallback"] += sum(packing.rows_without_routing(batch) for batch in batches)
         loss = self._policy_loss(step.version, len(step.sums.max_abs_diff))
         for part in self._executor.accumulate(batches, loss, filler=step.packer.filler(), verify=self._verifying):
@@ -487,6 +493,15 @@ class Trainer:
         torch.distributed.all_reduce(summed, group=self._replica)
         return np.split(summed.cpu().numpy(), starts[1:-1])
 
+    def _largest_over_mean(self, total: float, mine: float) -> float:
+        """Of what the data-parallel ranks have; 1 where all have the same."""
+        from megatron.core import parallel_state
+
+        largest = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return float(largest) * group.size() / total if total else 1.0
+
     def _sum_over_data(self, **values: float) -> dict[str, float]:
         """Sums over the data-parallel ranks, exact for counts below 2**53."""
         from megatron.core import parallel_state
@@ -507,6 +522,9 @@ COUNTS = (
     "trajectories",
     "microbatches",
     "fallback",
+    "positions",
+    "padding",
+    "cost",
 )
 
 
@@ -518,7 +536,7 @@ class _Step:
     oldest_version: int
     sums: PolicySums
     packer: Packer
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     seconds: dict[str, float] = field(default_factory=dict)
 
     def count(self, groups: Sequence[Group], samples: Sequence[Sample]) -> None:

@@ -5,6 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from async_rl.config import ParallelSection
+from async_rl.model_config import ModelConfig
 from async_rl.trainer.packing import (
     NO_ROUTING,
     Packer,
@@ -17,6 +19,7 @@ from async_rl.trainer.packing import (
     spread_rows,
     unpack,
 )
+from async_rl.trainer.parallel import microbatch_multiple, sequence_multiple
 from async_rl.types import RoutingSpec, Segment, Trajectory
 
 
@@ -180,7 +183,6 @@ def test_pack_lays_sequences_back_to_back_without_padding():
     assert batch.longest == 8
     assert batch.samples == (0, 1, 2, 3)
     assert batch.sequence.tolist() == [0] * 3 + [1] * 8 + [2] + [3] * 5
-    assert batch.cost == sum(n * (n + 1) // 2 for n in (3, 8, 1, 5))
     for index, start, stop in zip(batch.samples, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         original = samples[index]
         assert batch.token_ids[start:stop].tolist() == original.token_ids[:-1].tolist()
@@ -271,3 +273,56 @@ def test_split_over_ranks_gives_each_index_once_and_balances_cost():
 
 def test_split_over_more_ranks_than_groups_leaves_ranks_empty():
     assert split_over_ranks([5], 2) == [[0], []]
+
+
+QWEN3_30B_A3B = ModelConfig(
+    architecture="Qwen3MoeForCausalLM",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+    moe_layers=tuple(range(48)),
+    num_experts=128,
+    top_k=8,
+    moe_intermediate_size=768,
+)
+
+
+def test_the_cost_of_a_sequence_is_that_of_its_parameters_and_of_attention():
+    # 3.3 billion parameters that a token meets, of which the embedding is looked up and not multiplied.
+    assert QWEN3_30B_A3B.sequence_cost(1) == pytest.approx(2 * 3.0e9, rel=0.03)
+    attention = QWEN3_30B_A3B.sequence_cost(32768) - 32768 * QWEN3_30B_A3B.sequence_cost(1)
+    assert attention == pytest.approx(32768**2 / 2 * 48 * 32 * 2 * 256, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_long_tailed_mix_is_balanced_over_ranks_by_cost_and_packed_without_waste(ranks):
+    """64 groups of 8 responses, of which a few reach the limit of 32,768 tokens; what two layouts pad."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(7.5, 1.2, (64, 8)).astype(int).clip(16, 32768)
+    cost = QWEN3_30B_A3B.sequence_cost
+    groups = [sum(cost(int(n)) for n in group) for group in lengths]
+    shares = split_over_ranks(groups, ranks)
+    loads = [sum(groups[index] for index in share) for share in shares]
+    assert max(loads) / np.mean(loads) < 1.05
+    by_tokens = split_over_ranks([int(group.sum()) for group in lengths], ranks)
+    worse = [sum(groups[index] for index in share) for share in by_tokens]
+    assert max(loads) < max(worse), "tokens alone do not tell what a long sequence costs"
+    for sizes in (ParallelSection(dp=ranks, ep=ranks), ParallelSection(tp=4, cp=2)):
+        samples = [sample(int(n)) for n in lengths.ravel() // 8]
+        batches = pack(
+            samples,
+            8192,
+            sequence_multiple=sequence_multiple(sizes),
+            multiple=microbatch_multiple(sizes),
+        )
+        waste = sum(batch.padding for batch in batches) / sum(len(batch) for batch in batches)
+        assert waste < 0.02
+        assert waste == 0 or sizes.cp > 1

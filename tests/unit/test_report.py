@@ -83,6 +83,8 @@ def reported(sums: PolicySums) -> StepReport:
         fallback_rows=0,
         extra_positions=11,
         microbatches=1,
+        padding_ratio=0.1,
+        rank_cost_ratio=1.2,
         seconds={},
     )
 
