@@ -1,4 +1,4 @@
-"""The command line: ``async-rl train`` and ``doctor``. Parses, calls, and turns errors into exit codes.
+"""The command line: ``async-rl train``, ``export`` and ``doctor``. Parses, calls, and turns errors into exit codes.
 
 Imports what a verb needs only when it runs, so that help and --dry-run answer at once, on any machine.
 
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     if arguments.verb == "train":
         return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run))
+    if arguments.verb == "export":
+        return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     return _reported(lambda: _doctor(arguments.config, settings))
 
 
@@ -82,6 +84,14 @@ def _run(config: RunConfig) -> int:
     return pipeline.run(config)
 
 
+def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
+    from async_rl.export import export
+
+    source = export(path, out, parse_overrides(settings))
+    sys.stdout.write(f"{source} is now a Hugging Face folder: {out}\n")
+    return 0
+
+
 def _doctor(path: Path | None, settings: Sequence[str]) -> int:
     from async_rl import doctor
 
@@ -115,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the settings below")
     train.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
+
+    export = verbs.add_parser(
+        "export",
+        help="turn a checkpoint of the trainer into a Hugging Face folder",
+        usage="async-rl export CHECKPOINT OUT [--section.key value ...]",
+        description="Write the model of CHECKPOINT, a step-... folder or a run folder (its newest sound one), to OUT "
+        "as a Hugging Face folder; settings given here win over the run's.",
+        allow_abbrev=False,
+    )
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint or run folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not hold anything yet")
 
     doctor = verbs.add_parser(
         "doctor",

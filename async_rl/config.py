@@ -248,6 +248,13 @@ class SyncSection(Section):
     """A push that takes longer fails the run."""
 
 
+class CheckpointSection(Section):
+    every: NonNegative = 0
+    """Training steps between checkpoints of the trainer; 0 is none but the exported model at the end."""
+    keep: Positive = 2
+    """Checkpoints that are kept, the newest."""
+
+
 class EvalSection(Section):
     n: Annotated[int, Field(ge=1)] = 256
     """Held-out problems evaluated, greedily, before the first and after the last step."""
@@ -297,6 +304,7 @@ class RunConfig(Section):
     trainer: TrainerSection = TrainerSection()
     queue: QueueSection = QueueSection()
     sync: SyncSection = SyncSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     metrics: MetricsSection = MetricsSection()
     debug: DebugSection = DebugSection()

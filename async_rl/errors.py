@@ -16,6 +16,7 @@
     ├── EngineError            the rollout engine refused a request or died
     ├── ReplayError            routing that cannot be replayed as asked
     ├── TrainerError           the trainer cannot go on
+    │   └── CheckpointError    a checkpoint that is damaged, missing, or of another model
     ├── WeightSyncError        a weight push failed
     │   └── WeightSyncMismatch the canary: engine and trainer disagree after a push
     └── StalledError           nothing moved for longer than allowed
@@ -89,6 +90,10 @@ class ReplayError(AsyncRLError):
 
 class TrainerError(AsyncRLError):
     """The trainer cannot go on."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is damaged, missing, or of another model."""
 
 
 class WeightSyncError(AsyncRLError):

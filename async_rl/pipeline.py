@@ -119,7 +119,7 @@ class Pipeline:
             await self._count()
             self._recorder.training_ended()
             await self._evaluate()
-            await asyncio.gather(*(trainer.save.remote(self._recorder.checkpoint) for trainer in self._trainers))
+            await asyncio.gather(*(trainer.export.remote(self._recorder.final_model) for trainer in self._trainers))
         finally:
             await self._shut_down()
 
@@ -149,6 +149,11 @@ class Pipeline:
                     concurrently.create_task(self._push())
                     await asyncio.sleep(0)  # its first calls are on their way while the step is written down
                 self._recorder.step(step, version, reports, leased, step_s=step_s)
+            every = config.checkpoint.every
+            if every and step % every == 0:
+                folder = self._recorder.checkpoints
+                seconds = await asyncio.gather(*(trainer.save.remote(folder, step) for trainer in self._trainers))
+                self._recorder.event(f"checkpoint of step {step} in {max(seconds):.1f} s")
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """The updates of one training step, every replica on its share; rank 0's reports, which speak for all."""

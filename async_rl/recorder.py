@@ -65,7 +65,12 @@ class Recorder:
         self._folder.close()
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoints(self) -> Path:
+        """Where checkpoints of the trainer go."""
+        return self._folder.checkpoints
+
+    @property
+    def final_model(self) -> Path:
         """Where the trained model goes, as a Hugging Face folder."""
         return self._folder.checkpoints / "final"
 

@@ -29,6 +29,10 @@ class Update:
     applied: bool
 
 
+# What Megatron's dist_checkpointing saves and loads: plain values and its ShardedTensors, by name.
+ShardedState = dict[str, Any]
+
+
 class Optimizer(Protocol):
     def step(self) -> Update:
         """Clip, update the parameters, advance the schedule; or skip a non-finite gradient."""
@@ -37,6 +41,13 @@ class Optimizer(Protocol):
     def no_update(self) -> Update:
         """What to report where there was nothing to step on."""
         ...
+
+    def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
+        """What a checkpoint keeps of it, for Megatron's distributed checkpointing; ``model`` is the model's. What comes
+        back with ``loading`` is filled by it and given to ``load_state``."""
+        ...
+
+    def load_state(self, state: ShardedState) -> None: ...
 
 
 def warmed_up(lr: float, step: int, warmup_steps: int) -> float:
@@ -120,6 +131,45 @@ class TorchAdamW:
         lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
         return Update(grad_norm=0.0, lr=lr, applied=False)
 
+    def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
+        from megatron.core.dist_checkpointing.optimizer import (
+            get_param_id_to_sharded_param_map,
+            make_sharded_optimizer_tensor,
+        )
+
+        if loading:
+            self._make_moments()
+        sharded = get_param_id_to_sharded_param_map(model, iter(self._parameters))
+        tensors = {
+            f"{kind}.{number}": make_sharded_optimizer_tensor(sharded[number], value, f"optimizer.{kind}")
+            for number, master in enumerate(self._masters)
+            for kind, value in self._kept(number, master).items()
+        }
+        return {"steps": self._steps, "tensors": tensors}
+
+    def load_state(self, state: ShardedState) -> None:
+        self._steps = state["steps"]
+        for number, master in enumerate(self._masters):
+            for kind, value in self._kept(number, master).items():
+                with torch.no_grad():
+                    value.copy_(state["tensors"][f"{kind}.{number}"])
+            if self._adam.state[master]:
+                self._adam.state[master]["step"].fill_(self._steps)
+
+    def _kept(self, number: int, master: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Of one parameter; Adam has nothing before its first step."""
+        state = self._adam.state[master]
+        moments = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+        return moments if master is self._parameters[number] else {"master": master.detach(), **moments}
+
+    def _make_moments(self) -> None:
+        for master in self._masters:
+            self._adam.state[master] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
 
 class MegatronAdamW:
     """Megatron's distributed optimizer: sharded states, float32 masters, clipping over the model-parallel groups."""
@@ -163,3 +213,15 @@ class MegatronAdamW:
     def no_update(self) -> Update:
         lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
         return Update(grad_norm=0.0, lr=lr, applied=False)
+
+    def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
+        # The form that another data-parallel size can load.
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        return {
+            "steps": self._steps,
+            "megatron": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        }
+
+    def load_state(self, state: ShardedState) -> None:
+        self._steps = state["steps"]
+        self._optimizer.load_state_dict(state["megatron"])

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,9 +20,10 @@ import numpy.typing as npt
 import torch
 
 from async_rl.config import RunConfig
-from async_rl.errors import ReplayError, TrainerError
+from async_rl.config_file import to_yaml
+from async_rl.errors import CheckpointError, ReplayError, TrainerError
 from async_rl.model_config import check_run, read_model_config
-from async_rl.trainer import losses, packing, parallel, platform
+from async_rl.trainer import checkpoint, losses, packing, parallel, platform
 from async_rl.trainer.advantages import (
     batch_normalized,
     batch_sums,
@@ -372,6 +373,84 @@ class Trainer:
             for _ in weights:  # gathering a parameter is a collective: take part in it
                 pass
         torch.distributed.barrier()
+
+    def save(self, folder: Path, step: int) -> None:
+        """Checkpoint model, optimizer, schedule and random state as ``folder``/step-..., through Megatron's distributed
+        checkpointing; see ``trainer.checkpoint``. Every rank writes its part, and returns when all are in place."""
+        from megatron.core import dist_checkpointing
+
+        partial = folder / f"{checkpoint.name(step)}.partial"
+        if self._place.rank == 0:
+            partial = checkpoint.begin(folder, step)
+            (partial / "config.yaml").write_text(to_yaml(self._config))
+        torch.distributed.barrier()
+        with platform.cuda_means(self._device):
+            dist_checkpointing.save(self._sharded_state(loading=False), str(partial))
+        torch.distributed.barrier()
+        if self._place.rank == 0:
+            checkpoint.commit(partial, keep=self._config.checkpoint.keep)
+        torch.distributed.barrier()
+
+    def load(self, path: Path, *, optimizer: bool = True) -> None:
+        """Go on from the checkpoint ``path``, which a trainer in any layout may have written.
+
+        optimizer: its state too, without which only the weights are taken. Raises CheckpointError where the checkpoint
+        is not of this model.
+        """
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+
+        try:
+            model = dist_checkpointing.load_common_state_dict(str(path))["model"]
+            if model != asdict(self._model_config):
+                differing = [key for key, value in asdict(self._model_config).items() if model.get(key) != value]
+                raise ValueError(f"it is of a model with another {', '.join(differing)}")
+            with platform.cuda_means(self._device):
+                state = dist_checkpointing.load(self._sharded_state(loading=True, optimizer=optimizer), str(path))
+        except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit {self._config.model.path}: {' '.join(str(error).split())[:300]}"
+            ) from error
+        for number, chunk in enumerate(self._chunks):
+            chunk.module.load_state_dict(state[f"model{number}"])
+        if optimizer:
+            self._optimizer.load_state(state["optimizer"])
+            self._steps = state["updates"]
+            torch.set_rng_state(state["rng"])
+
+    def resume(self, folder: Path) -> int | None:
+        """Go on from the newest sound checkpoint in ``folder``. Returns the training step after which it was taken;
+        None where there is none. A damaged one is named in the log, and passed over."""
+        found: list[Any] = [None]
+        if self._place.rank == 0:
+            try:
+                found = [checkpoint.newest_sound(folder)]
+            except CheckpointError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        if found[0] is None:
+            return None
+        self.load(found[0])
+        return checkpoint.step_of(found[0])
+
+    def _sharded_state(self, *, loading: bool, optimizer: bool = True) -> dict[str, Any]:
+        # Nothing draws random numbers in training; what one rank has is as good as what another has.
+        rng = [torch.get_rng_state()]
+        torch.distributed.broadcast_object_list(rng, src=0)
+        chunks: dict[str, Any] = {
+            f"model{number}": chunk.module.sharded_state_dict() for number, chunk in enumerate(self._chunks)
+        }
+        if not optimizer:
+            return chunks
+        return {
+            **chunks,
+            "optimizer": self._optimizer.sharded_state(chunks, loading=loading),
+            "updates": self._steps,
+            "rng": rng[0],
+            "model": asdict(self._model_config),
+        }
 
     def close(self) -> None:
         """Leave the process groups. The Trainer is unusable afterwards."""

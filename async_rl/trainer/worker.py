@@ -80,7 +80,14 @@ class TrainerWorker:
         """The experts that the trainer's own router chooses, [N-1, L, K] of each sequence."""
         return self._trainer.native_routing(sequences)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, step: int) -> float:
+        """Checkpoint the trainer after training step ``step``. Called on every rank at once. Returns the seconds it
+        took."""
+        start = time.monotonic()
+        self._trainer.save(folder, step)
+        return time.monotonic() - start
+
+    def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint folder. Called on every rank at once; rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)
         self._trainer.save_hf(folder)

@@ -1,0 +1,126 @@
+"""Trainer checkpoints on disk: written whole or not at all, checked before they are read, the last few kept.
+
+    checkpoints/step-000020/        what ``save`` of Megatron's distributed checkpointing writes, from every rank
+        manifest.json               size and checksum of every file; written last, so that a folder has one or is torn
+        config.yaml                 the run's settings, which ``async-rl export`` builds the model from
+    checkpoints/step-000040.partial a checkpoint being written, or one that was not finished
+
+A folder is renamed to its name when it is complete. Pure of Megatron: knows files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import structlog
+import xxhash
+
+from async_rl.errors import CheckpointError
+
+log = structlog.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_PARTIAL = ".partial"
+_BLOCK = 2**22
+
+
+def name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The training step after which a checkpoint was taken."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint folder, whose name is {name(20)} or the like")
+    return int(match[1])
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the folder that the checkpoint of ``step`` is written into."""
+    partial = folder / (name(step) + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, *, keep: int) -> Path:
+    """Give a checkpoint that was written its name, and remove all but the newest ``keep``. Returns where it is now."""
+    files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    entries = {key: {"bytes": path.stat().st_size, "xxh3": _checksum(path)} for key, path in files.items()}
+    for path in files.values():
+        _sync(path)
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    _sync(manifest)
+    final = partial.with_name(partial.name.removesuffix(_PARTIAL))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync(final.parent)
+    for old in list(_newest_first(final.parent))[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+    try:
+        entries = json.loads((path / MANIFEST).read_text())["files"]
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for key, entry in entries.items():
+        file = path / key
+        if not file.is_file():
+            return f"{key} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{key} has {file.stat().st_size} bytes, {entry['bytes']} were written"
+        if _checksum(file) != entry["xxh3"]:
+            return f"{key} has another checksum than when it was written"
+    return None
+
+
+def newest_sound(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None if there is no checkpoint at all.
+
+    Each newer one that is not is told to ``warn``. Raises CheckpointError if there are checkpoints and none is sound.
+    """
+    faults = []
+    for path in _newest_first(folder):
+        found = fault(path)
+        if found is None:
+            return path
+        faults.append(f"{path.name}: {found}")
+        (warn or log.warning)(f"checkpoint {path} is damaged ({found}); an earlier one is used")
+    if faults:
+        raise CheckpointError(f"{folder}: no checkpoint is sound: {'; '.join(faults)}")
+    return None
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    yield from sorted(found, key=step_of, reverse=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the kernel write it out: a rename must not reach the disk before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

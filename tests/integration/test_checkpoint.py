@@ -1,0 +1,142 @@
+"""Checkpoints of a real trainer: saved in one layout, gone on with in another, exported."""
+
+import shutil
+
+import numpy as np
+import pytest
+from ranks import Ranks, run_config
+from test_layouts import LAYOUTS, config_of, largest, make_checkpoint, make_groups, relative, shared_out
+
+from async_rl.errors import CheckpointError
+from async_rl.export import export
+
+pytestmark = pytest.mark.megatron
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    ranks.call(make_checkpoint, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [make_groups(seed=seed, count=4) for seed in range(4)]
+
+
+def weights_of(trainer):
+    return {name: None if w is None else w.detach().numpy().copy() for name, w in trainer.weights()}
+
+
+def step(trainer, shares):
+    return trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3)
+
+
+def train_and_save(trainer, updates, later, folder):
+    for number, shares in enumerate(updates, start=1):
+        step(trainer, shares)
+        trainer.save(folder, number)
+    saved = weights_of(trainer)
+    return saved, [step(trainer, shares) for shares in later], weights_of(trainer)
+
+
+def go_on(trainer, later, folder):
+    found = trainer.resume(folder)
+    return found, weights_of(trainer), [step(trainer, shares) for shares in later], weights_of(trainer)
+
+
+SETTINGS = {"trainer__optimizer__warmup_steps": 6, "checkpoint__keep": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, checkpoint, batches, tmp_path_factory):
+    """(folder of checkpoints, what the uninterrupted run did), in TP2 x PP2."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
+    updates = [shared_out(batch, 1) for batch in batches]
+    return folder, ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
+
+
+@pytest.mark.parametrize("layout", ["alone", "DP2", "EP2", "VPP2", "TP2, ETP2", "TP2 x PP2"])
+def test_saved_in_tp2_x_pp2_and_gone_on_with_in_another_layout(ranks, checkpoint, batches, saved, layout):
+    folder, (weights, reports, final) = saved
+    sizes = {"alone": {}, "TP2 x PP2": {"tp": 2, "pp": 2}}.get(layout) or LAYOUTS.get(layout, {})
+    later = [shared_out(batch, sizes.get("dp", 1)) for batch in batches[2:]]
+    found, loaded, more, end = ranks.run(go_on, config_of(checkpoint, sizes, **SETTINGS), later, folder)[0]
+    assert found == 2
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(loaded[name], weight, err_msg=name)
+    assert largest([r.loss for r in more], [r.loss for r in reports]) < TOLERANCE
+    assert largest([r.grad_norm for r in more], [r.grad_norm for r in reports]) < TOLERANCE
+    assert [r.lr for r in more] == [r.lr for r in reports], "the schedule goes on where it was"
+    # What Adam's moments would not be without.
+    assert max(relative(end[name], final[name]) for name in final) < TOLERANCE
+
+
+def test_the_same_layout_goes_on_bit_for_bit(ranks, checkpoint, batches, saved):
+    folder, (_, reports, final) = saved
+    config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
+    _, _, more, end = ranks.run(go_on, config, [shared_out(batch, 1) for batch in batches[2:]], folder)[0]
+    assert [r.loss for r in more] == [r.loss for r in reports]
+    for name, weight in final.items():
+        np.testing.assert_array_equal(end[name], weight, err_msg=name)
+
+
+def test_a_damaged_checkpoint_is_passed_over(ranks, checkpoint, saved, tmp_path):
+    folder, (weights, _, _) = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    victim = max((tmp_path / "copy" / "step-000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    found, loaded, _, _ = ranks.run(go_on, config_of(checkpoint, {}), [], tmp_path / "copy")[0]
+    assert found == 1
+    assert any((loaded[name] != weight).any() for name, weight in weights.items())
+
+
+def other_model(folder):
+    import json
+
+    make_checkpoint(folder)
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if ".layers.3." not in k}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    values["num_hidden_layers"] = 3
+    values["layer_types"] = None
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks, saved, tmp_path):
+    folder, _ = saved
+    ranks.call(other_model, tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match=r"step-000002 does not fit .*other: it is of a model with another num_layers"
+    ):
+        ranks.run(go_on, run_config(tmp_path / "other"), [], folder)
+
+
+def test_export_of_a_checkpoint_is_the_trained_model(ranks, saved, tmp_path):
+    from safetensors.numpy import load_file
+
+    folder, (weights, _, _) = saved
+    source = ranks.call(export, folder, tmp_path / "out")
+    assert source == folder / "step-000002"
+    exported = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert exported.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(exported[name], weight, err_msg=name)
+    assert (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        export(folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
+        export(tmp_path / "nothing", tmp_path / "out2")
