@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train test test-unit lint bench clean
+.PHONY: help setup train test test-unit test-gpu lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
 	@echo "make test    lint, types and every test that CI runs"
+	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
@@ -26,10 +27,13 @@ train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/unit tests/integration tests/gpu
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/overlap.py
 	$(BIN)/python tests/bench/replay.py
 	$(BIN)/python tests/bench/mismatch.py
+	$(BIN)/python tests/bench/trainer.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

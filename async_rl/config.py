@@ -221,6 +221,9 @@ class TrainerSection(Section):
     """Compare experts executed with experts asked for during this many first steps."""
     router_fusion: bool = False
     """Megatron's fused router kernel (Transformer Engine): faster, and blind to replay."""
+    streaming: bool = True
+    """Compute microbatches as soon as groups are there, before the batch is complete; with one mini-batch per step, and
+    advantages that need their group alone."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Compute activations again in the backward pass instead of keeping them: none, those of
     trainer.recompute_modules, or all of each layer."""
@@ -314,6 +317,12 @@ class RunConfig(Section):
     def required_groups(self) -> int:
         """Groups that one training step consumes."""
         return self.trainer.groups_per_step * self.async_training.require_batches
+
+    @property
+    def streams(self) -> bool:
+        """Whether a step starts before its batch is complete; see trainer.streaming."""
+        by_group = self.trainer.loss.advantage != "reinforce_plus_plus"
+        return self.trainer.streaming and self.async_training.require_batches == 1 and by_group
 
     @property
     def run_dir(self) -> Path:

@@ -12,6 +12,7 @@ monitor, which publishes what the actors count. The first that raises ends the r
     rollout        room in the queue, by groups or bytes        a lease
     rollout        the end of a push                            resume
     training loop  groups_per_step × require_batches groups     put
+                   (trainer.streaming: one, or one per rank)
     push           running generations (mode drain only)        their end
 """
 
@@ -140,8 +141,7 @@ class Pipeline:
         config = self._config
         for step in range(1, config.trainer.steps + 1):
             began = time.monotonic()
-            leased = await self._queue.lease("trainer", config.required_groups)
-            reports, _ = await asyncio.gather(self._update(leased), self._count())
+            leased, reports = await (self._streamed_update() if config.streams else self._update())
             await self._queue.ack([meta.group_id for meta, _ in leased])
             step_s, version = time.monotonic() - began, self._version
             async with asyncio.TaskGroup() as concurrently:
@@ -155,23 +155,55 @@ class Pipeline:
                 seconds = await asyncio.gather(*(trainer.save.remote(folder, step) for trainer in self._trainers))
                 self._recorder.event(f"checkpoint of step {step} in {max(seconds):.1f} s")
 
-    async def _update(self, leased: Leased) -> list[StepReport]:
-        """The updates of one training step, every replica on its share; rank 0's reports, which speak for all."""
-        oldest = oldest_allowed_version(self._version, self._config.async_training.max_staleness)
-        size, sizes = self._config.trainer.groups_per_step, self._config.trainer.parallel
-        shares: list[list[list[Payload]]] = [[] for _ in self._trainers]
-        for batch in (leased[first : first + size] for first in range(0, len(leased), size)):
-            costs = [sum(self._model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
-            by_replica = split_over_ranks(costs, sizes.dp)
-            for rank, share in enumerate(shares):
-                share.append([batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]])
-        reports: list[list[StepReport]] = await asyncio.gather(
+    async def _update(self) -> tuple[Leased, list[StepReport]]:
+        """The updates of one training step once all its groups are there; rank 0's reports, which speak for all."""
+        leased = await self._queue.lease("trainer", self._config.required_groups)
+        size = self._config.trainer.groups_per_step
+        batches = [leased[first : first + size] for first in range(0, len(leased), size)]
+        by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
+        reports, _ = await asyncio.gather(self._trainers_call("train_step", by_rank, *self._versions()), self._count())
+        return leased, reports[0]
+
+    async def _streamed_update(self) -> tuple[Leased, list[StepReport]]:
+        """The update of one training step, whose microbatches are computed as soon as groups are there."""
+        leased: Leased = []
+        versions, ranks = self._versions(), self._config.trainer.parallel.dp
+        loads = [0.0] * ranks
+        while (missing := self._config.required_groups - len(leased)) > 0:
+            # Enough that every data-parallel rank has something to do.
+            part = await self._queue.lease("trainer", missing, at_least=min(ranks, missing))
+            shares = self._shares(part, loads)
+            await self._trainers_call("accumulate", shares, *versions, first=not leased)
+            leased += part
+        reports, _ = await asyncio.gather(self._trainers_call("finish_step"), self._count())
+        return leased, [reports[0]]
+
+    def _versions(self) -> tuple[int, int]:
+        """The version that consumes tokens now, and the oldest that may have sampled them."""
+        return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
+
+    def _shares(self, batch: Leased, loads: list[float] | None = None) -> list[list[Payload]]:
+        """The groups of each rank, balanced by cost over the data-parallel ranks, on top of ``loads``, which grow."""
+        sizes = self._config.trainer.parallel
+        costs = [sum(self._model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
+        by_replica = split_over_ranks(costs, sizes.dp, loads or ())
+        if loads is not None:
+            for replica, indices in enumerate(by_replica):
+                loads[replica] += sum(costs[index] for index in indices)
+        return [
+            [batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]] for rank in range(len(self._trainers))
+        ]
+
+    async def _trainers_call(
+        self, method: str, shares: Sequence[Any] | None = None, *arguments: Any, **keywords: Any
+    ) -> list[Any]:
+        """Call every rank at once, each with its share where there are shares."""
+        return await asyncio.gather(
             *(
-                trainer.train_step.remote(share, self._version, oldest)
-                for trainer, share in zip(self._trainers, shares, strict=True)
+                getattr(trainer, method).remote(*([] if shares is None else [shares[rank]]), *arguments, **keywords)
+                for rank, trainer in enumerate(self._trainers)
             )
         )
-        return reports[0]
 
     async def _push(self) -> None:
         """Weights of the last update become version v+1 everywhere, and the next window opens."""

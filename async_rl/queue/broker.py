@@ -102,6 +102,7 @@ class Broker:
         self._attempts: dict[str, int] = {}  # next attempt of prompts that are in circulation again
         self._exhausted = False
         self._held_bytes = 0
+        self._step_is_open = False  # a step that leases its groups as they come has some, and waits for more
         self._issued = 0
         self._trained = 0
         self._trained_in_window = 0
@@ -151,12 +152,12 @@ class Broker:
         """Whether a group of that size has to wait.
 
         Raises QueueError where waiting is in vain: fewer groups than a training step needs use up the bytes,
-        so none will be leased, none acknowledged, and no room will appear.
+        so none will be leased, or not all that a step under way waits for, none acknowledged, and no room will appear.
         """
         held = len(self._queued) + len(self._leased)
         if self._held_bytes + nbytes <= self._max_bytes:
             return held >= self._max_groups
-        if not self._leased and held < self._required:
+        if (self._step_is_open or not self._leased) and held < self._required:
             needed = math.ceil((self._held_bytes + nbytes) / (held + 1) * self._required)
             raise QueueError(
                 f"queue.max_bytes: {self._max_bytes} is too small for the {self._required} groups of a "
@@ -188,18 +189,21 @@ class Broker:
 
     # Training side
 
-    def lease(self, n: int, consumer: str) -> list[tuple[GroupMeta, Any]] | None:
-        """The n groups that were finished first, with their payloads; None while there are fewer."""
+    def lease(self, n: int, consumer: str, at_least: int | None = None) -> list[tuple[GroupMeta, Any]] | None:
+        """The n groups that were finished first, with their payloads; or so many as there are, but ``at_least`` (n by
+        default); None while there are fewer."""
         if not 0 < n <= self._max_groups:
             raise QueueError(f"{consumer} asks for {n} groups at once, queue.max_groups is {self._max_groups}")
-        if len(self._queued) < n:
+        if len(self._queued) < (n if at_least is None else at_least):
             return None
         leased = [self._queued.pop(group_id) for group_id in list(self._queued)[:n]]
         self._leased.update((held.meta.group_id, held) for held in leased)
+        self._step_is_open = len(self._leased) < self._required
         return [(held.meta, held.payload) for held in leased]
 
     def ack(self, group_ids: Iterable[str]) -> None:
         """LEASED to TRAINED: a gradient was taken, the payload can go."""
+        self._step_is_open = False
         for group_id in self._all_leased(group_ids):
             self._end(group_id, "trained")
             self._trained += 1
@@ -253,8 +257,8 @@ class Broker:
         return self._exhausted and not self._prompts
 
     def starved(self, n: int) -> bool:
-        """The dataset is exhausted and n groups can no longer come together."""
-        return self._exhausted and len(self._prompts) < n
+        """The dataset is exhausted and n groups can no longer be leased."""
+        return self._exhausted and len(self._running) + len(self._queued) < n
 
     def counts(self) -> GroupCounts:
         return GroupCounts(

@@ -125,14 +125,17 @@ class QueueActor:
                 errors.append(None)
         return errors
 
-    async def lease(self, consumer: str, n: int, timeout_s: float | None = None) -> list[tuple[GroupMeta, Payload]]:
-        """The n groups finished first, as soon as there are n; [] after ``timeout_s``.
+    async def lease(
+        self, consumer: str, n: int, timeout_s: float | None = None, at_least: int | None = None
+    ) -> list[tuple[GroupMeta, Payload]]:
+        """The n groups finished first, as soon as there are ``at_least`` so many (n by default); [] after
+        ``timeout_s``.
 
-        Raises QueueClosed where there will never be n: after ``close``, or at the end of the dataset.
+        Raises QueueClosed where there will never be as many: after ``close``, or at the end of the dataset.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._until(lambda: self._try_lease(consumer, n))
+                return await self._until(lambda: self._try_lease(consumer, n, n if at_least is None else at_least))
         except TimeoutError:
             return []
 
@@ -207,12 +210,12 @@ class QueueActor:
         self._changed.set()
         return True
 
-    def _try_lease(self, consumer: str, n: int) -> list[tuple[GroupMeta, Payload]] | None:
+    def _try_lease(self, consumer: str, n: int, at_least: int) -> list[tuple[GroupMeta, Payload]] | None:
         if self._closed:
             raise QueueClosed(f"{consumer}: the queue is closed")
-        leased = self._broker.lease(n, consumer)
-        if leased is None and self._broker.starved(n):
-            raise QueueClosed(f"{consumer}: the dataset is exhausted, and fewer than {n} groups are left")
+        leased = self._broker.lease(n, consumer, at_least)
+        if leased is None and self._broker.starved(at_least):
+            raise QueueClosed(f"{consumer}: the dataset is exhausted, and fewer than {at_least} groups are left")
         return leased
 
 
@@ -253,9 +256,11 @@ class QueueClient:
         if error is not None:
             raise error
 
-    async def lease(self, consumer: str, n: int, timeout_s: float | None = None) -> list[tuple[GroupMeta, Payload]]:
+    async def lease(
+        self, consumer: str, n: int, timeout_s: float | None = None, at_least: int | None = None
+    ) -> list[tuple[GroupMeta, Payload]]:
         """What was leased, for ``fetch``; [] after ``timeout_s``."""
-        result: list[tuple[GroupMeta, Payload]] = await self._call("lease", consumer, n, timeout_s)
+        result: list[tuple[GroupMeta, Payload]] = await self._call("lease", consumer, n, timeout_s, at_least)
         return result
 
     async def ack(self, group_ids: Iterable[str]) -> None:

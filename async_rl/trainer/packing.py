@@ -332,13 +332,14 @@ def unpack(
     return result
 
 
-def split_over_ranks(costs: Sequence[float], ranks: int) -> list[list[int]]:
+def split_over_ranks(costs: Sequence[float], ranks: int, loads: Sequence[float] = ()) -> list[list[int]]:
     """Indices of ``costs`` by data-parallel rank, balanced: the costliest first, each to the least loaded rank.
 
-    Deterministic; indices ascend within a rank; with fewer costs than ranks, some ranks get none.
+    loads: what the ranks have already. Deterministic; indices ascend within a rank; with fewer costs than ranks, some
+    ranks get none.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
+    load = list(loads) or [0.0] * ranks
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(index)

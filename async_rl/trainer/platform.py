@@ -58,14 +58,14 @@ def activate(device: Device) -> None:
         raise TrainerError(
             f"megatron-core {found} is installed; the trainer is made for {MEGATRON_VERSION}; install that"
         )
-    # Once in each process: torch calls Megatron's collectives by their old names deprecated.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # Before Megatron is imported. torch calls the names by which Megatron uses it deprecated; the rest is for GPUs.
+    for module in (r"torch\.distributed", r"megatron\.core\.dist_checkpointing", r"async_rl\.trainer\.platform"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    if device == "cpu":
+        for_gpus = ".*(Apex|Transformer Engine|cuda_graph_scope|CUDA_DEVICE_MAX)"
+        warnings.filterwarnings("ignore", message=for_gpus, module="megatron")
     _patch_pipeline_shapes()
     if device == "cpu":
-        # Eight lines on every start about what is for GPUs.
-        warnings.filterwarnings(
-            "ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope|CUDA_DEVICE_MAX)", module="megatron"
-        )
         _patch_cuda_calls()
         _patch_dispatcher()
         _patch_transformer_engine()

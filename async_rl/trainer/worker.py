@@ -60,6 +60,16 @@ class TrainerWorker:
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
+    def accumulate(self, payloads: Sequence[Payload], version: int, oldest_version: int, *, first: bool) -> None:
+        """A part of a step's groups, this rank's of those that are there; ``first`` opens the step."""
+        if first:
+            self._trainer.begin_step(version=version, oldest_version=oldest_version)
+        self._trainer.accumulate(fetch(payloads))
+
+    def finish_step(self) -> StepReport:
+        """The update of the step whose groups were accumulated."""
+        return self._trainer.finish_step()
+
     def push(self, version: int) -> float:
         """Send the weights to every rollout actor as policy version ``version``. Returns the seconds it took."""
         if self._pusher is None:

@@ -110,7 +110,12 @@ def shared_out(groups, ranks):
 def train_and_look(trainer, updates):
     """updates: of each, the groups by data-parallel index."""
     reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
-    weights = {name: None if w is None else w.detach().numpy().copy() for name, w in trainer.weights()}
+    source = trainer.weights()
+    weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
+    # A push sizes the receiving buffers by what is declared, and fills them by what comes.
+    declared = {meta.name: meta.shape for meta in source.metadata()}
+    assert list(declared) == list(weights)
+    assert all(declared[name] == w.shape for name, w in weights.items() if w is not None)
     ids = probes()
     rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
     answers = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)

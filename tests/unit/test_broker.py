@@ -90,6 +90,7 @@ class BrokerMachine(RuleBasedStateMachine):
             max_staleness=max_staleness,
             on_stale=on_stale,
         )
+        self.required, self.waits_for_more = required, False
         self.version = 0
         self.window = 0
         self.running, self.queued, self.leased = {}, {}, {}  # group id: ticket or meta
@@ -137,7 +138,8 @@ class BrokerMachine(RuleBasedStateMachine):
             full = self.broker.full_for(nbytes)
         except QueueError:
             assert not fits
-            assert not self.leased
+            assert self.waits_for_more or not self.leased
+            assert len(held) < self.required
             return
         assert full is not fits
         if full:
@@ -150,16 +152,18 @@ class BrokerMachine(RuleBasedStateMachine):
         self.queued[ticket.group_id] = group
         self.book_stale()
 
-    @rule(n=st.integers(1, 4))
-    def lease(self, n):
+    @rule(n=st.integers(1, 4), data=st.data())
+    def lease(self, n, data):
         if n > self.max_groups:
             with pytest.raises(QueueError, match=r"queue\.max_groups"):
                 self.broker.lease(n, "trainer")
             return
-        leased = self.broker.lease(n, "trainer")
-        if len(self.queued) < n:
+        at_least = data.draw(st.sampled_from([None, *range(1, n + 1)]))
+        leased = self.broker.lease(n, "trainer", at_least)
+        if len(self.queued) < (at_least or n):
             assert leased is None
             return
+        self.waits_for_more = len(self.leased) + len(leased) < self.required
         assert ids(leased) == list(self.queued)[:n]  # first finished, first leased
         for group, payload in leased:
             assert payload == f"payload of {group.group_id}"
@@ -172,6 +176,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def ack(self, data):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.leased)), unique=True))
         self.broker.ack(chosen)
+        self.waits_for_more = False
         for group_id in chosen:
             del self.leased[group_id]
             self.trained.append(self.prompts[group_id])
@@ -368,8 +373,11 @@ def test_bytes_that_cannot_hold_one_step_are_an_error_that_names_the_key():
     (ticket,) = broker.issue("w", 1)
     with pytest.raises(QueueError, match=r"queue\.max_bytes: 25 .* 3 groups .* set it to 30"):
         broker.put(meta(ticket))
-    broker.lease(1, "t")
-    assert broker.full_for(10)  # something is leased: room may come
+
+    broker = make(max_bytes=25, required_groups=2)
+    finish(broker, 2)
+    broker.lease(2, "t")
+    assert broker.full_for(10)  # a whole step is leased: room will come
 
 
 def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
@@ -462,3 +470,22 @@ def test_a_dataset_that_repeats_an_outstanding_prompt_is_refused():
     with pytest.raises(QueueError, match="prompt 0-1"):
         broker.issue("w", 2)
     assert broker.counts().issued == 0
+
+
+def test_a_step_that_leases_groups_as_they_come_is_told_when_the_rest_has_no_room():
+    broker = make(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
+    finish(broker, 2, nbytes=50)
+    assert len(broker.lease(3, "t", at_least=1)) == 2
+    with pytest.raises(QueueError, match=r"queue\.max_bytes: 100 is too small for the 3 groups .* set it to 150"):
+        broker.full_for(50)
+
+
+def test_what_is_leased_does_not_count_as_what_may_still_come():
+    broker = make(Source(2), required_groups=2, window_limit=4, max_groups=4, max_bytes=100)
+    finish(broker, 2, nbytes=10)
+    broker.issue("w", 1)  # the dataset says that it has no more
+    assert not broker.starved(1)
+    broker.lease(1, "t")
+    assert not broker.starved(1)
+    broker.lease(1, "t")
+    assert broker.starved(1)
