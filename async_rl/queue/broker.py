@@ -257,8 +257,10 @@ class Broker:
         return self._exhausted and not self._prompts
 
     def starved(self, n: int) -> bool:
-        """The dataset is exhausted and n groups can no longer be leased."""
-        return self._exhausted and len(self._running) + len(self._queued) < n
+        """The dataset is exhausted and n groups can no longer be leased. Those of a step that waits for more will not
+        come back; others that are leased may."""
+        leased = 0 if self._step_is_open else len(self._leased)
+        return self._exhausted and len(self._running) + len(self._queued) + leased < n
 
     def counts(self) -> GroupCounts:
         return GroupCounts(

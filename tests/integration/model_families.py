@@ -29,6 +29,9 @@ def _configs():
         "norm_topk_prob": True,
         "n_group": 1,
         "topk_group": 1,
+        # Published checkpoints say so, and vLLM asks; transformers assumes it.
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
     }
     latent = {
         "num_key_value_heads": 4,

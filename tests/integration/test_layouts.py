@@ -196,6 +196,16 @@ def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, al
         assert all(tensor is None for tensor in other[1].values()), "only rank 0 gathers"
 
 
+@pytest.mark.parametrize("modules", [["moe"], ["core_attn", "mlp"]])
+@pytest.mark.parametrize("name", ["EP2", "VPP2", "TP2 x EP2 x PP2"])
+def test_selective_recomputation_changes_nothing(ranks, checkpoint, batches, alone, name, modules):
+    """With module moe the router runs again, and replays; with others it does not, and nothing may be left over."""
+    settings = {"trainer__recompute": "selective", "trainer__recompute_modules": modules}
+    updates = [shared_out(batch, LAYOUTS[name].get("dp", 1)) for batch in batches]
+    _, weights, _ = ranks.run(train_and_look, config_of(checkpoint, LAYOUTS[name], **settings), updates)[0]
+    assert max(relative(weights[key], alone[1][key]) for key in weights) < TOLERANCE
+
+
 # Losses that look at more than a token: at its sequence, which context parallelism cuts, at the batch, at other passes.
 LOSSES = {
     "GSPO": {"trainer__loss__policy": "gspo", "trainer__loss__aggregation": "sequence_mean"},

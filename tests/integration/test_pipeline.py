@@ -4,11 +4,15 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import load_file
 
 from async_rl.model_config import read_model_config
 from async_rl.queue import codec
@@ -235,3 +239,29 @@ def test_a_bfloat16_engine_beside_a_float32_trainer(start_run):
     summary = finished(run, canary=0.5)
     assert 1e-5 < summary["on_policy_logprob_abs_diff"]["mean"] < 0.05
     assert summary["sync"]["retries"] == 0
+
+
+def test_a_parallel_trainer_with_checkpoints(start_run, tmp_path):
+    """Weights are gathered from tensor-, expert- and pipeline-parallel ranks for every push, and verified there."""
+    run = start_run(
+        trainer__parallel__tp=2,
+        trainer__parallel__ep=2,
+        trainer__parallel__pp=2,
+        trainer__loss__policy="gspo",
+        trainer__loss__aggregation="sequence_mean",
+        trainer__steps=4,
+        checkpoint__every=2,
+    )
+    summary = finished(run)
+    assert summary["on_policy_logprob_abs_diff"]["max"] <= 1e-5
+    assert all(row["padding_ratio"] < 0.01 for row in run.rows)
+    checkpoints = run.folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["final", "step-000002", "step-000004"]
+    command = [sys.executable, "-m", "async_rl.cli", "export", str(run.folder), str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    final, exported = (
+        load_file(next(folder.glob("*.safetensors"))) for folder in (checkpoints / "final", tmp_path / "out")
+    )
+    assert final.keys() == exported.keys()
+    for name, weight in final.items():
+        np.testing.assert_array_equal(exported[name], weight, err_msg=name)

@@ -1,0 +1,42 @@
+"""What the trainer exports loads in vLLM, which computes what transformers does: log-probs and routing. Real engines on
+the CPU, float32, one after another; those with latent attention take bfloat16 alone there, and are left to a GPU.
+"""
+
+import asyncio
+
+import model_families
+import numpy as np
+import pytest
+from engine_checkpoint import engine_config, running
+from model_families import DENSE, VOCAB
+from ranks import Ranks, run_config
+from test_families import export
+
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Mixtral", "GLM-4 MoE"])
+def test_an_export_computes_the_same_in_vllm(ranks, tmp_path, name):
+    rng = np.random.default_rng(5)
+    ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (7, 100, 33)]
+    ranks.call(model_families.make, name, tmp_path / "model")
+    expected = ranks.call(model_families.reference, tmp_path / "model", ids)
+    sizes = {"trainer__parallel__tp": 2, "trainer__parallel__pp": 2}
+    if name not in DENSE:
+        sizes["trainer__parallel__ep"] = 2
+    ranks.run(export, run_config(tmp_path / "model", **sizes), tmp_path / "out")
+
+    async def score():
+        async with running(engine_config(tmp_path / "out")) as engine:
+            return await engine.score(ids)
+
+    for found, logprobs, routing in zip(asyncio.run(score()), expected.logprobs, expected.routing, strict=True):
+        np.testing.assert_allclose(found.logprobs, logprobs, atol=1e-5)
+        if name not in DENSE:
+            assert (np.sort(found.routed_experts, -1) == np.sort(routing, -1)).all(-1).mean() > 0.98
