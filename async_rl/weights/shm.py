@@ -24,6 +24,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from async_rl.errors import WeightSyncError
+from async_rl.model_config import read_model_config
+from async_rl.weights import names
 from async_rl.weights.moe_repack import forget_moe_kernels
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
 
@@ -111,9 +113,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.table]
-        check_against_checkpoint(
-            table, Path(self.model_config.model), tied=self.model_config.hf_config.tie_word_embeddings
-        )
+        folder = Path(self.model_config.model)
+        model = read_model_config(folder)
+        check_against_checkpoint(table, folder, ignored=lambda name: names.ignored(model, name))
         self._table = table
 
     def start_weight_update(self) -> None:

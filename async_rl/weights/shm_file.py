@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,8 +166,9 @@ def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tup
     return tensors
 
 
-def check_against_checkpoint(table: Sequence[TensorMeta], folder: Path, *, tied: bool) -> None:
-    """Raise WeightSyncError unless ``table`` has the tensors of the checkpoint that the engine was loaded from.
+def check_against_checkpoint(table: Sequence[TensorMeta], folder: Path, *, ignored: Callable[[str], bool]) -> None:
+    """Raise WeightSyncError unless ``table`` has the tensors of the checkpoint that the engine was loaded from, those
+    aside whose names are ``ignored``: the trainer does not build them.
 
     vLLM loads what it is given and keeps the old values of the rest, so a tensor that is missing or misnamed
     would go unnoticed. Skipped for a checkpoint that is not in safetensors.
@@ -183,10 +184,9 @@ def check_against_checkpoint(table: Sequence[TensorMeta], folder: Path, *, tied:
         raise WeightSyncError(
             f"the trainer's name table names a tensor twice: {len(table)} entries, {len(given)} names"
         )
-    optional = {"lm_head.weight"} if tied else set()  # tied to the embedding: either side may spell it out
     for problem, names in (
-        ("lacks", shapes.keys() - given.keys() - optional),
-        ("has, unlike the checkpoint,", given.keys() - shapes.keys() - optional),
+        ("lacks", {name for name in shapes.keys() - given.keys() if not ignored(name)}),
+        ("has, unlike the checkpoint,", {name for name in given.keys() - shapes.keys() if not ignored(name)}),
     ):
         if names:
             raise WeightSyncError(

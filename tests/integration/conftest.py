@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from ranks import Ranks
 
 # Issue and README promise that nothing is left this long after any exit.
 CLEAN_WITHIN_S = 15
@@ -59,6 +60,13 @@ def recipe(tiny_model, tmp_path_factory) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Up to four trainer ranks, for whatever layout."""
+    with Ranks(4) as ranks:
+        yield ranks
 
 
 class Run:

@@ -10,7 +10,7 @@ import model_families
 import numpy as np
 import pytest
 from model_families import DENSE, FAMILIES, VOCAB
-from ranks import Ranks, run_config
+from ranks import run_config
 
 pytestmark = pytest.mark.megatron
 
@@ -22,12 +22,6 @@ LAYOUTS = {
     "CP2": {"cp": 2},
     "TP2 x EP2 x PP2": {"tp": 2, "ep": 2, "pp": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 from engine_checkpoint import engine_config, running
 from model_families import DENSE, VOCAB
-from ranks import Ranks, run_config
+from ranks import run_config
 from test_families import export
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Mixtral", "GLM-4 MoE"])

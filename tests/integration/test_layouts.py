@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from ranks import Ranks, run_config
+from ranks import run_config
 
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
@@ -126,12 +126,6 @@ def config_of(folder, layout, **settings):
     sizes = {f"trainer__parallel__{name}": size for name, size in layout.items()}
     settings = {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 160} | settings
     return run_config(folder, **sizes, **settings)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

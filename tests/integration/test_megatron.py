@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import run_config
 
-from async_rl.config_file import validate
 from async_rl.errors import ModelError, ReplayError
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
@@ -76,25 +76,6 @@ def hf_logprobs(path, sequences, temperature=1.0):
             logits = model(torch.from_numpy(ids).long()[None]).logits[0, :-1] / temperature
         result.append(logits.log_softmax(-1).gather(-1, torch.from_numpy(ids).long()[1:, None])[:, 0].numpy())
     return result
-
-
-def run_config(path, **overrides):
-    tree = {
-        "model": {"path": str(path), "dtype": "float32"},
-        "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
-        "rollout": {"max_response_tokens": 128},
-        # A large epsilon keeps Adam's first steps proportional to the gradient, so that updates can be
-        # compared.
-        "trainer": {"optimizer": {"lr": 1e-2, "eps": 1e-2}, "router_replay": "off"},
-        "resources": {"device": "cpu"},
-    }
-    for key, value in overrides.items():
-        section = tree
-        *sections, leaf = key.split("__")
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[leaf] = value
-    return validate(tree)
 
 
 class Opened:

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from ranks import Ranks, run_config
+from ranks import run_config
 from test_layouts import LAYOUTS, config_of, largest, make_checkpoint, make_groups, relative, shared_out
 
 from async_rl.errors import CheckpointError
@@ -13,12 +13,6 @@ from async_rl.export import export
 pytestmark = pytest.mark.megatron
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")
