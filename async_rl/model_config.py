@@ -279,7 +279,7 @@ class _Fields:
 
 def _common(architecture: str, fields: _Fields) -> ModelConfig:
     """What all families say in the same words."""
-    fields.only(hidden_act="silu", use_sliding_window=False)
+    fields.only(hidden_act="silu", use_sliding_window=False, quantization_config=None)
     heads = fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", default=heads)
     if heads % kv_heads:

@@ -667,9 +667,14 @@ def test_rms_norm_and_its_gradients_are_those_of_torch(worker):
 
 
 def what_megatron_lacks():
+    import inspect
+
     import torch
-    from megatron.core.tensor_parallel import random
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.tensor_parallel import layers, random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     def fails(call):
         try:
@@ -683,11 +688,19 @@ def what_megatron_lacks():
         "te_general_gemm": not hasattr(moe_utils, "te_general_gemm"),
         "recompute_rng": fails(random._get_cuda_rng_state),
         "device_in_words": fails(lambda: torch.zeros([], device="cuda")),
+        "rng_tracker": fails(lambda: random.get_cuda_rng_tracker().add("some", 0)),
+        "transformer_engine_stand_ins": multi_latent_attention.HAVE_TE,
+        "dispatcher_stream": "torch.cuda.Stream()" in inspect.getsource(MoEAlltoAllTokenDispatcher.__init__),
+        "pipeline_shapes": "batch_isend_irecv" in inspect.getsource(P2PCommunicator._communicate_shapes),
+        # What trainer/megatron.py and trainer/attention.py mend.
+        "experts_as_dense": "config.expert_model_parallel_size > 1" in inspect.getsource(layers.ColumnParallelLinear),
+        "rotary_key_gradient": "gather_from_tensor_model_parallel_region(kv_combined)"
+        in inspect.getsource(multi_latent_attention.MLASelfAttention),
     }
 
 
 def test_every_patch_of_the_device_seam_is_still_needed():
-    """Fails once torch or Megatron do without one: then remove it from trainer/platform.py."""
+    """Fails once torch or Megatron do without one: then remove it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         lacking = pool.submit(what_megatron_lacks).result(timeout=TIMEOUT_S)
     if Path("/dev/nvidia0").exists():

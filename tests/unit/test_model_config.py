@@ -6,8 +6,9 @@ import pytest
 
 from async_rl.config_file import validate
 from async_rl.errors import ModelError
-from async_rl.model_config import check_run, checkpoint_shards, read_model_config, routing_spec
+from async_rl.model_config import LatentAttention, Yarn, check_run, checkpoint_shards, read_model_config, routing_spec
 from async_rl.types import RoutingSpec
+from async_rl.weights.names import ignored
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -146,3 +147,120 @@ def test_shards_are_those_of_the_index_and_all_must_be_there(tmp_path):
     index.write_text("{}")
     with pytest.raises(ModelError, match="is not a safetensors index"):
         checkpoint_shards(tmp_path)
+
+
+# As published, sizes apart: keys that transformers 5 would not write, and none of those that it would add.
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+DEEPSEEK_V3 = MOONLIGHT | {
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "q_lora_rank": 1536,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+}
+
+
+def test_reads_moonlight_and_deepseek_v3(tmp_path):
+    moonlight = read_model_config(folder(tmp_path / "moonlight", base=MOONLIGHT))
+    assert moonlight.latent == LatentAttention(None, 512, 128, 64, 128, None)
+    assert moonlight.moe_layers == tuple(range(1, 27))
+    assert (moonlight.score_function, moonlight.expert_bias, moonlight.scaling) == ("sigmoid", True, 2.446)
+    assert (moonlight.num_groups, moonlight.group_top_k, moonlight.shared_intermediate_size) == (0, 0, 2816)
+    assert moonlight.routing == RoutingSpec(num_moe_layers=26, top_k=6, num_experts=64)
+    deepseek = read_model_config(folder(tmp_path / "deepseek", base=DEEPSEEK_V3))
+    assert deepseek.latent == LatentAttention(1536, 512, 128, 64, 128, Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0))
+    assert (deepseek.num_groups, deepseek.group_top_k, deepseek.extra_layers) == (8, 4, 1)
+    assert ignored(deepseek, "model.layers.27.mlp.gate.weight"), "a layer that predicts further tokens is not built"
+    assert not ignored(deepseek, "model.layers.26.mlp.gate.weight")
+    assert not ignored(moonlight, "model.layers.27.mlp.gate.weight")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 6, "n_group": 8, "topk_group": 4}, ["num_experts_per_tok is 6", "topk_group 4"]),
+        ({"norm_topk_prob": False}, ["norm_topk_prob is False"]),
+        ({"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "'yarn'"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "only None"]),
+        ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM"]),
+    ],
+)
+def test_refuses_what_it_would_compute_otherwise(tmp_path, changes, words):
+    with pytest.raises(ModelError) as caught:
+        read_model_config(folder(tmp_path / "model", base=MOONLIGHT | changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "words"),
+    [
+        ({"tp": 8}, {}, ["trainer.parallel.tp is 8", "num_attention_heads (4)", "possible are 1, 2, 4"]),
+        ({"tp": 4}, {}, ["trainer.parallel.tp is 4", "num_key_value_heads (2)", "possible are 1, 2"]),
+        ({"tp": 2}, {"vocab_size": 63}, ["trainer.parallel.tp is 2", "vocab_size (63)"]),
+        ({"dp": 3, "ep": 3}, {}, ["trainer.parallel.ep is 3", "number of experts (8)"]),
+        ({"dp": 5, "etp": 5}, {}, ["trainer.parallel.etp is 5", "moe_intermediate_size (24)"]),
+        ({"pp": 3}, {}, ["trainer.parallel.pp is 3", "num_hidden_layers (4)", "possible are 1, 2, 4"]),
+        ({"pp": 2, "vpp": 4}, {}, ["trainer.parallel.pp x trainer.parallel.vpp is 8", "num_hidden_layers (4)"]),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path, sizes, changes, words):
+    path = folder(tmp_path / "model", **changes)
+    with pytest.raises(ModelError) as caught:
+        check_run(run_config(path, parallel=sizes), read_model_config(path))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_experts_cannot_be_spread_where_there_are_none(tmp_path):
+    path = folder(tmp_path / "model", base=DENSE)
+    with pytest.raises(ModelError, match=r"trainer\.parallel\.ep is 2 .* has no experts"):
+        check_run(run_config(path, parallel={"dp": 2, "ep": 2}, router_replay="off"), read_model_config(path))
+
+
+def test_latent_attention_has_no_key_value_heads_to_divide(tmp_path):
+    path = folder(tmp_path / "model", base=MOONLIGHT | {"num_key_value_heads": 1})
+    check_run(run_config(path, parallel={"tp": 16}), read_model_config(path))
