@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,7 @@ import torch
 from async_rl.config import RunConfig
 from async_rl.config_file import to_yaml
 from async_rl.errors import CheckpointError, ReplayError, TrainerError
-from async_rl.model_config import check_run, read_model_config
+from async_rl.model_config import check_run, checkpoint_shards, read_model_config
 from async_rl.trainer import checkpoint, losses, packing, parallel, platform
 from async_rl.trainer.advantages import (
     batch_normalized,
@@ -360,12 +361,13 @@ class Trainer:
         return StreamedSource(self.weights())
 
     def save_hf(self, folder: Path) -> None:
-        """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files. Rank 0
-        writes.
+        """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files. Rank 0 writes.
+        Layers that predict further tokens are not trained, and stay as they were.
         """
         weights = self.weights()
         if self._place.rank == 0:
-            names.write_checkpoint(weights, folder, shard_bytes=SHARD_BYTES)
+            extra = names.extra_layers(self._model_config, checkpoint_shards(self._config.model.path))
+            names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
             for file in self._config.model.path.iterdir():
                 if file.is_file() and ".safetensors" not in file.name:
                     shutil.copy2(file, folder / file.name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from async_rl.model_config import ModelConfig
@@ -194,12 +195,25 @@ def _attention(model: ModelConfig) -> list[tuple[Row, ...]]:
 
 def ignored(model: ModelConfig, hf_name: str) -> bool:
     """Tensors that some checkpoints carry and that are not built: copies, and layers that predict further tokens."""
-    beyond = tuple(f"model.layers.{model.num_layers + extra}." for extra in range(model.extra_layers))
     return (
         hf_name.endswith("rotary_emb.inv_freq")
         or (model.tie_word_embeddings and hf_name == "lm_head.weight")
-        or hf_name.startswith(beyond)
+        or of_extra_layer(model, hf_name)
     )
+
+
+def of_extra_layer(model: ModelConfig, hf_name: str) -> bool:
+    """Tensors of layers past the last, which predict further tokens: never built, and exported as they were."""
+    return hf_name.startswith(tuple(f"model.layers.{model.num_layers + n}." for n in range(model.extra_layers)))
+
+
+def extra_layers(model: ModelConfig, shards: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the layers past the last, from a checkpoint's files."""
+    for shard in shards if model.extra_layers else ():
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                if of_extra_layer(model, name):
+                    yield name, file.get_tensor(name)
 
 
 def hf_shapes(model: ModelConfig, entry: Entry, shape: Sequence[int], parts: int = 1) -> list[tuple[int, ...]]:

@@ -110,7 +110,20 @@ def make(name, folder, seed=0):
             else:
                 tensor.normal_(0.0, 0.12)
     model.save_pretrained(folder)
+    if name == "DeepSeek-V3":
+        _add_extra_layer(folder)
     return folder
+
+
+def _add_extra_layer(folder):
+    """A layer past the last, which predicts further tokens: checkpoints carry it, transformers leaves it out."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.{LAYERS}.eh_proj.weight"] = torch.randn(64, 128)
+    tensors[f"model.layers.{LAYERS}.enorm.weight"] = torch.randn(64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class Reference(NamedTuple):
