@@ -155,6 +155,12 @@ class OptimizerSection(Section):
     """Learning rate after warm-up."""
     warmup_steps: NonNegative = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after warm-up: stay, or fall to trainer.optimizer.min_lr."""
+    decay_steps: Positive | None = None
+    """Optimizer steps, warm-up included, after which it has fallen; needed unless the schedule is constant."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate that it falls to, and stays at."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -355,9 +361,31 @@ class RunConfig(Section):
                 f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
         self._check_replay()
+        self._check_schedule()
         self._check_loss()
         self._check_parallel()
         return self
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError for a learning rate that would not do what it is told."""
+        optimizer = self.trainer.optimizer
+        if optimizer.schedule == "constant":
+            if optimizer.decay_steps is not None:
+                raise ValueError(
+                    f"trainer.optimizer.decay_steps is {optimizer.decay_steps}, but the schedule is constant; set it "
+                    "to linear or cosine, or leave decay_steps out"
+                )
+            return
+        if optimizer.decay_steps is None or optimizer.decay_steps <= optimizer.warmup_steps:
+            raise ValueError(
+                f"trainer.optimizer.schedule is {optimizer.schedule}, but decay_steps is {optimizer.decay_steps}; set "
+                f"it above warmup_steps ({optimizer.warmup_steps}), for example to the run's optimizer steps, "
+                f"{self.trainer.steps * self.async_training.require_batches}"
+            )
+        if optimizer.min_lr > optimizer.lr:
+            raise ValueError(
+                f"trainer.optimizer.min_lr ({optimizer.min_lr}) is above lr ({optimizer.lr}); lower it, the rate falls"
+            )
 
     def _check_loss(self) -> None:
         """Raise ValueError for a loss of which a part would do nothing, or could not be computed."""

@@ -1,4 +1,4 @@
-"""One optimizer update from accumulated gradients: warm-up, clipping, AdamW; a non-finite gradient is skipped.
+"""One optimizer update from accumulated gradients: schedule, clipping, AdamW; a non-finite gradient is skipped.
 
 Two implementations behind one protocol; the device seam chooses. Knows Megatron's DistributedDataParallel,
 which keeps each parameter's summed gradient in ``main_grad``; knows neither loss nor replay.
@@ -50,9 +50,16 @@ class Optimizer(Protocol):
     def load_state(self, state: ShardedState) -> None: ...
 
 
-def warmed_up(lr: float, step: int, warmup_steps: int) -> float:
-    """Learning rate of optimizer step ``step``, from 0: linear to ``lr`` over the first ``warmup_steps``."""
-    return lr if step >= warmup_steps else lr * (step + 1) / warmup_steps
+def learning_rate(settings: OptimizerSection, step: int) -> float:
+    """Of optimizer step ``step``, from 0: linear to ``lr`` over the first ``warmup_steps``, then constant, or falling
+    to ``min_lr`` at ``decay_steps`` in a line or along half a cosine (arXiv:1608.03983)."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant" or settings.decay_steps is None:
+        return settings.lr
+    done = min(1.0, (step - settings.warmup_steps) / (settings.decay_steps - settings.warmup_steps))
+    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.min_lr + (settings.lr - settings.min_lr) * left
 
 
 def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -107,7 +114,7 @@ class TorchAdamW:
         self._steps = 0
 
     def step(self) -> Update:
-        lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
+        lr = learning_rate(self._settings, self._steps)
         gradients = [p.main_grad for p in self._parameters]
         norm = gradient_norm(self._parameters)
         if not math.isfinite(norm):
@@ -128,7 +135,7 @@ class TorchAdamW:
         return Update(grad_norm=norm, lr=lr, applied=True)
 
     def no_update(self) -> Update:
-        lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
+        lr = learning_rate(self._settings, self._steps)
         return Update(grad_norm=0.0, lr=lr, applied=False)
 
     def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
@@ -197,7 +204,7 @@ class MegatronAdamW:
         self._steps = 0
 
     def step(self) -> Update:
-        lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
+        lr = learning_rate(self._settings, self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # Megatron looks for non-finite values only under fp16 loss scaling, so the norm is taken before it
@@ -211,7 +218,7 @@ class MegatronAdamW:
         return Update(grad_norm=norm, lr=lr, applied=True)
 
     def no_update(self) -> Update:
-        lr = warmed_up(self._settings.lr, self._steps, self._settings.warmup_steps)
+        lr = learning_rate(self._settings, self._steps)
         return Update(grad_norm=0.0, lr=lr, applied=False)
 
     def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
