@@ -191,7 +191,7 @@ class LossSection(Section):
     clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound of the ratio where the advantage is negative (dual clip); none is no bound."""
+    """Bound of the ratio where the advantage is negative (dual clip; ppo and gspo); none is no bound."""
     policy: Literal["ppo", "gspo", "cispo", "reinforce"] | FunctionName = "ppo"
     """What is clipped; or module:function called as f(tokens: Tokens, settings: LossSection), which returns a loss for
     each token."""
@@ -200,7 +200,8 @@ class LossSection(Section):
     pass), or one between the two by staleness (no pass)."""
     importance: ImportanceSection = ImportanceSection()
     kl: Literal["none", "k1", "k2", "k3"] = "none"
-    """Penalty for leaving the reference, which is the checkpoint that the run started from; the estimator of KL."""
+    """Penalty for leaving the reference, which is the checkpoint that the run started from; the estimator of KL, of
+    which k1 has a gradient of zero on average."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the penalty."""
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
@@ -400,6 +401,16 @@ class RunConfig(Section):
                 f"trainer.loss.importance.level is {loss.importance.level}, but trainer.loss.proximal is behaviour: "
                 "the ratio holds the whole difference then, and every weight is 1; set proximal to recompute or "
                 "interpolate, or importance.level to off"
+            )
+        if loss.policy == "reinforce" and loss.proximal != "behaviour":
+            raise ValueError(
+                f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is reinforce, which has no ratio, "
+                "and whose importance weights are of the current policy: it would not be used; set it to behaviour"
+            )
+        if loss.dual_clip is not None and loss.policy in ("cispo", "reinforce"):
+            raise ValueError(
+                f"trainer.loss.dual_clip is {loss.dual_clip}, but trainer.loss.policy is {loss.policy}, whose loss it "
+                "does not bound; set dual_clip to null, or policy to ppo or gspo"
             )
         if loss.importance.mode == "mask" and loss.importance.low > loss.importance.high:
             raise ValueError(

@@ -59,7 +59,13 @@ def load_advantages(settings: LossSection) -> GroupAdvantages:
     function = load_function("trainer.loss.advantage", name, ("rewards",), TrainerError)
 
     def checked(rewards: Float32Array) -> Float32Array:
-        result = np.asarray(function(rewards), dtype=np.float32)
+        returned = function(rewards)
+        try:
+            result = np.asarray(returned, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise TrainerError(
+                f"trainer.loss.advantage {name}: returned {returned!r}; expected a finite number for each reward"
+            ) from error
         if result.shape != rewards.shape or not np.isfinite(result).all():
             raise TrainerError(
                 f"trainer.loss.advantage {name}: returned {result.tolist()} for rewards {rewards.tolist()}; expected a "
@@ -91,7 +97,8 @@ def batch_sums(advantages: Sequence[float], tokens: Sequence[int]) -> tuple[floa
 
 def batch_normalized(advantages: Sequence[float], sums: tuple[float, float, float]) -> list[float]:
     """(advantage - mean) / standard deviation over the tokens of the global batch, whose ``batch_sums`` are given:
-    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. All zero where no advantage differs."""
+    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. As there it is tokens that are counted, so a
+    long response moves mean and deviation more. All zero where no advantage differs."""
     count, total, squares = sums
     mean = total / max(count, 1.0)
     variance = squares / max(count, 1.0) - mean**2

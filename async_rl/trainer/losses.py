@@ -14,7 +14,7 @@ that this rank has. A position outside the mask may hold anything, NaN included:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,23 +124,40 @@ POLICIES: dict[str, PolicyLoss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "re
 
 
 def load_policy(settings: LossSection) -> PolicyLoss:
-    """The loss that trainer.loss.policy names. Raises TrainerError if it is a function that cannot be called so."""
+    """The loss that trainer.loss.policy names. Raises TrainerError if it is a function that cannot be called so.
+
+    A user's function is shown 0 wherever no token counts, and what it returns is checked at every call.
+    """
     if settings.policy in POLICIES:
         return POLICIES[settings.policy]
     function = load_function("trainer.loss.policy", settings.policy, ("tokens", "settings"), TrainerError)
 
     def checked(tokens: Tokens, settings: LossSection) -> TokenLoss:
-        result = function(tokens, settings)
+        # Tokens that were not sampled have a behaviour log-prob of NaN. In a function that knows nothing of it, that
+        # would reach every gradient, whatever is selected from the result.
+        shown = replace(
+            tokens,
+            current=tokens.select(tokens.current),
+            behaviour=tokens.select(tokens.behaviour),
+            proximal=tokens.select(tokens.proximal),
+            advantages=tokens.select(tokens.advantages),
+        )
+        result = function(shown, settings)
         loss = result if isinstance(result, TokenLoss) else TokenLoss(result, torch.zeros_like(tokens.mask))
-        if not isinstance(loss.loss, torch.Tensor) or loss.loss.shape != tokens.mask.shape:
-            found = list(loss.loss.shape) if isinstance(loss.loss, torch.Tensor) else type(loss.loss).__name__
-            raise TrainerError(
-                f"trainer.loss.policy {settings.policy} returned {found}; expected a tensor "
-                f"{list(tokens.mask.shape)}, a loss for each token"
-            )
+        _check_returned(settings.policy, "loss", loss.loss, tokens.current)
+        _check_returned(settings.policy, "clipped", loss.clipped, tokens.mask)
         return TokenLoss(tokens.select(loss.loss), loss.clipped & tokens.mask)
 
     return checked
+
+
+def _check_returned(policy: str, name: str, value: object, like: torch.Tensor) -> None:
+    expected = f"{like.dtype} {list(like.shape)}"
+    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    if found != expected:
+        raise TrainerError(
+            f"trainer.loss.policy {policy}: returned a {name} of {found}; expected {expected}, a value for each token"
+        )
 
 
 # ---- what stands around them ----
@@ -150,7 +167,8 @@ def interpolated_proximal(behaviour: torch.Tensor, current: torch.Tensor, stalen
     """The proximal policy between behaviour and current policy, without a pass of its own (A-3PO, arXiv:2512.06547).
 
     Log-linear by version: of a token of staleness d, the policy at the step's start is d of the d + 1 versions on the
-    way to the one that the update makes. At d = 0 it is the behaviour policy itself. No gradient.
+    way to the one that the update makes. At d = 0 it is the behaviour policy itself. The paper counts that last version
+    too: its weight of the behaviour policy, 1 over the staleness, is 1 / (d + 1) here. No gradient.
     """
     share = staleness / (staleness + 1.0)
     return torch.lerp(behaviour, current.detach(), share.to(behaviour.dtype))
@@ -159,7 +177,7 @@ def interpolated_proximal(behaviour: torch.Tensor, current: torch.Tensor, stalen
 def importance_weights(tokens: Tokens, settings: ImportanceSection, *, of: torch.Tensor) -> torch.Tensor:
     """Weight float32[T] of the policy with log-probs ``of`` over the behaviour policy. No gradient.
 
-    level sequence: one weight for a sequence, the product over its tokens. mode plain (decoupled PPO,
+    level sequence: one weight for a sequence, the product over its tokens, not a mean. mode plain (decoupled PPO,
     arXiv:2505.24298); truncate, at most ``high`` (truncated importance sampling, Ionides, 2008; between engine and
     trainer: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025); mask, 0
     outside of [low, high] (IcePop, arXiv:2510.18855).
@@ -177,7 +195,11 @@ def importance_weights(tokens: Tokens, settings: ImportanceSection, *, of: torch
 
 def kl_penalty(tokens: Tokens, reference: torch.Tensor, kind: Literal["k1", "k2", "k3"]) -> torch.Tensor:
     """Estimate float32[T] of KL(current || reference) (Schulman, "Approximating KL divergence", 2020), with
-    x = reference - current log-prob: k1 -x, k2 x^2 / 2, k3 e^x - 1 - x."""
+    x = reference - current log-prob: k1 -x, k2 x^2 / 2, k3 e^x - 1 - x.
+
+    What trains is its gradient, and that is another question (arXiv:2510.01555): on the policy's own samples k2's is
+    the KL's, k3's is close to it as long as x is small, and k1's is zero on average.
+    """
     x = tokens.log_ratio(reference, tokens.current)
     if kind == "k1":
         return -x
@@ -187,7 +209,8 @@ def kl_penalty(tokens: Tokens, reference: torch.Tensor, kind: Literal["k1", "k2"
 def policy_loss(
     tokens: Tokens, settings: LossSection, policy: PolicyLoss, reference: torch.Tensor | None = None
 ) -> TokenLoss:
-    """The whole loss by token: policy, importance weights, penalty. reference: log-probs float32[T] for the last."""
+    """The whole loss by token: policy, importance weights, penalty. reference: log-probs float32[T] for the last, None
+    where no token counts, as in a microbatch of padding."""
     loss, clipped = policy(tokens, settings)
     if settings.importance.level != "off":
         # Without a ratio of its own, what the policy gradient has to be corrected for is the whole way.

@@ -30,6 +30,8 @@ def tree(loss, **sections):
             EXACT,
             ["routing is exact", "importance.level sequence"],
         ),
+        ({"policy": "reinforce", "proximal": "recompute"}, {}, ["proximal is recompute", "policy is reinforce"]),
+        ({"policy": "cispo", "dual_clip": 3.0}, {}, ["dual_clip is 3.0", "policy is cispo"]),
         ({"policy": "trpo"}, {}, ["trainer.loss.policy", "'trpo'"]),
         ({"dual_clip": 0.5}, {}, ["trainer.loss.dual_clip"]),
     ],

@@ -304,6 +304,47 @@ def test_aggregation_is_the_mean_it_is_named_for_however_the_batch_is_cut(aggreg
     assert total / divisor == pytest.approx(expected)
 
 
+def small(**changes):
+    """Two sequences of three tokens, of the second of which nothing counts."""
+    zeros = np.zeros(6, np.float32)
+    batch = dict.fromkeys(("behaviour", "proximal", "current", "reference"), zeros) | {
+        "advantages": np.ones(6, np.float32),
+        "mask": np.array([1, 1, 0, 0, 0, 0], bool),
+        "sequence": np.repeat([0, 1], 3),
+        "staleness": np.zeros(6, int),
+    }
+    return batch | {name: np.asarray(values, np.float32) for name, values in changes.items()}
+
+
+def test_a_sum_over_a_sequence_leaves_out_what_does_not_count():
+    tokens, _ = tokens_of(small())
+    assert tokens.sequence_sum(torch.arange(6.0)).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_sequence_of_which_nothing_counts_leaves_the_gradient_finite():
+    loss = LossSection(policy="gspo")
+    tokens, _ = tokens_of(small(), gradient=True)
+    load_policy(loss)(tokens, loss).loss.sum().backward()
+    assert torch.isfinite(tokens.current.grad).all()
+    assert tokens.current.grad[2:].tolist() == [0.0] * 4
+
+
+def test_the_weight_of_a_sequence_enters_the_loss():
+    section = LossSection(proximal="recompute", importance=ImportanceSection(level="sequence", mode="plain"))
+    tokens, _ = tokens_of(small(proximal=[0.5, 0.25, 0, 0, 0, 0], current=[0.5, 0.25, 0, 0, 0, 0]))
+    found, _ = policy_loss(tokens, section, load_policy(section))
+    assert found[:2].tolist() == pytest.approx([-np.exp(0.75)] * 2)
+
+
+def test_the_penalty_pulls_towards_the_reference():
+    section = LossSection(kl="k2", kl_coef=0.5)
+    tokens, reference = tokens_of(small(reference=[-1, 2, 0, 0, 0, 0], advantages=[0] * 6), gradient=True)
+    found, _ = policy_loss(tokens, section, load_policy(section), reference)
+    found.sum().backward()
+    # Half the square of reference - current, by current.
+    assert tokens.current.grad.tolist() == pytest.approx([0.5 * 1, 0.5 * -2, 0, 0, 0, 0])
+
+
 # ---- a user's own ----
 
 
@@ -312,7 +353,11 @@ def half(tokens, settings):
 
 
 def with_clipping(tokens, settings):
-    return TokenLoss(half(tokens, settings), tokens.advantages > 0)
+    return TokenLoss(half(tokens, settings), ~(tokens.advantages <= 0))  # true where it is NaN, too
+
+
+def plain_ratio(tokens, settings):
+    return -torch.exp(tokens.current - tokens.behaviour) * tokens.advantages
 
 
 def a_mean(tokens, settings):
@@ -332,7 +377,16 @@ def test_a_users_own_loss(batch):
         found = policy_loss(tokens, section, load_policy(section))
         expected = np.where(batch["mask"], -0.5 * batch["advantages"] * batch["current"], 0)
         assert found.loss.numpy() == pytest.approx(expected)
-        assert not found.clipped.numpy()[~batch["mask"]].any()
+        clipped = batch["mask"] & (batch["advantages"] > 0) & (name == "with_clipping")
+        assert found.clipped.numpy().tolist() == clipped.tolist()
+
+
+def test_a_users_loss_is_not_shown_what_would_poison_its_gradient():
+    """Tokens that were not sampled have a behaviour log-prob of NaN."""
+    tokens, _ = tokens_of(small(behaviour=[0, 0, np.nan, np.nan, np.nan, np.nan]), gradient=True)
+    section = LossSection(policy=f"{__name__}:plain_ratio")
+    policy_loss(tokens, section, load_policy(section)).loss.sum().backward()
+    assert tokens.current.grad.tolist() == [-1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -351,5 +405,5 @@ def test_a_users_loss_of_another_shape_is_refused():
         | {"mask": np.ones(3, bool), "sequence": np.zeros(3, int), "staleness": np.zeros(3, int)}
     )
     section = LossSection(policy=f"{__name__}:a_mean")
-    with pytest.raises(TrainerError, match=r"returned \[\]; expected a tensor \[3\]"):
+    with pytest.raises(TrainerError, match=r"returned a loss of torch\.float32 \[\]; expected torch\.float32 \[3\]"):
         load_policy(section)(tokens, section)
