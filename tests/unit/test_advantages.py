@@ -59,6 +59,16 @@ def test_reinforce_plus_plus_normalizes_over_the_tokens_of_the_whole_batch(group
         assert not found.any()
 
 
+@given(REWARDS)
+def test_reinforce_plus_plus_takes_the_groups_mean_as_baseline_and_leaves_the_scale_to_the_batch(rewards):
+    exact = rewards.astype(np.float64)
+    assert of("reinforce_plus_plus", rewards) == pytest.approx(exact - exact.mean(), abs=1e-5)
+
+
+def test_a_batch_without_a_token_that_counts_has_no_advantages():
+    assert batch_normalized([1.0, -1.0], batch_sums([1.0, -1.0], [0, 0])) == [0.0, 0.0]
+
+
 def test_only_reinforce_plus_plus_has_to_see_the_batch():
     names = ["grpo", "rloo", "reinforce_plus_plus", f"{__name__}:ranks"]
     assert [needs_batch_statistics(LossSection(advantage=name)) for name in names] == [False, False, True, False]
@@ -83,11 +93,19 @@ def nothing(rewards):
     return rewards * np.nan
 
 
+def words(rewards):
+    return ["good", "bad"]
+
+
+def ragged(rewards):
+    return [[1.0], [1.0, 2.0]]
+
+
 def test_a_users_own_estimator():
     assert of(f"{__name__}:ranks", [3.0, 1.0, 2.0]).tolist() == [1.0, -1.0, 0.0]
 
 
-@pytest.mark.parametrize("name", ["too_few", "nothing"])
+@pytest.mark.parametrize("name", ["too_few", "nothing", "words", "ragged"])
 def test_a_users_estimator_that_returns_something_else_is_named(name):
     with pytest.raises(TrainerError, match=rf"trainer\.loss\.advantage .*{name}: returned"):
         of(f"{__name__}:{name}", [1.0, 2.0])

@@ -46,7 +46,8 @@ def test_combinations_that_cannot_work(loss, sections, words):
 @pytest.mark.parametrize(
     "loss",
     [
-        {"policy": "gspo", "aggregation": "sequence_mean"},
+        {},
+        {"policy": "gspo", "aggregation": "sequence_mean", "dual_clip": 3.0},
         {"policy": "reinforce", "importance": {"level": "token"}},
         {"proximal": "recompute", "importance": {"level": "sequence", "mode": "plain"}},
         {"policy": "my_losses:mine", "advantage": "my_losses:yours"},

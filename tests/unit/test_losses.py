@@ -119,6 +119,10 @@ NAMES = ["ppo", "dual clip", "gspo", "cispo", "reinforce"]
 def near_a_bound(batch, loss):
     """Where float32 may fall on the other side of a clip than float64."""
     ratio = ratio_of(batch, "current", "proximal")
+    if loss.policy == "gspo":
+        for number in np.unique(batch["sequence"][batch["mask"]]):
+            here = (batch["sequence"] == number) & batch["mask"]
+            ratio[here] = np.exp(np.log(ratio[here]).mean())
     bounds = [1 - loss.clip_low, 1 + loss.clip_high, loss.dual_clip or np.inf]
     with np.errstate(invalid="ignore"):
         return np.any([np.abs(ratio / bound - 1) < 1e-5 for bound in bounds], axis=0)
@@ -134,8 +138,7 @@ def test_a_policy_is_what_its_paper_says(loss, batch):
     assert found.loss.numpy() == pytest.approx(values, rel=2e-4, abs=1e-4)
     assert (found.loss.numpy()[~batch["mask"]] == 0).all()
     sure = ~near_a_bound(batch, loss) & batch["mask"]
-    if loss.policy != "gspo":
-        assert found.clipped.numpy()[sure].tolist() == clipped[sure].tolist()
+    assert found.clipped.numpy()[sure].tolist() == clipped[sure].tolist()
     assert not found.clipped.numpy()[~batch["mask"]].any()
 
 
@@ -160,6 +163,85 @@ def test_a_gradient_stops_where_it_is_clipped_and_nowhere_else(loss, batch):
         ratio = np.clip(ratio_of(batch, "current", "proximal"), 0.5, 3.0)
         expected = np.where(batch["mask"], -ratio * batch["advantages"], 0)
         assert gradient[batch["mask"]] == pytest.approx(expected[batch["mask"]], rel=1e-3, abs=1e-6)
+    if loss.policy == "gspo":
+        for number in np.unique(batch["sequence"]):
+            here = (batch["sequence"] == number) & batch["mask"]
+            if found.clipped.numpy()[here].all():  # a gradient comes from any token of the sequence that is not
+                assert (gradient[here] == 0).all()
+    if loss.policy == "reinforce":
+        assert (gradient[batch["mask"]] == -batch["advantages"][batch["mask"]]).all()
+
+
+def ordinary_batch(seed, sequences=4, length=6):
+    """Moderate ratios on either side of the clips, in float64; a fifth of the tokens is NaN and does not count."""
+    rng = np.random.default_rng(seed)
+    count = sequences * length
+    behaviour = -3 * rng.random(count)
+    proximal = behaviour + rng.normal(0, 0.3, count)
+    batch = {
+        "behaviour": behaviour,
+        "proximal": proximal,
+        "current": proximal + rng.normal(0, 0.6, count),
+        "reference": behaviour + rng.normal(0, 0.5, count),
+        "advantages": rng.normal(size=count),
+    }
+    mask = rng.random(count) < 0.8
+    for array in batch.values():
+        array[~mask] = np.nan
+    return batch | {
+        "mask": mask,
+        "sequence": np.repeat(np.arange(sequences), length),
+        "staleness": rng.integers(0, 4, count),
+    }
+
+
+DIFFERENTIABLE = [loss for loss in POLICIES if loss.policy in ("ppo", "gspo")]
+
+
+@pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
+@pytest.mark.parametrize("loss", DIFFERENTIABLE, ids=["ppo", "dual clip", "gspo"])
+def test_a_gradient_is_the_slope_of_the_loss(loss, kl):
+    """Where nothing is held on purpose: by central differences, in float64."""
+    loss = loss.model_copy(update={"kl": kl, "kl_coef": 0.5})
+    policy, step = load_policy(loss), 1e-6
+    for seed in range(3):
+        batch = ordinary_batch(seed)
+        assert not near_a_bound(batch, loss)[batch["mask"]].any()
+
+        def value(batch=batch):
+            tokens, reference = tokens_of(batch)
+            return float(policy_loss(tokens, loss, policy, reference).loss.sum())
+
+        tokens, reference = tokens_of({name: array.copy() for name, array in batch.items()}, gradient=True)
+        policy_loss(tokens, loss, policy, reference).loss.sum().backward()
+        for t in range(len(batch["mask"])):
+            here = batch["current"][t]
+            batch["current"][t] = here + step
+            above = value()
+            batch["current"][t] = here - step
+            below = value()
+            batch["current"][t] = here
+            assert float(tokens.current.grad[t]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", POLICIES, ids=NAMES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_nothing_comes_of_tokens_that_do_not_count(loss, level):
+    """None of the microbatch, and none of one of its sequences."""
+    loss = loss.model_copy(
+        update={"importance": ImportanceSection(level=level, mode="plain"), "kl": "k3", "kl_coef": 0.1}
+    )
+    for counting in (slice(0, 0), slice(0, 6)):
+        batch = ordinary_batch(7, sequences=2)
+        others = np.ones(12, bool)
+        others[counting] = False
+        batch["mask"][others] = False
+        tokens, reference = tokens_of(batch, gradient=True)
+        found = policy_loss(tokens, loss, load_policy(loss), reference)
+        found.loss.sum().backward()
+        for array in (found.loss.detach(), found.clipped, tokens.current.grad):
+            assert not array.numpy()[~batch["mask"]].any()
+        assert torch.isfinite(tokens.current.grad).all()
 
 
 def test_gspo_gives_each_token_its_share_of_the_gradient_of_the_sequence():
@@ -345,6 +427,37 @@ def test_the_penalty_pulls_towards_the_reference():
     assert tokens.current.grad.tolist() == pytest.approx([0.5 * 1, 0.5 * -2, 0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize("loss", POLICIES, ids=NAMES)
+def test_two_microbatches_have_the_loss_and_the_gradient_of_one(loss, aggregation):
+    proximal = "behaviour" if loss.policy == "reinforce" else "recompute"
+    importance = ImportanceSection(level="sequence", mode="truncate")
+    loss = loss.model_copy(update={"proximal": proximal, "importance": importance, "kl": "k3", "kl_coef": 0.1})
+    batch = ordinary_batch(5)
+    counts = [int((batch["mask"] & (batch["sequence"] == number)).sum()) for number in range(4)]
+    assert all(counts)
+    of_sequence = np.array([token_weight(aggregation, count, 16) for count in counts])
+    batch["weights"] = of_sequence[batch["sequence"]]
+    divisor = denominator(aggregation, sum(counts), len(counts))
+
+    def computed(part):
+        part = dict(part)
+        weights = torch.from_numpy(part.pop("weights"))
+        part["sequence"] = part["sequence"] - part["sequence"][0]
+        tokens, reference = tokens_of(part, gradient=True)
+        total = (policy_loss(tokens, loss, load_policy(loss), reference).loss * weights).sum() / divisor
+        total.backward()
+        return float(total.detach()), tokens.current.grad.numpy()
+
+    def cut(where):
+        return {name: array[where].copy() for name, array in batch.items()}
+
+    whole, gradient = computed(cut(slice(None)))
+    first, second = computed(cut(slice(0, 6))), computed(cut(slice(6, None)))
+    assert first[0] + second[0] == pytest.approx(whole)
+    assert np.concatenate([first[1], second[1]]) == pytest.approx(gradient)
+
+
 # ---- a user's own ----
 
 
@@ -362,6 +475,18 @@ def plain_ratio(tokens, settings):
 
 def a_mean(tokens, settings):
     return half(tokens, settings).mean()
+
+
+def in_float64(tokens, settings):
+    return half(tokens, settings).double()
+
+
+def fraction_clipped(tokens, settings):
+    return TokenLoss(half(tokens, settings), torch.tensor(0.5))
+
+
+def nothing(tokens, settings):
+    return None
 
 
 def wants_more(tokens, settings, other):
@@ -399,11 +524,21 @@ def test_a_users_loss_that_cannot_be_called_is_refused_at_the_start(name, words)
     assert words in str(caught.value)
 
 
-def test_a_users_loss_of_another_shape_is_refused():
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a_mean", "a loss of torch.float32 []; expected torch.float32 [3]"),
+        ("in_float64", "a loss of torch.float64 [3]; expected torch.float32 [3]"),
+        ("nothing", "a loss of NoneType"),
+        ("fraction_clipped", "a clipped of torch.float32 []; expected torch.bool [3]"),
+    ],
+)
+def test_a_users_loss_that_returns_something_else_is_named(name, words):
     tokens, _ = tokens_of(
         {name: np.zeros(3, np.float32) for name in ("behaviour", "proximal", "current", "reference", "advantages")}
         | {"mask": np.ones(3, bool), "sequence": np.zeros(3, int), "staleness": np.zeros(3, int)}
     )
-    section = LossSection(policy=f"{__name__}:a_mean")
-    with pytest.raises(TrainerError, match=r"returned a loss of torch\.float32 \[\]; expected torch\.float32 \[3\]"):
+    section = LossSection(policy=f"{__name__}:{name}")
+    with pytest.raises(TrainerError, match=rf"trainer\.loss\.policy .*:{name}: returned") as caught:
         load_policy(section)(tokens, section)
+    assert words in str(caught.value)
