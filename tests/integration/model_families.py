@@ -36,7 +36,7 @@ def _configs():
     latent = {
         "num_key_value_heads": 4,
         "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
+        "qk_nope_head_dim": 24,
         "qk_rope_head_dim": 8,
         "v_head_dim": 16,
     }
@@ -70,7 +70,7 @@ def _configs():
         "DeepSeek-V3": DeepseekV3Config(
             **shape,
             **latent,
-            **sigmoid | {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+            **sigmoid | {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
             q_lora_rank=48,
             n_shared_experts=1,
             routed_scaling_factor=2.5,
