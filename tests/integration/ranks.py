@@ -1,11 +1,13 @@
 """Trainer ranks as processes of their own, which serve one layout after another: Megatron's state is global."""
 
+import signal
 import socket
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import closing
 from multiprocessing import get_context
 
 from async_rl.config_file import validate
+from async_rl.process import signal_on_parent_death
 from async_rl.trainer.parallel import world_size
 
 TIMEOUT_S = 60
@@ -38,7 +40,11 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        self._processes = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(self._most)]
+        self._processes = [
+            # A worker waits for calls for ever, also when the process that makes them was killed.
+            ProcessPoolExecutor(1, get_context("spawn"), signal_on_parent_death, (signal.SIGKILL,))
+            for _ in range(self._most)
+        ]
 
     def __enter__(self):
         return self
