@@ -212,6 +212,11 @@ class LossSection(Section):
     normalize_by_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards (grpo)."""
 
+    @property
+    def needs_batch_statistics(self) -> bool:
+        """Whether advantages are normalized over the batch, which then has to be complete before any is known."""
+        return self.advantage == "reinforce_plus_plus"
+
 
 class TrainerSection(Section):
     steps: Positive = 100
@@ -328,8 +333,8 @@ class RunConfig(Section):
     @property
     def streams(self) -> bool:
         """Whether a step starts before its batch is complete; see trainer.streaming."""
-        by_group = self.trainer.loss.advantage != "reinforce_plus_plus"
-        return self.trainer.streaming and self.async_training.require_batches == 1 and by_group
+        one_batch = self.async_training.require_batches == 1
+        return self.trainer.streaming and one_batch and not self.trainer.loss.needs_batch_statistics
 
     @property
     def run_dir(self) -> Path:

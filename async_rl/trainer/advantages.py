@@ -83,11 +83,6 @@ def group_advantages(group_id: str, rewards: Float32Array, estimator: GroupAdvan
     return estimator(rewards)
 
 
-def needs_batch_statistics(settings: LossSection) -> bool:
-    """Whether advantages are normalized over the batch, which then has to be complete before any is known."""
-    return settings.advantage == "reinforce_plus_plus"
-
-
 def batch_sums(advantages: Sequence[float], tokens: Sequence[int]) -> tuple[float, float, float]:
     """(tokens, sum, sum of squares) of advantages that each of a response's ``tokens`` carries; over ranks they add
     up."""

@@ -42,9 +42,14 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def unfinished(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is while it is being written."""
+    return folder / (name(step) + _PARTIAL)
+
+
 def begin(folder: Path, step: int) -> Path:
     """Make the folder that the checkpoint of ``step`` is written into."""
-    partial = folder / (name(step) + _PARTIAL)
+    partial = unfinished(folder, step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial

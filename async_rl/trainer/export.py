@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from async_rl.model_config import ModelConfig
 from async_rl.trainer.megatron import Held, held
-from async_rl.trainer.parallel import Place, holder, stage_of
+from async_rl.trainer.parallel import Place, expert_rank_of, holder, stage_of
 from async_rl.weights import names
 
 
@@ -94,7 +94,9 @@ class Weights:
         if entry.layer == model.num_layers:
             return holder(sizes, sizes.pp - 1, None)
         stage, _, _ = stage_of(model.num_layers, sizes, entry.layer)
-        expert_rank = None if entry.expert is None else entry.expert // (model.num_experts // sizes.ep)
+        if entry.expert is None:
+            return holder(sizes, stage, None)
+        expert_rank, _ = expert_rank_of(model.num_experts, sizes, entry.expert)
         return holder(sizes, stage, expert_rank)
 
     def _agree_on_metadata(self) -> dict[str, list[names.Meta]]:

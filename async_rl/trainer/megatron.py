@@ -23,7 +23,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import ModelError
 from async_rl.model_config import LatentAttention, ModelConfig, checkpoint_shards
 from async_rl.trainer import platform
-from async_rl.trainer.parallel import Place, stage_of
+from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
 from async_rl.trainer.platform import Device
 from async_rl.weights import names
 
@@ -178,8 +178,9 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
         gpt.to(device=device, dtype=settings.params_dtype)
         platform.keep_float32(gpt)
         chunks.append(gpt)
-    load_checkpoint(chunks, config.model.path, model, place, platform.layout(device))
-    _mark(held(chunks, model, place, platform.layout(device)))
+    here = held(chunks, model, place, platform.layout(device))
+    load_checkpoint(here, config.model.path, model, platform.layout(device))
+    _mark(here)
     return [
         DistributedDataParallel(
             settings,
@@ -268,20 +269,19 @@ def _where(entry: names.Entry, model: ModelConfig, place: Place) -> Iterator[tup
         if entry.expert is None:
             yield chunk, entry.name(layer)
             return
-        expert_rank, expert = divmod(entry.expert, model.num_experts // sizes.ep)
+        expert_rank, expert = expert_rank_of(model.num_experts, sizes, entry.expert)
         if expert_rank == place.ep:
             yield chunk, entry.name(layer, expert)
 
 
-def load_checkpoint(chunks: Sequence[Any], path: Path, model: ModelConfig, place: Place, layout: names.Layout) -> None:
-    """Fill this rank's parameters from the folder's safetensors, one at a time, reading only what it has.
+def load_checkpoint(here: Sequence[Held], path: Path, model: ModelConfig, layout: names.Layout) -> None:
+    """Fill what this rank has from the folder's safetensors, one parameter at a time, reading nothing else.
 
     Raises ModelError that names every tensor which is missing, surplus, or of another shape than config.json
     says.
     """
     shards: list[Any] = [safe_open(shard, framework="pt") for shard in checkpoint_shards(path)]
     where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a dict
-    here = held(chunks, model, place, layout)
     faults = _faults(model, here, {name for entry in names.entries(model, layout) for name in entry.hf}, where)
     if faults:
         listed = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")

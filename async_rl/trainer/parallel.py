@@ -89,6 +89,11 @@ def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, 
     return stage, chunk, layer % each
 
 
+def expert_rank_of(num_experts: int, sizes: ParallelSection, expert: int) -> tuple[int, int]:
+    """(expert-parallel rank, number on that rank) of an expert."""
+    return divmod(expert, num_experts // sizes.ep)
+
+
 def sequence_multiple(sizes: ParallelSection) -> int:
     """What each sequence's length must divide by: context parallelism gives every rank two of 2 x cp equal parts."""
     return 2 * sizes.cp if sizes.cp > 1 else 1

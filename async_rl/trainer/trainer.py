@@ -30,7 +30,6 @@ from async_rl.trainer.advantages import (
     batch_sums,
     group_advantages,
     load_advantages,
-    needs_batch_statistics,
 )
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
@@ -210,26 +209,32 @@ class Trainer:
         updates of a training step, so that later updates use what was before the first.
         """
         fresh = [group for group in groups if group.group_id not in self._prepared]
-        views = {group.group_id: self._views(group, oldest_version) for group in fresh}
-        if self._config.trainer.router_replay == "R2":
-            samples = [sample for group in fresh for sample in views[group.group_id]]
-            routing = iter(self.native_routing([sample.token_ids for sample in samples]))
-            for group in fresh:
-                views[group.group_id] = [view.with_routing(next(routing)) for view in views[group.group_id]]
-        if self._config.trainer.router_replay != "off":
-            for view in (view for group in fresh for view in views[group.group_id]):
-                self._check_routing(view)
-        settings = self._config.trainer.loss
-        if settings.proximal == "recompute":
-            found = iter(self._logprobs_of([view for group in fresh for view in views[group.group_id]]))
-            for group in fresh:
-                views[group.group_id] = [view.with_logprobs(proximal=next(found)) for view in views[group.group_id]]
-        if settings.kl != "none":
+        owned = [(group.group_id, view) for group in fresh for view in self._views(group, oldest_version)]
+        samples = self._with_passes([view for _, view in owned])
+        self._prepared |= {group.group_id: [] for group in fresh}
+        for (group_id, _), sample in zip(owned, samples, strict=True):
+            self._prepared[group_id].append(sample)
+
+    def _with_passes(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with what passes over them find, and their routing checked."""
+        replay, loss = self._config.trainer.router_replay, self._config.trainer.loss
+        with_pass = replay == "R2" or loss.proximal == "recompute" or loss.kl != "none"
+        # All ranks make a pass if any has something to pass over: the others' part of it is padding.
+        needed = with_pass and self._largest(len(samples), torch.distributed.group.WORLD) > 0
+        if needed and replay == "R2":
+            routing = self.native_routing([sample.token_ids for sample in samples])
+            samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
+        if replay != "off":
+            for sample in samples:
+                self._check_routing(sample)
+        if needed and loss.proximal == "recompute":
+            found = self._logprobs_of(samples)
+            samples = [sample.with_logprobs(proximal=values) for sample, values in zip(samples, found, strict=True)]
+        if needed and loss.kl != "none":
             with self._reference_weights():
-                found = iter(self._logprobs_of([view for group in fresh for view in views[group.group_id]]))
-            for group in fresh:
-                views[group.group_id] = [view.with_logprobs(reference=next(found)) for view in views[group.group_id]]
-        self._prepared |= views
+                found = self._logprobs_of(samples)
+            samples = [sample.with_logprobs(reference=values) for sample, values in zip(samples, found, strict=True)]
+        return samples
 
     def _logprobs_of(self, samples: Sequence[Sample]) -> list[Float32Array]:
         """float32[N-1] of each, computed as in training: with its routing and at the sampling temperature."""
@@ -281,7 +286,7 @@ class Trainer:
             tokens[view.trajectory_id] += int(view.loss_mask.sum())
         values = [group_advantages(group.group_id, group.rewards, self._estimator).tolist() for group in groups]
         advantages = [value for group in values for value in group]
-        if needs_batch_statistics(settings):
+        if settings.needs_batch_statistics:
             names = ("count", "sum", "squares")
             sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
             total = self._sum_over_data(**sums)
@@ -381,9 +386,9 @@ class Trainer:
         checkpointing; see ``trainer.checkpoint``. Every rank writes its part, and returns when all are in place."""
         from megatron.core import dist_checkpointing
 
-        partial = folder / f"{checkpoint.name(step)}.partial"
+        partial = checkpoint.unfinished(folder, step)
         if self._place.rank == 0:
-            partial = checkpoint.begin(folder, step)
+            checkpoint.begin(folder, step)
             (partial / "config.yaml").write_text(to_yaml(self._config))
         torch.distributed.barrier()
         with platform.cuda_means(self._device):
@@ -438,14 +443,14 @@ class Trainer:
         return checkpoint.step_of(found[0])
 
     def _sharded_state(self, *, loading: bool, optimizer: bool = True) -> dict[str, Any]:
-        # Nothing draws random numbers in training; what one rank has is as good as what another has.
-        rng = [torch.get_rng_state()]
-        torch.distributed.broadcast_object_list(rng, src=0)
         chunks: dict[str, Any] = {
             f"model{number}": chunk.module.sharded_state_dict() for number, chunk in enumerate(self._chunks)
         }
         if not optimizer:
             return chunks
+        # Nothing draws random numbers in training; what one rank has is as good as what another has.
+        rng = [torch.get_rng_state()]
+        torch.distributed.broadcast_object_list(rng, src=0)
         return {
             **chunks,
             "optimizer": self._optimizer.sharded_state(chunks, loading=loading),
@@ -574,14 +579,18 @@ class Trainer:
         torch.distributed.all_reduce(summed, group=self._replica)
         return np.split(summed.cpu().numpy(), starts[1:-1])
 
+    def _largest(self, value: float, group: torch.distributed.ProcessGroup) -> float:
+        """Of what the ranks of ``group`` have."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return float(largest)
+
     def _largest_over_mean(self, total: float, mine: float) -> float:
         """Of what the data-parallel ranks have; 1 where all have the same."""
         from megatron.core import parallel_state
 
-        largest = torch.tensor(mine, dtype=torch.float64, device=self._device)
         group = parallel_state.get_data_parallel_group()
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        return float(largest) * group.size() / total if total else 1.0
+        return self._largest(mine, group) * group.size() / total if total else 1.0
 
     def _sum_over_data(self, **values: float) -> dict[str, float]:
         """Sums over the data-parallel ranks, exact for counts below 2**53."""

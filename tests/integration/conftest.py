@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from layouts import make_checkpoint
 from ranks import Ranks
 
 # Issue and README promise that nothing is left this long after any exit.
@@ -67,6 +69,15 @@ def ranks():
     """Up to four trainer ranks, for whatever layout."""
     with Ranks(4) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks, tmp_path_factory):
+    """The small model of ``layouts``."""
+    folder = tmp_path_factory.mktemp("model")
+    ranks.call(make_checkpoint, folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 class Run:

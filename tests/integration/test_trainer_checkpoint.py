@@ -4,23 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from layouts import LAYOUTS, TOLERANCE, config_of, largest, make_checkpoint, make_groups, relative, shared_out
 from ranks import run_config
-from test_layouts import LAYOUTS, config_of, largest, make_checkpoint, make_groups, relative, shared_out
 
 from async_rl.errors import CheckpointError
 from async_rl.export import export
 
 pytestmark = pytest.mark.megatron
-
-TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def checkpoint(ranks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    ranks.call(make_checkpoint, folder)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from async_rl.trainer.advantages import (
     batch_sums,
     group_advantages,
     load_advantages,
-    needs_batch_statistics,
 )
 
 REWARDS = arrays(np.float32, st.integers(2, 8), elements=st.floats(-4, 4, width=32))
@@ -71,7 +70,7 @@ def test_a_batch_without_a_token_that_counts_has_no_advantages():
 
 def test_only_reinforce_plus_plus_has_to_see_the_batch():
     names = ["grpo", "rloo", "reinforce_plus_plus", f"{__name__}:ranks"]
-    assert [needs_batch_statistics(LossSection(advantage=name)) for name in names] == [False, False, True, False]
+    assert [LossSection(advantage=name).needs_batch_statistics for name in names] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

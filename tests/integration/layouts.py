@@ -1,0 +1,109 @@
+"""A small model and batches for it, and the layouts that must compute the same with them."""
+
+from itertools import pairwise
+
+import numpy as np
+from ranks import run_config
+
+from async_rl.trainer.packing import split_over_ranks
+from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+
+# Layer 1 is dense: a shift between layers and MoE layers would show.
+SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
+VOCAB = 64
+# What the layouts may differ by: float32 that adds in another order.
+TOLERANCE = 1e-5
+
+LAYOUTS = {
+    "DP2": {"dp": 2},
+    "TP2": {"tp": 2},
+    "EP2": {"dp": 2, "ep": 2},
+    "PP2": {"pp": 2},
+    "VPP2": {"pp": 2, "vpp": 2},
+    "CP2": {"cp": 2},
+    "TP2, ETP2": {"tp": 2, "etp": 2},
+    "TP2 x EP2 x PP2": {"tp": 2, "ep": 2, "pp": 2},
+    "DP2 x EP2": {"dp": 4, "ep": 2},
+    "TP2 x CP2": {"tp": 2, "cp": 2, "ep": 2},
+}
+
+
+def make_checkpoint(folder):
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=SPEC.num_experts,
+        num_experts_per_tok=SPEC.top_k,
+        moe_intermediate_size=16,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        initializer_range=0.15,  # ten times the usual: logits and routers that are not degenerate
+        tie_word_embeddings=True,
+    )
+    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
+
+
+def random_rows(rows, rng):
+    order = rng.random((rows, SPEC.num_moe_layers, SPEC.num_experts)).argsort(-1)
+    return order[..., : SPEC.top_k].astype(np.uint8)
+
+
+def make_groups(count=6, n=3, seed=0):
+    """Partial rollouts of versions 2 to 4, every fifth without routing, no length a multiple of anything."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for g in range(count):
+        prompt = Prompt(f"{seed}-{g}", g + 1, "", rng.integers(0, VOCAB, int(rng.integers(1, 20))).astype(np.int32), {})
+        trajectories = []
+        for t in range(n):
+            length = int(rng.integers(2, 50))
+            versions = np.sort(rng.integers(2, 5, length)).astype(np.int32)
+            cuts = [0, *(i for i in range(1, length) if versions[i] != versions[i - 1]), length]
+            routed = (g * n + t) % 5 > 0
+            trajectories.append(
+                Trajectory(
+                    trajectory_id=f"{seed}-{g}/{t}",
+                    prompt_ids=prompt.token_ids,
+                    response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
+                    logprobs=rng.normal(-4.0, 0.3, length).astype(np.float32),
+                    versions=versions,
+                    segments=tuple(Segment(a, b, int(versions[a])) for a, b in pairwise(cuts)),
+                    reward=float(rng.random()),
+                    finish_reason="stop",
+                    routed_experts=random_rows(len(prompt.token_ids) + length - 1, rng) if routed else None,
+                    routing=SPEC if routed else None,
+                )
+            )
+        groups.append(Group(f"{seed}-{g}.0", prompt, tuple(trajectories)))
+    return groups
+
+
+def shared_out(groups, ranks):
+    shares = split_over_ranks([group.num_tokens for group in groups], ranks)
+    return [[groups[index] for index in share] for share in shares]
+
+
+def config_of(folder, layout, **settings):
+    sizes = {f"trainer__parallel__{name}": size for name, size in layout.items()}
+    settings = {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 160} | settings
+    return run_config(folder, **sizes, **settings)
+
+
+def relative(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def largest(found, expected):
+    assert len(found) == len(expected)
+    return max(relative(a, b) for a, b in zip(found, expected, strict=True) if np.size(b))
