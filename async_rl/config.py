@@ -130,6 +130,12 @@ class RolloutSection(Section):
     """GPUs per engine."""
     enforce_eager: bool = False
     """Skip compilation: the engine starts sooner and decodes slower."""
+    group_timeout_s: PositiveFloat | None = None
+    """A group that takes longer is handed in with the responses that are finished, or its prompt is issued again."""
+    min_group_size: Annotated[int, Field(ge=2)] | None = None
+    """Finished responses with which a group may be handed in after rollout.group_timeout_s; by default all n."""
+    max_attempts: Positive = 3
+    """Times that a prompt is issued whose group takes longer than rollout.group_timeout_s, before it is given up."""
     environment: EnvironmentSection = EnvironmentSection()
 
 
@@ -270,6 +276,23 @@ class CheckpointSection(Section):
     """Checkpoints that are kept, the newest."""
 
 
+class RecoverySection(Section):
+    max_restarts: NonNegative = 3
+    """Times that a process of a kind (a rollout worker, the queue, the trainer) is started again within
+    recovery.period_s; after that its death fails the run."""
+    period_s: PositiveFloat = 3600.0
+    """Period of recovery.max_restarts, in seconds; the queue's restarts are counted over the whole run."""
+    backoff_s: NonNegativeFloat = 1.0
+    """Wait before a restart; doubled with each further one in the period."""
+
+
+class WatchdogSection(Section):
+    stall_s: PositiveFloat = 60.0
+    """When nothing has moved for so long, the log says who waits for whom."""
+    abort_s: PositiveFloat = 1800.0
+    """When nothing has moved for so long the run fails, with the stacks of every process in its log folder."""
+
+
 class EvalSection(Section):
     n: Annotated[int, Field(ge=1)] = 256
     """Held-out problems evaluated, greedily, before the first and after the last step."""
@@ -320,6 +343,8 @@ class RunConfig(Section):
     queue: QueueSection = QueueSection()
     sync: SyncSection = SyncSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
+    watchdog: WatchdogSection = WatchdogSection()
     eval: EvalSection = EvalSection()
     metrics: MetricsSection = MetricsSection()
     debug: DebugSection = DebugSection()
@@ -366,11 +391,28 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.eval and data.train are the same file, {self.data.eval}; evaluate on other problems"
             )
+        self._check_group_size()
         self._check_replay()
         self._check_schedule()
         self._check_loss()
         self._check_parallel()
         return self
+
+    def _check_group_size(self) -> None:
+        """Raise ValueError where a group may never be handed in short, though it says so."""
+        size, n = self.rollout.min_group_size, self.rollout.n
+        if size is not None and size > n:
+            raise ValueError(f"rollout.min_group_size is {size}, more than rollout.n ({n}); lower it")
+        if size is not None and self.rollout.group_timeout_s is None:
+            raise ValueError(
+                f"rollout.min_group_size is {size}, but rollout.group_timeout_s is not set: nothing would be handed in "
+                "short; set a time limit, or leave min_group_size out"
+            )
+        if self.watchdog.abort_s < self.watchdog.stall_s:
+            raise ValueError(
+                f"watchdog.abort_s ({self.watchdog.abort_s:g}) is less than watchdog.stall_s "
+                f"({self.watchdog.stall_s:g}); raise it"
+            )
 
     def _check_schedule(self) -> None:
         """Raise ValueError for a learning rate that would not do what it is told."""

@@ -14,21 +14,25 @@ Invariant 4, as far as it is the queue's: a group over the hard bound leaves the
 put, released, or when the version rises, so no such group can be leased. A lease held across ``advance`` is
 not touched: whoever trains it masks by the version it trains under.
 
-Invariant 6: queued and leased groups, whose payloads the queue keeps alive, stay within ``max_groups`` and
+Invariant 6: queued and leased groups, whose payloads are kept alive, stay within ``max_groups`` and
 ``max_bytes``; what is outstanding stays within the window's limit. Nothing is remembered per finished prompt:
 a put is accepted only of a group that is running, so a duplicate is refused without a list of the past. A
 prompt in circulation again carries its attempt number until it is issued; the outcomes of the last few groups
-are kept for error messages only.
+are kept for error messages only. Where the trainer keeps checkpoints, the prompts trained since the oldest of them
+are remembered too: ``rewind`` takes back what a trainer that goes on from a checkpoint has lost.
 
-Knows no Ray, no clock and no I/O. Payloads are opaque: held, handed out, let go.
+Every decision follows from the state and the arguments of the call. So the calls that were made, or ``state`` and the
+calls since, rebuild a broker that was lost (``journal``).
+
+Knows no Ray, no clock and no I/O, and of a group no more than its ``GroupMeta``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
@@ -39,6 +43,8 @@ from async_rl.types import Prompt
 
 STALE = "stale"
 WORKER_LOST = "worker_lost"
+TIMEOUT = "timeout"
+REWOUND = "rewound"
 
 
 class PromptSource(Protocol):
@@ -49,6 +55,18 @@ class PromptSource(Protocol):
         ...
 
     def give_back(self, prompt: Prompt) -> None: ...
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """A prompt that was handed out."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as plain data."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``."""
+        ...
 
 
 @dataclass(slots=True)
@@ -64,7 +82,15 @@ class _Held:
 
     run: _Running
     meta: GroupMeta
-    payload: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What ``rewind`` needs of a group that was trained."""
+
+    step: int
+    prompt: Prompt
+    attempt: int
 
 
 class Broker:
@@ -81,8 +107,12 @@ class Broker:
         max_bytes: int,
         max_groups: int | None = None,
         version: int = 0,
+        max_attempts: int = 1,
+        can_rewind: bool = False,
     ) -> None:
-        """max_groups: by default window_limit, so that by itself it never makes a worker wait."""
+        """max_groups: by default window_limit, so that by itself it never makes a worker wait. max_attempts: issues of
+        a prompt whose groups time out, before it is given up. can_rewind: remember what was trained, for ``rewind``.
+        """
         self._source = source
         self._required = required_groups
         self._limit = window_limit
@@ -95,6 +125,9 @@ class Broker:
                 f"queue.max_groups: {self._max_groups} is less than the {required_groups} of a training step"
             )
         self._version = version
+        self._max_attempts = max_attempts
+        self._can_rewind = can_rewind
+        self._history: deque[_Trained] = deque()
         self._running: dict[str, _Running] = {}
         self._queued: dict[str, _Held] = {}  # in the order of completion
         self._leased: dict[str, _Held] = {}
@@ -166,71 +199,116 @@ class Broker:
             )
         return True
 
-    def put(self, meta: GroupMeta, payload: Any = None) -> None:
-        """RUNNING to QUEUED; straight to RETURNED where the group is over the hard bound already."""
+    def put(self, meta: GroupMeta) -> bool:
+        """RUNNING to QUEUED; straight to RETURNED, and False, where the group is over the hard bound already."""
         self.check_put(meta)
         if self.full_for(meta.nbytes):
             raise QueueError(f"group {meta.group_id}: the queue is full; wait while full_for({meta.nbytes})")
-        held = _Held(self._running.pop(meta.group_id), meta, payload)
+        held = _Held(self._running.pop(meta.group_id), meta)
         self._held_bytes += meta.nbytes
         self._queued[meta.group_id] = held
-        self._drop_stale([held])
+        return not self._drop_stale([held])
 
-    def worker_lost(self, worker: str) -> list[str]:
-        """Return what ran on a worker that is gone, and what it had queued: payloads die with their process.
+    def worker_lost(self, worker: str, keep: Collection[str] = ()) -> list[str]:
+        """Return what ran on a worker that is gone, but for the groups to ``keep``, which somebody has as they stood.
 
-        Groups leased already are the consumer's to judge: it has the payload, or returns the group.
+        What it had finished is the queue's, and stays.
         """
-        lost = [i for i, run in self._running.items() if run.worker == worker]
-        lost += [i for i, held in self._queued.items() if held.run.worker == worker]
+        lost = [i for i, run in self._running.items() if run.worker == worker and i not in keep]
         for group_id in lost:
             self.return_group(group_id, WORKER_LOST)
         return lost
 
+    def adopt(self, worker: str, group_ids: Iterable[str]) -> list[str]:
+        """Groups in flight that ``worker`` goes on with; those of them that are still running, and are its own now."""
+        adopted = [group_id for group_id in group_ids if group_id in self._running]
+        for group_id in adopted:
+            self._running[group_id].worker = worker
+        return adopted
+
     # Training side
 
-    def lease(self, n: int, consumer: str, at_least: int | None = None) -> list[tuple[GroupMeta, Any]] | None:
-        """The n groups that were finished first, with their payloads; or so many as there are, but ``at_least`` (n by
-        default); None while there are fewer."""
-        if not 0 < n <= self._max_groups:
-            raise QueueError(f"{consumer} asks for {n} groups at once, queue.max_groups is {self._max_groups}")
-        if len(self._queued) < (n if at_least is None else at_least):
+    def lease(self, n: int, consumer: str, at_least: int | None = None) -> list[GroupMeta] | None:
+        """The n groups that were finished first; or so many as there are, but ``at_least`` (n by default); None while
+        there are fewer."""
+        if not self.can_lease(n, consumer, at_least):
             return None
         leased = [self._queued.pop(group_id) for group_id in list(self._queued)[:n]]
         self._leased.update((held.meta.group_id, held) for held in leased)
         self._step_is_open = len(self._leased) < self._required
-        return [(held.meta, held.payload) for held in leased]
+        return [held.meta for held in leased]
 
-    def ack(self, group_ids: Iterable[str]) -> None:
-        """LEASED to TRAINED: a gradient was taken, the payload can go."""
+    def can_lease(self, n: int, consumer: str, at_least: int | None = None) -> bool:
+        """Whether ``lease`` would give something. Raises QueueError for more than the queue could ever hold."""
+        if not 0 < n <= self._max_groups:
+            raise QueueError(f"{consumer} asks for {n} groups at once, queue.max_groups is {self._max_groups}")
+        return len(self._queued) >= (n if at_least is None else at_least)
+
+    def ack(self, group_ids: Iterable[str], step: int = 0) -> None:
+        """LEASED to TRAINED: training step ``step`` took a gradient, the payload can go."""
+        ids = self._all_leased(group_ids)
         self._step_is_open = False
-        for group_id in self._all_leased(group_ids):
-            self._end(group_id, "trained")
+        for group_id in ids:
+            run = self._end(group_id, "trained")
             self._trained += 1
             self._trained_in_window += 1
+            if self._can_rewind:
+                self._history.append(_Trained(step, run.ticket.prompt, run.attempt))
 
-    def release(self, group_ids: Iterable[str]) -> None:
-        """LEASED back to the front of the queue, in the order they had."""
+    def release(self, group_ids: Iterable[str]) -> list[str]:
+        """LEASED back to the front of the queue, in the order they had; those of them that were dropped as stale."""
         ids = set(self._all_leased(group_ids))
         released = {i: held for i, held in self._leased.items() if i in ids}
         for group_id in released:
             del self._leased[group_id]
         self._queued = released | self._queued
-        self._drop_stale(released.values())
+        self._step_is_open = self._step_is_open and bool(self._leased)
+        return self._drop_stale(released.values())
 
-    def advance(self, version: int) -> None:
-        """A push is done: open the window of the new version, and drop what is over the hard bound now."""
+    def advance(self, version: int) -> list[str]:
+        """A push is done: open the window of the new version, and drop what is over the hard bound now: those ids."""
         if version <= self._version:
             raise QueueError(f"version {version}: the queue is at {self._version}, and versions only rise")
         self._version = version
         self._trained_in_window = 0
-        self._drop_stale(self._queued.values())
+        return self._drop_stale(self._queued.values())
+
+    # A trainer that goes on from a checkpoint
+
+    def checkpointed(self, oldest_step: int) -> None:
+        """Nobody will go back beyond the checkpoint of ``oldest_step``: forget what was trained before."""
+        while self._history and self._history[0].step <= oldest_step:
+            self._history.popleft()
+
+    def rewind(self, step: int) -> list[str]:
+        """TRAINED to RETURNED for all that was trained after ``step``, whose gradients are lost; those prompts' ids.
+
+        Raises QueueError for a step whose successors are not remembered.
+        """
+        if not self._can_rewind:
+            raise QueueError("what was trained is not remembered, so nothing can be taken back; set checkpoint.every")
+        lost = [trained for trained in self._history if trained.step > step]
+        for trained in lost:
+            self._attempts[trained.prompt.prompt_id] = trained.attempt + 1
+            self._source.give_back(trained.prompt)
+            self._returned[REWOUND] += 1
+        self._trained -= len(lost)
+        self._exhausted = self._exhausted and not lost
+        self._history = deque(trained for trained in self._history if trained.step <= step)
+        return [trained.prompt.prompt_id for trained in lost]
 
     # Both sides
 
     def return_group(self, group_id: str, reason: str) -> None:
-        """Give the prompt back to the dataset; for a finished group that is a drop, and counted as one."""
+        """Give the prompt back to the dataset; for a finished group that is a drop, and counted as one.
+
+        A prompt that has timed out ``max_attempts`` times has failed.
+        """
         finished = group_id not in self._running
+        running = self._running.get(group_id)
+        if reason == TIMEOUT and running is not None and running.attempt + 1 >= self._max_attempts:
+            self.fail(group_id, reason)
+            return
         run = self._end(group_id, f"returned ({reason})")
         self._attempts[run.ticket.prompt.prompt_id] = run.attempt + 1
         self._source.give_back(run.ticket.prompt)
@@ -244,7 +322,80 @@ class Broker:
         self._end(group_id, f"failed ({reason})")
         self._failed[reason] += 1
 
+    # As plain data
+
+    def state(self) -> dict[str, Any]:
+        """All that the next decision depends on, in msgpack's types; for ``restore``."""
+
+        def runs(running: Iterable[_Running]) -> list[Any]:
+            return [
+                [r.ticket.group_id, r.ticket.prompt.prompt_id, r.ticket.version, r.attempt, r.worker] for r in running
+            ]
+
+        def held(groups: Iterable[_Held]) -> list[Any]:
+            return [[*runs([group.run]), list(astuple(group.meta))] for group in groups]
+
+        return {
+            "version": self._version,
+            "running": runs(self._running.values()),
+            "queued": held(self._queued.values()),
+            "leased": held(self._leased.values()),
+            "attempts": self._attempts,
+            "exhausted": self._exhausted,
+            "step_is_open": self._step_is_open,
+            "issued": self._issued,
+            "trained": self._trained,
+            "trained_in_window": self._trained_in_window,
+            "returned": dict(self._returned),
+            "dropped": dict(self._dropped),
+            "failed": dict(self._failed),
+            "history": [[trained.step, trained.prompt.prompt_id, trained.attempt] for trained in self._history],
+            "source": self._source.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the broker whose ``state`` it was; settings are this one's own."""
+        self._source.restore(state["source"])
+
+        def run(fields: list[Any]) -> _Running:
+            group_id, prompt_id, version, attempt, worker = fields
+            return _Running(Ticket(group_id, self._source.prompt(prompt_id), version), attempt, worker)
+
+        def held(groups: list[Any]) -> dict[str, _Held]:
+            found = [_Held(run(fields), GroupMeta.from_fields(meta)) for fields, meta in groups]
+            return {group.meta.group_id: group for group in found}
+
+        self._version = state["version"]
+        self._running = {running.ticket.group_id: running for running in map(run, state["running"])}
+        self._queued, self._leased = held(state["queued"]), held(state["leased"])
+        every = [*self._running.values(), *(group.run for group in [*self._queued.values(), *self._leased.values()])]
+        self._prompts = {running.ticket.prompt.prompt_id for running in every}
+        self._held_bytes = sum(group.meta.nbytes for group in [*self._queued.values(), *self._leased.values()])
+        self._attempts = dict(state["attempts"])
+        self._exhausted, self._step_is_open = state["exhausted"], state["step_is_open"]
+        self._issued, self._trained = state["issued"], state["trained"]
+        self._trained_in_window = state["trained_in_window"]
+        self._returned, self._dropped = Counter(state["returned"]), Counter(state["dropped"])
+        self._failed = Counter(state["failed"])
+        history = (_Trained(step, self._source.prompt(p), attempt) for step, p, attempt in state["history"])
+        self._history = deque(history)
+
     # Looking at it
+
+    @property
+    def version(self) -> int:
+        """The policy version whose window is open."""
+        return self._version
+
+    def ticket(self, group_id: str) -> Ticket | None:
+        """Of a group that is running; None of one that is not."""
+        running = self._running.get(group_id)
+        return None if running is None else running.ticket
+
+    def leased_meta(self, group_id: str) -> GroupMeta | None:
+        """Of a group that is leased; None of one that is not."""
+        held = self._leased.get(group_id)
+        return None if held is None else held.meta
 
     @property
     def free_slots(self) -> int:
@@ -318,12 +469,15 @@ class Broker:
         self._issued += 1
         return ticket
 
-    def _drop_stale(self, groups: Iterable[_Held]) -> None:
+    def _drop_stale(self, groups: Iterable[_Held]) -> list[str]:
+        dropped = []
         oldest_allowed = oldest_allowed_version(self._version, self._max_staleness)
         for held in list(groups):
             meta = held.meta
             if is_stale(meta.oldest_version, meta.newest_version, oldest_allowed, self._on_stale):
                 self.return_group(meta.group_id, STALE)
+                dropped.append(meta.group_id)
+        return dropped
 
     def _end(self, group_id: str, outcome: str) -> _Running:
         """Take an outstanding group off the books."""

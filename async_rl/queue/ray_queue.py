@@ -2,38 +2,50 @@
 
 The broker decides, this file waits. Who waits for what:
 
-    take     a free slot in the window             freed by: advance, return_group, fail, worker_lost
-    put      room, by groups and by bytes          freed by: ack, return_group, fail, worker_lost, advance
+    take     a free slot in the window             freed by: advance, return_group, fail, worker_lost, rewind
+    put      room, by groups and by bytes          freed by: ack, return_group, fail, advance
     lease    n finished groups                     come by: put, release
 
 ``close`` ends every wait. Takers and putters are served in the order they came. Nothing polls: each change of
 state wakes the first taker, the first putter and the consumer, who look again.
 
-Payloads never pass through the actor: the client puts the encoded group into the object store, and the
-reference travels inside a list, which Ray hands on without fetching what it refers to. The object lives for
-as long as the broker holds the reference, and no longer than the process that put it: Ray loses what a dead
-process owned, which is why ``worker_lost`` gives up on what that worker had queued.
+Payloads never pass through the actor. An encoded group is stored by the worker that finished it, as a return value of
+its stream (``Outbox``), so that the caller of the stream owns it: the driver, which keeps the reference until the group
+has ended (``QueueClient``). So neither the death of a worker nor that of the queue loses a finished group.
 
-Knows Ray, the broker and the codec; neither engine nor trainer.
+The actor may die. Ray starts it again and makes the calls again that it had not answered. Each call has an id; the
+journal has the calls that were decided, from which the new actor rebuilds the broker, and answers a call that it knows
+as it was answered before. So each is made exactly once.
+
+Knows Ray, the broker, the journal and the codec; neither engine nor trainer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray.exceptions import RayTaskError
 
+from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import AsyncRLError, QueueClosed, QueueError
 from async_rl.metrics.summary import GroupCounts
 from async_rl.queue.broker import Broker, PromptSource
 from async_rl.queue.codec import decode, encode
+from async_rl.queue.journal import FileJournal, Journal
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import window_limit
 from async_rl.types import Group
@@ -45,7 +57,15 @@ MAX_CONCURRENCY = 10_000
 """Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of
 1,000 could fill up with waiting calls, and then the ``ack`` that makes room would not even start."""
 
+_REMEMBERED = 8192
+"""Answers kept for calls that are made again: more than can be on their way when the actor dies."""
+
+_COMPACT_BYTES = 16 * 2**20
+"""Of the journal: some tens of thousands of groups, read again within a second."""
+
 _T = TypeVar("_T")
+Answer = Any
+"""What the broker said, in msgpack's types: groups by their ids."""
 
 
 def build_broker(config: RunConfig, source: PromptSource, version: int = 0) -> Broker:
@@ -62,13 +82,25 @@ def build_broker(config: RunConfig, source: PromptSource, version: int = 0) -> B
         max_groups=config.queue.max_groups,
         max_bytes=config.queue.max_bytes,
         version=version,
+        max_attempts=config.rollout.max_attempts,
+        can_rewind=config.checkpoint.every > 0,
     )
 
 
-def start_queue(config: RunConfig, source: PromptSource, version: int = 0) -> QueueClient:
-    """Start the actor; its client can be sent to other actors. ``source`` moves into the actor."""
-    actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(QueueActor)
-    return QueueClient(actor_class.remote(build_broker(config, source, version)))
+def start_queue(
+    config: RunConfig, source: PromptSource, *, journal: Path | None = None, state: Mapping[str, Any] | None = None
+) -> QueueClient:
+    """Start the actor; its client can be sent to other actors. ``source`` moves into the actor.
+
+    journal: a file that the actor is rebuilt from when it dies, recovery.max_restarts times; without one it dies once.
+    state: of a broker, to begin with.
+    """
+    broker = build_broker(config, source)
+    if state is not None:
+        broker.restore(state)
+    restarts = {} if journal is None else {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
+    actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **restarts)(_QueueProcess)
+    return QueueClient(actor_class.remote(config, broker, journal))
 
 
 def fetch(payloads: Sequence[Payload]) -> list[Group]:
@@ -78,19 +110,27 @@ def fetch(payloads: Sequence[Payload]) -> list[Group]:
 
 
 class QueueActor:
-    """The shell. A plain class, so that tests drive it without Ray."""
+    """The shell. A plain class, so that tests drive it without Ray.
 
-    def __init__(self, broker: Broker) -> None:
+    The first argument of each call that changes something is its id; a call with the id of an earlier one is answered
+    as that was.
+    """
+
+    def __init__(self, broker: Broker, open_journal: Callable[[], Journal] | None = None) -> None:
         self._broker = broker
+        self._answers: dict[str, Answer] = {}  # of the last calls, by id
+        self._journal = None if open_journal is None else open_journal()
+        if self._journal is not None:
+            self._rebuild(self._journal)
         self._closed = False
         self._changed = asyncio.Event()
         # First come, first served, as asyncio's locks are: one waits for the state, the rest for their turn.
         self._take_turn = asyncio.Lock()
         self._put_turn = asyncio.Lock()
-        self._taking: dict[object, tuple[str, float]] = {}  # call: its worker, and since when it waits
+        self._taking: dict[str, tuple[str, float]] = {}  # call: its worker, and since when it waits
         self._take_wait_s = 0.0
 
-    async def take(self, worker: str, limit: int) -> list[Ticket]:
+    async def take(self, call: str, worker: str, limit: int) -> list[Ticket]:
         """One to ``limit`` tickets, as soon as the budget admits one; [] once there will never be one again.
 
         That is after ``close``, when the worker was declared lost, or when the dataset is exhausted and
@@ -99,35 +139,34 @@ class QueueActor:
         """
         if limit < 1:
             raise QueueError(f"worker {worker} asks for {limit} groups; it must ask for 1 at least")
-        call, began = object(), time.monotonic()
+        began = time.monotonic()
         self._taking[call] = (worker, began)
         try:
             async with self._take_turn:
-                return await self._until(lambda: self._try_take(call, worker, limit))
+                ids = await self._until(lambda: self._try_take(call, worker, limit))
         finally:
             self._taking.pop(call, None)
             self._take_wait_s += time.monotonic() - began
+        return [ticket for group_id in ids if (ticket := self._broker.ticket(group_id)) is not None]
 
-    async def put(self, meta: GroupMeta, payload: Payload) -> None:
-        """Hand in a finished group; waits while the queue is full by groups or by bytes."""
+    async def put(self, call: str, meta: GroupMeta) -> bool:
+        """Hand in a finished group; waits while the queue is full by groups or by bytes. False if it was dropped."""
         async with self._put_turn:
-            await self._until(lambda: self._try_put(meta, payload))
+            return await self._until(lambda: self._try_put(call, meta))
 
-    async def put_many(self, groups: Sequence[tuple[GroupMeta, Payload]]) -> list[QueueError | None]:
-        """``put`` one after the other; the error of each, so that one refusal does not hide the rest."""
-        errors: list[QueueError | None] = []
-        for meta, payload in groups:
+    async def put_many(self, groups: Sequence[tuple[str, GroupMeta]]) -> list[bool | QueueError]:
+        """``put`` one after the other; the answer or error of each, so that one refusal does not hide the rest."""
+        answers: list[bool | QueueError] = []
+        for call, meta in groups:
             try:
-                await self.put(meta, payload)
+                answers.append(await self.put(call, meta))
             except QueueError as error:
-                errors.append(error)
-            else:
-                errors.append(None)
-        return errors
+                answers.append(error)
+        return answers
 
     async def lease(
-        self, consumer: str, n: int, timeout_s: float | None = None, at_least: int | None = None
-    ) -> list[tuple[GroupMeta, Payload]]:
+        self, call: str, consumer: str, n: int, timeout_s: float | None = None, at_least: int | None = None
+    ) -> list[GroupMeta]:
         """The n groups finished first, as soon as there are ``at_least`` so many (n by default); [] after
         ``timeout_s``.
 
@@ -135,41 +174,22 @@ class QueueActor:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._until(lambda: self._try_lease(consumer, n, n if at_least is None else at_least))
+                ids = await self._until(lambda: self._try_lease(call, consumer, n, n if at_least is None else at_least))
         except TimeoutError:
             return []
+        return [meta for group_id in ids if (meta := self._broker.leased_meta(group_id)) is not None]
 
-    async def ack(self, group_ids: Sequence[str]) -> None:
-        """A gradient was taken of these leased groups."""
-        self._broker.ack(group_ids)
+    async def decide(self, call: str, method: str, *arguments: Any) -> Answer:
+        """Any other call of the broker that changes something: ack, release, advance, return_group, fail, adopt, ..."""
+        answer = self._decide(call, method, *arguments)
         self._changed.set()
+        return answer
 
-    async def release(self, group_ids: Sequence[str]) -> None:
-        """Leased groups go back to the front of the queue."""
-        self._broker.release(group_ids)
-        self._changed.set()
-
-    async def return_group(self, group_id: str, reason: str) -> None:
-        """Give a group up and its prompt back to the dataset."""
-        self._broker.return_group(group_id, reason)
-        self._changed.set()
-
-    async def fail(self, group_id: str, reason: str) -> None:
-        """Give a group and its prompt up."""
-        self._broker.fail(group_id, reason)
-        self._changed.set()
-
-    async def worker_lost(self, worker: str) -> list[str]:
-        """Return all that a dead worker had running or queued, and forget that it waits for more."""
-        self._taking = {call: taker for call, taker in self._taking.items() if taker[0] != worker}
-        lost = self._broker.worker_lost(worker)
-        self._changed.set()
+    async def worker_lost(self, call: str, worker: str, keep: Collection[str] = ()) -> list[str]:
+        """Return all that a dead worker had running but for ``keep``, and forget that it waits for more."""
+        self._taking = {other: taker for other, taker in self._taking.items() if taker[0] != worker}
+        lost: list[str] = await self.decide(call, "worker_lost", worker, list(keep))
         return lost
-
-    async def advance(self, version: int) -> None:
-        """A push is done: the next window opens."""
-        self._broker.advance(version)
-        self._changed.set()
 
     async def close(self) -> None:
         """End every wait, now and from now on. What is outstanding can still be acked, returned or failed."""
@@ -182,7 +202,55 @@ class QueueActor:
     async def stats(self) -> QueueStats:
         now = time.monotonic()
         waiting = sum(now - began for _, began in self._taking.values())
-        return dataclasses.replace(self._broker.stats(), take_wait_s=self._take_wait_s + waiting)
+        return dataclasses.replace(self._broker.stats(), take_wait_s=self._take_wait_s + waiting, pid=os.getpid())
+
+    async def state(self) -> dict[str, Any]:
+        """Of the broker, for a checkpoint."""
+        return self._broker.state()
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def _decide(self, call: str, method: str, *arguments: Any) -> Answer:
+        """Have the broker decide, once per call id, and write it down."""
+        if call in self._answers:
+            return self._answers[call]
+        answer = self._ask(method, arguments)
+        if method == "issue" and not answer:
+            return answer  # nothing was decided: a prompt may come back, and the call waits for it
+        if self._journal is not None:
+            plain = [list(dataclasses.astuple(a)) if isinstance(a, GroupMeta) else a for a in arguments]
+            self._journal.append([call, method, plain])
+            if self._journal.size() > _COMPACT_BYTES:
+                self._remember(call, answer)
+                self._journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+        self._remember(call, answer)
+        return answer
+
+    def _ask(self, method: str, arguments: Sequence[Any]) -> Answer:
+        value = getattr(self._broker, method)(*arguments)
+        if method in ("issue", "lease"):
+            return [item.group_id for item in value]
+        return value
+
+    def _remember(self, call: str, answer: Answer) -> None:
+        self._answers[call] = answer
+        while len(self._answers) > _REMEMBERED:
+            del self._answers[next(iter(self._answers))]
+
+    def _rebuild(self, journal: Journal) -> None:
+        empty = True
+        for call, method, arguments in journal.replay():
+            empty = False
+            if method == "restore":
+                state, answers = arguments
+                self._broker.restore(state)
+                self._answers = dict(answers)
+            else:
+                if method == "put":
+                    arguments = [GroupMeta.from_fields(arguments[0])]
+                self._remember(call, self._ask(method, arguments))
+        if empty:  # what the broker begins with is not in the calls
+            journal.compact(["", "restore", [self._broker.state(), []]])
 
     async def _until(self, attempt: Callable[[], _T | None]) -> _T:
         """Repeat an attempt at every change until it gives something."""
@@ -191,52 +259,76 @@ class QueueActor:
             await self._changed.wait()
         return result
 
-    def _try_take(self, call: object, worker: str, limit: int) -> list[Ticket] | None:
+    def _try_take(self, call: str, worker: str, limit: int) -> list[str] | None:
+        if call in self._answers:
+            answered: list[str] = self._answers[call]
+            return answered
         if self._closed or call not in self._taking:
             return []
         share = math.ceil(self._broker.free_slots / len(self._taking))
-        tickets = self._broker.issue(worker, min(limit, share))
+        room = min(limit, share)
+        if room == 0:
+            return [] if self._broker.finished else None
+        tickets: list[str] = self._decide(call, "issue", worker, room)
         if not tickets:
-            self._changed.set()  # the dataset may have turned out to be exhausted: a lease may wait in vain
+            self._changed.set()  # the dataset has turned out to be exhausted: a lease may wait in vain
         return tickets if tickets or self._broker.finished else None
 
-    def _try_put(self, meta: GroupMeta, payload: Payload) -> bool | None:
-        if self._closed:
-            raise QueueClosed(f"group {meta.group_id}: the queue is closed")
-        self._broker.check_put(meta)
-        if self._broker.full_for(meta.nbytes):
-            return None
-        self._broker.put(meta, payload)
+    def _try_put(self, call: str, meta: GroupMeta) -> bool | None:
+        if call not in self._answers:
+            if self._closed:
+                raise QueueClosed(f"group {meta.group_id}: the queue is closed")
+            self._broker.check_put(meta)
+            if self._broker.full_for(meta.nbytes):
+                return None
+        kept: bool = self._decide(call, "put", meta)
         self._changed.set()
-        return True
+        return kept
 
-    def _try_lease(self, consumer: str, n: int, at_least: int) -> list[tuple[GroupMeta, Payload]] | None:
-        if self._closed:
-            raise QueueClosed(f"{consumer}: the queue is closed")
-        leased = self._broker.lease(n, consumer, at_least)
-        if leased is None and self._broker.starved(at_least):
-            raise QueueClosed(f"{consumer}: the dataset is exhausted, and fewer than {at_least} groups are left")
+    def _try_lease(self, call: str, consumer: str, n: int, at_least: int) -> list[str] | None:
+        if call not in self._answers:
+            if self._closed:
+                raise QueueClosed(f"{consumer}: the queue is closed")
+            if not self._broker.can_lease(n, consumer, at_least):
+                if self._broker.starved(at_least):
+                    raise QueueClosed(
+                        f"{consumer}: the dataset is exhausted, and fewer than {at_least} groups are left"
+                    )
+                return None
+        leased: list[str] = self._decide(call, "lease", n, consumer, at_least)
         return leased
+
+
+class _QueueProcess(QueueActor):
+    """QueueActor in a process of its own."""
+
+    def __init__(self, config: RunConfig, broker: Broker, journal: Path | None) -> None:
+        logs.configure(config.run_dir if config.run_dir.is_dir() else None, "queue", console=False)
+        super().__init__(broker, None if journal is None else functools.partial(FileJournal, journal))
 
 
 class QueueClient:
     """A handle on the actor for workers and driver; can be sent to other processes.
 
-    Raises what the broker raised, without Ray's wrapping. Groups that are put while a call is on its way
+    Holds the payloads of the groups that were put through it, until they have ended: who leases them must be the same
+    client. Raises what the broker raised, without Ray's wrapping. Groups that are put while a call is on its way
     share the next one: a remote call costs about as much as storing a megabyte.
     """
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self._outbox: list[tuple[GroupMeta, Payload]] = []
-        self._gathering: asyncio.Task[list[QueueError | None]] | None = None
+        self._name = uuid.uuid4().hex[:16]
+        self._calls = itertools.count()
+        self._payloads: dict[str, Payload] = {}
+        self._outbox: list[tuple[str, GroupMeta]] = []
+        self._gathering: asyncio.Task[list[bool | QueueError]] | None = None
         self._sending = asyncio.Lock()
 
     def __reduce__(self) -> tuple[type[QueueClient], tuple[Any]]:
         return QueueClient, (self.actor,)
 
     async def take(self, worker: str, limit: int) -> list[Ticket]:
-        result: list[Ticket] = await self._call("take", worker, limit)
+        result: list[Ticket] = await self._call("take", self._id(), worker, limit)
         return result
 
     async def put(self, group: Group) -> GroupMeta:
@@ -246,41 +338,75 @@ class QueueClient:
         await self.put_stored(meta, [ray.put(message)])
         return meta
 
-    async def put_stored(self, meta: GroupMeta, payload: Payload) -> None:
-        """Hand in a group that is in the object store."""
+    async def put_stored(self, meta: GroupMeta, payload: Payload) -> bool:
+        """Hand in a group that is in the object store. False if it was dropped at once."""
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._send())
         place, batch = len(self._outbox), self._gathering
-        self._outbox.append((meta, payload))
-        error = (await asyncio.shield(batch))[place]  # one caller's cancellation is not the others'
-        if error is not None:
-            raise error
+        # Before it is handed in: somebody may lease it before the answer is here.
+        held = self._payloads.setdefault(meta.group_id, payload)
+        self._outbox.append((self._id(), meta))
+        answer = (await asyncio.shield(batch))[place]  # one caller's cancellation is not the others'
+        if answer is not True and held is payload:
+            self._let_go([meta.group_id])
+        if isinstance(answer, QueueError):
+            raise answer
+        return answer
+
+    def hold(self, group_id: str, payload: Payload) -> None:
+        """Keep the payload of a group that the queue was started with."""
+        self._payloads[group_id] = payload
+
+    def payload(self, group_id: str) -> Payload | None:
+        """Of a group that was put, and has not ended."""
+        return self._payloads.get(group_id)
 
     async def lease(
         self, consumer: str, n: int, timeout_s: float | None = None, at_least: int | None = None
     ) -> list[tuple[GroupMeta, Payload]]:
         """What was leased, for ``fetch``; [] after ``timeout_s``."""
-        result: list[tuple[GroupMeta, Payload]] = await self._call("lease", consumer, n, timeout_s, at_least)
-        return result
+        metas: list[GroupMeta] = await self._call("lease", self._id(), consumer, n, timeout_s, at_least)
+        for meta in metas:
+            if meta.group_id not in self._payloads:
+                raise QueueError(f"group {meta.group_id}: {consumer} leased it, and its payload is not here")
+        return [(meta, self._payloads[meta.group_id]) for meta in metas]
 
-    async def ack(self, group_ids: Iterable[str]) -> None:
-        await self._call("ack", list(group_ids))
+    async def ack(self, group_ids: Iterable[str], step: int = 0) -> None:
+        ids = list(group_ids)
+        await self._decide("ack", ids, step)
+        self._let_go(ids)
 
     async def release(self, group_ids: Iterable[str]) -> None:
-        await self._call("release", list(group_ids))
+        self._let_go(await self._decide("release", list(group_ids)))
 
     async def return_group(self, group_id: str, reason: str) -> None:
-        await self._call("return_group", group_id, reason)
+        await self._decide("return_group", group_id, reason)
+        self._let_go([group_id])
 
     async def fail(self, group_id: str, reason: str) -> None:
-        await self._call("fail", group_id, reason)
+        await self._decide("fail", group_id, reason)
+        self._let_go([group_id])
 
-    async def worker_lost(self, worker: str) -> list[str]:
-        result: list[str] = await self._call("worker_lost", worker)
+    async def worker_lost(self, worker: str, keep: Collection[str] = ()) -> list[str]:
+        """What was returned: ``keep`` stays, for another worker to go on with."""
+        result: list[str] = await self._call("worker_lost", self._id(), worker, list(keep))
+        return result
+
+    async def adopt(self, worker: str, group_ids: Iterable[str]) -> list[str]:
+        """Those of the groups in flight that are the worker's now."""
+        result: list[str] = await self._decide("adopt", worker, list(group_ids))
         return result
 
     async def advance(self, version: int) -> None:
-        await self._call("advance", version)
+        self._let_go(await self._decide("advance", version))
+
+    async def checkpointed(self, oldest_step: int) -> None:
+        await self._decide("checkpointed", oldest_step)
+
+    async def rewind(self, step: int) -> list[str]:
+        """The prompts that were trained after ``step``, and are in circulation again."""
+        result: list[str] = await self._decide("rewind", step)
+        return result
 
     async def close(self) -> None:
         await self._call("close")
@@ -293,11 +419,25 @@ class QueueClient:
         result: QueueStats = await self._call("stats")
         return result
 
-    async def _send(self) -> list[QueueError | None]:
+    async def state(self) -> dict[str, Any]:
+        result: dict[str, Any] = await self._call("state")
+        return result
+
+    async def _send(self) -> list[bool | QueueError]:
         async with self._sending:  # while one batch is on its way, the next one gathers
             batch, self._outbox, self._gathering = self._outbox, [], None
-            errors: list[QueueError | None] = await self._call("put_many", batch)
-            return errors
+            answers: list[bool | QueueError] = await self._call("put_many", batch)
+            return answers
+
+    def _let_go(self, group_ids: Iterable[str]) -> None:
+        for group_id in group_ids:
+            self._payloads.pop(group_id, None)
+
+    def _id(self) -> str:
+        return f"{self._name}/{next(self._calls)}"
+
+    async def _decide(self, method: str, *arguments: Any) -> Any:
+        return await self._call("decide", self._id(), method, *arguments)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -306,3 +446,46 @@ class QueueClient:
             if isinstance(error.cause, AsyncRLError):
                 raise error.cause from None
             raise
+
+
+class Outbox(QueueClient):
+    """The worker's end: what it has finished leaves in a stream, and is handed in by whoever reads that."""
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__(actor)
+        self._ready: asyncio.Queue[tuple[GroupMeta, npt.NDArray[np.uint8]]] = asyncio.Queue()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+
+    async def put(self, group: Group) -> GroupMeta:
+        """Encode the group and have it handed in; returns once ``accepted`` was called for it."""
+        message = encode(group)
+        meta = GroupMeta.of(group, message.nbytes)
+        accepted = self._waiting[meta.group_id] = asyncio.get_running_loop().create_future()
+        self._ready.put_nowait((meta, message))
+        try:
+            await accepted
+        finally:
+            del self._waiting[meta.group_id]
+        return meta
+
+    def accepted(self, group_id: str) -> None:
+        """The queue has it."""
+        if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
+            waiting.set_result(None)
+
+    async def stream(self, work: Awaitable[None]) -> AsyncIterator[GroupMeta | npt.NDArray[np.uint8]]:
+        """Meta and message of each group that ``work`` puts, in turn, until it ends; raises what it raises."""
+        working = asyncio.ensure_future(work)
+        try:
+            while True:
+                following = asyncio.ensure_future(self._ready.get())
+                await asyncio.wait({working, following}, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    following.cancel()
+                    working.result()
+                    return
+                meta, message = following.result()
+                yield meta
+                yield message
+        finally:
+            working.cancel()

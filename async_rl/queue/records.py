@@ -6,8 +6,10 @@ Knows ``types``, and the counts that ``metrics`` shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from async_rl.metrics.summary import GroupCounts
 from async_rl.types import Group, Prompt
@@ -37,6 +39,13 @@ class GroupMeta:
     """Tokens of each trajectory."""
 
     @classmethod
+    def from_fields(cls, fields: Sequence[Any]) -> GroupMeta:
+        """From the values of its fields in order, as ``dataclasses.astuple`` gives them."""
+        *others, lengths = fields
+        named = dict(zip((field.name for field in dataclasses.fields(cls)), others, strict=False))
+        return cls(**named, lengths=tuple(lengths))
+
+    @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
         """nbytes: size of the encoded group."""
         return cls(
@@ -59,7 +68,7 @@ class QueueStats:
     running: groups per worker. oldest_version: of what is running (when issued) or queued (its oldest token),
     None when there is nothing. returned, dropped, failed: groups per reason. refusal: why no ticket can be
     issued now, None if one can. exhausted: the dataset had no prompt left when last asked. take_wait_s: seconds
-    that workers have waited for tickets so far, summed over workers.
+    that workers have waited for tickets so far, summed over workers. pid: of the queue's process.
     """
 
     version: int
@@ -78,3 +87,4 @@ class QueueStats:
     refusal: str | None
     exhausted: bool
     take_wait_s: float = 0.0
+    pid: int = 0

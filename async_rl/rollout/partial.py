@@ -29,6 +29,7 @@ from async_rl.types import (
     RoutingSpec,
     Segment,
     Trajectory,
+    check_routing,
 )
 
 
@@ -96,6 +97,34 @@ class PartialRollout:
     def interrupted(self) -> bool:
         """Whether the next call goes on in the middle of a turn, computing again what an earlier call had computed."""
         return bool(self.segments) and self.segments[-1].stop == len(self.response_ids)
+
+    @property
+    def turns(self) -> tuple[Int32Array, ...]:
+        """The response so far, cut where policy and environment follow one another; the policy's turn is first."""
+        sampled = self.versions != NOT_SAMPLED
+        return tuple(np.split(self.response_ids, np.flatnonzero(sampled[1:] != sampled[:-1]) + 1))
+
+    def check(self) -> None:
+        """Raise InvalidTrajectory unless this is a state that calls can lead to: for one that was kept elsewhere."""
+        name, count = f"trajectory {self.trajectory_id}", len(self.response_ids)
+        arrays = (self.response_ids, np.int32), (self.logprobs, np.float32), (self.versions, np.int32)
+        if any(array.shape != (count,) or array.dtype != dtype for array, dtype in arrays):
+            raise InvalidTrajectory(
+                f"{name}: {count} response tokens, {self.logprobs.dtype}{list(self.logprobs.shape)} logprobs, "
+                f"{self.versions.dtype}{list(self.versions.shape)} versions"
+            )
+        if count > self.max_response_tokens:
+            raise InvalidTrajectory(f"{name}: {count} response tokens, more than {self.max_response_tokens} allowed")
+        expected = np.full(count, NOT_SAMPLED, dtype=np.int32)
+        for segment in self.segments:
+            expected[segment.start : segment.stop] = segment.version
+        if not np.array_equal(self.versions, expected) or (count and not self.segments):
+            raise InvalidTrajectory(f"{name}: versions and segments of a response in the making disagree")
+        if (self.routed_experts is None) != (self.routing is None or not self.segments):
+            raise InvalidTrajectory(f"{name}: a response in the making with routing where none can be, or without")
+        if self.routed_experts is not None and self.routing is not None:
+            known = len(self.prompt_ids) + self.segments[-1].stop - 1
+            check_routing(name, self.routed_experts, rows=known, spec=self.routing)
 
     def next_request(self) -> Request:
         if self.finished:

@@ -8,7 +8,6 @@ they pickle into an actor).
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -151,13 +150,14 @@ class DatasetCursor:
         self._path = dataset.path
         self._shuffle = shuffle
         self._seed = seed
-        self._returned: deque[Prompt] = deque()
+        self._by_line = {row.line: row for row in dataset.rows}
+        self._returned: dict[str, Prompt] = {}  # in the order they came back
         self._move_to(epoch=0, index=0)
 
     def next(self) -> Prompt:
         """The next prompt; there always is one."""
         if self._returned:
-            return self._returned.popleft()
+            return self._returned.pop(next(iter(self._returned)))
         if self._index == len(self._order):
             self._move_to(epoch=self._epoch + 1, index=0)
         row = self._rows[self._order[self._index]]
@@ -169,11 +169,15 @@ class DatasetCursor:
 
         Raises ValueError for one that was never handed out or lies here already: its row would be trained twice.
         """
-        if any(waiting.prompt_id == prompt.prompt_id for waiting in self._returned):
+        if prompt.prompt_id in self._returned:
             raise ValueError(f"prompt {prompt.prompt_id} was given back before")
         if not self._was_issued(prompt.prompt_id):
             raise ValueError(f"prompt {prompt.prompt_id} was never handed out")
-        self._returned.append(prompt)
+        self._returned[prompt.prompt_id] = prompt
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """The prompt that was, or will be, handed out under this id."""
+        return self._by_line[_line(prompt_id)].prompt(prompt_id)
 
     def state(self) -> dict[str, Any]:
         """Where the cursor stands, as plain data. Prompts in flight are not part of it: give them back first, or
@@ -184,26 +188,23 @@ class DatasetCursor:
             "seed": self._seed,
             "epoch": self._epoch,
             "index": self._index,
-            "returned": [prompt.prompt_id for prompt in self._returned],
+            "returned": list(self._returned),
         }
 
-    @classmethod
-    def from_state(cls, dataset: Dataset, state: Mapping[str, Any], *, in_flight: Sequence[str] = ()) -> DatasetCursor:
-        """Go on where ``state`` was taken; ``in_flight``: ids that were handed out then and never trained.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken: with its order of the rows, whatever this cursor was made with.
 
         Raises DatasetError when the file is not the one that the state was taken on.
         """
-        if state["digest"] != dataset.digest:
-            raise DatasetError(f"{dataset.path} is not the dataset that the run began with; its contents have changed")
-        cursor = cls(dataset, shuffle=state["shuffle"], seed=state["seed"])
-        cursor._move_to(epoch=state["epoch"], index=state["index"])
-        by_line = {row.line: row for row in dataset.rows}
-        for prompt_id in [*state["returned"], *in_flight]:
-            cursor.give_back(by_line[int(prompt_id.partition("-")[2])].prompt(prompt_id))
-        return cursor
+        if state["digest"] != self._digest:
+            raise DatasetError(f"{self._path} is not the dataset that the run began with; its contents have changed")
+        self._shuffle, self._seed = state["shuffle"], state["seed"]
+        self._move_to(epoch=state["epoch"], index=state["index"])
+        self._returned = {prompt_id: self.prompt(prompt_id) for prompt_id in state["returned"]}
 
     def _move_to(self, *, epoch: int, index: int) -> None:
         self._epoch, self._index = epoch, index
+        self._positions: dict[int, int] | None = None  # line -> position in the epoch's order; made when asked for
         count = len(self._rows)
         self._order: list[int] = (
             np.random.default_rng([self._seed, epoch]).permutation(count).tolist()
@@ -212,7 +213,14 @@ class DatasetCursor:
         )
 
     def _was_issued(self, prompt_id: str) -> bool:
-        epoch, _, line = prompt_id.partition("-")
-        if int(epoch) != self._epoch:
-            return int(epoch) < self._epoch
-        return any(self._rows[at].line == int(line) for at in self._order[: self._index])
+        epoch = int(prompt_id.partition("-")[0])
+        if epoch != self._epoch:
+            return epoch < self._epoch
+        if self._positions is None:
+            self._positions = {self._rows[at].line: position for position, at in enumerate(self._order)}
+        return self._positions.get(_line(prompt_id), self._index) < self._index
+
+
+def _line(prompt_id: str) -> int:
+    """Of the dataset's file, from a prompt id "<epoch>-<line>"."""
+    return int(prompt_id.partition("-")[2])

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.errors import EngineError, EnvironmentFailure, RewardError
+from async_rl.errors import EngineError, EnvironmentFailure, RewardError, WireError
+from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.ray_queue import QueueClient
-from async_rl.queue.records import Ticket
+from async_rl.rollout import in_flight
 from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
 from async_rl.rollout.environment import Environment
+from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing import check_probe
@@ -31,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 # (what there is of a response, request id) -> the same after one more engine call.
 Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
+Keep = Callable[[PartialRollout], None]
 
 _WATCH_PERIOD_S = 1.0
 
@@ -49,6 +53,7 @@ class WorkerStats:
     partial_rollouts: int = 0
     trajectories: int = 0
     groups: int = 0
+    cut_groups: int = 0
     running_trajectories: int = 0
     busy_s: float = 0.0
     paused_s: float = 0.0
@@ -109,7 +114,8 @@ class RolloutWorker:
         # Twice what fills the engine: a group whose last response is long must not leave its siblings' places
         # empty, and finished groups that wait for room in the queue must not pile up.
         self._max_groups = 2 * -(-config.rollout.max_num_seqs // config.rollout.n)
-        self._held = 0  # groups taken and not yet handed in
+        self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet handed in
+        self._adopted: list[InFlight] = []  # of another worker, to be gone on with
         self._unfinished = 0  # responses of these that are not finished
         self._room = asyncio.Event()  # set while the engine has free places
         self._room.set()
@@ -157,15 +163,23 @@ class RolloutWorker:
 
     async def _keep_engine_full(self) -> None:
         async with asyncio.TaskGroup() as groups:
+
+            def begin(group: InFlight) -> None:
+                self._in_flight[group.group_id] = group
+                self._unfinished += self._config.rollout.n
+                groups.create_task(self._sample_and_publish(group))
+
+            for group in self._adopted:
+                begin(group)
+            self._adopted = []
+            self._look_for_room()
             while True:
                 await self._room.wait()
                 tickets = await self._queue.take(self._name, self._free_groups())
                 if not tickets:
                     return  # the dataset is exhausted or the queue closed; what runs is finished first
                 for ticket in tickets:
-                    self._held += 1
-                    self._unfinished += self._config.rollout.n
-                    groups.create_task(self._group(ticket))
+                    begin(InFlight.begin(ticket, self._config.rollout.n))
                 self._look_for_room()
 
     async def stop(self) -> None:
@@ -190,6 +204,28 @@ class RolloutWorker:
             self._environment.close()
         await self._engine.shutdown()
 
+    def snapshot(self) -> list[npt.NDArray[np.uint8]]:
+        """Every group that was taken and is not handed in, as it stands, for ``adopt`` of this worker or another one.
+
+        Tokens of calls under way are in it once a pause has ended them.
+        """
+        return [in_flight.encode(group) for group in self._in_flight.values()]
+
+    def adopt(self, messages: Sequence[Any]) -> list[str]:
+        """Go on with groups of a ``snapshot`` when ``run`` is called; their ids, but for those that do not fit the
+        settings of now, which are left out and named in the log."""
+        settings, policy = self._config.rollout, self._config.async_training.partial_rollout.routing
+        for message in messages:
+            try:
+                group = in_flight.decode(
+                    message, n=settings.n, max_response_tokens=settings.max_response_tokens, policy=policy
+                )
+            except WireError as error:
+                log.warning("a group in flight cannot be gone on with", reason=str(error))
+                continue
+            self._adopted.append(group)
+        return [group.group_id for group in self._adopted]
+
     def stats(self) -> WorkerStats:
         self._stats.version = self._engine.version
         self._stats.running_trajectories = self._calls
@@ -201,7 +237,7 @@ class RolloutWorker:
     def _free_groups(self) -> int:
         """Groups that fill the engine's free places, the last one in part; 0 when there are none."""
         free = self._config.rollout.max_num_seqs - self._unfinished
-        return max(0, min(-(-free // self._config.rollout.n), self._max_groups - self._held))
+        return max(0, min(-(-free // self._config.rollout.n), self._max_groups - len(self._in_flight)))
 
     def _look_for_room(self) -> None:
         if self._free_groups() > 0:
@@ -213,41 +249,69 @@ class RolloutWorker:
         if self._work is not None:
             self._work.cancel()
 
-    async def _group(self, ticket: Ticket) -> None:
-        try:
-            await self._sample_and_publish(ticket)
-        finally:
-            self._held -= 1
-            self._look_for_room()
-
-    async def _sample_and_publish(self, ticket: Ticket) -> None:
+    async def _sample_and_publish(self, group: InFlight) -> None:
         """A failure of the user's reward or environment fails the group or the run, as configured."""
+        group_id = group.group_id
         try:
-            trajectories = await asyncio.gather(
-                *(self._trajectory(ticket, index) for index in range(self._config.rollout.n))
-            )
+            trajectories = await self._trajectories(group)
         except (RewardError, EnvironmentFailure) as error:
             if self._is_fatal(error):
                 raise
-            log.warning("group failed", group=ticket.group_id, reason=str(error))
-            await self._queue.fail(ticket.group_id, "reward" if isinstance(error, RewardError) else "environment")
-            return
-        await self._queue.put(Group(ticket.group_id, ticket.prompt, tuple(trajectories)))
-        self._stats.groups += 1
-        self._stats.trajectories += len(trajectories)
-        self._stats.partial_rollouts += sum(t.is_partial for t in trajectories)
+            log.warning("group failed", group=group_id, reason=str(error))
+            await self._queue.fail(group_id, "reward" if isinstance(error, RewardError) else "environment")
+        else:
+            if trajectories is None:
+                await self._queue.return_group(group_id, TIMEOUT)
+            else:
+                await self._queue.put(Group(group_id, group.ticket.prompt, trajectories))
+                self._stats.groups += 1
+                self._stats.trajectories += len(trajectories)
+                self._stats.partial_rollouts += sum(t.is_partial for t in trajectories)
+        # Not where this was cancelled or has raised: it may be gone on with elsewhere, as it stands.
+        del self._in_flight[group_id]
+        self._look_for_room()
 
-    async def _trajectory(self, ticket: Ticket, index: int) -> Trajectory:
+    async def _trajectories(self, group: InFlight) -> tuple[Trajectory, ...] | None:
+        """The group's responses: all, or after rollout.group_timeout_s those that are finished, if they are enough."""
+        settings = self._config.rollout
+        tasks = [asyncio.create_task(self._trajectory(group, index)) for index in range(settings.n)]
         try:
-            partial = await self._respond(f"{ticket.group_id}/{index}", ticket.prompt, self._sample)
+            done, late = await asyncio.wait(
+                tasks, timeout=settings.group_timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            finished = tuple(task.result() for task in tasks if task in done)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not late:
+            return finished
+        needed = settings.min_group_size or settings.n
+        log.warning("group over its time", group=group.group_id, finished=len(finished), needed=needed)
+        if len(finished) < needed:
+            return None
+        self._stats.cut_groups += 1
+        return finished
+
+    async def _trajectory(self, group: InFlight, index: int) -> Trajectory:
+        prompt = group.ticket.prompt
+
+        def keep(partial: PartialRollout) -> None:
+            group.partials[index] = partial
+
+        start = group.partials[index] or self._begin(f"{group.group_id}/{index}", prompt)
+        try:
+            partial = await self._respond(start, prompt, self._sample, keep)
         finally:
             self._unfinished -= 1
             self._look_for_room()
-        return partial.to_trajectory(await self._rewards.score(ticket.prompt, self._text(partial)))
+        reward = group.rewards[index]
+        if reward is None:
+            reward = group.rewards[index] = await self._rewards.score(prompt, self._text(partial))
+        return partial.to_trajectory(reward)
 
-    async def _respond(self, name: str, prompt: Prompt, call: Call) -> PartialRollout:
-        """A whole response: as many calls as its interruptions and turns take."""
-        partial = PartialRollout.begin(
+    def _begin(self, name: str, prompt: Prompt) -> PartialRollout:
+        return PartialRollout.begin(
             name,
             prompt.token_ids,
             max_response_tokens=self._config.rollout.max_response_tokens,
@@ -255,31 +319,35 @@ class RolloutWorker:
             routing=self._engine.routing,
             policy=self._config.async_training.partial_rollout.routing,
         )
-        turns: list[Int32Array] = []  # the policy's and the environment's, in alternation
+
+    async def _respond(
+        self, partial: PartialRollout, prompt: Prompt, call: Call, keep: Keep = lambda _: None
+    ) -> PartialRollout:
+        """A whole response: as many calls as its interruptions and turns take; ``keep`` is told of each state."""
         calls = itertools.count()
         while True:
-            begun = len(partial.response_ids)
             while not partial.finished:
-                partial = await call(partial, f"{name}/{next(calls)}")
-            turns.append(partial.response_ids[begun:])
-            answer = await self._answer(prompt, partial, turns)
+                partial = await call(partial, f"{partial.trajectory_id}/{next(calls)}")
+                keep(partial)
+            answer = await self._answer(prompt, partial)
             if answer is None:
                 return partial
             partial = partial.go_on(answer)
-            turns.append(answer)
+            keep(partial)
 
     def _text(self, partial: PartialRollout) -> str:
         text: str = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
         return text
 
-    async def _answer(self, prompt: Prompt, partial: PartialRollout, turns: list[Int32Array]) -> Int32Array | None:
+    async def _answer(self, prompt: Prompt, partial: PartialRollout) -> Int32Array | None:
         """What the environment says to a turn that has just ended; None when the response ends with it."""
         if self._environment is None or partial.finish_reason != "stop":
             return None
+        turns = partial.turns
         policy_turns = len(turns) // 2 + 1
         if policy_turns == self._config.rollout.environment.max_turns:
             return None
-        return await self._environment.answer(prompt, tuple(turns))
+        return await self._environment.answer(prompt, turns)
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """One engine call for what is left of ``partial``, begun once no push is under way."""
@@ -381,7 +449,7 @@ class RolloutWorker:
     async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int] | None:
         """(reward, response tokens); None where the user's function failed and its on_error is skip."""
         try:
-            partial = await self._respond(f"eval/{prompt.prompt_id}", prompt, self._likeliest)
+            partial = await self._respond(self._begin(f"eval/{prompt.prompt_id}", prompt), prompt, self._likeliest)
             return await self._rewards.score(prompt, self._text(partial)), len(partial.response_ids)
         except (RewardError, EnvironmentFailure) as error:
             if self._is_fatal(error):

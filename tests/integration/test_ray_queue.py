@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import itertools
+import os
+import signal
 import sys
 
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ActorDiedError
 
 from async_rl.config_file import validate
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
 from async_rl.queue.broker import Broker
 from async_rl.queue.codec import encode
-from async_rl.queue.ray_queue import QueueActor, QueueClient, fetch, start_queue
+from async_rl.queue.ray_queue import Outbox, QueueActor, QueueClient, fetch, start_queue
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
@@ -29,6 +33,15 @@ class Source:
     def give_back(self, prompt):
         self.prompts.insert(0, prompt)
 
+    def prompt(self, prompt_id):
+        return Prompt(prompt_id, int(prompt_id.partition("-")[2]), "", np.array([1, 2], dtype=np.int32))
+
+    def state(self):
+        return {"prompts": [prompt.prompt_id for prompt in self.prompts]}
+
+    def restore(self, state):
+        self.prompts = [self.prompt(prompt_id) for prompt_id in state["prompts"]]
+
 
 def make_actor(rows=1000, **settings):
     defaults = {
@@ -38,7 +51,24 @@ def make_actor(rows=1000, **settings):
         "on_stale": "mask",
         "max_bytes": 1000,
     }
-    return QueueActor(Broker(Source(rows), **defaults | settings))
+    return Called(QueueActor(Broker(Source(rows), **defaults | settings)))
+
+
+class Called:
+    """An actor whose calls get their ids here, as a client gives them."""
+
+    def __init__(self, actor):
+        self.actor, self.ids = actor, itertools.count()
+
+    def __getattr__(self, method):
+        def call(*arguments, **keywords):
+            if method in ("close", "stats", "counts"):
+                return getattr(self.actor, method)()
+            if method in ("take", "put", "lease", "worker_lost"):
+                return getattr(self.actor, method)(str(next(self.ids)), *arguments, **keywords)
+            return self.actor.decide(str(next(self.ids)), method, *arguments)
+
+        return call
 
 
 def meta(ticket, nbytes=10):
@@ -81,10 +111,10 @@ async def test_take_waits_for_the_window_and_is_woken_by_each_thing_that_opens_i
         await actor.worker_lost("w")
     assert len(take.result()) == 2
     for ticket in take.result():
-        await actor.put(meta(ticket), [None])
+        await actor.put(meta(ticket))
     leased = await actor.lease("t", 2)
     async with waiting(actor.take("w", 9)) as (take,):
-        await actor.ack([group.group_id for group, _ in leased])
+        await actor.ack([group.group_id for group in leased])
         await settle()
         assert not take.done()  # trained groups keep their place until the push
         await actor.advance(1)
@@ -103,9 +133,9 @@ async def test_takers_that_wait_together_share_the_window():
 async def test_a_push_that_opens_the_window_is_shared_evenly():
     actor = make_actor(window_limit=4)
     for ticket in await actor.take("w", 4):
-        await actor.put(meta(ticket), [None])
+        await actor.put(meta(ticket))
     leased = await actor.lease("t", 4)
-    await actor.ack([group.group_id for group, _ in leased])
+    await actor.ack([group.group_id for group in leased])
     async with waiting(actor.take("a", 9), actor.take("b", 9)) as takes:
         await actor.advance(1)
     assert [len(take.result()) for take in takes] == [2, 2]
@@ -115,15 +145,15 @@ async def test_invariant_6_put_waits_for_room_by_groups():
     actor = make_actor(window_limit=4, max_groups=2)
     tickets = await actor.take("w", 4)
     for ticket in tickets[:2]:
-        await actor.put(meta(ticket), [None])
-    async with waiting(actor.put(meta(tickets[2]), [None]), actor.put(meta(tickets[3]), [None])) as puts:
+        await actor.put(meta(ticket))
+    async with waiting(actor.put(meta(tickets[2])), actor.put(meta(tickets[3]))) as puts:
         leased = await actor.lease("t", 2)
         await settle()
         assert not puts[0].done()  # leased payloads are alive, and count
-        await actor.ack([leased[0][0].group_id])
+        await actor.ack([leased[0].group_id])
         await settle()
         assert [put.done() for put in puts] == [True, False]  # first come, first served
-        await actor.ack([leased[1][0].group_id])
+        await actor.ack([leased[1].group_id])
     assert puts[1].done()
 
 
@@ -131,11 +161,11 @@ async def test_invariant_6_put_waits_for_room_by_bytes():
     actor = make_actor(max_bytes=100)
     tickets = await actor.take("w", 4)
     for ticket in tickets[:2]:
-        await actor.put(meta(ticket, 40), [None])
-    async with waiting(actor.put(meta(tickets[2], 50), [None])) as (put,):
+        await actor.put(meta(ticket, 40))
+    async with waiting(actor.put(meta(tickets[2], 50))) as (put,):
         leased = await actor.lease("t", 2)
         assert (await actor.stats()).held_bytes == 80
-        await actor.ack([group.group_id for group, _ in leased])
+        await actor.ack([group.group_id for group in leased])
     assert put.done()
     assert (await actor.stats()).held_bytes == 50
 
@@ -144,26 +174,26 @@ async def test_a_small_group_does_not_overtake_a_large_one_that_waits():
     actor = make_actor(max_bytes=100)
     tickets = await actor.take("w", 4)
     for ticket in tickets[:2]:
-        await actor.put(meta(ticket, 40), [None])
-    async with waiting(actor.put(meta(tickets[2], 50), [None]), actor.put(meta(tickets[3], 10), [None])):
+        await actor.put(meta(ticket, 40))
+    async with waiting(actor.put(meta(tickets[2], 50)), actor.put(meta(tickets[3], 10))):
         assert (await actor.stats()).held_bytes == 80  # there is room for the small one, but not its turn
 
 
 async def test_a_put_that_waits_in_vain_is_an_error_and_not_a_stall():
     actor = make_actor(max_bytes=100, required_groups=2)
     tickets = await actor.take("w", 3)
-    await actor.put(meta(tickets[0], 60), [None])
+    await actor.put(meta(tickets[0], 60))
     async with asyncio.timeout(5):
         with pytest.raises(QueueError, match=r"queue\.max_bytes"):
-            await actor.put(meta(tickets[1], 60), [None])
+            await actor.put(meta(tickets[1], 60))
 
 
 async def test_a_group_returned_while_its_put_waits_is_refused():
     actor = make_actor(max_groups=2)
     tickets = await actor.take("w", 3)
     for ticket in tickets[:2]:
-        await actor.put(meta(ticket), [None])
-    async with waiting(actor.put(meta(tickets[2]), [None])) as (put,):
+        await actor.put(meta(ticket))
+    async with waiting(actor.put(meta(tickets[2]))) as (put,):
         await actor.return_group(tickets[2].group_id, "interrupted")
     assert isinstance(put.exception(), UnknownGroup)
 
@@ -171,21 +201,21 @@ async def test_a_group_returned_while_its_put_waits_is_refused():
 async def test_lease_waits_for_n_and_gives_up_after_its_timeout():
     actor = make_actor()
     tickets = await actor.take("w", 2)
-    await actor.put(meta(tickets[0]), ["a"])
+    await actor.put(meta(tickets[0]))
     assert await actor.lease("t", 2, timeout_s=0) == []
     assert await actor.lease("t", 2, timeout_s=0.01) == []
     async with waiting(actor.lease("t", 2)) as (lease,):
-        await actor.put(meta(tickets[1]), ["b"])
-    assert [payload for _, payload in lease.result()] == [["a"], ["b"]]
+        await actor.put(meta(tickets[1]))
+    assert [group.group_id for group in lease.result()] == [ticket.group_id for ticket in tickets]
 
 
 async def test_close_wakes_every_waiter():
     actor = make_actor(window_limit=4, max_groups=2)
     tickets = await actor.take("w", 4)
     for ticket in tickets[:2]:
-        await actor.put(meta(ticket), [None])
+        await actor.put(meta(ticket))
     await actor.lease("t", 1)
-    puts = [actor.put(meta(ticket), [None]) for ticket in tickets[2:]]
+    puts = [actor.put(meta(ticket)) for ticket in tickets[2:]]
     takes = [actor.take("w", 1), actor.take("v", 1)]
     async with waiting(*puts, *takes, actor.lease("t", 2)) as tasks:
         await actor.close()
@@ -213,11 +243,11 @@ async def test_the_end_of_the_dataset_ends_take_and_lease():
     actor = make_actor(rows=3)
     tickets = await actor.take("w", 3)
     async with waiting(actor.take("w", 1), actor.lease("t", 2)) as (take, lease):
-        await actor.put(meta(tickets[0]), [None])
-        await actor.put(meta(tickets[1]), [None])
+        await actor.put(meta(tickets[0]))
+        await actor.put(meta(tickets[1]))
         await settle()
         assert not take.done()  # prompts could come back
-        trained = [group.group_id for group, _ in lease.result()]
+        trained = [group.group_id for group in lease.result()]
         async with waiting(actor.lease("t", 2)) as (starved,):
             await actor.ack(trained)
         assert isinstance(starved.exception(), QueueClosed)  # one group is left
@@ -260,14 +290,14 @@ def cluster():
 def start(cluster):
     clients = []
 
-    def _start(rows=1000, **overrides):
+    def _start(rows=1000, journal=None, **overrides):
         tree = {
             "model": {"path": "model"},
             "data": {"train": "train.jsonl"},
             "async_training": {"staleness_threshold": 1.0},
             "trainer": {"groups_per_step": 2},
         }
-        clients.append(start_queue(validate(tree | overrides), Source(rows)))
+        clients.append(start_queue(validate(tree | overrides), Source(rows), journal=journal))
         return clients[-1]
 
     yield _start
@@ -359,33 +389,86 @@ async def test_back_pressure_and_close_across_processes(start):
 class Worker:
     """A rollout worker in a process of its own, reduced to what the queue sees of one."""
 
-    def __init__(self, name, client):
-        self.name, self.client = name, client
+    def __init__(self, name, actor):
+        self.name, self.outbox = name, Outbox(actor)
+
+    async def groups(self, n):
+        async for item in self.outbox.stream(self.produce(n)):
+            yield item
 
     async def produce(self, n):
-        tickets = await self.client.take(self.name, n)
-        await asyncio.gather(*(self.client.put(make_group(ticket)) for ticket in tickets))
-        return [ticket.group_id for ticket in tickets]
+        tickets = await self.outbox.take(self.name, n)
+        await asyncio.gather(*(self.outbox.put(make_group(ticket)) for ticket in tickets))
+
+    async def accepted(self, group_id):
+        self.outbox.accepted(group_id)
+
+
+async def collect(worker, client, n):
+    """Hand in what the worker finishes, as the driver does."""
+    stream = worker.groups.options(num_returns="streaming").remote(n)
+    metas = []
+    async for first in stream:
+        meta = await first
+        await client.put_stored(meta, [await anext(stream)])
+        worker.accepted.remote(meta.group_id)
+        metas.append(meta.group_id)
+    return metas
 
 
 @pytest.mark.ray
-async def test_invariant_5_conservation_after_a_worker_dies(start):
+async def test_invariant_5_a_dead_worker_takes_nothing_along_that_it_had_finished(start):
     client = start()
-    doomed, other = Worker.remote("doomed", client), Worker.remote("other", client)
-    lost = await doomed.produce.remote(2)
-    kept = await other.produce.remote(2)
+    doomed = Worker.remote("doomed", client.actor)
+    finished = await collect(doomed, client, 2)
+    (running,) = await client.take("doomed", 1)
     ray.kill(doomed)
-    assert await client.worker_lost("doomed") == lost
+    assert await client.worker_lost("doomed") == [running.group_id]
     leased = await client.lease("trainer", 2)
-    assert [group.group_id for group, _ in leased] == kept
-    assert [group.group_id for group in fetch([payload for _, payload in leased])] == kept
-    await client.ack(kept)
+    assert [group.group_id for group in fetch([payload for _, payload in leased])] == finished
+    await client.ack(finished)
     counts = await client.counts()
-    assert (counts.issued, counts.trained, counts.returned, counts.dropped, counts.outstanding) == (4, 2, 2, 2, 0)
+    assert (counts.issued, counts.trained, counts.returned, counts.dropped, counts.outstanding) == (3, 2, 1, 0, 0)
     await client.advance(1)
-    again = await client.take("other", 2)
-    assert sorted(ticket.prompt.prompt_id for ticket in again) == sorted(i.rpartition(".")[0] for i in lost)
-    ray.kill(other)
+    (again,) = await client.take("other", 1)
+    assert again.prompt.prompt_id == running.prompt.prompt_id
+
+
+@pytest.mark.ray
+async def test_invariant_5_the_queue_dies_and_is_rebuilt_while_everybody_waits_for_it(start, tmp_path):
+    """SIGKILL between and during calls: what was handed in is leased, with its payload, each once."""
+    client = start(journal=tmp_path / "queue.journal", recovery={"max_restarts": 8})
+    worker = Worker.remote("w", client.actor)
+    trained, pids = [], set()
+    for version in range(1, 6):
+        collected = asyncio.create_task(collect(worker, client, 4))
+        lease = asyncio.create_task(client.lease("trainer", 4))
+        await asyncio.sleep(0.02 * version)  # the kill falls somewhere between a take and the lease
+        stats = await client.stats()
+        pids.add(stats.pid)
+        os.kill(stats.pid, signal.SIGKILL)
+        leased = await lease
+        assert [meta.group_id for meta, _ in leased] == await collected
+        assert [g.group_id for g in fetch([payload for _, payload in leased])] == [m.group_id for m, _ in leased]
+        await client.ack([meta.group_id for meta, _ in leased], version)
+        trained += [meta.group_id for meta, _ in leased]
+        await client.advance(version)
+        counts = await client.counts()
+        assert counts.add_up
+        assert (counts.trained, counts.outstanding, counts.returned) == (4 * version, 0, 0)
+    assert len(pids) == 5
+    assert trained == [f"0-{row}.0" for row in range(1, 21)]  # none skipped, none twice
+    ray.kill(worker)
+
+
+@pytest.mark.ray
+async def test_a_queue_that_dies_too_often_stays_dead(start, tmp_path):
+    client = start(journal=tmp_path / "queue.journal", recovery={"max_restarts": 1})
+    for _ in range(2):
+        os.kill((await client.stats()).pid, signal.SIGKILL)
+        await asyncio.sleep(0.2)
+    with pytest.raises(ActorDiedError):
+        await client.counts()
 
 
 @pytest.mark.ray

@@ -95,6 +95,7 @@ class ListQueue:
         self.left = count
         self.groups = []
         self.failed = []
+        self.returned = []
 
     async def take(self, worker, limit):
         tickets = []
@@ -109,6 +110,9 @@ class ListQueue:
 
     async def fail(self, group_id, reason) -> None:
         self.failed.append((group_id, reason))
+
+    async def return_group(self, group_id, reason) -> None:
+        self.returned.append((group_id, reason))
 
 
 class Digits:
@@ -337,3 +341,102 @@ async def test_counts_tokens_and_busy_time():
     assert stats.resumed_prefill_tokens > 0
     assert stats.running_trajectories == 0
     assert 0 < stats.busy_s < 60
+
+
+LONG = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
+
+
+@pytest.mark.parametrize("routing", ["replace", "preserve", "exact"])
+async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
+    """Invariants 1, 2, 3 and 7 across a hand-over in the middle of responses."""
+    partial = {"async_training": {"partial_rollout": {"routing": routing}}}
+    engine, queue = ScriptedEngine(length=30), ListQueue(3)
+    subject, _ = worker(engine, queue, **partial)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 20)
+    await push(subject, engine)
+    await sampled(engine, 20)
+    await subject.pause()
+    messages = subject.snapshot()
+    run.cancel()
+    sampled_before = engine.sampled
+    handed_in = len(queue.groups)
+
+    other, heir = ScriptedEngine(length=30), ListQueue(0)
+    other.version = 2
+    successor, _ = worker(other, heir, **partial)
+    adopted = successor.adopt(messages)
+    assert len(adopted) == 3 - handed_in - queue.left > 0
+    await successor.run()
+    assert sorted(group.group_id for group in heir.groups) == sorted(adopted)
+    for trajectory in (t for group in heir.groups for t in group.trajectories):
+        assert trajectory.response_ids.tolist() == [*range(1, 30), EOS]
+        assert trajectory.versions.tolist() == (-0.5 - trajectory.logprobs).astype(int).tolist()
+        assert {0, 2} <= set(trajectory.versions.tolist())
+    total = 30 * 2 * (len(heir.groups) + handed_in)
+    assert other.sampled == total - sampled_before, "what was sampled before is not sampled again"
+
+
+async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
+    engine, queue = ScriptedEngine(length=8), ListQueue(1)
+    subject, digits = worker(engine, queue)
+    queue.put = lambda group: asyncio.sleep(3600)  # the queue is full
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 16)
+    await turns(20)
+    (message,) = subject.snapshot()
+    run.cancel()
+
+    other, heir = ScriptedEngine(), ListQueue(0)
+    successor, strict = worker(other, heir)
+    strict.error = RewardError("asked again")
+    successor.adopt([message])
+    await successor.run()
+    assert [t.reward for t in heir.groups[0].trajectories] == [8.0, 8.0]
+    assert other.sampled == 0
+
+
+async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
+    engine, queue = ScriptedEngine(length=30), ListQueue(2)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 20)
+    await subject.pause()
+    messages = subject.snapshot()
+    run.cancel()
+    for changed in (
+        {"rollout": LONG | {"n": 4, "max_num_seqs": 4}},
+        {"rollout": LONG | {"max_response_tokens": 2}},
+        {"async_training": {"partial_rollout": {"routing": "exact"}}},
+    ):
+        successor, _ = worker(ScriptedEngine(), ListQueue(0), **changed)
+        assert successor.adopt(messages) == []
+    damaged = messages[0].copy()
+    damaged[-1] ^= 1
+    successor, _ = worker(ScriptedEngine(), ListQueue(0))
+    assert len(successor.adopt([damaged, messages[1]])) == 1
+
+
+class Straggler(ScriptedEngine):
+    """Never finishes a response whose request is named in ``stuck``."""
+
+    stuck = ()
+
+    async def generate(self, request_id, *arguments, **keywords) -> EngineOutput:
+        if request_id.startswith(self.stuck):
+            await asyncio.sleep(3600)
+        return await super().generate(request_id, *arguments, **keywords)
+
+
+@pytest.mark.parametrize(("needed", "handed_in"), [(2, True), (3, False), (None, False)])
+async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(needed, handed_in):
+    engine, queue = Straggler(), ListQueue(2)
+    engine.stuck = ("0-0.0/1",)
+    settings = {"n": 3, "max_num_seqs": 6, "max_response_tokens": 40, "group_timeout_s": 0.05}
+    subject, _ = worker(engine, queue, rollout=settings | ({"min_group_size": needed} if needed else {}))
+    await subject.run()
+    sizes = {group.group_id: len(group.trajectories) for group in queue.groups}
+    assert sizes == ({"0-1.0": 3, "0-0.0": 2} if handed_in else {"0-1.0": 3})
+    assert queue.returned == ([] if handed_in else [("0-0.0", "timeout")])
+    assert subject.snapshot() == []
+    assert subject.stats().cut_groups == handed_in

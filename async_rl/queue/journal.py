@@ -1,0 +1,108 @@
+"""What the queue has decided, on disk: the calls that changed the broker, so that a queue that died is rebuilt.
+
+    frame: u32 length, u32 checksum (xxh32), then msgpack
+    [call id, method, arguments]       a call that the broker answered, with the id that its caller gave it
+    ["", "restore", [state, answers]]  in place of everything before it; written by ``compact``
+
+A call is written down after the broker took it and before its caller hears of it. So what a caller has heard of is on
+record, and a frame that was torn by the end of the process was of a call that nobody was told about. Frames reach the
+kernel, not the disk: the journal outlives its process, and is of no use after the machine, where a checkpoint is.
+
+Knows files alone.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgpack
+import xxhash
+
+from async_rl.errors import QueueError
+
+_FRAME = struct.Struct("<II")
+Event = list[Any]
+"""[call id, method, arguments]"""
+
+
+class Journal(Protocol):
+    """Where events are kept, in order."""
+
+    def replay(self) -> Iterator[Event]:
+        """Every event since the last ``compact``, which gave the first. Call it before ``append``."""
+        ...
+
+    def append(self, event: Event) -> None: ...
+
+    def compact(self, event: Event) -> None:
+        """Put one event in the place of all before it, at once or not at all."""
+        ...
+
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FileJournal:
+    """One file. A single writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def replay(self) -> Iterator[Event]:
+        """A torn frame at the end is cut off. Raises QueueError for one that is damaged before it."""
+        data = self._path.read_bytes()
+        position = 0
+        while position < len(data):
+            if position + _FRAME.size > len(data):
+                break
+            length, checksum = _FRAME.unpack_from(data, position)
+            start = position + _FRAME.size
+            frame = data[start : start + length]
+            if len(frame) < length:
+                break
+            if xxhash.xxh32_intdigest(frame) != checksum:
+                if start + length == len(data):
+                    break
+                raise QueueError(f"{self._path} is damaged at byte {position}: the queue cannot be rebuilt from it")
+            yield unpack(frame)
+            position = start + length
+        os.ftruncate(self._file, position)
+
+    def append(self, event: Event) -> None:
+        os.write(self._file, _framed(event))
+
+    def compact(self, event: Event) -> None:
+        aside = self._path.with_name(self._path.name + ".tmp")
+        aside.write_bytes(_framed(event))
+        os.replace(aside, self._path)
+        os.close(self._file)
+        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def pack(event: Event) -> bytes:
+    packed: bytes = msgpack.packb(event)
+    return packed
+
+
+def unpack(packed: bytes) -> Event:
+    event: Event = msgpack.unpackb(packed, strict_map_key=False)
+    return event
+
+
+def _framed(event: Event) -> bytes:
+    packed = pack(event)
+    return _FRAME.pack(len(packed), xxhash.xxh32_intdigest(packed)) + packed

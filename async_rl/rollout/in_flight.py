@@ -1,0 +1,146 @@
+"""Groups that are not finished, as they stand: what a worker hands over so that another one goes on with them.
+
+Taken for a checkpoint, and from a worker whose engine died. Pure: knows ``partial``, ``types`` and the wire format,
+neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs, versions and routing travel as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from async_rl.config import RoutingPolicy
+from async_rl.errors import InvalidTrajectory, WireError
+from async_rl.queue.codec import build_prompt, build_segments, prompt_table, routing_spec, segment_arrays
+from async_rl.queue.records import Ticket
+from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
+from async_rl.rollout.partial import PartialRollout
+
+SCHEMA_VERSION = 1
+IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
+
+
+@dataclass(slots=True)
+class InFlight:
+    """One group in the making.
+
+    partials: what there is of each of its n responses, None before the first token was asked for. rewards: of those
+    that are scored, None for the others.
+    """
+
+    ticket: Ticket
+    partials: list[PartialRollout | None]
+    rewards: list[float | None] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, ticket: Ticket, n: int) -> InFlight:
+        return cls(ticket, [None] * n, [None] * n)
+
+    @property
+    def group_id(self) -> str:
+        return self.ticket.group_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that there are."""
+        return sum(len(partial.response_ids) for partial in self.partials if partial is not None)
+
+
+def encode(group: InFlight) -> npt.NDArray[np.uint8]:
+    """One message of the wire format. Raises WireError as ``wire.pack`` does."""
+    name = f"group {group.group_id} in flight"
+    prompt = group.ticket.prompt
+    table = {
+        "group_id": group.group_id,
+        "version": group.ticket.version,
+        **prompt_table(name, prompt),
+        "partials": [_entry(partial) for partial in group.partials],
+        "rewards": group.rewards,
+    }
+    return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
+
+
+def decode(buffer: Buffer, *, n: int, max_response_tokens: int, policy: RoutingPolicy) -> InFlight:
+    """The group as it stood, to be gone on with under these settings; its arrays are copies.
+
+    Raises WireError for anything but such a message, and for a group that does not fit the settings: of another number
+    of responses than ``n``, with one longer than ``max_response_tokens``, or kept under another routing ``policy``.
+    """
+    table, views = unpack(IN_FLIGHT, buffer)
+
+    def take(name: str) -> Array:
+        if name not in views:
+            raise WireError(f"the message has no array {name}")
+        return views.pop(name).copy()
+
+    prompt = build_prompt(table, take("prompt"))
+    ticket = Ticket(get(table, "group_id", str), prompt, get(table, "version", int))
+    entries, rewards = get(table, "partials", list), get(table, "rewards", list)
+    if len(entries) != n or len(rewards) != n:
+        raise WireError(f"group {ticket.group_id}: {len(entries)} responses in flight, and rollout.n is {n}")
+    if any(reward is not None and type(reward) is not float for reward in rewards):
+        raise WireError(f"group {ticket.group_id}: its rewards are {short(rewards)}")
+    partials: list[PartialRollout | None] = []
+    for t, entry in enumerate(entries):
+        if entry is None:
+            partials.append(None)
+            continue
+        if not isinstance(entry, dict) or entry.get("policy") != policy:
+            raise WireError(f"group {ticket.group_id}: response {t} is {short(entry)}, not one kept under {policy}")
+        partial = PartialRollout(
+            trajectory_id=get(entry, "trajectory_id", str),
+            prompt_ids=prompt.token_ids,
+            max_response_tokens=max_response_tokens,
+            stop_token_ids=frozenset(get(entry, "stop_token_ids", list)),
+            routing=routing_spec(entry.get("routing")),
+            policy=policy,
+            response_ids=take(f"{t}.response_ids"),
+            logprobs=take(f"{t}.logprobs"),
+            versions=take(f"{t}.versions"),
+            segments=build_segments(t, take, views),
+            routed_experts=take(f"{t}.routed_experts") if f"{t}.routed_experts" in views else None,
+            finish_reason=entry.get("finish_reason"),
+        )
+        try:
+            partial.check()
+        except InvalidTrajectory as error:
+            raise WireError(f"group {ticket.group_id}: {error}") from None
+        partials.append(partial)
+    if views:
+        raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])}")
+    return InFlight(ticket, partials, rewards)
+
+
+def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
+    if partial is None:
+        return None
+    routing = partial.routing
+    return {
+        "trajectory_id": partial.trajectory_id,
+        "stop_token_ids": sorted(partial.stop_token_ids),
+        "policy": partial.policy,
+        "finish_reason": partial.finish_reason,
+        "routing": routing and [routing.num_moe_layers, routing.top_k, routing.num_experts],
+    }
+
+
+def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
+    yield "prompt", group.ticket.prompt.token_ids
+    for t, partial in enumerate(group.partials):
+        if partial is None:
+            continue
+        yield f"{t}.response_ids", partial.response_ids
+        yield f"{t}.logprobs", partial.logprobs
+        yield f"{t}.versions", partial.versions
+        yield from segment_arrays(t, partial.segments)
+        if partial.routed_experts is not None:
+            yield f"{t}.routed_experts", partial.routed_experts
+
+
+def by_group(groups: Sequence[InFlight]) -> dict[str, InFlight]:
+    """The groups by their ids."""
+    return {group.group_id: group for group in groups}
