@@ -9,6 +9,7 @@ wrong, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -22,13 +23,17 @@ from async_rl.errors import AsyncRLError, ConfigError
 _FLAGS = ("-h", "--help", "--version", "--dry-run")
 """Options of the command line itself; every other --word is a setting and takes a value."""
 
+_OPTIONS = ("--resume",)
+"""Those that take a value."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors meant for the user are printed as they are; a defect keeps its trace."""
     words, settings = split_settings(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
     if arguments.verb == "train":
-        return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run))
+        resume = arguments.resume is not None
+        return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run, resume=resume))
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     return _reported(lambda: _doctor(arguments.config, settings))
@@ -61,13 +66,16 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("--") or word in _FLAGS:
             words.append(word)
             continue
+        if word.partition("=")[0] in _OPTIONS:
+            words += [word] if "=" in word else [word, *itertools.islice(rest, 1)]
+            continue
         settings.append(word)
         if "=" not in word:
             settings.extend(value for value in [next(rest, None)] if value is not None)
     return words, settings
 
 
-def _train(path: Path, settings: Sequence[str], *, dry_run: bool) -> int:
+def _train(path: Path, settings: Sequence[str], *, dry_run: bool, resume: bool) -> int:
     config = load(path, parse_overrides(settings))
     if dry_run:
         sys.stdout.write(to_yaml(config))
@@ -75,13 +83,13 @@ def _train(path: Path, settings: Sequence[str], *, dry_run: bool) -> int:
     # Before anything heavy is imported: the supervisor forks.
     from async_rl.supervisor import supervise
 
-    return supervise(lambda: _reported(lambda: _run(config)))
+    return supervise(lambda: _reported(lambda: _run(config, resume=resume)))
 
 
-def _run(config: RunConfig) -> int:
+def _run(config: RunConfig, *, resume: bool) -> int:
     from async_rl import pipeline
 
-    return pipeline.run(config)
+    return pipeline.run(config, resume=resume)
 
 
 def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
@@ -117,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser(
         "train",
         help="run the training that a config file describes",
-        usage="async-rl train CONFIG [--dry-run] [--section.key value ...]",
+        usage="async-rl train CONFIG [--dry-run] [--resume auto] [--section.key value ...]",
         description="Run the training that CONFIG describes; settings given here win over the file.",
         epilog=_settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the settings below")
     train.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
+    train.add_argument(
+        "--resume",
+        choices=["auto"],
+        help="go on with the run of this name from its newest sound checkpoint; begin it where there is none",
+    )
 
     export = verbs.add_parser(
         "export",

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
 from async_rl.process import mark_semaphores, pin
-from async_rl.queue.ray_queue import QueueClient
+from async_rl.queue.ray_queue import Outbox
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
 from async_rl.trainer.parallel import world_size
@@ -90,20 +90,18 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def start_rollout_workers(config: RunConfig, queue: QueueClient, placement: Placement) -> list[Any]:
-    """One actor per replica; their engines are not started yet."""
-    return [
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement: Placement) -> Any:
+    """The actor of one replica; its engine is not started yet. ``queue``: the queue's actor."""
+    return (
         ray.remote(RolloutActor)
         .options(
-            name=f"rollout-{replica}",
             num_cpus=0,
             num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _threads(config.resources.engine_threads)},
         )
-        .remote(config, replica, queue, cores)
-        for replica, cores in enumerate(placement.engines)
-    ]
+        .remote(config, replica, queue, placement.engines[replica])
+    )
 
 
 def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
@@ -113,7 +111,6 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
     return [
         ray.remote(TrainerActor)
         .options(
-            name=f"trainer-{rank}",
             num_cpus=0,
             num_gpus=1 if config.resources.device == "cuda" else 0,
             runtime_env={"env_vars": _threads(config.resources.trainer_threads)},
@@ -126,7 +123,7 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
 class RolloutActor(RolloutWorker):
     """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
 
-    def __init__(self, config: RunConfig, replica: int, queue: QueueClient, cores: tuple[int, ...] | None) -> None:
+    def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
         from async_rl.rollout.environment import Environment
         from async_rl.rollout.rewards.runner import RewardRunner
         from async_rl.rollout.vllm_engine import VllmEngine
@@ -137,8 +134,18 @@ class RolloutActor(RolloutWorker):
         engine = VllmEngine(config, replica, cores=cores)
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
-        super().__init__(config, replica, queue, engine, tokenizer, RewardRunner(config.reward), environment)
+        self._outbox = Outbox(queue)
+        super().__init__(config, replica, self._outbox, engine, tokenizer, RewardRunner(config.reward), environment)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
+
+    async def groups(self) -> AsyncIterator[Any]:
+        """The stream of what ``run`` finishes, meta and message in turn: for the driver, which hands it in."""
+        async for item in self._outbox.stream(self.run()):
+            yield item
+
+    async def accepted(self, group_id: str) -> None:
+        """The queue has a group of the stream."""
+        self._outbox.accepted(group_id)
 
     def stats(self) -> WorkerStats:
         """The counters; the driver asks every second, and /metrics shows what it was told."""

@@ -6,16 +6,28 @@ machine or the model are refused here, the rest by ``doctor``; ``config_file`` m
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-PathName = Annotated[Path, Field(strict=False)]  # YAML has no paths; a string is one
+
+
+def _possible(path: Path) -> Path:
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ValueError("no file can have such a name")
+
+
+PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths; a string is one
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
@@ -95,7 +107,7 @@ class EnvironmentSection(Section):
     function: FunctionName | None = None
     """module:function called as f(prompt: Prompt, turns: tuple[str, ...]) -> str | None when the policy has stopped:
     what it returns is appended and the policy goes on, None ends the response."""
-    max_turns: Annotated[int, Field(ge=2)] = 8
+    max_turns: Annotated[int, Field(ge=2, lt=2**63)] = 8
     """Turns of the policy in one response; it ends with the last of them."""
     timeout_s: PositiveFloat = 30.0
     """A call that takes longer has failed."""
@@ -110,7 +122,7 @@ class RolloutSection(Section):
     """Parameter type of the engines where it is not the trainer's (model.dtype)."""
     return_routed_experts: bool = True
     """Have a MoE engine return which experts each token went to; R3 needs it."""
-    n: Annotated[int, Field(ge=2)] = 8
+    n: Annotated[int, Field(ge=2, lt=2**63)] = 8
     """Responses per prompt."""
     max_response_tokens: Positive = 1024
     """Limit of a response, over all its segments."""
@@ -132,7 +144,7 @@ class RolloutSection(Section):
     """Skip compilation: the engine starts sooner and decodes slower."""
     group_timeout_s: PositiveFloat | None = None
     """A group that takes longer is handed in with the responses that are finished, or its prompt is issued again."""
-    min_group_size: Annotated[int, Field(ge=2)] | None = None
+    min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
     """Finished responses with which a group may be handed in after rollout.group_timeout_s; by default all n."""
     max_attempts: Positive = 3
     """Times that a prompt is issued whose group takes longer than rollout.group_timeout_s, before it is given up."""
@@ -266,7 +278,9 @@ class SyncSection(Section):
     """Largest |engine - trainer| log-prob on the canary; by default 1e-4 in float32, 0.5 in bfloat16. The mean over its
     tokens may be a tenth of that."""
     timeout_s: PositiveFloat = 120.0
-    """A push that takes longer fails the run."""
+    """When a push takes longer, engines that do not answer are replaced; where all do, the run fails."""
+    rolling: bool = False
+    """Push to one replica after the other, so that generation never stops everywhere; with sync.backend shm."""
 
 
 class CheckpointSection(Section):
@@ -294,7 +308,7 @@ class WatchdogSection(Section):
 
 
 class EvalSection(Section):
-    n: Annotated[int, Field(ge=1)] = 256
+    n: Positive = 256
     """Held-out problems evaluated, greedily, before the first and after the last step."""
     every: NonNegative = 0
     """Also every this many policy versions, while the engine stands at that version; 0 is never."""
@@ -386,6 +400,11 @@ class RunConfig(Section):
         if self.sync.backend == "nccl" and self.resources.device == "cpu":
             raise ValueError(
                 "sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to shm"
+            )
+        if self.sync.rolling and self.sync.backend == "nccl":
+            raise ValueError(
+                "sync.rolling is true, but sync.backend is nccl, whose broadcast reaches every engine at once; set "
+                "sync.rolling to false"
             )
         if self.data.eval is not None and self.data.eval == self.data.train:
             raise ValueError(

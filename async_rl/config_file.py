@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_origin
@@ -51,7 +52,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     words = iter(arguments)
     for word in words:
         if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.key value")
+            raise ConfigError(f"unexpected argument {_short(word)}; settings are given as --section.key value")
         key, equals, text = word[2:].partition("=")
         if _field(key) is None:
             raise ConfigError(_unknown(key))
@@ -94,6 +95,11 @@ def default_of(key: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it (PyYAML reads 1.1): 1e-6 is a number, off a word, and no key may come twice."""
 
@@ -118,12 +124,20 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
     )
 
 
 def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML leaks for a date, number, escape or tagged value that only looks like one.
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _field(key: str) -> FieldInfo | None:
@@ -157,7 +171,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{key}: {section} is {inner!r} in the file, not a section")
+            raise ConfigError(f"{key}: {section} is {_short(inner)} in the file, not a section")
         tree = inner
     tree[leaf] = value
 
@@ -167,24 +181,38 @@ def _unknown(key: str) -> str:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     near += [leaf for leaf in known if leaf.rpartition(".")[2] == key.rpartition(".")[2] and leaf not in near]
     near += [leaf for leaf in known if leaf.startswith(f"{key}.") and leaf not in near]
-    return f"{key}: no such setting" + (f"; did you mean {', '.join(near[:3])}?" if near else "")
+    return f"{_shown(key)}: no such setting" + (f"; did you mean {', '.join(near[:3])}?" if near else "")
 
 
 def _explain(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
+    shown = _shown(key)
     if fault["type"] == "extra_forbidden":
         return _unknown(key)
     if fault["type"] == "missing":
-        return f"{key}: required, and missing"
+        return f"{shown}: required, and missing"
     message: str = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message
     message = message[0].lower() + message[1:]
     choices = _choices(key)
     if fault["type"] == "literal_error" and choices:
-        near = difflib.get_close_matches(str(fault["input"]), choices, n=1)
+        near = difflib.get_close_matches(_short(fault["input"]).strip("'"), choices, n=1)
         message = f"must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
-    return f"{key}: {fault['input']!r} is not valid: {message}"
+    return f"{shown}: {_short(fault['input'])} is not valid: {message}"
+
+
+def _short(value: Any) -> str:
+    """A value for a message: a file of a few lines can say a gigabyte (by reference), and must not become one."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "an integer too long to print"
+
+
+def _shown(key: str) -> str:
+    """A key for a message: on one line, and not longer than it."""
+    return key if key.isprintable() and len(key) <= _REPR.maxstring else _REPR.repr(key)
 
 
 def _choices(key: str) -> list[str]:

@@ -13,12 +13,16 @@
     │   └── QueueClosed
     ├── RewardError            a reward function that cannot be loaded, raised, or returned no finite number
     ├── EnvironmentFailure     an environment that cannot be loaded, raised, or returned no text
-    ├── EngineError            the rollout engine refused a request or died
+    ├── EngineError            the rollout engine refused a request
+    │   └── EngineDied         its process is dead, or does not answer
     ├── ReplayError            routing that cannot be replayed as asked
     ├── TrainerError           the trainer cannot go on
+    │   ├── TrainerDied        a rank's process is dead
     │   └── CheckpointError    a checkpoint that is damaged, missing, or of another model
     ├── WeightSyncError        a weight push failed
-    │   └── WeightSyncMismatch the canary: engine and trainer disagree after a push
+    │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a push
+    │   └── ReplicaFailed      one rollout worker cannot take part in a push
+    ├── ProcessLost            a process of the run died, more often than it may
     └── StalledError           nothing moved for longer than allowed
 
 Each message names the field or the id, the offending value and the mend, and is meant for the user's eyes: the
@@ -84,12 +88,20 @@ class EngineError(AsyncRLError):
     """The rollout engine refused a request or is dead."""
 
 
+class EngineDied(EngineError):
+    """A process of the engine is dead or does not answer; another engine can take its place."""
+
+
 class ReplayError(AsyncRLError):
     """Routing cannot be replayed as asked."""
 
 
 class TrainerError(AsyncRLError):
     """The trainer cannot go on."""
+
+
+class TrainerDied(TrainerError):
+    """The process of a trainer rank is dead, and with it what was trained since the last checkpoint."""
 
 
 class CheckpointError(TrainerError):
@@ -102,6 +114,21 @@ class WeightSyncError(AsyncRLError):
 
 class WeightSyncMismatch(WeightSyncError):
     """Engine and trainer disagree on the canary after a push."""
+
+
+class ReplicaFailed(WeightSyncError):
+    """A rollout worker is dead or does not answer; a push goes on without it."""
+
+    def __init__(self, replica: int, why: str) -> None:
+        super().__init__(f"rollout-{replica}: {why}")
+        self.replica = replica
+
+    def __reduce__(self) -> tuple[type[ReplicaFailed], tuple[int, str]]:
+        return ReplicaFailed, (self.replica, str(self).partition(": ")[2])
+
+
+class ProcessLost(AsyncRLError):
+    """A process of the run died more often than recovery.max_restarts allows; the message names it and the cause."""
 
 
 class StalledError(AsyncRLError):

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from async_rl.errors import AsyncRLError, EngineError
+from async_rl.errors import AsyncRLError, ProcessLost
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in the actor, without Ray's wrapping; an actor may have passed on what another one raised."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
+
+
+def process_died(error: BaseException) -> bool:
+    """Whether the *called* process is gone. An error that it raised itself, about another one that is gone, is none."""
+    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
 def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
@@ -14,13 +26,13 @@ def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
     if isinstance(error, BaseExceptionGroup):
         return explain(error.exceptions[0], run_dir)
     if isinstance(error, RayTaskError):
-        cause = error.cause
+        cause = cause_of(error)
         if isinstance(cause, AsyncRLError):
             return cause
         last = str(error).strip().splitlines()[-1]
         return AsyncRLError(f"an actor raised {last} (logs: {run_dir / 'logs'})")
     if isinstance(error, AsyncRLError):
         return error
-    if isinstance(error, RayActorError | ActorDiedError):
-        return EngineError(f"a process of the run died: {' '.join(str(error).split())} (logs: {run_dir / 'logs'})")
+    if isinstance(error, RayActorError):
+        return ProcessLost(f"a process of the run died: {' '.join(str(error).split())} (logs: {run_dir / 'logs'})")
     return AsyncRLError(f"{type(error).__name__}: {error}")

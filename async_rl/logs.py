@@ -17,6 +17,7 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import Processor
 
+from async_rl.process import dump_stacks_to
 from async_rl.runfolder import to_json
 
 _OURS = "async_rl"
@@ -63,6 +64,7 @@ def configure(run_dir: Path | None, role: str, console: bool) -> None:
         own = logging.FileHandler(folder / f"{role}.jsonl", encoding="utf-8", delay=True)
         ours.addHandler(_formatted(own, structlog.processors.JSONRenderer(serializer=_dump), shared))
         path = folder / f"{role}.libs.log"
+        dump_stacks_to(folder / f"{role}.stacks.txt")
         libraries: logging.Handler = logging.FileHandler(path, encoding="utf-8", delay=True)
         libraries.setFormatter(logging.Formatter(_LIBRARY_FORMAT))
     else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from signal import Signals
+
+DUMP_STACKS = Signals.SIGUSR1
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -37,6 +40,11 @@ def signal_on_parent_death(number: Signals) -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, in place of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def dump_stacks_to(path: Path) -> None:
+    """Have this process append the stacks of its threads to ``path`` when it gets DUMP_STACKS, whatever it is at."""
+    faulthandler.register(DUMP_STACKS, path.open("a"), all_threads=True)
 
 
 def begin_run() -> None:

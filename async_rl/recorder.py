@@ -19,7 +19,7 @@ from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
-from async_rl.metrics.watchdog import Watchdog, waiting_for
+from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
 from async_rl.queue.records import QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
@@ -33,12 +33,14 @@ log = structlog.get_logger(__name__)
 class Recorder:
     """One run's records. A context manager: the terminal, the files and the port are given back on exit."""
 
-    def __init__(self, config: RunConfig, started: float, decode: Callable[[Any], str]) -> None:
+    def __init__(
+        self, config: RunConfig, started: float, decode: Callable[[Any], str], *, resume: bool = False
+    ) -> None:
         """``started``: time.monotonic() when the run was asked for, from which set-up is measured; ``decode``: token
-        ids to text, for samples.jsonl."""
+        ids to text, for samples.jsonl; ``resume``: go on with the run that the folder holds."""
         self._config = config
         self._decode = decode
-        self._folder = RunFolder(config)
+        self._folder = RunFolder(config, resume=resume)
         self._summary = Summary()
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
         self._live = LiveView(config.name, config.trainer.steps)
@@ -46,7 +48,10 @@ class Recorder:
         self._setup_s = 0.0
         self._began: float | None = None
         self._ended: float | None = None
+        self._earlier_s = 0.0  # training time before the run was resumed
         self._trainer_busy_s = 0.0
+        self._rollout_busy_earlier_s = 0.0
+        self._tokens_earlier = (0, 0)
         self._groups = GroupCounts()
         self._queue: QueueStats | None = None
         self._workers: list[WorkerStats] = []
@@ -73,6 +78,40 @@ class Recorder:
     def final_model(self) -> Path:
         """Where the trained model goes, as a Hugging Face folder."""
         return self._folder.checkpoints / "final"
+
+    @property
+    def journal(self) -> Path:
+        """Where the queue writes down what it decides."""
+        return self._folder.journal
+
+    # -- going back ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What the summary needs of the steps so far, as plain data, for a checkpoint."""
+        totals = self._totals()
+        return {
+            "summary": self._summary.state(),
+            "wall_s": totals.wall_s,
+            "trainer_busy_s": totals.trainer_busy_s,
+            "rollout_busy_s": totals.rollout_busy_s,
+            "tokens": [totals.tokens_generated, totals.tokens_resumed_prefill],
+        }
+
+    def resumed(self, step: int, state: Mapping[str, Any] | None) -> None:
+        """A run that had ended goes on after ``step``, of whose checkpoint this is the ``state``."""
+        self._folder.rewind(step)
+        if state is not None:
+            self._summary.restore(state["summary"])
+            self._earlier_s, self._trainer_busy_s = state["wall_s"], state["trainer_busy_s"]
+            self._rollout_busy_earlier_s = self._busy_before = state["rollout_busy_s"]
+            generated, resumed = state["tokens"]
+            self._tokens_earlier = (generated, resumed)
+        self.event(f"resumed after step {step}")
+
+    def rewind(self, step: int, state: Mapping[str, Any]) -> None:
+        """The trainer goes on after ``step``: what was recorded of later ones no longer counts."""
+        self._folder.rewind(step)
+        self._summary.restore(state["summary"])
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -111,8 +150,20 @@ class Recorder:
         publish_sync(self._metrics, record)
         self._live.sync(record)
 
-    def counted(self, queue: QueueStats, workers: Sequence[WorkerStats]) -> None:
-        """What the queue and the workers have counted so far."""
+    def restarted(self, process: str) -> None:
+        """A process of this kind died and is started again."""
+        self._metrics.inc("process_restarts_total", process=process)
+
+    @property
+    def queue(self) -> QueueStats | None:
+        """As last counted."""
+        return self._queue
+
+    def counted(self, queue: QueueStats, workers: Sequence[WorkerStats], situation: Situation) -> float:
+        """What the queue and the workers have counted so far. Seconds for which nothing has moved."""
+        if self._queue is not None and self._queue.pid != queue.pid:
+            self.restarted("queue")
+            self.event("the queue died, and was rebuilt from its journal")
         self._queue, self._workers = queue, list(workers)
         self._groups = queue.counts
         self._metrics.set("queue_groups", queue.queued_groups)
@@ -120,12 +171,12 @@ class Recorder:
         publish_groups(self._metrics, self._groups)
         progress = (queue.counts, sum(worker.generated_tokens for worker in workers))
         stalled = self._watchdog.look(time.monotonic(), progress)
-        what = waiting_for(leased_groups=queue.leased_groups, refusal=queue.refusal)
-        self._metrics.set_all("watchdog_stalled_seconds", None, {what: stalled})
+        self._metrics.set_all("watchdog_stalled_seconds", None, {waiting_for(situation): stalled})
         for reason, count in queue.dropped.items():
             self._metrics.count_to("groups_dropped_total", count, reason=reason)
         for reason, count in queue.failed.items():
             self._metrics.count_to("groups_failed_total", count, reason=reason)
+        return stalled
 
     def step(
         self,
@@ -145,6 +196,7 @@ class Recorder:
         self._summary.add_step(record)
         publish_step(self._metrics, record)
         self._folder.write_step(record.row())
+        self._folder.write_trained({"step": step, "policy_version": version, "groups": [m.group_id for m, _ in leased]})
         self._write_samples(step, version, groups)
         for group, payload in zip(groups, payloads, strict=True):
             self._folder.write_group(memoryview(payload), group.group_id)
@@ -209,16 +261,18 @@ class Recorder:
         )
 
     def _rollout_busy_s(self) -> float:
-        return sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))
+        mean = sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))
+        return self._rollout_busy_earlier_s + mean
 
     def _totals(self) -> Totals:
         end = self._ended or time.monotonic()
+        generated, resumed = self._tokens_earlier
         return Totals(
-            wall_s=end - self._began if self._began is not None else 0.0,
+            wall_s=self._earlier_s + (end - self._began if self._began is not None else 0.0),
             setup_s=self._setup_s or end - self._started,
             groups=self._groups,
-            tokens_generated=sum(worker.generated_tokens for worker in self._workers),
-            tokens_resumed_prefill=sum(worker.resumed_prefill_tokens for worker in self._workers),
+            tokens_generated=generated + sum(worker.generated_tokens for worker in self._workers),
+            tokens_resumed_prefill=resumed + sum(worker.resumed_prefill_tokens for worker in self._workers),
             rollout_busy_s=self._rollout_busy_s(),
             trainer_busy_s=self._trainer_busy_s,
         )

@@ -6,6 +6,7 @@ records mean. Lines are flushed as they are written, so a killed run leaves ever
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -22,6 +23,10 @@ from async_rl.errors import ConfigError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+TRAINED = "trained.jsonl"
+JOURNAL = "queue.journal"
+LOCK = "lock"
+REWOUND = "rewound"
 SUMMARY = "summary.json"
 TRAJECTORY_SUFFIX = ".group"
 # Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
@@ -54,27 +59,40 @@ def _plain(value: Any) -> Any:
 class RunFolder:
     """Creates and writes one run's folder. One writer: the process that drives the run."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Raises ConfigError when the folder holds a run already or cannot be made."""
+    def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
+        """resume: go on with the run that the folder holds. Raises ConfigError when it holds one and must not, when
+        that one has not ended, or when the folder cannot be made."""
         self.path = config.run_dir.absolute()
-        self._metrics: TextIO | None = None
-        self._samples: TextIO | None = None
+        self._streams: dict[str, TextIO] = {}
         self._kept = deque[Path]()
         self._keep = config.debug.dump_trajectories
         try:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if not resume and self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(
                     f"name: {config.name!r} is taken, {self.path} holds a run already; "
                     "give another --name, or move that folder away"
                 )
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked(config)
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:
             raise ConfigError(
                 f"runs: cannot make the run folder {self.path} ({error.strerror}); "
                 "set --runs to a folder you can write to"
             ) from None
+
+    def _locked(self, config: RunConfig) -> TextIO:
+        """A file that is locked while this process lives, so that no two write the same run."""
+        lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ConfigError(
+                f"name: the run {config.name!r} in {self.path} has not ended; wait for it, or give another --name"
+            ) from None
+        return lock
 
     @property
     def logs(self) -> Path:
@@ -92,17 +110,44 @@ class RunFolder:
     def trajectories(self) -> Path:
         return self.path / "trajectories"
 
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
+
     def write_step(self, row: Mapping[str, Any]) -> None:
         """Append one training step's row to metrics.jsonl."""
-        if self._metrics is None:
-            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", errors=_ERRORS)
-        _append(self._metrics, row)
+        self._append(METRICS, row)
+
+    def write_trained(self, row: Mapping[str, Any]) -> None:
+        """Append the groups of one training step to trained.jsonl."""
+        self._append(TRAINED, row)
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Append one readable trajectory to samples.jsonl."""
-        if self._samples is None:
-            self._samples = (self.path / SAMPLES).open("a", encoding="utf-8", errors=_ERRORS)
-        _append(self._samples, sample)
+        self._append(SAMPLES, sample)
+
+    def rewind(self, step: int) -> None:
+        """Training goes on after ``step``: lines of later steps move to files of their own, rewound-<name>."""
+        self.close()
+        for name in (METRICS, TRAINED, SAMPLES):
+            path = self.path / name
+            if not path.exists():
+                continue
+            kept: list[bytes] = []
+            gone: list[bytes] = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                (kept if _step(line) <= step else gone).append(line)
+            if gone:
+                with (self.path / f"{REWOUND}-{name}").open("ab") as stream:
+                    stream.writelines(gone)
+                write_atomically(path, b"".join(kept))
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if name not in self._streams:
+            self._streams[name] = (self.path / name).open("a", encoding="utf-8", errors=_ERRORS)
+        stream = self._streams[name]
+        stream.write(to_json(row) + "\n")
+        stream.flush()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json at once or not at all."""
@@ -124,10 +169,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the open files. May be called twice."""
-        for stream in (self._metrics, self._samples):
-            if stream is not None:
-                stream.close()
-        self._metrics = self._samples = None
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +193,9 @@ def write_atomically(path: Path, payload: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _append(stream: TextIO, row: Mapping[str, Any]) -> None:
-    stream.write(to_json(row) + "\n")
-    stream.flush()
+def _step(line: bytes) -> float:
+    """Of a row; beyond all for one that was cut off when its writer was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -346,6 +346,13 @@ _SPECS: tuple[MetricSpec, ...] = (
         why="Pace and its spread.",
     ),
     MetricSpec(
+        "process_restarts_total",
+        "counter",
+        "Processes that died and were started again, by kind.",
+        labels=("process",),
+        why="One now and then is an accident; a rate is a fault of the machine or of the settings.",
+    ),
+    MetricSpec(
         "watchdog_stalled_seconds",
         "gauge",
         "How long nothing has moved, by what is waited for.",

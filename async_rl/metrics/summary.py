@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from async_rl.types import RESUME_POSITIONS
@@ -281,6 +281,24 @@ class Summary:
         """A greedy evaluation on ``n`` held-out problems."""
         self._evals.append(reward_mean)
         self._eval_n = n
+
+    def state(self) -> dict[str, Any]:
+        """What was taken so far, as plain data."""
+        return {
+            **vars(self),
+            "_on_policy": [asdict(part) for part in self._on_policy],
+            "_syncs": [asdict(sync) for sync in self._syncs],
+            "_by_position": {name: [asdict(part) for part in parts] for name, parts in self._by_position.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``."""
+        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
+        self._kl = [(kl, tokens) for kl, tokens in state["_kl"]]
+        self._on_policy = [TokenAgreement(**part) for part in state["_on_policy"]]
+        self._syncs = [SyncRecord(**sync) for sync in state["_syncs"]]
+        by_position = state["_by_position"]
+        self._by_position = {name: [TokenAgreement(**part) for part in parts] for name, parts in by_position.items()}
 
     def result(self, totals: Totals, exit_reason: str) -> dict[str, Any]:
         """The contents of summary.json. exit_reason: "finished", "interrupted", or why the run failed."""

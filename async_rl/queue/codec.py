@@ -48,12 +48,17 @@ def prompt_table(name: str, prompt: Prompt) -> dict[str, Any]:
 
 def build_prompt(table: dict[str, Any], token_ids: Array) -> Prompt:
     """The prompt of ``prompt_table``. Raises WireError."""
+    fields = get(table, "fields", dict)
+    try:
+        check_json_like(fields, "fields")
+    except TypeError as error:
+        raise WireError(f"the message's fields are not JSON: {error}") from None
     return Prompt(
         prompt_id=get(table, "prompt_id", str),
         row=get(table, "row", int),
         text=get(table, "text", str),
         token_ids=token_ids,
-        fields=MappingProxyType(get(table, "fields", dict)),
+        fields=MappingProxyType(fields),
     )
 
 
@@ -135,9 +140,9 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
             )
         group = Group(get(table, "group_id", str), prompt, tuple(trajectories))
     except InvalidTrajectory as error:
-        raise WireError(f"the message's checksum holds, but what it carries is invalid: {error}") from None
+        raise WireError(f"the message's checksum holds, but what it carries is invalid: {str(error)[:500]}") from None
     if views:
-        raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])}")
+        raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])[:200]}")
     return group
 
 

@@ -100,7 +100,9 @@ def start_queue(
         broker.restore(state)
     restarts = {} if journal is None else {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
     actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **restarts)(_QueueProcess)
-    return QueueClient(actor_class.remote(config, broker, journal))
+    # The dataset is in it. Ray does not keep a large argument until the actor is started again, and complains of any
+    # reference among the arguments; one that is written down keeps its object for as long as this process lives.
+    return QueueClient(actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), journal))
 
 
 def fetch(payloads: Sequence[Payload]) -> list[Group]:
@@ -302,9 +304,11 @@ class QueueActor:
 class _QueueProcess(QueueActor):
     """QueueActor in a process of its own."""
 
-    def __init__(self, config: RunConfig, broker: Broker, journal: Path | None) -> None:
+    def __init__(self, config: RunConfig, broker: bytes, journal: Path | None) -> None:
         logs.configure(config.run_dir if config.run_dir.is_dir() else None, "queue", console=False)
-        super().__init__(broker, None if journal is None else functools.partial(FileJournal, journal))
+        super().__init__(
+            ray.get(ray.cloudpickle.loads(broker)), None if journal is None else functools.partial(FileJournal, journal)
+        )
 
 
 class QueueClient:

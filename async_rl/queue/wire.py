@@ -23,6 +23,7 @@ mean is ``codec``'s for groups, ``rollout.in_flight``'s for groups that are not 
 from __future__ import annotations
 
 import math
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ _MAX_NDIM = 3
 Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
+_REPR = reprlib.Repr()  # it stops at a depth and a length, where repr itself would not
+_REPR.maxstring = _REPR.maxother = 80
+_MAX_DEPTH = 64  # of what a table holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ def _pack_table(name: str, table: Mapping[str, Any]) -> bytes:
 def _unpack_table(packed: Array) -> dict[str, Any]:
     try:
         table = msgpack.unpackb(packed, unicode_errors="surrogatepass")
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
         raise WireError(f"the message's table cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise WireError(f"the message's table is a {type(table).__name__}, not a map")
@@ -153,7 +157,7 @@ def _views(payload: Array, entries: list[Any], max_bytes: int) -> dict[str, Arra
         if type(name) is not str or name in views:
             raise WireError(f"array name {short(name)}: not a string, or taken by an array before")
         if dtype not in _DTYPES:
-            raise WireError(f"array {name}: dtype {short(dtype)} is not one of {', '.join(_DTYPES)}")
+            raise WireError(f"array {short(name)}: dtype {short(dtype)} is not one of {', '.join(_DTYPES)}")
         # Empty arrays may have any other dimensions, but not ones whose product NumPy cannot hold.
         if (
             not isinstance(shape, list)
@@ -161,11 +165,11 @@ def _views(payload: Array, entries: list[Any], max_bytes: int) -> dict[str, Arra
             or not all(type(n) is int and n >= 0 for n in shape)
             or math.prod(max(n, 1) for n in shape) > max_bytes
         ):
-            raise WireError(f"array {name}: shape {short(shape)} is not one that a message can hold")
+            raise WireError(f"array {short(name)}: shape {short(shape)} is not one that a message can hold")
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if type(offset) is not int or offset != _aligned(end) or offset + nbytes > len(payload):
             raise WireError(
-                f"array {name}: {nbytes} bytes at offset {short(offset)} of a payload of {len(payload)}; "
+                f"array {short(name)}: {nbytes} bytes at offset {short(offset)} of a payload of {len(payload)}; "
                 f"expected offset {_aligned(end)}"
             )
         end = offset + nbytes
@@ -192,7 +196,7 @@ def _as_bytes(buffer: Buffer) -> Array:
     return message
 
 
-def check_json_like(value: Any, where: str) -> None:
+def check_json_like(value: Any, where: str, depth: int = _MAX_DEPTH) -> None:
     """Raise TypeError unless ``value`` is what JSON can say, which is what comes back as it went."""
     if value is None or type(value) in (bool, float, str):
         return
@@ -200,16 +204,18 @@ def check_json_like(value: Any, where: str) -> None:
         if not -(2**63) <= value < 2**64:
             raise TypeError(f"{where} is an integer of more than 64 bits")
         return
+    if depth == 0:
+        raise TypeError(f"{short(where)} is nested too deeply")
     if type(value) is list:
         for i, item in enumerate(value):
-            check_json_like(item, f"{where}[{i}]")
+            check_json_like(item, f"{where}[{i}]", depth - 1)
     elif type(value) is dict:
         for key, item in value.items():
             if type(key) is not str:
-                raise TypeError(f"{where} has the key {key!r}; keys must be strings")
-            check_json_like(item, f"{where}.{key}")
+                raise TypeError(f"{short(where)} has the key {short(key)}; keys must be strings")
+            check_json_like(item, f"{where}.{key}", depth - 1)
     else:
-        raise TypeError(f"{where} is a {type(value).__name__}; expected a JSON value")
+        raise TypeError(f"{short(where)} is a {type(value).__name__}; expected a JSON value")
 
 
 def _aligned(offset: int) -> int:
@@ -218,5 +224,5 @@ def _aligned(offset: int) -> int:
 
 def short(value: Any) -> str:
     """For messages: a hostile value must not become a huge error."""
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -82,7 +82,7 @@ class RolloutEngine(Protocol):
         """
 
     def check_alive(self) -> None:
-        """Raises EngineError when a process of the engine has died; calls under way may then never return."""
+        """Raises EngineDied when a process of the engine has died; calls under way may then never return."""
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop computing: end running calls with what they have ("abort"), freeze them in place ("keep"), or let

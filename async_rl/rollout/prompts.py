@@ -1,8 +1,8 @@
 """The dataset: reading a JSONL file, and the cursor that hands out its rows epoch after epoch.
 
 Owns which prompt comes next and which line of the file was bad. Pure apart from reading the file: it knows
-``types`` and ``errors``, and neither tokenizers (``encode`` is passed in) nor Ray (its objects are plain data, so
-they pickle into an actor).
+``types``, ``errors`` and what the wire can carry, and neither tokenizers (``encode`` is passed in) nor Ray (its objects
+are plain data, so they pickle into an actor).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from async_rl.errors import DatasetError
+from async_rl.queue.wire import check_json_like
 from async_rl.types import Int32Array, Prompt
 
 Encode = Callable[[str], Sequence[int]]
@@ -116,15 +117,17 @@ def _parse(line: int, raw: bytes, encode: Encode, prompt_field: str, max_prompt_
         value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(line, f"not UTF-8 (byte {error.start})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return BadRow(line, f"not JSON ({error})")
     if not isinstance(value, dict):
         return BadRow(line, f"expected a JSON object, got {type(value).__name__}")
     if prompt_field not in value:
-        return BadRow(line, f"no field {prompt_field!r} (data.prompt_field); it has {', '.join(value) or 'no fields'}")
+        return BadRow(line, f"no field {prompt_field!r} (data.prompt_field); it has {_short(value)}")
     text = value[prompt_field]
     if not isinstance(text, str):
         return BadRow(line, f"field {prompt_field!r} is {type(text).__name__}, not a string")
+    if not _is_utf8(text):
+        return BadRow(line, f"field {prompt_field!r} has half of a surrogate pair, which is no character")
     if not text.strip():
         return BadRow(line, f"field {prompt_field!r} is empty")
     token_ids = np.asarray(encode(text), dtype=np.int32)
@@ -134,7 +137,25 @@ def _parse(line: int, raw: bytes, encode: Encode, prompt_field: str, max_prompt_
         return BadRow(
             line, f"prompt of {len(token_ids)} tokens, more than data.max_prompt_tokens = {max_prompt_tokens}"
         )
-    return Row(line, text, token_ids, {key: field for key, field in value.items() if key != prompt_field})
+    fields = {key: field for key, field in value.items() if key != prompt_field}
+    try:
+        check_json_like(fields, "the row")
+    except TypeError as error:
+        return BadRow(line, str(error))
+    return Row(line, text, token_ids, fields)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(fields: Mapping[str, Any]) -> str:
+    """The names of the fields, as far as they fit into a message."""
+    return ascii(list(fields))[1:-1][:100] or "no fields"
 
 
 class DatasetCursor:

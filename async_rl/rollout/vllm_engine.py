@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from async_rl.config import RunConfig
-from async_rl.errors import EngineError, WeightSyncError
+from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.model_config import read_model_config
 from async_rl.rollout import vllm_process
 from async_rl.rollout.engine import EngineOutput, PauseMode, Sampling, Score
@@ -118,7 +118,7 @@ class VllmEngine:
 
     def check_alive(self) -> None:
         if self._engine.errored:
-            raise EngineError(f"replica {self._replica}: the vLLM engine died")
+            raise EngineDied(f"replica {self._replica}: the vLLM engine died")
 
     @property
     def _engine(self) -> AsyncLLM:
@@ -267,7 +267,7 @@ class VllmEngine:
         queue.put_nowait(EngineCoreOutputs())
         while not queue.empty():
             if llm.errored:
-                raise EngineError(f"replica {self._replica}: the engine died during a pause")
+                raise EngineDied(f"replica {self._replica}: the engine died during a pause")
             await asyncio.sleep(0)
 
     async def _take_back_unstarted(self) -> None:
@@ -290,6 +290,9 @@ class VllmEngine:
     async def start_weight_update(self) -> None:
         if self._running.is_set():
             raise WeightSyncError(f"replica {self._replica}: pause the engine before a push")
+        if self._push_failed is not None:
+            # By a trainer that died, say; what it left of the weights is overwritten, or never used.
+            await self._push(self._engine.collective_rpc("abandon_weight_update"))
         self._push_failed = "it was not finished"
         await self._push(self._engine.start_weight_update())
 
@@ -315,6 +318,7 @@ class VllmEngine:
         except Exception as error:
             # vLLM hands the engine core's exception over as text.
             self._push_failed = str(error)
+            self.check_alive()
             raise WeightSyncError(f"replica {self._replica}: {error}") from error
 
     @contextlib.contextmanager
@@ -324,7 +328,9 @@ class VllmEngine:
 
         try:
             yield
-        except (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError) as error:
+        except EngineDeadError as error:
+            raise EngineDied(f"replica {self._replica}: {what}: the vLLM engine died") from error
+        except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise EngineError(f"replica {self._replica}: {what}: {error or type(error).__name__}") from error
 
 

@@ -88,8 +88,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
-        # Two more methods on the worker; without a call of them nothing is hooked into the model.
-        worker_extension_cls="async_rl.weights.vllm_fingerprint.FingerprintExtension",
+        # Three more methods on the worker; without a call of them nothing is hooked into the model.
+        worker_extension_cls="async_rl.weights.vllm_extension.WorkerExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
         skip_tokenizer_init=True,
         generation_config="vllm",

@@ -7,9 +7,10 @@ queue's broker (what may be issued). Knows the queue by its client; does not kno
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,11 @@ class EvalResult:
     response_tokens_mean: float
 
 
+def name_of(replica: int) -> str:
+    """Of a worker, in the queue's books and in messages."""
+    return f"rollout-{replica}"
+
+
 class Stopwatch:
     """Seconds for which a condition held, with the clock read at its changes only."""
 
@@ -104,7 +110,7 @@ class RolloutWorker:
         environment: Environment | None = None,
     ) -> None:
         self._config = config
-        self._name = f"rollout-{replica}"
+        self._name = name_of(replica)
         self._queue = queue
         self._engine = engine
         self._tokenizer = tokenizer
@@ -126,6 +132,7 @@ class RolloutWorker:
         self._quiet = asyncio.Event()  # set while there are none
         self._quiet.set()
         self._stopping = False
+        self._asked: str | None = None  # of the engine, for a push, and not answered yet
         self._busy, self._paused = Stopwatch(), Stopwatch()
         self._stats = WorkerStats(replica)
 
@@ -204,18 +211,19 @@ class RolloutWorker:
             self._environment.close()
         await self._engine.shutdown()
 
-    def snapshot(self) -> list[npt.NDArray[np.uint8]]:
-        """Every group that was taken and is not handed in, as it stands, for ``adopt`` of this worker or another one.
+    def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
+        """Every group that was taken and is not handed in, as it stands, for ``adopt`` of another worker; by id.
 
         Tokens of calls under way are in it once a pause has ended them.
         """
-        return [in_flight.encode(group) for group in self._in_flight.values()]
+        waiting = {group.group_id: group for group in self._adopted}
+        return {name: in_flight.encode(group) for name, group in (waiting | self._in_flight).items()}
 
-    def adopt(self, messages: Sequence[Any]) -> list[str]:
+    def adopt(self, messages: Mapping[str, Any]) -> list[str]:
         """Go on with groups of a ``snapshot`` when ``run`` is called; their ids, but for those that do not fit the
         settings of now, which are left out and named in the log."""
         settings, policy = self._config.rollout, self._config.async_training.partial_rollout.routing
-        for message in messages:
+        for message in messages.values():
             try:
                 group = in_flight.decode(
                     message, n=settings.n, max_response_tokens=settings.max_response_tokens, policy=policy
@@ -377,22 +385,45 @@ class RolloutWorker:
 
     # -- a push -------------------------------------------------------------------------------------------------
 
-    async def pause(self) -> None:
-        """Begin no engine call, and bring the engine to a stop as partial_rollout.mode says."""
+    async def pause(self, end_calls: bool = False) -> None:
+        """Begin no engine call, and bring the engine to a stop as partial_rollout.mode says.
+
+        end_calls: do not freeze running calls ("in_flight"), but end them as "resume" does, for a ``snapshot``.
+        """
         self._open.clear()
         mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
+        if end_calls and mode == "keep":
+            mode = "abort"
         if mode == "wait":
             # The engine works on while it drains: that time is generation, not pause.
             await self._quiet.wait()
         self._busy.set(False)
         self._paused.set(True)
-        await self._engine.pause(mode)
+        with self._asking("pause"):
+            await self._engine.pause(mode)
         if mode != "keep":
             await self._quiet.wait()
 
     async def wake(self) -> None:
         """Let the engine compute again, for the canary and for evaluation; rollouts still wait."""
-        await self._engine.resume()
+        with self._asking("resume"):
+            await self._engine.resume()
+
+    async def unanswered(self) -> str | None:
+        """What the engine was asked to do for a push and has not answered yet; None where it owes nothing.
+
+        Raises EngineDied.
+        """
+        self._engine.check_alive()
+        return self._asked
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        self._asked = what
+        try:
+            yield
+        finally:
+            self._asked = None
 
     async def resume(self) -> None:
         """Go on with what was interrupted, and take new work."""
@@ -406,25 +437,31 @@ class RolloutWorker:
         if "rank_offset" in request.init_info:
             # NCCL: the sender is rank 0, and each replica's ranks follow those of the one before it.
             request.init_info["rank_offset"] += self._stats.replica * self._config.rollout.tensor_parallel_size
-        await self._engine.init_weight_transfer_engine(request)
+        with self._asking("init_weight_transfer_engine"):
+            await self._engine.init_weight_transfer_engine(request)
 
     async def start_weight_update(self) -> None:
-        await self._engine.start_weight_update()
+        with self._asking("start_weight_update"):
+            await self._engine.start_weight_update()
 
     async def update_weights(self, request: Any) -> None:
-        await self._engine.update_weights(request)
+        with self._asking("update_weights"):
+            await self._engine.update_weights(request)
 
     async def finish_weight_update(self) -> None:
-        await self._engine.finish_weight_update()
+        with self._asking("finish_weight_update"):
+            await self._engine.finish_weight_update()
 
     async def update_weight_version(self, version: str) -> None:
-        await self._engine.update_weight_version(version)
+        with self._asking("update_weight_version"):
+            await self._engine.update_weight_version(version)
 
     # -- probes -------------------------------------------------------------------------------------------------
 
     async def score(self, sequences: Sequence[Int32Array]) -> list[Score]:
         """Log-probs and routing of fixed token sequences under the engine's weights, for the canary."""
-        scores = await self._engine.score(list(sequences))
+        with self._asking("score"):
+            scores = await self._engine.score(list(sequences))
         routed = [score.routed_experts for score in scores if score.routed_experts is not None]
         if self._engine.routing is not None and scores:
             check_probe(routed, [len(sequence) for sequence in sequences], self._engine.routing)

@@ -73,6 +73,11 @@ def commit(partial: Path, *, keep: int) -> Path:
     return final
 
 
+def oldest_step(folder: Path) -> int:
+    """Of the checkpoints that are kept; 0 without any."""
+    return min((step_of(path) for path in _newest_first(folder)), default=0)
+
+
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
     try:

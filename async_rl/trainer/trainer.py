@@ -24,7 +24,7 @@ from async_rl.config import RunConfig
 from async_rl.config_file import to_yaml
 from async_rl.errors import CheckpointError, ReplayError, TrainerError
 from async_rl.model_config import check_run, checkpoint_shards, read_model_config
-from async_rl.trainer import checkpoint, losses, packing, parallel, platform
+from async_rl.trainer import losses, packing, parallel, platform
 from async_rl.trainer.advantages import (
     batch_normalized,
     batch_sums,
@@ -381,21 +381,17 @@ class Trainer:
                 pass
         torch.distributed.barrier()
 
-    def save(self, folder: Path, step: int) -> None:
-        """Checkpoint model, optimizer, schedule and random state as ``folder``/step-..., through Megatron's distributed
-        checkpointing; see ``trainer.checkpoint``. Every rank writes its part, and returns when all are in place."""
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer, schedule and random state into ``folder``, through Megatron's distributed
+        checkpointing. Every rank writes its part, and returns when all are in place. ``trainer.checkpoint`` makes the
+        folder, and a whole checkpoint of it."""
         from megatron.core import dist_checkpointing
 
-        partial = checkpoint.unfinished(folder, step)
         if self._place.rank == 0:
-            checkpoint.begin(folder, step)
-            (partial / "config.yaml").write_text(to_yaml(self._config))
+            (folder / "config.yaml").write_text(to_yaml(self._config))
         torch.distributed.barrier()
         with platform.cuda_means(self._device):
-            dist_checkpointing.save(self._sharded_state(loading=False), str(partial))
-        torch.distributed.barrier()
-        if self._place.rank == 0:
-            checkpoint.commit(partial, keep=self._config.checkpoint.keep)
+            dist_checkpointing.save(self._sharded_state(loading=False), str(folder))
         torch.distributed.barrier()
 
     def load(self, path: Path, *, optimizer: bool = True) -> None:
@@ -424,23 +420,6 @@ class Trainer:
             self._optimizer.load_state(state["optimizer"])
             self._steps = state["updates"]
             torch.set_rng_state(state["rng"])
-
-    def resume(self, folder: Path) -> int | None:
-        """Go on from the newest sound checkpoint in ``folder``. Returns the training step after which it was taken;
-        None where there is none. A damaged one is named in the log, and passed over."""
-        found: list[Any] = [None]
-        if self._place.rank == 0:
-            try:
-                found = [checkpoint.newest_sound(folder)]
-            except CheckpointError as error:
-                found = [error]
-        torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        if found[0] is None:
-            return None
-        self.load(found[0])
-        return checkpoint.step_of(found[0])
 
     def _sharded_state(self, *, loading: bool, optimizer: bool = True) -> dict[str, Any]:
         chunks: dict[str, Any] = {

@@ -35,18 +35,23 @@ class TrainerWorker:
         self._init_method = init_method
         self._pusher: WeightPusher | None = None
 
-    def start(self) -> None:
-        """Build the model. Blocks until every rank has come."""
+    def start(self, checkpoint: Path | None = None) -> None:
+        """Build the model, and go on from ``checkpoint``. Blocks until every rank has come."""
         from async_rl.trainer.trainer import Trainer
 
         began = time.monotonic()
         self._trainer = Trainer(self._config, rank=self._rank, init_method=self._init_method)
+        if checkpoint is not None:
+            self._trainer.load(checkpoint)
         log.info("trainer ready", seconds=round(time.monotonic() - began, 1))
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
-        """Set up weight transfer to these rollout actors. Called on every rank at once."""
+        """Set up weight transfer to these rollout actors, in place of others. Called on every rank at once."""
         from async_rl.weights.push import WeightPusher
 
+        if self._pusher is not None:
+            self._pusher.close()
+            self._pusher = None
         self._pusher = WeightPusher(
             self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
         )
@@ -70,12 +75,13 @@ class TrainerWorker:
         """The update of the step whose groups were accumulated."""
         return self._trainer.finish_step()
 
-    def push(self, version: int) -> float:
-        """Send the weights to every rollout actor as policy version ``version``. Returns the seconds it took."""
+    def push(self, version: int, only: int | None = None) -> float:
+        """Send the weights as policy version ``version`` to every rollout actor, or to one, by its place among them.
+        Returns the seconds it took."""
         if self._pusher is None:
             raise RuntimeError("connect() must come before push()")
         start = time.monotonic()
-        self._pusher.push(version)
+        self._pusher.push(version, only)
         return time.monotonic() - start
 
     def logprobs(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
@@ -90,11 +96,10 @@ class TrainerWorker:
         """The experts that the trainer's own router chooses, [N-1, L, K] of each sequence."""
         return self._trainer.native_routing(sequences)
 
-    def save(self, folder: Path, step: int) -> float:
-        """Checkpoint the trainer after training step ``step``. Called on every rank at once. Returns the seconds it
-        took."""
+    def save(self, folder: Path) -> float:
+        """Write the trainer's state into ``folder``. Called on every rank at once. Returns the seconds it took."""
         start = time.monotonic()
-        self._trainer.save(folder, step)
+        self._trainer.save(folder)
         return time.monotonic() - start
 
     def export(self, folder: Path) -> None:

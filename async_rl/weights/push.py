@@ -29,6 +29,7 @@ class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
 
     def __init__(self, rollout_workers: Sequence[Any]) -> None:
         super().__init__(list(rollout_workers))
+        self.everyone = list(rollout_workers)
         self.version = 0
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -45,7 +46,10 @@ class WeightPusher:
             _init_info(config, rank), client=self._client, source=source
         )
 
-    def push(self, version: int) -> None:
+    def push(self, version: int, only: int | None = None) -> None:
+        """``only``: the place of one rollout actor among them, which is sent to alone."""
+        everyone = self._client.everyone
+        self._client.handles = everyone if only is None else [everyone[only]]
         self._client.version = version
         self._engine.send_weights()
 

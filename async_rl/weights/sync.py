@@ -1,28 +1,34 @@
 """One sync: pause, push, canary, resume. Knows both sides as actor handles only; owns no version.
 
-    pause     every replica stops generating, as partial_rollout.mode says
-    transfer  trainer rank 0 drives vLLM's start / update / finish on every replica, which stamps the new version
-    canary    every replica scores a fixed probe under the weights it received, the trainer under those it sent
+    pause     a replica stops generating, as partial_rollout.mode says
+    transfer  trainer rank 0 drives vLLM's start / update / finish on it, which stamps the new version
+    canary    it scores a fixed probe under the weights it received, the trainer under those it sent
     resume    rollouts go on
 
-A replica is resumed only after its canary agreed. Where it does not, the push is made once more; then the layers are
-looked into, and the run ends. On any failure the engines stay stopped: better no tokens than tokens of unknown weights.
+All replicas go through it together, or with sync.rolling one after the other, so that the others generate meanwhile.
+
+A replica is resumed only after its canary agreed. Where it does not, or the transfer failed, the push is made once
+more; then the layers are looked into, and the run ends. On any failure the engines stay stopped: better no tokens than
+tokens of unknown weights. A replica that is dead or does not answer is named by ``ReplicaFailed``: whoever pushes takes
+it from ``members`` and pushes again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.errors import WeightSyncError, WeightSyncMismatch
+from async_rl.errors import EngineDied, ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
+from async_rl.failures import cause_of, process_died
 from async_rl.metrics.summary import SyncRecord
 from async_rl.model_config import ModelConfig
 from async_rl.types import ExpertIds, Int32Array
@@ -53,82 +59,191 @@ class Agreement:
     unreached_experts: int
 
 
-class WeightSync:
-    """Drives syncs between ``trainers`` (all ranks) and ``rollout_workers`` (all replicas)."""
+Paused = Callable[[int], Awaitable[None]]
+"""Called with each replica that stands still under its new weights, before it is resumed."""
 
-    def __init__(
-        self, config: RunConfig, model: ModelConfig, trainers: Sequence[Any], rollout_workers: Sequence[Any]
-    ) -> None:
+# A worker's event loop answers within milliseconds; this long without an answer, its process hangs.
+_ANSWER_S = 5.0
+
+
+class Ranks(Protocol):
+    """The trainer: ``fleet.Trainers``."""
+
+    async def call(
+        self, method: str, *arguments: Any, shares: Sequence[Any] | None = None, **keywords: Any
+    ) -> list[Any]: ...
+
+
+class WeightSync:
+    """Drives syncs between the trainer's ranks and the rollout workers that are ``members``, by replica."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, trainers: Ranks) -> None:
         self._config = config
         self._model = model
         self._trainers = trainers
-        self._workers = rollout_workers
+        self.members: dict[int, Any] = {}
+        self._connected: dict[int, Any] = {}
         self._max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         self._probe = make_probe(config.seed, model.vocab_size, max_tokens=self._max_tokens)
         self._batches = 0  # of candidates tried
         self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
 
     async def begin(self) -> Agreement:
-        """Before anything is sampled: complete the probe, and compare both sides on the weights they loaded.
+        """Before anything is sampled: complete the probe, and compare both sides on the weights they have.
 
         Under R3 also with the engine's routing replayed, so that routing which means something else to the trainer
         (other expert ids, other layers) ends the run here. Raises WeightSyncMismatch, InvalidTrajectory for routing
         that cannot be of this model.
         """
         await self._reach_experts(BATCHES)
-        return await self._check(replay=self._config.trainer.router_replay == "R3")
+        return await self._check(list(self.members), replay=self._config.trainer.router_replay == "R3")
 
-    async def push(self, version: int) -> SyncRecord:
-        """Bring every replica to ``version``; rollouts stand still until ``resume``.
+    def reconnect(self) -> None:
+        """The trainer is another one: connect it before the next push."""
+        self._connected = {}
 
-        Raises WeightSyncMismatch when the canary disagrees twice, WeightSyncError when sync.timeout_s is over.
+    async def push(self, version: int, *, paused: Paused | None = None, end_calls: bool = False) -> SyncRecord:
+        """Bring every member to ``version``; rollouts stand still until ``resume``, or with sync.rolling until their
+        replica's turn is over.
+
+        end_calls: end running calls where they would be frozen, so that ``paused`` finds all of their tokens.
+        Raises WeightSyncMismatch when the canary disagrees twice, WeightSyncError when a transfer fails twice or
+        sync.timeout_s is over, ReplicaFailed.
         """
         phases: dict[str, float] = {}
-        retries = 0
+        agreements, retries = [], 0
+        turns = [[replica] for replica in self.members] if self._config.sync.rolling else [list(self.members)]
         try:
-            async with asyncio.timeout(self._config.sync.timeout_s):
-                try:
-                    agreement = await self._push_once(version, phases)
-                except WeightSyncMismatch as error:
-                    if self._config.async_training.partial_rollout.mode == "in_flight":
-                        raise  # frozen generations went on meanwhile, with weights that nobody knows
-                    log.warning("the canary disagrees; pushing once more", version=version, reason=str(error))
-                    retries = 1
-                    agreement = await self._push_once(version, phases)
+            for turn in turns:
+                async with asyncio.timeout(self._config.sync.timeout_s):
+                    agreement, again = await self._push_or_again(version, turn, phases, end_calls)
+                    agreements.append(agreement)
+                    retries += again
+                    if paused is not None:
+                        for replica in turn:
+                            await paused(replica)
+                if self._config.sync.rolling:
+                    await self._all(turn, "resume")
         except TimeoutError:
-            mode = self._config.async_training.partial_rollout.mode
-            raise WeightSyncError(
-                f"push of version {version} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
-                f"finished phases: {', '.join(phases) or 'none'}. "
-                + ("A push waits for the longest running generation: " if mode == "drain" else "")
-                + "raise sync.timeout_s, or see the logs of the rollout workers"
-            ) from None
+            raise await self._too_long(version, phases) from None
         return SyncRecord(
             policy_version=version,
             seconds=sum(phases.values()),
             phases=phases,
-            canary=agreement.report.max_abs_diff,
-            unreached_experts=agreement.unreached_experts,
+            canary=max(agreement.report.max_abs_diff for agreement in agreements),
+            unreached_experts=max(agreement.unreached_experts for agreement in agreements),
             retries=retries,
         )
 
     async def resume(self) -> None:
-        await asyncio.gather(*(w.resume.remote() for w in self._workers))
+        """Let every member go on. One that fails here is found by whoever waits for its work."""
+        await asyncio.gather(
+            *(_answer(worker.resume.remote()) for worker in self.members.values()), return_exceptions=True
+        )
 
-    async def _push_once(self, version: int, phases: dict[str, float]) -> Agreement:
+    async def stand_still(self, paused: Paused) -> None:
+        """Have every member stop, without a push, for as long as ``paused`` takes. Raises ReplicaFailed."""
+        everyone = list(self.members)
+        await self._all(everyone, "pause", True)
+        for replica in everyone:
+            await paused(replica)
+        await self._all(everyone, "wake")
+        await self.resume()
+
+    async def _push_or_again(
+        self, version: int, replicas: list[int], phases: dict[str, float], end_calls: bool
+    ) -> tuple[Agreement, int]:
+        """The agreement, and how many times the push was made again."""
+        try:
+            return await self._push_once(version, replicas, phases, end_calls), 0
+        except ReplicaFailed:
+            raise
+        except WeightSyncError as error:
+            mismatch = isinstance(error, WeightSyncMismatch)
+            if mismatch and self._config.async_training.partial_rollout.mode == "in_flight":
+                raise  # frozen generations went on meanwhile, with weights that nobody knows
+            log.warning("a push failed; pushing once more", version=version, reason=str(error))
+            self.reconnect()
+            return await self._push_once(version, replicas, phases, end_calls), 1
+
+    async def _push_once(
+        self, version: int, replicas: list[int], phases: dict[str, float], end_calls: bool
+    ) -> Agreement:
         """Adds to the seconds of each phase."""
-        await _timed(phases, "pause", *(w.pause.remote() for w in self._workers))
-        await _timed(phases, "transfer", *(t.push.remote(version) for t in self._trainers))
-        await _timed(phases, "wake", *(w.wake.remote() for w in self._workers))
-        start = time.monotonic()
-        agreement = await self._check(replay=False)
-        phases["canary"] = phases.get("canary", 0.0) + time.monotonic() - start
-        return agreement
+        self._all_there(replicas)
+        if self._connected != self.members:
+            await self._transfer("connect", list(self.members.values()))
+            self._connected = dict(self.members)
+        self._all_there(replicas)
+        only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
+        with _timed(phases, "pause"):
+            await self._all(replicas, "pause", end_calls)
+        with _timed(phases, "transfer"):
+            await self._transfer("push", version, only)
+        with _timed(phases, "wake"):
+            await self._all(replicas, "wake")
+        with _timed(phases, "canary"):
+            return await self._check(replicas, replay=False)
+
+    async def _transfer(self, method: str, *arguments: Any) -> None:
+        """A call of the trainer in which it calls the engines. Raises ReplicaFailed where one of them is at fault."""
+        try:
+            await self._trainers.call(method, *arguments)
+        except TrainerDied:
+            raise
+        except Exception as error:
+            await self._blame()
+            if isinstance(error, WeightSyncError):
+                raise
+            raise WeightSyncError(f"{method}: {type(error).__name__}: {error}") from error
+
+    async def _too_long(self, version: int, phases: dict[str, float]) -> WeightSyncError:
+        """What to raise when sync.timeout_s is over."""
+        try:
+            await self._blame()
+        except ReplicaFailed as failed:
+            return failed
+        mode = self._config.async_training.partial_rollout.mode
+        return WeightSyncError(
+            f"push of version {version} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
+            f"finished phases: {', '.join(phases) or 'none'}. "
+            + ("A push waits for the longest running generation: " if mode == "drain" else "")
+            + "raise sync.timeout_s, or see the logs of the rollout workers"
+        )
+
+    async def _blame(self) -> None:
+        """Raise ReplicaFailed of a member that is dead, hangs, or whose engine owes an answer."""
+        for replica in {**self._connected, **self.members}:
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    unanswered = await self.on(replica, "unanswered")
+            except TimeoutError:
+                raise ReplicaFailed(replica, f"its process does not answer within {_ANSWER_S:g} s") from None
+            if unanswered is not None:
+                raise ReplicaFailed(replica, f"the engine does not answer {unanswered}")
+
+    def _all_there(self, replicas: Sequence[int]) -> None:
+        for replica in replicas:
+            if replica not in self.members:
+                raise ReplicaFailed(replica, "it died meanwhile")
+
+    async def _all(self, replicas: Sequence[int], method: str, *arguments: Any) -> list[Any]:
+        return await asyncio.gather(*(self.on(replica, method, *arguments) for replica in replicas))
+
+    async def on(self, replica: int, method: str, *arguments: Any) -> Any:
+        """What a member answers. Raises ReplicaFailed where it, or its engine, is dead."""
+        self._all_there([replica])
+        try:
+            return await getattr(self.members[replica], method).remote(*arguments)
+        except Exception as error:
+            if process_died(error) or isinstance(cause_of(error), EngineDied):
+                raise ReplicaFailed(replica, str(cause_of(error)).partition("\n")[0]) from error
+            raise cause_of(error) from error
 
     # -- the canary ---------------------------------------------------------------------------------------------
 
-    async def _check(self, *, replay: bool) -> Agreement:
-        """Compare every replica with the trainer on the probe. Raises WeightSyncMismatch.
+    async def _check(self, replicas: list[int], *, replay: bool) -> Agreement:
+        """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch.
 
         The trainer computes its side while the engines compute theirs, routing by itself. Where that is over the
         tolerance, or ``replay`` asks for it, it computes again with the engine's routing replayed, as in training: a
@@ -136,12 +251,12 @@ class WeightSync:
         """
         replay = replay or coarser_dtype(self._config) == "bfloat16"
         scored, native = await asyncio.gather(
-            asyncio.gather(*(worker.score.remote(self._probe) for worker in self._workers)),
+            self._all(replicas, "score", self._probe),
             self._trainer("logprobs", self._probe, None),
         )
         limit = tolerance(self._config)
         reports = []
-        for replica, scores in enumerate(scored):
+        for replica, scores in zip(replicas, scored, strict=True):
             logprobs = [score.logprobs for score in scores]
             routing = None if scores[0].routed_experts is None else [score.routed_experts for score in scores]
             report = compare(logprobs, native)
@@ -164,7 +279,7 @@ class WeightSync:
         index = report.sequence
         sequence = [self._probe[index]]
         rows = None if routing is None else [routing[index]]
-        (engine,) = await self._workers[replica].fingerprints.remote(sequence)
+        (engine,) = await self.on(replica, "fingerprints", sequence)
         if engine is not None:
             (trainer,) = await self._trainer("fingerprints", sequence, rows)
             return say_layers(engine, trainer, NOISE[coarser_dtype(self._config)])
@@ -179,7 +294,7 @@ class WeightSync:
 
     async def _trainer(self, method: str, *arguments: Any) -> Any:
         """What a method of the trainer answers: every rank is called, for they compute together, and rank 0 counts."""
-        first, *_ = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self._trainers))
+        first, *_ = await self._trainers.call(method, *arguments)
         return first
 
     # -- the probe ----------------------------------------------------------------------------------------------
@@ -196,7 +311,8 @@ class WeightSync:
         return int(unreached.sum())
 
     async def _reach_experts(self, batches: int) -> None:
-        """Add sequences to the probe until replica 0 goes to every expert of every layer, or ``batches`` were tried."""
+        """Add sequences to the probe until the first member goes to every expert of every layer, or ``batches`` were
+        tried."""
         spec = self._model.routing
         if spec is None or not self._config.rollout.return_routed_experts:
             return
@@ -220,10 +336,16 @@ class WeightSync:
             )
 
     async def _routed(self, sequences: list[Int32Array]) -> list[ExpertIds]:
-        return [score.routed_experts for score in await self._workers[0].score.remote(sequences)]
+        first = next(iter(self.members))
+        return [score.routed_experts for score in await self.on(first, "score", sequences)]
 
 
-async def _timed(phases: dict[str, float], phase: str, *calls: Any) -> None:
+async def _answer(reference: Any) -> Any:
+    return await reference
+
+
+@contextlib.contextmanager
+def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
     start = time.monotonic()
-    await asyncio.gather(*calls)
+    yield
     phases[phase] = phases.get(phase, 0.0) + time.monotonic() - start

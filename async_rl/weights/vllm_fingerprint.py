@@ -1,4 +1,4 @@
-"""Fingerprints of the engine's residual stream: what vLLM's worker class is extended with (``worker_extension_cls``).
+"""Fingerprints of the engine's residual stream, taken by the ``vllm_extension`` of vLLM's worker class.
 
 Runs in the process that holds the model. Hooks are on the model between ``begin_fingerprints`` and
 ``end_fingerprints`` only, that is while a canary that disagreed is looked into. Knows the layout that vLLM 0.30 gives

@@ -4,11 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from layouts import LAYOUTS, TOLERANCE, config_of, largest, make_checkpoint, make_groups, relative, shared_out
 from ranks import run_config
 
 from async_rl.errors import CheckpointError
 from async_rl.export import export
+from async_rl.trainer import checkpoint as checkpoint_files
 
 pytestmark = pytest.mark.megatron
 
@@ -29,14 +31,27 @@ def step(trainer, shares):
 def train_and_save(trainer, updates, later, folder):
     for number, shares in enumerate(updates, start=1):
         step(trainer, shares)
-        trainer.save(folder, number)
+        partial = checkpoint_files.unfinished(folder, number)
+        if trainer._place.rank == 0:
+            checkpoint_files.begin(folder, number)
+        torch.distributed.barrier()
+        trainer.save(partial)
+        if trainer._place.rank == 0:
+            checkpoint_files.commit(partial, keep=2)
+        torch.distributed.barrier()
     saved = weights_of(trainer)
     return saved, [step(trainer, shares) for shares in later], weights_of(trainer)
 
 
 def go_on(trainer, later, folder):
-    found = trainer.resume(folder)
-    return found, weights_of(trainer), [step(trainer, shares) for shares in later], weights_of(trainer)
+    path = checkpoint_files.newest_sound(folder)
+    trainer.load(path)
+    return (
+        checkpoint_files.step_of(path),
+        weights_of(trainer),
+        [step(trainer, shares) for shares in later],
+        weights_of(trainer),
+    )
 
 
 SETTINGS = {"trainer__optimizer__warmup_steps": 6, "checkpoint__keep": 2}

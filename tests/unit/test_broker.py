@@ -217,7 +217,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def trainer_goes_back(self, data):
-        """Invariant 5 where gradients are lost: what was trained after the checkpoint is trained again, nothing else."""
+        """Invariant 5 where gradients are lost: what was trained after the checkpoint is trained again, no more."""
         step = data.draw(st.integers(self.checkpoint, self.step))
         lost = {prompt for prompt, at in self.trained_at.items() if at > step}
         assert set(self.broker.rewind(step)) == lost

@@ -27,10 +27,10 @@ def pipeline(monkeypatch):
 
     class Pipeline:
         result: object = 0
-        config = None
+        config = resume = None
 
-        def run(self, config):
-            self.config = config
+        def run(self, config, *, resume):
+            self.config, self.resume = config, resume
             if isinstance(self.result, BaseException):
                 raise self.result
             return self.result
@@ -69,6 +69,21 @@ def test_help_and_dry_run_import_nothing_heavy(path, words):
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"), [([], False), (["--resume", "auto"], True), (["--resume=auto", "--seed", "3"], True)]
+)
+def test_resume_is_an_option_and_no_setting(path, pipeline, words, resume):
+    assert cli.main(["train", str(path), *words]) == 0
+    assert pipeline.resume is resume
+    assert pipeline.config.seed == (3 if "--seed" in words else 0)
+
+
+def test_resume_takes_no_other_value(path):
+    done = run("train", path, "--resume", "yes")
+    assert done.returncode == 2
+    assert "auto" in done.stderr
 
 
 def test_wrong_settings_are_one_message_and_exit_code_2(path):

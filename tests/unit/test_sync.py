@@ -61,7 +61,7 @@ class Engine(Actor):
         stream[self.layer + 1 :] += self.off
         return [stream]
 
-    def do_pause(self): ...
+    def do_pause(self, end_calls): ...
     def do_wake(self): ...
     def do_resume(self): ...
 
@@ -71,7 +71,13 @@ class Trainer(Actor):
         super().__init__()
         self.engine = engine
 
-    def do_push(self, version):
+    async def call(self, method, *arguments):
+        self.calls.append(method)
+        return [getattr(self, f"do_{method}")(*arguments)]
+
+    def do_connect(self, workers): ...
+
+    def do_push(self, version, only):
         self.engine.pushes += 1
 
     def do_logprobs(self, sequences, routing):
@@ -96,7 +102,9 @@ def fingerprints(sequence):
 def sync(engine, **sections):
     tree = {"model": {"path": "m", "dtype": "float32"}, "data": {"train": "d"}, **sections}
     trainer = Trainer(engine)
-    return WeightSync(validate(tree), MODEL, [trainer], [engine]), trainer
+    subject = WeightSync(validate(tree), MODEL, trainer)
+    subject.members = {0: engine}
+    return subject, trainer
 
 
 async def test_invariant_10_a_push_that_arrives_is_made_once():
