@@ -4,9 +4,9 @@
                      ▲                                                      │
                      └──────────────── WeightSync, version v+1 ◄────────────┘
 
-In the driver's event loop run at once: the training loop; for each replica ``_tend``, which hands in what the worker
-finishes and puts another in its place when it dies; and the monitor, which publishes what the actors count. The first
-that raises ends the run.
+In the driver's event loop run at once: the training loop; for each replica ``Replicas.tend``, which hands in what the
+worker finishes and puts another in its place when it dies; and the monitor, which publishes what the actors count. The
+first that raises ends the run.
 
     who            waits for                                    released by
     rollout        admission (staleness budget)                 a push, or a group that is given back
@@ -23,38 +23,36 @@ What dies, and what follows: docs/reliability.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import ray
 import structlog
 
-from async_rl import doctor, logs, run_state
+from async_rl import doctor, inputs, logs, run_state
 from async_rl.cluster import place, ray_cluster
 from async_rl.config import RunConfig
-from async_rl.errors import AsyncRLError, ConfigError, ProcessLost, ReplicaFailed, StalledError, TrainerDied
-from async_rl.failures import cause_of, explain
-from async_rl.fleet import Rollouts, Trainers, worker_lost
-from async_rl.metrics.watchdog import Situation, account
+from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.failures import explain
+from async_rl.fleet import Rollouts, Trainers
+from async_rl.interrupt import Interrupted, first_failure, until_interrupted
 from async_rl.model_config import read_model_config
+from async_rl.monitor import Monitor
 from async_rl.queue.ray_queue import Payload, start_queue
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.recorder import Recorder
-from async_rl.recovery import Restarts
-from async_rl.rollout.prompts import Dataset, DatasetCursor, read_jsonl
+from async_rl.recovery import Recovery
+from async_rl.replicas import Replicas
+from async_rl.rollout.prompts import Dataset, DatasetCursor
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import name_of
 from async_rl.run_state import RunState
-from async_rl.stacks import dump_stacks
 from async_rl.trainer import checkpoint
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
@@ -84,11 +82,11 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     if config.prepare is not None:
-        _load(config.prepare)(config)
+        inputs.load_function(config.prepare)(config)
         doctor.require(config)
-    config = _resolved(config, resume=resume)
+    config = inputs.resolved(config, resume=resume)
     tokenizer = load_tokenizer(config)
-    train_set, eval_set = _read_data(config, tokenizer)
+    train_set, eval_set = inputs.read_data(config, tokenizer)
     eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
     with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
@@ -99,8 +97,8 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
             recorder.resumed(0 if state is None else state.step, None if state is None else state.recorder)
         try:
             with ray_cluster(config):
-                asyncio.run(_until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
-        except (_Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
+                asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
+        except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
             recorder.finish("interrupted")
             return 130
         except BaseException as error:
@@ -129,7 +127,7 @@ class Pipeline:
         self._step = 0 if self._resumed is None else self._resumed.step
         self._version = 0 if self._resumed is None else self._resumed.version
         self._eval_prompts = eval_prompts
-        self._restarts = Restarts(config.recovery)
+        self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         placement = place(config, sorted(os.sched_getaffinity(0)))
         recorder.journal.unlink(missing_ok=True)
@@ -139,19 +137,19 @@ class Pipeline:
         self._rollouts = Rollouts(config, self._queue.actor, placement)
         self._model = read_model_config(config.model.path)
         self._sync = WeightSync(config, self._model, self._trainers)
-        self._joining: dict[int, asyncio.Future[None]] = {}  # replicas that wait for weights
-        self._somebody_joins = asyncio.Event()
-        self._saved: dict[int, dict[str, Any]] = {}  # groups in flight of replicas that were left out
-        self._doing = ("start", time.monotonic())
+        self._replicas = Replicas(self._rollouts, self._queue, self._sync, self._recovery, recorder)
+        self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
 
     async def run(self) -> None:
         try:
             await self._start()
             await self._evaluate()
             self._recorder.training_begins()
-            await _first_failure(self._train(), self._monitor(), *(self._tend(r) for r in self._rollouts.workers))
-            await asyncio.gather(*(self._sync.on(replica, "stop") for replica in self._sync.members))
-            await self._count()
+            await first_failure(
+                self._train(), self._monitor.run(), *(self._replicas.tend(r) for r in self._rollouts.workers)
+            )
+            await self._replicas.stop()
+            await self._monitor.count()
             self._recorder.training_ended()
             await self._evaluate()
             await self._trainers.call("export", self._recorder.final_model)
@@ -185,11 +183,10 @@ class Pipeline:
         for name in (await self._queue.stats()).running:
             await self._queue.worker_lost(name, keep=adopted)
         # The engines have loaded the checkpoint that the run began with.
-        version = state.version if state.pushed else state.version + 1
-        await self._sync.push(version)
-        if version > state.version:
-            await self._queue.advance(version)
-        self._version = version
+        self._version = state.version if state.pushed else state.version + 1
+        await self._sync.push(self._version)
+        if self._version > state.queue["version"]:
+            await self._queue.advance(self._version)
         await self._sync.resume()
         self._recorder.event(f"{len(state.queued)} groups were queued, {len(adopted)} are gone on with")
 
@@ -198,7 +195,7 @@ class Pipeline:
     async def _train(self) -> None:
         while self._step < self._config.trainer.steps:
             try:
-                if self._joining:
+                if self._replicas.push_wanted:
                     await self._push()
                 await self._train_step()
             except _PushWanted:
@@ -210,7 +207,7 @@ class Pipeline:
         began = time.monotonic()
         leased: Leased = []
         try:
-            with self._at("groups"):
+            with self._monitor.at("groups"):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
         except (TrainerDied, _PushWanted):
             await self._queue.release([meta.group_id for meta, _ in leased])
@@ -242,9 +239,9 @@ class Pipeline:
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
-        with self._at("update"):
+        with self._monitor.at("update"):
             calls = self._trainers.call("train_step", *self._versions(), shares=by_rank)
-            reports, _ = await asyncio.gather(calls, self._count())
+            reports, _ = await asyncio.gather(calls, self._monitor.count())
         first: list[StepReport] = reports[0]
         return first
 
@@ -257,10 +254,10 @@ class Pipeline:
             part = await self._lease(missing, min(ranks, missing))
             first = not leased
             leased += part
-            with self._at("update"):
+            with self._monitor.at("update"):
                 await self._trainers.call("accumulate", *versions, shares=self._shares(part, loads), first=first)
-        with self._at("update"):
-            reports, _ = await asyncio.gather(self._trainers.call("finish_step"), self._count())
+        with self._monitor.at("update"):
+            reports, _ = await asyncio.gather(self._trainers.call("finish_step"), self._monitor.count())
         return [reports[0]]
 
     async def _lease(self, n: int, at_least: int) -> Leased:
@@ -269,7 +266,7 @@ class Pipeline:
             leased = await self._queue.lease("trainer", n, timeout_s=_LOOK_S, at_least=at_least)
             if leased:
                 return leased
-            if self._joining:
+            if self._replicas.push_wanted:
                 raise _PushWanted
 
     def _versions(self) -> tuple[int, int]:
@@ -299,27 +296,25 @@ class Pipeline:
         async def paused(replica: int) -> None:
             in_flight.update(await self._sync.on(replica, "snapshot"))
 
-        with self._at("push"):
+        with self._monitor.at("push"):
             while True:
-                await self._admit()
+                await self._replicas.admit()
                 in_flight.clear()
                 try:
                     record = await self._sync.push(version, paused=paused if snapshot else None, end_calls=snapshot)
                     break
                 except ReplicaFailed as error:
-                    await self._lose(error)
+                    await self._replicas.lose(error)
         self._version = version
         every = self._config.eval.every
         if every and self._version % every == 0:
             await self._evaluate()
-        await self._queue.advance(self._version)
+        # Before the window opens: what is issued then is not in flight yet.
         state = await self._state(in_flight, pushed=True) if snapshot else None
+        await self._queue.advance(self._version)
         self._recorder.sync(record)
         await self._sync.resume()
-        for replica, joined in list(self._joining.items()):
-            if replica in self._sync.members:
-                del self._joining[replica]
-                joined.set_result(None)
+        self._replicas.pushed()
         return state
 
     async def _evaluate(self) -> None:
@@ -328,12 +323,12 @@ class Pipeline:
             replicas = list(self._sync.members)
             shares = {replica: self._eval_prompts[place_ :: len(replicas)] for place_, replica in enumerate(replicas)}
             try:
-                with self._at("evaluation"):
+                with self._monitor.at("evaluation"):
                     results = await asyncio.gather(
                         *(self._sync.on(replica, "evaluate", share) for replica, share in shares.items() if share)
                     )
             except ReplicaFailed as error:
-                await self._lose(error)
+                await self._replicas.lose(error)
                 continue
             self._recorder.evaluation(results)
             return
@@ -347,13 +342,13 @@ class Pipeline:
         async def paused(replica: int) -> None:
             in_flight.update(await self._sync.on(replica, "snapshot"))
 
-        with self._at("checkpoint"):
+        with self._monitor.at("checkpoint"):
             while True:
                 try:
                     await self._sync.stand_still(paused)
                     break
                 except ReplicaFailed as error:
-                    await self._lose(error)
+                    await self._replicas.lose(error)
         return await self._state(in_flight, pushed=False)
 
     async def _state(self, in_flight: dict[str, Any], *, pushed: bool) -> RunState:
@@ -372,7 +367,7 @@ class Pipeline:
     async def _checkpoint(self, state: RunState) -> None:
         """Write everything down; generation goes on meanwhile."""
         began, folder = time.monotonic(), self._recorder.checkpoints
-        with self._at("checkpoint"):
+        with self._monitor.at("checkpoint"):
             partial = await asyncio.to_thread(checkpoint.begin, folder, state.step)
             await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
             await self._trainers.call("save", partial)
@@ -381,84 +376,6 @@ class Pipeline:
         self._recorder.event(f"checkpoint of step {state.step} in {time.monotonic() - began:.1f} s")
 
     # -- what dies ----------------------------------------------------------------------------------------------
-
-    async def _tend(self, replica: int) -> None:
-        """Hand in what a replica's worker finishes; put another in its place when it, or its engine, dies."""
-        while True:
-            try:
-                await self._collect(self._rollouts.workers[replica])
-            except Exception as error:
-                if not worker_lost(error):
-                    raise
-                await self._replace(replica, error)
-            else:
-                # The dataset has no end, so a worker that stops early means groups that nobody makes.
-                raise AsyncRLError("a rollout worker stopped before the last training step")
-
-    async def _collect(self, worker: Any) -> None:
-        stream = worker.groups.options(num_returns="streaming").remote()
-        async for first in stream:
-            meta = await first
-            await self._queue.put_stored(meta, [await anext(stream)])
-            worker.accepted.remote(meta.group_id)
-
-    async def _replace(self, replica: int, error: BaseException) -> None:
-        """Start another worker, give it what can be saved of the groups in flight, and wait until it has weights."""
-        name = name_of(replica)
-        self._sync.members.pop(replica, None)
-        saved = self._saved.pop(replica, None)
-        if saved is None:
-            saved = await self._salvage(replica)
-        while True:
-            self._rollouts.kill(replica)
-            lost = await self._queue.worker_lost(name, keep=list(saved))
-            await self._wait_before_restart(
-                name, error, f"{len(lost)} of its groups are issued again, {len(saved)} are gone on with"
-            )
-            try:
-                worker = self._rollouts.replace(replica)
-                await worker.start.remote()
-                adopted = await worker.adopt.remote(saved)
-                await self._queue.worker_lost(name, keep=adopted)
-                joined = self._joining[replica] = asyncio.get_running_loop().create_future()
-                self._somebody_joins.set()
-                await joined
-                self._recorder.event(f"{name} is back")
-                return
-            except Exception as again:
-                if not (worker_lost(again) or isinstance(again, ReplicaFailed)):
-                    raise
-                error = again
-
-    async def _salvage(self, replica: int) -> dict[str, Any]:
-        """The groups in flight of a worker whose engine has died; of one that is dead itself, none."""
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                # Copies: what is returned belongs to the worker's process when it is large.
-                saved = await self._rollouts.workers[replica].snapshot.remote()
-                return {group_id: np.array(message) for group_id, message in saved.items()}
-        except Exception as error:  # noqa: BLE001 - whatever it is, the groups are issued again
-            log.info("nothing can be saved of a worker", worker=name_of(replica), reason=str(error).partition("\n")[0])
-            return {}
-
-    async def _lose(self, failed: ReplicaFailed) -> None:
-        """A replica could not take part in a push: end it, so that ``_tend`` puts another in its place."""
-        log.warning("a replica is left out", reason=str(failed))
-        if self._sync.members.pop(failed.replica, None) is not None:
-            self._saved[failed.replica] = await self._salvage(failed.replica)
-            self._rollouts.kill(failed.replica)
-        if (joined := self._joining.pop(failed.replica, None)) is not None:
-            joined.set_exception(failed)
-
-    async def _admit(self) -> None:
-        """Make members of the workers that wait for weights; while there is no member at all, wait for one."""
-        while True:
-            for replica in self._joining:
-                self._sync.members[replica] = self._rollouts.workers[replica]
-            if self._sync.members:
-                return
-            self._somebody_joins.clear()
-            await self._somebody_joins.wait()
 
     async def _go_back(self, error: TrainerDied) -> None:
         """Start the trainer again from the last checkpoint; what was trained since is issued again."""
@@ -470,8 +387,8 @@ class Pipeline:
                     f"again from the last one (logs: {self._config.run_dir / 'logs'})"
                 ) from error
             state = await asyncio.to_thread(run_state.read, found)
-            with self._at("restart"):
-                await self._wait_before_restart("trainer", error, f"it goes on after step {state.step}")
+            with self._monitor.at("restart"):
+                await self._recovery.wait("trainer", error, f"it goes on after step {state.step}")
                 try:
                     self._trainers.replace()
                     await self._trainers.start(found)
@@ -484,76 +401,6 @@ class Pipeline:
                     return
                 except TrainerDied as again:
                     error = again
-
-    async def _wait_before_restart(self, kind: str, error: BaseException, consequence: str) -> None:
-        """Raises ProcessLost where it has died too often."""
-        reason = " ".join(str(cause_of(error)).split())[:200]
-        delay = self._restarts.again(kind, time.monotonic())
-        if delay is None:
-            settings = self._config.recovery
-            raise ProcessLost(
-                f"{kind} died once more, after {settings.max_restarts} restarts within {settings.period_s:g} s "
-                f"(recovery.max_restarts): {reason} (logs: {self._config.run_dir / 'logs'})"
-            ) from error
-        log.warning("a process died", process=kind, reason=reason, restart_in_s=delay)
-        self._recorder.restarted(kind.partition("-")[0])
-        self._recorder.event(f"{kind} died and is started again; {consequence}")
-        await asyncio.sleep(delay)
-
-    # -- beside it ----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _at(self, what: str) -> Iterator[None]:
-        """For the watchdog: what the training loop is at."""
-        before, self._doing = self._doing, (what, time.monotonic())
-        try:
-            yield
-        finally:
-            self._doing = (before[0], time.monotonic())
-
-    async def _monitor(self) -> None:
-        """Raises StalledError when nothing has moved for watchdog.abort_s."""
-        settings, told = self._config.watchdog, False
-        while True:
-            await asyncio.sleep(_MONITOR_PERIOD_S)
-            stalled_s, situation = await self._count()
-            if stalled_s < settings.stall_s:
-                told = False
-            elif not told:
-                told = True
-                line = account(situation, stalled_s)
-                log.warning(line)
-                self._recorder.event(line)
-            if stalled_s >= settings.abort_s:
-                await self._stalled(account(situation, stalled_s))
-
-    async def _stalled(self, line: str) -> NoReturn:
-        await dump_stacks([self._queue.actor, *self._rollouts.workers.values(), *self._trainers.actors])
-        raise StalledError(
-            f"{line}; the stacks of every process are in {self._config.run_dir / 'logs'} "
-            f"(watchdog.abort_s = {self._config.watchdog.abort_s:g})"
-        )
-
-    async def _count(self) -> tuple[float, Situation]:
-        """Publish what was counted; seconds for which nothing has moved, and what everybody is at."""
-        stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(_ANSWER_S))
-        queue = stats or self._recorder.queue
-        doing, since = self._doing
-        silent = [name_of(replica) for replica in self._rollouts.silent]
-        absent = [name_of(r) for r in self._rollouts.workers if r not in self._sync.members]
-        situation = Situation(
-            trainer=doing,
-            trainer_s=time.monotonic() - since,
-            queued_groups=0 if queue is None else queue.queued_groups,
-            required_groups=self._config.required_groups,
-            running={} if queue is None else queue.running,
-            refusal=None if queue is None else queue.refusal,
-            silent=[*silent, *(["the queue"] if stats is None else [])],
-            absent=absent,
-        )
-        if queue is None:
-            return 0.0, situation
-        return self._recorder.counted(queue, workers, situation), situation
 
     async def _shut_down(self) -> None:
         actors = [*self._rollouts.workers.values(), *self._trainers.actors]
@@ -571,92 +418,3 @@ class _PushWanted(Exception):
 def _write_state(folder: Path, state: RunState, recorder: dict[str, Any]) -> None:
     messages = dict(zip(state.queued, ray.get([reference for (reference,) in state.queued.values()]), strict=True))
     run_state.write(folder, replace(state, recorder=recorder, queued=messages))
-
-
-async def _in_time(call: Awaitable[Any]) -> Any:
-    """What it answers; None where it does not within _ANSWER_S."""
-    try:
-        async with asyncio.timeout(_ANSWER_S):
-            return await call
-    except TimeoutError:
-        return None
-
-
-class _Interrupted(Exception):
-    """Ctrl-C or SIGTERM."""
-
-
-async def _until_interrupted(work: Any) -> None:
-    """Await ``work``; on Ctrl-C or SIGTERM cancel it, let it clean up, and raise _Interrupted."""
-    task = asyncio.ensure_future(work)
-    interrupted = False
-
-    def interrupt() -> None:
-        nonlocal interrupted
-        interrupted = True
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    try:
-        await task
-    except asyncio.CancelledError:
-        if interrupted:
-            raise _Interrupted from None
-        raise
-
-
-async def _first_failure(main: Any, *others: Any) -> None:
-    """Await ``main``; whatever of ``others`` raises first is raised instead. All are ended on return."""
-    leader = asyncio.ensure_future(main)
-    tasks = {leader, *(asyncio.ensure_future(other) for other in others)}
-    try:
-        while not leader.done():
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Rows for training and evaluation, tokenized. Bad ones are reported as data.on_bad_row says."""
-
-    def read(path: Path) -> Dataset:
-        dataset = read_jsonl(
-            path,
-            encode=tokenizer.encode,
-            prompt_field=config.data.prompt_field,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            on_bad_row=config.data.on_bad_row,
-        )
-        if (report := dataset.bad_row_report()) is not None:
-            log.warning("rows skipped", report=report)
-        return dataset
-
-    return read(config.data.train), None if config.data.eval is None else read(config.data.eval)
-
-
-def _resolved(config: RunConfig, *, resume: bool) -> RunConfig:
-    """The config with what depends on this machine filled in: the device, and a free name (name, name-2, ...) unless
-    the run of this name is gone on with."""
-    device = "cuda" if doctor.uses_gpu(config) else "cpu"
-    config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
-    if resume:
-        return config
-    number, candidate = 1, config
-    while candidate.run_dir.exists() and any(candidate.run_dir.iterdir()):
-        number += 1
-        candidate = config.model_copy(update={"name": f"{config.name}-{number}"})
-    return candidate
-
-
-def _load(name: str) -> Callable[[RunConfig], None]:
-    module, _, function = name.partition(":")
-    try:
-        loaded: Callable[[RunConfig], None] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"prepare: cannot load {name}: {error}") from error
-    return loaded

@@ -150,6 +150,10 @@ class Recorder:
         publish_sync(self._metrics, record)
         self._live.sync(record)
 
+    def training_loop_at(self, phase: str) -> None:
+        """What the training loop does now."""
+        self._metrics.set_all("training_loop_phase", None, {phase: 1})
+
     def restarted(self, process: str) -> None:
         """A process of this kind died and is started again."""
         self._metrics.inc("process_restarts_total", process=process)

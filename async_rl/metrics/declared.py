@@ -346,6 +346,13 @@ _SPECS: tuple[MetricSpec, ...] = (
         why="Pace and its spread.",
     ),
     MetricSpec(
+        "training_loop_phase",
+        "gauge",
+        "1 for what the training loop is at: waiting for groups, an update, a push, a checkpoint, ...",
+        labels=("phase",),
+        why="What the run is at when it seems to stand still.",
+    ),
+    MetricSpec(
         "process_restarts_total",
         "counter",
         "Processes that died and were started again, by kind.",

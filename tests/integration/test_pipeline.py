@@ -158,22 +158,22 @@ def test_ctrl_c_leaves_a_summary_and_nothing_else(start_run):
     assert run.summary["steps"] >= 2
 
 
-@pytest.mark.parametrize("victim", ["driver", "supervisor", "EngineCore", "trainer"])
+@pytest.mark.parametrize("victim", ["driver", "supervisor", "EngineCore", "trainer", "queue"])
 def test_a_killed_process_ends_the_run(start_run, victim):
-    run = start_run(trainer__steps=10_000)
+    run = start_run(trainer__steps=10_000, recovery__max_restarts=0)
     run.wait_for_step(1)
     if victim == "driver":
         os.kill(run.driver, signal.SIGKILL)
     elif victim == "supervisor":
         run.process.kill()
     else:
-        name = {"EngineCore": "EngineCore", "trainer": "TrainerActor"}[victim]
+        name = {"EngineCore": "EngineCore", "trainer": "TrainerActor", "queue": "QueueProcess"}[victim]
         (process,) = run.descendants(name)
         process.kill()
     code = run.wait()
     run.assert_nothing_left()
     assert code not in (0, 130)
-    if victim in ("EngineCore", "trainer"):
+    if victim in ("EngineCore", "trainer", "queue"):
         assert code == 1
         assert run.summary["exit_reason"].startswith("failed: ")
         assert run.output.count("async-rl: ") == 1  # why, in one place
