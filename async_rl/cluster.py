@@ -22,7 +22,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
 from async_rl.process import mark_semaphores, pin
-from async_rl.queue.ray_queue import Outbox
+from async_rl.queue.ray_queue import Outbox, open_groups
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
 from async_rl.trainer.parallel import world_size
@@ -134,7 +134,7 @@ class RolloutActor(RolloutWorker):
         engine = VllmEngine(config, replica, cores=cores)
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
-        self._outbox = Outbox(queue)
+        self._outbox = Outbox(queue, open_groups(config, f"rollout-{replica}"))
         super().__init__(config, replica, self._outbox, engine, tokenizer, RewardRunner(config.reward), environment)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
 

@@ -264,7 +264,22 @@ class TrainerSection(Section):
     loss: LossSection = LossSection()
 
 
+class RedisSection(Section):
+    url: Annotated[str, Field(pattern=r"^(redis|rediss|unix)://[^@]*$")] = "redis://127.0.0.1:6379/0"
+    """Server and database; rediss:// is TLS. Credentials have settings of their own: this one is written down."""
+    username: str | None = None
+    """User of the server's access list; none is its default user."""
+    password_file: PathName | None = None
+    """File that holds the password."""
+    ca_file: PathName | None = None
+    """Certificates of the authorities that may have signed the server's; by default those of this machine."""
+
+
 class QueueSection(Section):
+    backend: Literal["memory", "redis"] = "memory"
+    """Where finished groups and the queue's journal are: in the cluster and the run folder, or in Redis, so that they
+    outlive both."""
+    redis: RedisSection = RedisSection()
     max_groups: Positive | None = None
     """Bound by groups; by default what the staleness budget can have outstanding."""
     max_bytes: Positive = 2 * 2**30
@@ -400,6 +415,11 @@ class RunConfig(Section):
         if self.sync.backend == "nccl" and self.resources.device == "cpu":
             raise ValueError(
                 "sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to shm"
+            )
+        if self.queue.redis.ca_file is not None and not self.queue.redis.url.startswith("rediss://"):
+            raise ValueError(
+                f"queue.redis.ca_file is set, but queue.redis.url ({self.queue.redis.url}) is not TLS; begin it with "
+                "rediss://"
             )
         if self.sync.rolling and self.sync.backend == "nccl":
             raise ValueError(

@@ -49,6 +49,19 @@ def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     return candidate
 
 
+def prepare_store(config: RunConfig, *, resume: bool, anew: bool) -> None:
+    """Look at the store of queue.backend redis before anything is started; ``anew``: nothing in it is gone on with.
+
+    Raises ConfigError where it cannot be used, or holds a run of this name although ``resume`` is not asked for.
+    """
+    if config.queue.backend == "redis":
+        from async_rl.queue import redis_store
+
+        redis_store.check(config.queue.redis, config.name, resume=resume)
+        if anew:
+            redis_store.remove(config.queue.redis, config.name)
+
+
 def load_function(name: str) -> Callable[[RunConfig], None]:
     """The function that ``prepare`` names. Raises ConfigError."""
     module, _, function = name.partition(":")

@@ -92,6 +92,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
         logs.configure(config.run_dir, "pipeline", console=True)
         recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         found = checkpoint.newest_sound(recorder.checkpoints) if resume else None
+        inputs.prepare_store(config, resume=resume, anew=found is None)
         if resume:
             state = None if found is None else run_state.read(found)
             recorder.resumed(0 if state is None else state.step, None if state is None else state.recorder)
@@ -174,6 +175,7 @@ class Pipeline:
         """Go on with the work of a run that ended: what was queued, what was in flight, and the weights."""
         for group_id, message in state.queued.items():
             self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
+        await self._queue.recover(state.step)
         groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
         adopted: list[str] = []
         for place_, replica in enumerate(replicas):
@@ -183,12 +185,15 @@ class Pipeline:
         for name in (await self._queue.stats()).running:
             await self._queue.worker_lost(name, keep=adopted)
         # The engines have loaded the checkpoint that the run began with.
-        self._version = state.version if state.pushed else state.version + 1
+        stats = await self._queue.stats()
+        # A queue that outlived the run may have seen versions that were pushed after the checkpoint.
+        seen = max(state.version, stats.version)
+        self._version = seen if state.pushed and seen == state.version else seen + 1
         await self._sync.push(self._version)
-        if self._version > state.queue["version"]:
+        if self._version > stats.version:
             await self._queue.advance(self._version)
         await self._sync.resume()
-        self._recorder.event(f"{len(state.queued)} groups were queued, {len(adopted)} are gone on with")
+        self._recorder.event(f"{stats.queued_groups} groups are queued, {len(adopted)} in flight are gone on with")
 
     # -- the training loop --------------------------------------------------------------------------------------
 
@@ -416,5 +421,7 @@ class _PushWanted(Exception):
 
 
 def _write_state(folder: Path, state: RunState, recorder: dict[str, Any]) -> None:
-    messages = dict(zip(state.queued, ray.get([reference for (reference,) in state.queued.values()]), strict=True))
+    # With queue.backend redis they are there, and outlive the run by themselves.
+    in_memory = {group_id: payload for group_id, payload in state.queued.items() if not isinstance(payload, str)}
+    messages = dict(zip(in_memory, ray.get([reference for (reference,) in in_memory.values()]), strict=True))
     run_state.write(folder, replace(state, recorder=recorder, queued=messages))

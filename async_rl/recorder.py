@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import ray
 import structlog
 
 from async_rl.cluster import serve_metrics
@@ -21,6 +20,7 @@ from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
+from async_rl.queue.ray_queue import Fetcher
 from async_rl.queue.records import QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
 from async_rl.runfolder import RunFolder
@@ -41,6 +41,7 @@ class Recorder:
         self._config = config
         self._decode = decode
         self._folder = RunFolder(config, resume=resume)
+        self._fetcher = Fetcher(config)
         self._summary = Summary()
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
         self._live = LiveView(config.name, config.trainer.steps)
@@ -193,7 +194,7 @@ class Recorder:
     ) -> None:
         """One training step: its updates' reports, and the groups it consumed as leased from the queue."""
         report = merge_reports(reports)
-        payloads = ray.get([ref for _, (ref,) in leased])
+        payloads = self._fetcher.messages([payload for _, payload in leased])
         groups = [codec.decode(payload) for payload in payloads]
         self._trainer_busy_s += sum(report.seconds.values())
         record = self._record(step, version, report, groups, step_s=step_s)

@@ -13,3 +13,10 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
     exit 1
 }
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+
+# For the tests of queue.backend redis alone; a run brings its own server.
+if ! command -v redis-server >/dev/null; then
+    SUDO=$([ "$(id -u)" = 0 ] || echo sudo -n)
+    { $SUDO apt-get update -qq && $SUDO apt-get install -qq -y redis-server; } >/dev/null 2>&1 ||
+        echo "setup: redis-server is not installed, and could not be; the tests of queue.backend redis need it" >&2
+fi

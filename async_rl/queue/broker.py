@@ -45,6 +45,7 @@ STALE = "stale"
 WORKER_LOST = "worker_lost"
 TIMEOUT = "timeout"
 REWOUND = "rewound"
+PAYLOAD_LOST = "payload_lost"
 
 
 class PromptSource(Protocol):

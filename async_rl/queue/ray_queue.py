@@ -32,7 +32,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,15 +43,19 @@ from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import AsyncRLError, QueueClosed, QueueError
 from async_rl.metrics.summary import GroupCounts
-from async_rl.queue.broker import Broker, PromptSource
+from async_rl.queue.broker import PAYLOAD_LOST, Broker, PromptSource
 from async_rl.queue.codec import decode, encode
 from async_rl.queue.journal import FileJournal, Journal
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import window_limit
 from async_rl.types import Group
 
-Payload = list[Any]
-"""[ObjectRef of an encoded group]: in a list, so that Ray passes the reference on instead of the object."""
+if TYPE_CHECKING:
+    from async_rl.queue.redis_store import RedisGroups
+
+Payload = list[Any] | str
+"""[ObjectRef of an encoded group]: in a list, so that Ray passes the reference on instead of the object. With
+queue.backend redis, an address there."""
 
 MAX_CONCURRENCY = 10_000
 """Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of
@@ -93,22 +97,59 @@ def start_queue(
     """Start the actor; its client can be sent to other actors. ``source`` moves into the actor.
 
     journal: a file that the actor is rebuilt from when it dies, recovery.max_restarts times; without one it dies once.
-    state: of a broker, to begin with.
+    With queue.backend redis the journal is there, and the actor begins with what it says. state: of a broker, to begin
+    with where no journal says otherwise.
     """
+    open_journal: Callable[[], Journal] | None = None
+    if config.queue.backend == "redis":
+        from async_rl.queue.redis_store import RedisJournal
+
+        open_journal = functools.partial(RedisJournal, config.queue.redis, config.name)
+    elif journal is not None:
+        open_journal = functools.partial(FileJournal, journal)
     broker = build_broker(config, source)
     if state is not None:
         broker.restore(state)
-    restarts = {} if journal is None else {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
+    restarts = {} if open_journal is None else {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
     actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **restarts)(_QueueProcess)
     # The dataset is in it. Ray does not keep a large argument until the actor is started again, and complains of any
     # reference among the arguments; one that is written down keeps its object for as long as this process lives.
-    return QueueClient(actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), journal))
+    actor = actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), open_journal)
+    return QueueClient(actor, open_groups(config, "driver"))
 
 
-def fetch(payloads: Sequence[Payload]) -> list[Group]:
-    """Get and decode leased groups; their arrays are views on the object store. For who trains on them."""
-    messages = ray.get([reference for (reference,) in payloads])
-    return [decode(message) for message in messages]
+def open_groups(config: RunConfig, consumer: str) -> RedisGroups | None:
+    """Where the messages of finished groups are, as ``consumer``; None for the object store."""
+    if config.queue.backend == "memory":
+        return None
+    from async_rl.queue.redis_store import RedisGroups
+
+    return RedisGroups(config.queue.redis, config.name, consumer)
+
+
+class Fetcher:
+    """Gets leased groups: for who trains on them, or writes them down."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._groups: RedisGroups | None = None
+
+    def messages(self, payloads: Sequence[Payload]) -> list[Any]:
+        """As they were encoded; views on the object store, where they are there."""
+        stored = [payload for payload in payloads if isinstance(payload, str)]
+        from_redis = iter(self._redis().read(stored) if stored else [])
+        in_memory = iter(ray.get([payload[0] for payload in payloads if not isinstance(payload, str)]))
+        return [next(from_redis if isinstance(payload, str) else in_memory) for payload in payloads]
+
+    def groups(self, payloads: Sequence[Payload]) -> list[Group]:
+        """Decoded; their arrays are views on the messages."""
+        return [decode(message) for message in self.messages(payloads)]
+
+    def _redis(self) -> RedisGroups:
+        if self._groups is None:
+            self._groups = open_groups(self._config, "reader")
+        assert self._groups is not None
+        return self._groups
 
 
 class QueueActor:
@@ -243,6 +284,8 @@ class QueueActor:
         empty = True
         for call, method, arguments in journal.replay():
             empty = False
+            if call in self._answers:
+                continue  # written twice, when the first answer was lost
             if method == "restore":
                 state, answers = arguments
                 self._broker.restore(state)
@@ -304,11 +347,9 @@ class QueueActor:
 class _QueueProcess(QueueActor):
     """QueueActor in a process of its own."""
 
-    def __init__(self, config: RunConfig, broker: bytes, journal: Path | None) -> None:
+    def __init__(self, config: RunConfig, broker: bytes, open_journal: Callable[[], Journal] | None) -> None:
         logs.configure(config.run_dir if config.run_dir.is_dir() else None, "queue", console=False)
-        super().__init__(
-            ray.get(ray.cloudpickle.loads(broker)), None if journal is None else functools.partial(FileJournal, journal)
-        )
+        super().__init__(ray.get(ray.cloudpickle.loads(broker)), open_journal)
 
 
 class QueueClient:
@@ -319,8 +360,10 @@ class QueueClient:
     share the next one: a remote call costs about as much as storing a megabyte.
     """
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
+        """groups: where their messages are with queue.backend redis."""
         self.actor = actor
+        self._groups = groups
         self._name = uuid.uuid4().hex[:16]
         self._calls = itertools.count()
         self._payloads: dict[str, Payload] = {}
@@ -337,13 +380,14 @@ class QueueClient:
 
     async def put(self, group: Group) -> GroupMeta:
         """Encode and store the group, then hand it in; returns once the queue has it."""
-        message = encode(group)
-        meta = GroupMeta.of(group, message.nbytes)
+        meta, message = await self._encoded(group)
         await self.put_stored(meta, [ray.put(message)])
         return meta
 
     async def put_stored(self, meta: GroupMeta, payload: Payload) -> bool:
-        """Hand in a group that is in the object store. False if it was dropped at once."""
+        """Hand in a group that is stored: as ``payload``, or at the meta's address. False if it was dropped at once."""
+        if meta.address:
+            payload = meta.address
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._send())
         place, batch = len(self._outbox), self._gathering
@@ -351,8 +395,11 @@ class QueueClient:
         held = self._payloads.setdefault(meta.group_id, payload)
         self._outbox.append((self._id(), meta))
         answer = (await asyncio.shield(batch))[place]  # one caller's cancellation is not the others'
-        if answer is not True and held is payload:
-            self._let_go([meta.group_id])
+        if answer is not True:
+            if held is payload:
+                del self._payloads[meta.group_id]
+            if self._groups is not None and isinstance(payload, str):
+                await asyncio.to_thread(self._groups.forget, [payload])
         if isinstance(answer, QueueError):
             raise answer
         return answer
@@ -373,23 +420,25 @@ class QueueClient:
         for meta in metas:
             if meta.group_id not in self._payloads:
                 raise QueueError(f"group {meta.group_id}: {consumer} leased it, and its payload is not here")
+        if self._groups is not None and metas:
+            await asyncio.to_thread(self._groups.claim, [meta.address for meta in metas])
         return [(meta, self._payloads[meta.group_id]) for meta in metas]
 
     async def ack(self, group_ids: Iterable[str], step: int = 0) -> None:
         ids = list(group_ids)
         await self._decide("ack", ids, step)
-        self._let_go(ids)
+        await self._let_go(ids)
 
     async def release(self, group_ids: Iterable[str]) -> None:
-        self._let_go(await self._decide("release", list(group_ids)))
+        await self._let_go(await self._decide("release", list(group_ids)))
 
     async def return_group(self, group_id: str, reason: str) -> None:
         await self._decide("return_group", group_id, reason)
-        self._let_go([group_id])
+        await self._let_go([group_id])
 
     async def fail(self, group_id: str, reason: str) -> None:
         await self._decide("fail", group_id, reason)
-        self._let_go([group_id])
+        await self._let_go([group_id])
 
     async def worker_lost(self, worker: str, keep: Collection[str] = ()) -> list[str]:
         """What was returned: ``keep`` stays, for another worker to go on with."""
@@ -402,7 +451,23 @@ class QueueClient:
         return result
 
     async def advance(self, version: int) -> None:
-        self._let_go(await self._decide("advance", version))
+        await self._let_go(await self._decide("advance", version))
+
+    async def recover(self, step: int) -> None:
+        """Take over what there is of a run that goes on after training step ``step``: in a store that outlived it, and
+        what ``hold`` was given. A group whose payload is nowhere goes back to the dataset."""
+        state = await self.state()
+        metas = [GroupMeta.from_fields(meta) for _, meta in [*state["queued"], *state["leased"]]]
+        await self.release([GroupMeta.from_fields(meta).group_id for _, meta in state["leased"]])
+        stored = {meta.address for meta in metas if meta.address}
+        if self._groups is not None:
+            stored = await asyncio.to_thread(self._groups.sweep, stored)
+            await self.rewind(step)
+        for meta in metas:
+            if meta.address in stored and self._groups is not None:
+                self._payloads[meta.group_id] = meta.address
+            elif meta.group_id not in self._payloads:
+                await self.return_group(meta.group_id, PAYLOAD_LOST)
 
     async def checkpointed(self, oldest_step: int) -> None:
         await self._decide("checkpointed", oldest_step)
@@ -427,15 +492,26 @@ class QueueClient:
         result: dict[str, Any] = await self._call("state")
         return result
 
+    async def _encoded(self, group: Group) -> tuple[GroupMeta, npt.NDArray[np.uint8]]:
+        """The message is empty where it is stored at the meta's address."""
+        message = encode(group)
+        meta = GroupMeta.of(group, message.nbytes)
+        if self._groups is None:
+            return meta, message
+        address = await asyncio.to_thread(self._groups.add, group.group_id, message)
+        return dataclasses.replace(meta, address=address), np.empty(0, np.uint8)
+
     async def _send(self) -> list[bool | QueueError]:
         async with self._sending:  # while one batch is on its way, the next one gathers
             batch, self._outbox, self._gathering = self._outbox, [], None
             answers: list[bool | QueueError] = await self._call("put_many", batch)
             return answers
 
-    def _let_go(self, group_ids: Iterable[str]) -> None:
-        for group_id in group_ids:
-            self._payloads.pop(group_id, None)
+    async def _let_go(self, group_ids: Iterable[str]) -> None:
+        payloads = [self._payloads.pop(group_id, None) for group_id in group_ids]
+        stored = [payload for payload in payloads if isinstance(payload, str)]
+        if self._groups is not None and stored:
+            await asyncio.to_thread(self._groups.forget, stored)
 
     def _id(self) -> str:
         return f"{self._name}/{next(self._calls)}"
@@ -455,15 +531,14 @@ class QueueClient:
 class Outbox(QueueClient):
     """The worker's end: what it has finished leaves in a stream, and is handed in by whoever reads that."""
 
-    def __init__(self, actor: Any) -> None:
-        super().__init__(actor)
+    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
+        super().__init__(actor, groups)
         self._ready: asyncio.Queue[tuple[GroupMeta, npt.NDArray[np.uint8]]] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Future[None]] = {}
 
     async def put(self, group: Group) -> GroupMeta:
         """Encode the group and have it handed in; returns once ``accepted`` was called for it."""
-        message = encode(group)
-        meta = GroupMeta.of(group, message.nbytes)
+        meta, message = await self._encoded(group)
         accepted = self._waiting[meta.group_id] = asyncio.get_running_loop().create_future()
         self._ready.put_nowait((meta, message))
         try:

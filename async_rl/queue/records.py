@@ -37,13 +37,14 @@ class GroupMeta:
     num_partial: int
     lengths: tuple[int, ...] = ()
     """Tokens of each trajectory."""
+    address: str = ""
+    """Where the encoded group is, for a backend that has addresses of its own; "" in the object store."""
 
     @classmethod
     def from_fields(cls, fields: Sequence[Any]) -> GroupMeta:
         """From the values of its fields in order, as ``dataclasses.astuple`` gives them."""
-        *others, lengths = fields
-        named = dict(zip((field.name for field in dataclasses.fields(cls)), others, strict=False))
-        return cls(**named, lengths=tuple(lengths))
+        named = dict(zip((field.name for field in dataclasses.fields(cls)), fields, strict=True))
+        return cls(**named | {"lengths": tuple(named["lengths"])})
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:

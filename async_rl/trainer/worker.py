@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.queue.ray_queue import Payload, fetch
+from async_rl.queue.ray_queue import Fetcher, Payload
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)
@@ -33,6 +33,7 @@ class TrainerWorker:
         self._config = config
         self._rank = rank
         self._init_method = init_method
+        self._fetcher = Fetcher(config)
         self._pusher: WeightPusher | None = None
 
     def start(self, checkpoint: Path | None = None) -> None:
@@ -60,7 +61,7 @@ class TrainerWorker:
         self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
     ) -> list[StepReport]:
         """One training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
-        batches = [fetch(payloads) for payloads in mini_batches]
+        batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
         # All of the step's groups at once: later updates go by what was before the first.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
@@ -69,7 +70,7 @@ class TrainerWorker:
         """A part of a step's groups, this rank's of those that are there; ``first`` opens the step."""
         if first:
             self._trainer.begin_step(version=version, oldest_version=oldest_version)
-        self._trainer.accumulate(fetch(payloads))
+        self._trainer.accumulate(self._fetcher.groups(payloads))
 
     def finish_step(self) -> StepReport:
         """The update of the step whose groups were accumulated."""

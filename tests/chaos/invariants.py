@@ -1,0 +1,72 @@
+"""What must hold of a run, whatever was killed in it: checked from its files alone."""
+
+import functools
+import json
+
+from async_rl.config_file import load
+from async_rl.queue.journal import FileJournal
+from async_rl.queue.ray_queue import QueueActor, build_broker
+from async_rl.rollout.prompts import DatasetCursor, read_jsonl
+
+
+def check(run, tmp_path) -> None:
+    """Conservation by id (5), the hard bound (4) and the books, of a run that came to an orderly end."""
+    config = load(run.folder / "config.yaml")
+    groups = [group for row in run.trained for group in row["groups"]]
+    assert [row["step"] for row in run.trained] == list(range(1, len(run.trained) + 1)), (
+        "a step is missing, or is twice"
+    )
+    assert [row["step"] for row in run.rows] == [row["step"] for row in run.trained]
+    assert all(len(row["groups"]) == config.required_groups for row in run.trained)
+    trained = [group.rpartition(".")[0] for group in groups]
+    assert len(set(trained)) == len(trained), "a prompt was trained twice"
+
+    state = rebuilt(config, run.folder / "queue.journal", tmp_path)
+    outstanding = [fields[1] for fields in state["running"]]
+    outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
+    circulating, failed = state["source"]["returned"], sum(state["failed"].values())
+    assert state["trained"] == len(trained)
+    assert state["issued"] == len(trained) + len(outstanding) + sum(state["returned"].values()) + failed
+    everywhere = trained + outstanding + circulating
+    assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
+    issued = prompts_issued(config, state["source"])
+    assert set(everywhere) <= issued
+    assert len(issued) == len(everywhere) + failed, f"prompts that are nowhere: {sorted(issued - set(everywhere))[:5]}"
+
+    bound = config.async_training.max_staleness
+    for name in ("metrics.jsonl", "rewound-metrics.jsonl"):
+        path = run.folder / name
+        for line in path.read_text().splitlines() if path.exists() else ():
+            ages = [int(age) for age, tokens in json.loads(line)["token_staleness"].items() if tokens]
+            assert max(ages, default=0) <= bound, "a token over the bound was trained"
+    for row in run.rows:
+        if (on_policy := row["on_policy_logprob_abs_diff_max"]) is not None:
+            assert on_policy <= 1e-4, "engine and trainer disagree on tokens of staleness 0: wrong weights or stamps"
+
+
+def rebuilt(config, journal, tmp_path) -> dict:
+    """The broker's last state, from what the queue wrote down."""
+    copy = tmp_path / "journal"
+    copy.write_bytes(journal.read_bytes())
+    cursor = DatasetCursor(dataset(config), shuffle=config.data.shuffle, seed=config.seed)
+    actor = QueueActor(build_broker(config, cursor), functools.partial(FileJournal, copy))
+    return actor._broker.state()
+
+
+def dataset(config):
+    return read_jsonl(
+        config.data.train,
+        encode=lambda text: list(text.encode()),
+        prompt_field=config.data.prompt_field,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        on_bad_row=config.data.on_bad_row,
+    )
+
+
+def prompts_issued(config, source) -> set[str]:
+    """Every prompt that the cursor has passed."""
+    cursor = DatasetCursor(dataset(config), shuffle=config.data.shuffle, seed=config.seed)
+    passed = set()
+    while (state := cursor.state())["epoch"] < source["epoch"] or state["index"] < source["index"]:
+        passed.add(cursor.next().prompt_id)
+    return passed

@@ -1,0 +1,112 @@
+"""SIGKILL of each kind of process, in each phase and at random moments, on the real stack.
+
+After each kill training goes on; at the end the invariants hold, and nothing is left. ``make chaos`` kills many times;
+``make test`` runs the short version. CHAOS_SEED repeats a schedule.
+"""
+
+import os
+import random
+import time
+
+import pytest
+from invariants import check
+
+pytestmark = pytest.mark.e2e
+
+NAMES = {"worker": "RolloutActor", "engine": "EngineCore", "queue": "QueueProcess", "trainer": "TrainerActor"}
+PHASES = ("groups", "update", "push", "checkpoint", None)  # None: whenever it is
+SETTINGS = {
+    "checkpoint__every": 2,
+    "trainer__steps": 100_000,
+    "recovery__max_restarts": 1000,
+    "recovery__backoff_s": 0.01,
+    "recovery__period_s": 0.1,  # so that the wait does not double
+    "eval__n": 1,
+}
+
+
+def trained_steps(run) -> int:
+    """Steps trained, those included that were taken back."""
+    lines = 0
+    for name in ("trained.jsonl", "rewound-trained.jsonl"):
+        path = run.folder / name
+        lines += path.read_bytes().count(b"\n") if path.exists() else 0
+    return lines
+
+
+def wait_for_more(run, steps: int) -> None:
+    goal, deadline = trained_steps(run) + steps, time.monotonic() + 180
+    while trained_steps(run) < goal:
+        assert run.process.poll() is None, f"the run ended:\n{run.output}"
+        assert time.monotonic() < deadline, f"training does not go on:\n{run.output[-5000:]}"
+        time.sleep(0.05)
+
+
+def kill(run, kind: str, phase: str | None, chance: random.Random) -> None:
+    if phase is None:
+        time.sleep(chance.uniform(0, 1.5))
+    else:
+        run.wait_for_phase(phase)
+    run.one(NAMES[kind]).kill()
+
+
+def schedule(chance: random.Random, kills: int, kinds) -> list[tuple[str, str | None]]:
+    """Every kind in every phase before any is repeated."""
+    pairs: list = []
+    while len(pairs) < kills:
+        each = [(kind, phase) for kind in kinds for phase in PHASES]
+        chance.shuffle(each)
+        pairs += each
+    return pairs[:kills]
+
+
+def survive(run, kills, tmp_path, seed) -> None:
+    chance = random.Random(seed)
+    run.wait_for_step(3)
+    for kind, phase in schedule(chance, kills, NAMES):
+        before = trained_steps(run)
+        kill(run, kind, phase, chance)
+        wait_for_more(run, 3)
+        print(f"killed {kind} in {phase or 'any phase'} at step {before}")
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    assert "Traceback" not in run.output
+    check(run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    chosen = int(os.environ.get("CHAOS_SEED", "0"))
+    print(f"CHAOS_SEED={chosen}")
+    return chosen
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
+    kills = int(os.environ.get("CHAOS_KILLS", "40")) // 2
+    run = start_run(rollout__replicas=replicas, **SETTINGS)
+    survive(run, kills, tmp_path, seed + replicas)
+
+
+@pytest.mark.parametrize("mode", ["resume", "in_flight"])
+def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mode):
+    """In each phase; then the run is let finish."""
+    chance = random.Random(seed)
+    settings = SETTINGS | {"async_training__partial_rollout__mode": mode}
+    run = start_run(**settings)
+    for phase in ("checkpoint", "push", "update", None):
+        run.wait_for_step(len(run.trained) + 4 if (run.folder / "trained.jsonl").exists() else 4)
+        if phase is None:
+            time.sleep(chance.uniform(0, 1.5))
+        else:
+            run.wait_for_phase(phase)
+        os.kill(run.driver, 9)
+        assert run.wait() == 137
+        run.assert_nothing_left()
+        run = start_run.again(**settings)
+    run.wait_for_step(len(run.trained) + 4)
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    check(run, tmp_path)

@@ -1,0 +1,158 @@
+"""``async-rl train`` in a process of its own, watched from outside: what it writes, runs below it, and leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+# README promises that nothing is left this long after any exit.
+CLEAN_WITHIN_S = 15
+RUN_LIMIT_S = 300
+HERE = Path(__file__).parent
+
+
+class Run:
+    """One start of the run "run" in ``folder``, with every process below it on record."""
+
+    def __init__(self, recipe: Path, folder: Path, *, resume: bool = False, **settings) -> None:
+        self.folder = folder / "runs" / "run"
+        arguments = [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
+        self._shm_before = set(os.listdir("/dev/shm"))
+        self.recipe = recipe
+        self._output = (folder / "output.txt").open("a+" if resume else "w+")
+        arguments += ["--resume", "auto"] if resume else []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "async_rl.cli", "train", str(recipe), f"--runs={folder / 'runs'}", *arguments],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(HERE / "integration"), os.environ.get("PYTHONPATH", "")])},
+        )
+        self._seen: dict[tuple[int, float], psutil.Process] = {}
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    @property
+    def output(self) -> str:
+        self._output.flush()
+        return Path(self._output.name).read_text()
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def descendants(self, name: str = "") -> list[psutil.Process]:
+        return [p for p in self._seen.values() if _alive(p) and name in " ".join(_cmdline(p))]
+
+    @property
+    def trained(self) -> list[dict]:
+        """Of each training step: its groups."""
+        return [json.loads(line) for line in (self.folder / "trained.jsonl").read_text().splitlines()]
+
+    @property
+    def log(self) -> list[dict]:
+        """What the driver logged, of all starts."""
+        return [json.loads(line) for line in (self.folder / "logs" / "pipeline.jsonl").read_text().splitlines()]
+
+    def one(self, name: str) -> psutil.Process:
+        """The newest process of that name."""
+        found = self.descendants(name)
+        assert found, f"no process {name!r} below the run"
+        return max(found, key=lambda process: process.create_time())
+
+    def phase(self) -> str | None:
+        """What the training loop is at; None while nobody says."""
+        try:
+            (target,) = json.loads((self.folder / "prometheus" / "targets" / "pipeline.json").read_text())
+            with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=5) as response:
+                text = response.read().decode()
+        except (OSError, ValueError):
+            return None
+        found = [line for line in text.splitlines() if line.startswith("async_rl_training_loop_phase{")]
+        return found[0].partition('phase="')[2].partition('"')[0] if found else None
+
+    def wait_for_phase(self, phase: str) -> None:
+        """Until the training loop is at it, as far as looking every few milliseconds tells."""
+        deadline = time.monotonic() + RUN_LIMIT_S
+        while self.phase() != phase:
+            assert self.process.poll() is None, f"the run ended early:\n{self.output}"
+            assert time.monotonic() < deadline, f"phase {phase} did not come:\n{self.output}"
+            time.sleep(0.002)
+
+    @property
+    def driver(self) -> int:
+        """The child of the supervisor."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child.pid
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + RUN_LIMIT_S
+        while not (self.folder / "metrics.jsonl").exists() or len(self.rows) < step:
+            assert self.process.poll() is None, f"the run ended early:\n{self.output}"
+            assert time.monotonic() < deadline, f"step {step} did not come:\n{self.output}"
+            time.sleep(0.1)
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(RUN_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the run did not end:\n{self.output}") from None
+
+    def assert_nothing_left(self) -> None:
+        deadline = time.monotonic() + CLEAN_WITHIN_S
+        while left := [p for p in self._seen.values() if _alive(p)]:
+            assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
+            time.sleep(0.2)
+        assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
+        assert set(os.listdir("/dev/shm")) <= self._shm_before
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._watcher.join()
+        for process in self._seen.values():
+            if _alive(process):
+                process.kill()
+        self._output.close()
+
+    def _watch(self) -> None:
+        """Every process ever seen below the run, so that one that escapes is still known."""
+        supervisor = psutil.Process(self.process.pid)
+        while self.process.poll() is None:
+            try:
+                for process in supervisor.children(recursive=True):
+                    self._seen.setdefault((process.pid, process.create_time()), process)
+            except psutil.NoSuchProcess:
+                continue
+            time.sleep(0.1)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
