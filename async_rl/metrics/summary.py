@@ -7,6 +7,7 @@ Values that do not exist (no evaluation, no token of staleness 0) are None, neve
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -235,99 +236,162 @@ class Totals:
         return max(self.rollout_busy_s, self.trainer_busy_s) / self.wall_s if self.wall_s > 0 else None
 
 
+_COUNTS = (
+    "steps",
+    "policy_version",
+    "trajectories",
+    "partial",
+    "max_segments",
+    "masked",
+    "trained_tokens",
+    "extra_tokens",
+    "syncs",
+    "sync_retries",
+    "eval_n",
+)
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of values with weights, and the largest: in constant memory, for a run of any length."""
+
+    weighted: float = 0.0
+    weight: float = 0.0
+    largest: float | None = None
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self.weighted += value * weight
+        self.weight += weight
+        # NaN stays, which max() would hide or not depending on the order.
+        if self.largest is None or value > self.largest or math.isnan(value):
+            self.largest = value
+
+    @property
+    def mean(self) -> float | None:
+        return self.weighted / self.weight if self.weight else None
+
+
+class _AbsDiff:
+    """|behaviour - current log-prob| over several steps."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self.tokens = state["tokens"] if state else 0
+        self.mean, self.max = (_Mean(**state["mean"]), _Mean(**state["max"])) if state else (_Mean(), _Mean())
+
+    def add(self, part: TokenAgreement) -> None:
+        self.tokens += part.tokens
+        if part.abs_mean is not None:
+            self.mean.add(part.abs_mean, part.tokens)
+        if part.abs_max is not None:
+            self.max.add(part.abs_max)
+
+    def state(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "mean": asdict(self.mean), "max": asdict(self.max)}
+
+    def result(self) -> dict[str, float | None]:
+        return {"mean": self.mean.mean, "max": self.max.largest}
+
+
 class Summary:
-    """Takes a run's records as they come and says what they add up to, at any moment."""
+    """Takes a run's records as they come and says what they add up to, at any moment. Keeps sums, not records."""
 
     def __init__(self) -> None:
-        self._steps = 0
-        self._policy_version = 0
-        self._rewards: list[float] = []
-        self._evals: list[float] = []
-        self._eval_n = 0
-        self._trajectories = self._partial = self._max_segments = 0
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._first_rewards: list[float] = []
+        self._last_rewards: deque[float] = deque(maxlen=REWARD_WINDOW)
+        self._first_eval: float | None = None
+        self._last_eval: float | None = None
         self._staleness: dict[int, int] = {}
-        self._masked = 0
-        self._trained_tokens = 0
-        self._kl: list[tuple[float, int]] = []
-        self._on_policy: list[TokenAgreement] = []
-        self._by_position: dict[str, list[TokenAgreement]] = {position: [] for position in RESUME_POSITIONS}
-        self._extra_tokens = 0
-        self._syncs: list[SyncRecord] = []
+        self._kl = _Mean()
+        self._largest_kl = _Mean()
+        self._sync_seconds = _Mean()
+        self._canary = _Mean()
+        self._on_policy = _AbsDiff()
+        self._by_position = {position: _AbsDiff() for position in RESUME_POSITIONS}
 
     def add_step(self, record: StepRecord) -> None:
-        self._steps += 1
-        self._policy_version = max(self._policy_version, record.policy_version)
-        self._rewards.append(record.reward_mean)
-        self._trajectories += record.trajectories
-        self._partial += record.partial
-        self._max_segments = max(self._max_segments, *record.segments, 0)
+        counts = self._counts
+        counts["steps"] += 1
+        counts["policy_version"] = max(counts["policy_version"], record.policy_version)
+        if len(self._first_rewards) < REWARD_WINDOW:
+            self._first_rewards.append(record.reward_mean)
+        self._last_rewards.append(record.reward_mean)
+        counts["trajectories"] += record.trajectories
+        counts["partial"] += record.partial
+        counts["max_segments"] = max(counts["max_segments"], *record.segments, 0)
         for age, tokens in record.token_staleness.items():
             self._staleness[age] = self._staleness.get(age, 0) + tokens
-        self._masked += sum(record.tokens_masked.values())
-        self._trained_tokens += record.agreement.tokens
+        counts["masked"] += sum(record.tokens_masked.values())
+        counts["trained_tokens"] += record.agreement.tokens
         if record.agreement.tokens:
-            self._kl.append((record.agreement.kl, record.agreement.tokens))
+            self._kl.add(record.agreement.kl, record.agreement.tokens)
+            self._largest_kl.add(abs(record.agreement.kl))
         if record.on_policy is not None and record.on_policy.tokens:
-            self._on_policy.append(record.on_policy)
+            self._on_policy.add(record.on_policy)
         for position, part in record.agreement_by_resume_position.items():
-            self._by_position[position].append(part)
-        self._extra_tokens += record.exact_extra_tokens
+            self._by_position[position].add(part)
+        counts["extra_tokens"] += record.exact_extra_tokens
 
     def add_sync(self, record: SyncRecord) -> None:
-        self._policy_version = max(self._policy_version, record.policy_version)
-        self._syncs.append(record)
+        counts = self._counts
+        counts["policy_version"] = max(counts["policy_version"], record.policy_version)
+        counts["syncs"] += 1
+        counts["sync_retries"] += record.retries
+        self._sync_seconds.add(record.seconds)
+        if record.canary is not None:
+            self._canary.add(record.canary)
 
     def add_eval(self, reward_mean: float, n: int) -> None:
         """A greedy evaluation on ``n`` held-out problems."""
-        self._evals.append(reward_mean)
-        self._eval_n = n
+        if self._first_eval is None:
+            self._first_eval = reward_mean
+        self._last_eval = reward_mean
+        self._counts["eval_n"] = n
 
     def state(self) -> dict[str, Any]:
         """What was taken so far, as plain data."""
         return {
-            **vars(self),
-            "_on_policy": [asdict(part) for part in self._on_policy],
-            "_syncs": [asdict(sync) for sync in self._syncs],
-            "_by_position": {name: [asdict(part) for part in parts] for name, parts in self._by_position.items()},
+            "counts": dict(self._counts),
+            "rewards": [self._first_rewards, list(self._last_rewards)],
+            "evals": [self._first_eval, self._last_eval],
+            "staleness": dict(self._staleness),
+            "means": [asdict(mean) for mean in (self._kl, self._largest_kl, self._sync_seconds, self._canary)],
+            "on_policy": self._on_policy.state(),
+            "by_position": {position: part.state() for position, part in self._by_position.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state``."""
-        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
-        self._kl = [(kl, tokens) for kl, tokens in state["_kl"]]
-        self._on_policy = [TokenAgreement(**part) for part in state["_on_policy"]]
-        self._syncs = [SyncRecord(**sync) for sync in state["_syncs"]]
-        by_position = state["_by_position"]
-        self._by_position = {name: [TokenAgreement(**part) for part in parts] for name, parts in by_position.items()}
+        self._counts = dict(state["counts"])
+        first, last = state["rewards"]
+        self._first_rewards, self._last_rewards = list(first), deque(last, maxlen=REWARD_WINDOW)
+        self._first_eval, self._last_eval = state["evals"]
+        self._staleness = dict(state["staleness"])
+        self._kl, self._largest_kl, self._sync_seconds, self._canary = (_Mean(**mean) for mean in state["means"])
+        self._on_policy = _AbsDiff(state["on_policy"])
+        self._by_position = {position: _AbsDiff(part) for position, part in state["by_position"].items()}
 
     def result(self, totals: Totals, exit_reason: str) -> dict[str, Any]:
         """The contents of summary.json. exit_reason: "finished", "interrupted", or why the run failed."""
-        syncs = [sync.seconds for sync in self._syncs]
+        counts = self._counts
         ages = [age for age, tokens in self._staleness.items() if tokens]
         return {
-            "steps": self._steps,
-            "policy_version": self._policy_version,
+            "steps": counts["steps"],
+            "policy_version": counts["policy_version"],
             "wall_s": totals.wall_s,
             "setup_s": totals.setup_s,
-            "eval": {
-                "first": self._evals[0] if self._evals else None,
-                "last": self._evals[-1] if self._evals else None,
-                "n": self._eval_n,
-            },
-            "reward_mean": {
-                "first": _mean(self._rewards[:REWARD_WINDOW]),
-                "last": _mean(self._rewards[-REWARD_WINDOW:]),
-            },
+            "eval": {"first": self._first_eval, "last": self._last_eval, "n": counts["eval_n"]},
+            "reward_mean": {"first": _mean(self._first_rewards), "last": _mean(list(self._last_rewards))},
             "trajectories": {
-                "total": self._trajectories,
-                "partial": self._partial,
-                "max_segments": self._max_segments,
+                "total": counts["trajectories"],
+                "partial": counts["partial"],
+                "max_segments": counts["max_segments"],
             },
             "token_staleness": {
                 "max": max(ages, default=None),
                 "mean": weighted_mean((age, tokens) for age, tokens in self._staleness.items()),
             },
-            "tokens_masked": self._masked,
+            "tokens_masked": counts["masked"],
             "groups": {
                 "issued": totals.groups.issued,
                 "trained": totals.groups.trained,
@@ -336,40 +400,28 @@ class Summary:
                 "failed": totals.groups.failed,
                 "dropped": totals.groups.dropped,
             },
-            "on_policy_logprob_abs_diff": _abs_diff(self._on_policy),
+            "on_policy_logprob_abs_diff": self._on_policy.result(),
             "logprob_abs_diff_by_resume_position": {
-                position: {"tokens": sum(part.tokens for part in parts), **_abs_diff(parts)}
-                for position, parts in self._by_position.items()
+                position: {"tokens": part.tokens, **part.result()} for position, part in self._by_position.items()
             },
-            "ppo_kl": {
-                "mean": weighted_mean(self._kl),
-                "max_abs": _largest(abs(kl) for kl, _ in self._kl),
-            },
+            "ppo_kl": {"mean": self._kl.mean, "max_abs": self._largest_kl.largest},
             "sync": {
-                "count": len(syncs),
-                "seconds_mean": _mean(syncs),
-                "seconds_max": _largest(syncs),
-                "retries": sum(sync.retries for sync in self._syncs),
-                "canary_max": _largest(sync.canary for sync in self._syncs if sync.canary is not None),
+                "count": counts["syncs"],
+                "seconds_mean": self._sync_seconds.mean,
+                "seconds_max": self._sync_seconds.largest,
+                "retries": counts["sync_retries"],
+                "canary_max": self._canary.largest,
             },
             "tokens": {
                 "generated": totals.tokens_generated,
-                "trained": self._trained_tokens,
+                "trained": counts["trained_tokens"],
                 "resumed_prefill": totals.tokens_resumed_prefill,
-                "exact_extra": self._extra_tokens,
+                "exact_extra": counts["extra_tokens"],
             },
             "busy": {"rollout_s": totals.rollout_busy_s, "trainer_s": totals.trainer_busy_s},
             "overlap_efficiency": totals.overlap_efficiency,
             "exit_reason": exit_reason,
         }
-
-
-def _abs_diff(parts: list[TokenAgreement]) -> dict[str, float | None]:
-    """Mean and largest |behaviour - current log-prob| over several steps."""
-    return {
-        "mean": weighted_mean((p.abs_mean, p.tokens) for p in parts if p.abs_mean is not None),
-        "max": _largest(p.abs_max for p in parts if p.abs_max is not None),
-    }
 
 
 def _mean(values: list[float]) -> float | None:
@@ -381,11 +433,3 @@ def weighted_mean(pairs: Iterable[tuple[float, int]]) -> float | None:
     pairs = list(pairs)
     weight = sum(count for _, count in pairs)
     return math.fsum(value * count for value, count in pairs) / weight if weight else None
-
-
-def _largest(values: Iterable[float]) -> float | None:
-    """The largest; None of nothing; NaN if any is, which max() hides or not depending on the order."""
-    values = list(values)
-    if any(math.isnan(value) for value in values):
-        return math.nan
-    return max(values, default=None)

@@ -22,6 +22,8 @@ SETTINGS = {
     "recovery__backoff_s": 0.01,
     "recovery__period_s": 0.1,  # so that the wait does not double
     "eval__n": 1,
+    # So many steps at the recipe's rate would end in a model that repeats itself, and in a router that has one answer.
+    "trainer__optimizer__lr": 1e-6,
 }
 
 

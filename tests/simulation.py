@@ -1,0 +1,214 @@
+"""A whole fleet in virtual time: replicas, a trainer, pushes and deaths around the real broker and dataset cursor.
+
+No clock, no process: events on a heap. ``Fleet.run`` raises AssertionError where an invariant breaks, and where nothing
+can happen any more before the last step (a deadlock).
+"""
+
+import heapq
+import itertools
+import random
+from collections import Counter, deque
+
+import numpy as np
+
+from async_rl.queue.broker import Broker
+from async_rl.queue.records import GroupMeta
+from async_rl.queue.staleness import window_limit
+from async_rl.rollout.prompts import Dataset, DatasetCursor, Row
+
+TOKENS = np.zeros(1, dtype=np.int32)
+
+
+def cursor(rows: int, seed: int = 0) -> DatasetCursor:
+    lines = tuple(Row(line, "", TOKENS, {}) for line in range(1, rows + 1))
+    return DatasetCursor(Dataset("simulated", lines, (), "digest"), shuffle=True, seed=seed)
+
+
+class Fleet:
+    """``replicas`` of ``capacity`` groups each, a trainer of ``required`` groups a step, a push every ``trigger``."""
+
+    def __init__(
+        self,
+        *,
+        replicas,
+        capacity,
+        required,
+        trigger=1,
+        threshold=0.5,
+        max_staleness=4,
+        on_stale="mask",
+        max_groups=None,
+        checkpoint_every=0,
+        rows=10_000,
+        seed=0,
+        deaths=0.0,
+        trainer_deaths=0.0,
+        never_finish=0.0,
+    ) -> None:
+        self.chance = random.Random(seed)
+        self.required, self.trigger, self.max_staleness, self.on_stale = required, trigger, max_staleness, on_stale
+        self.capacity, self.never_finish = capacity, never_finish
+        self.deaths, self.trainer_deaths = deaths, trainer_deaths
+        self.checkpoint_every, self.rows = checkpoint_every, rows
+        self.limit = window_limit(required, threshold, trigger)
+        self.broker = Broker(
+            cursor(rows),
+            required_groups=required,
+            window_limit=self.limit,
+            max_staleness=max_staleness,
+            on_stale=on_stale,
+            max_bytes=10**12,
+            max_groups=max_groups,
+            max_attempts=3,
+            can_rewind=checkpoint_every > 0,
+        )
+        self.now, self.version, self.step, self.events, self.order = 0.0, 0, 0, [], itertools.count()
+        self.since_push, self.checkpoint = 0, 0
+        self.idle = deque(range(replicas))  # replicas with room, which ask for more as soon as there is some
+        self.is_idle = set(self.idle)
+        self.room = dict.fromkeys(range(replicas), capacity)
+        self.lives = dict.fromkeys(range(replicas), 0)
+        self.full = deque()  # finished groups that wait for room in the queue
+        self.training = False
+        self.trained = {}  # prompt id: step
+        self.ages = Counter()
+        self.happened = Counter()
+
+    def run(self, steps: int) -> None:
+        while self.step < steps:
+            self.settle()
+            assert self.events, f"deadlock at step {self.step}: {self.broker.stats()}"
+            self.now, _, event, arguments = heapq.heappop(self.events)
+            self.happened[event.__name__] += 1
+            event(*arguments)
+        self.check()
+
+    def at(self, delay: float, event, *arguments) -> None:
+        heapq.heappush(self.events, (self.now + delay, next(self.order), event, arguments))
+
+    # What everybody does as soon as it can
+
+    def settle(self) -> None:
+        while self.full and self.hand_in(*self.full[0]):
+            self.full.popleft()
+        while self.idle and self.broker.free_slots:
+            replica = self.idle.popleft()
+            self.is_idle.discard(replica)
+            share = -(-self.broker.free_slots // (len(self.idle) + 1))
+            tickets = self.broker.issue(str(replica), min(self.room[replica], share))
+            self.room[replica] -= len(tickets)
+            for ticket in tickets:
+                self.generate(replica, ticket)
+            self.ask_again(replica)
+        if not self.training and self.broker.can_lease(self.required, "trainer"):
+            self.training = True
+            leased = self.broker.lease(self.required, "trainer")
+            self.at(self.chance.uniform(0.8, 1.2), self.train, leased)
+
+    def ask_again(self, replica: int) -> None:
+        if self.room[replica] and replica not in self.is_idle:
+            self.idle.append(replica)
+            self.is_idle.add(replica)
+
+    def generate(self, replica: int, ticket) -> None:
+        life = self.lives[replica]
+        if self.chance.random() < self.never_finish:
+            self.at(50.0, self.time_out, replica, life, ticket)
+            return
+        # Long-tailed, as responses are.
+        self.at(self.chance.lognormvariate(0.0, 1.0), self.finish, replica, life, ticket, self.version)
+        if self.chance.random() < self.deaths:
+            self.at(self.chance.uniform(0, 1), self.die, replica, life)
+
+    # Events
+
+    def finish(self, replica: int, life: int, ticket, began: int) -> None:
+        if self.lives[replica] != life:
+            return
+        meta = GroupMeta(ticket.group_id, 100, 1000, began, self.version, 8, 0)
+        if not self.hand_in(replica, life, meta):
+            self.full.append((replica, life, meta))
+
+    def hand_in(self, replica: int, life: int, meta) -> bool:
+        if self.lives[replica] != life:
+            return True  # it died with what it had not handed in
+        if self.broker.full_for(meta.nbytes):
+            return False
+        self.broker.put(meta)
+        self.room[replica] += 1
+        self.ask_again(replica)
+        return True
+
+    def time_out(self, replica: int, life: int, ticket) -> None:
+        if self.lives[replica] == life:
+            self.broker.return_group(ticket.group_id, "timeout")
+            self.room[replica] += 1
+            self.ask_again(replica)
+
+    def die(self, replica: int, life: int) -> None:
+        if self.lives[replica] != life:
+            return
+        self.lives[replica] += 1
+        self.broker.worker_lost(str(replica))
+        self.room[replica] = 0
+        self.at(20.0, self.come_back, replica)
+
+    def come_back(self, replica: int) -> None:
+        self.room[replica] = self.capacity
+        self.ask_again(replica)
+
+    def train(self, leased) -> None:
+        oldest_allowed = self.version - self.max_staleness
+        if self.chance.random() < self.trainer_deaths:
+            self.broker.release([meta.group_id for meta in leased])
+            self.go_back()
+            return
+        self.step += 1
+        self.broker.ack([meta.group_id for meta in leased], self.step)
+        for meta in leased:
+            prompt = meta.group_id.rpartition(".")[0]
+            assert prompt not in self.trained, f"prompt {prompt} was trained twice"
+            self.trained[prompt] = self.step
+            # Invariant 4: of what is leased, some token at least may be trained; with drop, all of them.
+            version = meta.oldest_version if self.on_stale == "drop" else meta.newest_version
+            assert version >= oldest_allowed
+            self.ages[self.version - meta.oldest_version] += 1
+        self.since_push += 1
+        if self.checkpoint_every and self.step % self.checkpoint_every == 0:
+            self.checkpoint = self.step
+            self.broker.checkpointed(self.step)
+        if self.since_push == self.trigger:
+            self.push()
+        self.training = False
+        if self.step % 16 == 0:
+            self.check()
+
+    def go_back(self) -> None:
+        """The trainer dies, and goes on from its checkpoint."""
+        for prompt in self.broker.rewind(self.checkpoint):
+            del self.trained[prompt]
+        self.step = self.checkpoint
+        self.push()
+        self.training = False
+
+    def push(self) -> None:
+        self.version += 1
+        self.since_push = 0
+        self.broker.advance(self.version)
+
+    def check(self) -> None:
+        """Invariants 5 and 6."""
+        stats = self.broker.stats()
+        counts = stats.counts
+        assert counts.add_up
+        assert counts.trained == len(self.trained)
+        assert counts.outstanding <= stats.window_groups <= self.limit
+        assert stats.queued_groups + stats.leased_groups <= (self.broker._max_groups)
+        state = self.broker.state()
+        outstanding = [fields[1] for fields in state["running"]]
+        outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
+        everywhere = [*self.trained, *outstanding, *state["source"]["returned"]]
+        assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
+        source = state["source"]
+        passed = source["epoch"] * self.rows + source["index"]
+        assert passed == len(everywhere) + counts.failed, "a prompt is nowhere"
