@@ -1,12 +1,9 @@
 """What the tests of whole runs share: a tiny random model, a dataset, and a recipe."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from real_run import Run
+from real_run import Run, make_model, make_recipe
 from redis_server import RedisServer
 
 
@@ -18,45 +15,12 @@ def redis_server():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """The demo's model and tokenizer with random weights: the same shapes, without the warm-up."""
-    folder = tmp_path_factory.mktemp("model")
-    # In a process of its own: transformers and torch would stay loaded in the test process.
-    script = (
-        "import sys; from pathlib import Path; from async_rl.tiny.model import save_random_model;"
-        "from async_rl.tiny.tokenizer import save_tokenizer; folder = Path(sys.argv[1]);"
-        "save_tokenizer(folder); save_random_model(folder, 0)"
-    )
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
-    return folder
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def recipe(tiny_model, tmp_path_factory) -> Path:
-    """A small config: 4 groups of 4 per step, responses of up to 120 tokens, pushes after every step."""
-    folder = tmp_path_factory.mktemp("recipe")
-    subprocess.run([sys.executable, "-m", "async_rl.tiny.task", str(folder)], check=True, capture_output=True)
-    tree = {
-        "name": "run",
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "data": {
-            "train": str(folder / "train.jsonl"),
-            "eval": str(folder / "eval.jsonl"),
-            "max_prompt_tokens": 200,
-        },
-        "reward": {"function": "async_rl.rollout.rewards.text:partial_credit"},
-        "async_training": {"staleness_threshold": 1.0, "max_staleness": 3},
-        "rollout": {
-            "n": 4,
-            "max_response_tokens": 120,
-            "max_num_seqs": 16,
-            "kv_cache_bytes": 64 * 2**20,
-        },
-        "trainer": {"steps": 6, "groups_per_step": 4, "optimizer": {"lr": 1e-3}},
-        "eval": {"n": 8},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return make_recipe(tmp_path_factory.mktemp("recipe"), tiny_model)
 
 
 @pytest.fixture

@@ -11,11 +11,51 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import yaml
 
 # README promises that nothing is left this long after any exit.
 CLEAN_WITHIN_S = 15
 RUN_LIMIT_S = 300
 HERE = Path(__file__).parent
+
+
+def make_model(folder: Path) -> Path:
+    """The demo's model and tokenizer with random weights: the same shapes, without the warm-up."""
+    # In a process of its own: transformers and torch would stay loaded in this one.
+    script = (
+        "import sys; from pathlib import Path; from async_rl.tiny.model import save_random_model;"
+        "from async_rl.tiny.tokenizer import save_tokenizer; folder = Path(sys.argv[1]);"
+        "save_tokenizer(folder); save_random_model(folder, 0)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def make_recipe(folder: Path, model: Path) -> Path:
+    """A small config: 4 groups of 4 per step, responses of up to 120 tokens, pushes after every step."""
+    subprocess.run([sys.executable, "-m", "async_rl.tiny.task", str(folder)], check=True, capture_output=True)
+    tree = {
+        "name": "run",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "eval": str(folder / "eval.jsonl"),
+            "max_prompt_tokens": 200,
+        },
+        "reward": {"function": "async_rl.rollout.rewards.text:partial_credit"},
+        "async_training": {"staleness_threshold": 1.0, "max_staleness": 3},
+        "rollout": {
+            "n": 4,
+            "max_response_tokens": 120,
+            "max_num_seqs": 16,
+            "kv_cache_bytes": 64 * 2**20,
+        },
+        "trainer": {"steps": 6, "groups_per_step": 4, "optimizer": {"lr": 1e-3}},
+        "eval": {"n": 8},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 class Run:
@@ -73,15 +113,19 @@ class Run:
         assert found, f"no process {name!r} below the run"
         return max(found, key=lambda process: process.create_time())
 
+    def metrics(self, process: str) -> str:
+        """What /metrics of "pipeline", "rollout", "rollout-1", "trainer", ... says; "" while nobody answers."""
+        try:
+            (target,) = json.loads((self.folder / "prometheus" / "targets" / f"{process}.json").read_text())
+            with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=5) as response:
+                return str(response.read().decode())
+        except (OSError, ValueError):
+            return ""
+
     def phase(self) -> str | None:
         """What the training loop is at; None while nobody says."""
-        try:
-            (target,) = json.loads((self.folder / "prometheus" / "targets" / "pipeline.json").read_text())
-            with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=5) as response:
-                text = response.read().decode()
-        except (OSError, ValueError):
-            return None
-        found = [line for line in text.splitlines() if line.startswith("async_rl_training_loop_phase{")]
+        lines = self.metrics("pipeline").splitlines()
+        found = [line for line in lines if line.startswith("async_rl_training_loop_phase{")]
         return found[0].partition('phase="')[2].partition('"')[0] if found else None
 
     def wait_for_phase(self, phase: str) -> None:

@@ -317,6 +317,13 @@ _SPECS: tuple[MetricSpec, ...] = (
     ),
     # Who waits
     MetricSpec(
+        "rollout_paused_seconds_total",
+        "counter",
+        "How long a replica stood still for pushes and checkpoints.",
+        unit="seconds",
+        why="The price of pushes; with sync.rolling the replicas pay it one after the other.",
+    ),
+    MetricSpec(
         "rollout_idle_ratio",
         "gauge",
         "Share of the last step's time in which rollout had nothing to run.",

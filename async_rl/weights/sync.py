@@ -34,6 +34,8 @@ from async_rl.model_config import ModelConfig
 from async_rl.types import ExpertIds, Int32Array
 from async_rl.weights.canary import (
     BATCHES,
+    CANDIDATES,
+    SEQUENCES,
     CanaryReport,
     agrees,
     candidates,
@@ -325,6 +327,9 @@ class WeightSync:
             routed = await self._routed(tried)
             chosen = worth_adding(known, routed, spec)
             self._probe += [tried[index] for index in chosen]
+            # Routers move as long as a run lasts; the probe must not grow with it. The sequences added first go first.
+            surplus = len(self._probe) - SEQUENCES - BATCHES * CANDIDATES
+            del self._probe[SEQUENCES : SEQUENCES + max(0, surplus)]
             known |= reached([routed[index] for index in chosen], spec)
         self._given_up = ~known
         if not known.all():

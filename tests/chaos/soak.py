@@ -1,0 +1,128 @@
+"""A long run with pushes all the time and a kill every minute: does memory grow, does anything break?
+
+    python tests/chaos/soak.py [--minutes 30]
+
+Resident memory of every process is read every two seconds. Of each life of a process that lasted three minutes at
+least, the first minute is warm-up; growth is the mean of the last quarter of the rest over that of its first quarter.
+The driver lives all along; the others are killed in turn, so that each lives for several minutes. At the end the run is
+stopped, and the invariants are checked as after every chaos test. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from invariants import check
+from real_run import Run, make_model, make_recipe
+
+SETTINGS = {
+    "trainer__steps": 10_000_000,
+    "trainer__optimizer__lr": 1e-6,
+    "checkpoint__every": 50,
+    "eval__n": 8,
+    "recovery__max_restarts": 1000,
+    "recovery__backoff_s": 0.1,
+    "recovery__period_s": 1.0,
+}
+ROLES = {
+    "worker": "RolloutActor",
+    "engine": "EngineCore",
+    "queue": "QueueProcess",
+    "trainer": "TrainerActor",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs_server",
+}
+KILLED = ("worker", "queue", "trainer", "engine")
+KILL_S, LOOK_S, WARM_UP_S, SHORTEST_S = 60.0, 2.0, 60.0, 180.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=30.0)
+    minutes = parser.parse_args().minutes
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        for part in ("model", "recipe", "run", "journal"):
+            (top / part).mkdir()
+        run = Run(make_recipe(top / "recipe", make_model(top / "model")), top / "run", **SETTINGS)
+        run.wait_for_step(5)
+        memory, kills = watch(run, minutes * 60)
+        run.process.terminate()
+        code = run.wait()
+        run.assert_nothing_left()
+        run.close()
+        if code != 130:
+            sys.exit(f"exit code {code}\n{run.output[-5000:]}")
+        check(run, top / "journal")
+        rows = run.rows
+        print(json.dumps(report(memory, kills, rows, run.summary, minutes)))
+
+
+def watch(run: Run, seconds: float):
+    """{(role, pid): [(time, bytes)]}, and how many were killed."""
+    memory = defaultdict(list)
+    kills = 0
+    victims = itertools.cycle(KILLED)
+    began = last_kill = time.monotonic()
+    driver = psutil.Process(run.driver)
+    while (now := time.monotonic()) - began < seconds:
+        if run.process.poll() is not None:
+            sys.exit(f"the run ended early:\n{run.output[-5000:]}")
+        for role, process in [("driver", driver), *((r, p) for r, n in ROLES.items() for p in run.descendants(n))]:
+            try:
+                memory[role, process.pid].append((now - began, process.memory_info().rss))
+            except psutil.NoSuchProcess:
+                continue
+        # The last minutes are for memory to settle.
+        if now - last_kill > KILL_S and seconds - (now - began) > SHORTEST_S:
+            victim = next(victims)
+            run.one(ROLES[victim]).kill()
+            kills, last_kill = kills + 1, now
+            print(f"{now - began:6.0f} s: killed {victim} after {len(run.trained)} steps", flush=True)
+        time.sleep(LOOK_S)
+    return memory, kills
+
+
+def growth(samples) -> float | None:
+    """Last quarter over first quarter after warm-up; None for too short a life."""
+    if samples[-1][0] - samples[0][0] < SHORTEST_S:
+        return None
+    settled = [size for at, size in samples if at - samples[0][0] > WARM_UP_S]
+    quarter = max(1, len(settled) // 4)
+    return statistics.mean(settled[-quarter:]) / statistics.mean(settled[:quarter])
+
+
+def report(memory, kills, rows, summary, minutes) -> dict:
+    grown, lives, size = defaultdict(list), defaultdict(int), defaultdict(list)
+    for (role, _), samples in memory.items():
+        lives[role] += 1
+        size[role].append(statistics.mean(each for _, each in samples[len(samples) // 2 :]))
+        if (ratio := growth(samples)) is not None:
+            grown[role].append(ratio)
+    return {
+        "minutes": minutes,
+        "kills": kills,
+        "steps": len(rows),
+        "pushes_per_s": round(summary["sync"]["count"] / (minutes * 60), 2),
+        "groups": summary["groups"],
+        "max_token_staleness": summary["token_staleness"]["max"],
+        "rss_growth_max": {role: round(max(ratios), 3) for role, ratios in sorted(grown.items())},
+        "rss_mib": {role: round(statistics.mean(sizes) / 2**20) for role, sizes in sorted(size.items())},
+        "lives": dict(lives),
+        "invariant_violations": 0,  # one would have ended this with an error
+    }
+
+
+if __name__ == "__main__":
+    main()
