@@ -108,8 +108,10 @@ class Run:
         return [json.loads(line) for line in (self.folder / "logs" / "pipeline.jsonl").read_text().splitlines()]
 
     def one(self, name: str) -> psutil.Process:
-        """The newest process of that name."""
+        """The newest process of that name; not a fork of one, which has its name too."""
         found = self.descendants(name)
+        pids = {process.pid for process in found}
+        found = [process for process in found if process.ppid() not in pids]
         assert found, f"no process {name!r} below the run"
         return max(found, key=lambda process: process.create_time())
 

@@ -91,6 +91,27 @@ def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
     survive(run, kills, tmp_path, seed + replicas)
 
 
+def test_a_process_that_writes_the_checkpoint_is_killed(start_run, tmp_path):
+    """It is a fork of the trainer, which would wait for it for ever."""
+    run = start_run(**SETTINGS)
+    run.wait_for_step(3)
+    for _ in range(2):
+        trainer = run.one(NAMES["trainer"])
+        before = {child.pid for child in trainer.children()}
+        deadline = time.monotonic() + 60
+        while not (
+            writers := [c for c in trainer.children() if c.pid not in before and "ray::" in " ".join(c.cmdline())]
+        ):
+            assert time.monotonic() < deadline, "no checkpoint was written"
+        writers[0].kill()
+        wait_for_more(run, 3)
+    assert any(row.get("process") == "trainer" for row in run.log)
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    check(run, tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["resume", "in_flight"])
 def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mode):
     """In each phase; then the run is let finish."""
