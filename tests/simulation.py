@@ -69,7 +69,7 @@ class Fleet:
         self.room = dict.fromkeys(range(replicas), capacity)
         self.lives = dict.fromkeys(range(replicas), 0)
         self.full = deque()  # finished groups that wait for room in the queue
-        self.training = False
+        self.training, self.busy = False, 0.0
         self.trained = {}  # prompt id: step
         self.ages = Counter()
         self.happened = Counter()
@@ -103,7 +103,9 @@ class Fleet:
         if not self.training and self.broker.can_lease(self.required, "trainer"):
             self.training = True
             leased = self.broker.lease(self.required, "trainer")
-            self.at(self.chance.uniform(0.8, 1.2), self.train, leased)
+            seconds = self.chance.uniform(0.8, 1.2)
+            self.busy += seconds
+            self.at(seconds, self.train, leased)
 
     def ask_again(self, replica: int) -> None:
         if self.room[replica] and replica not in self.is_idle:

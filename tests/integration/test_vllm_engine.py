@@ -438,6 +438,23 @@ async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine,
     await engine.resume()
 
 
+async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, trainer, weights):
+    """At whichever point it died: vLLM refuses a new update while one is active."""
+    (good,) = await engine.score([SHORT_PROMPT])
+    for died_after_the_transfer in (False, True):
+        await engine.pause("abort")
+        await engine.start_weight_update()
+        if died_after_the_transfer:
+            announced = trainer.sender._file.write(perturbed(weights).items())
+            await asyncio.to_thread(trainer.update_weights, asdict(announced))
+        with pytest.raises(WeightSyncError, match="it was not finished"):
+            await engine.resume()
+        before = engine.version
+        assert await trainer.push(weights) == engine.version > before
+        (score,) = await engine.score([SHORT_PROMPT])
+        np.testing.assert_array_equal(score.logprobs, good.logprobs)
+
+
 async def test_a_request_that_cannot_be_is_refused(engine):
     with pytest.raises(EngineError, match="replica 0: too-long: "):
         await engine.generate("too-long", np.zeros(600, np.int32), GREEDY, 1)

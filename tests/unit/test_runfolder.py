@@ -134,3 +134,31 @@ def test_without_dump_trajectories_nothing_is_kept(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
         folder.write_group(b"x", "0-1.0")
         assert list(folder.trajectories.iterdir()) == []
+
+
+def test_a_run_that_has_not_ended_cannot_be_gone_on_with(tmp_path, folder):
+    with pytest.raises(ConfigError, match=r"name: the run 'demo' .*has not ended; wait for it, or give another --name"):
+        RunFolder(config(tmp_path), resume=True)
+    # Another process holds the lock as long as it lives, and no longer.
+    folder._lock.close()
+    RunFolder(config(tmp_path), resume=True).close()
+
+
+def test_going_back_keeps_what_was_written_of_later_steps_aside(folder):
+    for step in range(1, 6):
+        folder.write_step({"step": step, "loss": step})
+        folder.write_trained({"step": step, "groups": [f"0-{step}.0"]})
+        folder.write_sample({"step": step})
+    with (folder.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')  # the writer was killed
+    folder.rewind(3)
+    folder.write_step({"step": 4, "loss": -4})
+    assert [row["loss"] for row in lines(folder.path / "metrics.jsonl")] == [1, 2, 3, -4]
+    assert [row["step"] for row in lines(folder.path / "trained.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(folder.path / "samples.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(folder.path / "rewound-trained.jsonl")] == [4, 5]
+    aside = (folder.path / "rewound-metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside[:2]] == [4, 5]
+    assert aside[2] == '{"step": 6, "lo'
+    folder.rewind(1)
+    assert [row["step"] for row in lines(folder.path / "rewound-trained.jsonl")] == [4, 5, 2, 3]

@@ -1,10 +1,13 @@
 """WeightSync against scripted actors: when a push is repeated, what a mismatch says, which experts are probed."""
 
+import asyncio
+
 import numpy as np
 import pytest
+from ray.exceptions import ActorDiedError
 
 from async_rl.config_file import validate
-from async_rl.errors import WeightSyncMismatch
+from async_rl.errors import ReplicaFailed, WeightSyncError, WeightSyncMismatch
 from async_rl.model_config import ModelConfig
 from async_rl.rollout.engine import Score
 from async_rl.weights.canary import SEQUENCES
@@ -61,24 +64,63 @@ class Engine(Actor):
         stream[self.layer + 1 :] += self.off
         return [stream]
 
-    def do_pause(self, end_calls): ...
+    dead = None  # the call at which its process is found dead
+    hangs = None  # the call that it never answers
+    owed = None  # what its engine has not answered
+
+    def __getattr__(self, name):
+        method = super().__getattr__(name)
+
+        class Method:
+            @staticmethod
+            async def remote(*arguments):
+                if self.dead in (name, "ever"):
+                    self.dead = "ever"
+                    raise ActorDiedError()
+                if self.hangs == name:
+                    self.owed = name
+                    await asyncio.sleep(3600)
+                return await method.remote(*arguments)
+
+        return Method
+
+    def do_pause(self, end_calls):
+        self.ended_calls = end_calls
+
     def do_wake(self): ...
     def do_resume(self): ...
+
+    def do_receive(self): ...
+
+    def do_unanswered(self):
+        return self.owed
 
 
 class Trainer(Actor):
     def __init__(self, engine):
         super().__init__()
         self.engine = engine
+        self.workers, self.pushed_to, self.fails = [], [], {}
 
     async def call(self, method, *arguments):
         self.calls.append(method)
-        return [getattr(self, f"do_{method}")(*arguments)]
+        return [await self.done(method, *arguments)]
 
-    def do_connect(self, workers): ...
-
-    def do_push(self, version, only):
-        self.engine.pushes += 1
+    async def done(self, method, *arguments):
+        """As the real one, it fails with the engines that it calls."""
+        if method in ("connect", "push"):
+            if method == "connect":
+                self.workers = arguments[0]
+            if self.fails.pop(method, False):
+                raise WeightSyncError("a transfer cut in the middle")
+            only = arguments[1] if method == "push" else None
+            for engine in self.workers if only is None else [self.workers[only]]:
+                await engine.receive.remote()
+            self.pushed_to.append(only)
+            if method == "push":
+                self.engine.pushes += 1
+            return None
+        return getattr(self, f"do_{method}")(*arguments)
 
     def do_logprobs(self, sequences, routing):
         wrong = 0.0 if routing is None or not self.engine.renumber else 0.7
@@ -113,7 +155,7 @@ async def test_invariant_10_a_push_that_arrives_is_made_once():
     engine.calls.clear()
     record = await subject.push(1)
     assert (record.canary, record.retries, record.unreached_experts) == (0.0, 0, 0)
-    assert engine.calls == ["pause", "wake", "score"]
+    assert engine.calls == ["receive", "pause", "receive", "wake", "score"]
     assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
 
 
@@ -195,3 +237,111 @@ async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_
     engine.calls.clear()
     await subject.push(3)
     assert engine.calls.count("score") == 1
+
+
+def fleet(count, **sections):
+    """A sync of ``count`` replicas."""
+    subject, trainer = sync(Engine(), **sections)
+    engines = {replica: Engine() for replica in range(count)}
+    subject.members = dict(engines)
+    return subject, trainer, engines
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
+async def test_a_replica_that_dies_during_a_push_is_named_and_the_others_are_not_resumed(call):
+    subject, _, engines = fleet(3)
+    engines[1].dead = call
+    with pytest.raises(ReplicaFailed, match="rollout-1") as failed:
+        await subject.push(1)
+    assert failed.value.replica == 1
+    assert not any("resume" in engine.calls for engine in engines.values()), "half of the weights, or unverified ones"
+    # Whoever pushes goes on without it; the trainer is connected anew.
+    del subject.members[1]
+    await subject.push(1)
+    await subject.resume()
+    assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "score"])
+async def test_an_engine_that_does_not_answer_is_named(call, monkeypatch):
+    monkeypatch.setattr("async_rl.weights.sync._ANSWER_S", 0.05)
+    subject, _, engines = fleet(2, sync={"timeout_s": 0.1})
+    engines[0].hangs = call
+    with pytest.raises(ReplicaFailed, match=f"rollout-0: the engine does not answer {call}"):
+        await subject.push(1)
+    engines[0].hangs = "unanswered"
+    with pytest.raises(ReplicaFailed, match="rollout-0: its process does not answer"):
+        await subject._blame()
+
+
+async def test_a_push_that_takes_too_long_with_nobody_at_fault_says_what_to_do():
+    subject, _, engines = fleet(1, sync={"timeout_s": 0.05})
+
+    async def slow(*_):
+        await asyncio.sleep(3600)
+
+    subject._trainers.done = slow
+    with pytest.raises(WeightSyncError, match=r"longer than sync\.timeout_s = 0\.05 s; finished phases: none"):
+        await subject.push(1)
+    assert "resume" not in engines[0].calls
+
+
+async def test_a_transfer_that_is_cut_is_made_once_more_over_a_new_connection():
+    subject, trainer, _ = fleet(2)
+    await subject.push(1)
+    trainer.fails["push"] = True
+    trainer.calls.clear()
+    assert (await subject.push(2)).retries == 1
+    assert [call for call in trainer.calls if call in ("connect", "push")] == ["push", "connect", "push"]
+    always = {"push": True}
+    trainer.fails = type("Always", (), {"pop": lambda _, key, default: always.get(key, default)})()
+    with pytest.raises(WeightSyncError, match="cut in the middle"):
+        await subject.push(3)
+
+
+async def test_the_trainer_is_connected_when_the_members_change_and_only_then():
+    subject, trainer, engines = fleet(2)
+    for version in (1, 2):
+        await subject.push(version)
+    assert trainer.calls.count("connect") == 1
+    subject.members[2] = Engine()
+    await subject.push(3)
+    assert trainer.calls.count("connect") == 2
+    assert trainer.workers == [engines[0], engines[1], subject.members[2]]
+
+
+async def test_rolling_pushes_stop_one_replica_at_a_time():
+    subject, trainer, engines = fleet(3, sync={"rolling": True})
+    order = []
+    for replica, engine in engines.items():
+        for name in ("pause", "resume"):
+            setattr(engine, f"do_{name}", lambda *_, event=(name, replica): order.append(event))
+    snapshots = []
+
+    async def paused(replica):
+        snapshots.append(replica)
+        order.append(("snapshot", replica))
+
+    record = await subject.push(1, paused=paused)
+    assert order == [(event, replica) for replica in range(3) for event in ("pause", "snapshot", "resume")]
+    assert trainer.pushed_to == [None, 0, 1, 2]  # None: the connection
+    assert record.seconds == pytest.approx(sum(record.phases.values()))
+
+
+async def test_a_snapshot_ends_calls_that_would_be_frozen():
+    subject, _, engines = fleet(1)
+    for wanted in (False, True):
+        await subject.push(1 + wanted, end_calls=wanted)
+        assert engines[0].ended_calls is wanted
+
+
+async def test_the_probe_stays_bounded_however_the_routers_move():
+    subject, _ = sync(engine := Engine())
+    await subject.begin()
+    for version in range(1, 400):
+        # Each push, another expert is one that only a rare token reaches.
+        engine.routing = lambda s, v=version: np.repeat(
+            np.where(s[:-1] == v % VOCAB, 3, s[:-1] % 3)[:, None, None], 2, axis=1
+        ).astype(np.uint8)
+        await subject.push(version)
+    assert len(subject._probe) <= SEQUENCES + 8 * 32

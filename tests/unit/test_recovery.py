@@ -1,0 +1,131 @@
+"""How often something is started again; what a checkpoint holds of the pipeline; sums that outlive a run."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+
+from async_rl import run_state
+from async_rl.config import RecoverySection
+from async_rl.errors import CheckpointError
+from async_rl.metrics.summary import Summary, SyncRecord, Totals
+from async_rl.recovery import Restarts
+from async_rl.run_state import RunState
+
+
+def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():
+    restarts = Restarts(RecoverySection(max_restarts=3, period_s=100.0, backoff_s=2.0))
+    assert [restarts.again("trainer", now) for now in (0.0, 10.0, 20.0)] == [2.0, 4.0, 8.0]
+    assert restarts.again("trainer", 30.0) is None
+    assert restarts.again("rollout-0", 30.0) == 2.0  # of its own
+    assert restarts.again("trainer", 101.0) == 8.0  # the first is forgotten
+    assert restarts.again("trainer", 102.0) is None
+
+
+def test_no_restart_at_all():
+    assert Restarts(RecoverySection(max_restarts=0)).again("trainer", 0.0) is None
+
+
+STATE = RunState(
+    step=7,
+    version=8,
+    pushed=True,
+    queue={"version": 7, "queued": [["a", 1]]},
+    recorder={"wall_s": 1.5, "staleness": {0: 3, 2: 1}},
+    queued={"0-1.0": np.arange(5, dtype=np.uint8), "0-2.0": b"xy"},
+    in_flight={"0-3.1": b""},
+)
+
+
+def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
+    run_state.write(tmp_path, STATE)
+    state = run_state.read(tmp_path)
+    assert (state.step, state.version, state.pushed) == (7, 8, True)
+    assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
+    assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
+    assert state.in_flight == {"0-3.1": b""}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda top: (top / "state.msgpack").unlink(), "holds no state of a pipeline"),
+        (lambda top: (top / "queued" / "000001").unlink(), "holds no state of a pipeline.*000001"),
+        (lambda top: (top / "state.msgpack").write_bytes(b"\xc1"), "cannot be read"),
+        (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb([1])), "cannot be read"),
+        (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb({"format": 99})), "is of format 99"),
+    ],
+)
+def test_a_state_that_is_no_state_is_refused(tmp_path, damage, says):
+    run_state.write(tmp_path, STATE)
+    damage(tmp_path / "pipeline")
+    with pytest.raises(CheckpointError, match=says):
+        run_state.read(tmp_path)
+
+
+def test_the_summary_goes_on_from_its_state():
+    whole, first, second = Summary(), Summary(), Summary()
+    syncs = [SyncRecord(policy_version=v, seconds=v / 7, canary=v * 1e-6, retries=v % 2) for v in range(1, 9)]
+    for number, sync in enumerate(syncs):
+        whole.add_sync(sync)
+        whole.add_eval(number / 10, 8)
+        (first if number < 3 else second).add_sync(sync)
+        if number == 2:
+            first.add_eval(0.0, 8)
+            second.restore(msgpack.unpackb(msgpack.packb(first.state()), strict_map_key=False))
+    second.add_eval(0.7, 8)
+    totals = Totals(wall_s=1.0, setup_s=1.0)
+    assert second.result(totals, "finished") == whole.result(totals, "finished")
+
+
+@pytest.mark.parametrize(("how", "code"), [("killed", 1), ("ended", 0)])
+def test_a_trainer_ends_with_a_writer_that_is_killed_and_not_with_one_that_ends(how, code):
+    script = f"""
+import os, signal, subprocess, sys, time
+from async_rl.trainer.writers import end_with_writers
+with end_with_writers():
+    child = subprocess.Popen(["sleep", "3600"] if {how!r} == "killed" else ["true"])
+    if {how!r} == "killed":
+        child.kill()
+        time.sleep(60)  # as it would for ever
+    time.sleep(1.5)
+    assert child.wait() == 0  # nobody took its exit away
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=50, check=False).returncode == code
+
+
+def test_forks_die_with_their_process():
+    script = (
+        "import os, signal, time; from async_rl.process import forks_die_with_this_process\n"
+        "forks_die_with_this_process()\npid = os.fork()\n"
+        "if pid == 0: time.sleep(3600)\n"
+        "print(pid, flush=True); time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGKILL
+    fork = int(done.stdout)
+    while psutil.pid_exists(fork) and psutil.Process(fork).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)  # the kernel's time; the test's own limit is that of the suite
+
+
+def test_a_process_writes_its_stacks_whatever_it_is_at(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from async_rl.process import dump_stacks_to\n"
+        "dump_stacks_to(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
+        "def deep_in_something(): time.sleep(3600)\ndeep_in_something()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "stacks")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        while "deep_in_something" not in ((tmp_path / "stacks").read_text() if (tmp_path / "stacks").exists() else ""):
+            os.kill(process.pid, signal.SIGUSR1)
+            asyncio.run(asyncio.sleep(0.05))
+        assert process.poll() is None
+        process.kill()
