@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train test test-unit test-gpu lint bench clean
+.PHONY: help setup train test test-unit test-gpu chaos soak lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
 	@echo "make test    lint, types and every test that CI runs"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
+	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (20 minutes)"
+	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
@@ -27,13 +29,19 @@ train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/integration tests/gpu
+	$(BIN)/python -m pytest -m "not long" tests/unit tests/integration tests/chaos tests/gpu
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -s tests/chaos
+
+soak: $(STAMP)
+	$(BIN)/python tests/chaos/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,6 +51,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/bench/codec.py
 	$(BIN)/python tests/bench/queue.py
+	$(BIN)/python tests/bench/budget.py
+	$(BIN)/python tests/bench/staleness.py
+	$(BIN)/python tests/bench/recovery.py
 	$(BIN)/python tests/bench/overlap.py
 	$(BIN)/python tests/bench/replay.py
 	$(BIN)/python tests/bench/mismatch.py

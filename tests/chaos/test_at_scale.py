@@ -2,9 +2,11 @@
 
 import time
 
+import pytest
 from simulation import Fleet
 
 
+@pytest.mark.long
 def test_a_thousand_replicas_train_a_million_groups():
     began = time.perf_counter()
     fleet = Fleet(

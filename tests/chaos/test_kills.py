@@ -1,7 +1,7 @@
 """SIGKILL of each kind of process, in each phase and at random moments, on the real stack.
 
-After each kill training goes on; at the end the invariants hold, and nothing is left. ``make chaos`` kills many times;
-``make test`` runs the short version. CHAOS_SEED repeats a schedule.
+After each kill training goes on; at the end the invariants hold, and nothing is left. ``make chaos`` kills sixty times,
+``make test`` a few, by what is not marked long. CHAOS_SEED repeats a schedule.
 """
 
 import os
@@ -9,10 +9,14 @@ import random
 import time
 
 import pytest
-from invariants import check
+from invariants import check, dataset
+
+from async_rl.config_file import load
+from async_rl.rollout.prompts import DatasetCursor
 
 pytestmark = pytest.mark.e2e
 
+KILLS = int(os.environ.get("CHAOS_KILLS", "44"))
 NAMES = {"worker": "RolloutActor", "engine": "EngineCore", "queue": "QueueProcess", "trainer": "TrainerActor"}
 PHASES = ("groups", "update", "push", "checkpoint", None)  # None: whenever it is
 SETTINGS = {
@@ -65,7 +69,7 @@ def schedule(chance: random.Random, kills: int, kinds) -> list[tuple[str, str | 
 def survive(run, kills, tmp_path, seed) -> None:
     chance = random.Random(seed)
     run.wait_for_step(3)
-    for kind, phase in schedule(chance, kills, NAMES):
+    for kind, phase in kills:
         before = trained_steps(run)
         kill(run, kind, phase, chance)
         wait_for_more(run, 3)
@@ -84,13 +88,20 @@ def seed() -> int:
     return chosen
 
 
+def test_training_survives_a_kill_of_each_kind(start_run, tmp_path, seed):
+    run = start_run(**SETTINGS)
+    survive(run, [(kind, None) for kind in NAMES], tmp_path, seed)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
-    kills = int(os.environ.get("CHAOS_KILLS", "40")) // 2
+    chance = random.Random(seed + replicas)
     run = start_run(rollout__replicas=replicas, **SETTINGS)
-    survive(run, kills, tmp_path, seed + replicas)
+    survive(run, schedule(chance, KILLS // 2, NAMES), tmp_path, seed)
 
 
+@pytest.mark.long
 def test_a_process_that_writes_the_checkpoint_is_killed(start_run, tmp_path):
     """It is a fork of the trainer, which would wait for it for ever."""
     run = start_run(**SETTINGS)
@@ -112,9 +123,34 @@ def test_a_process_that_writes_the_checkpoint_is_killed(start_run, tmp_path):
     check(run, tmp_path)
 
 
+def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_run, tmp_path, seed):
+    """Step by step: synchronous training takes the dataset's prompts in their order, four at a time."""
+    steps = 10
+    settings = SETTINGS | {"async_training__staleness_threshold": 0, "trainer__steps": steps}
+    run = start_run(**settings)
+    run.wait_for_step(3)
+    time.sleep(random.Random(seed).uniform(0, 1))
+    os.kill(run.driver, 9)
+    assert run.wait() == 137
+    run.assert_nothing_left()
+    killed_after = len(run.trained)
+    assert 3 <= killed_after < steps, "it was killed too late to prove anything"
+    run = start_run.again(**settings)
+    assert run.wait() == 0, run.output
+    run.assert_nothing_left()
+    check(run, tmp_path)
+    config = load(run.folder / "config.yaml")
+    cursor = DatasetCursor(dataset(config), shuffle=config.data.shuffle, seed=config.seed)
+    for row in run.trained:
+        assert {group.rpartition(".")[0] for group in row["groups"]} == {cursor.next().prompt_id for _ in range(4)}
+    assert run.summary["steps"] == steps
+    assert run.summary["groups"]["trained"] == 4 * steps
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["resume", "in_flight"])
 def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mode):
-    """In each phase; then the run is let finish."""
+    """In each phase; then the run is let go on and stopped in good order."""
     chance = random.Random(seed)
     settings = SETTINGS | {"async_training__partial_rollout__mode": mode}
     run = start_run(**settings)
