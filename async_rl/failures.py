@@ -16,6 +16,12 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
+def told(error: BaseException) -> BaseException:
+    """What to raise for an actor's error: what it raised where that is meant for the user, else Ray's account of it."""
+    cause = cause_of(error)
+    return cause if isinstance(cause, AsyncRLError) else error
+
+
 def process_died(error: BaseException) -> bool:
     """Whether the *called* process is gone. An error that it raised itself, about another one that is gone, is none."""
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)

@@ -16,7 +16,7 @@ import ray
 from async_rl.cluster import Placement, start_rollout_worker, start_trainers
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, TrainerDied
-from async_rl.failures import cause_of, process_died
+from async_rl.failures import cause_of, process_died, told
 from async_rl.rollout.worker import WorkerStats
 
 # Ranks compute together: when one dies the others fail, or wait for it for ever. This long after the first failure it
@@ -68,7 +68,7 @@ class Trainers:
                 raised = call.exception() if call.done() and not call.cancelled() else None
                 if raised is not None and process_died(raised):
                     raise TrainerDied(f"trainer rank {rank} died during {method}") from error
-            raise cause_of(error) from error
+            raise told(error) from error
 
     def replace(self) -> None:
         """End every rank, and put new ones in their place, which are not started yet."""

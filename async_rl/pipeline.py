@@ -94,8 +94,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
         found = checkpoint.newest_sound(recorder.checkpoints) if resume else None
         inputs.prepare_store(config, resume=resume, anew=found is None)
         if resume:
-            state = None if found is None else run_state.read(found)
-            recorder.resumed(0 if state is None else state.step, None if state is None else state.recorder)
+            recorder.go_on(None if found is None else run_state.read(found))
         try:
             with ray_cluster(config):
                 asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))

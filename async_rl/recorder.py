@@ -23,6 +23,7 @@ from async_rl.queue import codec
 from async_rl.queue.ray_queue import Fetcher
 from async_rl.queue.records import QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
+from async_rl.run_state import RunState
 from async_rl.runfolder import RunFolder
 from async_rl.trainer.report import StepReport, merge_reports
 from async_rl.types import Group, Trajectory
@@ -98,16 +99,19 @@ class Recorder:
             "tokens": [totals.tokens_generated, totals.tokens_resumed_prefill],
         }
 
-    def resumed(self, step: int, state: Mapping[str, Any] | None) -> None:
-        """A run that had ended goes on after ``step``, of whose checkpoint this is the ``state``."""
-        self._folder.rewind(step)
-        if state is not None:
-            self._summary.restore(state["summary"])
-            self._earlier_s, self._trainer_busy_s = state["wall_s"], state["trainer_busy_s"]
-            self._rollout_busy_earlier_s = self._busy_before = state["rollout_busy_s"]
-            generated, resumed = state["tokens"]
-            self._tokens_earlier = (generated, resumed)
-        self.event(f"resumed after step {step}")
+    def go_on(self, found: RunState | None) -> None:
+        """With a run that had ended, from a checkpoint; from its beginning where there is none."""
+        self._folder.rewind(0 if found is None else found.step)
+        if found is None:
+            self.event("there is no checkpoint to go on from: the run begins")
+            return
+        state = found.recorder
+        self._summary.restore(state["summary"])
+        self._earlier_s, self._trainer_busy_s = state["wall_s"], state["trainer_busy_s"]
+        self._rollout_busy_earlier_s = self._busy_before = state["rollout_busy_s"]
+        generated, resumed = state["tokens"]
+        self._tokens_earlier = (generated, resumed)
+        self.event(f"resumed after step {found.step}")
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """The trainer goes on after ``step``: what was recorded of later ones no longer counts."""

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.errors import AsyncRLError, ReplicaFailed
+from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
+from async_rl.failures import cause_of
 from async_rl.fleet import Rollouts, worker_lost
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.recorder import Recorder
@@ -106,7 +107,8 @@ class Replicas:
                 self._recorder.event(f"{name} is back")
                 return
             except Exception as again:
-                if not (worker_lost(again) or isinstance(again, ReplicaFailed)):
+                # An engine that does not come up may do so once its predecessor has given back what it held.
+                if not (worker_lost(again) or isinstance(cause_of(again), ReplicaFailed | EngineError)):
                     raise
                 error = again
 

@@ -75,6 +75,8 @@ class RunFolder:
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked(config)
+            for target in self.targets.iterdir():  # of processes that were killed
+                target.unlink()
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:
             raise ConfigError(

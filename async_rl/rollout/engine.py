@@ -84,6 +84,9 @@ class RolloutEngine(Protocol):
     def check_alive(self) -> None:
         """Raises EngineDied when a process of the engine has died; calls under way may then never return."""
 
+    async def ping(self) -> None:
+        """Returns when the engine has answered, between two of its steps. One that hangs never does."""
+
     async def pause(self, mode: PauseMode) -> None:
         """Stop computing: end running calls with what they have ("abort"), freeze them in place ("keep"), or let
         them finish ("wait"). Calls begun while paused wait for ``resume``."""

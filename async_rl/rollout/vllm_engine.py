@@ -120,6 +120,9 @@ class VllmEngine:
         if self._engine.errored:
             raise EngineDied(f"replica {self._replica}: the vLLM engine died")
 
+    async def ping(self) -> None:
+        await self._engine.is_sleeping()  # the cheapest question that the engine core itself answers
+
     @property
     def _engine(self) -> AsyncLLM:
         if self._llm is None:

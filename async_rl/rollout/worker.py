@@ -19,7 +19,7 @@ import numpy.typing as npt
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.errors import EngineError, EnvironmentFailure, RewardError, WireError
+from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, WireError
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.ray_queue import QueueClient
 from async_rl.rollout import in_flight
@@ -163,10 +163,25 @@ class RolloutWorker:
             self._work.cancel()
 
     async def _watch_engine(self) -> None:
-        """Raise soon after the engine died: during a push no generation is under way that would notice."""
-        while True:
-            await asyncio.sleep(_WATCH_PERIOD_S)
-            self._engine.check_alive()
+        """Raise soon after the engine died: during a push no generation is under way that would notice. And when it has
+        not answered for watchdog.stall_s, pushes aside, which have a limit of their own: it hangs."""
+        limit = self._config.watchdog.stall_s
+        ping = asyncio.ensure_future(self._engine.ping())
+        waited = 0.0
+        try:
+            while True:
+                await asyncio.sleep(_WATCH_PERIOD_S)
+                self._engine.check_alive()
+                if ping.done():
+                    ping.result()
+                    ping = asyncio.ensure_future(self._engine.ping())
+                    waited = 0.0
+                elif self._open.is_set():
+                    waited += _WATCH_PERIOD_S
+                if waited > limit:
+                    raise EngineDied(f"{self._name}: the engine has not answered for {limit:g} s (watchdog.stall_s)")
+        finally:
+            ping.cancel()
 
     async def _keep_engine_full(self) -> None:
         async with asyncio.TaskGroup() as groups:

@@ -28,7 +28,7 @@ import structlog
 
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
-from async_rl.failures import cause_of, process_died
+from async_rl.failures import cause_of, process_died, told
 from async_rl.metrics.summary import SyncRecord
 from async_rl.model_config import ModelConfig
 from async_rl.types import ExpertIds, Int32Array
@@ -240,7 +240,7 @@ class WeightSync:
         except Exception as error:
             if process_died(error) or isinstance(cause_of(error), EngineDied):
                 raise ReplicaFailed(replica, str(cause_of(error)).partition("\n")[0]) from error
-            raise cause_of(error) from error
+            raise told(error) from error
 
     # -- the canary ---------------------------------------------------------------------------------------------
 

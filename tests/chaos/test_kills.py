@@ -148,6 +148,35 @@ def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_
 
 
 @pytest.mark.long
+def test_an_engine_that_hangs_is_replaced(start_run, tmp_path):
+    """Stopped, not killed: nothing tells anybody, in the middle of generation and in a push."""
+    run = start_run(watchdog__stall_s=4, sync__timeout_s=6, **SETTINGS)
+    run.wait_for_step(3)
+    for phase in ("groups", "push"):
+        run.wait_for_phase(phase)
+        run.one(NAMES["engine"]).suspend()
+        wait_for_more(run, 4)
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    check(run, tmp_path)
+
+
+@pytest.mark.long
+def test_a_run_that_stands_still_ends_with_every_stack(start_run):
+    """The trainer is stopped: no rank says anything any more, and none is dead."""
+    run = start_run(watchdog__stall_s=3, watchdog__abort_s=8, **SETTINGS)
+    run.wait_for_step(3)
+    run.one(NAMES["trainer"]).suspend()
+    assert run.wait() == 1, run.output
+    run.assert_nothing_left()
+    assert "nothing has moved for" in run.summary["exit_reason"]
+    assert "watchdog.abort_s" in run.output
+    for role in ("pipeline", "queue", "rollout-0"):
+        assert "most recent call first" in (run.folder / "logs" / f"{role}.stacks.txt").read_text()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["resume", "in_flight"])
 def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mode):
     """In each phase; then the run is let go on and stopped in good order."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from async_rl.config_file import validate
-from async_rl.errors import EngineError, EnvironmentFailure, RewardError
+from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
 from async_rl.rollout.engine import EngineOutput
 from async_rl.rollout.worker import RolloutWorker
@@ -36,7 +36,7 @@ class ScriptedEngine:
         self.running.set()
         self.requests: list[tuple[str, int, int]] = []
         self.sampled = 0
-        self.dead = False
+        self.dead = self.hangs = False
 
     async def generate(self, request_id, token_ids, sampling, max_tokens, first_row=0) -> EngineOutput:
         prompt = 3
@@ -75,6 +75,10 @@ class ScriptedEngine:
     def check_alive(self) -> None:
         if self.dead:
             raise EngineError("replica 0: the engine died")
+
+    async def ping(self) -> None:
+        if self.hangs:
+            await asyncio.sleep(3600)
 
     async def pause(self, mode) -> None:
         if mode == "abort":
@@ -325,6 +329,25 @@ async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
     engine.dead = True
     with pytest.raises(EngineError, match="the engine died"):
         await asyncio.wait_for(run, 5)
+
+
+async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
+    engine, queue = ScriptedEngine(length=10**6), ListQueue(2)
+    limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 10**6}
+    subject, _ = worker(engine, queue, rollout=limits, watchdog={"stall_s": 0.05})
+    run = asyncio.create_task(subject.run())
+    await asyncio.sleep(0.2)
+    assert not run.done()
+    await subject.pause()
+    engine.hangs = True
+    await asyncio.sleep(0.2)
+    assert not run.done(), "loading weights takes its time"
+    await subject.wake()
+    await subject.resume()
+    with pytest.raises(EngineDied, match="has not answered for"):
+        await asyncio.wait_for(run, 5)
+    assert len(subject.snapshot()) == 2, "what is in flight can be handed over"
 
 
 async def test_counts_tokens_and_busy_time():
