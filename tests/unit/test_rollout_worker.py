@@ -331,25 +331,6 @@ async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
         await asyncio.wait_for(run, 5)
 
 
-async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
-    engine, queue = ScriptedEngine(length=10**6), ListQueue(2)
-    limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 10**6}
-    subject, _ = worker(engine, queue, rollout=limits, watchdog={"stall_s": 0.05})
-    run = asyncio.create_task(subject.run())
-    await asyncio.sleep(0.2)
-    assert not run.done()
-    await subject.pause()
-    engine.hangs = True
-    await asyncio.sleep(0.2)
-    assert not run.done(), "loading weights takes its time"
-    await subject.wake()
-    await subject.resume()
-    with pytest.raises(EngineDied, match="has not answered for"):
-        await asyncio.wait_for(run, 5)
-    assert len(subject.snapshot()) == 2, "what is in flight can be handed over"
-
-
 async def test_counts_tokens_and_busy_time():
     engine, queue = ScriptedEngine(length=12), ListQueue(3)
     subject, _ = worker(engine, queue)
@@ -463,3 +444,21 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
     assert queue.returned == ([] if handed_in else [("0-0.0", "timeout")])
     assert subject.snapshot() == {}
     assert subject.stats().cut_groups == handed_in
+
+
+async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
+    engine, queue = Straggler(), ListQueue(2)
+    engine.stuck = "0-"
+    subject, _ = worker(engine, queue, watchdog={"stall_s": 0.05})
+    run = asyncio.create_task(subject.run())
+    await asyncio.sleep(0.2)
+    assert not run.done()
+    subject._open.clear()  # what a push begins with
+    engine.hangs = True
+    await asyncio.sleep(0.2)
+    assert not run.done(), "loading weights takes its time"
+    subject._open.set()
+    with pytest.raises(EngineDied, match="has not answered for"):
+        await asyncio.wait_for(run, 5)
+    assert len(subject.snapshot()) == 2, "what is in flight can be handed over"
