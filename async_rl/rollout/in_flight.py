@@ -6,7 +6,7 @@ neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs, versi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,9 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
 
-def decode(buffer: Buffer, *, n: int, max_response_tokens: int, policy: RoutingPolicy) -> InFlight:
+def decode(
+    buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], policy: RoutingPolicy
+) -> InFlight:
     """The group as it stood, to be gone on with under these settings; its arrays are copies.
 
     Raises WireError for anything but such a message, and for a group that does not fit the settings: of another number
@@ -91,11 +93,13 @@ def decode(buffer: Buffer, *, n: int, max_response_tokens: int, policy: RoutingP
             continue
         if not isinstance(entry, dict) or entry.get("policy") != policy:
             raise WireError(f"group {ticket.group_id}: response {t} is {short(entry)}, not one kept under {policy}")
+        if entry.get("finish_reason") not in (None, "stop", "length"):
+            raise WireError(f"group {ticket.group_id}: response {t} ended by {short(entry['finish_reason'])}")
         partial = PartialRollout(
             trajectory_id=get(entry, "trajectory_id", str),
             prompt_ids=prompt.token_ids,
             max_response_tokens=max_response_tokens,
-            stop_token_ids=frozenset(get(entry, "stop_token_ids", list)),
+            stop_token_ids=stop_token_ids,
             routing=routing_spec(entry.get("routing")),
             policy=policy,
             response_ids=take(f"{t}.response_ids"),
@@ -110,6 +114,9 @@ def decode(buffer: Buffer, *, n: int, max_response_tokens: int, policy: RoutingP
         except InvalidTrajectory as error:
             raise WireError(f"group {ticket.group_id}: {error}") from None
         partials.append(partial)
+    for reward, each in zip(rewards, partials, strict=True):
+        if reward is not None and (each is None or not each.finished):
+            raise WireError(f"group {ticket.group_id}: a response that has not ended has a reward")
     if views:
         raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])}")
     return InFlight(ticket, partials, rewards)
@@ -121,7 +128,6 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
     routing = partial.routing
     return {
         "trajectory_id": partial.trajectory_id,
-        "stop_token_ids": sorted(partial.stop_token_ids),
         "policy": partial.policy,
         "finish_reason": partial.finish_reason,
         "routing": routing and [routing.num_moe_layers, routing.top_k, routing.num_experts],
@@ -139,8 +145,3 @@ def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
         yield from segment_arrays(t, partial.segments)
         if partial.routed_experts is not None:
             yield f"{t}.routed_experts", partial.routed_experts
-
-
-def by_group(groups: Sequence[InFlight]) -> dict[str, InFlight]:
-    """The groups by their ids."""
-    return {group.group_id: group for group in groups}

@@ -241,7 +241,11 @@ class RolloutWorker:
         for message in messages.values():
             try:
                 group = in_flight.decode(
-                    message, n=settings.n, max_response_tokens=settings.max_response_tokens, policy=policy
+                    message,
+                    n=settings.n,
+                    max_response_tokens=settings.max_response_tokens,
+                    stop_token_ids=self._engine.stop_token_ids,
+                    policy=policy,
                 )
             except WireError as error:
                 log.warning("a group in flight cannot be gone on with", reason=str(error))

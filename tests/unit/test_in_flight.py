@@ -1,0 +1,164 @@
+"""Groups in flight on the wire: they come back as they stood, and what does not fit is refused whole."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_rl.errors import InvalidTrajectory, WireError
+from async_rl.queue import wire
+from async_rl.queue.records import Ticket
+from async_rl.rollout import in_flight
+from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
+from async_rl.rollout.partial import PartialRollout
+from async_rl.types import Prompt, RoutingSpec
+
+ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=300)
+LIMIT, STOP = 40, frozenset({0, 99})
+
+
+def output(rng, partial, count, version, end):
+    request = partial.next_request()
+    rows = len(request.token_ids) + count - 1 - request.first_row
+    first = rng.integers(0, 150, (rows, 2, 1))
+    return EngineOutput(
+        token_ids=rng.integers(1, 99, count).astype(np.int32),
+        logprobs=rng.normal(size=count).astype(np.float32),
+        versions=np.full(count, version, dtype=np.int32),
+        routed_experts=np.concatenate([first, first + 150], axis=2).astype(np.uint16),
+        finish_reason=end,
+    )
+
+
+def group(seed, n=3, policy="replace", dense=False):
+    """Responses that were cut, resumed, answered by an environment, finished and scored, each as far as it came."""
+    rng = np.random.default_rng(seed)
+    prompt = Prompt("3-7", 7, "text \ud800", rng.integers(1, 100, 4).astype(np.int32), {"answer": [1, None, "x"]})
+    made = InFlight.begin(Ticket("3-7.2", prompt, 5), n)
+    for index in range(n):
+        calls = int(rng.integers(0, 4))
+        if calls == 0:
+            continue
+        partial = PartialRollout.begin(
+            f"3-7.2/{index}",
+            prompt.token_ids,
+            max_response_tokens=LIMIT,
+            eos_token_id=STOP,
+            routing=None if dense else ROUTING,
+            policy=policy,
+        )
+        for call in range(calls):
+            end = "stop" if call == calls - 1 and rng.random() < 0.5 else "abort"
+            made_output = output(rng, partial, int(rng.integers(1, 5)), 3 + call, end)
+            if dense:
+                made_output = EngineOutput(
+                    *[getattr(made_output, f) for f in ("token_ids", "logprobs", "versions")], None, end
+                )
+            partial = partial.absorb(made_output)
+        if partial.finished and rng.random() < 0.5:
+            made.rewards[index] = float(rng.normal())
+        elif partial.finished and rng.random() < 0.5:
+            partial = partial.go_on(np.array([5, 6], dtype=np.int32))
+        made.partials[index] = partial
+    return made
+
+
+def decode(message, n=3, policy="replace"):
+    return in_flight.decode(message, n=n, max_response_tokens=LIMIT, stop_token_ids=STOP, policy=policy)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 5),
+    policy=st.sampled_from(["replace", "preserve", "exact"]),
+    dense=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
+    sent = group(seed, n, policy, dense)
+    received = decode(in_flight.encode(sent), n, policy)
+    assert in_flight.encode(received).tobytes() == in_flight.encode(sent).tobytes()
+    assert received.ticket.prompt.fields == sent.ticket.prompt.fields
+    for a, b in zip(sent.partials, received.partials, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and not a.finished:
+            assert [x.tolist() if hasattr(x, "tolist") else x for x in a.next_request()] == [
+                x.tolist() if hasattr(x, "tolist") else x for x in b.next_request()
+            ]
+        if b is not None:
+            assert b.response_ids.flags.writeable or b.response_ids.base is None, "a copy, not a view on the message"
+
+
+@given(seed=st.integers(0, 200), at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_message_is_refused(seed, at, bit, cut):
+    message = in_flight.encode(group(seed)).tobytes()
+    place = int(at * len(message))
+    damaged = message[:place] if cut else bytearray(message)
+    if not cut:
+        damaged[place] ^= 1 << bit
+    with pytest.raises(WireError):
+        decode(bytes(damaged))
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.text(max_size=5), st.lists, max_leaves=5
+)
+
+
+@given(
+    seed=st.integers(0, 50),
+    key=st.sampled_from(["group_id", "version", "partials", "rewards", "fields", "row"]),
+    value=json_like,
+    inner=st.sampled_from([None, "trajectory_id", "policy", "finish_reason", "routing"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_table_that_says_something_else_is_refused_or_harmless(seed, key, value, inner):
+    """With a valid checksum: only the checks of what it means stand in the way."""
+    table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(group(seed)))
+    table.pop("arrays")
+    if inner is None:
+        table[key] = value
+    else:
+        for entry in table["partials"]:
+            if entry is not None:
+                entry[inner] = value
+    altered = wire.pack(IN_FLIGHT, "altered", table, arrays)
+    try:
+        received = decode(altered)
+    except WireError:
+        return
+    for partial in received.partials:
+        if partial is not None:
+            partial.check()
+            if partial.finish_reason is None:
+                partial.next_request()
+
+
+def test_what_the_settings_of_now_do_not_allow_is_refused():
+    message = in_flight.encode(group(1))
+    with pytest.raises(WireError, match=r"3 responses in flight, and rollout\.n is 4"):
+        decode(message, n=4)
+    with pytest.raises(WireError, match="not one kept under exact"):
+        decode(message, policy="exact")
+    with pytest.raises(WireError, match="response tokens, more than 1 allowed"):
+        in_flight.decode(message, n=3, max_response_tokens=1, stop_token_ids=STOP, policy="replace")
+    with pytest.raises(WireError, match="not a group in flight"):
+        decode(b"ARLG" + message.tobytes()[4:])
+
+
+def test_a_state_that_no_calls_lead_to_is_refused():
+    partial = next(p for p in group(1).partials if p is not None)
+    for wrong in (
+        {"logprobs": partial.logprobs[:-1]},
+        {"versions": partial.versions + 1},
+        {"segments": ()},
+        {"routed_experts": None},
+        {"routed_experts": partial.routed_experts[:-1]},
+        {"max_response_tokens": 1},
+    ):
+        with pytest.raises(InvalidTrajectory):
+            dataclasses.replace(partial, **wrong).check()
