@@ -430,6 +430,29 @@ def test_a_lost_worker_loses_what_it_ran_and_nothing_that_it_finished():
     assert ids(broker.lease(1, "t")) == queued
 
 
+def test_groups_that_are_kept_stay_running_and_pass_to_the_next_worker():
+    broker = make(window_limit=4)
+    kept, lost = broker.issue("a", 2)
+    assert broker.worker_lost("a", keep=[kept.group_id, "0-9.9"]) == [lost.group_id]
+    assert broker.ticket(kept.group_id) == kept
+    assert broker.adopt("b", [kept.group_id, lost.group_id]) == [kept.group_id]
+    assert broker.worker_lost("a") == []
+    assert broker.put(meta(kept)) is True
+
+
+def test_what_is_trained_again_is_a_group_of_its_own():
+    broker = make(window_limit=4, can_rewind=True)
+    for step in (1, 2):
+        done = finish(broker, 2)
+        broker.lease(2, "t")
+        broker.ack(done, step)
+    assert broker.rewind(1) == ["0-3", "0-4"]
+    assert broker.counts().trained == 2
+    broker.advance(1)
+    assert [ticket.group_id for ticket in broker.issue("w", 3)] == ["0-3.1", "0-4.1", "0-5.0"]
+    assert broker.rewind(1) == []
+
+
 def test_ack_is_all_or_nothing():
     broker = make()
     order = finish(broker, 2)

@@ -335,13 +335,14 @@ async def test_a_snapshot_ends_calls_that_would_be_frozen():
         assert engines[0].ended_calls is wanted
 
 
-async def test_the_probe_stays_bounded_however_the_routers_move():
-    subject, _ = sync(engine := Engine())
-    await subject.begin()
-    for version in range(1, 400):
-        # Each push, another expert is one that only a rare token reaches.
-        engine.routing = lambda s, v=version: np.repeat(
-            np.where(s[:-1] == v % VOCAB, 3, s[:-1] % 3)[:, None, None], 2, axis=1
-        ).astype(np.uint8)
-        await subject.push(version)
-    assert len(subject._probe) <= SEQUENCES + 8 * 32
+async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
+    monkeypatch.setattr("async_rl.weights.sync.BATCHES", 1)
+    monkeypatch.setattr("async_rl.weights.sync.CANDIDATES", 2)
+    # Each time, some candidate reaches what nothing reached before.
+    monkeypatch.setattr("async_rl.weights.sync.worth_adding", lambda *_: [0])
+    subject, _ = sync(Engine(reach=EXPERTS - 1))
+    first, newest = [sequence.tobytes() for sequence in subject._probe], []
+    for _ in range(5):
+        await subject._reach_experts(1)
+        newest.append(subject._probe[-1].tobytes())
+    assert [sequence.tobytes() for sequence in subject._probe] == [*first, *newest[-2:]]

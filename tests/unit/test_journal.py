@@ -1,0 +1,160 @@
+"""The queue rebuilt from its journal, wherever it died: against a twin that never does."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulation import cursor
+
+from async_rl.errors import QueueError
+from async_rl.queue.broker import Broker
+from async_rl.queue.journal import FileJournal
+from async_rl.queue.ray_queue import QueueActor
+from async_rl.queue.records import GroupMeta
+
+
+class Crash(Exception):
+    """The process ends here."""
+
+
+class CrashingJournal(FileJournal):
+    """Ends the process before or after the next event is written down, or in the middle of it."""
+
+    crash = None
+
+    def append(self, event):
+        how, CrashingJournal.crash = CrashingJournal.crash, None
+        if how == "before":
+            raise Crash
+        super().append(event)
+        if how == "torn":
+            os.ftruncate(self._file, self.size() - 3)
+        if how is not None:
+            raise Crash
+
+
+def broker():
+    return Broker(
+        cursor(12),
+        required_groups=2,
+        window_limit=5,
+        max_staleness=1,
+        on_stale="drop",
+        max_bytes=1000,
+        max_attempts=2,
+        can_rewind=True,
+    )
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Calls with ids, made again after a crash as Ray makes them; the twin hears each once."""
+
+    @initialize()
+    def start(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.open = functools.partial(CrashingJournal, Path(self.folder.name) / "journal")
+        self.subject, self.twin = QueueActor(broker(), self.open), QueueActor(broker())
+        self.calls = self.version = self.step = 0
+        self.running, self.queued, self.leased = [], [], []
+        CrashingJournal.crash = None
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def call(self, method, *arguments, crash=None):
+        """The answer; after a crash the actor is another one, and the call is made again."""
+        self.calls += 1
+        name = f"client/{self.calls}"
+        CrashingJournal.crash = crash
+        try:
+            answer = self.subject._decide(name, method, *arguments)
+        except Crash:
+            self.restart()
+            answer = self.subject._decide(name, method, *arguments)
+        CrashingJournal.crash = None
+        assert answer == self.twin._decide(name, method, *arguments)
+        # Answered, and yet made again: the answer was on its way when the connection broke.
+        assert answer == self.subject._decide(name, method, *arguments)
+        self.look()
+        return answer
+
+    def look(self):
+        state = self.twin._broker.state()
+        self.running = [fields[0] for fields in state["running"]]
+        self.queued = [fields[0] for fields, _ in state["queued"]]
+        self.leased = [fields[0] for fields, _ in state["leased"]]
+
+    @rule()
+    def restart(self):
+        self.subject._journal.close()
+        self.subject = QueueActor(broker(), self.open)
+
+    crashes = st.sampled_from([None, None, "before", "torn", "after"])
+
+    @rule(worker=st.sampled_from("ab"), n=st.integers(1, 4), crash=crashes)
+    def issue(self, worker, n, crash):
+        if self.twin._broker.free_slots:
+            self.call("issue", worker, n, crash=crash)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), nbytes=st.integers(1, 300), crash=crashes)
+    def put(self, data, nbytes, crash):
+        meta = GroupMeta(data.draw(st.sampled_from(self.running)), 9, nbytes, self.version, self.version, 2, 0, (4, 5))
+        try:
+            if self.twin._broker.full_for(nbytes):
+                return
+        except QueueError:
+            return
+        self.call("put", meta, crash=crash)
+
+    @precondition(lambda self: self.queued)
+    @rule(data=st.data(), crash=crashes)
+    def lease(self, data, crash):
+        self.call("lease", data.draw(st.integers(1, min(5, len(self.queued)))), "trainer", 1, crash=crash)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data(), method=st.sampled_from(["ack", "release"]), crash=crashes)
+    def end_lease(self, data, method, crash):
+        chosen = data.draw(st.lists(st.sampled_from(self.leased), unique=True, min_size=1))
+        self.step += 1
+        self.call(method, chosen, *([self.step] if method == "ack" else []), crash=crash)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), method=st.sampled_from(["return_group", "fail"]), crash=crashes)
+    def give_up(self, data, method, crash):
+        reason = data.draw(st.sampled_from(["timeout", "reward"]))
+        self.call(method, data.draw(st.sampled_from(self.running)), reason, crash=crash)
+
+    @rule(crash=crashes)
+    def advance(self, crash):
+        self.version += 1
+        self.call("advance", self.version, crash=crash)
+
+    @rule(worker=st.sampled_from("ab"), crash=crashes)
+    def worker_lost(self, worker, crash):
+        self.call("worker_lost", worker, self.running[:1], crash=crash)
+
+    @rule(back=st.integers(0, 2), crash=crashes)
+    def rewind(self, back, crash):
+        self.step = max(0, self.step - back)
+        self.call("rewind", self.step, crash=crash)
+
+    @rule()
+    def compact(self):
+        answers = list(self.subject._answers.items())
+        self.subject._journal.compact(["", "restore", [self.subject._broker.state(), answers]])
+
+    @invariant()
+    def both_are_the_same(self):
+        if hasattr(self, "subject"):
+            assert self.subject._broker.state() == self.twin._broker.state()
+            assert self.subject._broker.counts().add_up
+
+
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_invariant_5_wherever_the_queue_dies = QueueMachine.TestCase
