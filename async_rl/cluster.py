@@ -154,6 +154,7 @@ class RolloutActor(RolloutWorker):
         self._metrics.count_to("generated_tokens_total", stats.generated_tokens)
         self._metrics.count_to("resumed_prefill_tokens_total", stats.resumed_prefill_tokens)
         self._metrics.count_to("rollout_paused_seconds_total", stats.paused_s)
+        self._metrics.count_to("groups_cut_total", stats.cut_groups)
         return stats
 
     async def shutdown(self) -> None:

@@ -295,6 +295,12 @@ _SPECS: tuple[MetricSpec, ...] = (
         why="Work thrown away; drops are among them.",
     ),
     MetricSpec(
+        "groups_cut_total",
+        "counter",
+        "Groups handed in after rollout.group_timeout_s without their last responses.",
+        why="The longest responses are what is missing, so a high share teaches brevity.",
+    ),
+    MetricSpec(
         "groups_failed_total",
         "counter",
         "Groups given up for good, by reason.",
