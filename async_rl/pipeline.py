@@ -51,7 +51,6 @@ from async_rl.recovery import Recovery
 from async_rl.replicas import Replicas
 from async_rl.rollout.prompts import Dataset, DatasetCursor
 from async_rl.rollout.tokenization import load_tokenizer
-from async_rl.rollout.worker import name_of
 from async_rl.run_state import RunState
 from async_rl.trainer import checkpoint
 from async_rl.trainer.packing import split_over_ranks
@@ -177,12 +176,14 @@ class Pipeline:
         await self._queue.recover(state.step)
         groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
         adopted: list[str] = []
-        for place_, replica in enumerate(replicas):
-            share = dict(groups[place_ :: len(replicas)])
-            fitting = await self._rollouts.workers[replica].adopt.remote(share)
-            adopted += await self._queue.adopt(name_of(replica), fitting)
+        shares = {replica: dict(groups[place_ :: len(replicas)]) for place_, replica in enumerate(replicas)}
+        for replica, share in shares.items():
+            await self._queue.adopt(name_of(replica), share)
+        # The names of the other workers are those of the run that ended, of which there may have been more.
         for name in (await self._queue.stats()).running:
-            await self._queue.worker_lost(name, keep=adopted)
+            await self._queue.worker_lost(name, keep=state.in_flight)
+        for replica, share in shares.items():
+            adopted += await self._replicas.hand_over(replica, share)
         # The engines have loaded the checkpoint that the run began with.
         stats = await self._queue.stats()
         # A queue that outlived the run may have seen versions that were pushed after the checkpoint.

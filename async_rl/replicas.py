@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
+from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.failures import cause_of
 from async_rl.fleet import Rollouts, worker_lost
 from async_rl.queue.ray_queue import QueueClient
@@ -80,7 +80,11 @@ class Replicas:
         stream = worker.groups.options(num_returns="streaming").remote()
         async for first in stream:
             meta = await first
-            await self._queue.put_stored(meta, [await anext(stream)])
+            try:
+                await self._queue.put_stored(meta, [await anext(stream)])
+            except (UnknownGroup, DuplicateGroup) as error:
+                # The books are the queue's: whatever this group is, its prompt is somewhere else by now.
+                log.warning("a group that nobody waits for", group=meta.group_id, reason=str(error))
             worker.accepted.remote(meta.group_id)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
@@ -99,8 +103,7 @@ class Replicas:
             try:
                 worker = self._rollouts.replace(replica)
                 await worker.start.remote()
-                adopted = await worker.adopt.remote(saved)
-                await self._queue.worker_lost(name, keep=adopted)
+                await self.hand_over(replica, saved)
                 joined = self._joining[replica] = asyncio.get_running_loop().create_future()
                 self._somebody_joins.set()
                 await joined
@@ -111,6 +114,16 @@ class Replicas:
                 if not (worker_lost(again) or isinstance(cause_of(again), ReplicaFailed | EngineError)):
                     raise
                 error = again
+                saved = self._saved.pop(replica, saved)
+
+    async def hand_over(self, replica: int, groups: dict[str, Any]) -> list[str]:
+        """Have a worker go on with groups in flight when it runs: those that the queue still has as such. What the
+        queue has as running on it besides is issued again. The groups that are gone on with."""
+        name = name_of(replica)
+        running = await self._queue.adopt(name, groups)
+        fitting: list[str] = await self._rollouts.workers[replica].adopt.remote({i: groups[i] for i in running})
+        await self._queue.worker_lost(name, keep=fitting)
+        return fitting
 
     async def _salvage(self, replica: int) -> dict[str, Any]:
         """The groups in flight of a worker whose engine has died; of one that is dead itself, none."""
@@ -124,7 +137,7 @@ class Replicas:
             return {}
 
     async def lose(self, failed: ReplicaFailed) -> None:
-        """A replica could not take part in a push: end it, so that ``_tend`` puts another in its place."""
+        """A replica could not take part in a push: end it, so that ``tend`` puts another in its place."""
         log.warning("a replica is left out", reason=str(failed))
         if self._sync.members.pop(failed.replica, None) is not None:
             self._saved[failed.replica] = await self._salvage(failed.replica)
