@@ -51,6 +51,7 @@ from async_rl.recovery import Recovery
 from async_rl.replicas import Replicas
 from async_rl.rollout.prompts import Dataset, DatasetCursor
 from async_rl.rollout.tokenization import load_tokenizer
+from async_rl.rollout.worker import name_of
 from async_rl.run_state import RunState
 from async_rl.trainer import checkpoint
 from async_rl.trainer.packing import split_over_ranks
