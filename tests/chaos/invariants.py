@@ -9,8 +9,11 @@ from async_rl.queue.ray_queue import QueueActor, build_broker
 from async_rl.rollout.prompts import DatasetCursor, read_jsonl
 
 
-def check(run, tmp_path) -> None:
-    """Conservation by id (5), the hard bound (4) and the books, of a run that came to an orderly end."""
+def check(run, tmp_path, journal=None) -> None:
+    """Conservation by id (5), the hard bound (4) and the books, of a run that came to an orderly end.
+
+    journal: opens the queue's, where it is not in the run folder.
+    """
     config = load(run.folder / "config.yaml")
     groups = [group for row in run.trained for group in row["groups"]]
     assert [row["step"] for row in run.trained] == list(range(1, len(run.trained) + 1)), (
@@ -21,7 +24,11 @@ def check(run, tmp_path) -> None:
     trained = [group.rpartition(".")[0] for group in groups]
     assert len(set(trained)) == len(trained), "a prompt was trained twice"
 
-    state = rebuilt(config, run.folder / "queue.journal", tmp_path)
+    if journal is None:
+        copy = tmp_path / "journal"
+        copy.write_bytes((run.folder / "queue.journal").read_bytes())
+        journal = functools.partial(FileJournal, copy)
+    state = rebuilt(config, journal)
     outstanding = [fields[1] for fields in state["running"]]
     outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
     circulating, failed = state["source"]["returned"], sum(state["failed"].values())
@@ -44,13 +51,10 @@ def check(run, tmp_path) -> None:
             assert on_policy <= 1e-4, "engine and trainer disagree on tokens of staleness 0: wrong weights or stamps"
 
 
-def rebuilt(config, journal, tmp_path) -> dict:
+def rebuilt(config, journal) -> dict:
     """The broker's last state, from what the queue wrote down."""
-    copy = tmp_path / "journal"
-    copy.write_bytes(journal.read_bytes())
     cursor = DatasetCursor(dataset(config), shuffle=config.data.shuffle, seed=config.seed)
-    actor = QueueActor(build_broker(config, cursor), functools.partial(FileJournal, copy))
-    return actor._broker.state()
+    return QueueActor(build_broker(config, cursor), journal)._broker.state()
 
 
 def dataset(config):

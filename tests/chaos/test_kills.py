@@ -4,14 +4,17 @@ After each kill training goes on; at the end the invariants hold, and nothing is
 ``make test`` a few, by what is not marked long. CHAOS_SEED repeats a schedule.
 """
 
+import functools
 import os
 import random
 import time
 
 import pytest
 from invariants import check, dataset
+from redis_server import PASSWORD
 
 from async_rl.config_file import load
+from async_rl.queue.redis_store import RedisJournal
 from async_rl.rollout.prompts import DatasetCursor
 
 pytestmark = pytest.mark.e2e
@@ -145,6 +148,41 @@ def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_
         assert {group.rpartition(".")[0] for group in row["groups"]} == {cursor.next().prompt_id for _ in range(4)}
     assert run.summary["steps"] == steps
     assert run.summary["groups"]["trained"] == 4 * steps
+
+
+@pytest.mark.long
+def test_groups_in_redis_outlive_every_process(start_run, tmp_path, redis_server):
+    """Also what came after the last checkpoint: the queue's books and its groups are the server's. Pushes roll."""
+    connection = redis_server.settings["redis"]
+    settings = SETTINGS | {
+        "rollout__replicas": 2,
+        "sync__rolling": True,
+        "checkpoint__every": 4,
+        "queue__backend": "redis",
+        "queue__redis__url": connection["url"],
+        "queue__redis__password_file": connection["password_file"],
+    }
+    run = start_run(**settings)
+    run.wait_for_step(6)
+    for kind in ("queue", "worker"):
+        run.one(NAMES[kind]).kill()
+        wait_for_more(run, 3)
+    os.kill(run.driver, 9)
+    assert run.wait() == 137
+    run.assert_nothing_left()
+    last = run.trained[-1]
+    run = start_run.again(**settings)
+    run.wait_for_step(last["step"] + 4)
+    assert run.rows[-1]["policy_version"] > last["policy_version"], "versions only rise, also over the death of all"
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    # The settings as written down hold no password, and the entries of what was trained are gone.
+    assert PASSWORD not in (run.folder / "config.yaml").read_text()
+    config = load(run.folder / "config.yaml")
+    check(run, tmp_path, journal=functools.partial(RedisJournal, config.queue.redis, config.name))
+    entries = redis_server.client().xlen(f"async_rl:{config.name}:groups")
+    assert entries <= 2 * config.required_groups + config.rollout.replicas * 8
 
 
 @pytest.mark.long
