@@ -219,6 +219,7 @@ class Pipeline:
             await self._queue.release([meta.group_id for meta, _ in leased])
             raise
         step, version = self._step + 1, self._version
+        trained = await asyncio.to_thread(self._recorder.fetch, leased)
         await self._queue.ack([meta.group_id for meta, _ in leased], step)
         self._step = step
         step_s = time.monotonic() - began
@@ -230,11 +231,11 @@ class Pipeline:
             pushing = asyncio.ensure_future(self._push(snapshot=due))
             await asyncio.sleep(0)  # its first calls are on their way while the step is written down
             try:
-                self._recorder.step(step, version, reports, leased, step_s=step_s)
+                self._recorder.step(step, version, reports, trained, step_s=step_s)
             finally:
                 state = await pushing
         else:
-            self._recorder.step(step, version, reports, leased, step_s=step_s)
+            self._recorder.step(step, version, reports, trained, step_s=step_s)
             state = await self._snapshot() if due else None
         if state is not None:
             await self._checkpoint(state)

@@ -20,8 +20,8 @@ from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
-from async_rl.queue.ray_queue import Fetcher
-from async_rl.queue.records import QueueStats
+from async_rl.queue.ray_queue import Fetcher, Payload
+from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
 from async_rl.run_state import RunState
 from async_rl.runfolder import RunFolder
@@ -187,25 +187,32 @@ class Recorder:
             self._metrics.count_to("groups_failed_total", count, reason=reason)
         return stalled
 
+    def fetch(self, leased: Sequence[tuple[GroupMeta, Payload]]) -> list[tuple[GroupMeta, Any]]:
+        """The messages of leased groups, in place of their payloads; before they are acknowledged, and may be gone."""
+        messages = self._fetcher.messages([payload for _, payload in leased])
+        return [(meta, message) for (meta, _), message in zip(leased, messages, strict=True)]
+
     def step(
         self,
         step: int,
         version: int,
         reports: Sequence[StepReport],
-        leased: Sequence[Any],
+        trained: Sequence[tuple[GroupMeta, Any]],
         *,
         step_s: float,
     ) -> None:
-        """One training step: its updates' reports, and the groups it consumed as leased from the queue."""
+        """One training step: its updates' reports, and the groups that it consumed, as ``fetch`` gave them."""
         report = merge_reports(reports)
-        payloads = self._fetcher.messages([payload for _, payload in leased])
+        payloads = [message for _, message in trained]
         groups = [codec.decode(payload) for payload in payloads]
         self._trainer_busy_s += sum(report.seconds.values())
         record = self._record(step, version, report, groups, step_s=step_s)
         self._summary.add_step(record)
         publish_step(self._metrics, record)
         self._folder.write_step(record.row())
-        self._folder.write_trained({"step": step, "policy_version": version, "groups": [m.group_id for m, _ in leased]})
+        self._folder.write_trained(
+            {"step": step, "policy_version": version, "groups": [m.group_id for m, _ in trained]}
+        )
         self._write_samples(step, version, groups)
         for group, payload in zip(groups, payloads, strict=True):
             self._folder.write_group(memoryview(payload), group.group_id)
