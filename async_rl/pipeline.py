@@ -91,11 +91,11 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
         recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
-        found = checkpoint.newest_sound(recorder.checkpoints) if resume else None
-        inputs.prepare_store(config, resume=resume, anew=found is None)
-        if resume:
-            recorder.go_on(None if found is None else run_state.read(found))
         try:
+            found = checkpoint.newest_sound(recorder.checkpoints) if resume else None
+            inputs.prepare_store(config, resume=resume, anew=found is None)
+            if resume:
+                recorder.go_on(None if found is None else run_state.read(found))
             with ray_cluster(config):
                 asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
@@ -126,6 +126,7 @@ class Pipeline:
         self._resumed = None if found is None else run_state.read(found)
         self._step = 0 if self._resumed is None else self._resumed.step
         self._version = 0 if self._resumed is None else self._resumed.version
+        self._announced = self._version  # the last version that a push was begun with
         self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
@@ -174,7 +175,7 @@ class Pipeline:
         """Go on with the work of a run that ended: what was queued, what was in flight, and the weights."""
         for group_id, message in state.queued.items():
             self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
-        await self._queue.recover(state.step)
+        newest = await self._queue.recover(state.step)
         groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
         adopted: list[str] = []
         shares = {replica: dict(groups[place_ :: len(replicas)]) for place_, replica in enumerate(replicas)}
@@ -188,7 +189,7 @@ class Pipeline:
         # The engines have loaded the checkpoint that the run began with.
         stats = await self._queue.stats()
         # A queue that outlived the run may have seen versions that were pushed after the checkpoint.
-        seen = max(state.version, stats.version)
+        seen = max(state.version, stats.version, newest)
         self._version = seen if state.pushed and seen == state.version else seen + 1
         await self._sync.push(self._version)
         if self._version > stats.version:
@@ -297,7 +298,8 @@ class Pipeline:
 
         snapshot: also what a checkpoint needs of the rest, as it is while the engines stand still.
         """
-        version = self._version + 1
+        # Never the version of a push that was given up, which engines may have sampled with: its weights were others.
+        version = self._announced = max(self._version, self._announced) + 1
         in_flight: dict[str, Any] = {}
 
         async def paused(replica: int) -> None:

@@ -453,9 +453,12 @@ class QueueClient:
     async def advance(self, version: int) -> None:
         await self._let_go(await self._decide("advance", version))
 
-    async def recover(self, step: int) -> None:
+    async def recover(self, step: int) -> int:
         """Take over what there is of a run that goes on after training step ``step``: in a store that outlived it, and
-        what ``hold`` was given. A group whose payload is nowhere goes back to the dataset."""
+        what ``hold`` was given. A group whose payload is nowhere goes back to the dataset.
+
+        Returns the newest version that sampled a token of what there is; -1 where there is nothing.
+        """
         state = await self.state()
         metas = [GroupMeta.from_fields(meta) for _, meta in [*state["queued"], *state["leased"]]]
         await self.release([GroupMeta.from_fields(meta).group_id for _, meta in state["leased"]])
@@ -468,6 +471,7 @@ class QueueClient:
                 self._payloads[meta.group_id] = meta.address
             elif meta.group_id not in self._payloads:
                 await self.return_group(meta.group_id, PAYLOAD_LOST)
+        return max((meta.newest_version for meta in metas), default=-1)
 
     async def checkpointed(self, oldest_step: int) -> None:
         await self._decide("checkpointed", oldest_step)

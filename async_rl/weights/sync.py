@@ -127,7 +127,7 @@ class WeightSync:
                 if self._config.sync.rolling:
                     await self._all(turn, "resume")
         except TimeoutError:
-            raise await self._too_long(version, phases) from None
+            raise await self._too_long(f"push of version {version}", phases) from None
         return SyncRecord(
             policy_version=version,
             seconds=sum(phases.values()),
@@ -144,12 +144,17 @@ class WeightSync:
         )
 
     async def stand_still(self, paused: Paused) -> None:
-        """Have every member stop, without a push, for as long as ``paused`` takes. Raises ReplicaFailed."""
+        """Have every member stop, without a push, for as long as ``paused`` takes. Raises ReplicaFailed, and
+        WeightSyncError when sync.timeout_s is over."""
         everyone = list(self.members)
-        await self._all(everyone, "pause", True)
-        for replica in everyone:
-            await paused(replica)
-        await self._all(everyone, "wake")
+        try:
+            async with asyncio.timeout(self._config.sync.timeout_s):
+                await self._all(everyone, "pause", True)
+                for replica in everyone:
+                    await paused(replica)
+                await self._all(everyone, "wake")
+        except TimeoutError:
+            raise await self._too_long("standstill for a checkpoint", {}) from None
         await self.resume()
 
     async def _push_or_again(
@@ -199,7 +204,7 @@ class WeightSync:
                 raise
             raise WeightSyncError(f"{method}: {type(error).__name__}: {error}") from error
 
-    async def _too_long(self, version: int, phases: dict[str, float]) -> WeightSyncError:
+    async def _too_long(self, what: str, phases: dict[str, float]) -> WeightSyncError:
         """What to raise when sync.timeout_s is over."""
         try:
             await self._blame()
@@ -207,7 +212,7 @@ class WeightSync:
             return failed
         mode = self._config.async_training.partial_rollout.mode
         return WeightSyncError(
-            f"push of version {version} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
+            f"{what} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
             f"finished phases: {', '.join(phases) or 'none'}. "
             + ("A push waits for the longest running generation: " if mode == "drain" else "")
             + "raise sync.timeout_s, or see the logs of the rollout workers"

@@ -533,7 +533,7 @@ async def test_groups_in_redis_outlive_the_cluster(start, fetcher, config):
 
     after = start_queue(settings, Source(0))
     assert await after.worker_lost("w") == [running.group_id]
-    await after.recover(1)
+    assert await after.recover(1) == 0  # the newest version in it
     again = await after.lease("trainer", 2)
     assert [meta.group_id for meta, _ in again] == [leased[0].group_id, third.group_id]  # in the order they had
     received = fetcher.groups([payload for _, payload in again])

@@ -335,6 +335,23 @@ async def test_a_snapshot_ends_calls_that_would_be_frozen():
         assert engines[0].ended_calls is wanted
 
 
+async def test_a_standstill_without_a_push_pushes_nothing_and_names_who_hangs(monkeypatch):
+    monkeypatch.setattr("async_rl.weights.sync._ANSWER_S", 0.05)
+    subject, trainer, engines = fleet(2, sync={"timeout_s": 0.1})
+    taken = []
+
+    async def paused(replica):
+        taken.append((replica, "resume" in engines[replica].calls))
+
+    await subject.stand_still(paused)
+    assert taken == [(0, False), (1, False)]
+    assert trainer.calls == []
+    assert all(engine.calls == ["pause", "wake", "resume"] for engine in engines.values())
+    engines[1].hangs = "pause"
+    with pytest.raises(ReplicaFailed, match="rollout-1: the engine does not answer pause"):
+        await subject.stand_still(paused)
+
+
 async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
     monkeypatch.setattr("async_rl.weights.sync.BATCHES", 1)
     monkeypatch.setattr("async_rl.weights.sync.CANDIDATES", 2)
