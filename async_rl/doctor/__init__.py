@@ -31,6 +31,7 @@ def checks(config: RunConfig | None) -> list[Check]:
         inputs.model,
         inputs.data,
         inputs.functions,
+        inputs.durable_queue,
     ):
         found.extend(look(config))
     return found

@@ -123,6 +123,25 @@ def functions(config: RunConfig) -> Iterator[Check]:
         yield _try("prepare", config.prepare, lambda: getattr(importlib.import_module(module), name))
 
 
+def durable_queue(config: RunConfig) -> Iterator[Check]:
+    """The server of queue.backend redis answers, and lets this run in."""
+    if config.queue.backend == "memory":
+        return
+    try:
+        from async_rl.queue import redis_store
+    except ModuleNotFoundError:
+        yield Check(
+            "queue.backend", "FAIL", "redis: its client is not installed", "pip install 'redis>=6'", ConfigError
+        )
+        return
+    try:
+        redis_store.ping(config.queue.redis)
+    except ConfigError as error:
+        yield refused("queue.redis", error)
+    else:
+        yield Check("queue.redis", "ok", config.queue.redis.url)
+
+
 def _try(key: str, name: str, load: Callable[[], object]) -> Check:
     try:
         load()

@@ -56,18 +56,22 @@ def connect(settings: RedisSection) -> redis.Redis:
     return client
 
 
-def check(settings: RedisSection, run: str, *, resume: bool) -> None:
-    """Raise ConfigError unless the server can be reached and used, and holds no run of this name that must not be."""
+def ping(settings: RedisSection, run: str = "") -> bool:
+    """Whether the server holds something of ``run``. Raises ConfigError unless it can be reached and used."""
     probe = connect(settings)
     probe.set_retry(Retry(_BACKOFF, 3))
     try:
         probe.ping()
-        exists = probe.exists(_key(run, "journal"))
+        return bool(probe.exists(_key(run, "journal")))
     except redis.RedisError as error:
         raise ConfigError(f"queue.redis.url {settings.url}: {error}") from None
     finally:
         probe.close()
-    if exists and not resume:
+
+
+def check(settings: RedisSection, run: str, *, resume: bool) -> None:
+    """Raise ConfigError unless the server can be used, and holds no run of this name that must not be."""
+    if ping(settings, run) and not resume:
         raise ConfigError(
             f"queue.redis.url {settings.url}: holds the groups of a run {run!r}; go on with it (--resume auto), give "
             f"another --name, or delete the keys {_key(run, '*')}"

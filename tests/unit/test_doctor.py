@@ -287,3 +287,14 @@ def test_functions_that_cannot_be_loaded(machine, inputs, sections, error):
         doctor.require(config(inputs, **sections))
     assert "no_such" in str(caught.value)
     assert isinstance(caught.value, AsyncRLError)
+
+
+def test_a_durable_queue_that_does_not_answer(machine, inputs, tmp_path):
+    with socket.socket() as taken:  # bound, and listening to nobody
+        taken.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{taken.getsockname()[1]}/0"
+        with pytest.raises(ConfigError, match=rf"queue\.redis\.url {url}: .*refused"):
+            doctor.require(config(inputs, queue={"backend": "redis", "redis": {"url": url}}))
+    missing = {"backend": "redis", "redis": {"password_file": str(tmp_path / "none")}}
+    with pytest.raises(ConfigError, match=r"queue\.redis\.password_file .*none: No such file"):
+        doctor.require(config(inputs, queue=missing))
