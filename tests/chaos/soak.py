@@ -2,7 +2,8 @@
 
     python tests/chaos/soak.py [--minutes 30]
 
-Resident memory of every process is read every two seconds. Of each life of a process that lasted three minutes at
+Resident memory of every process is read every two seconds, as a whole and without what it shares: the pages of the
+object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that lasted three minutes at
 least, the first minute is warm-up; growth is the mean of the last quarter of the rest over that of its first quarter.
 The driver lives all along; the others are killed in turn, so that each lives for several minutes. At the end the run is
 stopped, and the invariants are checked as after every chaos test. The last line of stdout is one JSON object.
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def watch(run: Run, seconds: float):
-    """{(role, pid): [(time, bytes)]}, and how many were killed."""
+    """{(role, pid): [(time, resident bytes, those that are its own)]}, and how many were killed."""
     memory = defaultdict(list)
     kills = 0
     victims = itertools.cycle(KILLED)
@@ -81,7 +82,8 @@ def watch(run: Run, seconds: float):
             sys.exit(f"the run ended early:\n{run.output[-5000:]}")
         for role, process in [("driver", driver), *((r, p) for r, n in ROLES.items() for p in run.descendants(n))]:
             try:
-                memory[role, process.pid].append((now - began, process.memory_info().rss))
+                info = process.memory_info()
+                memory[role, process.pid].append((now - began, info.rss, info.rss - info.shared))
             except psutil.NoSuchProcess:
                 continue
         # The last minutes are for memory to settle.
@@ -94,22 +96,23 @@ def watch(run: Run, seconds: float):
     return memory, kills
 
 
-def growth(samples) -> float | None:
+def growth(samples, column: int) -> float | None:
     """Last quarter over first quarter after warm-up; None for too short a life."""
     if samples[-1][0] - samples[0][0] < SHORTEST_S:
         return None
-    settled = [size for at, size in samples if at - samples[0][0] > WARM_UP_S]
+    settled = [sample[column] for sample in samples if sample[0] - samples[0][0] > WARM_UP_S]
     quarter = max(1, len(settled) // 4)
     return statistics.mean(settled[-quarter:]) / statistics.mean(settled[:quarter])
 
 
 def report(memory, kills, rows, summary, minutes) -> dict:
-    grown, lives, size = defaultdict(list), defaultdict(int), defaultdict(list)
+    grown, own, lives, size = defaultdict(list), defaultdict(list), defaultdict(int), defaultdict(list)
     for (role, _), samples in memory.items():
         lives[role] += 1
-        size[role].append(statistics.mean(each for _, each in samples[len(samples) // 2 :]))
-        if (ratio := growth(samples)) is not None:
-            grown[role].append(ratio)
+        size[role].append(statistics.mean(sample[1] for sample in samples[len(samples) // 2 :]))
+        if growth(samples, 1) is not None:
+            grown[role].append(growth(samples, 1))
+            own[role].append(growth(samples, 2))
     return {
         "minutes": minutes,
         "kills": kills,
@@ -118,6 +121,7 @@ def report(memory, kills, rows, summary, minutes) -> dict:
         "groups": summary["groups"],
         "max_token_staleness": summary["token_staleness"]["max"],
         "rss_growth_max": {role: round(max(ratios), 3) for role, ratios in sorted(grown.items())},
+        "own_growth_max": {role: round(max(ratios), 3) for role, ratios in sorted(own.items())},
         "rss_mib": {role: round(statistics.mean(sizes) / 2**20) for role, sizes in sorted(size.items())},
         "lives": dict(lives),
         "invariant_violations": 0,  # one would have ended this with an error
