@@ -3,10 +3,11 @@
     python tests/chaos/soak.py [--minutes 30]
 
 Resident memory of every process is read every two seconds, as a whole and without what it shares: the pages of the
-object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that lasted three minutes at
-least, the first minute is warm-up; growth is the mean of the last quarter of the rest over that of its first quarter.
-The driver lives all along; the others are killed in turn, so that each lives for several minutes. At the end the run is
-stopped, and the invariants are checked as after every chaos test. The last line of stdout is one JSON object.
+object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that
+lasted three minutes at least, the first minute is warm-up; growth is the mean of the last quarter of the rest over that
+of its first quarter. The driver lives all along; the others are killed in turn, so that each lives for several minutes.
+At the end the run is stopped, and the invariants are checked as after every chaos test. The last line of stdout is one
+JSON object.
 """
 
 import argparse
