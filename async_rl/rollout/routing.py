@@ -14,13 +14,15 @@ from dataclasses import replace as changed
 from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from async_rl.config import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
 from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
 
-# From this many rows on, a layer that always picks the same experts in the same order is taken for an array that nobody
-# filled in. Real routers settle on one choice for a few tokens, not for this many of them.
+# From this many rows on, a layer of zeros, and on the probe's unlike tokens one that always picks the same experts in
+# the same order, is taken for an array that nobody filled in: routers settle on one choice for a few tokens, not for so
+# many.
 CONSTANT_LAYER_ROWS = 256
 
 
@@ -104,8 +106,9 @@ def moe_columns(routed: ExpertIds, *, num_layers: int, moe_layers: Sequence[int]
 def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None:
     """Raise InvalidTrajectory unless ``routed`` can be the routing of ``rows`` tokens that a router really chose.
 
-    Besides shape, type and range: an expert twice in one row, and a layer that is constant over a long sequence, which
-    is what an array looks like that was never filled in.
+    Besides shape, type and range: an expert twice in one row, and a layer of zeros over a long sequence, which is what
+    an array holds that was never filled in. Any other constant may be true: a policy that has come to repeat itself, or
+    a router that has collapsed, sends all tokens of a response to the same experts.
     """
     check_routing(name, routed, rows=rows, spec=spec)
     if spec.top_k > 1:
@@ -116,14 +119,8 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None
             raise InvalidTrajectory(
                 f"{name}: routed_experts[{row}, {layer}] names an expert twice: {routed[row, layer].tolist()}"
             )
-    if rows >= CONSTANT_LAYER_ROWS and spec.top_k < spec.num_experts:
-        constant = (routed == routed[:1]).all(axis=(0, 2))
-        if constant.any():
-            layer = int(np.flatnonzero(constant)[0])
-            raise InvalidTrajectory(
-                f"{name}: MoE layer {layer} has the same experts {routed[0, layer].tolist()} in all {rows} rows; "
-                "the engine did not record its routing (is the layer a dense one?)"
-            )
+    if spec.top_k < spec.num_experts:
+        _refuse_constant(name, routed, (routed == 0).all(axis=(0, 2)))
 
 
 def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: RoutingSpec) -> None:
@@ -133,4 +130,16 @@ def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: Routi
     """
     for index, (rows, length) in enumerate(zip(routed, lengths, strict=True)):
         check(f"probe sequence {index}", rows, rows=length - 1, spec=spec)
-    check("the probe", cast(ExpertIds, np.concatenate(list(routed))), rows=sum(lengths) - len(lengths), spec=spec)
+    whole = cast(ExpertIds, np.concatenate(list(routed)))
+    if spec.top_k < spec.num_experts:
+        _refuse_constant("the probe", whole, (whole == whole[:1]).all(axis=(0, 2)))
+
+
+def _refuse_constant(name: str, routed: ExpertIds, constant: npt.NDArray[np.bool_]) -> None:
+    """``constant`` bool[L]: the layers that are, whichever way that is judged."""
+    if len(routed) >= CONSTANT_LAYER_ROWS and constant.any():
+        layer = int(np.flatnonzero(constant)[0])
+        raise InvalidTrajectory(
+            f"{name}: MoE layer {layer} has the same experts {routed[0, layer].tolist()} in all {len(routed)} rows; "
+            "the engine did not record its routing (is the layer a dense one?)"
+        )

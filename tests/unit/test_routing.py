@@ -72,10 +72,6 @@ def test_a_layer_that_is_constant_over_many_short_sequences_is_refused_on_the_pr
         (lambda r: _with(r, (7, 1, 0), 8), r"routed_experts\[7, 1, 0\] is 8, the model has 8 experts"),
         (lambda r: _with(r, (4, 1), 3), r"routed_experts\[4, 1\] names an expert twice: \[3, 3\]"),
         (lambda r: np.zeros_like(r), r"routed_experts\[0, 0\] names an expert twice"),
-        (
-            lambda r: _with(r, (slice(None), 1), [2, 5]),
-            r"MoE layer 1 has the same experts \[2, 5\] in all 300 rows",
-        ),
     ],
 )
 def test_a_bad_array_is_refused_by_the_name_of_its_trajectory(spoil, message):
@@ -89,8 +85,10 @@ def test_top_1_routing_that_nobody_filled_in_is_refused():
         check(np.zeros((300, 2, 1), np.uint8), spec=spec)
 
 
-def test_a_few_equal_rows_are_nothing_unusual():
-    check(np.tile(random_rows(1), (20, 1, 1)))
+@pytest.mark.parametrize("rows", [20, 300])
+def test_equal_rows_in_a_response_are_no_fault_of_the_engine(rows):
+    """A policy that repeats itself, or a router that has collapsed: the run must not end for it."""
+    check(np.tile(random_rows(1), (rows, 1, 1)), count=rows)
 
 
 def _with(rows, where, value):
