@@ -408,7 +408,14 @@ class TrainerSide:
         self._trainer, self._pusher, self._pushed = trainer, pusher, pushed
         self.pushes = 0
 
-    async def push(self, version):
+    async def call(self, method, *arguments):
+        """As ``fleet.Trainers`` answers for its ranks, of which there is one."""
+        return [await getattr(self, method)(*arguments)]
+
+    async def connect(self, workers):
+        """The pusher is connected already."""
+
+    async def push(self, version, only):
         self.pushes += 1
         self._pusher.version = version - 1
         await self._pusher.send(self._pushed)
@@ -426,7 +433,9 @@ class TrainerSide:
 def weight_sync(config, folders, engine, trainer, pusher, pushed, worker_type=RolloutWorker):
     side = TrainerSide(trainer, pusher, pushed)
     worker = worker_type(config, 0, None, engine, None, None)
-    return WeightSync(config, read_model_config(folders[0]), [Handle(side)], [Handle(worker)]), side
+    sync = WeightSync(config, read_model_config(folders[0]), side)
+    sync.members = {0: Handle(worker)}
+    return sync, side
 
 
 async def test_invariant_10_a_sound_push_agrees_and_reaches_every_expert(
