@@ -21,7 +21,7 @@ from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
-from async_rl.process import forks_die_with_this_process, mark_semaphores, pin
+from async_rl.process import mark_semaphores, pin
 from async_rl.queue.ray_queue import Outbox, open_groups
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
@@ -167,7 +167,6 @@ class TrainerActor(TrainerWorker):
 
     def __init__(self, config: RunConfig, rank: int, init_method: str | None, cores: tuple[int, ...] | None) -> None:
         logs.configure(config.run_dir, f"trainer-{rank}", console=False)
-        forks_die_with_this_process()  # Megatron forks the writers of a checkpoint
         if cores is not None:
             pin(cores)
         super().__init__(config, rank, init_method)

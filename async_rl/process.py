@@ -37,14 +37,6 @@ def signal_on_parent_death(number: Signals) -> None:
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def forks_die_with_this_process() -> None:
-    """Have the kernel kill whatever this process forks when its main thread ends; also after SIGKILL.
-
-    A fork has the process's sockets too: while it lives, whoever is at their other end believes the process alive.
-    """
-    os.register_at_fork(after_in_child=lambda: signal_on_parent_death(Signals.SIGKILL))
-
-
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, in place of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

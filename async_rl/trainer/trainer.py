@@ -38,7 +38,7 @@ from async_rl.trainer.packing import Microbatch, Packer, Sample
 from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
 from async_rl.trainer.report import StepReport, step_report
-from async_rl.trainer.writers import end_with_writers
+from async_rl.trainer.writers import threads_write
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
 from async_rl.weights import names
 from async_rl.weights.fingerprint import WIDTH
@@ -391,7 +391,7 @@ class Trainer:
         if self._place.rank == 0:
             (folder / "config.yaml").write_text(to_yaml(self._config))
         torch.distributed.barrier()
-        with platform.cuda_means(self._device), end_with_writers():
+        with platform.cuda_means(self._device), threads_write():
             dist_checkpointing.save(self._sharded_state(loading=False), str(folder))
         torch.distributed.barrier()
 

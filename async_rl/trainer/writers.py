@@ -1,51 +1,54 @@
-"""A trainer ends with the processes that write its checkpoint.
+"""A checkpoint's files are written by threads of the trainer, not by forks of it.
 
-Megatron-core 0.16.1 forks writers and waits for their results without looking at them: one that is killed, by the
-system when memory runs out for example, makes it wait for ever, and with it every other rank. Here its death becomes
-that of the trainer, which is started again from the last checkpoint.
+Megatron-core 0.16.1 forks a process for each file and waits for it without looking at it. A process with threads, which
+Ray's and Gloo's are, must not be forked: the child may inherit a lock that nobody will ever release, and then the save
+waits for ever (seen once in some hundred saves). So does one whose writer is killed, when memory runs out for example.
+And a fork that outlives the trainer holds its sockets, so that Ray takes the trainer for alive. Writing releases the
+interpreter lock, so threads are no slower.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import threading
-from collections.abc import Iterator
-
-import psutil
-
-log = logging.getLogger(__name__)
-
-_LOOK_S = 0.5
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 
 @contextlib.contextmanager
-def end_with_writers() -> Iterator[None]:
-    """Within it, this process ends at once when a child of it is killed."""
-    over = threading.Event()
-    before = {child.pid for child in psutil.Process().children()}
+def threads_write() -> Iterator[None]:
+    """Within it, Megatron's file writer uses threads."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    def watch() -> None:
-        while not over.wait(_LOOK_S):
-            for child in psutil.Process().children():
-                if child.pid not in before and _was_killed(child.pid):
-                    log.error("a process that wrote the checkpoint was killed, so this trainer rank ends")
-                    os._exit(1)
-
-    watcher = threading.Thread(target=watch, name="writers", daemon=True)
-    watcher.start()
+    forking = FileSystemWriterAsync.__dict__["write_preloaded_data_multiproc"]
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
     try:
         yield
     finally:
-        over.set()
-        watcher.join()
+        FileSystemWriterAsync.write_preloaded_data_multiproc = forking
 
 
-def _was_killed(pid: int) -> bool:
-    """Without taking note of it: whoever started the child still can."""
-    try:
-        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+def _write(transforms: Any, use_msc: bool, rank: int, buckets: Sequence[Any], results: Any) -> None:
+    """As FileSystemWriterAsync.write_preloaded_data_multiproc: one result for all ``buckets`` into ``results``: a map
+    from the number of each to what was written, or the first exception."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    counted: queue.Queue[int] = queue.Queue()
+    for number in range(len(buckets)):
+        counted.put(number)
+    options = {"use_msc": True} if use_msc else {}
+    with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint") as pool:
+        calls = [
+            pool.submit(
+                FileSystemWriterAsync.write_preloaded_data,
+                transforms, number, bucket, written, counted, use_fsync=True, **options,
+            )
+            for number, bucket in enumerate(buckets)
+        ]  # fmt: skip
+    for call in calls:
+        call.result()
+    by_number = dict(written.get() for _ in buckets)
+    failed = [found for found in by_number.values() if isinstance(found, Exception)]
+    results.put(failed[0] if failed else by_number)

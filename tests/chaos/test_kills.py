@@ -104,28 +104,6 @@ def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
     survive(run, schedule(chance, KILLS // 2, NAMES), tmp_path, seed)
 
 
-@pytest.mark.long
-def test_a_process_that_writes_the_checkpoint_is_killed(start_run, tmp_path):
-    """It is a fork of the trainer, which would wait for it for ever."""
-    run = start_run(**SETTINGS)
-    run.wait_for_step(3)
-    for _ in range(2):
-        trainer = run.one(NAMES["trainer"])
-        before = {child.pid for child in trainer.children()}
-        deadline = time.monotonic() + 60
-        while not (
-            writers := [c for c in trainer.children() if c.pid not in before and "ray::" in " ".join(c.cmdline())]
-        ):
-            assert time.monotonic() < deadline, "no checkpoint was written"
-        writers[0].kill()
-        wait_for_more(run, 3)
-    assert any(row.get("process") == "trainer" for row in run.log)
-    run.process.terminate()
-    assert run.wait() == 130, run.output
-    run.assert_nothing_left()
-    check(run, tmp_path)
-
-
 def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_run, tmp_path, seed):
     """Step by step: synchronous training takes the dataset's prompts in their order, four at a time."""
     steps = 10

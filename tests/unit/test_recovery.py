@@ -5,11 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import msgpack
 import numpy as np
-import psutil
 import pytest
 
 from async_rl import run_state
@@ -83,36 +81,6 @@ def test_the_summary_goes_on_from_its_state():
     second.add_eval(0.7, 8)
     totals = Totals(wall_s=1.0, setup_s=1.0)
     assert second.result(totals, "finished") == whole.result(totals, "finished")
-
-
-@pytest.mark.parametrize(("how", "code"), [("killed", 1), ("ended", 0)])
-def test_a_trainer_ends_with_a_writer_that_is_killed_and_not_with_one_that_ends(how, code):
-    script = f"""
-import os, signal, subprocess, sys, time
-from async_rl.trainer.writers import end_with_writers
-with end_with_writers():
-    child = subprocess.Popen(["sleep", "3600"] if {how!r} == "killed" else ["true"])
-    if {how!r} == "killed":
-        child.kill()
-        time.sleep(60)  # as it would for ever
-    time.sleep(1.5)
-    assert child.wait() == 0  # nobody took its exit away
-"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=50, check=False).returncode == code
-
-
-def test_forks_die_with_their_process():
-    script = (
-        "import os, signal, time; from async_rl.process import forks_die_with_this_process\n"
-        "forks_die_with_this_process()\npid = os.fork()\n"
-        "if pid == 0: time.sleep(3600)\n"
-        "print(pid, flush=True); time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == -signal.SIGKILL
-    fork = int(done.stdout)
-    while psutil.pid_exists(fork) and psutil.Process(fork).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)  # the kernel's time; the test's own limit is that of the suite
 
 
 def test_a_process_writes_its_stacks_whatever_it_is_at(tmp_path):
