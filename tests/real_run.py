@@ -163,7 +163,8 @@ class Run:
             assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
-        assert set(os.listdir("/dev/shm")) <= self._shm_before
+        left = set(os.listdir("/dev/shm")) - self._shm_before
+        assert left <= in_use(left), f"left in /dev/shm: {left}"
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -188,6 +189,18 @@ class Run:
             except psutil.NoSuchProcess:
                 continue
             time.sleep(0.1)
+
+
+def in_use(names: set[str]) -> set[str]:
+    """Files in /dev/shm that some process has mapped: of this run's there is none any more, so they are another's."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text() if names else ""
+        except OSError:
+            continue
+        found.update(name for name in names if f"/dev/shm/{name}" in text)
+    return found
 
 
 def _alive(process: psutil.Process) -> bool:
