@@ -193,13 +193,15 @@ class Run:
 
 def in_use(names: set[str]) -> set[str]:
     """Files in /dev/shm that some process has mapped: of this run's there is none any more, so they are another's."""
+    inodes = {str(os.stat(f"/dev/shm/{name}").st_ino): name for name in names if os.path.exists(f"/dev/shm/{name}")}
     found = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+    for maps in Path("/proc").glob("[0-9]*/maps") if inodes else ():
         try:
-            text = maps.read_text() if names else ""
+            # By inode: a semaphore is mapped under the temporary name that it was made with.
+            mapped = {line.split()[4] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
         except OSError:
             continue
-        found.update(name for name in names if f"/dev/shm/{name}" in text)
+        found.update(inodes[inode] for inode in inodes.keys() & mapped)
     return found
 
 
