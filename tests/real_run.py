@@ -163,8 +163,10 @@ class Run:
             assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
-        left = set(os.listdir("/dev/shm")) - self._shm_before
-        assert left <= in_use(left), f"left in /dev/shm: {left}"
+        new = set(os.listdir("/dev/shm")) - self._shm_before
+        left = new - in_use(new)
+        left &= set(os.listdir("/dev/shm"))  # others come and go meanwhile
+        assert not left, f"left in /dev/shm: {left}"
 
     def close(self) -> None:
         if self.process.poll() is None:
