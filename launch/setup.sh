@@ -17,6 +17,7 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
 # For the tests of queue.backend redis alone; a run brings its own server.
 if ! command -v redis-server >/dev/null; then
     SUDO=$([ "$(id -u)" = 0 ] || echo sudo -n)
-    { $SUDO apt-get update -qq && $SUDO apt-get install -qq -y redis-server; } >/dev/null 2>&1 ||
+    install() { DEBIAN_FRONTEND=noninteractive $SUDO apt-get install -qq -y redis-server >/dev/null 2>&1; }
+    install || { $SUDO apt-get update -qq >/dev/null 2>&1 && install; } ||
         echo "setup: redis-server is not installed, and could not be; the tests of queue.backend redis need it" >&2
 fi
