@@ -22,7 +22,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
 from async_rl.process import mark_semaphores, pin
-from async_rl.queue.ray_queue import Outbox, open_groups
+from async_rl.queue.client import Outbox, open_groups
 from async_rl.rollout.tokenization import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
 from async_rl.trainer.parallel import world_size

@@ -14,7 +14,7 @@ from async_rl.config import RunConfig
 from async_rl.errors import StalledError
 from async_rl.fleet import Rollouts, Trainers
 from async_rl.metrics.watchdog import Situation, account
-from async_rl.queue.ray_queue import QueueClient
+from async_rl.queue.client import QueueClient
 from async_rl.recorder import Recorder
 from async_rl.rollout.worker import name_of
 from async_rl.stacks import dump_stacks

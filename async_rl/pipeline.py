@@ -43,7 +43,8 @@ from async_rl.fleet import Rollouts, Trainers
 from async_rl.interrupt import Interrupted, first_failure, until_interrupted
 from async_rl.model_config import read_model_config
 from async_rl.monitor import Monitor
-from async_rl.queue.ray_queue import Payload, start_queue
+from async_rl.queue.client import Payload
+from async_rl.queue.ray_queue import start_queue
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.recorder import Recorder

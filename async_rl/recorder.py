@@ -20,7 +20,7 @@ from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
-from async_rl.queue.ray_queue import Fetcher, Payload
+from async_rl.queue.client import Fetcher, Payload
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.worker import EvalResult, WorkerStats
 from async_rl.run_state import RunState

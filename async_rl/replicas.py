@@ -16,7 +16,7 @@ import structlog
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.failures import cause_of
 from async_rl.fleet import Rollouts, worker_lost
-from async_rl.queue.ray_queue import QueueClient
+from async_rl.queue.client import QueueClient
 from async_rl.recorder import Recorder
 from async_rl.recovery import Recovery
 from async_rl.rollout.worker import name_of

@@ -21,7 +21,7 @@ import structlog
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, WireError
 from async_rl.queue.broker import TIMEOUT
-from async_rl.queue.ray_queue import QueueClient
+from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
 from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
 from async_rl.rollout.environment import Environment

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.queue.ray_queue import Fetcher, Payload
+from async_rl.queue.client import Fetcher, Payload
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)

@@ -19,9 +19,10 @@ from async_rl.config_file import validate
 from async_rl.errors import ConfigError, DuplicateGroup, QueueClosed, QueueError, UnknownGroup
 from async_rl.queue import redis_store
 from async_rl.queue.broker import Broker
+from async_rl.queue.client import Fetcher, Outbox, QueueClient, open_groups
 from async_rl.queue.codec import encode
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.ray_queue import Fetcher, Outbox, QueueActor, QueueClient, open_groups, start_queue
+from async_rl.queue.ray_queue import QueueActor, start_queue
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
