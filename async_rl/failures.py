@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from async_rl.errors import AsyncRLError, ProcessLost
+from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -25,6 +25,11 @@ def told(error: BaseException) -> BaseException:
 def process_died(error: BaseException) -> bool:
     """Whether the *called* process is gone. An error that it raised itself, about another one that is gone, is none."""
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+
+
+def worker_lost(error: BaseException) -> bool:
+    """Whether the rollout worker that was called, or its engine, is gone, so that another can take its place."""
+    return process_died(error) or isinstance(cause_of(error), EngineDied)
 
 
 def explain(error: BaseException, run_dir: Path) -> AsyncRLError:

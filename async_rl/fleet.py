@@ -15,8 +15,8 @@ import ray
 
 from async_rl.cluster import Placement, start_rollout_worker, start_trainers
 from async_rl.config import RunConfig
-from async_rl.errors import EngineDied, TrainerDied
-from async_rl.failures import cause_of, process_died, told
+from async_rl.errors import TrainerDied
+from async_rl.failures import process_died, told, worker_lost
 from async_rl.rollout.worker import WorkerStats
 
 # Ranks compute together: when one dies the others fail, or wait for it for ever. This long after the first failure it
@@ -52,9 +52,7 @@ class Trainers:
         """
         calls = [
             asyncio.ensure_future(
-                _answer(
-                    getattr(rank, method).remote(*([] if shares is None else [shares[index]]), *arguments, **keywords)
-                )
+                getattr(rank, method).remote(*([] if shares is None else [shares[index]]), *arguments, **keywords)
             )
             for index, rank in enumerate(self._ranks)
         ]
@@ -105,7 +103,7 @@ class Rollouts:
     async def stats(self, timeout_s: float) -> list[WorkerStats]:
         """What the workers have counted, also before they were replaced; of one that does not answer, the last."""
         asked = dict(self.workers)
-        calls = {replica: asyncio.ensure_future(_answer(worker.stats.remote())) for replica, worker in asked.items()}
+        calls = {replica: asyncio.ensure_future(worker.stats.remote()) for replica, worker in asked.items()}
         done, _ = await asyncio.wait(calls.values(), timeout=timeout_s)
         self.silent = [replica for replica, call in calls.items() if call not in done]
         for replica, call in calls.items():
@@ -121,15 +119,6 @@ class Rollouts:
 
     def _make(self, replica: int) -> Any:
         return start_rollout_worker(self._config, replica, self._queue, self._placement)
-
-
-def worker_lost(error: BaseException) -> bool:
-    """Whether a worker, or its engine, is gone, so that another can take its place."""
-    return process_died(error) or isinstance(cause_of(error), EngineDied)
-
-
-async def _answer(reference: Any) -> Any:
-    return await reference
 
 
 def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:

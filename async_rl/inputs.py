@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +58,3 @@ def prepare_store(config: RunConfig, *, resume: bool, anew: bool) -> None:
         redis_store.check(config.queue.redis, config.name, resume=resume)
         if anew:
             redis_store.remove(config.queue.redis, config.name)
-
-
-def load_function(name: str) -> Callable[[RunConfig], None]:
-    """The function that ``prepare`` names. Raises ConfigError."""
-    module, _, function = name.partition(":")
-    try:
-        loaded: Callable[[RunConfig], None] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"prepare: cannot load {name}: {error}") from error
-    return loaded

@@ -23,6 +23,7 @@ What dies, and what follows: docs/reliability.md.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ import structlog
 from async_rl import doctor, inputs, logs, run_state
 from async_rl.cluster import place, ray_cluster
 from async_rl.config import RunConfig
-from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.errors import ConfigError, ReplicaFailed, TrainerDied
 from async_rl.failures import explain
 from async_rl.fleet import Rollouts, Trainers
 from async_rl.interrupt import Interrupted, first_failure, until_interrupted
@@ -59,6 +60,7 @@ from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
 from async_rl.trainer.report import StepReport
 from async_rl.types import Prompt
+from async_rl.user_function import load_function
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -68,8 +70,6 @@ Leased = list[tuple[GroupMeta, Payload]]
 _MONITOR_PERIOD_S = 1.0
 # While the trainer waits for groups it looks this often whether a new worker waits for weights.
 _LOOK_S = 0.5
-# An actor that has not answered the monitor for so long does not count as alive.
-_ANSWER_S = 5.0
 # An orderly end asks the actors to close; one that does not answer in time is ended with its process.
 _SHUTDOWN_S = 8.0
 
@@ -83,7 +83,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     if config.prepare is not None:
-        inputs.load_function(config.prepare)(config)
+        load_function("prepare", config.prepare, ("config",), ConfigError)(config)
         doctor.require(config)
     config = inputs.resolved(config, resume=resume)
     tokenizer = load_tokenizer(config)
@@ -96,7 +96,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
             found = checkpoint.newest_sound(recorder.checkpoints) if resume else None
             inputs.prepare_store(config, resume=resume, anew=found is None)
             if resume:
-                recorder.go_on(None if found is None else run_state.read(found))
+                recorder.go_on(None if found is None else run_state.read_head(found))
             with ray_cluster(config):
                 asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
@@ -124,16 +124,16 @@ class Pipeline:
         self._config = config
         self._recorder = recorder
         self._found = found
-        self._resumed = None if found is None else run_state.read(found)
-        self._step = 0 if self._resumed is None else self._resumed.step
-        self._version = 0 if self._resumed is None else self._resumed.version
+        resumed = None if found is None else run_state.read_head(found)
+        self._step = 0 if resumed is None else resumed.step
+        self._version = 0 if resumed is None else resumed.version
         self._announced = self._version  # the last version that a push was begun with
         self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         placement = place(config, sorted(os.sched_getaffinity(0)))
         recorder.journal.unlink(missing_ok=True)
-        state = None if self._resumed is None else self._resumed.queue
+        state = None if resumed is None else resumed.queue
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)
         self._trainers = Trainers(config, placement)
         self._rollouts = Rollouts(config, self._queue.actor, placement)
@@ -163,8 +163,8 @@ class Pipeline:
         workers = self._rollouts.workers
         await asyncio.gather(self._trainers.start(self._found), *(worker.start.remote() for worker in workers.values()))
         self._sync.members = dict(workers)
-        if self._resumed is not None:
-            await self._take_up(self._resumed)
+        if self._found is not None:
+            await self._take_up(await asyncio.to_thread(run_state.read, self._found))
         agreement = await self._sync.begin()
         unreached = agreement.unreached_experts
         self._recorder.event(
@@ -302,16 +302,13 @@ class Pipeline:
         # Never the version of a push that was given up, which engines may have sampled with: its weights were others.
         version = self._announced = max(self._version, self._announced) + 1
         in_flight: dict[str, Any] = {}
-
-        async def paused(replica: int) -> None:
-            in_flight.update(await self._sync.on(replica, "snapshot"))
-
+        paused = functools.partial(self._hand_over, in_flight) if snapshot else None
         with self._monitor.at("push"):
             while True:
                 await self._replicas.admit()
                 in_flight.clear()
                 try:
-                    record = await self._sync.push(version, paused=paused if snapshot else None, end_calls=snapshot)
+                    record = await self._sync.push(version, paused=paused, end_calls=snapshot)
                     break
                 except ReplicaFailed as error:
                     await self._replicas.lose(error)
@@ -348,18 +345,18 @@ class Pipeline:
     async def _snapshot(self) -> RunState:
         """What a checkpoint needs besides the trainer, after a step without a push."""
         in_flight: dict[str, Any] = {}
-
-        async def paused(replica: int) -> None:
-            in_flight.update(await self._sync.on(replica, "snapshot"))
-
         with self._monitor.at("checkpoint"):
             while True:
                 try:
-                    await self._sync.stand_still(paused)
+                    await self._sync.stand_still(functools.partial(self._hand_over, in_flight))
                     break
                 except ReplicaFailed as error:
                     await self._replicas.lose(error)
         return await self._state(in_flight, pushed=False)
+
+    async def _hand_over(self, in_flight: dict[str, Any], replica: int) -> None:
+        """Adds the groups in flight of a replica that stands still."""
+        in_flight.update(await self._sync.on(replica, "snapshot"))
 
     async def _state(self, in_flight: dict[str, Any], *, pushed: bool) -> RunState:
         queue = await self._queue.state()
@@ -396,7 +393,7 @@ class Pipeline:
                     f"{error}, and there is no checkpoint to go on from; with checkpoint.every the trainer is started "
                     f"again from the last one (logs: {self._config.run_dir / 'logs'})"
                 ) from error
-            state = await asyncio.to_thread(run_state.read, found)
+            state = await asyncio.to_thread(run_state.read_head, found)
             with self._monitor.at("restart"):
                 await self._recovery.wait("trainer", error, f"it goes on after step {state.step}")
                 try:

@@ -14,8 +14,8 @@ import numpy as np
 import structlog
 
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
-from async_rl.failures import cause_of
-from async_rl.fleet import Rollouts, worker_lost
+from async_rl.failures import cause_of, worker_lost
+from async_rl.fleet import Rollouts
 from async_rl.queue.client import QueueClient
 from async_rl.recorder import Recorder
 from async_rl.recovery import Recovery
@@ -57,11 +57,13 @@ class Replicas:
 
     async def stop(self) -> None:
         """Training is over: end what runs. Engines can still be asked for an evaluation."""
-        for replica in list(self._sync.members):
-            try:
-                await self._sync.on(replica, "stop")
-            except ReplicaFailed as error:
-                await self.lose(error)
+        await asyncio.gather(*(self._stop(replica) for replica in list(self._sync.members)))
+
+    async def _stop(self, replica: int) -> None:
+        try:
+            await self._sync.on(replica, "stop")
+        except ReplicaFailed as error:
+            await self.lose(error)
 
     async def tend(self, replica: int) -> None:
         """Hand in what a replica's worker finishes; put another in its place when it, or its engine, dies."""

@@ -13,7 +13,7 @@ Knows files and msgpack; ``trainer.checkpoint`` has the folder's integrity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,15 @@ def write(folder: Path, state: RunState) -> None:
 def read(folder: Path) -> RunState:
     """From the folder of a checkpoint whose files are sound. Raises CheckpointError for one without, or of another
     format."""
+    return _read(folder, _messages)
+
+
+def read_head(folder: Path) -> RunState:
+    """As ``read``, without the messages, which can be large: ``queued`` and ``in_flight`` are empty."""
+    return _read(folder, lambda folder, group_ids: {})
+
+
+def _read(folder: Path, messages: Callable[[Path, Sequence[str]], dict[str, bytes]]) -> RunState:
     top = folder / FOLDER
     try:
         head = msgpack.unpackb((top / "state.msgpack").read_bytes(), strict_map_key=False)
@@ -75,8 +84,8 @@ def read(folder: Path) -> RunState:
             pushed=head["pushed"],
             queue=head["queue"],
             recorder=head["recorder"],
-            queued=_messages(top / "queued", head["queued"]),
-            in_flight=_messages(top / "in_flight", head["in_flight"]),
+            queued=messages(top / "queued", head["queued"]),
+            in_flight=messages(top / "in_flight", head["in_flight"]),
         )
     except OSError as error:
         raise CheckpointError(f"{folder} holds no state of a pipeline: {error.filename}: {error.strerror}") from None

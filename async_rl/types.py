@@ -7,7 +7,7 @@ never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -133,7 +133,10 @@ class Trajectory:
             raise InvalidTrajectory(f"{name}: reward is {self.reward}")
         if self.finish_reason not in FINISH_REASONS:
             raise InvalidTrajectory(f"{name}: finish_reason is {self.finish_reason!r}, not one of {FINISH_REASONS}")
-        self._check_segments(name)
+        if not self.segments or self.segments[0].start != 0 or self.segments[-1].stop != response:
+            covered = [self.segments[0].start, self.segments[-1].stop] if self.segments else []
+            raise InvalidTrajectory(f"{name}: segments run from and to {covered}, the response from 0 to {response}")
+        check_segments(name, self.segments, self.versions)
         if (self.routed_experts is None) != (self.routing is None):
             raise InvalidTrajectory(f"{name}: routed_experts and routing must be given together")
         if self.routed_experts is not None and self.routing is not None:
@@ -144,33 +147,6 @@ class Trajectory:
                 if self.routing is None:
                     raise InvalidTrajectory(f"{where} has routed_experts, the trajectory has none")
                 check_routing(where, segment.routed_experts, rows=prompt + segment.stop - 1, spec=self.routing)
-
-    def _check_segments(self, name: str) -> None:
-        if not self.segments or self.segments[0].start != 0 or self.segments[-1].stop != len(self.response_ids):
-            covered = [self.segments[0].start, self.segments[-1].stop] if self.segments else []
-            raise InvalidTrajectory(
-                f"{name}: segments run from and to {covered}, the response from 0 to {len(self.response_ids)}"
-            )
-        expected = np.full(len(self.response_ids), NOT_SAMPLED, dtype=np.int32)
-        position = 0
-        for segment in self.segments:
-            if segment.start < position or segment.stop <= segment.start:
-                raise InvalidTrajectory(
-                    f"{name}: segment [{segment.start}, {segment.stop}) does not follow token {position}"
-                )
-            if segment.version < 0:
-                raise InvalidTrajectory(
-                    f"{name}: segment [{segment.start}, {segment.stop}) is of version {segment.version}"
-                )
-            expected[segment.start : segment.stop] = segment.version
-            position = segment.stop
-        wrong = np.flatnonzero(self.versions != expected)
-        if wrong.size:
-            at = int(wrong[0])
-            raise InvalidTrajectory(
-                f"{name}: versions[{at}] is {self.versions[at]}, its segment says {expected[at]} "
-                f"({NOT_SAMPLED}: in no segment)"
-            )
 
     @property
     def num_tokens(self) -> int:
@@ -226,6 +202,28 @@ class Group:
     def rewards(self) -> Float32Array:
         """float32[n]."""
         return np.array([t.reward for t in self.trajectories], dtype=np.float32)
+
+
+def check_segments(name: str, segments: Sequence[Segment], versions: Int32Array) -> None:
+    """Raise InvalidTrajectory unless the segments follow one another, and stamp each token as int32[G] versions do."""
+    expected = np.full(len(versions), NOT_SAMPLED, dtype=np.int32)
+    position = 0
+    for segment in segments:
+        where = f"{name}: segment [{segment.start}, {segment.stop})"
+        if segment.start < position or segment.stop <= segment.start:
+            raise InvalidTrajectory(f"{where} does not follow token {position}")
+        if segment.stop > len(versions):
+            raise InvalidTrajectory(f"{where} goes beyond the response's {len(versions)} tokens")
+        if segment.version < 0:
+            raise InvalidTrajectory(f"{where} is of version {segment.version}")
+        expected[segment.start : segment.stop] = segment.version
+        position = segment.stop
+    wrong = np.flatnonzero(versions != expected)
+    if wrong.size:
+        at = int(wrong[0])
+        raise InvalidTrajectory(
+            f"{name}: versions[{at}] is {versions[at]}, its segment says {expected[at]} ({NOT_SAMPLED}: in no segment)"
+        )
 
 
 def check_routing(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None:

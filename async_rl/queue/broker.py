@@ -305,7 +305,6 @@ class Broker:
 
         A prompt that has timed out ``max_attempts`` times has failed.
         """
-        finished = group_id not in self._running
         running = self._running.get(group_id)
         if reason == TIMEOUT and running is not None and running.attempt + 1 >= self._max_attempts:
             self.fail(group_id, reason)
@@ -315,7 +314,7 @@ class Broker:
         self._source.give_back(run.ticket.prompt)
         self._exhausted = False
         self._returned[reason] += 1
-        if finished:
+        if running is None:
             self._dropped[reason] += 1
 
     def fail(self, group_id: str, reason: str) -> None:

@@ -22,7 +22,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from async_rl.config import RunConfig
-from async_rl.errors import AsyncRLError, QueueError
+from async_rl.errors import QueueError
+from async_rl.failures import told
 from async_rl.metrics.summary import GroupCounts
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.codec import decode, encode
@@ -246,9 +247,7 @@ class QueueClient:
         try:
             return await getattr(self.actor, method).remote(*arguments)
         except RayTaskError as error:
-            if isinstance(error.cause, AsyncRLError):
-                raise error.cause from None
-            raise
+            raise told(error) from None
 
 
 class Outbox(QueueClient):

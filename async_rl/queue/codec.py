@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue.wire import MAX_MESSAGE_BYTES, Array, Buffer, Kind, check_json_like, get, pack, short, unpack
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
 
 SCHEMA_VERSION = 1
 GROUP = Kind(b"ARLG", SCHEMA_VERSION, "group")
@@ -73,13 +73,33 @@ def build_segments(t: int, take: Callable[[str], Array], views: dict[str, Array]
     )
 
 
-def segment_arrays(t: int, segments: tuple[Segment, ...]) -> Iterator[tuple[str, Array]]:
-    """The arrays that ``build_segments`` asks for."""
-    rows = [(segment.start, segment.stop, segment.version) for segment in segments]
+class Response(Protocol):
+    """What the wire carries of a response, whether it is finished or in the making."""
+
+    @property
+    def response_ids(self) -> Int32Array: ...
+    @property
+    def logprobs(self) -> Float32Array: ...
+    @property
+    def versions(self) -> Int32Array: ...
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+    @property
+    def routed_experts(self) -> ExpertIds | None: ...
+
+
+def response_arrays(t: int, response: Response) -> Iterator[tuple[str, Array]]:
+    """The arrays of response ``t`` under their names on the wire; ``build_segments`` reads those of its segments."""
+    yield f"{t}.response_ids", response.response_ids
+    yield f"{t}.logprobs", response.logprobs
+    yield f"{t}.versions", response.versions
+    rows = [(segment.start, segment.stop, segment.version) for segment in response.segments]
     yield f"{t}.segments", np.array(rows, dtype=np.int32).reshape(-1, 3)
-    for s, segment in enumerate(segments):
+    for s, segment in enumerate(response.segments):
         if segment.routed_experts is not None:
             yield f"{t}.segment_routing.{s}", segment.routed_experts
+    if response.routed_experts is not None:
+        yield f"{t}.routed_experts", response.routed_experts
 
 
 def _arrays(group: Group) -> Iterator[tuple[str, Array]]:
@@ -87,12 +107,7 @@ def _arrays(group: Group) -> Iterator[tuple[str, Array]]:
     yield "prompt", group.prompt.token_ids
     for t, trajectory in enumerate(group.trajectories):
         yield f"{t}.prompt_ids", trajectory.prompt_ids
-        yield f"{t}.response_ids", trajectory.response_ids
-        yield f"{t}.logprobs", trajectory.logprobs
-        yield f"{t}.versions", trajectory.versions
-        yield from segment_arrays(t, trajectory.segments)
-        if trajectory.routed_experts is not None:
-            yield f"{t}.routed_experts", trajectory.routed_experts
+        yield from response_arrays(t, trajectory)
 
 
 def _table(group: Group) -> dict[str, Any]:

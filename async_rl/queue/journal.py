@@ -55,6 +55,7 @@ class FileJournal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._bytes = os.fstat(self._file).st_size
 
     def replay(self) -> Iterator[Event]:
         """A torn frame at the end is cut off. Raises QueueError for one that is damaged before it."""
@@ -75,19 +76,20 @@ class FileJournal:
             yield unpack(frame)
             position = start + length
         os.ftruncate(self._file, position)
+        self._bytes = position
 
     def append(self, event: Event) -> None:
-        os.write(self._file, _framed(event))
+        self._bytes += os.write(self._file, _framed(event))
 
     def compact(self, event: Event) -> None:
         aside = self._path.with_name(self._path.name + ".tmp")
-        aside.write_bytes(_framed(event))
+        self._bytes = aside.write_bytes(_framed(event))
         os.replace(aside, self._path)
         os.close(self._file)
         self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
 
     def size(self) -> int:
-        return os.fstat(self._file).st_size
+        return self._bytes
 
     def close(self) -> None:
         os.close(self._file)

@@ -55,8 +55,8 @@ Answer = Any
 """What the broker said, in msgpack's types: groups by their ids."""
 
 
-def build_broker(config: RunConfig, source: PromptSource, version: int = 0) -> Broker:
-    """The broker that a run's settings describe, at the policy version that the run starts from."""
+def build_broker(config: RunConfig, source: PromptSource) -> Broker:
+    """The broker that a run's settings describe."""
     training = config.async_training
     return Broker(
         source,
@@ -68,7 +68,6 @@ def build_broker(config: RunConfig, source: PromptSource, version: int = 0) -> B
         on_stale=training.on_stale,
         max_groups=config.queue.max_groups,
         max_bytes=config.queue.max_bytes,
-        version=version,
         max_attempts=config.rollout.max_attempts,
         can_rewind=config.checkpoint.every > 0,
     )

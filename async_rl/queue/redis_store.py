@@ -85,6 +85,11 @@ class RedisGroups:
         self._client = connect(settings)
         self._key = _key(run, "groups")
         self._consumer = consumer
+        try:
+            self._client.xgroup_create(self._key, _CONSUMERS, id="0", mkstream=True)
+        except redis.ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
 
     def add(self, group_id: str, message: Any) -> str:
         """Returns the address."""
@@ -105,12 +110,10 @@ class RedisGroups:
 
     def claim(self, addresses: Sequence[str]) -> None:
         """Leased by this consumer, whoever had them before."""
-        self._ensure_group()
         self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, list(addresses), force=True, justid=True)
 
     def forget(self, addresses: Sequence[str]) -> None:
         """Trained or dropped."""
-        self._ensure_group()
         pipeline = self._client.pipeline(transaction=True)
         pipeline.xack(self._key, _CONSUMERS, *addresses)
         pipeline.xdel(self._key, *addresses)
@@ -118,7 +121,6 @@ class RedisGroups:
 
     def sweep(self, keep: Collection[str]) -> set[str]:
         """Delete every entry whose address is not to be kept; the addresses that are there."""
-        self._ensure_group()
         there: set[str] = set()
         start = "-"
         while page := self._client.xrange(self._key, start, "+", count=_PAGE):
@@ -131,13 +133,6 @@ class RedisGroups:
 
     def close(self) -> None:
         self._client.close()
-
-    def _ensure_group(self) -> None:
-        try:
-            self._client.xgroup_create(self._key, _CONSUMERS, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
 
 
 class RedisJournal:

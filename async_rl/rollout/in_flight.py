@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from async_rl.config import RoutingPolicy
 from async_rl.errors import InvalidTrajectory, WireError
-from async_rl.queue.codec import build_prompt, build_segments, prompt_table, routing_spec, segment_arrays
+from async_rl.queue.codec import build_prompt, build_segments, prompt_table, response_arrays, routing_spec
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
@@ -137,11 +137,5 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
 def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
     yield "prompt", group.ticket.prompt.token_ids
     for t, partial in enumerate(group.partials):
-        if partial is None:
-            continue
-        yield f"{t}.response_ids", partial.response_ids
-        yield f"{t}.logprobs", partial.logprobs
-        yield f"{t}.versions", partial.versions
-        yield from segment_arrays(t, partial.segments)
-        if partial.routed_experts is not None:
-            yield f"{t}.routed_experts", partial.routed_experts
+        if partial is not None:
+            yield from response_arrays(t, partial)

@@ -30,6 +30,7 @@ from async_rl.types import (
     Segment,
     Trajectory,
     check_routing,
+    check_segments,
 )
 
 
@@ -115,11 +116,9 @@ class PartialRollout:
             )
         if count > self.max_response_tokens:
             raise InvalidTrajectory(f"{name}: {count} response tokens, more than {self.max_response_tokens} allowed")
-        expected = np.full(count, NOT_SAMPLED, dtype=np.int32)
-        for segment in self.segments:
-            expected[segment.start : segment.stop] = segment.version
-        if not np.array_equal(self.versions, expected) or (count and not self.segments):
-            raise InvalidTrajectory(f"{name}: versions and segments of a response in the making disagree")
+        if count and (not self.segments or self.segments[0].start != 0):
+            raise InvalidTrajectory(f"{name}: a response in the making whose first token nobody sampled")
+        check_segments(name, self.segments, self.versions)
         if (self.routed_experts is None) != (self.routing is None or not self.segments):
             raise InvalidTrajectory(f"{name}: a response in the making with routing where none can be, or without")
         if self.routed_experts is not None and self.routing is not None:

@@ -27,8 +27,8 @@ import numpy.typing as npt
 import structlog
 
 from async_rl.config import RunConfig
-from async_rl.errors import EngineDied, ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
-from async_rl.failures import cause_of, process_died, told
+from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
+from async_rl.failures import cause_of, told, worker_lost
 from async_rl.metrics.summary import SyncRecord
 from async_rl.model_config import ModelConfig
 from async_rl.types import ExpertIds, Int32Array
@@ -139,9 +139,7 @@ class WeightSync:
 
     async def resume(self) -> None:
         """Let every member go on. One that fails here is found by whoever waits for its work."""
-        await asyncio.gather(
-            *(_answer(worker.resume.remote()) for worker in self.members.values()), return_exceptions=True
-        )
+        await asyncio.gather(*(worker.resume.remote() for worker in self.members.values()), return_exceptions=True)
 
     async def stand_still(self, paused: Paused) -> None:
         """Have every member stop, without a push, for as long as ``paused`` takes. Raises ReplicaFailed, and
@@ -243,7 +241,7 @@ class WeightSync:
         try:
             return await getattr(self.members[replica], method).remote(*arguments)
         except Exception as error:
-            if process_died(error) or isinstance(cause_of(error), EngineDied):
+            if worker_lost(error):
                 raise ReplicaFailed(replica, str(cause_of(error)).partition("\n")[0]) from error
             raise told(error) from error
 
@@ -348,10 +346,6 @@ class WeightSync:
     async def _routed(self, sequences: list[Int32Array]) -> list[ExpertIds]:
         first = next(iter(self.members))
         return [score.routed_experts for score in await self.on(first, "score", sequences)]
-
-
-async def _answer(reference: Any) -> Any:
-    return await reference
 
 
 @contextlib.contextmanager
