@@ -9,7 +9,6 @@ import structlog
 
 from async_rl import doctor
 from async_rl.config import RunConfig
-from async_rl.errors import ConfigError
 from async_rl.rollout.prompts import Dataset, read_jsonl
 
 log = structlog.get_logger(__name__)
