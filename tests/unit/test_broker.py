@@ -1,49 +1,15 @@
 """The broker: a state machine under arbitrary calls, and its edges one by one."""
 
-from collections import deque
-
 import msgpack
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from queue_parts import Source, meta
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
 from async_rl.queue.broker import Broker
 from async_rl.queue.records import GroupMeta, Ticket
-from async_rl.types import Prompt
-
-
-class Source:
-    """Prompts "0-1" to "0-<rows>", those given back first."""
-
-    def __init__(self, rows=10**6):
-        self.rows = rows
-        self.row = 0
-        self.circulating = deque()
-
-    def next(self):
-        if self.circulating:
-            return self.circulating.popleft()
-        if self.row == self.rows:
-            return None
-        self.row += 1
-        return Prompt(f"0-{self.row}", self.row, "", np.array([1], dtype=np.int32))
-
-    def give_back(self, prompt):
-        self.circulating.append(prompt)
-
-    def prompt(self, prompt_id):
-        row = int(prompt_id.partition("-")[2])
-        return Prompt(prompt_id, row, "", np.array([1], dtype=np.int32))
-
-    def state(self):
-        return {"rows": self.rows, "row": self.row, "circulating": [prompt.prompt_id for prompt in self.circulating]}
-
-    def restore(self, state):
-        self.rows, self.row = state["rows"], state["row"]
-        self.circulating = deque(map(self.prompt, state["circulating"]))
 
 
 def make(source=None, **settings):
@@ -55,12 +21,6 @@ def make(source=None, **settings):
         "max_bytes": 1000,
     }
     return Broker(source or Source(), **defaults | settings)
-
-
-def meta(ticket, nbytes=10, oldest=None, newest=None):
-    oldest = ticket.version if oldest is None else oldest
-    newest = oldest if newest is None else newest
-    return GroupMeta(ticket.group_id, 100, nbytes, oldest, newest, num_trajectories=8, num_partial=0)
 
 
 def finish(broker, n=1, worker="w", **of_meta):

@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -158,3 +159,14 @@ class QueueMachine(RuleBasedStateMachine):
 
 QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_invariant_5_wherever_the_queue_dies = QueueMachine.TestCase
+
+
+def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
+    journal = FileJournal(tmp_path / "journal")
+    for version in (1, 2, 3):
+        journal.append([str(version), "advance", [version]])
+    data = bytearray((tmp_path / "journal").read_bytes())
+    data[10] ^= 1
+    (tmp_path / "journal").write_bytes(data)
+    with pytest.raises(QueueError, match="damaged at byte 0"):
+        list(journal.replay())

@@ -1,0 +1,74 @@
+"""Redis for real: what the queue keeps there, and what is said where it cannot be used."""
+
+import functools
+import itertools
+import uuid
+
+import pytest
+from queue_parts import Source, meta
+from redis_server import RedisServer
+
+from async_rl.config_file import validate
+from async_rl.errors import ConfigError
+from async_rl.queue import redis_store
+from async_rl.queue.broker import Broker
+from async_rl.queue.journal import FileJournal
+from async_rl.queue.ray_queue import QueueActor
+
+
+def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):
+    with RedisServer(tls=True) as server:
+        settings = validate({"model": {"path": "m"}, "data": {"train": "t"}, "queue": server.settings}).queue.redis
+        redis_store.check(settings, "run", resume=False)
+        store = redis_store.RedisGroups(settings, "run", "w")
+        assert store.read([store.add("0-1.0", b"abc")]) == [b"abc"]
+        journal = redis_store.RedisJournal(settings, "run")
+        journal.append(["a", "advance", [1]])
+        with pytest.raises(ConfigError, match="holds the groups of a run 'run'"):
+            redis_store.check(settings, "run", resume=False)
+        redis_store.check(settings, "run", resume=True)
+        redis_store.remove(settings, "run")
+        redis_store.check(settings, "run", resume=False)
+        (tmp_path / "wrong").write_text("wrong")
+        with pytest.raises(ConfigError, match=r"queue\.redis\.url .*(WRONGPASS|invalid)"):
+            redis_store.check(settings.model_copy(update={"password_file": tmp_path / "wrong"}), "run", resume=False)
+        with pytest.raises(ConfigError, match=r"queue\.redis\.url .*certificate"):
+            redis_store.check(settings.model_copy(update={"ca_file": None}), "run", resume=False)
+
+
+async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_server, tmp_path):
+    settings = validate({"model": {"path": "m"}, "data": {"train": "t"}, "queue": redis_server.settings}).queue.redis
+    made = itertools.count()
+    name = f"run-{uuid.uuid4().hex[:8]}"
+    for open_journal in (
+        functools.partial(redis_store.RedisJournal, settings, name),
+        functools.partial(FileJournal, tmp_path / "journal"),
+    ):
+
+        def broker():
+            return Broker(
+                Source(50), required_groups=2, window_limit=4, max_staleness=1, on_stale="mask", max_bytes=1000
+            )
+
+        actor = QueueActor(broker(), open_journal)
+        tickets = await actor.take("1", "w", 4)
+        await actor.put("2", meta(tickets[0]))
+        await actor.put("3", meta(tickets[1]))
+        leased = await actor.lease("4", "t", 2)
+        await actor.decide("5", "ack", [leased[0].group_id], 1)
+        if next(made):  # a torn frame, of a call that nobody was told about
+            with (tmp_path / "journal").open("ab") as file:
+                file.write(b"\x40\x00\x00\x00garbage")
+        again = QueueActor(broker(), open_journal)
+        assert again._broker.state() == actor._broker.state()
+        # Calls whose answers were lost are answered as they were.
+        assert [t.group_id for t in await again.take("1", "w", 4)] == [t.group_id for t in tickets[2:]]
+        assert await again.put("2", meta(tickets[0])) is True
+        assert [m.group_id for m in await again.lease("4", "t", 2)] == [leased[1].group_id]
+        await again.decide("5", "ack", [leased[0].group_id], 1)
+        assert again._broker.state() == actor._broker.state()
+        # And once more after everything was written anew in one event.
+        again._journal.compact(["", "restore", [again._broker.state(), list(again._answers.items())]])
+        third = QueueActor(broker(), open_journal)
+        assert third._broker.state() == actor._broker.state()
+        assert await third.put("2", meta(tickets[0])) is True

@@ -1,0 +1,45 @@
+"""What tests of the queue put in the place of the dataset's cursor and of finished groups."""
+
+from collections import deque
+
+import numpy as np
+
+from async_rl.queue.records import GroupMeta
+from async_rl.types import Prompt
+
+
+class Source:
+    """Prompts "0-1" to "0-<rows>", those given back first."""
+
+    def __init__(self, rows=10**6):
+        self.rows = rows
+        self.row = 0
+        self.circulating = deque()
+
+    def next(self):
+        if self.circulating:
+            return self.circulating.popleft()
+        if self.row == self.rows:
+            return None
+        self.row += 1
+        return Prompt(f"0-{self.row}", self.row, "", np.array([1], dtype=np.int32))
+
+    def give_back(self, prompt):
+        self.circulating.append(prompt)
+
+    def prompt(self, prompt_id):
+        row = int(prompt_id.partition("-")[2])
+        return Prompt(prompt_id, row, "", np.array([1], dtype=np.int32))
+
+    def state(self):
+        return {"rows": self.rows, "row": self.row, "circulating": [prompt.prompt_id for prompt in self.circulating]}
+
+    def restore(self, state):
+        self.rows, self.row = state["rows"], state["row"]
+        self.circulating = deque(map(self.prompt, state["circulating"]))
+
+
+def meta(ticket, nbytes=10, oldest=None, newest=None):
+    oldest = ticket.version if oldest is None else oldest
+    newest = oldest if newest is None else newest
+    return GroupMeta(ticket.group_id, 100, nbytes, oldest, newest, num_trajectories=8, num_partial=0)

@@ -1,0 +1,237 @@
+"""The queue's actor without Ray: who waits for what, and what wakes them."""
+
+import asyncio
+import contextlib
+import itertools
+
+import pytest
+from queue_parts import Source, meta
+
+from async_rl.errors import QueueClosed, QueueError, UnknownGroup
+from async_rl.queue.broker import Broker
+from async_rl.queue.ray_queue import QueueActor
+
+
+def make_actor(rows=1000, **settings):
+    defaults = {
+        "required_groups": 2,
+        "window_limit": 4,
+        "max_staleness": 1,
+        "on_stale": "mask",
+        "max_bytes": 1000,
+    }
+    return Called(QueueActor(Broker(Source(rows), **defaults | settings)))
+
+
+class Called:
+    """An actor whose calls get their ids here, as a client gives them."""
+
+    def __init__(self, actor):
+        self.actor, self.ids = actor, itertools.count()
+
+    def __getattr__(self, method):
+        def call(*arguments, **keywords):
+            if method in ("close", "stats", "counts"):
+                return getattr(self.actor, method)()
+            if method in ("take", "put", "lease", "worker_lost"):
+                return getattr(self.actor, method)(str(next(self.ids)), *arguments, **keywords)
+            return self.actor.decide(str(next(self.ids)), method, *arguments)
+
+        return call
+
+
+async def settle():
+    """Let every task run until it waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def waiting(*calls):
+    """Start calls that must have to wait."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    await settle()
+    assert not any(task.done() for task in tasks)
+    try:
+        yield tasks
+        await settle()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def test_take_waits_for_the_window_and_is_woken_by_each_thing_that_opens_it():
+    actor = make_actor(window_limit=2)
+    a, b = await actor.take("w", 9)
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.return_group(a.group_id, "interrupted")
+    assert [t.group_id for t in take.result()] == ["0-1.1"]
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.fail(b.group_id, "reward")
+    assert len(take.result()) == 1
+    async with waiting(actor.take("v", 9)) as (take,):
+        await actor.worker_lost("w")
+    assert len(take.result()) == 2
+    for ticket in take.result():
+        await actor.put(meta(ticket))
+    leased = await actor.lease("t", 2)
+    async with waiting(actor.take("w", 9)) as (take,):
+        await actor.ack([group.group_id for group in leased])
+        await settle()
+        assert not take.done()  # trained groups keep their place until the push
+        await actor.advance(1)
+    assert [t.version for t in take.result()] == [1, 1]
+
+
+async def test_takers_that_wait_together_share_the_window():
+    actor = make_actor(window_limit=4)
+    first = await actor.take("w", 9)
+    async with waiting(actor.take("a", 9), actor.take("b", 9), actor.take("c", 1)) as takes:
+        for ticket in first:
+            await actor.fail(ticket.group_id, "x")
+    assert [len(take.result()) for take in takes] == [2, 1, 1]
+
+
+async def test_a_push_that_opens_the_window_is_shared_evenly():
+    actor = make_actor(window_limit=4)
+    for ticket in await actor.take("w", 4):
+        await actor.put(meta(ticket))
+    leased = await actor.lease("t", 4)
+    await actor.ack([group.group_id for group in leased])
+    async with waiting(actor.take("a", 9), actor.take("b", 9)) as takes:
+        await actor.advance(1)
+    assert [len(take.result()) for take in takes] == [2, 2]
+
+
+async def test_invariant_6_put_waits_for_room_by_groups():
+    actor = make_actor(window_limit=4, max_groups=2)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket))
+    async with waiting(actor.put(meta(tickets[2])), actor.put(meta(tickets[3]))) as puts:
+        leased = await actor.lease("t", 2)
+        await settle()
+        assert not puts[0].done()  # leased payloads are alive, and count
+        await actor.ack([leased[0].group_id])
+        await settle()
+        assert [put.done() for put in puts] == [True, False]  # first come, first served
+        await actor.ack([leased[1].group_id])
+    assert puts[1].done()
+
+
+async def test_invariant_6_put_waits_for_room_by_bytes():
+    actor = make_actor(max_bytes=100)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket, 40))
+    async with waiting(actor.put(meta(tickets[2], 50))) as (put,):
+        leased = await actor.lease("t", 2)
+        assert (await actor.stats()).held_bytes == 80
+        await actor.ack([group.group_id for group in leased])
+    assert put.done()
+    assert (await actor.stats()).held_bytes == 50
+
+
+async def test_a_small_group_does_not_overtake_a_large_one_that_waits():
+    actor = make_actor(max_bytes=100)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket, 40))
+    async with waiting(actor.put(meta(tickets[2], 50)), actor.put(meta(tickets[3], 10))):
+        assert (await actor.stats()).held_bytes == 80  # there is room for the small one, but not its turn
+
+
+async def test_a_put_that_waits_in_vain_is_an_error_and_not_a_stall():
+    actor = make_actor(max_bytes=100, required_groups=2)
+    tickets = await actor.take("w", 3)
+    await actor.put(meta(tickets[0], 60))
+    async with asyncio.timeout(5):
+        with pytest.raises(QueueError, match=r"queue\.max_bytes"):
+            await actor.put(meta(tickets[1], 60))
+
+
+async def test_a_group_returned_while_its_put_waits_is_refused():
+    actor = make_actor(max_groups=2)
+    tickets = await actor.take("w", 3)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket))
+    async with waiting(actor.put(meta(tickets[2]))) as (put,):
+        await actor.return_group(tickets[2].group_id, "interrupted")
+    assert isinstance(put.exception(), UnknownGroup)
+
+
+async def test_lease_waits_for_n_and_gives_up_after_its_timeout():
+    actor = make_actor()
+    tickets = await actor.take("w", 2)
+    await actor.put(meta(tickets[0]))
+    assert await actor.lease("t", 2, timeout_s=0) == []
+    assert await actor.lease("t", 2, timeout_s=0.01) == []
+    async with waiting(actor.lease("t", 2)) as (lease,):
+        await actor.put(meta(tickets[1]))
+    assert [group.group_id for group in lease.result()] == [ticket.group_id for ticket in tickets]
+
+
+async def test_close_wakes_every_waiter():
+    actor = make_actor(window_limit=4, max_groups=2)
+    tickets = await actor.take("w", 4)
+    for ticket in tickets[:2]:
+        await actor.put(meta(ticket))
+    await actor.lease("t", 1)
+    puts = [actor.put(meta(ticket)) for ticket in tickets[2:]]
+    takes = [actor.take("w", 1), actor.take("v", 1)]
+    async with waiting(*puts, *takes, actor.lease("t", 2)) as tasks:
+        await actor.close()
+    *closed, lease = tasks[:2] + tasks[4:]
+    assert all(isinstance(task.exception(), QueueClosed) for task in [*closed, lease])
+    assert [task.result() for task in tasks[2:4]] == [[], []]
+    for ticket in tickets[2:]:
+        await actor.return_group(ticket.group_id, "shutdown")  # books can still be closed
+    with pytest.raises(QueueClosed):
+        await actor.lease("t", 1)
+    assert await actor.take("w", 1) == []
+
+
+async def test_a_lost_workers_pending_take_gets_nothing():
+    actor = make_actor(window_limit=2)
+    (kept, _) = await actor.take("other", 2)
+    async with waiting(actor.take("w", 1)) as (take,):
+        await actor.worker_lost("w")
+        await actor.fail(kept.group_id, "x")
+    assert take.result() == []
+    assert len(await actor.take("w", 1)) == 1  # a worker restarted under the same name
+
+
+async def test_the_end_of_the_dataset_ends_take_and_lease():
+    actor = make_actor(rows=3)
+    tickets = await actor.take("w", 3)
+    async with waiting(actor.take("w", 1), actor.lease("t", 2)) as (take, lease):
+        await actor.put(meta(tickets[0]))
+        await actor.put(meta(tickets[1]))
+        await settle()
+        assert not take.done()  # prompts could come back
+        trained = [group.group_id for group in lease.result()]
+        async with waiting(actor.lease("t", 2)) as (starved,):
+            await actor.ack(trained)
+        assert isinstance(starved.exception(), QueueClosed)  # one group is left
+        await actor.fail(tickets[2].group_id, "reward")
+    assert take.result() == []
+
+
+async def test_a_lease_that_waits_learns_that_the_dataset_ended():
+    actor = make_actor(rows=1)
+    await actor.take("w", 1)
+    async with waiting(actor.lease("t", 2)) as (lease,), waiting(actor.take("w", 1)):
+        pass
+    assert isinstance(lease.exception(), QueueClosed)
+
+
+async def test_stats_count_the_seconds_that_workers_wait():
+    actor = make_actor(window_limit=2)
+    await actor.take("w", 2)
+    before = (await actor.stats()).take_wait_s
+    async with waiting(actor.take("w", 1)):
+        await asyncio.sleep(0.02)
+        during = (await actor.stats()).take_wait_s
+    assert during > before
+    await settle()
+    assert (await actor.stats()).take_wait_s >= during
