@@ -41,6 +41,19 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # What Ray's control process remembers of calls that are over: about 2 KiB each, a hundred a second. By default it
+    # has grown by 200 MiB before it forgets the first.
+    "RAY_task_events_max_num_task_in_gcs": "10000",
+}
+
+# So that the memory of engines and trainers does not grow with the shapes of batches that they have seen:
+_FLAT_MEMORY = {
+    # oneDNN keeps the code that it generated for each shape of a matrix product, 1024 of them by default, some hundred
+    # KiB each. More than one step needs is of no use, as shapes hardly ever come again.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    # Larger blocks go back to the system when they are freed. glibc raises this threshold up to 32 MiB by itself, and
+    # then the heap is fragmented by tensors of ever other sizes.
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
 }
 
 
@@ -98,7 +111,7 @@ def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement:
             num_cpus=0,
             num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
             max_concurrency=_MAX_CONCURRENT_CALLS,
-            runtime_env={"env_vars": _threads(config.resources.engine_threads)},
+            runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
         )
         .remote(config, replica, queue, placement.engines[replica])
     )
@@ -113,7 +126,7 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
         .options(
             num_cpus=0,
             num_gpus=1 if config.resources.device == "cuda" else 0,
-            runtime_env={"env_vars": _threads(config.resources.trainer_threads)},
+            runtime_env={"env_vars": _process_environment(config.resources.trainer_threads)},
         )
         .remote(config, rank, init_method, cores)
         for rank, cores in enumerate(placement.trainers)
@@ -185,11 +198,11 @@ def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Met
     return metrics
 
 
-def _threads(count: int) -> dict[str, str]:
+def _process_environment(threads: int) -> dict[str, str]:
     """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
-    return {
-        "OMP_NUM_THREADS": str(count),
-        "MKL_NUM_THREADS": str(count),
+    return _FLAT_MEMORY | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
