@@ -46,15 +46,9 @@ _ENVIRONMENT = {
     "RAY_task_events_max_num_task_in_gcs": "10000",
 }
 
-# So that the memory of engines and trainers does not grow with the shapes of batches that they have seen:
-_FLAT_MEMORY = {
-    # oneDNN keeps the code that it generated for each shape of a matrix product, 1024 of them by default, some hundred
-    # KiB each. More than one step needs is of no use, as shapes hardly ever come again.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    # Larger blocks go back to the system when they are freed. glibc raises this threshold up to 32 MiB by itself, and
-    # then the heap is fragmented by tensors of ever other sizes.
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-}
+# oneDNN keeps what it generated for each shape of a matrix product, 1024 of them by default, some hundred KiB each: an
+# engine grows by 300 MiB within minutes. More than one step needs is of no use, as shapes hardly ever come again.
+_ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +194,7 @@ def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Met
 
 def _process_environment(threads: int) -> dict[str, str]:
     """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
-    return _FLAT_MEMORY | {
+    return _ONEDNN_CACHE | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -24,6 +24,7 @@ from async_rl.config import RunConfig
 from async_rl.config_file import to_yaml
 from async_rl.errors import CheckpointError, ReplayError, TrainerError
 from async_rl.model_config import check_run, checkpoint_shards, read_model_config
+from async_rl.process import release_freed_memory
 from async_rl.trainer import losses, packing, parallel, platform
 from async_rl.trainer.advantages import (
     batch_normalized,
@@ -393,6 +394,7 @@ class Trainer:
         torch.distributed.barrier()
         with platform.cuda_means(self._device), threads_write():
             dist_checkpointing.save(self._sharded_state(loading=False), str(folder))
+        release_freed_memory()  # the copies that were written; a trainer of 750 MiB grew by 8 % in some minutes
         torch.distributed.barrier()
 
     def load(self, path: Path, *, optimizer: bool = True) -> None:
