@@ -336,6 +336,8 @@ class MetricsSection(Section):
     """First port to use, one per process upwards; 0 lets the system choose free ones."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
+    timeline_bytes: NonNegative = 64 * 2**20
+    """What each process keeps at most of its latest spans for the report's timeline; 0 for none."""
 
 
 class DebugSection(Section):

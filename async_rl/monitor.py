@@ -58,8 +58,9 @@ class Monitor:
             self._now_at(before)
 
     def _now_at(self, what: str) -> None:
+        before, since = self._doing
         self._doing = (what, time.monotonic())
-        self._recorder.training_loop_at(what)
+        self._recorder.training_loop_at(what, before, self._doing[1] - since)
 
     async def run(self) -> None:
         """Raises StalledError when nothing has moved for watchdog.abort_s."""

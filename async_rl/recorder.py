@@ -18,6 +18,7 @@ from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
+from async_rl.metrics.timeline import Timeline
 from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
 from async_rl.queue.client import Fetcher, Payload
@@ -45,9 +46,11 @@ class Recorder:
         self._fetcher = Fetcher(config)
         self._summary = Summary()
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
+        self._timeline = Timeline(config.run_dir, "pipeline", config.metrics.timeline_bytes)
         self._live = LiveView(config.name, config.trainer.steps)
         self._started = started
         self._setup_s = 0.0
+        self._step = 0  # the last one that was recorded
         self._began: float | None = None
         self._ended: float | None = None
         self._earlier_s = 0.0  # training time before the run was resumed
@@ -68,6 +71,7 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._live.close()
+        self._timeline.close()
         self._metrics.close()
         self._folder.close()
 
@@ -101,7 +105,8 @@ class Recorder:
 
     def go_on(self, found: RunState | None) -> None:
         """With a run that had ended, from a checkpoint; from its beginning where there is none."""
-        self._folder.rewind(0 if found is None else found.step)
+        self._step = 0 if found is None else found.step
+        self._folder.rewind(self._step)
         if found is None:
             self.event("there is no checkpoint to go on from: the run begins")
             return
@@ -115,6 +120,7 @@ class Recorder:
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """The trainer goes on after ``step``: what was recorded of later ones no longer counts."""
+        self._step = step
         self._folder.rewind(step)
         self._summary.restore(state["summary"])
 
@@ -155,9 +161,10 @@ class Recorder:
         publish_sync(self._metrics, record)
         self._live.sync(record)
 
-    def training_loop_at(self, phase: str) -> None:
-        """What the training loop does now."""
+    def training_loop_at(self, phase: str, before: str, seconds: float) -> None:
+        """What the training loop does now, and what it did before and for how long."""
         self._metrics.set_all("training_loop_phase", None, {phase: 1})
+        self._timeline.add(before, seconds, step=self._step + 1)
 
     def restarted(self, process: str) -> None:
         """A process of this kind died and is started again."""
@@ -202,6 +209,7 @@ class Recorder:
         step_s: float,
     ) -> None:
         """One training step: its updates' reports, and the groups that it consumed, as ``fetch`` gave them."""
+        self._step = step
         report = merge_reports(reports)
         payloads = [message for _, message in trained]
         groups = [codec.decode(payload) for payload in payloads]
@@ -242,6 +250,7 @@ class Recorder:
         return StepRecord(
             step=step,
             policy_version=version,
+            time=time.time(),
             elapsed_s=totals.wall_s,
             reward_mean=sum(t.reward for t in trajectories) / len(trajectories),
             eval_reward_mean=self._eval_in_step,
@@ -274,6 +283,7 @@ class Recorder:
             trainer_idle_ratio=1.0 - min(1.0, sum(report.seconds.values()) / elapsed),
             overlap_efficiency=totals.overlap_efficiency or 0.0,
             step_s=step_s,
+            replica_versions={worker.replica: worker.version for worker in self._workers},
         )
 
     def _rollout_busy_s(self) -> float:

@@ -20,7 +20,11 @@ from async_rl.config import RunConfig
 from async_rl.config_file import to_yaml
 from async_rl.errors import ConfigError
 
+FORMAT = 1
+"""Of the files in a run folder; rises when a reader of the old ones could not read the new ones."""
+
 CONFIG = "config.yaml"
+FORMAT_FILE = "format"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 TRAINED = "trained.jsonl"
@@ -28,6 +32,7 @@ JOURNAL = "queue.journal"
 LOCK = "lock"
 REWOUND = "rewound"
 SUMMARY = "summary.json"
+TIMELINE = "timeline"
 TRAJECTORY_SUFFIX = ".group"
 # Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
@@ -77,6 +82,7 @@ class RunFolder:
             self._lock = self._locked(config)
             for target in self.targets.iterdir():  # of processes that were killed
                 target.unlink()
+            (self.path / FORMAT_FILE).write_text(f"{FORMAT}\n")
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:
             raise ConfigError(
@@ -180,6 +186,14 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def format_of(path: Path) -> int | None:
+    """Of the run folder ``path``; None where it does not say."""
+    try:
+        return int((path / FORMAT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def write_atomically(path: Path, payload: bytes | memoryview) -> None:

@@ -58,6 +58,8 @@ class StepRecord:
     """From 1."""
     policy_version: int
     """Version that the step's tokens were measured against."""
+    time: float
+    """When it ended, in seconds since 1970."""
     elapsed_s: float
     """Since the first step began."""
 
@@ -110,6 +112,8 @@ class StepRecord:
     overlap_efficiency: float = 0.0
     step_s: float
     """Wall time of the step, waiting for data included."""
+    replica_versions: Mapping[int, int] = field(default_factory=dict)
+    """Version of the weights of each replica when it last said."""
 
     @property
     def trajectories(self) -> int:
@@ -148,6 +152,7 @@ class StepRecord:
         return {
             "step": self.step,
             "policy_version": self.policy_version,
+            "time": self.time,
             "elapsed_s": self.elapsed_s,
             "reward_mean": self.reward_mean,
             "eval_reward_mean": self.eval_reward_mean,
@@ -194,6 +199,7 @@ class StepRecord:
             "trainer_idle_ratio": self.trainer_idle_ratio,
             "overlap_efficiency": self.overlap_efficiency,
             "step_seconds": self.step_s,
+            "replica_versions": {str(replica): version for replica, version in self.replica_versions.items()},
         }
 
 

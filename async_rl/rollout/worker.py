@@ -20,6 +20,7 @@ import structlog
 
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, WireError
+from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
@@ -82,11 +83,13 @@ class Stopwatch:
         self._total = 0.0
         self._since: float | None = None
 
-    def set(self, running: bool) -> None:
+    def set(self, running: bool) -> float:
+        """Seconds since it began to run, 0 where it did not."""
         now = time.monotonic()
-        if self._since is not None:
-            self._total += now - self._since
+        ran = 0.0 if self._since is None else now - self._since
+        self._total += ran
         self._since = now if running else None
+        return ran
 
     @property
     def seconds(self) -> float:
@@ -108,6 +111,7 @@ class RolloutWorker:
         tokenizer: Any,
         rewards: RewardRunner,
         environment: Environment | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._config = config
         self._name = name_of(replica)
@@ -116,6 +120,7 @@ class RolloutWorker:
         self._tokenizer = tokenizer
         self._rewards = rewards
         self._environment = environment
+        self._timeline = timeline
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
         # Twice what fills the engine: a group whose last response is long must not leave its siblings' places
         # empty, and finished groups that wait for room in the queue must not pile up.
@@ -381,10 +386,19 @@ class RolloutWorker:
         await self._open.wait()
         token_ids, max_tokens, first_row = partial.next_request()
         self._enter()
+        began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
         finally:
             self._leave()
+        if self._timeline is not None:
+            self._timeline.add(
+                "call",
+                time.monotonic() - began,
+                trajectory=partial.trajectory_id,
+                tokens=len(output.token_ids),
+                end=output.finish_reason,
+            )
         self._stats.generated_tokens += len(output.token_ids)
         if partial.interrupted and len(output.token_ids):
             self._stats.resumed_prefill_tokens += len(token_ids)
@@ -446,7 +460,9 @@ class RolloutWorker:
 
     async def resume(self) -> None:
         """Go on with what was interrupted, and take new work."""
-        self._paused.set(False)
+        stood = self._paused.set(False)
+        if self._timeline is not None and stood:
+            self._timeline.add("pause", stood)
         self._busy.set(self._calls > 0)
         self._open.set()
 

@@ -8,6 +8,7 @@ def step_record(**changes) -> StepRecord:
     values = {
         "step": 1,
         "policy_version": 0,
+        "time": 1_800_000_000.0,
         "elapsed_s": 2.0,
         "reward_mean": 0.4,
         "loss": 0.1,

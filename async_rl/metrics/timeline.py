@@ -1,0 +1,65 @@
+"""Who did what when: spans of time of one process, as lines of JSON in the run folder, for ``async-rl report``.
+
+    timeline/<role>.jsonl     the latest spans; timeline/<role>.1.jsonl: those before, if there are more
+
+    {"what": "call",  "at": 1.8e9, "s": 0.21, "trajectory": "0-17.0/3", "tokens": 31, "end": "abort"}    rollout-<i>
+    {"what": "pause", "at": 1.8e9, "s": 0.09}                                                            rollout-<i>
+    {"what": "update", "at": 1.8e9, "s": 0.31, "step": 12}                                               pipeline
+
+A call is one engine call of one response, which a push ends ("abort") or the policy does ("stop", "length"); a pause is
+how long a replica stands still for a push or a checkpoint. The pipeline's spans are what its training loop is at:
+"groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart".
+
+A span is written when it ends. Files are bounded, so that a run of any length keeps its latest spans; lines reach the
+file within about a second. Knows ``runfolder``'s JSON only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from async_rl.runfolder import TIMELINE, to_json
+
+_FLUSH_S = 1.0
+
+
+class Timeline:
+    """Of one process. ``at`` is in seconds since 1970, ``s`` in seconds."""
+
+    def __init__(self, run_dir: Path, role: str, max_bytes: int) -> None:
+        """max_bytes: of both files together; 0 writes nothing."""
+        self._path = run_dir / TIMELINE / f"{role}.jsonl"
+        self._limit = max_bytes // 2
+        self._stream: TextIO | None = None
+        self._written = 0
+        self._flushed = 0.0
+        if max_bytes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+
+    def add(self, what: str, seconds: float, **fields: Any) -> None:
+        """A span that ends now and took ``seconds``."""
+        if self._stream is None:
+            return
+        now = time.time()
+        self._written += self._stream.write(to_json({"what": what, "at": now - seconds, "s": seconds, **fields}) + "\n")
+        if now - self._flushed > _FLUSH_S:
+            self._stream.flush()
+            self._flushed = now
+        if self._written > self._limit:
+            self._stream.close()
+            os.replace(self._path, self._path.with_suffix(".1.jsonl"))
+            self._open()
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _open(self) -> None:
+        self._stream = self._path.open("a", encoding="utf-8")
+        self._written = self._stream.tell()
