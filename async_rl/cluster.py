@@ -21,6 +21,7 @@ from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.timeline import Timeline
 from async_rl.process import mark_semaphores, pin
 from async_rl.queue.client import Outbox, open_groups
 from async_rl.rollout.tokenization import load_tokenizer

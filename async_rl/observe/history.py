@@ -82,8 +82,12 @@ class History:
     """summary.json, of a run that has ended by itself."""
     running: bool = False
     """Whether the process that drives it lives on this machine."""
-    _metrics: Lines | None = None
-    _log: Lines | None = None
+    _metrics: Lines = field(init=False)
+    _log: Lines = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._metrics = Lines(self.path / runfolder.METRICS)
+        self._log = Lines(self.path / "logs" / "pipeline.jsonl")
 
     @property
     def steps(self) -> int:
@@ -92,7 +96,6 @@ class History:
 
     def refresh(self) -> None:
         """Raises RunFolderError."""
-        assert self._metrics is not None and self._log is not None
         running = _is_locked(self.path / runfolder.LOCK)
         rows, anew = self._metrics.new()
         self.rows = rows if anew else self.rows + rows
@@ -130,8 +133,6 @@ def read(path: Path) -> History:
             "use the version of async-rl that wrote it"
         )
     history = History(path, str(name), settings)
-    history._metrics = Lines(path / runfolder.METRICS)
-    history._log = Lines(path / "logs" / "pipeline.jsonl")
     history.refresh()
     return history
 

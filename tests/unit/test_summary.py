@@ -175,7 +175,16 @@ def test_rows_use_the_names_of_the_metrics():
     assert row["ppo_kl_by_staleness"] == {"0": 1e-8, "2": 0.01}
     assert row["token_staleness"] == {"0": 60, "2": 40}
     assert (row["trajectories"], row["partial_rollouts"], row["max_segments"]) == (4, 2, 3)
-    own = {"step", "elapsed_s", "groups", "max_segments", "response_tokens_mean", "response_tokens_max"}
+    own = {
+        "step",
+        "time",
+        "elapsed_s",
+        "replica_versions",
+        "groups",
+        "max_segments",
+        "response_tokens_mean",
+        "response_tokens_max",
+    }
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
     own |= {"trained_tokens_by_resume_position"}
     own |= {f"rollout_logprob_abs_diff_{kind}_by_staleness" for kind in ("mean", "max")}
