@@ -16,7 +16,7 @@ import structlog
 from async_rl.cluster import serve_metrics
 from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
-from async_rl.metrics.publish import publish_groups, publish_step, publish_sync
+from async_rl.metrics.publish import publish_groups, publish_start, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.timeline import Timeline
 from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
@@ -46,6 +46,7 @@ class Recorder:
         self._fetcher = Fetcher(config)
         self._summary = Summary()
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
+        publish_start(self._metrics)
         self._timeline = Timeline(config.run_dir, "pipeline", config.metrics.timeline_bytes)
         self._live = LiveView(config.name, config.trainer.steps)
         self._started = started
@@ -184,6 +185,8 @@ class Recorder:
         self._groups = queue.counts
         self._metrics.set("queue_groups", queue.queued_groups)
         self._metrics.set("queue_bytes", queue.queued_bytes)
+        self._metrics.set("queue_limit_groups", queue.max_groups)
+        self._metrics.set("queue_limit_bytes", queue.max_bytes)
         publish_groups(self._metrics, self._groups)
         progress = (queue.counts, sum(worker.generated_tokens for worker in workers))
         stalled = self._watchdog.look(time.monotonic(), progress)

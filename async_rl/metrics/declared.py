@@ -23,7 +23,8 @@ class MetricSpec:
 
     labels: every emission gives each of them. whole: an emission without any label is allowed as well, and
     stands for the value over all label values; only for means and extremes, which nobody sums over labels.
-    buckets: upper bounds of a histogram, ascending; +Inf is implied.
+    buckets: upper bounds of a histogram, ascending; +Inf is implied. values: of the only label of a counter, those that
+    are known beforehand; they start at 0, so that the first one counts as a rise.
     """
 
     name: str
@@ -34,6 +35,7 @@ class MetricSpec:
     labels: tuple[str, ...] = ()
     whole: bool = False
     buckets: tuple[float, ...] = ()
+    values: tuple[str, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -48,8 +50,7 @@ _LENGTH_BUCKETS = tuple(float(2**i) for i in range(3, 16))
 # From a tiny model's 10 ms push to a cluster's minutes, about three to a decade.
 _SECONDS_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
-_SPECS: tuple[MetricSpec, ...] = (
-    # Learning
+_LEARNING = (
     MetricSpec(
         "policy_version",
         "gauge",
@@ -86,6 +87,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Optimizer updates that were not made, by reason.",
         labels=("reason",),
+        values=("non_finite", "no_tokens"),
         why="`non_finite`: a gradient was NaN or infinite. `no_tokens`: every token was over the staleness bound.",
     ),
     MetricSpec("learning_rate", "gauge", "Learning rate of the last optimizer step.", why="To see the warm-up end."),
@@ -96,7 +98,9 @@ _SPECS: tuple[MetricSpec, ...] = (
         unit="nats",
         why="Falls to zero when the policy stops exploring.",
     ),
-    # Is it still the same policy
+)
+
+_SAME_POLICY = (
     MetricSpec(
         "ppo_kl",
         "gauge",
@@ -203,7 +207,9 @@ _SPECS: tuple[MetricSpec, ...] = (
         unit="ratio",
         why="Above 1.1 the other ranks wait: more groups per step, or fewer data-parallel ranks.",
     ),
-    # Staleness
+)
+
+_STALENESS = (
     MetricSpec(
         "token_staleness",
         "histogram",
@@ -217,6 +223,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Response tokens kept out of the loss, by reason.",
         labels=("reason",),
+        values=("stale", "not_sampled"),
         why="A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment.",
     ),
     MetricSpec(
@@ -224,9 +231,12 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Groups dropped and their prompts issued again, by reason.",
         labels=("reason",),
+        values=("stale", "worker_lost", "timeout", "payload_lost"),
         why="Generated for nothing, and prompts that come around later.",
     ),
-    # Partial rollouts
+)
+
+_PARTIAL = (
     MetricSpec(
         "trajectories_total",
         "counter",
@@ -261,7 +271,9 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Tokens computed again because a generation was resumed.",
         why="The price of mode `resume`.",
     ),
-    # Flow
+)
+
+_FLOW = (
     MetricSpec(
         "queue_groups",
         "gauge",
@@ -273,7 +285,20 @@ _SPECS: tuple[MetricSpec, ...] = (
         "gauge",
         "Payload bytes in the queue.",
         unit="bytes",
-        why="Memory, against queue.max_bytes.",
+        why="Memory, against queue_limit_bytes.",
+    ),
+    MetricSpec(
+        "queue_limit_groups",
+        "gauge",
+        "Groups that the queue holds at most, queue.max_groups.",
+        why="At it, workers wait to hand in what they have finished.",
+    ),
+    MetricSpec(
+        "queue_limit_bytes",
+        "gauge",
+        "Payload bytes that the queue holds at most, queue.max_bytes.",
+        unit="bytes",
+        why="At it, workers wait to hand in what they have finished.",
     ),
     MetricSpec(
         "groups_outstanding",
@@ -305,6 +330,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Groups given up for good, by reason.",
         labels=("reason",),
+        values=("reward", "environment", "timeout"),
         why="Prompts that teach nothing: look at the reward function first.",
     ),
     MetricSpec(
@@ -321,7 +347,9 @@ _SPECS: tuple[MetricSpec, ...] = (
         "Response tokens that contributed a gradient.",
         why="Trainer throughput.",
     ),
-    # Who waits
+)
+
+_WAITING = (
     MetricSpec(
         "rollout_paused_seconds_total",
         "counter",
@@ -370,6 +398,7 @@ _SPECS: tuple[MetricSpec, ...] = (
         "counter",
         "Processes that died and were started again, by kind.",
         labels=("process",),
+        values=("rollout", "trainer", "queue"),
         why="One now and then is an accident; a rate is a fault of the machine or of the settings.",
     ),
     MetricSpec(
@@ -380,7 +409,9 @@ _SPECS: tuple[MetricSpec, ...] = (
         labels=("waiting_for",),
         why="Above zero for minutes: the run hangs, and this says where.",
     ),
-    # Weight pushes
+)
+
+_PUSHES = (
     MetricSpec(
         "sync_seconds",
         "histogram",
@@ -411,7 +442,20 @@ _SPECS: tuple[MetricSpec, ...] = (
     ),
 )
 
-METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
+SECTIONS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {
+        "Is it learning": _LEARNING,
+        "Is it still the same policy": _SAME_POLICY,
+        "Staleness": _STALENESS,
+        "Partial rollouts": _PARTIAL,
+        "Where the groups are": _FLOW,
+        "Who waits": _WAITING,
+        "Weight pushes": _PUSHES,
+    }
+)
+"""Every metric, by the question that it answers."""
+
+METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in SECTIONS.values() for spec in specs})
 """Every metric by its name without prefix."""
 
 

@@ -12,6 +12,8 @@ Knows ``declared`` and ``errors``.
 from __future__ import annotations
 
 import bisect
+import errno
+import itertools
 import json
 import os
 import socket
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -28,6 +31,17 @@ from async_rl.errors import ResourceError
 from async_rl.metrics.declared import METRICS, MetricSpec
 
 LabelValues = tuple[str, ...]
+
+MAX_SERIES = 100
+"""Of one metric in one process. Labels have a handful of values; one that takes ever new ones (a reason with an id in
+it) would fill Prometheus' memory, so whatever is beyond counts as OTHER."""
+
+OTHER = "other"
+
+_PORTS_TRIED = 64
+
+
+log = structlog.get_logger(__name__)
 
 
 class UndeclaredMetric(ValueError):
@@ -101,7 +115,8 @@ class Metrics:
         """Set a gauge."""
         key = _labels(_spec(name, "gauge"), labels)
         with self._store.lock:
-            self._store.numbers.setdefault(name, {})[key] = float(value)
+            series = self._store.numbers.setdefault(name, {})
+            series[_bounded(series, key)] = float(value)
 
     def set_all(self, name: str, whole: float | None, parts: Mapping[Any, float]) -> None:
         """Replace every series of a gauge of one label: ``parts`` by label value, ``whole`` unlabelled."""
@@ -109,7 +124,7 @@ class Metrics:
         if len(spec.labels) != 1 or (whole is not None and not spec.whole):
             raise UndeclaredMetric(f"metric {name}: set_all needs exactly one label, and a whole only where declared")
         series: dict[LabelValues, float] = {} if whole is None else {(): float(whole)}
-        series.update({(str(label),): float(value) for label, value in parts.items()})
+        series.update({(str(label),): float(value) for label, value in itertools.islice(parts.items(), MAX_SERIES)})
         with self._store.lock:
             self._store.numbers[name] = series
 
@@ -120,6 +135,7 @@ class Metrics:
             raise ValueError(f"metric {name}: a counter cannot change by {amount}")
         with self._store.lock:
             series = self._store.numbers.setdefault(name, {})
+            key = _bounded(series, key)
             series[key] = series.get(key, 0.0) + amount
 
     def count_to(self, name: str, total: float, **labels: str | int) -> None:
@@ -128,7 +144,8 @@ class Metrics:
         if not total >= 0:
             raise ValueError(f"metric {name}: a counter cannot be {total}")
         with self._store.lock:
-            self._store.numbers.setdefault(name, {})[key] = float(total)
+            series = self._store.numbers.setdefault(name, {})
+            series[_bounded(series, key)] = float(total)
 
     def observe(self, name: str, value: float, count: int = 1, **labels: str | int) -> None:
         """Add ``count`` equal observations to a histogram."""
@@ -137,6 +154,7 @@ class Metrics:
         at = bisect.bisect_left(spec.buckets, value)
         with self._store.lock:
             series = self._store.histograms.setdefault(name, {})
+            key = _bounded(series, key)
             histogram = series.get(key)
             if histogram is None:
                 histogram = series[key] = _Histogram(len(spec.buckets))
@@ -144,26 +162,35 @@ class Metrics:
             histogram.total += value * count
 
     def serve(self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None) -> int:
-        """Serve /metrics; with ``run_dir``, write its Prometheus target file. Returns the port (0 asks for a
-        free one).
+        """Serve /metrics; with ``run_dir``, write its Prometheus target file. Returns the port: ``port``, or the next
+        one that is free; 0 asks for any.
 
         Raises ResourceError when the address cannot be had.
         """
         if self._server is not None:
             raise RuntimeError(f"metrics of {self.role} are served already")
-        try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ResourceError(
-                f"metrics.port: cannot serve /metrics of {self.role} on {host}:{port} "
-                f"({error.strerror or error}); "
-                "set metrics.port to a free port, or to 0, which picks one, and metrics.host to an interface "
-                "of this machine"
-            ) from None
+        self._server, self._thread = self._listen(host, port)
         bound = int(self._server.server_port)
+        if port and bound != port:
+            log.warning("metrics.port is in use; /metrics is served on the next free one", port=port, served_on=bound)
         if run_dir is not None:
             self._target = self._write_target(run_dir, host, bound)
         return bound
+
+    def _listen(self, host: str, port: int) -> tuple[Any, threading.Thread]:
+        last = min(port + _PORTS_TRIED, 65535) if port else 0
+        for candidate in range(port, last + 1):
+            try:
+                return start_http_server(candidate, addr=host, registry=self.registry)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and candidate < last:
+                    continue
+                raise ResourceError(
+                    f"metrics.port: cannot serve /metrics of {self.role} on {host}:{candidate} "
+                    f"({error.strerror or error}); set metrics.port to a free port, or to 0, which picks one, and "
+                    "metrics.host to an interface of this machine"
+                ) from None
+        raise AssertionError("unreachable")
 
     def _write_target(self, run_dir: Path, host: str, port: int) -> Path:
         # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
@@ -197,6 +224,10 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _bounded(series: Mapping[LabelValues, Any], key: LabelValues) -> LabelValues:
+    return key if key in series or len(series) < MAX_SERIES else (OTHER,) * len(key)
 
 
 def _spec(name: str, kind: str) -> MetricSpec:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from async_rl.metrics.declared import METRICS
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.summary import GroupCounts, StepRecord, SyncRecord
+
+
+def publish_start(metrics: Metrics) -> None:
+    """Before anything is counted: a counter whose reasons are known begins at 0, so that the first one is a rise."""
+    for spec in METRICS.values():
+        for value in spec.values:
+            metrics.count_to(spec.name, 0, **{spec.labels[0]: value})
 
 
 def publish_step(metrics: Metrics, record: StepRecord) -> None:
@@ -84,6 +92,8 @@ def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
         metrics.observe("sync_seconds", seconds, phase=phase)
     if record.canary is not None:
         metrics.set("sync_canary_logprob_abs_diff", record.canary)
+    metrics.set("sync_canary_unreached_experts", record.unreached_experts)
+    metrics.inc("sync_retries_total", record.retries)
 
 
 def publish_groups(metrics: Metrics, counts: GroupCounts) -> None:

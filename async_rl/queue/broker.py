@@ -435,6 +435,8 @@ class Broker:
             queued_bytes=sum(held.meta.nbytes for held in self._queued.values()),
             leased_groups=len(self._leased),
             held_bytes=self._held_bytes,
+            max_groups=self._max_groups,
+            max_bytes=self._max_bytes,
             running=self._running_by_worker(),
             oldest_version=min(versions, default=None),
             returned=dict(self._returned),

@@ -65,7 +65,7 @@ class GroupMeta:
 class QueueStats:
     """One moment of the queue, for metrics and for the watchdog's line.
 
-    window_groups: how much of window_limit is taken. held: queued and leased, what the two bounds are about.
+    window_groups: how much of window_limit is taken. held: queued and leased, which max_groups and max_bytes bound.
     running: groups per worker. oldest_version: of what is running (when issued) or queued (its oldest token),
     None when there is nothing. returned, dropped, failed: groups per reason. refusal: why no ticket can be
     issued now, None if one can. exhausted: the dataset had no prompt left when last asked. take_wait_s: seconds
@@ -80,6 +80,8 @@ class QueueStats:
     queued_bytes: int
     leased_groups: int
     held_bytes: int
+    max_groups: int
+    max_bytes: int
     running: Mapping[str, int]
     oldest_version: int | None
     returned: Mapping[str, int]

@@ -10,6 +10,7 @@ import time
 import urllib.request
 
 import pytest
+import structlog.testing
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from step_records import step_record
@@ -17,7 +18,7 @@ from step_records import step_record
 from async_rl.errors import ResourceError
 from async_rl.metrics import publish
 from async_rl.metrics.declared import METRICS, PREFIX, series_key
-from async_rl.metrics.exporter import Metrics, UndeclaredMetric
+from async_rl.metrics.exporter import MAX_SERIES, Metrics, UndeclaredMetric
 from async_rl.metrics.summary import GroupCounts, SyncRecord
 
 # The contract with dashboards: these names stay.
@@ -92,6 +93,7 @@ def test_declarations_follow_the_conventions(spec):
     assert (spec.kind == "counter") == spec.name.endswith("_total")
     assert (spec.kind == "histogram") == bool(spec.buckets)
     assert list(spec.buckets) == sorted(set(spec.buckets))
+    assert not spec.values or (spec.kind == "counter" and len(spec.labels) == 1)
     assert not spec.whole or (spec.kind == "gauge" and spec.labels)
     if spec.unit in ("seconds", "bytes"):
         assert spec.unit in spec.name
@@ -183,7 +185,10 @@ def test_counting_from_many_threads_loses_nothing(metrics):
 def test_publishing_a_run_emits_only_declared_metrics(metrics):
     """publish raises if a record's field has no declaration; the scrape has what the step said."""
     publish.publish_step(metrics, step_record(eval_reward_mean=0.5, tokens_masked={"stale": 4}))
-    publish.publish_sync(metrics, SyncRecord(policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7))
+    record = SyncRecord(
+        policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7, unreached_experts=3, retries=1
+    )
+    publish.publish_sync(metrics, record)
     publish.publish_groups(metrics, GroupCounts(issued=5, trained=3, outstanding=2))
     samples = exposed(metrics)
     assert samples["async_rl_reward_mean"] == 0.4
@@ -199,6 +204,8 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
     assert samples["async_rl_segments_per_trajectory_count"] == 4
     assert samples['async_rl_sync_seconds_sum{phase="pause"}'] == 0.1
     assert samples["async_rl_groups_outstanding"] == 2
+    assert samples["async_rl_sync_canary_unreached_experts"] == 3
+    assert samples["async_rl_sync_retries_total"] == 1
 
 
 def test_positions_that_exact_computes_again_are_counted(metrics):
@@ -222,11 +229,48 @@ def test_scrape_over_http_on_loopback_only(metrics):
     assert metrics._server.server_address[0] == "127.0.0.1"
 
 
-def test_port_taken_is_one_clear_error(metrics):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+def test_a_port_in_use_gives_the_next_one_and_says_so(metrics):
+    with socket.create_server(("127.0.0.1", 0)) as taken, structlog.testing.capture_logs() as logs:
         port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=rf"metrics\.port: .*127\.0\.0\.1:{port}.*or to 0"):
-            metrics.serve(port=port)
+        served = metrics.serve(port=port)
+        assert port < served
+        assert scrape(served)
+        (said,) = logs
+        assert (said["port"], said["served_on"], said["log_level"]) == (port, served, "warning")
+
+
+def test_ports_in_use_up_to_the_last_are_one_clear_error(metrics):
+    error = pytest.raises(ResourceError, match=r"metrics\.port: .*127\.0\.0\.1:65535.*or to 0")
+    with socket.create_server(("127.0.0.1", 65535)), error:
+        metrics.serve(port=65535)
+
+
+def test_a_label_explosion_is_bounded(metrics):
+    for number in range(1000):
+        metrics.inc("groups_failed_total", reason=f"id {number}")
+        metrics.count_to("groups_dropped_total", 1, reason=f"id {number}")
+        metrics.observe("sync_seconds", 0.1, phase=f"id {number}")
+        metrics.set("extreme_token_fraction", 0.1, tau=number)
+    metrics.set_all("ppo_kl", 0.1, dict.fromkeys(range(1000), 0.1))
+    samples = exposed(metrics)
+    failed = {key: value for key, value in samples.items() if key.startswith("async_rl_groups_failed_total")}
+    assert sum(failed.values()) == 1000
+    assert failed['async_rl_groups_failed_total{reason="other"}'] == 900
+    for name in (
+        "groups_failed_total",
+        "groups_dropped_total",
+        "sync_seconds_count",
+        "extreme_token_fraction",
+        "ppo_kl",
+    ):
+        assert len([key for key in samples if key.startswith(f"async_rl_{name}")]) == MAX_SERIES + 1, name
+
+
+def test_counters_with_known_reasons_begin_at_zero(metrics):
+    publish.publish_start(metrics)
+    samples = exposed(metrics)
+    assert samples['async_rl_groups_dropped_total{reason="stale"}'] == 0
+    assert samples['async_rl_process_restarts_total{process="queue"}'] == 0
 
 
 def test_host_of_another_machine_is_one_clear_error(metrics):
