@@ -147,6 +147,7 @@ class RolloutActor(RolloutWorker):
         rewards = RewardRunner(config.reward)
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, self._timeline_file)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
+        self._metrics.include("vllm:")
 
     async def groups(self) -> AsyncIterator[Any]:
         """The stream of what ``run`` finishes, meta and message in turn: for the driver, which hands it in."""

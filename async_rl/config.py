@@ -334,6 +334,8 @@ class MetricsSection(Section):
     """Interface of each process's /metrics."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """First port to use, one per process upwards; 0 lets the system choose free ones."""
+    engine: bool = True
+    """Serve vLLM's own metrics beside ours."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
     timeline_bytes: NonNegative = 64 * 2**20

@@ -33,12 +33,17 @@ LOCK = "lock"
 REWOUND = "rewound"
 SUMMARY = "summary.json"
 TIMELINE = "timeline"
+TARGETS = "prometheus/targets"
+ALL_TARGETS = ".prometheus"
+"""Beside the run folders: the target files of all runs once more, <process>@<run>.json. Prometheus looks for files in
+one folder, and not in each folder of a folder."""
+
 TRAJECTORY_SUFFIX = ".group"
 # Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
 # A lone surrogate, which a dataset may hold, has no UTF-8; its escape is what JSON has for it.
 _ERRORS = "backslashreplace"
-_FOLDERS = ("logs", "checkpoints", "prometheus/targets", "trajectories")
+_FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -80,8 +85,8 @@ class RunFolder:
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked(config)
-            for target in self.targets.iterdir():  # of processes that were killed
-                target.unlink()
+            for target in (*self.targets.iterdir(), *(self.path.parent / ALL_TARGETS).glob(f"*@{self.path.name}.json")):
+                target.unlink()  # of a process that was killed
             (self.path / FORMAT_FILE).write_text(f"{FORMAT}\n")
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:
@@ -112,7 +117,7 @@ class RunFolder:
 
     @property
     def targets(self) -> Path:
-        return self.path / "prometheus" / "targets"
+        return self.path / TARGETS
 
     @property
     def trajectories(self) -> Path:

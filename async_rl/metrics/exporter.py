@@ -15,7 +15,6 @@ import bisect
 import errno
 import itertools
 import json
-import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,12 +22,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import structlog
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from async_rl.errors import ResourceError
 from async_rl.metrics.declared import METRICS, MetricSpec
+from async_rl.runfolder import ALL_TARGETS, TARGETS, write_atomically
 
 LabelValues = tuple[str, ...]
 
@@ -85,6 +85,19 @@ class _Store(Collector):
             yield family
 
 
+class _Foreign(Collector):
+    """Metrics that a library keeps in prometheus_client's own registry."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in REGISTRY.collect() if family.name.startswith(self._prefix))
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # else registering would collect, before there is anything
+
+
 def _add_histogram(family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float) -> None:
     cumulative = 0.0
     for bound, count in zip((*spec.buckets, float("inf")), counts, strict=True):
@@ -109,7 +122,11 @@ class Metrics:
         ProcessCollector(registry=self.registry)  # process_resident_memory_bytes and the like
         self._server: Any = None
         self._thread: threading.Thread | None = None
-        self._target: Path | None = None
+        self._targets: list[Path] = []
+
+    def include(self, prefix: str) -> None:
+        """Serve also what a library has registered by itself under names that begin so."""
+        self.registry.register(_Foreign(prefix))
 
     def set(self, name: str, value: float, **labels: str | int) -> None:
         """Set a gauge."""
@@ -162,7 +179,7 @@ class Metrics:
             histogram.total += value * count
 
     def serve(self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None) -> int:
-        """Serve /metrics; with ``run_dir``, write its Prometheus target file. Returns the port: ``port``, or the next
+        """Serve /metrics; with ``run_dir``, write its Prometheus target files. Returns the port: ``port``, or the next
         one that is free; 0 asks for any.
 
         Raises ResourceError when the address cannot be had.
@@ -174,7 +191,7 @@ class Metrics:
         if port and bound != port:
             log.warning("metrics.port is in use; /metrics is served on the next free one", port=port, served_on=bound)
         if run_dir is not None:
-            self._target = self._write_target(run_dir, host, bound)
+            self._targets = self._write_targets(run_dir, host, bound)
         return bound
 
     def _listen(self, host: str, port: int) -> tuple[Any, threading.Thread]:
@@ -192,25 +209,24 @@ class Metrics:
                 ) from None
         raise AssertionError("unreachable")
 
-    def _write_target(self, run_dir: Path, host: str, port: int) -> Path:
+    def _write_targets(self, run_dir: Path, host: str, port: int) -> list[Path]:
         # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
         reachable = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
         address = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
         labels = {"run": self.run, "role": self.role, "replica": str(self.replica)}
         name = self.role if self.replica == 0 else f"{self.role}-{self.replica}"
-        path = run_dir / "prometheus" / "targets" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Prometheus may read at any moment, and only *.json: write aside, then rename.
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([{"targets": [address], "labels": labels}]) + "\n")
-        os.replace(temporary, path)
-        return path
+        paths = [run_dir / TARGETS / f"{name}.json", run_dir.parent / ALL_TARGETS / f"{name}@{run_dir.name}.json"]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Prometheus may read at any moment, and only *.json: the file appears whole, by its rename.
+            write_atomically(path, (json.dumps([{"targets": [address], "labels": labels}]) + "\n").encode())
+        return paths
 
     def close(self) -> None:
-        """Stop serving and withdraw the target file. May be called twice."""
-        if self._target is not None:
-            self._target.unlink(missing_ok=True)
-            self._target = None
+        """Stop serving and withdraw the target files. May be called twice."""
+        for target in self._targets:
+            target.unlink(missing_ok=True)
+        self._targets = []
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -115,7 +115,7 @@ class History:
 def read(path: Path) -> History:
     """The run in the folder ``path``. Raises RunFolderError where there is none, or one of another format."""
     if not path.is_dir():
-        known = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+        known = sorted(p.name for p in path.parent.glob("[!.]*")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(known[:8])}" if known else ""
         raise RunFolderError(f"there is no run folder {path}{hint}")
     try:

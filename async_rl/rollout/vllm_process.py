@@ -93,7 +93,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
         skip_tokenizer_init=True,
         generation_config="vllm",
-        disable_log_stats=True,
+        disable_log_stats=not config.metrics.engine,
         enable_log_requests=False,
     )
 

@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import structlog.testing
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from step_records import step_record
 
@@ -220,6 +220,16 @@ def test_a_resume_position_that_no_longer_occurs_vanishes(metrics):
     assert [name for name in exposed(metrics) if "resume_position" in name] == []
 
 
+def test_a_librarys_own_metrics_are_served_beside_ours(metrics):
+    counter = Counter("vllm:tokens", "Of the library.")
+    try:
+        counter.inc(3)
+        metrics.include("vllm:")
+        assert exposed(metrics)["vllm:tokens_total"] == 3
+    finally:
+        REGISTRY.unregister(counter)
+
+
 def test_scrape_over_http_on_loopback_only(metrics):
     metrics.set("policy_version", 3)
     metrics.observe("sync_seconds", 0.3, phase="pause")
@@ -280,8 +290,10 @@ def test_host_of_another_machine_is_one_clear_error(metrics):
 
 def test_target_file_appears_and_vanishes(tmp_path):
     metrics = Metrics("rollout", run="demo", replica=1)
-    port = metrics.serve(run_dir=tmp_path)
-    path = tmp_path / "prometheus" / "targets" / "rollout-1.json"
+    port = metrics.serve(run_dir=tmp_path / "demo")
+    path = tmp_path / "demo" / "prometheus" / "targets" / "rollout-1.json"
+    beside = tmp_path / ".prometheus" / "rollout-1@demo.json"
+    assert beside.read_text() == path.read_text()
     (group,) = json.loads(path.read_text())
     assert group == {
         "targets": [f"127.0.0.1:{port}"],
@@ -290,7 +302,7 @@ def test_target_file_appears_and_vanishes(tmp_path):
     assert scrape(port)
     metrics.close()
     metrics.close()
-    assert list(path.parent.iterdir()) == []
+    assert list(path.parent.iterdir()) == list(beside.parent.iterdir()) == []
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=1)
 

@@ -141,9 +141,13 @@ def test_a_run_that_has_not_ended_cannot_be_gone_on_with(tmp_path, folder):
         RunFolder(config(tmp_path), resume=True)
     # Another process holds the lock as long as it lives, and no longer.
     folder._lock.close()
-    (folder.targets / "rollout.json").write_text("[]")  # of a process that was killed
+    beside = folder.path.parent / ".prometheus"
+    beside.mkdir()
+    for left in (folder.targets / "rollout.json", beside / "rollout@demo.json", beside / "rollout@other.json"):
+        left.write_text("[]")  # of processes that were killed
     RunFolder(config(tmp_path), resume=True).close()
     assert list(folder.targets.iterdir()) == []
+    assert [path.name for path in beside.iterdir()] == ["rollout@other.json"]
 
 
 def test_going_back_keeps_what_was_written_of_later_steps_aside(folder):

@@ -1,0 +1,119 @@
+"""A Prometheus of one's own for run folders: found, configured, started on a free port, and ended with its caller.
+
+Knows the program ``prometheus`` and the target files of run folders; not what the metrics mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from signal import SIGTERM
+
+import yaml
+
+from async_rl import runfolder
+from async_rl.errors import ResourceError
+from async_rl.process import signal_on_parent_death
+
+PORT = 9090
+_PORTS_TRIED = 64
+_SCRAPE_S = 2
+_READY_S = 30.0
+# Samples of a finished run are as old as the run; by default Prometheus would delete what is older than 15 days.
+_KEEP = "10y"
+
+
+def program(name: str = "prometheus") -> str:
+    """Its path. Raises ResourceError, which says how to install it."""
+    found = shutil.which(name)
+    if found is None:
+        raise ResourceError(
+            f"{name} is not installed: apt install prometheus (Debian, Ubuntu), brew install prometheus, or "
+            "docker compose -f dashboards/compose.yaml up"
+        )
+    return found
+
+
+def free_port(first: int, tried: int = _PORTS_TRIED) -> int:
+    """The first port from ``first`` on that nobody listens on, on the loopback interface. Raises ResourceError."""
+    for port in range(first, min(first + tried, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ResourceError(f"no port from {first} to {first + tried - 1} is free")
+
+
+def settings(runs: Path | None, rules: Path | None) -> str:
+    """prometheus.yml: scrape every process of every run below ``runs``, with the alerts in ``rules``."""
+    tree: dict[str, object] = {"global": {"scrape_interval": f"{_SCRAPE_S}s", "evaluation_interval": f"{_SCRAPE_S}s"}}
+    if rules is not None:
+        tree["rule_files"] = [str(rules.absolute())]
+    if runs is not None:
+        targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
+        sd = {"files": [str(targets)], "refresh_interval": f"{_SCRAPE_S}s"}
+        tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd]}]
+    return yaml.safe_dump(tree)
+
+
+@contextlib.contextmanager
+def running(
+    data: Path, *, runs: Path | None = None, rules: Path | None = None, port: int = PORT, options: Sequence[str] = ()
+) -> Iterator[str]:
+    """A Prometheus that keeps its samples in ``data``, for the length of the block; yields its URL.
+
+    port: or the next one that is free. Raises ResourceError where it is not installed or does not come up.
+    """
+    path = program()
+    data.mkdir(parents=True, exist_ok=True)
+    config = data / "prometheus.yml"
+    config.write_text(settings(runs, rules))
+    url = f"http://127.0.0.1:{(bound := free_port(port))}"
+    log = data / "prometheus.log"
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [
+                path,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={data}",
+                f"--storage.tsdb.retention.time={_KEEP}",
+                f"--web.listen-address=127.0.0.1:{bound}",
+                *options,
+            ],
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=partial(signal_on_parent_death, SIGTERM),
+        )
+    try:
+        _wait_until_ready(process, url, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise ResourceError(f"prometheus ended at once: {''.join(last)[:300]} (log: {log})")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/-/ready", timeout=1):
+            return
+        time.sleep(0.1)
+    raise ResourceError(f"prometheus is not ready after {_READY_S:g} s (log: {log})")
