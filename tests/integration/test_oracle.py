@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import trainer_process
+from alert_rules import assert_firing
 from engine_checkpoint import VOCAB, Pusher, engine_config, make_checkpoint, perturbed, running, until_sampled
+from step_records import step_record
 
 from async_rl.errors import InvalidTrajectory, WeightSyncMismatch
+from async_rl.metrics import publish
+from async_rl.metrics.exporter import Metrics
 from async_rl.model_config import read_model_config
 from async_rl.rollout import routing
 from async_rl.rollout.engine import Sampling
@@ -349,6 +353,17 @@ async def test_faults_that_pass_the_border_show_in_a_metric_by_a_factor_of_ten(
             f"max {found[fault].abs_max:.1e}, ppo_kl_k3 {report.ppo_kl_k3:.1e}, "
             f"extreme_token_fraction {report.extreme_token_fraction:.3f}"
         )
+        with Metrics("pipeline") as metrics:
+            publish.publish_start(metrics)
+            publish.publish_step(
+                metrics,
+                step_record(
+                    agreement=report.agreement,
+                    agreement_by_staleness=report.agreement_by_staleness,
+                    router_fallback_rows=report.router_fallback_rows,
+                ),
+            )
+            assert_firing(metrics, set() if fault == "none" else {"OnPolicyMismatch"})
     assert found["none"].abs_max <= EXACT
     for fault in cases:
         if fault != "none":

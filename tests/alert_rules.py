@@ -1,0 +1,47 @@
+"""Which alerts the rules in dashboards/prometheus raise for metrics that stay as they are: asked of promtool."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from async_rl.metrics.declared import series_key
+from async_rl.metrics.exporter import Metrics
+
+FOLDER = Path(__file__).parents[1] / "dashboards" / "prometheus"
+LABELS = {"run": "r", "role": "pipeline", "replica": "0"}
+
+
+def promtool(*arguments):
+    assert shutil.which("promtool"), "promtool is not installed: apt install prometheus"
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def assert_firing(metrics: Metrics, alerts: set[str]) -> None:
+    """What this process serves, scraped for ten minutes, raises these alerts and no others."""
+    samples = [
+        sample
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        for sample in family.samples
+        if sample.name.startswith("async_rl_")
+    ]
+    series = [
+        {"series": series_key(sample.name, sample.labels | LABELS), "values": f"{sample.value:.12f}x60"}
+        for sample in samples
+    ]
+    expected = [{"labels": f'{{alertname="{alert}"}}', "value": 1} for alert in sorted(alerts)]
+    query = {"expr": 'count(ALERTS{alertstate="firing"}) by (alertname)', "eval_time": "10m", "exp_samples": expected}
+    tree = {
+        "rule_files": [str(FOLDER / "rules.yml")],
+        "evaluation_interval": "10s",
+        "tests": [{"interval": "10s", "input_series": series, "promql_expr_test": [query]}],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "test.yml"
+        path.write_text(yaml.safe_dump(tree))
+        tested = promtool("test", "rules", path)
+    assert tested.returncode == 0, tested.stdout + tested.stderr

@@ -1,0 +1,64 @@
+"""The alert rules: promtool's own tests of them, each of which can fail, and texts that name what exists."""
+
+import re
+import shutil
+
+import pytest
+import yaml
+from alert_rules import FOLDER, assert_firing, promtool
+from step_records import step_record
+
+from async_rl.config_file import leaves
+from async_rl.metrics import publish
+from async_rl.metrics.declared import METRICS, PREFIX
+from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.summary import TokenAgreement
+
+RULES = yaml.safe_load((FOLDER / "rules.yml").read_text())
+ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
+
+
+def test_rules_and_settings_are_sound():
+    checked = promtool("check", "rules", FOLDER / "rules.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    # Its rules are mounted elsewhere, which --syntax-only leaves alone.
+    checked = promtool("check", "config", "--syntax-only", FOLDER / "prometheus.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_each_fault_raises_the_alert_that_names_it_and_no_other():
+    tested = promtool("test", "rules", FOLDER / "rules_test.yml")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+@pytest.mark.parametrize(
+    ("mismatch", "alerts"),
+    [(1e-7, set()), (5.3e-3, set()), (0.15, {"OnPolicyMismatch"})],
+    ids=["sound", "bfloat16", "fault"],
+)
+def test_what_a_run_publishes_is_what_the_rules_read(mismatch, alerts):
+    agreement = TokenAgreement(tokens=100, kl=mismatch / 10, abs_mean=mismatch, abs_max=4 * mismatch)
+    with Metrics("pipeline", run="r") as metrics:
+        publish.publish_start(metrics)
+        publish.publish_step(metrics, step_record(agreement=agreement, agreement_by_staleness={0: agreement}))
+        assert_firing(metrics, alerts)
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_the_tests_notice_when_an_alert_is_missing(alert, tmp_path):
+    rules = [rule for rule in ALERTS.values() if rule["alert"] != alert]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "async_rl", "rules": rules}]}))
+    shutil.copy(FOLDER / "rules_test.yml", tmp_path)
+    assert promtool("test", "rules", tmp_path / "rules_test.yml").returncode != 0
+
+
+@pytest.mark.parametrize("alert", ALERTS.values(), ids=list(ALERTS))
+def test_an_alert_names_metrics_and_settings_that_exist(alert):
+    text = alert["annotations"]["description"]
+    assert "Check first" in text or "Lower" in text
+    for name in re.findall(rf"{PREFIX}(\w+)", alert["expr"]):
+        assert name in METRICS
+    keys = {key for key, _ in leaves()}
+    sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
+    for word in re.findall(rf"\b(?:{sections})\.[a-z_.]*[a-z_]", text):
+        assert word in keys or word.endswith((".jsonl", ".log")), word
