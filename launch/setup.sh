@@ -14,10 +14,17 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
 }
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
-# For the tests of queue.backend redis alone; a run brings its own server.
-if ! command -v redis-server >/dev/null; then
+# Programs that tests start: the server of queue.backend redis, Prometheus with promtool for alerts and dashboards, and a
+# browser for the report. A run itself needs none of them.
+MISSING=()
+for program in redis-server prometheus chromium; do
+    command -v "$program" >/dev/null || MISSING+=("$program")
+done
+if [ ${#MISSING[@]} -gt 0 ]; then
     SUDO=$([ "$(id -u)" = 0 ] || echo sudo -n)
-    install() { DEBIAN_FRONTEND=noninteractive $SUDO apt-get install -qq -y redis-server >/dev/null 2>&1; }
+    install() {
+        DEBIAN_FRONTEND=noninteractive $SUDO apt-get install -qq -y --no-install-recommends "${MISSING[@]}" >/dev/null 2>&1
+    }
     install || { $SUDO apt-get update -qq >/dev/null 2>&1 && install; } ||
-        echo "setup: redis-server is not installed, and could not be; the tests of queue.backend redis need it" >&2
+        echo "setup: could not install ${MISSING[*]}; some tests need it" >&2
 fi

@@ -107,10 +107,13 @@ class _Process:
         return self._threads
 
     def _introduce(self, thread: int, name: str) -> list[Event]:
-        return [self._meta("thread_name", thread, name=name), self._meta("thread_sort_index", thread, sort_index=thread)]
+        return [
+            self._meta("thread_name", thread, name=name),
+            self._meta("thread_sort_index", thread, sort_index=thread),
+        ]
 
-    def _meta(self, name: str, thread: int, **arguments: Any) -> Event:
-        return {"ph": "M", "name": name, "pid": self._pid, "tid": thread, "ts": 0, "args": arguments}
+    def _meta(self, kind: str, thread: int, **arguments: Any) -> Event:
+        return {"ph": "M", "name": kind, "pid": self._pid, "tid": thread, "ts": 0, "args": arguments}
 
 
 def _flow(number: int, cut: Event, resumed: Event) -> Iterator[Event]:
