@@ -26,6 +26,14 @@ _LIBRARIES = ("vllm", "ray", "megatron", "transformers")
 _LIBRARY_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+_bound: dict[str, Any] = {}
+
+
+def bind(**fields: Any) -> None:
+    """Put these fields into each line of this process from now on: its policy version, for example."""
+    _bound.update(fields)
+
+
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to whatever sys.stderr is at that moment: the live table redirects it while it is on screen."""
 
@@ -40,8 +48,8 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 def configure(run_dir: Path | None, role: str, console: bool) -> None:
     """Set up this process's logging; the last call counts.
 
-    run_dir: None writes no files. role goes into each line. console: warnings and worse also go to stderr;
-    what happens otherwise is the live view's to show.
+    run_dir: None writes no files. Its name, the run, and the role go into each line, and what ``bind`` adds. console:
+    warnings and worse also go to stderr; what happens otherwise is the live view's to show.
     """
     ours = logging.getLogger(_OURS)
     root = logging.getLogger()
@@ -53,7 +61,9 @@ def configure(run_dir: Path | None, role: str, console: bool) -> None:
     ours.setLevel(logging.INFO)
     root.setLevel(logging.INFO)
 
-    shared = _shared_processors(role)
+    _bound.clear()
+    bind(role=role, **({} if run_dir is None else {"run": run_dir.name}))
+    shared = _shared_processors()
     if console:
         stderr = _formatted(_StderrHandler(), _console_renderer(), shared)
         stderr.setLevel(logging.WARNING)
@@ -91,14 +101,16 @@ def adopt_libraries() -> None:
         logger.propagate = True
 
 
-def _shared_processors(role: str) -> list[Processor]:
-    def add_role(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        event.setdefault("role", role)
-        return event
+def _add_bound(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in _bound.items():
+        event.setdefault(key, value)
+    return event
 
+
+def _shared_processors() -> list[Processor]:
     return [
         structlog.contextvars.merge_contextvars,
-        add_role,
+        _add_bound,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.PositionalArgumentsFormatter(),

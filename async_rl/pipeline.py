@@ -193,6 +193,7 @@ class Pipeline:
         seen = max(state.version, stats.version, newest)
         self._version = seen if state.pushed and seen == state.version else seen + 1
         await self._sync.push(self._version)
+        logs.bind(version=self._version)
         if self._version > stats.version:
             await self._queue.advance(self._version)
         await self._sync.resume()
@@ -313,6 +314,7 @@ class Pipeline:
                 except ReplicaFailed as error:
                     await self._replicas.lose(error)
         self._version = version
+        logs.bind(version=version)
         every = self._config.eval.every
         if every and self._version % every == 0:
             await self._evaluate()

@@ -158,6 +158,6 @@ def _seconds(timestamp: Any) -> float:
 
 
 def _text(line: dict[str, Any]) -> str:
-    known = {"event", "role", "logger", "level", "timestamp", "exception"}
+    known = {"event", "run", "role", "version", "logger", "level", "timestamp", "exception"}
     rest = " ".join(f"{key}={value}" for key, value in line.items() if key not in known)
     return f"{line.get('event', '')}{' ' if rest else ''}{rest}"

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, WireError
 from async_rl.metrics.timeline import Timeline
@@ -490,6 +491,7 @@ class RolloutWorker:
     async def update_weight_version(self, version: str) -> None:
         with self._asking("update_weight_version"):
             await self._engine.update_weight_version(version)
+        logs.bind(version=self._engine.version)
 
     # -- probes -------------------------------------------------------------------------------------------------
 

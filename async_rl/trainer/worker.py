@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from async_rl import logs
 from async_rl.config import RunConfig
 from async_rl.queue.client import Fetcher, Payload
 from async_rl.types import ExpertIds, Float32Array, Int32Array
@@ -83,6 +84,7 @@ class TrainerWorker:
             raise RuntimeError("connect() must come before push()")
         start = time.monotonic()
         self._pusher.push(version, only)
+        logs.bind(version=version)
         return time.monotonic() - start
 
     def logprobs(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:

@@ -88,6 +88,7 @@ class WeightSync:
         self._max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         self._probe = make_probe(config.seed, model.vocab_size, max_tokens=self._max_tokens)
         self._batches = 0  # of candidates tried
+        self._told_unreached = 0  # the largest number that the log has a warning of
         self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
 
     async def begin(self) -> Agreement:
@@ -335,11 +336,12 @@ class WeightSync:
             del self._probe[SEQUENCES : SEQUENCES + max(0, surplus)]
             known |= reached([routed[index] for index in chosen], spec)
         self._given_up = ~known
-        if not known.all():
+        if (unreached := int((~known).sum())) > self._told_unreached:
+            self._told_unreached = unreached
             missing = [f"{self._model.moe_layers[layer]}:{expert}" for layer, expert in np.argwhere(~known)[:5]]
             log.warning(
                 "the canary does not reach every expert, so it says nothing about the weights of the others",
-                unreached=int((~known).sum()),
+                unreached=unreached,
                 first_layer_and_expert=", ".join(missing),
             )
 

@@ -45,6 +45,19 @@ def test_ours_are_json_lines_with_their_role(tmp_path, capsys):
     assert captured.out + captured.err == ""
 
 
+def test_lines_say_of_which_run_and_version_they_are(tmp_path):
+    logs.configure(tmp_path / "demo", "trainer-0", console=False)
+    logs.bind(version=7)
+    structlog.get_logger("async_rl.trainer").info("ours")
+    logging.getLogger("async_rl.trainer").info("plain")
+    logs.configure(tmp_path / "demo", "trainer-1", console=False)
+    structlog.get_logger("async_rl.trainer").info("another process")
+    lines = read(tmp_path / "demo" / "logs" / "trainer-0.jsonl")
+    assert [(line["run"], line["role"], line["version"]) for line in lines] == [("demo", "trainer-0", 7)] * 2
+    (line,) = read(tmp_path / "demo" / "logs" / "trainer-1.jsonl")
+    assert "version" not in line
+
+
 def test_console_gets_our_warnings_only(tmp_path, capsys):
     chatty = logging.getLogger("vllm")
     chatty.addHandler(logging.StreamHandler())

@@ -1,0 +1,131 @@
+"""The pipeline watched by a real Prometheus: every expression of every panel and alert finds something to show."""
+
+import json
+import re
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import promql_parser
+import pytest
+import yaml
+from alert_rules import FOLDER
+from real_run import Run
+
+from async_rl.observe import prometheus
+
+DASHBOARD = FOLDER.parent / "grafana" / "async_rl.json"
+WATCHED_S = 60
+VARIABLES = {"$__rate_interval": "30s", "$__interval": "10s", "$__range": "60s"}
+
+pytestmark = pytest.mark.e2e
+
+
+def substituted(expression):
+    for name, value in VARIABLES.items():
+        expression = expression.replace(name, value)
+    return re.sub(r"\$\{?(run|replica)(:\w+)?\}?", ".*", expression)
+
+
+def panels(node):
+    for panel in node.get("panels", []):
+        yield panel
+        yield from panels(panel)
+
+
+def shown():
+    """(where, expression) of every panel and annotation."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    for panel in panels(dashboard):
+        for target in panel.get("targets", []):
+            yield f"panel {panel['title']}", substituted(target["expr"])
+    for annotation in dashboard["annotations"]["list"]:
+        if expression := annotation.get("expr") or annotation.get("target", {}).get("expr"):
+            yield f"annotation {annotation['name']}", substituted(expression)
+
+
+def operands(expression):
+    """What an alert compares: a comparison has no series as long as all is well. Nobody waits for hours here, so the
+    past that a rule looks at is the present."""
+    expression = re.sub(r" offset \d+\w", "", expression)
+    parsed = promql_parser.parse(expression)
+    while isinstance(parsed, promql_parser.ParenExpr):
+        parsed = parsed.expr
+    if isinstance(parsed, promql_parser.BinaryExpr) and str(parsed.op) in ("or", "and", "unless", ">", "<", ">=", "<="):
+        for side in (parsed.lhs, parsed.rhs):
+            if not isinstance(side, promql_parser.NumberLiteral):
+                yield from operands(side.prettify())
+    else:
+        yield expression
+
+
+def alerts():
+    for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]:
+        for rule in group["rules"]:
+            for expression in operands(rule["expr"]):
+                yield f"alert {rule['alert']}", expression
+
+
+def get(url, path, **query):
+    with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(query)}", timeout=10) as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def watched(recipe, tmp_path_factory):
+    """(the run, the URL of the Prometheus that has watched it for a minute); the run goes on."""
+    folder = tmp_path_factory.mktemp("watched")
+    settings = {"trainer__steps": 100_000, "checkpoint__every": 10, "eval__every": 5, "trainer__optimizer__lr": 1e-6}
+    run = Run(recipe, folder, **settings)
+    try:
+        run.wait_for_step(1)
+        data = folder / "prometheus"
+        with prometheus.running(data, runs=run.folder.parent, rules=FOLDER / "rules.yml", port=19090) as url:
+            time.sleep(WATCHED_S)
+            assert run.process.poll() is None, run.output
+            yield run, url
+        run.process.terminate()
+        run.wait()
+        run.assert_nothing_left()
+    finally:
+        run.close()
+
+
+def test_every_process_is_scraped(watched):
+    run, url = watched
+    targets = get(url, "/api/v1/targets")["data"]["activeTargets"]
+    roles = {target["labels"]["role"]: target["health"] for target in targets}
+    assert roles == {"pipeline": "up", "rollout": "up", "trainer": "up"}
+    assert {target["labels"]["run"] for target in targets} == {run.folder.name}
+
+
+def test_every_expression_finds_a_series(watched):
+    _, url = watched
+    silent = []
+    for where, expression in [*shown(), *alerts()]:
+        answer = get(url, "/api/v1/query", query=expression)
+        assert answer["status"] == "success", (where, answer)
+        if not answer["data"]["result"]:
+            silent.append(f"{where}: {expression}")
+    assert silent == []
+
+
+def test_prometheus_itself_has_loaded_the_alerts_and_none_fires(watched):
+    _, url = watched
+    groups = get(url, "/api/v1/rules")["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) == len(list(yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"][0]["rules"]))
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+
+
+@pytest.mark.parametrize("process", ["pipeline", "rollout", "trainer"])
+def test_what_is_served_keeps_to_the_format(watched, process):
+    run, _ = watched
+    text = run.metrics(process)
+    # vLLM's names have colons, which promtool keeps for rules.
+    ours = "".join(line + "\n" for line in text.splitlines() if "vllm:" not in line)
+    checked = subprocess.run(["promtool", "check", "metrics"], input=ours, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert ("vllm:" in text) == (process == "rollout")
