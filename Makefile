@@ -6,16 +6,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train test test-unit test-gpu chaos soak lint bench clean
+.PHONY: help setup train observe generate test test-unit test-gpu chaos soak lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
+	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make test    lint, types and every test that CI runs"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (20 minutes)"
 	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make generate  what is written from code: docs/metrics.md, the dashboards"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
 setup: $(STAMP)
@@ -27,6 +29,13 @@ $(STAMP): requirements/cpu.txt pyproject.toml launch/setup.sh
 
 train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
+
+observe: $(STAMP)
+	$(BIN)/async-rl observe runs
+
+generate: $(STAMP)
+	$(BIN)/python -m async_rl.metrics.reference > docs/metrics.md
+	$(BIN)/python dashboards/build.py
 
 test: lint
 	$(BIN)/python -m pytest -m "not long" tests/unit tests/integration tests/chaos tests/gpu

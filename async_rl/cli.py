@@ -1,4 +1,4 @@
-"""The command line: ``async-rl train``, ``export`` and ``doctor``. Parses, calls, and turns errors into exit codes.
+"""The command line: ``async-rl train``, ``watch``, ``report``, ... Parses, calls, and turns errors into exit codes.
 
 Imports what a verb needs only when it runs, so that help and --dry-run answer at once, on any machine.
 
@@ -14,16 +14,17 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from async_rl import __version__
 from async_rl.config import RunConfig
 from async_rl.config_file import default_of, leaves, load, parse_overrides, to_yaml
 from async_rl.errors import AsyncRLError, ConfigError
 
-_FLAGS = ("-h", "--help", "--version", "--dry-run")
+_FLAGS = ("-h", "--help", "--version", "--dry-run", "--once")
 """Options of the command line itself; every other --word is a setting and takes a value."""
 
-_OPTIONS = ("--resume",)
+_OPTIONS = ("--resume", "--out", "--trace", "--port")
 """Those that take a value."""
 
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run, resume=resume))
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
-    return _reported(lambda: _doctor(arguments.config, settings))
+    if arguments.verb == "doctor":
+        return _reported(lambda: _doctor(arguments.config, settings))
+    return _reported(lambda: _look(arguments, settings))
 
 
 def _reported(verb: Callable[[], int]) -> int:
@@ -113,6 +116,45 @@ def _doctor(path: Path | None, settings: Sequence[str]) -> int:
     return 1 if doctor.failed(found) else 0
 
 
+def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
+    """The verbs that look at run folders. They take no settings."""
+    if settings:
+        raise ConfigError(
+            f"async-rl {arguments.verb} has no option {settings[0]}; see async-rl {arguments.verb} --help"
+        )
+    if arguments.verb == "watch":
+        from async_rl.observe.watch import watch
+
+        return watch(_run_folder(arguments.run), once=arguments.once)
+    if arguments.verb == "report":
+        return _report([_run_folder(run) for run in arguments.run], arguments.out, arguments.trace)
+    from async_rl.observe import serve
+
+    if arguments.verb == "replay-metrics":
+        return serve.replay(_run_folder(arguments.run), port=arguments.port)
+    return serve.observe(arguments.runs, port=arguments.port)
+
+
+def _report(runs: Sequence[Path], out: Path, trace: Path | None) -> int:
+    from async_rl.observe.report import write_report
+    from async_rl.observe.trace import write_trace
+
+    write_report(runs, out)
+    sys.stdout.write(f"{out}: open it in any browser\n")
+    if trace is not None:
+        if len(runs) > 1:
+            raise ConfigError("--trace: a trace is of one run")
+        write_trace(runs[0], trace)
+        sys.stdout.write(f"{trace}: open it in Perfetto (https://ui.perfetto.dev) or chrome://tracing\n")
+    return 0
+
+
+def _run_folder(run: Path) -> Path:
+    """A run may be named without the folder that holds it."""
+    below = Path("runs") / run
+    return below if not run.exists() and below.is_dir() else run
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="async-rl",
@@ -159,7 +201,51 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file, as for train")
+    _add_looking(verbs)
     return parser
+
+
+def _add_looking(verbs: Any) -> None:
+    run_help = "run folder, or its name below runs/"
+    watch = verbs.add_parser(
+        "watch",
+        help="show a run live in the terminal",
+        description="Show the run RUN live in the terminal: over ssh, or from another machine that sees its folder.",
+        allow_abbrev=False,
+    )
+    watch.add_argument("run", type=Path, metavar="RUN", help=run_help)
+    watch.add_argument("--once", action="store_true", help="show how it stands, and end")
+
+    report = verbs.add_parser(
+        "report",
+        help="write a run's story into one HTML file",
+        description="Write one HTML file, which needs no network, on the run RUN, or on several side by side.",
+        allow_abbrev=False,
+    )
+    report.add_argument("run", type=Path, nargs="+", metavar="RUN", help=run_help)
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="report.html by default")
+    report.add_argument("--trace", type=Path, metavar="FILE", help="also write the timeline for Perfetto or Chrome")
+
+    observe = verbs.add_parser(
+        "observe",
+        help="start Prometheus and Grafana on all runs",
+        description="Start Prometheus, and Grafana where it is installed, on the runs in RUNS, those to come as well; "
+        "Ctrl-C ends them.",
+        allow_abbrev=False,
+    )
+    observe.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="RUNS", help="runs by default")
+
+    replay = verbs.add_parser(
+        "replay-metrics",
+        help="look at a finished run in Prometheus and Grafana",
+        description="Put the metrics.jsonl of the run RUN into a Prometheus of its own, as if it had been watched.",
+        allow_abbrev=False,
+    )
+    replay.add_argument("run", type=Path, metavar="RUN", help=run_help)
+    for verb in (observe, replay):
+        verb.add_argument(
+            "--port", type=int, default=9090, metavar="PORT", help="9090 by default, or the next free one"
+        )
 
 
 def _settings_help() -> str:

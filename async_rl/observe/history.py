@@ -115,7 +115,7 @@ class History:
 def read(path: Path) -> History:
     """The run in the folder ``path``. Raises RunFolderError where there is none, or one of another format."""
     if not path.is_dir():
-        known = sorted(p.name for p in path.parent.glob("[!.]*")) if path.parent.is_dir() else []
+        known = sorted(config.parent.name for config in path.parent.glob(f"*/{runfolder.CONFIG}"))
         hint = f"; {path.parent} has {', '.join(known[:8])}" if known else ""
         raise RunFolderError(f"there is no run folder {path}{hint}")
     try:
