@@ -42,9 +42,10 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # What Ray's control process remembers of calls that are over: about 2 KiB each, a hundred a second. By default it
-    # has grown by 200 MiB before it forgets the first.
-    "RAY_task_events_max_num_task_in_gcs": "10000",
+    # What Ray's control process remembers of calls that are over: about 3 KiB each, a hundred a second. By default it
+    # has grown by 300 MiB before it forgets the first, and then keeps the ids of a million that it has forgotten.
+    "RAY_task_events_max_num_task_in_gcs": "5000",
+    "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "1000",
 }
 
 # oneDNN keeps what it generated for each shape of a matrix product, 1024 of them by default, some hundred KiB each: an
