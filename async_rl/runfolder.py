@@ -87,6 +87,7 @@ class RunFolder:
             self._lock = self._locked(config)
             for target in (*self.targets.iterdir(), *(self.path.parent / ALL_TARGETS).glob(f"*@{self.path.name}.json")):
                 target.unlink()  # of a process that was killed
+            (self.path / SUMMARY).unlink(missing_ok=True)  # of the run that is gone on with: it has not ended after all
             (self.path / FORMAT_FILE).write_text(f"{FORMAT}\n")
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:

@@ -17,7 +17,7 @@ from async_rl.observe import prometheus
 
 DASHBOARD = FOLDER.parent / "grafana" / "async_rl.json"
 WATCHED_S = 60
-VARIABLES = {"$__rate_interval": "30s", "$__interval": "10s", "$__range": "60s"}
+VARIABLES = {"$__rate_interval": "30s", "$__interval": "10s", "$__range": "60s", "$window": "30s"}
 
 pytestmark = pytest.mark.e2e
 

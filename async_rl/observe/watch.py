@@ -1,0 +1,375 @@
+"""The story of a run in a terminal, live, for those without a browser: one picture of 80 columns and 24 lines or more.
+
+Owns the terminal while it shows the run (a screen of its own, so that nothing of the shell's is lost) and gives it back
+at the end, on Ctrl-C and on exceptions, with the last picture left standing. Knows ``history`` and the fields of a row;
+keeps of the rows only what it shows, so a look at a long run costs as much as at a short one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleDimensions, Group
+from rich.control import Control
+from rich.panel import Panel
+from rich.text import Text
+
+from async_rl.observe import history
+from async_rl.observe.history import Event, History, Row
+
+RECENT = 20
+"""Steps over which pace and utilization are taken: one alone is too noisy."""
+_POINTS = 512
+_EVENTS = 200
+_LABEL, _VALUE, _NOTE = 13, 10, 22
+_LEVELS = "▁▂▃▄▅▆▇█"
+_FULL, _EMPTY = "█", "░"
+_ASCII = str.maketrans(_LEVELS + _EMPTY + "·…", "_.:-=+*#" + ".-~")
+_STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
+
+
+class Curve:
+    """A value over the whole run in constant memory: means over equally many steps, coarser as the run goes on."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self._sums: list[tuple[float, int]] = []
+        self._steps_each, self._steps_in_last = 1, 1
+
+    def add(self, value: float | None) -> None:
+        """The value of the next step; None leaves a gap."""
+        if self._steps_in_last == self._steps_each:
+            if len(self._sums) == _POINTS:
+                self._sums = [_added(self._sums[i : i + 2]) for i in range(0, _POINTS, 2)]
+                self._steps_each *= 2
+            self._sums.append((0.0, 0))
+            self._steps_in_last = 0
+        self._steps_in_last += 1
+        if value is not None:
+            self.last = value
+            self._sums[-1] = _added([self._sums[-1], (value, 1)])
+
+    def means(self, most: int) -> list[float | None]:
+        """The run from its first step to its last, in at most ``most`` parts."""
+        parts = min(most, len(self._sums))
+        edges = [i * len(self._sums) // parts for i in range(parts + 1)] if parts else [0]
+        sums = [_added(self._sums[left:right]) for left, right in itertools.pairwise(edges)]
+        return [total / count if count else None for total, count in sums]
+
+
+class Story:
+    """What is shown of a run."""
+
+    def __init__(self, run: History) -> None:
+        self.run = run
+        self._take(run.rows)
+
+    def refresh(self) -> None:
+        """Raises RunFolderError."""
+        before = self.run.rows[:1]
+        self.run.refresh()
+        rows = self.run.rows
+        # The row that was left there is gone when training went back to a checkpoint: all rows are there anew.
+        if before and rows and rows[0] is before[0]:
+            self._keep(rows[1:])
+        else:
+            self._take(rows)
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.recent = deque[Row](maxlen=RECENT)
+        self.reward, self.evals, self.on_policy, self.stale = Curve(), Curve(), Curve(), Curve()
+        self._keep(rows)
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.recent.append(row)
+            self.reward.add(_number(row, "reward_mean"))
+            if (value := _number(row, "eval_reward_mean")) is not None:
+                self.evals.add(value)
+            # Sizes, as values of either sign would hide each other in a mean.
+            for curve, kl in zip((self.on_policy, self.stale), _kl(row), strict=True):
+                curve.add(None if kl is None else abs(kl))
+        # History would hold them all, and copy them at each look.
+        self.run.rows = self.run.rows[-1:]
+        self.run.events = self.run.events[-_EVENTS:]
+
+    def mean(self, key: str) -> float | None:
+        """Over the recent steps; None where none of them has the value."""
+        values = [value for row in self.recent if (value := _number(row, key)) is not None]
+        return math.fsum(values) / len(values) if values else None
+
+    def seconds_left(self) -> float | None:
+        """At the pace of the recent steps, with evaluations, pushes and checkpoints in between."""
+        step = _number(self.recent[-1], "step") if self.recent else None
+        if step is None:
+            return None
+        each = self.mean("step_seconds")
+        first, last = (_number(self.recent[i], "elapsed_s") for i in (0, -1))
+        if first is not None and last is not None and last > first:
+            each = (last - first) / (len(self.recent) - 1)
+        return None if each is None else each * max(0.0, self.run.steps - step)
+
+    def state(self) -> tuple[str, str]:
+        """How the run is, in words; and the style to write it in."""
+        summary = self.run.summary
+        if summary is not None:
+            reason = str(summary.get("exit_reason", "-")) if isinstance(summary, dict) else "-"
+            known = {"finished": "bold green", "interrupted": "bold yellow"}
+            return (reason, known[reason]) if reason in known else (f"failed: {reason}", "bold red")
+        if not self.run.running:
+            when = "" if self.recent else " before its first step"
+            return f"stopped{when} without a summary: killed, or driven by another machine", "bold red"
+        return ("running", "bold green") if self.recent else ("starting: no step has ended yet", "bold")
+
+
+def picture(story: Story, now: float, width: int, height: int, *, blocks: bool = True) -> Panel:
+    """At most ``width`` columns and ``height - 1`` lines: the last line is left to the shell's prompt.
+
+    now: seconds since 1970. blocks: whether the terminal has Unicode's block characters; ASCII otherwise.
+    """
+    inner, room = max(1, width - 4), height - 3
+    state, style = story.state()
+    # A failure's reason may be long, and is what one has come for.
+    lines = [Text(line, style) for line in textwrap.wrap(_printable(state), inner, max_lines=3, placeholder=" …")]
+    if story.recent:
+        lines += [_progress(story, now, inner), *_utilization(story, inner), *_curves(story, inner)]
+        lines += [*_facts(story.recent[-1]), *_versions(story.recent[-1], inner)]
+    if room > len(lines):
+        lines += [_event(event, now) for event in story.run.events[len(lines) - room :]]
+    lines = lines[: max(1, room)]
+    title = Text(f"async_rl · {_printable(story.run.name)}", "bold")
+    for line in (*lines, title):
+        line.truncate(inner, overflow="ellipsis")
+        if not blocks:
+            line.plain = line.plain.translate(_ASCII).replace(_FULL, "#").encode("ascii", "replace").decode()
+        line.no_wrap, line.overflow = True, "crop"
+    return Panel(Group(*lines), title=title, width=width)
+
+
+def watch(path: Path, *, once: bool = False, stream: TextIO | None = None, period_s: float = 1.0) -> int:
+    """Show the run in the folder ``path`` until it ends or Ctrl-C; once, or on what is no terminal: only as it is now.
+
+    period_s: seconds between two looks. Returns the exit code, 0. Raises RunFolderError.
+    """
+    stream = stream if stream is not None else sys.stdout
+    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    # Told, as rich would also take FORCE_COLOR for a terminal; NO_COLOR it heeds by itself.
+    console = Console(file=stream, force_terminal=terminal, highlight=False)
+    blocks = _has_blocks(stream)
+
+    def draw(story: Story) -> Panel:
+        size = shutil.get_terminal_size((80, 24))
+        console.size = ConsoleDimensions(*size)
+        return picture(story, time.time(), size.columns, size.lines, blocks=blocks)
+
+    story: Story | None = None
+    try:
+        story = Story(history.read(path))
+        if terminal and not once and story.run.running:
+            with console.screen() as screen:
+                while story.run.running:
+                    console.control(Control.home())
+                    screen.update(draw(story))
+                    time.sleep(period_s)
+                    story.refresh()
+    except KeyboardInterrupt:
+        pass
+    if story is not None:
+        console.print(draw(story))
+    return 0
+
+
+def _progress(story: Story, now: float, inner: int) -> Text:
+    row, steps = story.recent[-1], story.run.steps
+    step, at = _number(row, "step"), _number(row, "time")
+    share = min(1.0, (step or 0.0) / max(1, steps))
+    # Rounded down: 100% is said of what is done.
+    after = f"  {math.floor(share * 100)}%"
+    if story.run.running:
+        after += f"   {_clock(story.seconds_left())} left"
+    after += f"   last {_clock(None if at is None else now - at)} ago"
+    before = f"step {_say(step, '.0f')} of {steps}  "
+    return Text.assemble((before, "bold"), _bar(share, inner - len(before) - len(after)), after)
+
+
+def _utilization(story: Story, inner: int) -> Iterable[Text]:
+    for side in ("rollout", "trainer"):
+        idle = story.mean(f"{side}_idle_ratio")
+        busy = None if idle is None else 1 - idle
+        yield _line(side, _bar(busy or 0.0, inner - _LABEL - 12), f"  {_say(busy, '4.0%'):>4} busy")
+    efficiency = _say(_number(story.recent[-1], "overlap_efficiency"), ".2f")
+    yield _line("overlap", f"efficiency {efficiency}", (f"   (busy: mean of the last {RECENT} steps)", "dim"))
+
+
+def _curves(story: Story, inner: int) -> Iterable[Text]:
+    width = max(1, inner - _LABEL - _VALUE - _NOTE)
+    row = story.recent[-1]
+    for label, curve in (("reward", story.reward), ("eval", story.evals)):
+        means = curve.means(width)
+        low, high = _range(means)
+        # Not an evaluation of the last step but the last there was; a reward that the last step lacks is not said.
+        value = curve.last if label == "eval" else _number(row, "reward_mean")
+        # Of what is drawn, which are means of several steps in a long run.
+        note = "" if low is None else f"avg {low:.2g} to {high:.2g}"
+        yield _curve(label, _sparkline(means, low, high, width), _say(value, ".3g"), note)
+    # On one scale: how far apart the two are is what to look for.
+    on_policy, stale = ([_log(mean) for mean in curve.means(width)] for curve in (story.on_policy, story.stale))
+    low, high = _range([value for value in on_policy + stale if value != -math.inf])
+    mismatch, drift = (_say(kl, ".1e") for kl in _kl(row))
+    yield _curve("kl on-policy", _sparkline(on_policy, low, high, width), mismatch, "staleness 0")
+    yield _curve("kl stale", _sparkline(stale, low, high, width), drift, "staleness 1 and more")
+    scale = "" if low is None or high is None else f", {10**low:.1e} to {10**high:.1e}"
+    yield _line("", (f"whole run; kl is |ppo_kl| on one log scale{scale}", "dim"))
+
+
+def _curve(label: str, sparkline: str, value: str, note: str) -> Text:
+    return _line(label, (sparkline, "cyan"), f"{value:>{_VALUE}}", (f"  {note}", "dim"))
+
+
+def _facts(row: Row) -> Iterable[Text]:
+    def say(key: str, form: str) -> str:
+        return _say(_number(row, key), form)
+
+    ages = {int(age): count for age, count in _numbers(row, "token_staleness").items() if age.isdecimal()}
+    masked, tokens = _numbers(row, "tokens_masked"), math.fsum(ages.values())
+    mean = math.fsum(age * count for age, count in ages.items()) / tokens if tokens else None
+    most = max((age for age, count in ages.items() if count), default=None)
+    yield _line(
+        "staleness",
+        f"mean {_say(mean, '.2f')}   max {_say(most, 'd')}   "
+        f"masked {_say(math.fsum(masked.values()) if masked else None, '.0f')} tokens   "
+        f"clipped {say('clip_fraction', '.1%')}",
+    )
+    partial, trajectories = _number(row, "partial_rollouts"), _number(row, "trajectories")
+    share = partial / trajectories if partial is not None and trajectories else None
+    yield _line("partial", f"{_say(share, '.0%')} of trajectories, up to {say('max_segments', '.0f')} segments")
+    queued, outstanding = say("queue_groups", ".0f"), say("groups_outstanding", ".0f")
+    yield _line("queue", f"{queued} groups, {_size(_number(row, 'queue_bytes'))}   {outstanding} outstanding")
+    seconds = _say(_numbers(row, "sync_seconds").get("total"), ".3f")
+    yield _line("sync", f"{seconds} s   canary {say('sync_canary_logprob_abs_diff', '.1e')}")
+
+
+def _versions(row: Row, inner: int) -> Iterable[Text]:
+    """Which replicas have which version, the ones furthest behind first: those are left when there is no room."""
+    policy = _number(row, "policy_version")
+    at: dict[float, list[str]] = {}
+    for replica, version in _numbers(row, "replica_versions").items():
+        at.setdefault(version, []).append(replica)
+    line = _line("versions", f"policy {_say(policy, '.0f')}")
+    lines = [line]
+    for version in sorted(at):
+        behind = 0.0 if policy is None else policy - version
+        lag = f" ({behind:.0f} behind)" if behind > 0 else ""
+        part = f"{'replicas' if len(at[version]) > 1 else 'replica'} {' '.join(at[version])}: {version:.0f}{lag}"
+        if line.cell_len + 3 + len(part) > inner and len(lines) < 5:
+            line = _line("", "")
+            lines.append(line)
+        line.append(f"{'   ' if line.plain.strip() else ''}{part}", "bold yellow" if lag else "")
+    return lines
+
+
+def _event(event: Event, now: float) -> Text:
+    ago = f"{_clock(now - event.time)} ago" if event.time else "-"
+    style = _STYLES.get(event.level, "")
+    level = "" if event.level in ("info", "debug", "") else f"{str(event.level).upper()} "
+    return _line(ago, (f"{level}{_printable(event.text)}", style))
+
+
+def _line(label: str, *parts: str | tuple[str, str]) -> Text:
+    return Text.assemble((f"{label:<{_LABEL - 1}} ", "bold"), *parts)
+
+
+def _bar(share: float, width: int) -> str:
+    full = round(min(1.0, max(0.0, share)) * max(0, width))
+    return _FULL * full + _EMPTY * (max(0, width) - full)
+
+
+def _sparkline(values: Sequence[float | None], low: float | None, high: float | None, width: int) -> str:
+    def level(value: float | None) -> str:
+        if value is None:
+            return " "
+        if low is None or high is None or value < low:
+            return _LEVELS[0]
+        return _LEVELS[round((value - low) / (high - low) * (len(_LEVELS) - 1)) if high > low else 3]
+
+    return "".join(map(level, values)).ljust(width)
+
+
+def _range(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None]
+    return min(known, default=None), max(known, default=None)
+
+
+def _log(value: float | None) -> float | None:
+    """Of a value that is not negative; 0 lies below every other."""
+    if value is None:
+        return None
+    return math.log10(value) if value > 0 else -math.inf
+
+
+def _added(parts: Iterable[tuple[float, int]]) -> tuple[float, int]:
+    sums, counts = zip(*parts, strict=True)
+    return sum(sums), sum(counts)
+
+
+def _kl(row: Row) -> tuple[float | None, float | None]:
+    """ppo_kl over the tokens of staleness 0, and over all others."""
+    kl, tokens = _numbers(row, "ppo_kl_by_staleness"), _numbers(row, "token_staleness")
+    ages = [age for age in kl if age != "0" and tokens.get(age)]
+    weight = math.fsum(tokens[age] for age in ages)
+    return kl.get("0"), math.fsum(kl[age] * tokens[age] for age in ages) / weight if weight else None
+
+
+def _number(row: Mapping[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _numbers(row: Mapping[str, Any], key: str) -> dict[str, float]:
+    split = row.get(key)
+    known = {name: _number(split, name) for name in split} if isinstance(split, dict) else {}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _say(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _printable(text: object) -> str:
+    """Without what would move the cursor: a log line may hold what a model has written."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds >= 86400:
+        return f"{seconds / 86400:.1f} d"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _size(count: float | None) -> str:
+    if count is None or count < 1024:
+        return f"{_say(count, '.0f')} B"
+    unit = min(3, int(math.log2(count)) // 10)
+    return f"{count / 1024**unit:.1f} {('KiB', 'MiB', 'GiB')[unit - 1]}"
+
+
+def _has_blocks(stream: TextIO) -> bool:
+    try:
+        (_LEVELS + _EMPTY + "·…").encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
