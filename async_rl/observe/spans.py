@@ -6,11 +6,13 @@ cut. A file is in the order of the ends of its spans, which lets readers stream 
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ CUT = "abort"
 
 _NAME = re.compile(r"(?P<role>.+?)(\.1)?\.jsonl")
 _BEGIN = b'{"what":'
+_WINDOW_STEPS = 4
+_WINDOW_S = 30.0
 # Start and length of a span come from two clocks.
 _CLOCKS_S = 1e-3
 
@@ -97,8 +101,43 @@ def lives(spans: Iterable[Span]) -> dict[str, list[Span]]:
 
 def resumptions(calls: Sequence[Span]) -> list[tuple[Span, Span]]:
     """Each cut call of a life with the one that went on where it ended."""
-    pairs = zip(calls, calls[1:], strict=False)
-    return [(cut, next_) for cut, next_ in pairs if cut.cut and goes_on(cut.end, next_)]
+    return [(cut, next_) for cut, next_ in pairwise(calls) if cut.cut and goes_on(cut.end, next_)]
+
+
+def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Span, Span]]) -> tuple[float, float]:
+    """The last few training steps with a push, and with a trajectory that was cut and resumed in them; the last ones
+    where none has both. From and to, in seconds since 1970.
+
+    loop: the spans of the pipeline; ties: ``resumptions`` of the calls. Raises ValueError where there is no span.
+    """
+    begins: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    latest_step = -1
+    for span in loop:
+        if (step := span.step) is None:
+            continue
+        if step < latest_step:  # training went back to a checkpoint
+            begins = {other: at for other, at in begins.items() if other < step}
+        latest_step = step
+        begins[step] = min(span.at, begins.get(step, math.inf))
+        ends[step] = span.end
+    steps = sorted(begins)
+    if not steps:
+        last = max(span.end for span in (*loop, *calls))
+        return max(last - _WINDOW_S, min(span.at for span in (*loop, *calls))), last
+    cuts = sorted((cut.end, resumed.at) for cut, resumed in ties)
+    pushes = sorted(span.at for span in loop if span.what == "push")
+    size = min(_WINDOW_STEPS, len(steps))
+    for first in range(len(steps) - size, -1, -1):
+        chosen = steps[first : first + size]
+        begin, end = begins[chosen[0]], ends[chosen[-1]]
+        stood = max((begins[b] - ends[a] for a, b in pairwise(chosen)), default=0.0)
+        pushed = bisect.bisect_left(pushes, begin) < bisect.bisect_left(pushes, end)
+        after = cuts[bisect.bisect_left(cuts, (begin, 0.0)) : bisect.bisect_left(cuts, (end, 0.0))]
+        # A run that was stopped and went on the next day has steps that are a night apart.
+        if pushed and stood < (end - begin) / 2 and any(resumed < end for _, resumed in after):
+            return begin, end
+    return begins[steps[-size]], ends[steps[-1]]
 
 
 def goes_on(cut_at: float, call: Span) -> bool:

@@ -1,0 +1,457 @@
+"""``async-rl report``: runs as one HTML file that needs nothing else, to read, to keep and to send.
+
+Owns what the report says and in which order; ``figures`` draws, ``history`` and ``spans`` read. What a run folder says
+is not trusted: every text is escaped, and the file forbids the browser to load or run anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from async_rl import runfolder
+from async_rl.observe import figures, gantt, history
+from async_rl.observe.figures import Number, Series, text
+from async_rl.observe.history import Event, History, Row
+
+Read = Callable[[Row], Number]
+
+_MOST_AGES = 8
+_MOST_EVENTS = 200
+_HEAT_COLUMNS = 100
+
+_PAGE = """
+:root{color-scheme:light dark;--page:#fff;--card:#f7f8fa;--ink:#16191d;--soft:#5b6470;--line:#dfe3e8}
+@media (prefers-color-scheme:dark){:root{--page:#14171b;--card:#1c2026;--ink:#eceff2;--soft:#a3adb8;--line:#333a43}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
+main{max-width:1200px;margin:0 auto;padding:36px 28px 64px}h1{font-size:30px;line-height:1.2;margin:0 0 4px}
+h2{font-size:20px;margin:52px 0 2px;letter-spacing:-.01em}h1,td,th,li,code{overflow-wrap:anywhere}
+p{margin:4px 0 16px;max-width:96ch}.good{color:var(--soft)}.missing{color:var(--soft);font-style:italic;margin:12px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,220px),1fr));gap:12px;margin:22px 0 0}
+.tiles div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:11px 14px}
+.tiles .all{grid-column:1/-1}dt{color:var(--soft);font-size:12.5px}dd{margin:2px 0 0;font-size:19px;font-weight:600;
+line-height:1.3;overflow-wrap:anywhere}dl{margin:0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:18px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:13px 16px 9px;
+min-width:0}
+figure.wide{grid-column:1/-1;overflow-x:auto}figure.wide>svg{min-width:860px}figcaption small{color:var(--soft)}
+figcaption{margin-bottom:4px}.legend{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--soft);font-size:12.5px;
+margin-bottom:4px}.legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{width:auto;height:10px}
+table{border-collapse:collapse;margin:20px 0;width:100%}th,td{text-align:left;padding:6px 12px;border-bottom:1px solid
+var(--line);vertical-align:top}th{font-weight:600}tbody th{font-weight:400;color:var(--soft)}
+td{font-variant-numeric:tabular-nums}.events{list-style:none;padding:0;margin:0;font-size:14px}.events li{padding:3px 0;
+border-bottom:1px solid var(--line)}.events time{color:var(--soft);margin-right:12px;font-variant-numeric:tabular-nums}
+.events .loud{font-weight:600}.events .loud b{color:var(--c1);margin-right:8px}summary{cursor:pointer;padding:6px 0}
+pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px;overflow:auto;font-size:12.5px}
+footer{margin-top:56px;color:var(--soft);font-size:13px}
+@media print{main{padding:0}figure,.tiles div{break-inside:avoid}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What one line of a figure shows of a row."""
+
+    label: str
+    read: Read
+    marks: bool = False
+
+
+def write_report(paths: Sequence[Path], out: Path) -> None:
+    """Write the report of the run folders ``paths``, side by side, to the file ``out``. Raises RunFolderError."""
+    page = Report([history.read(path) for path in paths]).html()
+    runfolder.write_atomically(out, page.encode())
+
+
+class Report:
+    """Of one run or several."""
+
+    def __init__(self, runs: Sequence[History]) -> None:
+        self._runs = runs
+        names = [run.name for run in runs]
+        self._names = [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
+        self._several = len(runs) > 1
+
+    def html(self) -> str:
+        title = text(" and ".join(self._names))
+        parts = [self._header()]
+        if any(run.rows for run in self._runs):
+            parts += [self._learning(), self._policy(), self._staleness(), self._waiting(), self._partial()]
+        else:
+            parts.append('<p class="missing">No training step has ended yet, so there are no curves.</p>')
+        parts += [self._timeline(), self._events(), self._settings()]
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_PAGE}{figures.STYLE}</style></head><body><main>\n"
+            + "\n".join(parts)
+            + f"\n<footer>Written by async-rl report, {figures.clock(datetime.datetime.now().timestamp())}.</footer>"
+            "</main></body></html>\n"
+        )
+
+    # -- sections -----------------------------------------------------------------------------------------------
+
+    def _header(self) -> str:
+        told = [headline(run) for run in self._runs]
+        if not self._several:
+            tiles = "".join(
+                f"<div{' class=all' if label == 'Groups' else ''}><dl><dt>{text(label)}</dt>"
+                f"<dd>{text(value)}</dd></dl></div>"
+                for label, value in told[0].items()
+            )
+            return (
+                f'<header><h1>{text(self._names[0])}</h1><p class="good">{text(self._runs[0].path)}</p>'
+                f'<div class="tiles">{tiles}</div></header>'
+            )
+        head = "".join(f"<th>{text(name)}</th>" for name in self._names)
+        body = "".join(
+            f"<tr><th>{text(label)}</th>{''.join(f'<td>{text(one[label])}</td>' for one in told)}</tr>"
+            for label in told[0]
+        )
+        return (
+            f"<header><h1>{len(told)} runs side by side</h1><table><thead><tr><th></th>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></header>"
+        )
+
+    def _learning(self) -> str:
+        reward, held_out = (
+            Curve("reward, sampled", _of("reward_mean")),
+            Curve("eval", _of("eval_reward_mean"), marks=True),
+        )
+        lengths = [Curve("mean", _of("response_tokens_mean")), Curve("longest", _of("response_tokens_max"))]
+        return _section(
+            "Is it learning",
+            "Reward rises, and eval, which is on held-out problems and greedy, rises with it. Entropy falls slowly and "
+            "not to zero; the gradient norm stays within one order of magnitude. Thin lines are steps, thick ones a "
+            "running mean; in long runs a band goes from the smallest to the largest value.",
+            [
+                self._curves("Reward and eval", "mean reward", [reward, held_out]),
+                self._curves("Response length", "tokens", lengths if not self._several else lengths[:1]),
+                self._curves("Entropy", "nats", [Curve("entropy", _of("entropy"))]),
+                self._curves("Gradient norm", "before clipping", [Curve("norm", _of("grad_norm"))], log=None),
+                self._curves("Loss", "policy loss", [Curve("loss", _of("loss"))]),
+                self._curves("Learning rate", "", [Curve("learning rate", _of("learning_rate"))], zero=True),
+            ],
+        )
+
+    def _policy(self) -> str:
+        on_policy, stale = Curve("staleness 0", _size_of_kl({0})), Curve("staleness 1 and more", _size_of_kl(None))
+        differences = [
+            Curve("mean", _of("on_policy_logprob_abs_diff_mean")),
+            Curve("largest", _of("on_policy_logprob_abs_diff_max")),
+        ]
+        ages = sorted({age for run in self._runs for row in run.rows for age in _tokens(row)})
+        by_age = [Curve(f"staleness {age}", _of("ppo_kl_by_staleness", str(age))) for age in ages[:5]]
+        split = [
+            self._curves("ppo_kl by staleness" + self._suffix(number), "nats", by_age, only=number)
+            for number in range(len(self._runs))
+        ]
+        return _section(
+            "Is it still the same policy",
+            "Tokens of staleness 0 measure the engine against the trainer: about 1e-7 with replayed routing in float32 "
+            "and without a trend. Stale tokens show how far the policy has moved since: larger, but bounded, "
+            "with few clipped or extreme tokens and an effective sample size near 1.",
+            [
+                self._curves("|ppo_kl|, on policy and stale", "nats", [on_policy, stale], log=True),
+                *split,
+                self._curves("On-policy difference", "|Δ log-prob|, nats", differences, log=True),
+                self._curves(
+                    "Canary of the pushes",
+                    "largest |Δ log-prob|, nats",
+                    [_plain("sync_canary_logprob_abs_diff")],
+                    log=True,
+                ),
+                self._curves("ppo_kl, k3 estimate", "nats", [_plain("ppo_kl_k3")], log=None),
+                self._curves("Clipped tokens", "share", [_plain("clip_fraction")], zero=True),
+                self._curves("Effective sample size", "share of the tokens", [_plain("effective_sample_size_ratio")]),
+                self._curves(
+                    "Extreme tokens", "share with ratio beyond 2", [_plain("extreme_token_fraction")], zero=True
+                ),
+            ],
+        )
+
+    def _staleness(self) -> str:
+        drawn: list[str] = []
+        for number, run in enumerate(self._runs):
+            suffix = self._suffix(number)
+            ages = sorted({min(age, _MOST_AGES) for row in run.rows for age in _tokens(row)})
+            labels = [f"{age}+" if age == _MOST_AGES else str(age) for age in ages]
+            per_row = [_grouped(row) for row in run.rows]
+            whole = [sum(row.get(age, 0) for row in per_row) for age in ages]
+            drawn.append(
+                figures.histogram(
+                    "Trained tokens by staleness" + suffix,
+                    "versions",
+                    list(zip(labels, map(float, whole), strict=True)),
+                )
+            )
+            size = max(1, math.ceil(len(per_row) / _HEAT_COLUMNS))
+            parts = [(run.rows[i : i + size], per_row[i : i + size]) for i in range(0, len(per_row), size)]
+            columns = [[sum(row.get(age, 0) for row in counted) for age in ages] for _, counted in parts]
+            shares = [[count / (sum(column) or 1) for count in column] for column in columns]
+            steps = [(_step(rows[0]), _step(rows[-1])) for rows, _ in parts]
+            rows = [(label, [column[index] for column in shares]) for index, label in enumerate(labels)]
+            drawn.append(figures.heat_map("Staleness over the run" + suffix, "versions", steps, rows))
+        return _section(
+            "Staleness",
+            "The mean is about the setting staleness_threshold, and no token is above max_staleness. "
+            "A heat map that drifts upwards means that rollout runs ahead of the trainer.",
+            drawn,
+        )
+
+    def _waiting(self) -> str:
+        idle = [Curve("rollout", _of("rollout_idle_ratio")), Curve("trainer", _of("trainer_idle_ratio"))]
+        flow = [Curve("in the queue", _of("queue_groups")), Curve("outstanding", _of("groups_outstanding"))]
+        pushes = [self._sync(number) for number in range(len(self._runs))]
+        return _section(
+            "Who waited",
+            "One side is always at work: one of the two idle shares is near zero, and overlap efficiency near 1. "
+            "A queue that is always full waits for the trainer, one that is always empty for rollout. Pushes are short "
+            "beside a step.",
+            [
+                self._curves("Idle", "share of the step", idle, zero=True),
+                self._curves("Groups", "number", flow, zero=True),
+                self._curves(
+                    "Overlap efficiency", "busier side, share of the time", [_plain("overlap_efficiency")], zero=True
+                ),
+                self._curves("Wall time of a step", "seconds", [_plain("step_seconds")], log=None, zero=True),
+                *pushes,
+            ],
+        )
+
+    def _partial(self) -> str:
+        return _section(
+            "Partial rollouts",
+            "A push cuts what is being generated, and generation goes on where it was. A share above zero says that "
+            "long responses no longer hold up a push; many segments say that pushes come faster than responses finish.",
+            [
+                self._curves(
+                    "Cut and resumed", "share of the trajectories", [Curve("partial", _partial_share)], zero=True
+                ),
+                self._curves("Most segments of a trajectory", "segments", [_plain("max_segments")], zero=True),
+            ],
+        )
+
+    def _timeline(self) -> str:
+        return _section(
+            "Timeline",
+            "A few training steps near the end of what was recorded. Rollout goes on while the trainer updates. It "
+            "stands still in a push only, which cuts calls (outlined) that go on right after it (dotted lines).",
+            [gantt.timeline(run, "Who did what" + self._suffix(number)) for number, run in enumerate(self._runs)],
+        )
+
+    def _events(self) -> str:
+        parts = [
+            _heading(name, self._several) + _event_list(run) for name, run in zip(self._names, self._runs, strict=True)
+        ]
+        good = "Good: checkpoints and evaluations only. A restart now and then is an accident; many are a fault."
+        return _section("Events", good, [f"<div>{part}</div>" for part in parts], grid=False)
+
+    def _settings(self) -> str:
+        parts = []
+        for name, run in zip(self._names, self._runs, strict=True):
+            content = (run.path / runfolder.CONFIG).read_text(encoding="utf-8", errors="replace")
+            label = f"config.yaml of {name}" if self._several else "config.yaml"
+            parts.append(f"<details><summary>{text(label)}</summary><pre>{text(content)}</pre></details>")
+        return _section("Settings", "All of them, with the defaults that the run took.", parts, grid=False)
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def _suffix(self, number: int) -> str:
+        return f": {self._names[number]}" if self._several else ""
+
+    def _curves(
+        self,
+        title: str,
+        unit: str,
+        curves: Sequence[Curve],
+        *,
+        log: bool | None = False,
+        zero: bool = False,
+        only: int | None = None,
+    ) -> str:
+        """The curves of every run, or of one: runs differ in colour then, and the curves of one run in their dashes."""
+        mixed = self._several and only is None
+        series = []
+        for number, run in enumerate(self._runs):
+            if only not in (None, number):
+                continue
+            xs = [_step(row) for row in run.rows]
+            for index, curve in enumerate(curves):
+                label = curve.label
+                if mixed:
+                    label = f"{self._names[number]}, {label}" if len(curves) > 1 else self._names[number]
+                ys = [curve.read(row) for row in run.rows]
+                colour, dash = (number, index if len(curves) > 1 else number) if mixed else (index, index)
+                series.append(Series(label, xs, ys, colour, dash, curve.marks))
+        return figures.curves(title, unit, series, log=log, zero=zero)
+
+    def _sync(self, number: int) -> str:
+        rows = [row for row in self._runs[number].rows if isinstance(row.get("sync_seconds"), dict)]
+        phases = list(dict.fromkeys(str(phase) for row in rows for phase in row["sync_seconds"] if phase != "total"))
+        parts = [(phase, [_number(row["sync_seconds"].get(phase)) or 0.0 for row in rows]) for phase in phases[:6]]
+        return figures.stacked(
+            "Weight pushes by phase" + self._suffix(number), "seconds", [_step(row) for row in rows], parts
+        )
+
+
+def headline(run: History) -> dict[str, str]:
+    """The figures that a run is told by; from its rows where it has not ended by itself."""
+    rows, said = run.rows, run.summary if isinstance(run.summary, dict) else {}
+    last = rows[-1] if rows else {}
+    evals = [value for row in rows if (value := _of("eval_reward_mean")(row)) is not None]
+    first_eval = _first(_of("eval", "first")(said), evals[0] if evals else None)
+    last_eval = _first(_of("eval", "last")(said), evals[-1] if evals else None)
+    ages = [age for row in rows for age, tokens in _tokens(row).items() if tokens]
+    oldest = _first(_of("token_staleness", "max")(said), float(max(ages)) if ages else None)
+    bound = run.settings.get("async_training")
+    bound = bound.get("max_staleness") if isinstance(bound, dict) else None
+    wall = _first(_of("wall_s")(said), _of("elapsed_s")(last))
+    overlap = _first(_of("overlap_efficiency")(said), _of("overlap_efficiency")(last))
+    version = _first(_of("policy_version")(said), _of("policy_version")(last))
+    partial = sum(_of("partial_rollouts")(row) or 0.0 for row in rows)
+    trajectories = sum(_of("trajectories")(row) or 0.0 for row in rows)
+    how = str(said.get("exit_reason")) if said else "still running" if run.running else "killed, or not over yet"
+    return {
+        "How it ended": how,
+        "Training steps": f"{_step(last) if rows else 0:,.0f} of {run.steps:,}",
+        "Wall time": _duration(wall),
+        "Policy version": _said(version, "{:,.0f}"),
+        "Overlap efficiency": _said(overlap, "{:.2f}"),
+        "Eval, first → last": f"{_said(first_eval, '{:.3f}')} → {_said(last_eval, '{:.3f}')}",
+        "Largest staleness": _said(oldest, "{:.0f}") + (f" (bound {bound})" if bound is not None else ""),
+        "Partial rollouts": _said(partial / trajectories if trajectories else None, "{:.1%}"),
+        "Groups": _conservation(said.get("groups")),
+    }
+
+
+def _event_list(run: History) -> str:
+    """The latest ones, warnings before others."""
+    if not run.events:
+        return '<p class="missing">The pipeline has logged nothing.</p>'
+    loud = [event for event in run.events if _loudness(event)]
+    quiet = [event for event in run.events if not _loudness(event)]
+    kept = loud[-_MOST_EVENTS:]
+    kept = sorted(kept + quiet[len(quiet) - min(len(quiet), _MOST_EVENTS - len(kept)) :], key=lambda event: event.time)
+    left = len(run.events) - len(kept)
+    note = f'<p class="missing">{left:,} earlier ones are left out.</p>' if left else ""
+    lines = [
+        f'<li class="{"loud" if _loudness(event) else ""}"><time>{figures.clock(event.time)}</time>'
+        f"{f'<b>{text(_loudness(event))}</b>' if _loudness(event) else ''}{text(event.text)}</li>"
+        for event in kept
+    ]
+    return f'{note}<ul class="events">{"".join(lines)}</ul>'
+
+
+def _loudness(event: Event) -> str:
+    """What kind of trouble the event is; empty for none."""
+    if str(event.level).lower() not in ("", "debug", "info"):
+        return str(event.level)
+    return "restart" if " died" in event.text else ""
+
+
+def _section(title: str, good: str, parts: Sequence[str], *, grid: bool = True) -> str:
+    inside = f'<div class="figures">{"".join(parts)}</div>' if grid else "".join(parts)
+    return f'<section><h2>{text(title)}</h2><p class="good">{text(good)}</p>{inside}</section>'
+
+
+def _heading(name: str, shown: bool) -> str:
+    return f"<h3>{text(name)}</h3>" if shown else ""
+
+
+# -- what rows say, if they say it ----------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> Number:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # Beyond this no scale could be drawn, nor would it mean anything.
+    return float(value) if abs(value) < 1e300 else None
+
+
+def _of(*keys: str) -> Read:
+    def read(row: Row) -> Number:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return _number(value)
+
+    return read
+
+
+def _plain(key: str) -> Curve:
+    return Curve(key, _of(key))
+
+
+def _step(row: Row) -> float:
+    return _number(row.get("step")) or 0.0
+
+
+def _tokens(row: Row) -> dict[int, float]:
+    """Trained tokens by staleness."""
+    split = row.get("token_staleness")
+    if not isinstance(split, dict):
+        return {}
+    # What is longer is no version, and may be more digits than an int is made of.
+    ages = ((int(age), _number(value)) for age, value in split.items() if age.isdecimal() and len(age) < 10)
+    return {age: count for age, count in ages if count is not None}
+
+
+def _grouped(row: Row) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for age, count in _tokens(row).items():
+        found[min(age, _MOST_AGES)] = found.get(min(age, _MOST_AGES), 0.0) + count
+    return found
+
+
+def _size_of_kl(ages: set[int] | None) -> Read:
+    """|ppo_kl| over the tokens of these ages; None: of all but 0."""
+
+    def read(row: Row) -> Number:
+        tokens, kl = _tokens(row), row.get("ppo_kl_by_staleness")
+        if not isinstance(kl, dict):
+            return None
+        chosen = [age for age in tokens if (age in ages if ages is not None else age > 0)]
+        pairs = [(value, tokens[age]) for age in chosen if (value := _number(kl.get(str(age)))) is not None]
+        weight = sum(count for _, count in pairs)
+        return abs(math.fsum(value * count for value, count in pairs) / weight) if weight > 0 else None
+
+    return read
+
+
+def _partial_share(row: Row) -> Number:
+    partial, trajectories = _number(row.get("partial_rollouts")), _number(row.get("trajectories"))
+    return partial / trajectories if partial is not None and trajectories else None
+
+
+def _first(*values: Number) -> Number:
+    return next((value for value in values if value is not None), None)
+
+
+def _said(value: Number, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _conservation(groups: Any) -> str:
+    """Invariant 5, as numbers."""
+    names = ("issued", "trained", "outstanding", "returned", "failed")
+    counts = [_number(groups.get(name)) for name in names] if isinstance(groups, dict) else [None]
+    if any(count is None for count in counts):
+        return "not known before the run has ended by itself"
+    issued, *parts = (int(count or 0) for count in counts)
+    sum_ = " + ".join(f"{count:,} {name}" for count, name in zip(parts, names[1:], strict=True))
+    return f"{issued:,} issued {'=' if issued == sum(parts) else '≠'} {sum_}"
+
+
+def _duration(seconds: Number) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
