@@ -67,6 +67,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/replay.py
 	$(BIN)/python tests/bench/mismatch.py
 	$(BIN)/python tests/bench/trainer.py
+	$(BIN)/python tests/bench/metrics.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
