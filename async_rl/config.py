@@ -329,6 +329,9 @@ class EvalSection(Section):
     """Also every this many policy versions, while the engine stands at that version; 0 is never."""
 
 
+LoggerName = Literal["tensorboard", "wandb"]
+
+
 class MetricsSection(Section):
     host: str = "127.0.0.1"
     """Interface of each process's /metrics."""
@@ -338,6 +341,8 @@ class MetricsSection(Section):
     """Serve vLLM's own metrics beside ours."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Where each step's row goes besides: `tensorboard`, `wandb`."""
     timeline_bytes: NonNegative = 64 * 2**20
     """What each process keeps at most of its latest spans for the report's timeline; 0 for none."""
 

@@ -16,6 +16,7 @@ import structlog
 from async_rl.cluster import serve_metrics
 from async_rl.config import RunConfig
 from async_rl.metrics.live import LiveView
+from async_rl.metrics.loggers import open_loggers
 from async_rl.metrics.publish import publish_groups, publish_start, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.timeline import Timeline
@@ -48,6 +49,7 @@ class Recorder:
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
         publish_start(self._metrics)
         self._timeline = Timeline(config.run_dir, "pipeline", config.metrics.timeline_bytes)
+        self._loggers = open_loggers(config.metrics.loggers, config.run_dir, config.model_dump(mode="json"))
         self._live = LiveView(config.name, config.trainer.steps)
         self._started = started
         self._setup_s = 0.0
@@ -72,6 +74,7 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._live.close()
+        self._loggers.close()
         self._timeline.close()
         self._metrics.close()
         self._folder.close()
@@ -220,7 +223,9 @@ class Recorder:
         record = self._record(step, version, report, groups, step_s=step_s)
         self._summary.add_step(record)
         publish_step(self._metrics, record)
-        self._folder.write_step(record.row())
+        row = record.row()
+        self._folder.write_step(row)
+        self._loggers.step(row)
         self._folder.write_trained(
             {"step": step, "policy_version": version, "groups": [m.group_id for m, _ in trained]}
         )
@@ -235,7 +240,9 @@ class Recorder:
         if self._finished:
             return
         self._finished = True
-        self._folder.write_summary(self._summary.result(self._totals(), exit_reason))
+        summary = self._summary.result(self._totals(), exit_reason)
+        self._folder.write_summary(summary)
+        self._loggers.finish(summary)
         self._live.event(f"{exit_reason}; see {self._config.run_dir / 'summary.json'}")
 
     # -- how it is put together ---------------------------------------------------------------------------------
