@@ -1,0 +1,148 @@
+"""``async-rl observe`` and ``replay-metrics``: Prometheus, and Grafana where it is installed, with everything in place.
+
+Knows the programs and the checkout's ``dashboards`` folder, which has the alerts and the dashboards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from async_rl.observe import prometheus
+from async_rl.observe.backfill import backfill
+from async_rl.process import signal_on_parent_death
+
+DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
+_GRAFANA_PORT = 3000
+_DATA = ".observe"
+
+
+def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
+    """Watch every run below ``runs``, those to come as well, until Ctrl-C.
+
+    Samples are kept in ``runs``/.observe. Raises ResourceError where Prometheus is missing.
+    """
+    prometheus.program()  # before anything is made
+    with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_rules(), port=port) as url:
+        _tell(port, url, f"watching the runs in {runs.absolute()}")
+        with _grafana(runs / _DATA / "grafana", url):
+            _until_interrupted()
+    return 0
+
+
+def replay(run: Path, *, port: int = prometheus.PORT) -> int:
+    """Look at a run that has ended: its metrics.jsonl in a Prometheus of its own, until Ctrl-C.
+
+    Raises RunFolderError, and ResourceError where Prometheus is missing.
+    """
+    prometheus.program()
+    with tempfile.TemporaryDirectory(prefix="async_rl-replay-") as name:
+        data = backfill(run, Path(name) / "prometheus")
+        # Blocks that overlap the present are not compacted away; nothing is scraped.
+        with prometheus.running(data, port=port) as url:
+            _tell(port, url, f"{run} as it was")
+            with _grafana(Path(name) / "grafana", url):
+                _until_interrupted()
+    return 0
+
+
+def _rules() -> Path | None:
+    rules = DASHBOARDS / "prometheus" / "rules.yml"
+    return rules if rules.exists() else None
+
+
+def _tell(port: int, url: str, what: str) -> None:
+    if not url.endswith(f":{port}"):
+        sys.stdout.write(f"port {port} is in use; this Prometheus is on the next free one\n")
+    sys.stdout.write(f"Prometheus: {url}  ({what}; alerts: {url}/alerts)\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _grafana(data: Path, url: str) -> Iterator[None]:
+    """A Grafana with datasource and dashboards in place, where the program is installed; else how to get one."""
+    path = shutil.which("grafana") or shutil.which("grafana-server")
+    if path is None:
+        sys.stdout.write(
+            "Grafana is not installed: grafana.com has packages; or\n"
+            f"docker compose -f {DASHBOARDS / 'compose.yaml'} up starts both. Ctrl-C ends.\n"
+        )
+        sys.stdout.flush()
+        yield
+        return
+    port = prometheus.free_port(_GRAFANA_PORT)
+    home = _provision(data, url)
+    environment = {
+        "GF_PATHS_DATA": str(home / "data"),
+        "GF_PATHS_LOGS": str(home / "logs"),
+        "GF_PATHS_PROVISIONING": str(home / "provisioning"),
+        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+        "GF_SERVER_HTTP_PORT": str(port),
+        # Whoever reaches a loopback port of this machine may look.
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    }
+    command = [path, "server"] if Path(path).name == "grafana" else [path]
+    # Packages keep its own files here; an installation from an archive finds them beside the program.
+    homepath = Path("/usr/share/grafana")
+    command += ["--homepath", str(homepath)] if homepath.is_dir() else []
+    with (home / "grafana.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
+        )
+    sys.stdout.write(f"Grafana:    http://127.0.0.1:{port}/d/async-rl  (log: {home / 'grafana.log'}). Ctrl-C ends.\n")
+    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _provision(data: Path, url: str) -> Path:
+    """Grafana's folder, with the datasource at ``url`` and the checkout's dashboards."""
+    home = data.absolute()
+    source = {"name": "Prometheus", "uid": "prometheus", "type": "prometheus", "url": url, "isDefault": True}
+    provider = {"name": "async_rl", "type": "file", "options": {"path": str(DASHBOARDS / "grafana")}}
+    for folder, tree in (
+        ("datasources", {"apiVersion": 1, "datasources": [source]}),
+        ("dashboards", {"apiVersion": 1, "providers": [provider]}),
+    ):
+        path = home / "provisioning" / folder / "async_rl.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(tree))
+    for folder in ("data", "logs"):
+        (home / folder).mkdir(exist_ok=True)
+    return home
+
+
+def _until_interrupted() -> None:
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

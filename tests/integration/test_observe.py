@@ -1,0 +1,131 @@
+"""``async-rl observe`` and ``replay-metrics`` as a user starts them, with a real Prometheus, and ended by Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from step_records import step_record
+
+from async_rl.config_file import validate
+from async_rl.metrics.exporter import Metrics
+from async_rl.runfolder import RunFolder
+
+PORT = 19490
+GRAFANA = """#!/usr/bin/env bash
+env | grep ^GF_ > "$GF_PATHS_DATA/environment"
+echo "$@" > "$GF_PATHS_DATA/arguments"
+exec sleep 60
+"""
+
+
+def get(url, path, **query):
+    with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(query)}", timeout=10) as response:
+        return json.load(response)["data"]
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts the command line; what it said so far, by the path that is returned. Ctrl-C must leave nothing."""
+    processes = []
+
+    def start(*arguments, path=os.environ["PATH"]):
+        output = tmp_path / "output.txt"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "async_rl.cli", *map(str, arguments)],
+            stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PATH": path},
+        )
+        processes.append(process)
+        url = until(lambda: re.search(r"Prometheus: (http://\S+)", output.read_text()) or process.poll() is not None)
+        assert process.poll() is None, output.read_text()
+        return url.group(1), output
+
+    yield start
+    for process in processes:
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert not any(child.is_running() for child in below)
+
+
+def write_run(runs, steps=3):
+    tree = {"name": "demo", "runs": str(runs), "model": {"path": "m"}, "data": {"train": "t"}}
+    with RunFolder(validate(tree)) as folder:
+        for step in range(1, steps + 1):
+            folder.write_step(step_record(step=step, time=time.time() - steps + step, reward_mean=step / 10).row())
+    return folder.path
+
+
+def test_runs_that_begin_later_are_watched_on_the_next_free_port(started, tmp_path):
+    runs = tmp_path / "runs"
+    with socket.create_server(("127.0.0.1", PORT)):
+        url, output = started("observe", runs, "--port", PORT)
+    assert url != f"http://127.0.0.1:{PORT}"
+    assert f"port {PORT} is in use" in output.read_text()
+    with Metrics("pipeline", run="later") as metrics:
+        metrics.set("reward_mean", 0.5)
+        metrics.serve(run_dir=runs / "later")
+        (found,) = until(lambda: get(url, "/api/v1/query", query="async_rl_reward_mean")["result"])
+    assert found["metric"]["run"] == "later"
+    names = {rule["name"] for group in get(url, "/api/v1/rules")["groups"] for rule in group["rules"]}
+    assert "OnPolicyMismatch" in names
+
+
+def test_a_finished_run_is_looked_at_and_its_folder_left_as_it_is(started, tmp_path):
+    path = write_run(tmp_path / "runs")
+    before = sorted(path.rglob("*"))
+    url, _ = started("replay-metrics", path, "--port", PORT + 100)
+    (found,) = get(url, "/api/v1/query", query='async_rl_reward_mean{run="demo"}')["result"]
+    assert float(found["value"][1]) == 0.3
+    assert sorted(path.rglob("*")) == before
+
+
+def test_grafana_finds_datasource_and_dashboards_in_place(started, tmp_path):
+    """With a stand-in for the program, of which there is no package here: what it is started with."""
+    program = tmp_path / "bin" / "grafana"
+    program.parent.mkdir()
+    program.write_text(GRAFANA)
+    program.chmod(0o755)
+    runs = tmp_path / "runs"
+    url, output = started(
+        "observe", runs, "--port", PORT + 200, path=f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    until(lambda: "Grafana:    http://127.0.0.1:" in output.read_text())
+    home = runs / ".observe" / "grafana"
+    until((home / "data" / "arguments").exists)
+    assert (home / "data" / "arguments").read_text().split()[0] == "server"
+    environment = dict(line.split("=", 1) for line in (home / "data" / "environment").read_text().splitlines())
+    provisioning = Path(environment["GF_PATHS_PROVISIONING"])
+    (source,) = yaml.safe_load((provisioning / "datasources" / "async_rl.yaml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "async_rl.yaml").read_text())["providers"]
+    assert (source["type"], source["url"]) == ("prometheus", url)
+    assert (Path(provider["options"]["path"]) / "async_rl.json").exists()
+    assert environment["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+
+
+def test_without_prometheus_it_says_how_to_get_it(tmp_path):
+    command = [sys.executable, "-m", "async_rl.cli", "observe", str(tmp_path)]
+    ran = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "prometheus is not installed: apt install prometheus" in ran.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,130 @@
+"""A run that nobody watched, in Prometheus: the same series as if it had been scraped."""
+
+import json
+import urllib.parse
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from step_records import step_record
+
+from async_rl.config_file import validate
+from async_rl.errors import ResourceError, RunFolderError
+from async_rl.metrics import publish
+from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.summary import SyncRecord
+from async_rl.observe import history, prometheus
+from async_rl.observe.backfill import backfill, openmetrics
+from async_rl.runfolder import RunFolder
+
+BEGAN = 1_800_000_000.0
+
+
+def record(step, **changes):
+    sync = SyncRecord(policy_version=step, seconds=0.3, phases={"pause": 0.1, "transfer": 0.2}, canary=1e-7)
+    given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "updates_skipped": {"non_finite": 1}}
+    given |= {"router_fallback_rows": 2, "exact_extra_tokens": 5, "replica_versions": {0: step, 1: step - 1}}
+    given |= {"step": step, "time": BEGAN + step, "reward_mean": step / 10, "last_sync": sync}
+    return step_record(**given | changes)
+
+
+def write(tmp_path, rows):
+    tree = {"name": "demo", "runs": str(tmp_path), "model": {"path": "m"}, "data": {"train": "t"}}
+    with RunFolder(validate(tree)) as folder:
+        for row in rows:
+            folder.write_step(row)
+    return folder.path
+
+
+def series(path):
+    """{(name, labels but for those of the target): [(time, value)]} of the pipeline."""
+    found = {}
+    for family in text_string_to_metric_families("".join(openmetrics(history.read(path)))):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("run") == "demo"
+            if (labels.pop("role"), labels.pop("replica")) == ("pipeline", "0"):
+                key = (sample.name, *sorted(labels.items()))
+                found.setdefault(key, []).append(
+                    (round(sample.timestamp * 1000, 3), sample.value)
+                )  # that parser's unit is ms
+    return found
+
+
+def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
+    """Against the exporter itself: it gets the same steps, live."""
+    records = [record(step) for step in (1, 2, 3)]
+    found = series(write(tmp_path, [one.row() for one in records]))
+    with Metrics("pipeline") as metrics:
+        for one in records:
+            publish.publish_sync(metrics, one.last_sync)
+            publish.publish_step(metrics, one)
+        live = {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name.startswith("async_rl_")
+        }
+    # Of these a row has a summary only, or nothing.
+    unsaid = (
+        "async_rl_segments_per_trajectory",
+        "async_rl_response_tokens",
+        "async_rl_sync_retries",
+        "async_rl_sync_canary_un",
+    )
+    missing = [key for key in live if key not in found and not key[0].startswith(unsaid)]
+    assert missing == []
+    made_up = [key for key in found if key not in live and key[0] != "async_rl_groups_trained_total"]
+    assert made_up == []
+    for key in live.keys() & found.keys():
+        assert found[key][-1][1] == pytest.approx(live[key]), key
+
+
+def test_samples_have_the_times_of_their_steps_and_counters_never_fall(tmp_path):
+    rows = [
+        record(1).row(),
+        record(2, time=BEGAN + 1).row(),
+        record(3).row() | {"tokens_masked": None, "entropy": None},
+    ]
+    found = series(write(tmp_path, rows))
+    assert found[("async_rl_reward_mean",)] == [(BEGAN + 1, 0.1), (BEGAN + 1.001, 0.2), (BEGAN + 3, 0.3)]
+    assert [value for _, value in found[("async_rl_entropy",)]] == [0.9, 0.9]
+    assert [value for _, value in found["async_rl_tokens_masked_total", ("reason", "stale")]] == [3, 6]
+    for (name, *_), samples in found.items():
+        if name.endswith(("_total", "_count", "_bucket")):
+            values = [value for _, value in samples]
+            assert values == sorted(values), name
+
+
+def test_prometheus_shows_it(tmp_path):
+    path = write(tmp_path, [record(step).row() for step in range(1, 200)])
+    with prometheus.running(backfill(path, tmp_path / "data"), port=19190) as url:
+
+        def query(expression):
+            arguments = urllib.parse.urlencode({"query": expression, "time": BEGAN + 199})
+            with urllib.request.urlopen(f"{url}/api/v1/query?{arguments}", timeout=10) as response:
+                (result,) = json.load(response)["data"]["result"]
+            return float(result["value"][1])
+
+        assert query('async_rl_reward_mean{run="demo"}') == 19.9
+        assert query("increase(async_rl_training_steps_total[100s])") == pytest.approx(100, abs=1)
+        assert query('async_rl_policy_version{role="rollout",replica="1"}') == 198
+
+
+def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RunFolderError, match="has no training step yet"):
+        backfill(write(tmp_path / "a", []), tmp_path / "data")
+    (tmp_path / "b").mkdir()
+    row = record(1).row()
+    del row["time"]
+    with pytest.raises(RunFolderError, match="step 1 has no time"):
+        backfill(write(tmp_path / "b", [row]), tmp_path / "data")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ResourceError, match="promtool is not installed: apt install prometheus"):
+        backfill(tmp_path / "b" / "demo", tmp_path / "data")
+
+
+def test_hostile_names_do_not_break_the_text(tmp_path):
+    rows = [record(1, tokens_masked={'a"b\\c\nd': 1}).row()]
+    assert ("async_rl_tokens_masked_total", ("reason", 'a"b\\c\nd')) in series(write(tmp_path, rows))
