@@ -151,7 +151,7 @@ class RolloutActor(RolloutWorker):
         self._metrics.include("vllm:")
 
     async def groups(self) -> AsyncIterator[Any]:
-        """The stream of what ``run`` finishes, meta and message in turn: for the driver, which hands it in."""
+        """The stream of what ``run`` finishes, message and meta in turn: for the driver, which hands it in."""
         async for item in self._outbox.stream(self.run()):
             yield item
 

@@ -16,7 +16,7 @@ import structlog
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.failures import cause_of, worker_lost
 from async_rl.fleet import Rollouts
-from async_rl.queue.client import QueueClient
+from async_rl.queue.client import QueueClient, incoming
 from async_rl.recorder import Recorder
 from async_rl.recovery import Recovery
 from async_rl.rollout.worker import name_of
@@ -80,10 +80,9 @@ class Replicas:
 
     async def _collect(self, worker: Any) -> None:
         stream = worker.groups.options(num_returns="streaming").remote()
-        async for first in stream:
-            meta = await first
+        async for meta, payload in incoming(stream):
             try:
-                await self._queue.put_stored(meta, [await anext(stream)])
+                await self._queue.put_stored(meta, payload)
             except (UnknownGroup, DuplicateGroup) as error:
                 # The books are the queue's: whatever this group is, its prompt is somewhere else by now.
                 log.warning("a group that nobody waits for", group=meta.group_id, reason=str(error))

@@ -49,7 +49,6 @@ def replay(run: Path, *, port: int = prometheus.PORT) -> int:
     prometheus.program()
     with tempfile.TemporaryDirectory(prefix="async_rl-replay-") as name:
         data = backfill(run, Path(name) / "prometheus")
-        # Blocks that overlap the present are not compacted away; nothing is scraped.
         with prometheus.running(data, port=port) as url:
             _tell(port, url, f"{run} as it was")
             with _grafana(Path(name) / "grafana", url):

@@ -274,8 +274,8 @@ class Outbox(QueueClient):
         if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
             waiting.set_result(None)
 
-    async def stream(self, work: Awaitable[None]) -> AsyncIterator[GroupMeta | npt.NDArray[np.uint8]]:
-        """Meta and message of each group that ``work`` puts, in turn, until it ends; raises what it raises."""
+    async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta]:
+        """Message and meta of each group that ``work`` puts, in turn, until it ends; raises what it raises."""
         working = asyncio.ensure_future(work)
         try:
             while True:
@@ -286,7 +286,21 @@ class Outbox(QueueClient):
                     working.result()
                     return
                 meta, message = following.result()
-                yield meta
                 yield message
+                yield meta
         finally:
             working.cancel()
+
+
+async def incoming(stream: AsyncIterator[Any]) -> AsyncIterator[tuple[GroupMeta, Payload]]:
+    """What a worker's ``Outbox.stream`` sends, at the other end: each group once it is here as a whole.
+
+    Raises what ended the stream, the worker's death for one. Ray puts that in the place of the next value, so the value
+    that is not looked at, the message, must not be the last one.
+    """
+    async for message in stream:
+        meta = await anext(stream, None)
+        if meta is None:
+            await message  # raises
+            return
+        yield await meta, [message]

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from async_rl.config_file import validate
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
-from async_rl.queue.client import Fetcher, Outbox, QueueClient, open_groups
+from async_rl.queue.client import Fetcher, Outbox, QueueClient, incoming, open_groups
 from async_rl.queue.codec import encode
 from async_rl.queue.ray_queue import start_queue
 from async_rl.queue.records import GroupMeta
@@ -181,12 +181,35 @@ async def collect(worker, client, n):
     """Hand in what the worker finishes, as the driver does."""
     stream = worker.groups.options(num_returns="streaming").remote(n)
     metas = []
-    async for first in stream:
-        meta = await first
-        await client.put_stored(meta, [await anext(stream)])
+    async for meta, payload in incoming(stream):
+        await client.put_stored(meta, payload)
         worker.accepted.remote(meta.group_id)
         metas.append(meta.group_id)
     return metas
+
+
+@ray.remote(num_cpus=0)
+class Dying:
+    """Ends after so many values of its stream: in the middle of a group where they are odd."""
+
+    async def groups(self, values):
+        for value in range(values):
+            yield np.full(10**6, value, np.uint8) if value % 2 == 0 else value
+        os._exit(1)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("values", [0, 1, 2, 3, 4])
+async def test_a_worker_that_dies_between_a_message_and_its_meta_has_not_sent_it(cluster, values):
+    came = []
+
+    async def receive():
+        async for meta, (message,) in incoming(Dying.remote().groups.options(num_returns="streaming").remote(values)):
+            came.append((meta, (await message)[0]))
+
+    with pytest.raises(ActorDiedError):
+        await receive()
+    assert came == [(value, value - 1) for value in range(1, values, 2)]
 
 
 @pytest.mark.ray
