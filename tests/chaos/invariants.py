@@ -46,9 +46,11 @@ def check(run, tmp_path, journal=None) -> None:
         for line in path.read_text().splitlines() if path.exists() else ():
             ages = [int(age) for age, tokens in json.loads(line)["token_staleness"].items() if tokens]
             assert max(ages, default=0) <= bound, "a token over the bound was trained"
-    for row in run.rows:
-        if (on_policy := row["on_policy_logprob_abs_diff_max"]) is not None:
-            assert on_policy <= 1e-4, "engine and trainer disagree on tokens of staleness 0: wrong weights or stamps"
+    # In mode in_flight a token of the new version rests on activations of the old one: weights apart by a step.
+    limit = 1e-2 if config.async_training.partial_rollout.mode == "in_flight" else 1e-4
+    worst = max(row["on_policy_logprob_abs_diff_max"] or 0.0 for row in run.rows)
+    print(f"{len(run.rows)} steps; on-policy log-probs differ by {worst:.1e} at most")
+    assert worst <= limit, "engine and trainer disagree on tokens of staleness 0: wrong weights or stamps"
 
 
 def rebuilt(config, journal) -> dict:
