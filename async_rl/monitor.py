@@ -45,22 +45,24 @@ class Monitor:
         self._trainers = trainers
         self._sync = sync
         self._recorder = recorder
-        self._doing = ("start", time.monotonic())
+        self._doing = ("other", time.monotonic())
+        self._step = 0
 
     @contextlib.contextmanager
-    def at(self, what: str) -> Iterator[None]:
-        """For the watchdog: what the training loop is at."""
-        before = self._doing[0]
-        self._now_at(what)
+    def at(self, what: str, step: int) -> Iterator[None]:
+        """For the watchdog and the timeline: what the training loop is at, for which training step."""
+        before = self._doing[0], self._step
+        self._now_at(what, step)
         try:
             yield
         finally:
-            self._now_at(before)
+            self._now_at(*before)
 
-    def _now_at(self, what: str) -> None:
-        before, since = self._doing
-        self._doing = (what, time.monotonic())
-        self._recorder.training_loop_at(what, before, self._doing[1] - since)
+    def _now_at(self, what: str, step: int) -> None:
+        (before, since), of_step = self._doing, self._step
+        self._doing, self._step = (what, time.monotonic()), step
+        self._recorder.training_loop_at(what)
+        self._recorder.training_loop_was_at(before, self._doing[1] - since, of_step)
 
     async def run(self) -> None:
         """Raises StalledError when nothing has moved for watchdog.abort_s."""

@@ -216,7 +216,7 @@ class Pipeline:
         began = time.monotonic()
         leased: Leased = []
         try:
-            with self._monitor.at("groups"):
+            with self._monitor.at("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
         except (TrainerDied, _PushWanted):
             await self._queue.release([meta.group_id for meta, _ in leased])
@@ -249,7 +249,7 @@ class Pipeline:
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
-        with self._monitor.at("update"):
+        with self._monitor.at("update", self._step + 1):
             calls = self._trainers.call("train_step", *self._versions(), shares=by_rank)
             reports, _ = await asyncio.gather(calls, self._monitor.count())
         first: list[StepReport] = reports[0]
@@ -264,9 +264,9 @@ class Pipeline:
             part = await self._lease(missing, min(ranks, missing))
             first = not leased
             leased += part
-            with self._monitor.at("update"):
+            with self._monitor.at("update", self._step + 1):
                 await self._trainers.call("accumulate", *versions, shares=self._shares(part, loads), first=first)
-        with self._monitor.at("update"):
+        with self._monitor.at("update", self._step + 1):
             reports, _ = await asyncio.gather(self._trainers.call("finish_step"), self._monitor.count())
         return [reports[0]]
 
@@ -304,7 +304,7 @@ class Pipeline:
         version = self._announced = max(self._version, self._announced) + 1
         in_flight: dict[str, Any] = {}
         paused = functools.partial(self._hand_over, in_flight) if snapshot else None
-        with self._monitor.at("push"):
+        with self._monitor.at("push", self._step):
             while True:
                 await self._replicas.admit()
                 in_flight.clear()
@@ -332,7 +332,7 @@ class Pipeline:
             replicas = list(self._sync.members)
             shares = {replica: self._eval_prompts[place_ :: len(replicas)] for place_, replica in enumerate(replicas)}
             try:
-                with self._monitor.at("evaluation"):
+                with self._monitor.at("evaluation", self._step):
                     results = await asyncio.gather(
                         *(self._sync.on(replica, "evaluate", share) for replica, share in shares.items() if share)
                     )
@@ -347,7 +347,7 @@ class Pipeline:
     async def _snapshot(self) -> RunState:
         """What a checkpoint needs besides the trainer, after a step without a push."""
         in_flight: dict[str, Any] = {}
-        with self._monitor.at("checkpoint"):
+        with self._monitor.at("checkpoint", self._step):
             while True:
                 try:
                     await self._sync.stand_still(functools.partial(self._hand_over, in_flight))
@@ -376,7 +376,7 @@ class Pipeline:
     async def _checkpoint(self, state: RunState) -> None:
         """Write everything down; generation goes on meanwhile."""
         began, folder = time.monotonic(), self._recorder.checkpoints
-        with self._monitor.at("checkpoint"):
+        with self._monitor.at("checkpoint", self._step):
             partial = await asyncio.to_thread(checkpoint.begin, folder, state.step)
             await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
             await self._trainers.call("save", partial)
@@ -396,7 +396,7 @@ class Pipeline:
                     f"again from the last one (logs: {self._config.run_dir / 'logs'})"
                 ) from error
             state = await asyncio.to_thread(run_state.read_head, found)
-            with self._monitor.at("restart"):
+            with self._monitor.at("restart", self._step):
                 await self._recovery.wait("trainer", error, f"it goes on after step {state.step}")
                 try:
                     self._trainers.replace()

@@ -53,7 +53,6 @@ class Recorder:
         self._live = LiveView(config.name, config.trainer.steps)
         self._started = started
         self._setup_s = 0.0
-        self._step = 0  # the last one that was recorded
         self._began: float | None = None
         self._ended: float | None = None
         self._earlier_s = 0.0  # training time before the run was resumed
@@ -109,8 +108,7 @@ class Recorder:
 
     def go_on(self, found: RunState | None) -> None:
         """With a run that had ended, from a checkpoint; from its beginning where there is none."""
-        self._step = 0 if found is None else found.step
-        self._folder.rewind(self._step)
+        self._folder.rewind(0 if found is None else found.step)
         if found is None:
             self.event("there is no checkpoint to go on from: the run begins")
             return
@@ -124,7 +122,6 @@ class Recorder:
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """The trainer goes on after ``step``: what was recorded of later ones no longer counts."""
-        self._step = step
         self._folder.rewind(step)
         self._summary.restore(state["summary"])
 
@@ -165,10 +162,13 @@ class Recorder:
         publish_sync(self._metrics, record)
         self._live.sync(record)
 
-    def training_loop_at(self, phase: str, before: str, seconds: float) -> None:
-        """What the training loop does now, and what it did before and for how long."""
+    def training_loop_at(self, phase: str) -> None:
+        """What the training loop does now."""
         self._metrics.set_all("training_loop_phase", None, {phase: 1})
-        self._timeline.add(before, seconds, step=self._step + 1)
+
+    def training_loop_was_at(self, phase: str, seconds: float, step: int) -> None:
+        """What it has just done, for how long and for which training step."""
+        self._timeline.add(phase, seconds, step=step)
 
     def restarted(self, process: str) -> None:
         """A process of this kind died and is started again."""
@@ -215,7 +215,6 @@ class Recorder:
         step_s: float,
     ) -> None:
         """One training step: its updates' reports, and the groups that it consumed, as ``fetch`` gave them."""
-        self._step = step
         report = merge_reports(reports)
         payloads = [message for _, message in trained]
         groups = [codec.decode(payload) for payload in payloads]

@@ -26,6 +26,7 @@ CUT = "abort"
 _NAME = re.compile(r"(?P<role>.+?)(\.1)?\.jsonl")
 _BEGIN = b'{"what":'
 _WINDOW_STEPS = 4
+_RARE = ("evaluation", "restart")
 _WINDOW_S = 30.0
 # Start and length of a span come from two clocks.
 _CLOCKS_S = 1e-3
@@ -105,8 +106,9 @@ def resumptions(calls: Sequence[Span]) -> list[tuple[Span, Span]]:
 
 
 def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Span, Span]]) -> tuple[float, float]:
-    """The last few training steps with a push, and with a trajectory that was cut and resumed in them; the last ones
-    where none has both. From and to, in seconds since 1970.
+    """The last few training steps with a push, and with a trajectory that was cut and resumed in them, and best without
+    an evaluation or a restart beside which all else looks short; the last ones where none has both. From and to, in
+    seconds since 1970.
 
     loop: the spans of the pipeline; ties: ``resumptions`` of the calls. Raises ValueError where there is no span.
     """
@@ -127,7 +129,9 @@ def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Spa
         return max(last - _WINDOW_S, min(span.at for span in (*loop, *calls))), last
     cuts = sorted((cut.end, resumed.at) for cut, resumed in ties)
     pushes = sorted(span.at for span in loop if span.what == "push")
+    rare = [span for span in loop if span.what in _RARE]
     size = min(_WINDOW_STEPS, len(steps))
+    second_best: tuple[float, float] | None = None
     for first in range(len(steps) - size, -1, -1):
         chosen = steps[first : first + size]
         begin, end = begins[chosen[0]], ends[chosen[-1]]
@@ -136,8 +140,10 @@ def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Spa
         after = cuts[bisect.bisect_left(cuts, (begin, 0.0)) : bisect.bisect_left(cuts, (end, 0.0))]
         # A run that was stopped and went on the next day has steps that are a night apart.
         if pushed and stood < (end - begin) / 2 and any(resumed < end for _, resumed in after):
-            return begin, end
-    return begins[steps[-size]], ends[steps[-1]]
+            if sum(span.seconds for span in overlapping(rare, begin, end)) < (end - begin) / 4:
+                return begin, end
+            second_best = second_best or (begin, end)
+    return second_best or (begins[steps[-size]], ends[steps[-1]])
 
 
 def goes_on(cut_at: float, call: Span) -> bool:
