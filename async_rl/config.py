@@ -341,7 +341,7 @@ class MetricsSection(Section):
     """Serve vLLM's own metrics beside ours."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
-    loggers: tuple[LoggerName, ...] = ()
+    loggers: list[LoggerName] = Field(default_factory=list)
     """Where each step's row goes besides: `tensorboard`, `wandb`."""
     timeline_bytes: NonNegative = 64 * 2**20
     """What each process keeps at most of its latest spans for the report's timeline; 0 for none."""
