@@ -62,7 +62,14 @@ def settings(runs: Path | None, rules: Path | None) -> str:
     if runs is not None:
         targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
         sd = {"files": [str(targets)], "refresh_interval": f"{_SCRAPE_S}s"}
-        tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd]}]
+        # Asked for OpenMetrics, prometheus_client writes the colon of vLLM's names as an underscore; Prometheus 2 asks so.
+        colon = {
+            "source_labels": ["__name__"],
+            "regex": "vllm_(.+)",
+            "target_label": "__name__",
+            "replacement": "vllm:$1",
+        }
+        tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd], "metric_relabel_configs": [colon]}]
     return yaml.safe_dump(tree)
 
 
