@@ -382,7 +382,7 @@ class Pipeline:
             await self._trainers.call("save", partial)
             await asyncio.to_thread(checkpoint.commit, partial, keep=self._config.checkpoint.keep)
         await self._queue.checkpointed(checkpoint.oldest_step(folder))
-        self._recorder.event(f"checkpoint of step {state.step} in {time.monotonic() - began:.1f} s")
+        self._recorder.checkpointed(state.step, time.monotonic() - began)
 
     # -- what dies ----------------------------------------------------------------------------------------------
 

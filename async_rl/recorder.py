@@ -170,6 +170,11 @@ class Recorder:
         """What it has just done, for how long and for which training step."""
         self._timeline.add(phase, seconds, step=step)
 
+    def checkpointed(self, step: int, seconds: float) -> None:
+        """The checkpoint of a training step is complete."""
+        self._metrics.inc("checkpoints_total")
+        self.event(f"checkpoint of step {step} in {seconds:.1f} s")
+
     def restarted(self, process: str) -> None:
         """A process of this kind died and is started again."""
         self._metrics.inc("process_restarts_total", process=process)

@@ -803,11 +803,15 @@ HEALTH = Row(
                 steps=((60, "red"),),
             ),
             Panel(
-                "Restarts",
+                "Restarts and checkpoints",
                 "none",
-                (Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),),
-                "Processes that died and were started again, by kind.",
-                "flat. One now and then is an accident; a slope is a fault of the machine or of the settings.",
+                (
+                    Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),
+                    Query("async_rl_checkpoints_total{}", "{{run}} checkpoints", dashed=True),
+                ),
+                "Processes that died and were started again, by kind, and checkpoints written.",
+                "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope is a "
+                "fault of the machine or of the settings.",
                 "`recovery.max_restarts` within `recovery.period_s` end the run; `checkpoint.every` says how much a "
                 "trainer that dies loses.",
             ),
@@ -932,7 +936,12 @@ MARKS = (
         "{{run}}: new weights",
         "blue",
     ),
-    Mark("Checkpoints", 'async_rl_training_loop_phase{phase="checkpoint"}', "{{run}}: checkpoint", "purple"),
+    Mark(
+        "Checkpoints",
+        "async_rl_checkpoints_total{} - async_rl_checkpoints_total{} offset $__interval > 0",
+        "{{run}}: checkpoint",
+        "purple",
+    ),
     Mark(
         "Restarts",
         "async_rl_process_restarts_total{} - async_rl_process_restarts_total{} offset $__interval > 0",

@@ -402,6 +402,12 @@ _WAITING = (
         why="One now and then is an accident; a rate is a fault of the machine or of the settings.",
     ),
     MetricSpec(
+        "checkpoints_total",
+        "counter",
+        "Checkpoints written.",
+        why="What a trainer that dies goes back to; flat although checkpoint.every is set: look at the log.",
+    ),
+    MetricSpec(
         "watchdog_stalled_seconds",
         "gauge",
         "How long nothing has moved, by what is waited for.",

@@ -7,6 +7,7 @@ packages, which are imported only where ``metrics.loggers`` names them.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,13 @@ from async_rl.errors import ConfigError
 log = structlog.get_logger(__name__)
 
 Row = Mapping[str, Any]
+
+_MEND: Mapping[LoggerName, str] = {
+    "tensorboard": "can the run folder be written to?",
+    "wandb": "wandb login, or WANDB_MODE=offline, which asks nobody (wandb sync uploads the run later)",
+}
+# Seconds: who looks while it trains, or after it was killed, misses no more than this.
+_FLUSH_S = 5
 
 
 class Logger(Protocol):
@@ -41,6 +49,7 @@ class Loggers:
 
     def __init__(self, loggers: Mapping[str, Logger]) -> None:
         self._loggers = dict(loggers)
+        self._dropped: list[Logger] = []
 
     def step(self, row: Row) -> None:
         self._each(lambda logger: logger.step(row))
@@ -50,8 +59,11 @@ class Loggers:
 
     def close(self) -> None:
         """May be called twice."""
+        for logger in self._dropped:
+            with contextlib.suppress(Exception):  # it was reported when it failed
+                logger.close()
         self._each(lambda logger: logger.close())
-        self._loggers = {}
+        self._loggers, self._dropped = {}, []
 
     def _each(self, tell: Callable[[Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):
@@ -59,11 +71,13 @@ class Loggers:
                 tell(logger)
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 log.warning("a logger failed and is left out from now on", logger_name=name, reason=repr(error))
-                del self._loggers[name]
+                # Closed at the end of the run only: it has failed, and may take its time about that.
+                self._dropped.append(self._loggers.pop(name))
 
 
 def open_loggers(names: Sequence[LoggerName], run_dir: Path, settings: Mapping[str, Any]) -> Loggers:
-    """settings: of the run, for those that show them. Raises ConfigError where a package is missing."""
+    """settings: of the run, for those that show them. Raises ConfigError where a package is missing, or does not
+    start."""
     makers: dict[LoggerName, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoard(run_dir / "tensorboard"),
         "wandb": lambda: WeightsAndBiases(run_dir, settings),
@@ -72,8 +86,13 @@ def open_loggers(names: Sequence[LoggerName], run_dir: Path, settings: Mapping[s
     for name in names:
         try:
             loggers[name] = makers[name]()
-        except ImportError as error:
-            raise ConfigError(f"metrics.loggers: {name} is not installed ({error}); pip install {name}") from None
+        except Exception as error:  # noqa: BLE001 - each package has its own
+            Loggers(loggers).close()
+            if isinstance(error, ImportError):
+                message = f"{name} is not installed ({error}); pip install {name}"
+            else:
+                message = f"{name} does not start ({error}); {_MEND[name]}"
+            raise ConfigError(f"metrics.loggers: {message}") from None
     return Loggers(loggers)
 
 
@@ -81,14 +100,20 @@ class TensorBoard:
     """Event files in ``folder``. By tensorboard's own writer: torch's would bring torch into the driver."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(folder))
+        self._event, self._summary, self._session = Event, Summary, SessionLog
+        self._writer = EventFileWriter(str(folder), flush_secs=_FLUSH_S)
+        self._last: int | None = None
 
     def step(self, row: Row) -> None:
+        if self._last is None or row["step"] <= self._last:
+            # From here on anew: a run that went back to a checkpoint makes these steps again.
+            start = self._session(status=self._session.START)
+            self._writer.add_event(self._event(wall_time=row["time"], step=row["step"], session_log=start))
+        self._last = row["step"]
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         summary = self._summary(value=values)
         self._writer.add_event(self._event(wall_time=row["time"], step=row["step"], summary=summary))

@@ -12,6 +12,7 @@ def publish_start(metrics: Metrics) -> None:
     for spec in METRICS.values():
         for value in spec.values:
             metrics.count_to(spec.name, 0, **{spec.labels[0]: value})
+    metrics.count_to("checkpoints_total", 0)
 
 
 def publish_step(metrics: Metrics, record: StepRecord) -> None:

@@ -25,8 +25,8 @@ _RENAMED = {"groups": "groups_trained_total"}
 _ONE_LABEL = {"extreme_token_fraction": ("tau", "2")}
 
 Labels = tuple[tuple[str, str], ...]
-Sample = tuple[float, str, Labels, float]
-"""Seconds since 1970, what follows the name, the bound of a bucket, value."""
+Sample = tuple[int, str, Labels, float]
+"""Milliseconds since 1970, what follows the name, the bound of a bucket, value."""
 
 
 def backfill(path: Path, data: Path) -> Path:
@@ -40,15 +40,17 @@ def backfill(path: Path, data: Path) -> Path:
         raise RunFolderError(f"{path} has no training step yet, so there is nothing to show")
     data.mkdir(parents=True, exist_ok=True)
     text = data / "metrics.txt"
-    with text.open("w", encoding="utf-8") as stream:
-        stream.writelines(openmetrics(run))
-    made = subprocess.run(
-        [promtool, "tsdb", "create-blocks-from", "openmetrics", str(text), str(data)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    text.unlink()
+    try:
+        with text.open("w", encoding="utf-8") as stream:
+            stream.writelines(openmetrics(run))
+        made = subprocess.run(
+            [promtool, "tsdb", "create-blocks-from", "openmetrics", str(text), str(data)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        text.unlink()
     if made.returncode != 0:
         raise ResourceError(f"promtool could not take {path / 'metrics.jsonl'}: {made.stderr.strip()[-300:]}")
     return data
@@ -68,7 +70,7 @@ def openmetrics(run: History) -> Iterator[str]:
         for labels, samples in sorted(series.samples[name].items()):
             for time, suffix, bound, value in samples:
                 inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in (*labels, *bound))
-                yield f"{spec.full_name}{suffix}{{{inside}}} {value!r} {time:.3f}\n"
+                yield f"{spec.full_name}{suffix}{{{inside}}} {value!r} {time // 1000}.{time % 1000:03d}\n"
     yield "# EOF\n"
 
 
@@ -79,34 +81,53 @@ class _Series:
         self._path = run.path
         self._labels: Labels = (("run", run.name), ("role", "pipeline"), ("replica", "0"))
         self._totals: dict[Any, float] = defaultdict(float)
-        self._time = 0.0
+        self._time: int | None = None
+        self._push: tuple[Any, Any] | None = None
         self.samples: dict[str, dict[Labels, list[Sample]]] = defaultdict(lambda: defaultdict(list))
 
     def add(self, row: Row) -> None:
         if not isinstance(row.get("time"), int | float):
             raise RunFolderError(f"{self._path}: step {row.get('step')} has no time, so it has no place in Prometheus")
-        # Two steps may end in one millisecond, which is all that Prometheus tells apart.
-        self._time = max(float(row["time"]), self._time + 0.001)
+        # Whole milliseconds are all that Prometheus tells apart, and two steps may end in one.
+        time = round(row["time"] * 1000)
+        if self._time is None:
+            self._begin(row, time)
+        else:
+            self._time = max(time, self._time + 1)
+        push = (row.get("policy_version"), row.get("sync_seconds"))
+        if push == self._push:
+            # With async_training.trigger_parameter_sync_step several steps come after one push, and each names it.
+            row = {key: value for key, value in row.items() if key != "sync_seconds"}
+        self._push = push
         self._count(METRICS["training_steps_total"], {}, 1.0)
         for key, value in row.items():
             if value is not None:
                 self._take(key, value)
         for replica, version in (row.get("replica_versions") or {}).items():
-            labels = (self._labels[0], ("role", "rollout"), ("replica", str(replica)))
-            self._put("policy_version", labels, float(version))
+            if version is not None:
+                labels = (self._labels[0], ("role", "rollout"), ("replica", str(replica)))
+                self._put("policy_version", labels, float(version))
+
+    def _begin(self, row: Row, time: int) -> None:
+        """Counters whose labels are known begin at 0 when the run does, so that the first one is a rise."""
+        self._time = time - max(1, round((row.get("elapsed_s") or 0.0) * 1000))
+        for spec in filter(None, map(_spec, row)):
+            if spec.kind == "counter":
+                for value in spec.values:
+                    self._count(spec, {spec.labels[0]: value}, 0.0)
+        self._time = time
 
     def _take(self, key: str, value: Any) -> None:
-        name = next((n for n in (_RENAMED.get(key, key), f"{key}_total") if n in METRICS), None)
-        if name is None and key.endswith(_BY_STALENESS):
-            name = key.removesuffix(_BY_STALENESS)
-        if name is None or name not in METRICS:
+        spec = _spec(key)
+        if spec is None:
             return
-        spec = METRICS[name]
+        name = spec.name
         # A split by the metric's label, or one number.
         parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else {None: value}
         if spec.kind == "histogram" and not spec.labels and isinstance(value, Mapping):
             for observed, count in parts.items():
-                self._observe(spec, {}, float(observed), float(count), write=False)
+                if count is not None:
+                    self._observe(spec, {}, float(observed), float(count), write=False)
             self._write_histogram(spec, {})
             return
         for part, number in parts.items():
@@ -150,7 +171,14 @@ class _Series:
         return (*self._labels, *labels.items())
 
     def _put(self, name: str, labels: Labels, value: float, suffix: str = "", bound: Labels = ()) -> None:
+        assert self._time is not None
         self.samples[name][labels].append((self._time, suffix, bound, value))
+
+
+def _spec(key: str) -> MetricSpec | None:
+    """The metric that a row has under ``key``; None for what is of the row only."""
+    names = (_RENAMED.get(key, key), f"{key}_total", key.removesuffix(_BY_STALENESS))
+    return next((METRICS[name] for name in names if name in METRICS), None)
 
 
 def _escaped(value: str) -> str:

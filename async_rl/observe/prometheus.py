@@ -62,7 +62,7 @@ def settings(runs: Path | None, rules: Path | None) -> str:
     if runs is not None:
         targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
         sd = {"files": [str(targets)], "refresh_interval": f"{_SCRAPE_S}s"}
-        # Asked for OpenMetrics, prometheus_client writes the colon of vLLM's names as an underscore; Prometheus 2 asks so.
+        # Asked for OpenMetrics, as Prometheus 2 asks, prometheus_client writes the colon of vLLM's names as underscore.
         colon = {
             "source_labels": ["__name__"],
             "regex": "vllm_(.+)",

@@ -42,12 +42,13 @@ def shown():
             yield f"panel {panel['title']}", substituted(target["expr"])
     for annotation in dashboard["annotations"]["list"]:
         if expression := annotation.get("expr") or annotation.get("target", {}).get("expr"):
-            yield f"annotation {annotation['name']}", substituted(expression)
+            for operand in operands(substituted(expression)):  # what it marks need not have happened
+                yield f"annotation {annotation['name']}", operand
 
 
 def operands(expression):
-    """What an alert compares: a comparison has no series as long as all is well. Nobody waits for hours here, so the
-    past that a rule looks at is the present."""
+    """What an alert or a mark compares: a comparison has no series as long as all is well. Nobody waits for hours here,
+    so the past that a rule looks at is the present."""
     expression = re.sub(r" offset \d+\w", "", expression)
     parsed = promql_parser.parse(expression)
     while isinstance(parsed, promql_parser.ParenExpr):

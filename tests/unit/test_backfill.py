@@ -1,10 +1,14 @@
 """A run that nobody watched, in Prometheus: the same series as if it had been scraped."""
 
 import json
+import re
+import shutil
+import subprocess
 import urllib.parse
 import urllib.request
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as strictly
 from prometheus_client.parser import text_string_to_metric_families
 from step_records import step_record
 
@@ -24,7 +28,7 @@ def record(step, **changes):
     sync = SyncRecord(policy_version=step, seconds=0.3, phases={"pause": 0.1, "transfer": 0.2}, canary=1e-7)
     given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "updates_skipped": {"non_finite": 1}}
     given |= {"router_fallback_rows": 2, "exact_extra_tokens": 5, "replica_versions": {0: step, 1: step - 1}}
-    given |= {"step": step, "time": BEGAN + step, "reward_mean": step / 10, "last_sync": sync}
+    given |= {"step": step, "policy_version": step, "time": BEGAN + step, "reward_mean": step / 10, "last_sync": sync}
     return step_record(**given | changes)
 
 
@@ -56,6 +60,7 @@ def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
     records = [record(step) for step in (1, 2, 3)]
     found = series(write(tmp_path, [one.row() for one in records]))
     with Metrics("pipeline") as metrics:
+        publish.publish_start(metrics)
         for one in records:
             publish.publish_sync(metrics, one.last_sync)
             publish.publish_step(metrics, one)
@@ -71,6 +76,10 @@ def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
         "async_rl_response_tokens",
         "async_rl_sync_retries",
         "async_rl_sync_canary_un",
+        "async_rl_groups_dropped",
+        "async_rl_groups_failed",
+        "async_rl_process_restarts",
+        "async_rl_checkpoints",
     )
     missing = [key for key in live if key not in found and not key[0].startswith(unsaid)]
     assert missing == []
@@ -84,18 +93,76 @@ def test_samples_have_the_times_of_their_steps_and_counters_never_fall(tmp_path)
     rows = [
         record(1).row(),
         record(2, time=BEGAN + 1).row(),
-        record(3).row() | {"tokens_masked": None, "entropy": None},
+        record(3).row()
+        | {"tokens_masked": None, "entropy": None, "token_staleness": {"0": None}, "replica_versions": {"0": None}},
     ]
     found = series(write(tmp_path, rows))
     assert found[("async_rl_reward_mean",)] == [(BEGAN + 1, 0.1), (BEGAN + 1.001, 0.2), (BEGAN + 3, 0.3)]
     assert [value for _, value in found[("async_rl_entropy",)]] == [0.9, 0.9]
-    assert [value for _, value in found["async_rl_tokens_masked_total", ("reason", "stale")]] == [3, 6]
+    assert [value for _, value in found["async_rl_tokens_masked_total", ("reason", "stale")]] == [0, 3, 6]
     for (name, *_), samples in found.items():
         if name.endswith(("_total", "_count", "_bucket")):
             values = [value for _, value in samples]
             assert values == sorted(values), name
 
 
+def test_two_steps_never_share_a_millisecond(tmp_path):
+    # Halves of a millisecond are what rounds either way.
+    times = [BEGAN + step * 0.7123 + after for step in range(1, 400) for after in (0.0005, 0.0006, 0.0015)]
+    path = write(tmp_path, [record(step, time=time).row() for step, time in enumerate(times, 1)])
+    shown = [time for time, _ in series(path)[("async_rl_reward_mean",)]]
+    assert len(set(shown)) == len(times)
+    assert shown == sorted(shown)
+    assert max(abs(one - other) for one, other in zip(shown, times, strict=True)) < 0.003
+
+
+def test_counters_of_known_reasons_begin_at_0_when_the_run_does(tmp_path):
+    rows = [record(1, time=BEGAN + 9, elapsed_s=9.0, tokens_masked={"stale": 3}, updates_skipped={}).row()]
+    found = series(write(tmp_path, rows))
+    assert found["async_rl_tokens_masked_total", ("reason", "stale")] == [(BEGAN, 0), (BEGAN + 9, 3)]
+    assert found["async_rl_updates_skipped_total", ("reason", "non_finite")] == [(BEGAN, 0)]
+
+
+def test_a_push_counts_once_however_many_steps_come_after_it(tmp_path):
+    sync = SyncRecord(policy_version=1, seconds=0.3)
+    rows = [record(step, policy_version=(step + 1) // 2, last_sync=sync).row() for step in (1, 2, 3, 4)]
+    found = series(write(tmp_path, rows))
+    assert [value for _, value in found["async_rl_sync_seconds_count", ("phase", "total")]] == [1, 2]
+
+
+def test_it_is_openmetrics(tmp_path):
+    """By a strict parser: everything but histograms at once, and these moment by moment, since of a histogram it knows
+    one moment only."""
+    path = write(tmp_path, [record(step).row() for step in (1, 2, 3)])
+    *lines, end = openmetrics(history.read(path))
+    assert end == "# EOF\n"
+    of_histogram = re.compile(r"[^{]*_(bucket|count|sum){|# TYPE .* histogram")
+    plain = [line for line in lines if not of_histogram.match(line)]
+    assert {family.type for family in strictly("".join([*plain, end]))} == {"counter", "gauge"}
+    for step in (1, 2, 3):
+        moment = [line for line in lines if line[0] == "#" or float(line.split()[-1]) == BEGAN + step]
+        families = {family.name: family for family in strictly("".join([*moment, end]))}
+        assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
+        (reward,) = families["async_rl_reward_mean"].samples
+        assert (reward.value, float(reward.timestamp)) == (step / 10, BEGAN + step)
+        counts = [s.value for s in families["async_rl_step_seconds"].samples if s.name.endswith("_count")]
+        assert counts == [step]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
+def test_promtool_makes_blocks_of_it(tmp_path):
+    path = write(tmp_path, [record(step).row() for step in (1, 2, 3)])
+    data = backfill(path, tmp_path / "data")
+    assert [entry.name for entry in data.iterdir() if not (entry / "meta.json").exists()] == []
+    (data / "wal").mkdir()  # dump asks for it
+    dump = subprocess.run(["promtool", "tsdb", "dump", data], capture_output=True, text=True, check=True).stdout
+    found = re.findall(
+        r'^{__name__="async_rl_reward_mean", replica="0", role="pipeline", run="demo"} (.*)$', dump, re.M
+    )
+    assert found == [f"{step / 10} {int(BEGAN + step) * 1000}" for step in (1, 2, 3)]
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: apt install prometheus")
 def test_prometheus_shows_it(tmp_path):
     path = write(tmp_path, [record(step).row() for step in range(1, 200)])
     with prometheus.running(backfill(path, tmp_path / "data"), port=19190) as url:

@@ -4,6 +4,9 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -11,6 +14,7 @@ from step_records import step_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from async_rl.errors import ConfigError
+from async_rl.metrics import loggers as loggers_module
 from async_rl.metrics.loggers import Loggers, open_loggers, scalars
 
 ROWS = [step_record(step=step, time=1.8e9 + step, reward_mean=step / 10).row() for step in (1, 2, 3)]
@@ -38,6 +42,33 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path):
     assert read == [(row["step"], row["time"], pytest.approx(row["reward_mean"])) for row in ROWS]
 
 
+def test_tensorboard_shows_steps_that_were_made_again_once(tmp_path):
+    """A run that went back to its checkpoint of step 1, gone on with by another process or by the same one."""
+    one = open_loggers(["tensorboard"], tmp_path, {})
+    for row in ROWS:
+        one.step(row)
+    one.close()
+    time.sleep(1.1)  # event files are ordered by the second in their names
+    other = open_loggers(["tensorboard"], tmp_path, {})
+    for step, value in ((2, 0.5), (3, 0.6), (3, 0.7)):
+        other.step({"step": step, "time": 1.9e9, "reward_mean": value})
+    other.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    read = [(event.step, event.value) for event in events.Scalars("reward_mean")]
+    assert read == [(1, pytest.approx(0.1)), (2, pytest.approx(0.5)), (3, pytest.approx(0.7))]
+
+
+def test_tensorboard_does_without_torch(tmp_path):
+    program = f"""
+import sys; from pathlib import Path; from async_rl.metrics.loggers import open_loggers
+open_loggers(["tensorboard"], Path({str(tmp_path)!r}), {{}}).close()
+sys.exit("torch" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=False).returncode == 0
+
+
 def stored(data):
     """The records of a .wandb file, which is a LevelDB log: blocks of 32 KiB, of pieces with checksum, length, type."""
     position, pieces = 7, b""
@@ -51,6 +82,18 @@ def stored(data):
         if kind in (1, 4):  # whole, or last
             yield pieces
             pieces = b""
+
+
+def alive(marker):
+    """Processes that have the environment variable ``marker``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
 
 
 # In a process of its own: wandb starts another one, and both are to be gone.
@@ -68,12 +111,18 @@ loggers.close()
 def test_wandb_has_every_step_without_a_network(tmp_path):
     from wandb.proto import wandb_internal_pb2
 
+    marker = f"TEST_OF_LOGGERS={tmp_path}"
     environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= dict([marker.split("=")])
     ran = subprocess.run(
         [sys.executable, "-c", OFFLINE, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == ""
+    assert ran.stdout + ran.stderr == ""  # the terminal is the live view's
+    deadline = time.monotonic() + 10
+    while alive(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(marker) == []
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = [wandb_internal_pb2.Record.FromString(data) for data in stored(file.read_bytes())]
     assert [record.run.display_name for record in records if record.WhichOneof("record_type") == "run"] == [
@@ -86,13 +135,17 @@ def test_wandb_has_every_step_without_a_network(tmp_path):
 
 
 class Broken:
+    closed = 0
+
     def step(self, row):
         raise RuntimeError("disk full")
 
     def finish(self, summary):
         raise AssertionError("it was dropped")
 
-    close = finish
+    def close(self):
+        self.closed += 1
+        raise RuntimeError("disk still full")
 
 
 class Sound:
@@ -111,12 +164,15 @@ class Sound:
 
 def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on():
     sound = Sound()
-    loggers = Loggers({"broken": Broken(), "sound": sound})
+    broken = Broken()
+    loggers = Loggers({"broken": broken, "sound": sound})
     with structlog.testing.capture_logs() as logs:
         for row in ROWS:
             loggers.step(row)
         loggers.finish({})
+        assert broken.closed == 0  # that may take its time
         loggers.close()
+    assert broken.closed == 1  # what it took before it failed is written
     assert sound.heard == [1, 2, 3, "finish", "close"]
     assert [(line["logger_name"], line["log_level"]) for line in logs] == [("broken", "warning")]
     assert "disk full" in logs[0]["reason"]
@@ -129,6 +185,19 @@ def test_a_package_that_is_missing_is_named_with_the_setting(name, tmp_path, mon
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"metrics\.loggers: {name} is not installed .* pip install {name}"):
         open_loggers([name], tmp_path, {})
+
+
+def test_a_logger_that_does_not_start_is_named_with_the_mend_and_those_before_it_are_closed(tmp_path, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setattr(loggers_module, "WeightsAndBiases", refused)
+    before = threading.active_count()
+    with pytest.raises(
+        ConfigError, match=r"metrics\.loggers: wandb does not start .No API key.*; .*WANDB_MODE=offline"
+    ):
+        open_loggers(["tensorboard", "wandb"], tmp_path, {})
+    assert threading.active_count() == before
 
 
 def test_off_by_default(tmp_path):
