@@ -51,12 +51,12 @@ class Monitor:
     @contextlib.contextmanager
     def at(self, what: str, step: int) -> Iterator[None]:
         """For the watchdog and the timeline: what the training loop is at, for which training step."""
-        before = self._doing[0], self._step
+        before = self._doing[0]
         self._now_at(what, step)
         try:
             yield
         finally:
-            self._now_at(*before)
+            self._now_at(before, step)
 
     def _now_at(self, what: str, step: int) -> None:
         (before, since), of_step = self._doing, self._step
