@@ -6,12 +6,13 @@ Knows the program ``prometheus`` and the target files of run folders; not what t
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
@@ -26,6 +27,7 @@ PORT = 9090
 _PORTS_TRIED = 64
 _SCRAPE_S = 2
 _READY_S = 30.0
+_END_S = 10.0
 # Samples of a finished run are as old as the run; by default Prometheus would delete what is older than 15 days.
 _KEEP = "10y"
 
@@ -87,28 +89,40 @@ def running(
     config.write_text(settings(runs, rules))
     url = f"http://127.0.0.1:{(bound := free_port(port))}"
     log = data / "prometheus.log"
+    command = [
+        path,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={data}",
+        f"--storage.tsdb.retention.time={_KEEP}",
+        f"--web.listen-address=127.0.0.1:{bound}",
+        *options,
+    ]
+    with program_running(command, log) as process:
+        _wait_until_ready(process, url, log)
+        yield url
+
+
+@contextlib.contextmanager
+def program_running(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program for the length of the block, or of this process; what it says goes to ``log``. environment: beside that
+    of this process."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [
-                path,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={data}",
-                f"--storage.tsdb.retention.time={_KEEP}",
-                f"--web.listen-address=127.0.0.1:{bound}",
-                *options,
-            ],
+            command,
+            env={**os.environ, **(environment or {})},
             stdout=stream,
             stderr=stream,
             stdin=subprocess.DEVNULL,
             preexec_fn=partial(signal_on_parent_death, SIGTERM),
         )
     try:
-        _wait_until_ready(process, url, log)
-        yield url
+        yield process
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -6,22 +6,18 @@ Knows the programs and the checkout's ``dashboards`` folder, which has the alert
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import yaml
 
 from async_rl.observe import prometheus
 from async_rl.observe.backfill import backfill
-from async_rl.process import signal_on_parent_death
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 _GRAFANA_PORT = 3000
@@ -98,26 +94,11 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
     # Packages keep its own files here; an installation from an archive finds them beside the program.
     homepath = Path("/usr/share/grafana")
     command += ["--homepath", str(homepath)] if homepath.is_dir() else []
-    with (home / "grafana.log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
-        )
-    sys.stdout.write(f"Grafana:    http://127.0.0.1:{port}/d/async-rl  (log: {home / 'grafana.log'}). Ctrl-C ends.\n")
-    sys.stdout.flush()
-    try:
+    log = home / "grafana.log"
+    with prometheus.program_running(command, log, environment):
+        sys.stdout.write(f"Grafana:    http://127.0.0.1:{port}/d/async-rl  (log: {log}). Ctrl-C ends.\n")
+        sys.stdout.flush()
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _provision(data: Path, url: str) -> Path:
