@@ -139,11 +139,11 @@ def _report(runs: Sequence[Path], out: Path, trace: Path | None) -> int:
     from async_rl.observe.report import write_report
     from async_rl.observe.trace import write_trace
 
+    if trace is not None and len(runs) > 1:
+        raise ConfigError("--trace: a trace is of one run")
     write_report(runs, out)
     sys.stdout.write(f"{out}: open it in any browser\n")
     if trace is not None:
-        if len(runs) > 1:
-            raise ConfigError("--trace: a trace is of one run")
         write_trace(runs[0], trace)
         sys.stdout.write(f"{trace}: open it in Perfetto (https://ui.perfetto.dev) or chrome://tracing\n")
     return 0

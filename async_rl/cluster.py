@@ -144,9 +144,9 @@ class RolloutActor(RolloutWorker):
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
         self._outbox = Outbox(queue, open_groups(config, f"rollout-{replica}"))
-        self._timeline_file = Timeline(config.run_dir, f"rollout-{replica}", config.metrics.timeline_bytes)
+        timeline = Timeline(config.run_dir, f"rollout-{replica}", config.metrics.timeline_bytes)
         rewards = RewardRunner(config.reward)
-        super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, self._timeline_file)
+        super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
 
@@ -172,7 +172,6 @@ class RolloutActor(RolloutWorker):
     async def shutdown(self) -> None:
         self._metrics.close()
         await super().shutdown()
-        self._timeline_file.close()
 
 
 class TrainerActor(TrainerWorker):

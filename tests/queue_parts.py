@@ -1,9 +1,10 @@
-"""What tests of the queue put in the place of the dataset's cursor and of finished groups."""
+"""What tests of the queue put in the place of the dataset's cursor and of finished groups; and a small broker."""
 
 from collections import deque
 
 import numpy as np
 
+from async_rl.queue.broker import Broker
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Prompt
 
@@ -37,6 +38,17 @@ class Source:
     def restore(self, state):
         self.rows, self.row = state["rows"], state["row"]
         self.circulating = deque(map(self.prompt, state["circulating"]))
+
+
+def make_broker(source=None, **settings):
+    defaults = {
+        "required_groups": 2,
+        "window_limit": 4,
+        "max_staleness": 1,
+        "on_stale": "mask",
+        "max_bytes": 1000,
+    }
+    return Broker(source or Source(), **defaults | settings)
 
 
 def meta(ticket, nbytes=10, oldest=None, newest=None):

@@ -103,7 +103,7 @@ class LiveView:
         elif self._evals:
             table.add_row("eval", f"{self._evals[-1]:.3f}")
         ago = time.monotonic() - self._event_at
-        table.add_row("last", self._event + (f"  ({_clock(ago)} ago)" if ago >= 1 else ""))
+        table.add_row("last", self._event + (f"  ({clock(ago)} ago)" if ago >= 1 else ""))
         return Panel(Group(self._progress(), Text(), table), title=f"async_rl · {self.run}", width=80)
 
     def _progress(self) -> Table:
@@ -144,7 +144,7 @@ def _rows(
         ),
         (
             "queue",
-            f"{record.queue_groups} groups, {_size(record.queue_bytes)}   {record.groups_outstanding} outstanding",
+            f"{record.queue_groups} groups, {size(record.queue_bytes)}   {record.groups_outstanding} outstanding",
         ),
         (
             "busy",
@@ -188,16 +188,18 @@ def mean_staleness(record: StepRecord) -> float:
 
 def time_left(record: StepRecord, steps: int) -> str:
     """At the pace so far."""
-    return _clock(record.elapsed_s / max(1, record.step) * max(0, steps - record.step))
+    return clock(record.elapsed_s / max(1, record.step) * max(0, steps - record.step))
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """1:05, 2:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _size(count: int) -> str:
+def size(count: float) -> str:
+    """Bytes as 512 B, 1.5 KiB, ..."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

@@ -98,10 +98,12 @@ class History:
         """Raises RunFolderError."""
         running = _is_locked(self.path / runfolder.LOCK)
         rows, anew = self._metrics.new()
-        self.rows = rows if anew else self.rows + rows
+        self.rows = [] if anew else self.rows
+        self.rows += rows
         lines, anew = self._log.new()
         events = [Event(_seconds(line.get("timestamp")), line.get("level", ""), _text(line)) for line in lines]
-        self.events = events if anew else self.events + events
+        self.events = [] if anew else self.events
+        self.events += events
         try:
             self.summary = json.loads((self.path / runfolder.SUMMARY).read_bytes())
         except FileNotFoundError:

@@ -24,6 +24,7 @@ from rich.control import Control
 from rich.panel import Panel
 from rich.text import Text
 
+from async_rl.metrics.live import clock, size
 from async_rl.observe import history
 from async_rl.observe.history import Event, History, Row
 
@@ -99,7 +100,7 @@ class Story:
             # Sizes, as values of either sign would hide each other in a mean.
             for curve, kl in zip((self.on_policy, self.stale), _kl(row), strict=True):
                 curve.add(None if kl is None else abs(kl))
-        # History would hold them all, and copy them at each look.
+        # History would hold them all.
         self.run.rows = self.run.rows[-1:]
         self.run.events = self.run.events[-_EVENTS:]
 
@@ -168,9 +169,9 @@ def watch(path: Path, *, once: bool = False, stream: TextIO | None = None, perio
     blocks = _has_blocks(stream)
 
     def draw(story: Story) -> Panel:
-        size = shutil.get_terminal_size((80, 24))
-        console.size = ConsoleDimensions(*size)
-        return picture(story, time.time(), size.columns, size.lines, blocks=blocks)
+        terminal_size = shutil.get_terminal_size((80, 24))
+        console.size = ConsoleDimensions(*terminal_size)
+        return picture(story, time.time(), *terminal_size, blocks=blocks)
 
     story: Story | None = None
     try:
@@ -355,16 +356,11 @@ def _clock(seconds: float | None) -> str:
         return "-"
     if seconds >= 86400:
         return f"{seconds / 86400:.1f} d"
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return clock(max(0.0, seconds))
 
 
 def _size(count: float | None) -> str:
-    if count is None or count < 1024:
-        return f"{_say(count, '.0f')} B"
-    unit = min(3, int(math.log2(count)) // 10)
-    return f"{count / 1024**unit:.1f} {('KiB', 'MiB', 'GiB')[unit - 1]}"
+    return "- B" if count is None else size(count)
 
 
 def _has_blocks(stream: TextIO) -> bool:

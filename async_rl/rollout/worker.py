@@ -231,6 +231,8 @@ class RolloutWorker:
         if self._environment is not None:
             self._environment.close()
         await self._engine.shutdown()
+        if self._timeline is not None:
+            self._timeline.close()
 
     def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
         """Every group that was taken and is not handed in, as it stands, for ``adopt`` of another worker; by id.

@@ -4,13 +4,12 @@ import json
 import re
 import subprocess
 import time
-import urllib.parse
-import urllib.request
 
 import promql_parser
 import pytest
 import yaml
 from alert_rules import FOLDER
+from prometheus_api import ask
 from real_run import Run
 
 from async_rl.observe import prometheus
@@ -68,11 +67,6 @@ def alerts():
                 yield f"alert {rule['alert']}", expression
 
 
-def get(url, path, **query):
-    with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(query)}", timeout=10) as response:
-        return json.load(response)
-
-
 @pytest.fixture(scope="module")
 def watched(recipe, tmp_path_factory):
     """(the run, the URL of the Prometheus that has watched it for a minute); the run goes on."""
@@ -95,7 +89,7 @@ def watched(recipe, tmp_path_factory):
 
 def test_every_process_is_scraped(watched):
     run, url = watched
-    targets = get(url, "/api/v1/targets")["data"]["activeTargets"]
+    targets = ask(url, "targets")["activeTargets"]
     roles = {target["labels"]["role"]: target["health"] for target in targets}
     assert roles == {"pipeline": "up", "rollout": "up", "trainer": "up"}
     assert {target["labels"]["run"] for target in targets} == {run.folder.name}
@@ -105,16 +99,14 @@ def test_every_expression_finds_a_series(watched):
     _, url = watched
     silent = []
     for where, expression in [*shown(), *alerts()]:
-        answer = get(url, "/api/v1/query", query=expression)
-        assert answer["status"] == "success", (where, answer)
-        if not answer["data"]["result"]:
+        if not ask(url, "query", query=expression)["result"]:
             silent.append(f"{where}: {expression}")
     assert silent == []
 
 
 def test_prometheus_itself_has_loaded_the_alerts_and_none_fires(watched):
     _, url = watched
-    groups = get(url, "/api/v1/rules")["data"]["groups"]
+    groups = ask(url, "rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) == len(list(yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"][0]["rules"]))
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []

@@ -1,6 +1,5 @@
 """``async-rl observe`` and ``replay-metrics`` as a user starts them, with a real Prometheus, and ended by Ctrl-C."""
 
-import json
 import os
 import re
 import signal
@@ -8,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from prometheus_api import ask
 from step_records import step_record
 
 from async_rl.config_file import validate
@@ -27,11 +25,6 @@ env | grep ^GF_ > "$GF_PATHS_DATA/environment"
 echo "$@" > "$GF_PATHS_DATA/arguments"
 exec sleep 60
 """
-
-
-def get(url, path, **query):
-    with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(query)}", timeout=10) as response:
-        return json.load(response)["data"]
 
 
 def until(condition):
@@ -85,9 +78,9 @@ def test_runs_that_begin_later_are_watched_on_the_next_free_port(started, tmp_pa
     with Metrics("pipeline", run="later") as metrics:
         metrics.set("reward_mean", 0.5)
         metrics.serve(run_dir=runs / "later")
-        (found,) = until(lambda: get(url, "/api/v1/query", query="async_rl_reward_mean")["result"])
+        (found,) = until(lambda: ask(url, "query", query="async_rl_reward_mean")["result"])
     assert found["metric"]["run"] == "later"
-    names = {rule["name"] for group in get(url, "/api/v1/rules")["groups"] for rule in group["rules"]}
+    names = {rule["name"] for group in ask(url, "rules")["groups"] for rule in group["rules"]}
     assert "OnPolicyMismatch" in names
 
 
@@ -95,7 +88,7 @@ def test_a_finished_run_is_looked_at_and_its_folder_left_as_it_is(started, tmp_p
     path = write_run(tmp_path / "runs")
     before = sorted(path.rglob("*"))
     url, _ = started("replay-metrics", path, "--port", PORT + 100)
-    (found,) = get(url, "/api/v1/query", query='async_rl_reward_mean{run="demo"}')["result"]
+    (found,) = ask(url, "query", query='async_rl_reward_mean{run="demo"}')["result"]
     assert float(found["value"][1]) == 0.3
     assert sorted(path.rglob("*")) == before
 

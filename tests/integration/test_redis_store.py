@@ -5,13 +5,12 @@ import itertools
 import uuid
 
 import pytest
-from queue_parts import Source, meta
+from queue_parts import Source, make_broker, meta
 from redis_server import RedisServer
 
 from async_rl.config_file import validate
 from async_rl.errors import ConfigError
 from async_rl.queue import redis_store
-from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.ray_queue import QueueActor
 
@@ -44,13 +43,7 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         functools.partial(redis_store.RedisJournal, settings, name),
         functools.partial(FileJournal, tmp_path / "journal"),
     ):
-
-        def broker():
-            return Broker(
-                Source(50), required_groups=2, window_limit=4, max_staleness=1, on_stale="mask", max_bytes=1000
-            )
-
-        actor = QueueActor(broker(), open_journal)
+        actor = QueueActor(make_broker(Source(50)), open_journal)
         tickets = await actor.take("1", "w", 4)
         await actor.put("2", meta(tickets[0]))
         await actor.put("3", meta(tickets[1]))
@@ -59,7 +52,7 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         if next(made):  # a torn frame, of a call that nobody was told about
             with (tmp_path / "journal").open("ab") as file:
                 file.write(b"\x40\x00\x00\x00garbage")
-        again = QueueActor(broker(), open_journal)
+        again = QueueActor(make_broker(Source(50)), open_journal)
         assert again._broker.state() == actor._broker.state()
         # Calls whose answers were lost are answered as they were.
         assert [t.group_id for t in await again.take("1", "w", 4)] == [t.group_id for t in tickets[2:]]
@@ -69,6 +62,6 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         assert again._broker.state() == actor._broker.state()
         # And once more after everything was written anew in one event.
         again._journal.compact(["", "restore", [again._broker.state(), list(again._answers.items())]])
-        third = QueueActor(broker(), open_journal)
+        third = QueueActor(make_broker(Source(50)), open_journal)
         assert third._broker.state() == actor._broker.state()
         assert await third.put("2", meta(tickets[0])) is True

@@ -5,22 +5,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from queue_parts import Source, meta
+from queue_parts import Source, make_broker, meta
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
-from async_rl.queue.broker import Broker
 from async_rl.queue.records import GroupMeta, Ticket
-
-
-def make(source=None, **settings):
-    defaults = {
-        "required_groups": 2,
-        "window_limit": 4,
-        "max_staleness": 1,
-        "on_stale": "mask",
-        "max_bytes": 1000,
-    }
-    return Broker(source or Source(), **defaults | settings)
 
 
 def finish(broker, n=1, worker="w", **of_meta):
@@ -62,7 +50,7 @@ class BrokerMachine(RuleBasedStateMachine):
             "max_attempts": 2,
             "can_rewind": True,
         }
-        self.broker = make(self.source, **self.settings)
+        self.broker = make_broker(self.source, **self.settings)
         self.required, self.waits_for_more = required, False
         self.version = 0
         self.window = 0
@@ -193,7 +181,7 @@ class BrokerMachine(RuleBasedStateMachine):
         before = self.broker.stats()
         state = msgpack.unpackb(msgpack.packb(self.broker.state()))
         self.source = Source(0)
-        self.broker = make(self.source, **self.settings)
+        self.broker = make_broker(self.source, **self.settings)
         self.broker.restore(state)
         assert self.broker.stats() == before
         self.past = []  # what became of ended groups is for messages, and forgotten
@@ -301,7 +289,7 @@ test_invariants_4_5_6_under_arbitrary_calls = BrokerMachine.TestCase
 
 
 def test_threshold_0_issues_nothing_between_the_last_training_and_the_push():
-    broker = make(window_limit=2)
+    broker = make_broker(window_limit=2)
     first = finish(broker, 2)
     assert broker.issue("w", 9) == []
     broker.lease(2, "t")
@@ -314,7 +302,7 @@ def test_threshold_0_issues_nothing_between_the_last_training_and_the_push():
 
 
 def test_returned_and_failed_groups_leave_room_in_the_window():
-    broker = make(window_limit=2)
+    broker = make_broker(window_limit=2)
     a, b = broker.issue("w", 2)
     broker.return_group(a.group_id, "interrupted")
     broker.fail(b.group_id, "reward")
@@ -322,7 +310,7 @@ def test_returned_and_failed_groups_leave_room_in_the_window():
 
 
 def test_invariant_4_at_max_staleness_0_everything_goes_stale_at_once():
-    broker = make(max_staleness=0, on_stale="drop")
+    broker = make_broker(max_staleness=0, on_stale="drop")
     finish(broker, 3)
     broker.advance(1)
     assert broker.lease(2, "t") is None
@@ -333,7 +321,7 @@ def test_invariant_4_at_max_staleness_0_everything_goes_stale_at_once():
 
 
 def test_mask_keeps_a_group_with_one_fresh_token_and_drops_one_without():
-    broker = make(on_stale="mask", max_staleness=0, version=5)
+    broker = make_broker(on_stale="mask", max_staleness=0, version=5)
     kept, gone = broker.issue("w", 2)
     broker.put(meta(kept, oldest=2, newest=5))
     broker.put(meta(gone, oldest=2, newest=4))
@@ -342,7 +330,7 @@ def test_mask_keeps_a_group_with_one_fresh_token_and_drops_one_without():
 
 
 def test_a_group_released_after_a_push_is_judged_by_the_new_version():
-    broker = make(on_stale="drop", max_staleness=0)
+    broker = make_broker(on_stale="drop", max_staleness=0)
     finish(broker, 2)
     leased = ids(broker.lease(2, "t"))
     broker.advance(1)
@@ -352,7 +340,7 @@ def test_a_group_released_after_a_push_is_judged_by_the_new_version():
 
 
 def test_release_restores_the_order_and_a_duplicate_put_is_refused():
-    broker = make()
+    broker = make_broker()
     order = finish(broker, 4)
     broker.lease(3, "t")
     broker.release([order[2], order[0]])
@@ -362,7 +350,7 @@ def test_release_restores_the_order_and_a_duplicate_put_is_refused():
 
 
 def test_a_late_put_is_told_what_became_of_the_group():
-    broker = make()
+    broker = make_broker()
     (trained,) = finish(broker)
     broker.lease(1, "t")
     broker.ack([trained])
@@ -377,7 +365,7 @@ def test_a_late_put_is_told_what_became_of_the_group():
 
 
 def test_a_lost_worker_loses_what_it_ran_and_nothing_that_it_finished():
-    broker = make(window_limit=6)
+    broker = make_broker(window_limit=6)
     leased = finish(broker, 1, worker="a")
     broker.lease(1, "t")
     queued = finish(broker, 1, worker="a")
@@ -391,7 +379,7 @@ def test_a_lost_worker_loses_what_it_ran_and_nothing_that_it_finished():
 
 
 def test_groups_that_are_kept_stay_running_and_pass_to_the_next_worker():
-    broker = make(window_limit=4)
+    broker = make_broker(window_limit=4)
     kept, lost = broker.issue("a", 2)
     assert broker.worker_lost("a", keep=[kept.group_id, "0-9.9"]) == [lost.group_id]
     assert broker.ticket(kept.group_id) == kept
@@ -401,7 +389,7 @@ def test_groups_that_are_kept_stay_running_and_pass_to_the_next_worker():
 
 
 def test_what_is_trained_again_is_a_group_of_its_own():
-    broker = make(window_limit=4, can_rewind=True)
+    broker = make_broker(window_limit=4, can_rewind=True)
     for step in (1, 2):
         done = finish(broker, 2)
         broker.lease(2, "t")
@@ -414,7 +402,7 @@ def test_what_is_trained_again_is_a_group_of_its_own():
 
 
 def test_ack_is_all_or_nothing():
-    broker = make()
+    broker = make_broker()
     order = finish(broker, 2)
     broker.lease(1, "t")
     for wrong in ([order[0], order[1]], [order[0], order[0]]):
@@ -425,20 +413,20 @@ def test_ack_is_all_or_nothing():
 
 
 def test_bytes_that_cannot_hold_one_step_are_an_error_that_names_the_key():
-    broker = make(max_bytes=25, required_groups=3)
+    broker = make_broker(max_bytes=25, required_groups=3)
     finish(broker, 2)
     (ticket,) = broker.issue("w", 1)
     with pytest.raises(QueueError, match=r"queue\.max_bytes: 25 .* 3 groups .* set it to 30"):
         broker.put(meta(ticket))
 
-    broker = make(max_bytes=25, required_groups=2)
+    broker = make_broker(max_bytes=25, required_groups=2)
     finish(broker, 2)
     broker.lease(2, "t")
     assert broker.full_for(10)  # a whole step is leased: room will come
 
 
 def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
-    broker = make(max_bytes=25)
+    broker = make_broker(max_bytes=25)
     (ticket,) = broker.issue("w", 1)
     with pytest.raises(QueueError, match=r"26 bytes, and queue\.max_bytes is 25; .* 2 such groups set it to 52"):
         broker.put(meta(ticket, nbytes=26))
@@ -447,16 +435,16 @@ def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
 
 def test_rewinding_without_a_memory_of_what_was_trained_is_refused():
     with pytest.raises(QueueError, match=r"set checkpoint\.every"):
-        make().rewind(0)
+        make_broker().rewind(0)
 
 
 def test_max_groups_below_a_training_step_is_refused():
     with pytest.raises(ConfigError, match=r"queue\.max_groups: 1 is less than the 2"):
-        make(max_groups=1)
+        make_broker(max_groups=1)
 
 
 def test_refusal_names_who_holds_the_window():
-    broker = make(version=7)
+    broker = make_broker(version=7)
     assert broker.refusal() is None
     broker.issue("2", 3)
     finish(broker, 1, worker="1")
@@ -464,7 +452,7 @@ def test_refusal_names_who_holds_the_window():
 
 
 def test_the_end_of_the_dataset():
-    broker = make(Source(rows=2))
+    broker = make_broker(Source(rows=2))
     a, b = broker.issue("w", 2)
     assert not broker.stats().exhausted  # nobody has asked for more yet
     broker.put(meta(a))
@@ -492,7 +480,7 @@ def test_a_dataset_that_raises_midway_loses_no_prompt():
             return super().next()
 
     source = Breaking()
-    broker = make(source)
+    broker = make_broker(source)
     with pytest.raises(OSError, match="disk"):
         broker.issue("w", 4)
     assert broker.counts().issued == 0
@@ -505,14 +493,14 @@ def test_a_dataset_that_repeats_an_outstanding_prompt_is_refused():
             self.row = 0
             return super().next()
 
-    broker = make(Repeating())
+    broker = make_broker(Repeating())
     with pytest.raises(QueueError, match="prompt 0-1"):
         broker.issue("w", 2)
     assert broker.counts().issued == 0
 
 
 def test_a_step_that_leases_groups_as_they_come_is_told_when_the_rest_has_no_room():
-    broker = make(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
+    broker = make_broker(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
     finish(broker, 2, nbytes=50)
     assert len(broker.lease(3, "t", at_least=1)) == 2
     with pytest.raises(QueueError, match=r"queue\.max_bytes: 100 is too small for the 3 groups .* set it to 150"):
@@ -520,7 +508,7 @@ def test_a_step_that_leases_groups_as_they_come_is_told_when_the_rest_has_no_roo
 
 
 def test_what_is_leased_does_not_count_as_what_may_still_come():
-    broker = make(Source(2), required_groups=2, window_limit=4, max_groups=4, max_bytes=100)
+    broker = make_broker(Source(2), required_groups=2, window_limit=4, max_groups=4, max_bytes=100)
     finish(broker, 2, nbytes=10)
     broker.issue("w", 1)  # the dataset says that it has no more
     broker.lease(1, "t")

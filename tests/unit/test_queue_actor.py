@@ -5,22 +5,14 @@ import contextlib
 import itertools
 
 import pytest
-from queue_parts import Source, meta
+from queue_parts import Source, make_broker, meta
 
 from async_rl.errors import QueueClosed, QueueError, UnknownGroup
-from async_rl.queue.broker import Broker
 from async_rl.queue.ray_queue import QueueActor
 
 
 def make_actor(rows=1000, **settings):
-    defaults = {
-        "required_groups": 2,
-        "window_limit": 4,
-        "max_staleness": 1,
-        "on_stale": "mask",
-        "max_bytes": 1000,
-    }
-    return Called(QueueActor(Broker(Source(rows), **defaults | settings)))
+    return Called(QueueActor(make_broker(Source(rows), **settings)))
 
 
 class Called:
