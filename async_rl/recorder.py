@@ -279,6 +279,8 @@ class Recorder:
             agreement_by_resume_position=report.agreement_by_resume_position,
             ppo_kl_k3=report.ppo_kl_k3,
             extreme_token_fraction=report.extreme_token_fraction,
+            temperature=report.temperature,
+            router_disagreement_ratio=report.router_disagreement,
             router_fallback_rows=report.router_fallback_rows,
             exact_extra_tokens=report.extra_positions,
             padding_ratio=report.padding_ratio,

@@ -387,6 +387,34 @@ SAME_POLICY = Row(
         ),
         (
             Panel(
+                "Router disagreement",
+                "percentunit",
+                (Query("async_rl_router_disagreement_ratio{}"),),
+                "Share of the replayed choices of an expert that the trainer's own router would not have made: what "
+                "replay puts right.",
+                "a few percent, more with staleness. Near that of random choices, 1 - top-k / experts, what is "
+                "replayed is not the routing of these tokens.",
+                "`trainer.router_replay` R3; `trainer.verify_replay_steps` up compares experts executed with experts "
+                "asked for.",
+                width=12,
+                high=1,
+            ),
+            Panel(
+                "Temperature behind the engine's log-probs",
+                "none",
+                (
+                    Query("async_rl_rollout_temperature_ratio{}", "{{run}} ratio"),
+                    Query("async_rl_rollout_temperature_explained_ratio{}", "{{run}} explained"),
+                ),
+                "Fitted to the log-prob differences of tokens of staleness 0: the engine's temperature over the "
+                "trainer's, and the share of the squared differences that it explains.",
+                "the ratio is 1. Off it with most explained, the engine's log-probs are of another temperature.",
+                "`rollout.temperature`, which both sides use; look for what changes logits in the engine alone.",
+                width=12,
+            ),
+        ),
+        (
+            Panel(
                 "ppo_kl by resume position",
                 NATS,
                 (Query("async_rl_ppo_kl_by_resume_position{}", "{{run}} {{position}}"),),
@@ -880,9 +908,10 @@ HEALTH = Row(
             Panel(
                 "Pushes made again",
                 "none",
-                (Query("sum by (run) (async_rl_sync_retries_total{})"),),
-                "Weight pushes made again because the canary disagreed. A second failure ends the run.",
-                "zero. Each is a push that arrived wrong.",
+                (Query("sum by (run, reason) (async_rl_sync_retries_total{})", "{{run}} {{reason}}"),),
+                "Weight pushes made again. canary: the weights arrived wrong, and the log names the layer; transfer: "
+                "they did not arrive. A second failure ends the run.",
+                "zero.",
                 "`sync.backend` shm on one host to see whether the transfer is at fault; `sync.canary_tolerance` only "
                 "with a reason.",
                 kind="stat",

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from prometheus_client import generate_latest
@@ -21,17 +23,22 @@ def promtool(*arguments):
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def assert_firing(metrics: Metrics, alerts: set[str]) -> None:
-    """What this process serves, scraped for ten minutes, raises these alerts and no others."""
-    samples = [
-        sample
+def scraped(metrics: Metrics) -> dict[str, float]:
+    """What this process serves of ours: series -> value."""
+    return {
+        series_key(sample.name, sample.labels | LABELS): sample.value
         for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
         for sample in family.samples
         if sample.name.startswith("async_rl_")
-    ]
+    }
+
+
+def assert_firing(metrics: Metrics, alerts: set[str], *, before: Mapping[str, float] = MappingProxyType({})) -> None:
+    """What this process serves, scraped for ten minutes, raises these alerts and no others. before: what it served
+    in the first five of them, where that was something else."""
     series = [
-        {"series": series_key(sample.name, sample.labels | LABELS), "values": f"{sample.value:.12f}x60"}
-        for sample in samples
+        {"series": name, "values": f"{before.get(name, value):.12f}x30 {value:.12f}x30"}
+        for name, value in scraped(metrics).items()
     ]
     expected = [{"labels": f'{{alertname="{alert}"}}', "value": 1} for alert in sorted(alerts)]
     query = {"expr": 'count(ALERTS{alertstate="firing"}) by (alertname)', "eval_time": "10m", "exp_samples": expected}

@@ -28,6 +28,8 @@ def step_record(**changes) -> StepRecord:
         },
         "ppo_kl_k3": 0.002,
         "extreme_token_fraction": 0.01,
+        "temperature": (1.001, 0.02),
+        "router_disagreement_ratio": 0.04,
         "groups": 2,
         "response_tokens": (10, 20, 30, 40),
         "segments": (1, 1, 2, 3),

@@ -182,6 +182,27 @@ _SAME_POLICY = (
         why="1 on policy; near 0 a few tokens carry the whole gradient.",
     ),
     MetricSpec(
+        "router_disagreement_ratio",
+        "gauge",
+        "Share of the replayed choices of an expert that the trainer's own router would not have made.",
+        unit="ratio",
+        why="What replay puts right: a few percent. Near that of random choices, it is not these tokens' routing.",
+    ),
+    MetricSpec(
+        "rollout_temperature_ratio",
+        "gauge",
+        "Temperature behind the engine's log-probs over the trainer's, fitted to trained tokens of staleness 0.",
+        unit="ratio",
+        why="1. Anything else, with a good fit: the two compute log-probs of different distributions.",
+    ),
+    MetricSpec(
+        "rollout_temperature_explained_ratio",
+        "gauge",
+        "Share of the squared log-prob differences at staleness 0 that the fitted temperature explains.",
+        unit="ratio",
+        why="Near 0 the difference, if there is one, has another cause.",
+    ),
+    MetricSpec(
         "router_fallback_rows_total",
         "counter",
         "Rows without recorded routing that the native router handled.",
@@ -443,8 +464,10 @@ _PUSHES = (
     MetricSpec(
         "sync_retries_total",
         "counter",
-        "Weight pushes made again because the canary disagreed.",
-        why="Each is a push that arrived wrong; a second failure ends the run.",
+        "Weight pushes made again, by reason.",
+        labels=("reason",),
+        values=("canary", "transfer"),
+        why="`canary`: weights arrived wrong; `transfer`: they did not arrive. A second failure in a row ends the run.",
     ),
 )
 

@@ -37,8 +37,16 @@ def publish_step(metrics: Metrics, record: StepRecord) -> None:
         "rank_cost_ratio",
     ):
         metrics.set(name, getattr(record, name))
-    if record.eval_reward_mean is not None:
-        metrics.set("eval_reward_mean", record.eval_reward_mean)
+    for name, value in (
+        ("eval_reward_mean", record.eval_reward_mean),
+        ("router_disagreement_ratio", record.router_disagreement_ratio),
+    ):
+        if value is not None:
+            metrics.set(name, value)
+    if record.temperature is not None:
+        ratio, explained = record.temperature
+        metrics.set("rollout_temperature_ratio", ratio)
+        metrics.set("rollout_temperature_explained_ratio", explained)
     metrics.set("extreme_token_fraction", record.extreme_token_fraction, tau=2)
 
     whole, split = record.agreement, record.agreement_by_staleness
@@ -94,7 +102,8 @@ def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
     if record.canary is not None:
         metrics.set("sync_canary_logprob_abs_diff", record.canary)
     metrics.set("sync_canary_unreached_experts", record.unreached_experts)
-    metrics.inc("sync_retries_total", record.retries)
+    for reason, count in record.retries.items():
+        metrics.inc("sync_retries_total", count, reason=reason)
 
 
 def publish_groups(metrics: Metrics, counts: GroupCounts) -> None:

@@ -39,7 +39,8 @@ class SyncRecord:
     policy_version: that it brought. seconds: from pause to resume; phases: its parts ("pause", "transfer",
     ...).
     canary: largest |engine - trainer| log-prob difference on the canary; None if it was not probed.
-    unreached_experts: that no token of the canary went to. retries: pushes made again because it disagreed.
+    unreached_experts: that no token of the canary went to. retries: pushes made again, by reason: "canary" (it
+    disagreed) or "transfer" (which failed).
     """
 
     policy_version: int
@@ -47,7 +48,7 @@ class SyncRecord:
     phases: Mapping[str, float] = field(default_factory=dict)
     canary: float | None = None
     unreached_experts: int = 0
-    retries: int = 0
+    retries: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,10 @@ class StepRecord:
     ppo_kl_k3: float
     extreme_token_fraction: float
     """At tau = 2."""
+    temperature: tuple[float, float] | None = None
+    """Of the behaviour log-probs of staleness 0, over the trainer's; and how much of their differences it explains."""
+    router_disagreement_ratio: float | None = None
+    """Share of the replayed choices of an expert that the trainer's own router would not have made."""
     router_fallback_rows: int = 0
     exact_extra_tokens: int = 0
     """Positions computed again as the prefix of a later segment."""
@@ -175,6 +180,9 @@ class StepRecord:
             "on_policy_logprob_abs_diff_mean": on_policy.abs_mean if on_policy else None,
             "on_policy_logprob_abs_diff_max": on_policy.abs_max if on_policy else None,
             "extreme_token_fraction": self.extreme_token_fraction,
+            "rollout_temperature_ratio": self.temperature[0] if self.temperature else None,
+            "rollout_temperature_explained_ratio": self.temperature[1] if self.temperature else None,
+            "router_disagreement_ratio": self.router_disagreement_ratio,
             "router_fallback_rows": self.router_fallback_rows,
             "exact_extra_tokens": self.exact_extra_tokens,
             "padding_ratio": self.padding_ratio,
@@ -342,7 +350,7 @@ class Summary:
         counts = self._counts
         counts["policy_version"] = max(counts["policy_version"], record.policy_version)
         counts["syncs"] += 1
-        counts["sync_retries"] += record.retries
+        counts["sync_retries"] += sum(record.retries.values())
         self._sync_seconds.add(record.seconds)
         if record.canary is not None:
             self._canary.add(record.canary)

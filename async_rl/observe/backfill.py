@@ -17,7 +17,8 @@ from typing import Any
 from async_rl.errors import ResourceError, RunFolderError
 from async_rl.metrics.declared import METRICS, MetricSpec
 from async_rl.observe import history, prometheus
-from async_rl.observe.history import History, Row
+from async_rl.observe.history import History
+from async_rl.observe.rows import Row
 
 _BY_STALENESS = "_by_staleness"
 _RENAMED = {"groups": "groups_trained_total"}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-Number = float | None
+from async_rl.observe.rows import Number
+
 Points = list[tuple[float, float]]
 
 _W, _H = 560, 250

@@ -16,9 +16,7 @@ import yaml
 
 from async_rl import runfolder
 from async_rl.errors import RunFolderError
-
-Row = dict[str, Any]
-"""A line of metrics.jsonl: one training step (``metrics.summary.StepRecord.row``)."""
+from async_rl.observe.rows import Row
 
 
 class Lines:

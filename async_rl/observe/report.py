@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from async_rl import runfolder
 from async_rl.observe import figures, gantt, history
-from async_rl.observe.figures import Number, Series, text
-from async_rl.observe.history import Event, History, Row
-
-Read = Callable[[Row], Number]
+from async_rl.observe.figures import Series, text
+from async_rl.observe.history import Event, History
+from async_rl.observe.rows import Number, Read, Row, as_number, kl, of, partial_share, tokens
 
 _MOST_AGES = 8
 _MOST_EVENTS = 200
@@ -120,10 +119,10 @@ class Report:
 
     def _learning(self) -> str:
         reward, held_out = (
-            Curve("reward, sampled", _of("reward_mean")),
-            Curve("eval", _of("eval_reward_mean"), marks=True),
+            Curve("reward, sampled", of("reward_mean")),
+            Curve("eval", of("eval_reward_mean"), marks=True),
         )
-        lengths = [Curve("mean", _of("response_tokens_mean")), Curve("longest", _of("response_tokens_max"))]
+        lengths = [Curve("mean", of("response_tokens_mean")), Curve("longest", of("response_tokens_max"))]
         return _section(
             "Is it learning",
             "Reward rises, and eval, which is on held-out problems and greedy, rises with it. Entropy falls slowly and "
@@ -132,21 +131,24 @@ class Report:
             [
                 self._curves("Reward and eval", "mean reward", [reward, held_out]),
                 self._curves("Response length", "tokens", lengths if not self._several else lengths[:1]),
-                self._curves("Entropy", "nats", [Curve("entropy", _of("entropy"))]),
-                self._curves("Gradient norm", "before clipping", [Curve("norm", _of("grad_norm"))], log=None),
-                self._curves("Loss", "policy loss", [Curve("loss", _of("loss"))]),
-                self._curves("Learning rate", "", [Curve("learning rate", _of("learning_rate"))], zero=True),
+                self._curves("Entropy", "nats", [Curve("entropy", of("entropy"))]),
+                self._curves("Gradient norm", "before clipping", [Curve("norm", of("grad_norm"))], log=None),
+                self._curves("Loss", "policy loss", [Curve("loss", of("loss"))]),
+                self._curves("Learning rate", "", [Curve("learning rate", of("learning_rate"))], zero=True),
             ],
         )
 
     def _policy(self) -> str:
-        on_policy, stale = Curve("staleness 0", _size_of_kl({0})), Curve("staleness 1 and more", _size_of_kl(None))
+        on_policy, stale = (
+            Curve("staleness 0", _size_of_kl(stale=False)),
+            Curve("staleness 1 and more", _size_of_kl(stale=True)),
+        )
         differences = [
-            Curve("mean", _of("on_policy_logprob_abs_diff_mean")),
-            Curve("largest", _of("on_policy_logprob_abs_diff_max")),
+            Curve("mean", of("on_policy_logprob_abs_diff_mean")),
+            Curve("largest", of("on_policy_logprob_abs_diff_max")),
         ]
-        ages = sorted({age for run in self._runs for row in run.rows for age in _tokens(row)})
-        by_age = [Curve(f"staleness {age}", _of("ppo_kl_by_staleness", str(age))) for age in ages[:5]]
+        ages = sorted({age for run in self._runs for row in run.rows for age in tokens(row)})
+        by_age = [Curve(f"staleness {age}", of("ppo_kl_by_staleness", str(age))) for age in ages[:5]]
         split = [
             self._curves("ppo_kl by staleness" + self._suffix(number), "nats", by_age, only=number)
             for number in range(len(self._runs))
@@ -179,7 +181,7 @@ class Report:
         drawn: list[str] = []
         for number, run in enumerate(self._runs):
             suffix = self._suffix(number)
-            ages = sorted({min(age, _MOST_AGES) for row in run.rows for age in _tokens(row)})
+            ages = sorted({min(age, _MOST_AGES) for row in run.rows for age in tokens(row)})
             labels = [f"{age}+" if age == _MOST_AGES else str(age) for age in ages]
             per_row = [_grouped(row) for row in run.rows]
             whole = [sum(row.get(age, 0) for row in per_row) for age in ages]
@@ -205,8 +207,8 @@ class Report:
         )
 
     def _waiting(self) -> str:
-        idle = [Curve("rollout", _of("rollout_idle_ratio")), Curve("trainer", _of("trainer_idle_ratio"))]
-        flow = [Curve("in the queue", _of("queue_groups")), Curve("outstanding", _of("groups_outstanding"))]
+        idle = [Curve("rollout", of("rollout_idle_ratio")), Curve("trainer", of("trainer_idle_ratio"))]
+        flow = [Curve("in the queue", of("queue_groups")), Curve("outstanding", of("groups_outstanding"))]
         pushes = [self._sync(number) for number in range(len(self._runs))]
         return _section(
             "Who waited",
@@ -231,7 +233,7 @@ class Report:
             "long responses no longer hold up a push; many segments say that pushes come faster than responses finish.",
             [
                 self._curves(
-                    "Cut and resumed", "share of the trajectories", [Curve("partial", _partial_share)], zero=True
+                    "Cut and resumed", "share of the trajectories", [Curve("partial", partial_share)], zero=True
                 ),
                 self._curves("Most segments of a trajectory", "segments", [_plain("max_segments")], zero=True),
             ],
@@ -294,7 +296,7 @@ class Report:
     def _sync(self, number: int) -> str:
         rows = [row for row in self._runs[number].rows if isinstance(row.get("sync_seconds"), dict)]
         phases = list(dict.fromkeys(str(phase) for row in rows for phase in row["sync_seconds"] if phase != "total"))
-        parts = [(phase, [_number(row["sync_seconds"].get(phase)) or 0.0 for row in rows]) for phase in phases[:6]]
+        parts = [(phase, [as_number(row["sync_seconds"].get(phase)) or 0.0 for row in rows]) for phase in phases[:6]]
         return figures.stacked(
             "Weight pushes by phase" + self._suffix(number), "seconds", [_step(row) for row in rows], parts
         )
@@ -304,18 +306,18 @@ def headline(run: History) -> dict[str, str]:
     """The figures that a run is told by; from its rows where it has not ended by itself."""
     rows, said = run.rows, run.summary if isinstance(run.summary, dict) else {}
     last = rows[-1] if rows else {}
-    evals = [value for row in rows if (value := _of("eval_reward_mean")(row)) is not None]
-    first_eval = _first(_of("eval", "first")(said), evals[0] if evals else None)
-    last_eval = _first(_of("eval", "last")(said), evals[-1] if evals else None)
-    ages = [age for row in rows for age, tokens in _tokens(row).items() if tokens]
-    oldest = _first(_of("token_staleness", "max")(said), float(max(ages)) if ages else None)
+    evals = [value for row in rows if (value := of("eval_reward_mean")(row)) is not None]
+    first_eval = _first(of("eval", "first")(said), evals[0] if evals else None)
+    last_eval = _first(of("eval", "last")(said), evals[-1] if evals else None)
+    ages = [age for row in rows for age, count in tokens(row).items() if count]
+    oldest = _first(of("token_staleness", "max")(said), float(max(ages)) if ages else None)
     bound = run.settings.get("async_training")
     bound = bound.get("max_staleness") if isinstance(bound, dict) else None
-    wall = _first(_of("wall_s")(said), _of("elapsed_s")(last))
-    overlap = _first(_of("overlap_efficiency")(said), _of("overlap_efficiency")(last))
-    version = _first(_of("policy_version")(said), _of("policy_version")(last))
-    partial = sum(_of("partial_rollouts")(row) or 0.0 for row in rows)
-    trajectories = sum(_of("trajectories")(row) or 0.0 for row in rows)
+    wall = _first(of("wall_s")(said), of("elapsed_s")(last))
+    overlap = _first(of("overlap_efficiency")(said), of("overlap_efficiency")(last))
+    version = _first(of("policy_version")(said), of("policy_version")(last))
+    partial = sum(of("partial_rollouts")(row) or 0.0 for row in rows)
+    trajectories = sum(of("trajectories")(row) or 0.0 for row in rows)
     how = str(said.get("exit_reason")) if said else "still running" if run.running else "killed, or not over yet"
     return {
         "How it ended": how,
@@ -367,66 +369,27 @@ def _heading(name: str, shown: bool) -> str:
 # -- what rows say, if they say it ----------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> Number:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    # Beyond this no scale could be drawn, nor would it mean anything.
-    return float(value) if abs(value) < 1e300 else None
-
-
-def _of(*keys: str) -> Read:
-    def read(row: Row) -> Number:
-        value: Any = row
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return _number(value)
-
-    return read
-
-
 def _plain(key: str) -> Curve:
-    return Curve(key, _of(key))
+    return Curve(key, of(key))
 
 
 def _step(row: Row) -> float:
-    return _number(row.get("step")) or 0.0
-
-
-def _tokens(row: Row) -> dict[int, float]:
-    """Trained tokens by staleness."""
-    split = row.get("token_staleness")
-    if not isinstance(split, dict):
-        return {}
-    # What is longer is no version, and may be more digits than an int is made of.
-    ages = ((int(age), _number(value)) for age, value in split.items() if age.isdecimal() and len(age) < 10)
-    return {age: count for age, count in ages if count is not None}
+    return as_number(row.get("step")) or 0.0
 
 
 def _grouped(row: Row) -> dict[int, float]:
     found: dict[int, float] = {}
-    for age, count in _tokens(row).items():
+    for age, count in tokens(row).items():
         found[min(age, _MOST_AGES)] = found.get(min(age, _MOST_AGES), 0.0) + count
     return found
 
 
-def _size_of_kl(ages: set[int] | None) -> Read:
-    """|ppo_kl| over the tokens of these ages; None: of all but 0."""
-
+def _size_of_kl(*, stale: bool) -> Read:
     def read(row: Row) -> Number:
-        tokens, kl = _tokens(row), row.get("ppo_kl_by_staleness")
-        if not isinstance(kl, dict):
-            return None
-        chosen = [age for age in tokens if (age in ages if ages is not None else age > 0)]
-        pairs = [(value, tokens[age]) for age in chosen if (value := _number(kl.get(str(age)))) is not None]
-        weight = sum(count for _, count in pairs)
-        return abs(math.fsum(value * count for value, count in pairs) / weight) if weight > 0 else None
+        value = kl(row, stale=stale)
+        return None if value is None else abs(value)
 
     return read
-
-
-def _partial_share(row: Row) -> Number:
-    partial, trajectories = _number(row.get("partial_rollouts")), _number(row.get("trajectories"))
-    return partial / trajectories if partial is not None and trajectories else None
 
 
 def _first(*values: Number) -> Number:
@@ -440,7 +403,7 @@ def _said(value: Number, form: str) -> str:
 def _conservation(groups: Any) -> str:
     """Invariant 5, as numbers."""
     names = ("issued", "trained", "outstanding", "returned", "failed")
-    counts = [_number(groups.get(name)) for name in names] if isinstance(groups, dict) else [None]
+    counts = [as_number(groups.get(name)) for name in names] if isinstance(groups, dict) else [None]
     if any(count is None for count in counts):
         return "not known before the run has ended by itself"
     issued, *parts = (int(count or 0) for count in counts)

@@ -15,9 +15,9 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console, ConsoleDimensions, Group
 from rich.control import Control
@@ -26,7 +26,8 @@ from rich.text import Text
 
 from async_rl.metrics.live import clock, size
 from async_rl.observe import history
-from async_rl.observe.history import Event, History, Row
+from async_rl.observe.history import Event, History
+from async_rl.observe.rows import Row, as_number, kl, partial_share, split, tokens
 
 RECENT = 20
 """Steps over which pace and utilization are taken: one alone is too noisy."""
@@ -94,28 +95,29 @@ class Story:
     def _keep(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.recent.append(row)
-            self.reward.add(_number(row, "reward_mean"))
-            if (value := _number(row, "eval_reward_mean")) is not None:
+            self.reward.add(as_number(row.get("reward_mean")))
+            if (value := as_number(row.get("eval_reward_mean"))) is not None:
                 self.evals.add(value)
             # Sizes, as values of either sign would hide each other in a mean.
-            for curve, kl in zip((self.on_policy, self.stale), _kl(row), strict=True):
-                curve.add(None if kl is None else abs(kl))
+            for curve, stale in ((self.on_policy, False), (self.stale, True)):
+                divergence = kl(row, stale=stale)
+                curve.add(None if divergence is None else abs(divergence))
         # History would hold them all.
         self.run.rows = self.run.rows[-1:]
         self.run.events = self.run.events[-_EVENTS:]
 
     def mean(self, key: str) -> float | None:
         """Over the recent steps; None where none of them has the value."""
-        values = [value for row in self.recent if (value := _number(row, key)) is not None]
+        values = [value for row in self.recent if (value := as_number(row.get(key))) is not None]
         return math.fsum(values) / len(values) if values else None
 
     def seconds_left(self) -> float | None:
         """At the pace of the recent steps, with evaluations, pushes and checkpoints in between."""
-        step = _number(self.recent[-1], "step") if self.recent else None
+        step = as_number(self.recent[-1].get("step")) if self.recent else None
         if step is None:
             return None
         each = self.mean("step_seconds")
-        first, last = (_number(self.recent[i], "elapsed_s") for i in (0, -1))
+        first, last = (as_number(self.recent[i].get("elapsed_s")) for i in (0, -1))
         if first is not None and last is not None and last > first:
             each = (last - first) / (len(self.recent) - 1)
         return None if each is None else each * max(0.0, self.run.steps - step)
@@ -192,7 +194,7 @@ def watch(path: Path, *, once: bool = False, stream: TextIO | None = None, perio
 
 def _progress(story: Story, now: float, inner: int) -> Text:
     row, steps = story.recent[-1], story.run.steps
-    step, at = _number(row, "step"), _number(row, "time")
+    step, at = as_number(row.get("step")), as_number(row.get("time"))
     share = min(1.0, (step or 0.0) / max(1, steps))
     # Rounded down: 100% is said of what is done.
     after = f"  {math.floor(share * 100)}%"
@@ -208,7 +210,7 @@ def _utilization(story: Story, inner: int) -> Iterable[Text]:
         idle = story.mean(f"{side}_idle_ratio")
         busy = None if idle is None else 1 - idle
         yield _line(side, _bar(busy or 0.0, inner - _LABEL - 12), f"  {_say(busy, '4.0%'):>4} busy")
-    efficiency = _say(_number(story.recent[-1], "overlap_efficiency"), ".2f")
+    efficiency = _say(as_number(story.recent[-1].get("overlap_efficiency")), ".2f")
     yield _line("overlap", f"efficiency {efficiency}", (f"   (busy: mean of the last {RECENT} steps)", "dim"))
 
 
@@ -219,14 +221,14 @@ def _curves(story: Story, inner: int) -> Iterable[Text]:
         means = curve.means(width)
         low, high = _range(means)
         # Not an evaluation of the last step but the last there was; a reward that the last step lacks is not said.
-        value = curve.last if label == "eval" else _number(row, "reward_mean")
+        value = curve.last if label == "eval" else as_number(row.get("reward_mean"))
         # Of what is drawn, which are means of several steps in a long run.
         note = "" if low is None else f"avg {low:.2g} to {high:.2g}"
         yield _curve(label, _sparkline(means, low, high, width), _say(value, ".3g"), note)
     # On one scale: how far apart the two are is what to look for.
     on_policy, stale = ([_log(mean) for mean in curve.means(width)] for curve in (story.on_policy, story.stale))
     low, high = _range([value for value in on_policy + stale if value != -math.inf])
-    mismatch, drift = (_say(kl, ".1e") for kl in _kl(row))
+    mismatch, drift = (_say(kl(row, stale=stale), ".1e") for stale in (False, True))
     yield _curve("kl on-policy", _sparkline(on_policy, low, high, width), mismatch, "staleness 0")
     yield _curve("kl stale", _sparkline(stale, low, high, width), drift, "staleness 1 and more")
     scale = "" if low is None or high is None else f", {10**low:.1e} to {10**high:.1e}"
@@ -239,11 +241,11 @@ def _curve(label: str, sparkline: str, value: str, note: str) -> Text:
 
 def _facts(row: Row) -> Iterable[Text]:
     def say(key: str, form: str) -> str:
-        return _say(_number(row, key), form)
+        return _say(as_number(row.get(key)), form)
 
-    ages = {int(age): count for age, count in _numbers(row, "token_staleness").items() if age.isdecimal()}
-    masked, tokens = _numbers(row, "tokens_masked"), math.fsum(ages.values())
-    mean = math.fsum(age * count for age, count in ages.items()) / tokens if tokens else None
+    ages = tokens(row)
+    masked, trained = split(row, "tokens_masked"), math.fsum(ages.values())
+    mean = math.fsum(age * count for age, count in ages.items()) / trained if trained else None
     most = max((age for age, count in ages.items() if count), default=None)
     yield _line(
         "staleness",
@@ -251,20 +253,20 @@ def _facts(row: Row) -> Iterable[Text]:
         f"masked {_say(math.fsum(masked.values()) if masked else None, '.0f')} tokens   "
         f"clipped {say('clip_fraction', '.1%')}",
     )
-    partial, trajectories = _number(row, "partial_rollouts"), _number(row, "trajectories")
-    share = partial / trajectories if partial is not None and trajectories else None
-    yield _line("partial", f"{_say(share, '.0%')} of trajectories, up to {say('max_segments', '.0f')} segments")
+    yield _line(
+        "partial", f"{_say(partial_share(row), '.0%')} of trajectories, up to {say('max_segments', '.0f')} segments"
+    )
     queued, outstanding = say("queue_groups", ".0f"), say("groups_outstanding", ".0f")
-    yield _line("queue", f"{queued} groups, {_size(_number(row, 'queue_bytes'))}   {outstanding} outstanding")
-    seconds = _say(_numbers(row, "sync_seconds").get("total"), ".3f")
+    yield _line("queue", f"{queued} groups, {_size(as_number(row.get('queue_bytes')))}   {outstanding} outstanding")
+    seconds = _say(split(row, "sync_seconds").get("total"), ".3f")
     yield _line("sync", f"{seconds} s   canary {say('sync_canary_logprob_abs_diff', '.1e')}")
 
 
 def _versions(row: Row, inner: int) -> Iterable[Text]:
     """Which replicas have which version, the ones furthest behind first: those are left when there is no room."""
-    policy = _number(row, "policy_version")
+    policy = as_number(row.get("policy_version"))
     at: dict[float, list[str]] = {}
-    for replica, version in _numbers(row, "replica_versions").items():
+    for replica, version in split(row, "replica_versions").items():
         at.setdefault(version, []).append(replica)
     line = _line("versions", f"policy {_say(policy, '.0f')}")
     lines = [line]
@@ -321,25 +323,6 @@ def _log(value: float | None) -> float | None:
 def _added(parts: Iterable[tuple[float, int]]) -> tuple[float, int]:
     sums, counts = zip(*parts, strict=True)
     return sum(sums), sum(counts)
-
-
-def _kl(row: Row) -> tuple[float | None, float | None]:
-    """ppo_kl over the tokens of staleness 0, and over all others."""
-    kl, tokens = _numbers(row, "ppo_kl_by_staleness"), _numbers(row, "token_staleness")
-    ages = [age for age in kl if age != "0" and tokens.get(age)]
-    weight = math.fsum(tokens[age] for age in ages)
-    return kl.get("0"), math.fsum(kl[age] * tokens[age] for age in ages) / weight if weight else None
-
-
-def _number(row: Mapping[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _numbers(row: Mapping[str, Any], key: str) -> dict[str, float]:
-    split = row.get(key)
-    known = {name: _number(split, name) for name in split} if isinstance(split, dict) else {}
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def _say(value: float | None, form: str) -> str:

@@ -65,6 +65,10 @@ class Executor:
         """
         return self._run(batches, loss, filler, forward_only=False, verify=verify)
 
+    def take_disagreement(self) -> tuple[float, float]:
+        """See RoutingReplay: of the rows that ``accumulate`` has replayed since the last call."""
+        return self._replay.take_disagreement()
+
     def finish_gradients(self, divisor: float) -> None:
         """Leave the sum of all ranks' gradients, divided, in the parameters' main_grad."""
         with platform.cuda_means(self._device):
@@ -126,7 +130,9 @@ class Executor:
             number = chunk_of[id(chunk)]
             tensors = self._to_device(batch)
             routing = None if batch.routing is None else torch.from_numpy(batch.routing).to(self._device)
-            self._replay.before_forward(routing, batch.cu_seqlens, number)
+            # A forward pass alone is a probe, or prepares what training then replays.
+            compared = None if forward_only else torch.from_numpy(batch.of_samples).to(self._device)
+            self._replay.before_forward(routing, batch.cu_seqlens, number, compared)
             logits = chunk(
                 input_ids=tensors["token_ids"].unsqueeze(0),
                 position_ids=tensors["position_ids"].unsqueeze(0),

@@ -117,6 +117,14 @@ class Microbatch:
         return len(self.token_ids)
 
     @property
+    def of_samples(self) -> BoolArray:
+        """bool[T]: the positions that are not padding."""
+        result = np.zeros(len(self), dtype=np.bool_)
+        for start, length in zip(self.cu_seqlens.tolist(), self.positions, strict=False):
+            result[start : start + length] = True
+        return result
+
+    @property
     def padding(self) -> int:
         """Positions that belong to no sample."""
         return len(self) - sum(self.positions)

@@ -17,7 +17,20 @@ from async_rl.types import RESUME_POSITIONS
 # A token is extreme if its importance ratio lies outside [1/τ, τ].
 EXTREME_TAU = 2.0
 
-SUMS = ("tokens", "entropy", "kl", "k3", "clipped", "extreme", "ratio", "ratio_squared", "abs_diff")
+SUMS = (
+    "tokens",
+    "entropy",
+    "kl",
+    "k3",
+    "clipped",
+    "extreme",
+    "ratio",
+    "ratio_squared",
+    "abs_diff",
+    "squared_diff",
+    "sharpness_squared",
+    "diff_sharpness",
+)
 
 
 @dataclass(slots=True)
@@ -26,12 +39,14 @@ class PolicySums:
     batches add up to those of both.
 
     loss float64[]; sums float64[S, R, len(SUMS)]; max_abs_diff float64[S, R], largest |behaviour - current log-prob|;
-    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS).
+    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS). routing float64[2], of every position and layer:
+    choices of an expert that were replayed, and those that the trainer's own router would not have made.
     """
 
     loss: torch.Tensor
     sums: torch.Tensor
     max_abs_diff: torch.Tensor
+    routing: torch.Tensor
 
     @staticmethod
     def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
@@ -39,22 +54,47 @@ class PolicySums:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         cells = (stalenesses, len(RESUME_POSITIONS))
-        return PolicySums(zeros(), zeros(*cells, len(SUMS)), zeros(*cells))
+        return PolicySums(zeros(), zeros(*cells, len(SUMS)), zeros(*cells), zeros(2))
 
     def add(self, other: PolicySums) -> None:
         self.loss += other.loss
         self.sums += other.sums
         torch.maximum(self.max_abs_diff, other.max_abs_diff, out=self.max_abs_diff)
+        self.routing += other.routing
 
     def all_reduce(self, group: torch.distributed.ProcessGroup) -> None:
         """Make every rank of ``group`` hold the total."""
         torch.distributed.all_reduce(self.loss, group=group)
         torch.distributed.all_reduce(self.sums, group=group)
         torch.distributed.all_reduce(self.max_abs_diff, op=torch.distributed.ReduceOp.MAX, group=group)
+        torch.distributed.all_reduce(self.routing, group=group)
 
     def __getitem__(self, name: str) -> float:
         """The sum over all contributing tokens."""
         return float(self.sums[..., SUMS.index(name)].sum())
+
+    @property
+    def router_disagreement(self) -> float | None:
+        """Share of the replayed choices that the trainer's own router would not have made; None without any."""
+        choices, unlike = self.routing.tolist()
+        return float(unlike / choices) if choices else None
+
+    def on_policy_temperature(self) -> tuple[float, float] | None:
+        """What the tokens of staleness 0 say about the temperature behind the behaviour log-probs: (its ratio to the
+        trainer's, share of their squared differences that it explains). None where there are no such tokens.
+
+        A log-prob changes with the inverse temperature by the token's logit minus the mean logit, which is log-prob
+        plus entropy. So this is least squares of the differences on that, right to first order.
+        """
+        diff, sharpness, product = (
+            self.by_staleness(name)[0] for name in ("squared_diff", "sharpness_squared", "diff_sharpness")
+        )
+        if not sharpness:
+            return None
+        slope = product / sharpness
+        # So far off, first order says nothing any more.
+        ratio = 1 / max(1 + slope, 0.1)
+        return ratio, product**2 / (diff * sharpness) if diff else 0.0
 
     def by_staleness(self, name: str) -> list[float]:
         return [float(value) for value in self.sums[..., SUMS.index(name)].sum(dim=1)]
@@ -96,6 +136,7 @@ def policy_sums(
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = torch.exp(bounded)
     difference = log_ratio.abs()
+    sharpness = current + entropy
     values = [
         torch.ones_like(log_ratio),
         entropy,
@@ -106,6 +147,9 @@ def policy_sums(
         ratio,
         ratio.square(),
         difference,
+        difference.square(),
+        sharpness.square(),
+        -log_ratio * sharpness,
     ]
     result = PolicySums.zero(stalenesses, current.device)
     result.loss += loss

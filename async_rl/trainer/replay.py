@@ -57,6 +57,10 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
 
     def __init__(self) -> None:
         super().__init__()
+        # bool[rows], those of the next forward pass to compare with the router's own choice; None for none of them.
+        self.compared: torch.Tensor | None = None
+        self.choices: torch.Tensor | float = 0.0
+        self.unlike: torch.Tensor | float = 0.0
         # The registry would keep this object, and its targets, for the life of the process.
         RouterReplay.global_router_replay_instances.remove(self)
 
@@ -82,10 +86,20 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
             found = "none" if target is None else list(target.shape)
             raise ReplayError(f"router got {scores.shape[0]} rows of {topk} experts, its target is {found}")
         absent = target[:, :1] < 0
-        if absent.any():
-            _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.compared is not None or absent.any():
+            with torch.no_grad():
+                _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            if self.compared is not None:
+                self._compare(target, chosen, self.compared[:, None] & ~absent)
             target = torch.where(absent, chosen, target)
         return scores.gather(1, target), target
+
+    def _compare(self, target: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> None:
+        """Count the choices of ``target`` int64[T, K] in rows bool[T, 1], and those that ``chosen`` does not have."""
+        unlike = (target[:, :, None] != chosen[:, None, :]).all(dim=2) & rows
+        self.choices = self.choices + rows.sum() * target.shape[1]
+        self.unlike = self.unlike + unlike.sum()
+        self.compared = None  # recomputation comes to the same
 
 
 class RoutingReplay:
@@ -142,16 +156,28 @@ class RoutingReplay:
             for _, router in (pair for routers in self._routers for pair in routers):
                 router.router_replay.clear_indices()
                 router.router_replay.clear_router_replay_action()
+                router.router_replay.compared = None
 
-    def before_forward(self, routing: torch.Tensor | None, cu_seqlens: Int32Array, chunk: int = 0) -> None:
-        """Arm a chunk's next forward pass with its share of a microbatch's routing int[T, L, K]."""
+    def before_forward(
+        self,
+        routing: torch.Tensor | None,
+        cu_seqlens: Int32Array,
+        chunk: int = 0,
+        compared: torch.Tensor | None = None,
+    ) -> None:
+        """Arm a chunk's next forward pass with its share of a microbatch's routing int[T, L, K].
+
+        compared: bool[T], the rows to count in ``take_disagreement``.
+        """
         if self._recording:
             self._act(chunk, RouterReplayAction.RECORD)
         elif routing is not None:
             rows, _ = self._share(cu_seqlens, chunk)
-            share = routing[torch.from_numpy(rows).to(routing.device)].long()
+            index = torch.from_numpy(rows).to(routing.device)
+            share = routing[index].long()
             for layer, router in self._routers[chunk]:
                 router.router_replay.set_target_indices(share[:, layer])
+                router.router_replay.compared = None if compared is None else compared[index]
             self._act(chunk, RouterReplayAction.REPLAY_FORWARD)
             if self._verifiers:
                 self._verifiers[chunk].expect(share)
@@ -161,6 +187,15 @@ class RoutingReplay:
         routers = self._routers[chunk]
         if routers and routers[0][1].router_replay.target_topk_idx is not None:
             self._act(chunk, RouterReplayAction.REPLAY_BACKWARD)
+
+    def take_disagreement(self) -> tuple[float, float]:
+        """Of this rank's rows that were to be compared, since the last call: (choices of an expert that were replayed,
+        those that the routers themselves would not have made)."""
+        replays = [router.router_replay for routers in self._routers for _, router in routers]
+        result = float(sum(replay.choices for replay in replays)), float(sum(replay.unlike for replay in replays))
+        for replay in replays:
+            replay.choices = replay.unlike = 0.0
+        return result
 
     def recorded(self, chunk: int = 0) -> dict[int, torch.Tensor]:
         """What the routers of a chunk chose: MoE layer index -> int64[rows, K]."""

@@ -26,8 +26,8 @@ class StepReport:
     before the update; by_staleness in versions and by_resume_position (types.RESUME_POSITIONS), only those that
     occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``).
     padding_ratio: positions computed that belong to no sequence. rank_cost_ratio: the costliest data-parallel rank's
-    share over the mean. grad_norm is
-    before clipping. Means over tokens are 0.0 where no token contributed.
+    share over the mean. temperature, router_disagreement: as in PolicySums, whose they are. grad_norm is before
+    clipping. Means over tokens are 0.0 where no token contributed.
     """
 
     loss: float
@@ -52,6 +52,8 @@ class StepReport:
     padding_ratio: float = 0.0
     rank_cost_ratio: float = 1.0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    temperature: tuple[float, float] | None = None
+    router_disagreement: float | None = None
 
 
 def step_report(
@@ -101,6 +103,8 @@ def step_report(
         clip_fraction=mean("clipped"),
         entropy=mean("entropy"),
         effective_sample_size_ratio=sums["ratio"] ** 2 / (tokens * squares) if squares else 0.0,
+        temperature=sums.on_policy_temperature(),
+        router_disagreement=sums.router_disagreement,
         router_fallback_rows=fallback_rows,
         extra_positions=extra_positions,
         microbatches=microbatches,
@@ -141,6 +145,9 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         clip_fraction=mean(lambda report: report.clip_fraction),
         entropy=mean(lambda report: report.entropy),
         effective_sample_size_ratio=mean(lambda report: report.effective_sample_size_ratio),
+        # Of the first update: the tokens of later ones are compared with weights that it has moved.
+        temperature=reports[0].temperature,
+        router_disagreement=reports[0].router_disagreement,
         router_fallback_rows=sum(report.router_fallback_rows for report in reports),
         extra_positions=sum(report.extra_positions for report in reports),
         microbatches=sum(report.microbatches for report in reports),

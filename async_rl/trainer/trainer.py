@@ -141,6 +141,7 @@ class Trainer:
         total = self._sum_over_data(**step.counts)
         divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
         update = self._optimizer.no_update()
+        step.sums.routing += torch.tensor(self._executor.take_disagreement(), dtype=torch.float64, device=self._device)
         if total["tokens"]:
             self._executor.finish_gradients(divisor)
             started = _lap(step.seconds, "forward_backward", started)

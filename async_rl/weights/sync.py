@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,14 +115,13 @@ class WeightSync:
         sync.timeout_s is over, ReplicaFailed.
         """
         phases: dict[str, float] = {}
-        agreements, retries = [], 0
+        agreements: list[Agreement] = []
+        retries: Counter[str] = Counter()
         turns = [[replica] for replica in self.members] if self._config.sync.rolling else [list(self.members)]
         try:
             for turn in turns:
                 async with asyncio.timeout(self._config.sync.timeout_s):
-                    agreement, again = await self._push_or_again(version, turn, phases, end_calls)
-                    agreements.append(agreement)
-                    retries += again
+                    agreements.append(await self._push_or_again(version, turn, phases, retries, end_calls))
                     if paused is not None:
                         for replica in turn:
                             await paused(replica)
@@ -157,11 +157,11 @@ class WeightSync:
         await self.resume()
 
     async def _push_or_again(
-        self, version: int, replicas: list[int], phases: dict[str, float], end_calls: bool
-    ) -> tuple[Agreement, int]:
-        """The agreement, and how many times the push was made again."""
+        self, version: int, replicas: list[int], phases: dict[str, float], retries: Counter[str], end_calls: bool
+    ) -> Agreement:
+        """Counts in ``retries`` why the push was made again."""
         try:
-            return await self._push_once(version, replicas, phases, end_calls), 0
+            return await self._push_once(version, replicas, phases, end_calls)
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
@@ -170,7 +170,8 @@ class WeightSync:
                 raise  # frozen generations went on meanwhile, with weights that nobody knows
             log.warning("a push failed; pushing once more", version=version, reason=str(error))
             self.reconnect()
-            return await self._push_once(version, replicas, phases, end_calls), 1
+            retries["canary" if mismatch else "transfer"] += 1
+            return await self._push_once(version, replicas, phases, end_calls)
 
     async def _push_once(
         self, version: int, replicas: list[int], phases: dict[str, float], end_calls: bool

@@ -71,6 +71,8 @@ def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, al
             assert getattr(report, field) == pytest.approx(getattr(expected, field), rel=1e-5, abs=1e-7), field
         for field in ("groups", "trajectories", "tokens_masked", "router_fallback_rows", "extra_positions"):
             assert getattr(report, field) == getattr(expected, field), field
+        assert report.temperature == pytest.approx(expected.temperature, rel=1e-5)
+        assert report.router_disagreement == pytest.approx(expected.router_disagreement, abs=0.02), "near ties as well"
     for other in results[1:]:
         assert [r.loss for r in other[0]] == [r.loss for r in reports], "every rank reports the same"
         assert other[1].keys() == weights.keys()

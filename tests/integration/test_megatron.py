@@ -433,6 +433,50 @@ def test_r2_replays_the_routing_of_the_logprob_pass(worker, models):
     assert unrecorded.seconds["record_routing"] > 0
 
 
+def native_then_changed(path, changed, overrides):
+    """Reports of a step on the routing that the trainer's own router chooses, and of one in which the last MoE layer
+    of ``changed`` rows of each response has one expert another. Weights do not move."""
+    groups = make_groups()
+    still = {"trainer__router_replay": "R3", "trainer__optimizer__lr": 1e-12, "trainer__tokens_per_microbatch": 60}
+    with Opened(path, **still, **overrides) as (trainer, _):
+
+        def routed(change):
+            return [
+                replace(g, trajectories=tuple(replace(t, routed_experts=change(t)) for t in g.trajectories))
+                for g in groups
+            ]
+
+        def native(t):
+            return trainer.native_routing([np.concatenate([t.prompt_ids, t.response_ids])])[0].astype(np.uint8)
+
+        def other(t):
+            rows = native(t)
+            for row in rows[:changed]:
+                row[-1, 0] = next(expert for expert in range(SPEC.num_experts) if expert not in row[-1])
+            return rows
+
+        own, shifted = routed(native), routed(other)
+        rows = sum(len(t.routed_experts) for g in own for t in g.trajectories)
+        # One response without routing: the router's own choice is not a replayed one.
+        first = shifted[0].trajectories[0]
+        without = replace(first, routed_experts=None, routing=None)
+        absent = replace(shifted[0], trajectories=(without, *shifted[0].trajectories[1:]))
+        batches = {"native": own, "changed": shifted, "one without": [absent, *shifted[1:]]}
+        reports = {name: step(trainer, batch) for name, batch in batches.items()}
+        return reports, rows, len(first.routed_experts)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"trainer__recompute": "full"}, {"trainer__microbatch_multiple": 64}])
+def test_choices_that_the_trainers_own_router_would_not_have_made_are_counted(worker, models, overrides):
+    reports, rows, first = worker(native_then_changed, models / "moe", 3, overrides)
+    choices = SPEC.num_moe_layers * SPEC.top_k
+    assert reports["native"].router_disagreement == 0
+    assert reports["changed"].router_disagreement == pytest.approx(9 * 3 / (rows * choices))
+    assert reports["one without"].router_disagreement == pytest.approx(8 * 3 / ((rows - first) * choices))
+    off = worker(train_once, models / "moe", make_groups(), {"trainer__router_replay": "off"})[0]
+    assert off.router_disagreement is None
+
+
 # ---- steps ----
 
 

@@ -186,7 +186,7 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
     """publish raises if a record's field has no declaration; the scrape has what the step said."""
     publish.publish_step(metrics, step_record(eval_reward_mean=0.5, tokens_masked={"stale": 4}))
     record = SyncRecord(
-        policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7, unreached_experts=3, retries=1
+        policy_version=2, seconds=0.5, phases={"pause": 0.1}, canary=1e-7, unreached_experts=3, retries={"canary": 1}
     )
     publish.publish_sync(metrics, record)
     publish.publish_groups(metrics, GroupCounts(issued=5, trained=3, outstanding=2))
@@ -205,7 +205,10 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
     assert samples['async_rl_sync_seconds_sum{phase="pause"}'] == 0.1
     assert samples["async_rl_groups_outstanding"] == 2
     assert samples["async_rl_sync_canary_unreached_experts"] == 3
-    assert samples["async_rl_sync_retries_total"] == 1
+    assert samples['async_rl_sync_retries_total{reason="canary"}'] == 1
+    assert samples["async_rl_router_disagreement_ratio"] == 0.04
+    assert samples["async_rl_rollout_temperature_ratio"] == 1.001
+    assert samples["async_rl_rollout_temperature_explained_ratio"] == 0.02
 
 
 def test_positions_that_exact_computes_again_are_counted(metrics):

@@ -63,6 +63,10 @@ def test_metric_sums_match_numpy():
     assert sums["ratio"] == pytest.approx(np.exp(x).sum())
     assert sums["ratio_squared"] == pytest.approx(np.exp(2 * x).sum())
     assert sums["abs_diff"] == pytest.approx(np.abs(x).sum())
+    assert sums["squared_diff"] == pytest.approx((x**2).sum())
+    sharpness = current[mask].astype(np.float64) + 1
+    assert sums["sharpness_squared"] == pytest.approx((sharpness**2).sum())
+    assert sums["diff_sharpness"] == pytest.approx((-x * sharpness).sum())
     assert sums.by_staleness("tokens") == np.bincount(s, minlength=4).tolist()
     assert sums.by_staleness("kl") == pytest.approx(np.bincount(s, weights=-x, minlength=4))
     assert sums.by_staleness("abs_diff") == pytest.approx(np.bincount(s, weights=np.abs(x), minlength=4))
@@ -84,8 +88,63 @@ def test_sums_of_two_halves_add_up_to_the_whole():
     for part in (slice(0, 13), slice(13, T)):
         arguments = [array[part] for array in (current, behaviour, advantages, mask, staleness)]
         total.add(sums_of(*arguments, resume_position=position[part]))
-    for name in ("loss", "sums", "max_abs_diff"):
+    for name in ("loss", "sums", "max_abs_diff", "routing"):
         torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
+
+
+def on_policy(behaviour, logits, sampled):
+    """Sums of tokens of staleness 0 whose current log-probs come of logits float64[T, V]."""
+    rows = torch.from_numpy(logits).log_softmax(-1)
+    size = len(sampled)
+    return policy_sums(
+        loss=torch.zeros(()),
+        current=rows[torch.arange(size), torch.from_numpy(sampled)],
+        behaviour=torch.from_numpy(behaviour),
+        entropy=-(rows.exp() * rows).sum(-1),
+        clipped=torch.zeros(size),
+        staleness=torch.zeros(size, dtype=torch.long),
+        resume_position=torch.zeros(size, dtype=torch.long),
+        mask=torch.ones(size, dtype=torch.bool),
+        stalenesses=2,
+    )
+
+
+def sampled_tokens(logits, rng):
+    return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+
+
+def logprobs_of(logits, sampled):
+    return torch.from_numpy(logits).log_softmax(-1).numpy()[np.arange(len(sampled)), sampled]
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.95, 1.05, 1.25])
+def test_another_temperature_behind_the_behaviour_is_found(temperature):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (4000, 50))
+    sampled = sampled_tokens(logits / temperature, rng)
+    ratio, explained = on_policy(logprobs_of(logits / temperature, sampled), logits, sampled).on_policy_temperature()
+    assert ratio == pytest.approx(temperature, rel=0.05)
+    assert explained > 0.9
+
+
+def test_no_temperature_explains_other_logits():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (4000, 50))
+    other = logits + rng.normal(0, 0.3, logits.shape)
+    sampled = sampled_tokens(other, rng)
+    _, explained = on_policy(logprobs_of(other, sampled), logits, sampled).on_policy_temperature()
+    assert explained < 0.1
+
+
+def test_equal_logprobs_are_of_one_temperature_and_no_tokens_of_none():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (100, 50))
+    sampled = sampled_tokens(logits, rng)
+    assert on_policy(logprobs_of(logits, sampled), logits, sampled).on_policy_temperature() == (1.0, 0.0)
+    assert PolicySums.zero(1).on_policy_temperature() is None
+    # Ten times as sharp and more: no ratio below a tenth or negative.
+    far = on_policy(-40 * logprobs_of(logits, sampled), logits, sampled).on_policy_temperature()
+    assert 0 < far[0] <= 10
 
 
 def test_a_fully_masked_microbatch_adds_zeros():

@@ -70,7 +70,9 @@ def test_a_state_that_is_no_state_is_refused(tmp_path, damage, says):
 
 def test_the_summary_goes_on_from_its_state():
     whole, first, second = Summary(), Summary(), Summary()
-    syncs = [SyncRecord(policy_version=v, seconds=v / 7, canary=v * 1e-6, retries=v % 2) for v in range(1, 9)]
+    syncs = [
+        SyncRecord(policy_version=v, seconds=v / 7, canary=v * 1e-6, retries={"transfer": v % 2}) for v in range(1, 9)
+    ]
     for number, sync in enumerate(syncs):
         whole.add_sync(sync)
         whole.add_eval(number / 10, 8)

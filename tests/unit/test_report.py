@@ -1,6 +1,7 @@
 """Several updates of one training step as one report."""
 
 import pytest
+import torch
 
 from async_rl.metrics.summary import TokenAgreement
 from async_rl.trainer.optimizer import Update
@@ -43,12 +44,14 @@ def test_one_report_is_itself():
 
 def test_means_are_weighted_by_tokens_and_counts_are_summed():
     other = report(30, 0.1, grad_norm=5.0, lr=0.2, skipped={"non_finite": 1}, clip_fraction=0.1)
-    merged = merge_reports([report(10, 0.5), other])
+    first = report(10, 0.5, temperature=(0.9, 0.3), router_disagreement=0.2)
+    merged = merge_reports([first, other])
     assert merged.agreement.tokens == 40
     assert merged.agreement.kl == pytest.approx((10 * 0.5 + 30 * 0.1) / 40)
     assert merged.agreement.abs_max == 1.0
     assert merged.clip_fraction == pytest.approx((10 * 0.5 + 30 * 0.1) / 40)
     assert (merged.grad_norm, merged.lr) == (5.0, 0.2)
+    assert (merged.temperature, merged.router_disagreement) == ((0.9, 0.3), 0.2), "of the first update"
     assert merged.skipped == {"non_finite": 1}
     assert merged.tokens_masked == {"stale": 2}
     assert (merged.groups, merged.trajectories, merged.router_fallback_rows) == (8, 64, 4)
@@ -100,7 +103,9 @@ def test_sums_are_reported_by_staleness_and_by_resume_position():
         for name, value in (("tokens", tokens), ("kl", kl), ("abs_diff", difference)):
             sums.sums[(*cell, SUMS.index(name))] = value
         sums.max_abs_diff[cell] = largest
+    sums.routing += torch.tensor([40.0, 10.0])
     result = reported(sums)
+    assert result.router_disagreement == 0.25
     assert result.agreement == TokenAgreement(tokens=25, kl=3 / 25, abs_mean=7 / 25, abs_max=0.7)
     assert result.agreement_by_staleness == {
         0: TokenAgreement(tokens=10, kl=0.1, abs_mean=0.2, abs_max=0.5),
@@ -117,6 +122,7 @@ def test_sums_without_tokens_are_reported_as_zeros():
     result = reported(PolicySums.zero(1))
     assert result.agreement == TokenAgreement(tokens=0, kl=0.0, abs_mean=0.0, abs_max=0.0)
     assert (result.agreement_by_staleness, result.agreement_by_resume_position) == ({}, {})
+    assert (result.temperature, result.router_disagreement) == (None, None)
 
 
 def test_merged_splits_are_in_order_whichever_update_they_come_from():

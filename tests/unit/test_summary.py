@@ -158,7 +158,9 @@ def test_a_nan_is_not_hidden_by_the_maximum():
 def test_syncs_and_evaluations():
     summary = Summary()
     for version, seconds, canary in ((1, 0.2, 1e-6), (2, 0.4, None), (3, 0.3, 5e-6)):
-        summary.add_sync(SyncRecord(policy_version=version, seconds=seconds, canary=canary, retries=version // 3))
+        summary.add_sync(
+            SyncRecord(policy_version=version, seconds=seconds, canary=canary, retries={"canary": version // 3})
+        )
     for reward in (0.3, 0.5, 0.7):
         summary.add_eval(reward, 256)
     result = summary.result(TOTALS, "finished")

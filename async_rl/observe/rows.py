@@ -1,0 +1,61 @@
+"""What a row of metrics.jsonl says, if it says it: what is missing or is no number is None, and nothing raises.
+
+A row is one training step (``metrics.summary.StepRecord.row``), perhaps of another version, perhaps damaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+Number = float | None
+Read = Callable[[Row], Number]
+
+
+def as_number(value: Any) -> Number:
+    """The value if it is a finite number. Beyond 1e300 no scale could be drawn, nor would it mean anything."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < 1e300 else None
+
+
+def of(*keys: str) -> Read:
+    """Reads the number that a row has under ``keys``, one mapping in the other."""
+
+    def read(row: Row) -> Number:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return as_number(value)
+
+    return read
+
+
+def split(row: Row, key: str) -> dict[str, float]:
+    """The numbers of a mapping, by name."""
+    found = row.get(key)
+    known = {name: as_number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def tokens(row: Row) -> dict[int, float]:
+    """Trained tokens by staleness."""
+    # What is longer is no version, and may be more digits than an int is made of.
+    ages = split(row, "token_staleness").items()
+    return {int(age): count for age, count in ages if age.isdecimal() and len(age) < 10}
+
+
+def kl(row: Row, *, stale: bool) -> Number:
+    """Mean ppo_kl over the tokens of staleness 0, or of all that are older; None where there are none."""
+    values, counts = split(row, "ppo_kl_by_staleness"), tokens(row)
+    parts = [(values[str(age)], counts[age]) for age in counts if (age > 0) == stale and str(age) in values]
+    weight = math.fsum(count for _, count in parts)
+    return math.fsum(value * count for value, count in parts) / weight if weight > 0 else None
+
+
+def partial_share(row: Row) -> Number:
+    """Of the step's trajectories, those that were cut and resumed."""
+    partial, trajectories = as_number(row.get("partial_rollouts")), as_number(row.get("trajectories"))
+    return partial / trajectories if partial is not None and trajectories else None
