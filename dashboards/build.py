@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if PATH.exists() and PATH.read_text(encoding="utf-8") == wanted:
         return 0
-    sys.stderr.write(f"{PATH} is not what dashboards/panels.py says; run python dashboards/build.py\n")
+    sys.stderr.write(f"{PATH} is not what dashboards/panels says; run python dashboards/build.py\n")
     return 1
 
 

@@ -165,7 +165,7 @@ def test_runs_can_be_laid_over_each_other(drawn):
 def test_every_declared_metric_is_shown(name, drawn):
     series = {selector.name for _, target in targets(drawn) for selector in selectors(parsed(target["expr"]))}
     suffixes = ("_bucket", "_sum", "_count") if METRICS[name].kind == "histogram" else ("",)
-    assert any(PREFIX + name + suffix in series for suffix in suffixes), "show it in dashboards/panels.py"
+    assert any(PREFIX + name + suffix in series for suffix in suffixes), "show it in dashboards/panels"
 
 
 def test_what_vllm_is_asked_for_is_what_it_counts(drawn):

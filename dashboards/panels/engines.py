@@ -1,0 +1,77 @@
+"""Engines: vLLM's own metrics."""
+
+from __future__ import annotations
+
+from .panel import TOKENS_PER_SECOND, Panel, Query, Row
+
+_ENGINE_LEGEND = "{{run}} replica {{replica}}"
+
+
+def _engine(metric: str, *, rate: bool = False) -> str:
+    """A metric of vLLM by replica; an engine with several data-parallel parts counts as one."""
+    inner = f'{metric}{{replica=~"$replica"}}'
+    return f"sum by (run, replica) ({f'rate({inner}[$window])' if rate else inner})"
+
+
+ENGINES = Row(
+    "Engines",
+    (
+        (
+            Panel(
+                "Tokens decoded",
+                TOKENS_PER_SECOND,
+                (Query(_engine("vllm:generation_tokens_total", rate=True), _ENGINE_LEGEND),),
+                "Tokens that vLLM sampled, those of evaluations and of the canary included.",
+                "level but for the pauses of pushes, and the same on all replicas.",
+                "`rollout.max_num_seqs` up as long as the KV cache is not full; `rollout.enforce_eager` off.",
+            ),
+            Panel(
+                "Tokens prefilled",
+                TOKENS_PER_SECOND,
+                (Query(_engine("vllm:prompt_tokens_total", rate=True), _ENGINE_LEGEND),),
+                "Prompt tokens that vLLM took in; resumed responses are among them.",
+                "small against the tokens decoded, with a peak after each push.",
+                "`async_training.partial_rollout.mode` in_flight resumes without prefill; "
+                "`rollout.max_num_batched_tokens` bounds the peak.",
+            ),
+            Panel(
+                "KV cache in use",
+                "percentunit",
+                (Query('max by (run, replica) (vllm:kv_cache_usage_perc{replica=~"$replica"})', _ENGINE_LEGEND),),
+                "Share of the KV cache that requests hold.",
+                "high but below 100 %: at the top, requests are preempted.",
+                "full: `rollout.kv_cache_bytes` on CPU, `rollout.gpu_memory_utilization` on a GPU, or "
+                "`rollout.max_num_seqs` down. Low: `rollout.max_num_seqs` up.",
+                high=1,
+                steps=((0.95, "red"),),
+            ),
+        ),
+        (
+            Panel(
+                "Requests running",
+                "short",
+                (Query(_engine("vllm:num_requests_running"), _ENGINE_LEGEND),),
+                "Sequences that each engine decodes at once.",
+                "near `rollout.max_num_seqs`. A long slope down before each push is the tail of long responses.",
+                "`async_training.staleness_threshold` up gives the engines more to do; `rollout.max_num_seqs` is "
+                "the most.",
+            ),
+            Panel(
+                "Requests waiting",
+                "short",
+                (Query(_engine("vllm:num_requests_waiting"), _ENGINE_LEGEND),),
+                "Sequences that wait for a place in an engine.",
+                "near zero. Many that wait long grow stale before they begin.",
+                "`rollout.replicas` up, `rollout.max_num_seqs` up, or `async_training.staleness_threshold` down.",
+            ),
+            Panel(
+                "Preemptions",
+                "none",
+                (Query(_engine("vllm:num_preemptions_total"), _ENGINE_LEGEND),),
+                "Requests that lost their KV cache to others and are computed again; a total since the engine started.",
+                "flat.",
+                "`rollout.kv_cache_bytes` or `rollout.gpu_memory_utilization` up, `rollout.max_num_seqs` down.",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,138 @@
+"""Health: processes, memory, what goes wrong."""
+
+from __future__ import annotations
+
+from .panel import Panel, Query, Row
+
+HEALTH = Row(
+    "Health",
+    (
+        (
+            Panel(
+                "Standing still",
+                "s",
+                (
+                    Query(
+                        "max by (run, waiting_for) (async_rl_watchdog_stalled_seconds{})",
+                        "{{run}} waits for {{waiting_for}}",
+                    ),
+                ),
+                "For how long nothing has moved, by what is waited for. The line is at the default of "
+                "watchdog.stall_s.",
+                "a low sawtooth. Above the line the log says who waits for whom.",
+                "`watchdog.stall_s` is when it is logged, `watchdog.abort_s` when the run ends; waits for admission: "
+                "`async_training.staleness_threshold` up; for generation: `rollout.group_timeout_s`.",
+                steps=((60, "red"),),
+            ),
+            Panel(
+                "Restarts and checkpoints",
+                "none",
+                (
+                    Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),
+                    Query("async_rl_checkpoints_total{}", "{{run}} checkpoints", dashed=True),
+                ),
+                "Processes that died and were started again, by kind, and checkpoints written.",
+                "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope is a "
+                "fault of the machine or of the settings.",
+                "`recovery.max_restarts` within `recovery.period_s` end the run; `checkpoint.every` says how much a "
+                "trainer that dies loses.",
+            ),
+            Panel(
+                "Memory of each process",
+                "bytes",
+                (
+                    Query('process_resident_memory_bytes{role="pipeline"}', "{{run}} pipeline"),
+                    Query(
+                        'process_resident_memory_bytes{role!="pipeline", replica=~"$replica"}',
+                        "{{run}} {{role}} {{replica}}",
+                    ),
+                ),
+                "Resident memory. Shared memory counts in each process that has touched it.",
+                "level after the first steps.",
+                "pipeline grows: `queue.max_bytes` down. Trainer: `trainer.tokens_per_microbatch` down, "
+                "`trainer.recompute`. Rollout: `rollout.kv_cache_bytes` down.",
+            ),
+        ),
+        (
+            Panel(
+                "Groups dropped",
+                "none",
+                (Query("sum by (run, reason) (async_rl_groups_dropped_total{})", "{{run}} {{reason}}"),),
+                "Groups generated for nothing: dropped, and their prompts issued again.",
+                "flat. A drop after a restart (worker_lost, payload_lost) is as it should be.",
+                "stale: `async_training.max_staleness` up or `async_training.on_stale` mask. timeout: "
+                "`rollout.group_timeout_s` up or `rollout.min_group_size` down.",
+            ),
+            Panel(
+                "Groups failed",
+                "none",
+                (Query("sum by (run, reason) (async_rl_groups_failed_total{})", "{{run}} {{reason}}"),),
+                "Groups given up for good: prompts that teach nothing.",
+                "zero. Look at the reward function first.",
+                "`reward.timeout_s`, `reward.on_error`, `rollout.environment.timeout_s`; timeout: "
+                "`rollout.max_attempts` up.",
+            ),
+            Panel(
+                "Groups cut",
+                "none",
+                (
+                    Query(
+                        'sum by (run, replica) (async_rl_groups_cut_total{replica=~"$replica"})',
+                        "{{run}} replica {{replica}}",
+                    ),
+                ),
+                "Groups handed in after rollout.group_timeout_s without their last responses.",
+                "a small share of all groups: the longest responses are what is missing, so cutting teaches brevity.",
+                "`rollout.group_timeout_s` up, `rollout.min_group_size` up.",
+            ),
+        ),
+        (
+            Panel(
+                "Bad rows of the datasets",
+                "none",
+                (Query("sum by (run, dataset) (async_rl_dataset_bad_rows_total{})", "{{run}} {{dataset}}"),),
+                "Rows of the training and the evaluation file that were skipped.",
+                "zero: a dataset that shrinks silently is another dataset.",
+                "`data.on_bad_row` fail ends the run at the first; `data.max_prompt_tokens` up where rows are too "
+                "long.",
+                kind="stat",
+                width=6,
+                steps=((1, "red"),),
+            ),
+            Panel(
+                "Pushes made again",
+                "none",
+                (Query("sum by (run, reason) (async_rl_sync_retries_total{})", "{{run}} {{reason}}"),),
+                "Weight pushes made again. canary: the weights arrived wrong, and the log names the layer; transfer: "
+                "they did not arrive. A second failure ends the run.",
+                "zero.",
+                "`sync.backend` shm on one host to see whether the transfer is at fault; `sync.canary_tolerance` only "
+                "with a reason.",
+                kind="stat",
+                width=6,
+                steps=((1, "red"),),
+            ),
+            Panel(
+                "Padding",
+                "percentunit",
+                (Query("async_rl_padding_ratio{}"),),
+                "Share of the positions that the trainer computes and that belong to no sequence.",
+                "a few percent.",
+                "`trainer.tokens_per_microbatch` up, `trainer.microbatch_multiple` down, `trainer.parallel.cp` down.",
+                width=6,
+                high=1,
+            ),
+            Panel(
+                "Work of the costliest rank",
+                "percentunit",
+                (Query("async_rl_rank_cost_ratio{}"),),
+                "Work of the costliest data-parallel rank over the mean.",
+                "below 110 %. Above it the other ranks wait for one.",
+                "`trainer.groups_per_step` up, or `trainer.parallel.dp` down.",
+                width=6,
+                low=1,
+                steps=((1.1, "orange"),),
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,138 @@
+"""Is it learning."""
+
+from __future__ import annotations
+
+from .panel import NATS, Panel, Query, Row, mean, per_second, quantile
+
+LEARNING = Row(
+    "Is it learning",
+    (
+        (
+            Panel(
+                "Policy version",
+                "none",
+                (Query('max by (run) (async_rl_policy_version{role="pipeline"})'),),
+                "Version of the weights; rises by one at every push.",
+                "it rises steadily. Flat: nothing is learnt or pushed; see the phase of the training loop below.",
+                "`async_training.trigger_parameter_sync_step` says how many training steps a push is apart.",
+                kind="stat",
+                width=6,
+                height=4,
+            ),
+            Panel(
+                "Training steps",
+                "short",
+                (Query("max by (run) (async_rl_training_steps_total{})"),),
+                "Training steps finished.",
+                "a straight line up to `trainer.steps`.",
+                "`trainer.steps` is where the run ends.",
+                kind="stat",
+                width=6,
+                height=4,
+            ),
+            Panel(
+                "Steps per minute",
+                "none",
+                (Query("60 * " + per_second("async_rl_training_steps_total")),),
+                "Pace of the run over the window.",
+                "steady. A fall with a busy trainer means longer responses; with an idle one, that rollout is slower.",
+                "`rollout.replicas` where the trainer waits, `async_training.staleness_threshold` where rollout does.",
+                kind="stat",
+                width=6,
+                height=4,
+            ),
+            Panel(
+                "Updates skipped",
+                "none",
+                (Query("sum by (run, reason) (async_rl_updates_skipped_total{})", "{{run}} {{reason}}"),),
+                "Optimizer updates that were not made. non_finite: a gradient was NaN or infinite. no_tokens: every "
+                "token was over the staleness bound.",
+                "zero.",
+                "non_finite: lower `trainer.optimizer.lr`. no_tokens: raise `async_training.max_staleness` or lower "
+                "`async_training.staleness_threshold`.",
+                kind="stat",
+                width=6,
+                height=4,
+                steps=((1, "red"),),
+            ),
+        ),
+        (
+            Panel(
+                "Reward",
+                "none",
+                (
+                    Query("async_rl_reward_mean{}", "{{run}} sampled", "blue"),
+                    Query("async_rl_eval_reward_mean{}", "{{run}} held out, greedy", "green"),
+                ),
+                "Mean reward of what each step trained, and on the held-out problems, which are never trained on.",
+                "both rise. Sampled reward that rises alone means that the training problems are learnt by heart.",
+                "flat from the start: `trainer.optimizer.lr` up, or `rollout.n` up where all responses of a group get "
+                "the same reward. Rises, then falls: `trainer.optimizer.lr` down, and see whether it is still the same "
+                "policy. `eval.every` sets how often the held-out problems are asked.",
+                width=12,
+                height=9,
+                low=None,
+            ),
+            Panel(
+                "Response length",
+                "si:tok",
+                (
+                    Query(mean("async_rl_response_tokens", "run"), "{{run}} mean", "blue"),
+                    Query(quantile(0.5, "async_rl_response_tokens"), "{{run}} median", "green"),
+                    Query(quantile(0.95, "async_rl_response_tokens"), "{{run}} 95 % below", "orange"),
+                ),
+                "Length of the responses that were trained. Quantiles are as coarse as the histogram, whose bounds are "
+                "powers of two.",
+                "the median moves slowly, and the tail stays below `rollout.max_response_tokens`.",
+                "the tail sits at the limit: raise `rollout.max_response_tokens`. Lengths and entropy collapse: "
+                "lower `trainer.optimizer.lr`. `rollout.group_timeout_s` cuts the tail, which teaches brevity.",
+                width=12,
+                height=9,
+            ),
+        ),
+        (
+            Panel(
+                "Entropy",
+                NATS,
+                (Query("async_rl_entropy{}"),),
+                "Mean entropy of the policy over trained tokens.",
+                "it falls slowly and stays above zero.",
+                "a fall to zero is a policy that no longer explores: raise `trainer.loss.clip_high` above "
+                "`trainer.loss.clip_low`, or lower `trainer.optimizer.lr`.",
+                width=6,
+            ),
+            Panel(
+                "Gradient norm",
+                "none",
+                (Query("async_rl_grad_norm{}"),),
+                "Global norm before clipping. The line is at 1, the default of the clip.",
+                "of one order of magnitude, mostly below the clip.",
+                "always above `trainer.optimizer.clip_grad`: the clip is the real learning rate; lower "
+                "`trainer.optimizer.lr`. Spikes come before a collapse: lower `async_training.staleness_threshold`.",
+                width=6,
+                steps=((1, "orange"),),
+            ),
+            Panel(
+                "Loss",
+                "none",
+                (Query("async_rl_loss{}"),),
+                "Policy loss of each training step.",
+                "small and around zero, without a trend. Jumps and NaN show a broken update.",
+                "`trainer.optimizer.lr` down; `trainer.loss.dual_clip` bounds what one token with a negative advantage "
+                "can do.",
+                width=6,
+                low=None,
+                centred=True,
+            ),
+            Panel(
+                "Learning rate",
+                "sci",
+                (Query("async_rl_learning_rate{}"),),
+                "Learning rate of the last optimizer step.",
+                "the warm-up ends and the schedule begins where they should.",
+                "`trainer.optimizer.lr`, `trainer.optimizer.warmup_steps`, `trainer.optimizer.schedule`.",
+                width=6,
+            ),
+        ),
+    ),
+)

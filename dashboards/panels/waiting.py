@@ -1,0 +1,211 @@
+"""Who waits."""
+
+from __future__ import annotations
+
+from .panel import TOKENS_PER_SECOND, Panel, Query, Row, mean, per_second, quantile
+
+PHASES = (
+    ("groups", "waits for groups", "yellow"),
+    ("update", "update", "green"),
+    ("push", "push", "blue"),
+    ("checkpoint", "checkpoint", "purple"),
+    ("evaluation", "evaluation", "semi-dark-blue"),
+    ("restart", "restart", "red"),
+)
+"""What the training loop can be at: value of the label, text, colour. A phase that is not listed shows as "other"."""
+
+
+def _phase_number() -> str:
+    """One series per run whose value is the place of its phase in PHASES, from 1; 0 is a phase that is not listed."""
+    known = [
+        f'{place} * max by (run) (async_rl_training_loop_phase{{phase="{phase}"}})'
+        for place, (phase, _, _) in enumerate(PHASES, start=1)
+    ]
+    return " or ".join([*known, "0 * max by (run) (async_rl_training_loop_phase{})"])
+
+
+WAITING = Row(
+    "Who waits",
+    (
+        (
+            Panel(
+                "Phase of the training loop",
+                "none",
+                (Query(_phase_number()),),
+                "What the training loop was at when it was scraped. Phases shorter than the scrape interval are seen "
+                "by chance, in proportion to their length.",
+                "mostly update. A lot of waiting: rollout is the bottleneck. Long pushes: everybody waits.",
+                "waiting: `rollout.replicas` or `async_training.staleness_threshold` up. Pushes: "
+                "`async_training.trigger_parameter_sync_step` up, `sync.rolling`. Checkpoints: `checkpoint.every` up.",
+                kind="phases",
+                width=24,
+                height=5,
+            ),
+        ),
+        (
+            Panel(
+                "Policy versions over replicas",
+                "none",
+                (
+                    Query('async_rl_policy_version{role="pipeline"}', "{{run}} trainer"),
+                    Query(
+                        'async_rl_policy_version{role="rollout", replica=~"$replica"}', "{{run}} replica {{replica}}"
+                    ),
+                ),
+                "Which version everybody has. The colour goes by the number.",
+                "all replicas step together with the trainer; with sync.rolling one after the other. One that stays "
+                "behind is dead, or waits for its weights.",
+                "`sync.rolling`, `sync.timeout_s`; `async_training.trigger_parameter_sync_step` is how long one lasts.",
+                kind="versions",
+                width=24,
+                height=7,
+            ),
+        ),
+        (
+            Panel(
+                "Idle share",
+                "percentunit",
+                (
+                    Query("async_rl_rollout_idle_ratio{}", "{{run}} rollout", "orange"),
+                    Query("async_rl_trainer_idle_ratio{}", "{{run}} trainer", "blue"),
+                ),
+                "Share of the last step's time in which each side had nothing to do.",
+                "one of them near zero; which one is the bottleneck.",
+                "rollout idle: `async_training.staleness_threshold` or `queue.max_groups` up. Trainer idle: "
+                "`rollout.replicas` up, or `rollout.max_num_seqs`.",
+                high=1,
+            ),
+            Panel(
+                "Overlap efficiency",
+                "percentunit",
+                (Query("async_rl_overlap_efficiency{}"),),
+                "Busy time of the busier side over wall time, since the first step: the one number for how well "
+                "asynchrony works.",
+                "above 90 %.",
+                "`async_training.staleness_threshold` up, `trainer.streaming` on, "
+                "`async_training.require_batches` down.",
+                high=1,
+            ),
+            Panel(
+                "Step time",
+                "s",
+                (
+                    Query(mean("async_rl_step_seconds", "run"), "{{run}} mean", "blue"),
+                    Query(quantile(0.95, "async_rl_step_seconds"), "{{run}} 95 % below", "orange"),
+                ),
+                "Wall time of a training step, waiting included.",
+                "level, and both lines near each other. A 95 % far above the mean: pushes, checkpoints or stragglers.",
+                "`trainer.tokens_per_microbatch`, `trainer.groups_per_step`, `trainer.recompute`; stragglers: "
+                "`rollout.group_timeout_s`.",
+            ),
+        ),
+        (
+            Panel(
+                "Queue, groups",
+                "short",
+                (
+                    Query("async_rl_queue_groups{}", "{{run}} queued", "blue"),
+                    Query("async_rl_queue_limit_groups{}", "{{run}} limit", "red", dashed=True),
+                ),
+                "Finished groups that wait to be trained, and how many fit.",
+                "between empty and full. Always full: the trainer is the bottleneck. Always empty: rollout is.",
+                "`queue.max_groups`; full: `async_training.staleness_threshold` down saves staleness at no cost. "
+                "Empty: `rollout.replicas` up.",
+            ),
+            Panel(
+                "Queue, bytes",
+                "bytes",
+                (
+                    Query("async_rl_queue_bytes{}", "{{run}} queued", "blue"),
+                    Query("async_rl_queue_limit_bytes{}", "{{run}} limit", "red", dashed=True),
+                ),
+                "Payload bytes in the queue, and how many fit.",
+                "well below the limit. At it, workers wait to hand in what they have finished.",
+                "`queue.max_bytes` up, or `queue.max_groups` down so that the other bound holds first.",
+            ),
+            Panel(
+                "Groups outstanding",
+                "short",
+                (Query("async_rl_groups_outstanding{}"),),
+                "Groups issued and neither trained, returned nor failed: in flight, queued or leased.",
+                "rises to the admission limit only shortly before a push. At it, rollout waits for the next version.",
+                "`async_training.staleness_threshold` is the budget; `trainer.groups_per_step` times "
+                "`async_training.require_batches` is what a step takes of it.",
+            ),
+        ),
+        (
+            Panel(
+                "Groups per minute",
+                "none",
+                (
+                    Query("60 * " + per_second("async_rl_groups_issued_total"), "{{run}} issued", "blue"),
+                    Query("60 * " + per_second("async_rl_groups_trained_total"), "{{run}} trained", "green"),
+                    Query("60 * " + per_second("async_rl_groups_returned_total"), "{{run}} returned", "red"),
+                ),
+                "Groups handed to rollout, groups trained, and groups whose prompt went back to be issued again.",
+                "issued and trained on top of each other, returned at zero.",
+                "returned: `async_training.max_staleness` up or `async_training.on_stale` mask; "
+                "`rollout.group_timeout_s` up.",
+            ),
+            Panel(
+                "Push time by phase",
+                "s",
+                (
+                    Query(
+                        mean("async_rl_sync_seconds", "run", 'phase="total"'),
+                        "{{run}} total",
+                        "text",
+                        dashed=True,
+                    ),
+                    Query(mean("async_rl_sync_seconds", "run, phase", 'phase!="total"'), "{{run}} {{phase}}"),
+                ),
+                "Mean duration of a weight push and of each of its phases: pause, transfer, wake, canary.",
+                "transfer is most of it. Generation stands still meanwhile.",
+                "pause is long with `async_training.partial_rollout.mode` drain: use resume. Transfer: `sync.backend`. "
+                "The whole too often: `async_training.trigger_parameter_sync_step` up, `sync.rolling`.",
+            ),
+            Panel(
+                "Share of time that a replica is paused",
+                "percentunit",
+                (
+                    Query(
+                        per_second("async_rl_rollout_paused_seconds_total", "run, replica", 'replica=~"$replica"'),
+                        "{{run}} replica {{replica}}",
+                    ),
+                ),
+                "How much of the time each replica stood still for pushes and checkpoints.",
+                "a few percent, and the same for all.",
+                "`async_training.trigger_parameter_sync_step` up, `sync.rolling`, `checkpoint.every` up.",
+                high=1,
+            ),
+        ),
+        (
+            Panel(
+                "Tokens generated and trained",
+                TOKENS_PER_SECOND,
+                (
+                    Query(per_second("async_rl_generated_tokens_total"), "{{run}} generated", "orange"),
+                    Query(per_second("async_rl_trained_tokens_total"), "{{run}} trained", "blue"),
+                ),
+                "Response tokens sampled by all replicas, and those that contributed a gradient.",
+                "level, and together over a few steps; the gap is work thrown away or masked.",
+                "`async_training.max_staleness` up or `async_training.staleness_threshold` down closes the gap.",
+                width=12,
+            ),
+            Panel(
+                "Tokens generated by each replica",
+                TOKENS_PER_SECOND,
+                (
+                    Query(
+                        per_second("async_rl_generated_tokens_total", "run, replica", 'replica=~"$replica"'),
+                        "{{run}} replica {{replica}}",
+                    ),
+                ),
+                "Response tokens sampled by each replica.",
+                "all alike. One lower than the others is a slow machine, or has just been started again.",
+                "`rollout.max_num_seqs`, `rollout.max_num_batched_tokens`; on CPU `resources.engine_threads`.",
+                width=12,
+            ),
+        ),
+    ),
+)
