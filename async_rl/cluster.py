@@ -99,6 +99,17 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def ray_exporters() -> list[str]:
+    """host:port of each node of the cluster on which Ray serves its own metrics. It does where it was installed as
+    ray[default]; what it has without those packages exports nothing."""
+    try:
+        import ray.dashboard.optional_deps  # what Ray itself decides by
+    except ImportError:
+        return []
+    nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort"))
+    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+
+
 def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement: Placement) -> Any:
     """The actor of one replica; its engine is not started yet. ``queue``: the queue's actor."""
     return (

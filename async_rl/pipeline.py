@@ -36,7 +36,7 @@ import ray
 import structlog
 
 from async_rl import doctor, inputs, logs, run_state
-from async_rl.cluster import place, ray_cluster
+from async_rl.cluster import place, ray_cluster, ray_exporters
 from async_rl.config import RunConfig
 from async_rl.errors import ConfigError, ReplicaFailed, TrainerDied
 from async_rl.failures import explain
@@ -98,6 +98,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
             if resume:
                 recorder.go_on(None if found is None else run_state.read_head(found))
             with ray_cluster(config):
+                recorder.ray(ray_exporters())
                 asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
             recorder.finish("interrupted")

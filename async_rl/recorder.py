@@ -132,6 +132,10 @@ class Recorder:
         log.info(text)
         self._live.event(text)
 
+    def ray(self, exporters: Sequence[str]) -> None:
+        """Where Ray serves its own metrics, host:port each."""
+        self._metrics.refer("ray", exporters, self._config.run_dir)
+
     def data(self, **bad_rows: int) -> None:
         """Rows of each dataset that were skipped."""
         for dataset, count in bad_rows.items():

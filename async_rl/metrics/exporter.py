@@ -17,7 +17,7 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -191,8 +191,16 @@ class Metrics:
         if port and bound != port:
             log.warning("metrics.port is in use; /metrics is served on the next free one", port=port, served_on=bound)
         if run_dir is not None:
-            self._targets = self._write_targets(run_dir, host, bound)
+            # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
+            reachable = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+            address = f"[{reachable}]:{bound}" if ":" in reachable else f"{reachable}:{bound}"
+            self._write_target(run_dir, self.role, self.replica, address)
         return bound
+
+    def refer(self, role: str, addresses: Sequence[str], run_dir: Path) -> None:
+        """Point Prometheus to /metrics that others serve for this run, until ``close``: replicas of ``role``."""
+        for replica, address in enumerate(addresses):
+            self._write_target(run_dir, role, replica, address)
 
     def _listen(self, host: str, port: int) -> tuple[Any, threading.Thread]:
         last = min(port + _PORTS_TRIED, 65535) if port else 0
@@ -209,18 +217,15 @@ class Metrics:
                 ) from None
         raise AssertionError("unreachable")
 
-    def _write_targets(self, run_dir: Path, host: str, port: int) -> list[Path]:
-        # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
-        reachable = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
-        address = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
-        labels = {"run": self.run, "role": self.role, "replica": str(self.replica)}
-        name = self.role if self.replica == 0 else f"{self.role}-{self.replica}"
+    def _write_target(self, run_dir: Path, role: str, replica: int, address: str) -> None:
+        labels = {"run": self.run, "role": role, "replica": str(replica)}
+        name = role if replica == 0 else f"{role}-{replica}"
         paths = [run_dir / TARGETS / f"{name}.json", run_dir.parent / ALL_TARGETS / f"{name}@{run_dir.name}.json"]
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Prometheus may read at any moment, and only *.json: the file appears whole, by its rename.
             write_atomically(path, (json.dumps([{"targets": [address], "labels": labels}]) + "\n").encode())
-        return paths
+        self._targets += paths
 
     def close(self) -> None:
         """Stop serving and withdraw the target files. May be called twice."""

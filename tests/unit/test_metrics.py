@@ -310,6 +310,18 @@ def test_target_file_appears_and_vanishes(tmp_path):
         socket.create_connection(("127.0.0.1", port), timeout=1)
 
 
+def test_targets_that_others_serve_appear_and_vanish_as_well(tmp_path):
+    metrics = Metrics("pipeline", run="demo")
+    metrics.serve(run_dir=tmp_path / "demo")
+    metrics.refer("ray", ["10.0.0.1:8080", "10.0.0.2:8081"], tmp_path / "demo")
+    folders = tmp_path / "demo" / "prometheus" / "targets", tmp_path / ".prometheus"
+    assert sorted(path.name for path in folders[0].iterdir()) == ["pipeline.json", "ray-1.json", "ray.json"]
+    (group,) = json.loads((folders[1] / "ray-1@demo.json").read_text())
+    assert group == {"targets": ["10.0.0.2:8081"], "labels": {"run": "demo", "role": "ray", "replica": "1"}}
+    metrics.close()
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
 def test_a_call_costs_little_beside_a_token(metrics):
     """No bound on time, only a ratio: a count must stay within a small multiple of a bare locked addition."""
     lock, value, rounds = threading.Lock(), {"x": 0.0}, 20_000
