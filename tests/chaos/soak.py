@@ -1,13 +1,15 @@
 """A long run with pushes all the time and a kill every minute: does memory grow, does anything break?
 
-    python tests/chaos/soak.py [--minutes 30]
+    python tests/chaos/soak.py [--minutes 30] [--samples FILE]
 
 Resident memory of every process is read every two seconds, as a whole and without what it shares: the pages of the
 object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that
-lasted three minutes at least, the first minute is warm-up; growth is the mean of the last quarter of the rest over that
-of its first quarter. The driver lives all along; the others are killed in turn, so that each lives for several minutes.
-At the end the run is stopped, and the invariants are checked as after every chaos test. The last line of stdout is one
-JSON object.
+lasted six minutes at least, the first three are warm-up (a trainer's heap is as large as it gets when the largest batches
+have come); growth is the mean of the last quarter of the rest over that of its first quarter. The driver lives all along.
+Of the others each kind is spared for a third of the time, so that it has a life to be judged by. At the end the run is
+stopped, and the invariants are checked as after every chaos test. The last line of stdout is one JSON object.
+
+    --samples FILE   also write every reading there, as CSV
 """
 
 import argparse
@@ -45,14 +47,17 @@ ROLES = {
     "raylet": "raylet/raylet",
     "gcs": "gcs_server",
 }
-KILLED = ("worker", "queue", "trainer", "engine")
-KILL_S, LOOK_S, WARM_UP_S, SHORTEST_S = 60.0, 2.0, 60.0, 180.0
+# Whom to kill in each third of the time. An engine ends with its worker, and the other way round.
+KILLED = (("worker", "queue", "engine"), ("trainer", "queue"), ("worker", "trainer", "engine"))
+KILL_S, LOOK_S, WARM_UP_S, SHORTEST_S, SETTLE_S = 60.0, 2.0, 180.0, 360.0, 180.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=30.0)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--samples", type=Path)
+    arguments = parser.parse_args()
+    minutes = arguments.minutes
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         for part in ("model", "recipe", "run", "journal"):
@@ -60,6 +65,9 @@ def main() -> None:
         run = Run(make_recipe(top / "recipe", make_model(top / "model")), top / "run", **SETTINGS)
         run.wait_for_step(5)
         memory, kills = watch(run, minutes * 60)
+        if arguments.samples:
+            lines = [(role, pid, *sample) for (role, pid), samples in memory.items() for sample in samples]
+            arguments.samples.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
         run.process.terminate()
         code = run.wait()
         run.assert_nothing_left()
@@ -75,7 +83,7 @@ def watch(run: Run, seconds: float):
     """{(role, pid): [(time, resident bytes, those that are its own)]}, and how many were killed."""
     memory = defaultdict(list)
     kills = 0
-    victims = itertools.cycle(KILLED)
+    victims = [itertools.cycle(third) for third in KILLED]
     began = last_kill = time.monotonic()
     driver = psutil.Process(run.driver)
     while (now := time.monotonic()) - began < seconds:
@@ -88,8 +96,8 @@ def watch(run: Run, seconds: float):
             except psutil.NoSuchProcess:
                 continue
         # The last minutes are for memory to settle.
-        if now - last_kill > KILL_S and seconds - (now - began) > SHORTEST_S:
-            victim = next(victims)
+        if now - last_kill > KILL_S and seconds - (now - began) > SETTLE_S:
+            victim = next(victims[int((now - began) / seconds * len(victims))])
             run.one(ROLES[victim]).kill()
             kills, last_kill = kills + 1, now
             print(f"{now - began:6.0f} s: killed {victim} after {len(run.trained)} steps", flush=True)
