@@ -4,10 +4,12 @@
 
 Resident memory of every process is read every two seconds, as a whole and without what it shares: the pages of the
 object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that
-lasted six minutes at least, the first three are warm-up (a trainer's heap is as large as it gets when the largest batches
-have come); growth is the mean of the last quarter of the rest over that of its first quarter. The driver lives all along.
-Of the others each kind is spared for a third of the time, so that it has a life to be judged by. At the end the run is
-stopped, and the invariants are checked as after every chaos test. The last line of stdout is one JSON object.
+lasted six minutes at least, the first three are warm-up (a trainer's heap is as large as it gets when the largest
+batches have come); growth is the mean of the last quarter of the rest over that of its first quarter. The driver lives
+all along. Of the others each kind is spared for a third of the time, so that it has a life to be judged by.
+
+At the end the run is stopped, and the invariants are checked as after every chaos test. The last line of stdout is one
+JSON object.
 
     --samples FILE   also write every reading there, as CSV
 """
