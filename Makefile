@@ -23,7 +23,7 @@ help:
 setup: $(STAMP)
 
 # The lock lists every package, so pip resolves nothing (see the head of requirements/cpu.txt for why).
-$(STAMP): requirements/cpu.txt pyproject.toml launch/setup.sh
+$(STAMP): requirements/cpu.txt requirements/ray-metrics.txt pyproject.toml launch/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash launch/setup.sh
 	@touch $@
 

@@ -100,13 +100,10 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
 
 
 def ray_exporters() -> list[str]:
-    """host:port of each node of the cluster on which Ray serves its own metrics. It does where it was installed as
-    ray[default]; what it has without those packages exports nothing."""
-    try:
-        import ray.dashboard.optional_deps  # what Ray itself decides by
-    except ImportError:
-        return []
-    nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort"))
+    """host:port of each node of the cluster on which Ray serves its own metrics: it does where it was installed as
+    ray[default]."""
+    # Without those packages the port is -1.
+    nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
 
 

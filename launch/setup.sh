@@ -13,6 +13,12 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
     exit 1
 }
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# For the test that scrapes Ray: see the file.
+[ requirements/ray-metrics.txt -ot "$VENV/ray-metrics" ] || {
+    rm -rf "$VENV/ray-metrics"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$VENV/ray-metrics" \
+        -r requirements/ray-metrics.txt
+}
 
 # Programs that tests start: the server of queue.backend redis, Prometheus with promtool for alerts and dashboards, and a
 # browser for the report. A run itself needs none of them.

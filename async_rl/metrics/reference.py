@@ -13,8 +13,9 @@ Written by `make generate` from `async_rl/metrics/declared.py`; what is not ther
 
 Each process of a run serves its own `/metrics`, and announces it to Prometheus by a file in
 `runs/<name>/prometheus/targets/`, with labels `run`, `role` (`pipeline`, `rollout`, `trainer`) and `replica`. vLLM's
-metrics (`vllm:...`) are on the same pages as a worker's. `metrics.jsonl` has the same names without the prefix
-`async_rl_`, one line per training step. `process_resident_memory_bytes` and its like are there for each process.
+metrics (`vllm:...`) are on the same pages as a worker's; Ray's (`ray_...`, role `ray`) are there where Ray is
+installed as `ray[default]`. `metrics.jsonl` has the same names without the prefix `async_rl_`, one line per training
+step. `process_resident_memory_bytes` and its like are there for each process.
 """
 
 

@@ -46,6 +46,11 @@ HEALTH = Row(
                         'process_resident_memory_bytes{role!="pipeline", replica=~"$replica"}',
                         "{{run}} {{role}} {{replica}}",
                     ),
+                    Query(
+                        'max by (run, Component) (ray_component_rss_bytes{Component=~"gcs|raylet|agent"})',
+                        "{{run}} Ray: {{Component}}",
+                        dashed=True,
+                    ),
                 ),
                 "Resident memory. Shared memory counts in each process that has touched it.",
                 "level after the first steps.",
@@ -132,6 +137,22 @@ HEALTH = Row(
                 width=6,
                 low=1,
                 steps=((1.1, "orange"),),
+            ),
+        ),
+        (
+            Panel(
+                "Ray's object store",
+                "bytes",
+                (
+                    Query("sum by (run) (ray_object_store_used_memory{})", "{{run}} used"),
+                    Query("sum by (run) (ray_object_store_available_memory{})", "{{run}} free", dashed=True),
+                    Query('sum by (run) (ray_spill_manager_objects_bytes{State="Spilled"})', "{{run}} spilled", "red"),
+                ),
+                "Payloads of queued groups, of those in training and in flight. Ray's own metric: there is one only "
+                "where ray[default] is installed.",
+                "used stays below free, and nothing is spilled to disk.",
+                "`queue.max_bytes` down, or `async_training.staleness_threshold` down.",
+                width=24,
             ),
         ),
     ),

@@ -1,9 +1,12 @@
 """The pipeline watched by a real Prometheus: every expression of every panel and alert finds something to show."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import promql_parser
 import pytest
@@ -68,7 +71,18 @@ def alerts():
 
 
 @pytest.fixture(scope="module")
-def watched(recipe, tmp_path_factory):
+def with_ray_metrics():
+    """What is started has the packages with which Ray serves its own metrics."""
+    # Where launch/setup.sh puts them.
+    packages = Path(sys.prefix) / "ray-metrics"
+    assert packages.is_dir(), "make setup"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def watched(recipe, tmp_path_factory, with_ray_metrics):
     """(the run, the URL of the Prometheus that has watched it for a minute); the run goes on."""
     folder = tmp_path_factory.mktemp("watched")
     settings = {"trainer__steps": 100_000, "checkpoint__every": 10, "eval__every": 5, "trainer__optimizer__lr": 1e-6}
@@ -91,7 +105,7 @@ def test_every_process_is_scraped(watched):
     run, url = watched
     targets = ask(url, "targets")["activeTargets"]
     roles = {target["labels"]["role"]: target["health"] for target in targets}
-    assert roles == {"pipeline": "up", "rollout": "up", "trainer": "up"}
+    assert roles == {"pipeline": "up", "rollout": "up", "trainer": "up", "ray": "up"}
     assert {target["labels"]["run"] for target in targets} == {run.folder.name}
 
 

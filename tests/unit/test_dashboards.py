@@ -29,6 +29,7 @@ sys.path.remove(str(FOLDER))
 
 COMMON_LABELS = {"run", "role", "replica", "instance", "job"}
 VLLM_LABELS = {"model_name", "engine"}
+RAY_LABELS = {"Component", "State"}
 VARIABLES = {"$__interval": "15s", "$window": "1m", "$run": "demo", "$replica": ".*"}
 
 
@@ -96,6 +97,8 @@ def labels_of(name):
     """Labels that the series of this name have."""
     if name.startswith("vllm:"):
         return COMMON_LABELS | VLLM_LABELS
+    if name.startswith("ray_"):
+        return COMMON_LABELS | RAY_LABELS
     if name.startswith("process_"):
         return COMMON_LABELS
     declared = name.removeprefix(PREFIX)
