@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -90,6 +91,9 @@ def _train(path: Path, settings: Sequence[str], *, dry_run: bool, resume: bool) 
 
 
 def _run(config: RunConfig, *, resume: bool) -> int:
+    # Ray prints a paragraph to the terminal for each process that dies, over the live view; the run's log has a line on
+    # it. Ray reads this when it is imported: messages that match are not printed.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
     from async_rl import pipeline
 
     return pipeline.run(config, resume=resume)

@@ -81,6 +81,7 @@ def survive(run, kills, tmp_path, seed) -> None:
     assert run.wait() == 130, run.output
     run.assert_nothing_left()
     assert "Traceback" not in run.output
+    assert "(raylet" not in run.output, "Ray's own paragraphs on what died"
     check(run, tmp_path)
 
 
