@@ -13,15 +13,23 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import yaml
 
+from async_rl.metrics.declared import PREFIX
 from async_rl.observe import prometheus
 from async_rl.observe.backfill import backfill
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 _GRAFANA_PORT = 3000
 _DATA = ".observe"
+# What Prometheus' own page shows.
+_CURVES = (
+    f"{PREFIX}ppo_kl",
+    f"{PREFIX}reward_mean",
+    f'{{__name__=~"{PREFIX}(rollout|trainer)_idle_ratio"}}',
+)
 
 
 def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
@@ -32,6 +40,8 @@ def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
     prometheus.program()  # before anything is made
     with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_rules(), port=port) as url:
         _tell(port, url, f"watching the runs in {runs.absolute()}")
+        sys.stdout.write(f"ppo_kl, reward and who waits, without Grafana: {_graph(url)}\n")
+        sys.stdout.flush()
         with _grafana(runs / _DATA / "grafana", url):
             _until_interrupted()
     return 0
@@ -99,6 +109,16 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
         sys.stdout.write(f"Grafana:    http://127.0.0.1:{port}/d/async-rl  (log: {log}). Ctrl-C ends.\n")
         sys.stdout.flush()
         yield
+
+
+def _graph(url: str) -> str:
+    """Prometheus' own page with some curves, of the last quarter of an hour."""
+    panels = {
+        f"g{number}.{key}": value
+        for number, expression in enumerate(_CURVES)
+        for key, value in (("expr", expression), ("tab", "0"), ("range_input", "15m"))
+    }
+    return f"{url}/graph?{urlencode(panels)}"
 
 
 def _provision(data: Path, url: str) -> Path:

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from prometheus_api import ask
 from step_records import step_record
 
 from async_rl.config_file import validate
+from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.runfolder import RunFolder
 
@@ -76,10 +79,16 @@ def test_runs_that_begin_later_are_watched_on_the_next_free_port(started, tmp_pa
     assert url != f"http://127.0.0.1:{PORT}"
     assert f"port {PORT} is in use" in output.read_text()
     with Metrics("pipeline", run="later") as metrics:
-        metrics.set("reward_mean", 0.5)
+        publish.publish_step(metrics, step_record(reward_mean=0.5))
         metrics.serve(run_dir=runs / "later")
         (found,) = until(lambda: ask(url, "query", query="async_rl_reward_mean")["result"])
+        link = until(lambda: re.search(r"without Grafana: (\S+)", output.read_text()))[1]
+        assert urllib.request.urlopen(link).status == 200
+        curves = {key: values for key, values in parse_qs(urlsplit(link).query).items() if key.endswith(".expr")}
+        shown = {key: ask(url, "query", query=expression)["result"] for key, (expression,) in curves.items()}
     assert found["metric"]["run"] == "later"
+    assert len(shown) == 3
+    assert all(shown.values()), shown
     names = {rule["name"] for group in ask(url, "rules")["groups"] for rule in group["rules"]}
     assert "OnPolicyMismatch" in names
 
