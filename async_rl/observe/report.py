@@ -169,6 +169,12 @@ class Report:
                     log=True,
                 ),
                 self._curves("ppo_kl, k3 estimate", "nats", [_plain("ppo_kl_k3")], log=None),
+                self._curves(
+                    "Router disagreement",
+                    "share of the replayed choices",
+                    [_plain("router_disagreement_ratio")],
+                    zero=True,
+                ),
                 self._curves("Clipped tokens", "share", [_plain("clip_fraction")], zero=True),
                 self._curves("Effective sample size", "share of the tokens", [_plain("effective_sample_size_ratio")]),
                 self._curves(

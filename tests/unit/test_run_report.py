@@ -294,7 +294,7 @@ def test_the_report_of_a_run(tmp_path):
     ):
         assert said in page.text
     assert "2026-11-21 10:00:00 UTC" in page.text
-    assert source.count("<figure") == 24
+    assert source.count("<figure") == 25
     assert page.text.count("No step has a value.") == 1, "there was no canary"
     assert "steps: 9" in source.partition("<pre>")[2]
 
