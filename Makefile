@@ -14,7 +14,7 @@ help:
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make test    lint, types and every test that CI runs"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
-	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (20 minutes)"
+	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"
 	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make generate  what is written from code: docs/metrics.md, the dashboards"
