@@ -25,7 +25,7 @@ from async_rl.process import signal_on_parent_death
 
 PORT = 9090
 _PORTS_TRIED = 64
-_SCRAPE_S = 2
+SCRAPE_S = 5
 _READY_S = 30.0
 _END_S = 10.0
 # Samples of a finished run are as old as the run; by default Prometheus would delete what is older than 15 days.
@@ -58,12 +58,12 @@ def free_port(first: int, tried: int = _PORTS_TRIED) -> int:
 
 def settings(runs: Path | None, rules: Path | None) -> str:
     """prometheus.yml: scrape every process of every run below ``runs``, with the alerts in ``rules``."""
-    tree: dict[str, object] = {"global": {"scrape_interval": f"{_SCRAPE_S}s", "evaluation_interval": f"{_SCRAPE_S}s"}}
+    tree: dict[str, object] = {"global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}}
     if rules is not None:
         tree["rule_files"] = [str(rules.absolute())]
     if runs is not None:
         targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
-        sd = {"files": [str(targets)], "refresh_interval": f"{_SCRAPE_S}s"}
+        sd = {"files": [str(targets)], "refresh_interval": f"{SCRAPE_S}s"}
         # Asked for OpenMetrics, as Prometheus 2 asks, prometheus_client writes the colon of vLLM's names as underscore.
         colon = {
             "source_labels": ["__name__"],

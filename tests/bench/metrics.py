@@ -1,12 +1,13 @@
 """What being watched costs: the same run with everything on and with everything off, in turns, in one call.
 
-On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process every two seconds and evaluates the
-alerts. Off: none of them. Of each run the median step after the first ten; of each pair their ratio. Also timed is what
-the driver does by itself for one step (publishing it and exposing it to a scrape), against the step: noise of runs is
-some per cent here, and this is well below it. Printed last, one JSON line:
+On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
+them. Of each run the median step after the first ten; of each pair their ratio. Two runs differ by several per cent
+here whatever they do, so the parts are also timed by themselves: what the driver does for one step, and what a scrape
+takes the processes of a run under way. Printed last, one JSON line:
 
     step_ratio_on_over_off   median over the pairs;  pairs: each of them
-    publish_share            seconds to publish one step and to serve one scrape, over the median step
+    publish_share            seconds to publish one step and to write out one scrape, over the median step
+    scrape_share             seconds in which all processes serve one scrape, over the time between two
 
     .venv/bin/python tests/bench/metrics.py [--rounds 3] [--steps 60] [--config configs/tiny_moe.yaml]
 """
@@ -25,8 +26,9 @@ import json
 import statistics
 import tempfile
 import time
+import urllib.request
 
-from bench.runs import ROOT, train
+from bench.runs import ROOT, start, train
 from prometheus_client import generate_latest
 from step_records import step_record
 
@@ -37,6 +39,7 @@ from async_rl.observe import prometheus
 OFF = {"metrics.engine": "false", "metrics.timeline_bytes": 0, "metrics.samples_per_step": 0}
 RULES = ROOT / "dashboards" / "prometheus" / "rules.yml"
 WARM_UP_STEPS = 10
+SCRAPES = 20
 
 
 def median_step(config: Path, runs: Path, name: str, steps: int, *, on: bool) -> float:
@@ -47,6 +50,32 @@ def median_step(config: Path, runs: Path, name: str, steps: int, *, on: bool) ->
         folder = train(config, runs, name, settings)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["step_seconds"] for row in rows[WARM_UP_STEPS:])
+
+
+def scraping(config: Path, runs: Path) -> float:
+    """Seconds in which the processes of a run under way, all together, serve one scrape each; waiting for their turn
+    is among it."""
+    settings = {"trainer.steps": 100_000, "eval.n": 1, "eval.every": 0}
+    rows = runs / "scraped" / "metrics.jsonl"
+    process = start(config, runs, "scraped", settings)
+    try:
+        while not rows.exists() or len(rows.read_bytes().splitlines()) < WARM_UP_STEPS:
+            assert process.poll() is None, "the run ended early"
+            time.sleep(0.5)
+        targets = [
+            json.loads(path.read_text())[0]["targets"][0] for path in (runs / ".prometheus").glob("*@scraped.json")
+        ]
+        took = []
+        for _ in range(SCRAPES):
+            time.sleep(0.5)
+            began = time.perf_counter()
+            for target in targets:
+                urllib.request.urlopen(f"http://{target}/metrics").read()
+            took.append(time.perf_counter() - began)
+    finally:
+        process.terminate()
+        process.wait()
+    return statistics.median(took)
 
 
 def publishing(rounds: int = 200) -> float:
@@ -80,10 +109,12 @@ def main() -> None:
                 print(f"{name:8s} {seconds[on]:.4f} s a step", flush=True)
             pairs.append(seconds[True] / seconds[False])
             steps.append(seconds[False])
+        scrape = scraping(arguments.config, Path(folder))
     result = {
         "step_ratio_on_over_off": round(statistics.median(pairs), 4),
         "pairs": [round(pair, 4) for pair in pairs],
         "publish_share": round(publishing() / statistics.median(steps), 5),
+        "scrape_share": round(scrape / prometheus.SCRAPE_S, 5),
     }
     print(json.dumps(result))
 
