@@ -6,11 +6,11 @@ Knows the programs and the checkout's ``dashboards`` folder, which has the alert
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -139,10 +139,9 @@ def _provision(data: Path, url: str) -> Path:
 
 
 def _until_interrupted() -> None:
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """The handlers stay: a second Ctrl-C must not cut short what ends the programs."""
+    # A pipe and no threading.Event: a signal in the first one's handler would wait for the lock that this one holds.
+    reader, writer = os.pipe()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.write(writer, b"."))
+    os.read(reader, 1)

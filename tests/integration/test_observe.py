@@ -59,7 +59,8 @@ def started(tmp_path):
     yield start
     for process in processes:
         below = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # whoever is impatient
+            process.send_signal(number)
         assert process.wait(30) == 0
         assert not any(child.is_running() for child in below)
 
@@ -131,3 +132,27 @@ def test_without_prometheus_it_says_how_to_get_it(tmp_path):
     assert ran.returncode == 1
     assert "prometheus is not installed: apt install prometheus" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_signals_close_together_end_it():
+    """At whatever distance: with a lock in the handler, a seventh of these hung."""
+    waits = "from async_rl.observe import serve; print('waits', flush=True); serve._until_interrupted()"
+    processes = []
+    try:
+        for gap_us in range(0, 480, 20):
+            process = subprocess.Popen([sys.executable, "-c", waits], stdout=subprocess.PIPE)
+            processes.append(process)
+            process.stdout.readline()
+            time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            until_s = time.perf_counter() + gap_us * 1e-6
+            while time.perf_counter() < until_s:
+                pass
+            process.send_signal(signal.SIGTERM)
+        # The second may come when the interpreter is ending already, which has no handlers.
+        assert {process.wait(10) for process in processes} <= {0, -signal.SIGTERM}
+    finally:
+        for process in processes:
+            process.kill()
+            process.stdout.close()
+            process.wait()
