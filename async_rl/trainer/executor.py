@@ -131,7 +131,8 @@ class Executor:
             tensors = self._to_device(batch)
             routing = None if batch.routing is None else torch.from_numpy(batch.routing).to(self._device)
             # A forward pass alone is a probe, or prepares what training then replays.
-            compared = None if forward_only else torch.from_numpy(batch.of_samples).to(self._device)
+            compare = routing is not None and not forward_only
+            compared = torch.from_numpy(batch.of_samples).to(self._device) if compare else None
             self._replay.before_forward(routing, batch.cu_seqlens, number, compared)
             logits = chunk(
                 input_ids=tensors["token_ids"].unsqueeze(0),

@@ -175,9 +175,10 @@ class RoutingReplay:
             rows, _ = self._share(cu_seqlens, chunk)
             index = torch.from_numpy(rows).to(routing.device)
             share = routing[index].long()
+            counted = None if compared is None else compared[index]
             for layer, router in self._routers[chunk]:
                 router.router_replay.set_target_indices(share[:, layer])
-                router.router_replay.compared = None if compared is None else compared[index]
+                router.router_replay.compared = counted
             self._act(chunk, RouterReplayAction.REPLAY_FORWARD)
             if self._verifiers:
                 self._verifiers[chunk].expect(share)
