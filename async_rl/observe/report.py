@@ -17,7 +17,7 @@ from async_rl import runfolder
 from async_rl.observe import figures, gantt, history
 from async_rl.observe.figures import Series, text
 from async_rl.observe.history import Event, History
-from async_rl.observe.rows import Number, Read, Row, as_number, kl, of, partial_share, tokens
+from async_rl.observe.rows import Number, Read, Row, as_number, kl_size, of, partial_share, tokens
 
 _MOST_AGES = 8
 _MOST_EVENTS = 200
@@ -140,8 +140,8 @@ class Report:
 
     def _policy(self) -> str:
         on_policy, stale = (
-            Curve("staleness 0", _size_of_kl(stale=False)),
-            Curve("staleness 1 and more", _size_of_kl(stale=True)),
+            Curve("staleness 0", kl_size(stale=False)),
+            Curve("staleness 1 and more", kl_size(stale=True)),
         )
         differences = [
             Curve("mean", of("on_policy_logprob_abs_diff_mean")),
@@ -388,14 +388,6 @@ def _grouped(row: Row) -> dict[int, float]:
     for age, count in tokens(row).items():
         found[min(age, _MOST_AGES)] = found.get(min(age, _MOST_AGES), 0.0) + count
     return found
-
-
-def _size_of_kl(*, stale: bool) -> Read:
-    def read(row: Row) -> Number:
-        value = kl(row, stale=stale)
-        return None if value is None else abs(value)
-
-    return read
 
 
 def _first(*values: Number) -> Number:

@@ -55,6 +55,16 @@ def kl(row: Row, *, stale: bool) -> Number:
     return math.fsum(value * count for value, count in parts) / weight if weight > 0 else None
 
 
+def kl_size(*, stale: bool) -> Read:
+    """Reads how far from 0 ``kl`` is: its estimates of either sign would hide each other in a mean or on a scale."""
+
+    def read(row: Row) -> Number:
+        value = kl(row, stale=stale)
+        return None if value is None else abs(value)
+
+    return read
+
+
 def partial_share(row: Row) -> Number:
     """Of the step's trajectories, those that were cut and resumed."""
     partial, trajectories = as_number(row.get("partial_rollouts")), as_number(row.get("trajectories"))

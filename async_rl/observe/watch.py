@@ -27,7 +27,7 @@ from rich.text import Text
 from async_rl.metrics.live import clock, size
 from async_rl.observe import history
 from async_rl.observe.history import Event, History
-from async_rl.observe.rows import Row, as_number, kl, partial_share, split, tokens
+from async_rl.observe.rows import Row, as_number, kl, kl_size, partial_share, split, tokens
 
 RECENT = 20
 """Steps over which pace and utilization are taken: one alone is too noisy."""
@@ -98,10 +98,8 @@ class Story:
             self.reward.add(as_number(row.get("reward_mean")))
             if (value := as_number(row.get("eval_reward_mean"))) is not None:
                 self.evals.add(value)
-            # Sizes, as values of either sign would hide each other in a mean.
-            for curve, stale in ((self.on_policy, False), (self.stale, True)):
-                divergence = kl(row, stale=stale)
-                curve.add(None if divergence is None else abs(divergence))
+            self.on_policy.add(kl_size(stale=False)(row))
+            self.stale.add(kl_size(stale=True)(row))
         # History would hold them all.
         self.run.rows = self.run.rows[-1:]
         self.run.events = self.run.events[-_EVENTS:]
