@@ -14,8 +14,8 @@ from async_rl.metrics.declared import METRICS, PREFIX
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.summary import TokenAgreement
 
-RULES = yaml.safe_load((FOLDER / "rules.yml").read_text())
-ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
+(GROUP,) = yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
+ALERTS = {rule["alert"]: rule for rule in GROUP["rules"] if "alert" in rule}
 
 
 def test_rules_and_settings_are_sound():
@@ -46,18 +46,24 @@ def test_what_a_run_publishes_is_what_the_rules_read(mismatch, alerts):
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_the_tests_notice_when_an_alert_is_missing(alert, tmp_path):
-    rules = [rule for rule in ALERTS.values() if rule["alert"] != alert]
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "async_rl", "rules": rules}]}))
+    rules = [rule for rule in GROUP["rules"] if rule.get("alert") != alert]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [GROUP | {"rules": rules}]}))
     shutil.copy(FOLDER / "rules_test.yml", tmp_path)
     assert promtool("test", "rules", tmp_path / "rules_test.yml").returncode != 0
 
 
+@pytest.mark.parametrize("rule", GROUP["rules"], ids=lambda rule: rule.get("alert") or rule["record"])
+def test_a_rule_reads_metrics_that_exist(rule):
+    for name in re.findall(rf"{PREFIX}(\w+)", rule["expr"]):
+        assert name in METRICS
+    for name in re.findall(r"run:[\w:]+", rule["expr"]):
+        assert any(other.get("record") == name for other in GROUP["rules"])
+
+
 @pytest.mark.parametrize("alert", ALERTS.values(), ids=list(ALERTS))
-def test_an_alert_names_metrics_and_settings_that_exist(alert):
+def test_an_alert_says_what_to_check_and_names_settings_that_exist(alert):
     text = alert["annotations"]["description"]
     assert "Check first" in text or "Lower" in text
-    for name in re.findall(rf"{PREFIX}(\w+)", alert["expr"]):
-        assert name in METRICS
     keys = {key for key, _ in leaves()}
     sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     for word in re.findall(rf"\b(?:{sections})\.[a-z_.]*[a-z_]", text):
