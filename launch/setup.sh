@@ -17,7 +17,10 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
 [ requirements/ray-metrics.txt -ot "$VENV/ray-metrics" ] || {
     rm -rf "$VENV/ray-metrics"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$VENV/ray-metrics" \
-        -r requirements/ray-metrics.txt
+        -r requirements/ray-metrics.txt || {
+        rm -rf "$VENV/ray-metrics"
+        echo "setup: could not install requirements/ray-metrics.txt; the test that scrapes Ray needs it" >&2
+    }
 }
 
 # Programs that tests start: the server of queue.backend redis, Prometheus with promtool for alerts and dashboards, and a
