@@ -307,6 +307,19 @@ async def test_cancelling_ends_the_program(tmp_path, before):
     assert sandboxed() == []
 
 
+async def test_cancelled_before_the_worker_has_the_process_in_hand_no_code_runs(tmp_path):
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0)\nopen('started', 'w')\ntime.sleep(3)"
+    running = asyncio.create_task(run_python(code))
+    await asyncio.sleep(0)
+    time.sleep(0.3)  # The event loop is late: the process has started, and asyncio does not know yet.
+    before, started = sandboxed(), list(tmp_path.glob("sandboxes/*/started"))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert len(before) == 1
+    assert started == sandboxed() == []
+
+
 async def test_the_program_ends_with_the_worker(tmp_path):
     code = "open('started', 'w'); import time; time.sleep(60)"
     worker_code = (

@@ -81,7 +81,7 @@ libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # Wi
 libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 libc.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL; after the change of credentials, which clears it.
 libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: without a namespace, what the code leaves behind comes to the supervisor.
-if os.getppid() != worker:
+if os.getppid() != worker or not os.read(0, 1):  # Until the worker has this process in hand, no code runs.
     os._exit(1)
 child = os.fork()
 if child:
@@ -259,6 +259,9 @@ async def _run(folder: str, stdin: bytes, limits: Limits) -> Outcome:
                 await asyncio.sleep(0.001)
 
     try:
+        # Cancelled any earlier, asyncio kills the process that it started, and no other: code that has taken back the
+        # wish to end with its parent would live on.
+        process.stdin.write(b"!")
         await _started(process.stdout, process.stderr)
         tasks += map(asyncio.create_task, (keep(process.stdout, stdout), keep(process.stderr, stderr)))
         tasks.append(asyncio.create_task(_feed(process.stdin, stdin)))
