@@ -38,7 +38,7 @@ generate: $(STAMP)
 	$(BIN)/python dashboards/build.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not long" tests/unit tests/integration tests/chaos tests/gpu
+	$(BIN)/python -m pytest -m "not long" --durations=30 tests/unit tests/integration tests/chaos tests/gpu
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit

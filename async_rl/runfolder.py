@@ -41,6 +41,7 @@ one folder, and not in each folder of a folder."""
 TRAJECTORY_SUFFIX = ".group"
 # Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
+_LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 # A lone surrogate, which a dataset may hold, has no UTF-8; its escape is what JSON has for it.
 _ERRORS = "backslashreplace"
 _FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
@@ -48,8 +49,12 @@ _FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Standard JSON: NaN and infinities, which it lacks, become null; numpy scalars become numbers."""
-    text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
-    return text.translate(_LINE_BREAKS)
+    encoder = _LINE if indent is None else json.JSONEncoder(indent=indent, allow_nan=False, ensure_ascii=False)
+    try:
+        text = encoder.encode(value)
+    except (TypeError, ValueError):  # rare, and several times as slow
+        text = encoder.encode(_plain(value))
+    return text if text.isascii() else text.translate(_LINE_BREAKS)
 
 
 def _plain(value: Any) -> Any:

@@ -56,9 +56,9 @@ def free_port(first: int, tried: int = _PORTS_TRIED) -> int:
     raise ResourceError(f"no port from {first} to {first + tried - 1} is free")
 
 
-def settings(runs: Path | None, rules: Path | None) -> str:
+def settings(runs: Path | None, rules: Path | None, scrape_s: int = SCRAPE_S) -> str:
     """prometheus.yml: scrape every process of every run below ``runs``, with the alerts in ``rules``."""
-    tree: dict[str, object] = {"global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}}
+    tree: dict[str, object] = {"global": {"scrape_interval": f"{scrape_s}s", "evaluation_interval": f"{scrape_s}s"}}
     if rules is not None:
         tree["rule_files"] = [str(rules.absolute())]
     if runs is not None:
@@ -77,7 +77,13 @@ def settings(runs: Path | None, rules: Path | None) -> str:
 
 @contextlib.contextmanager
 def running(
-    data: Path, *, runs: Path | None = None, rules: Path | None = None, port: int = PORT, options: Sequence[str] = ()
+    data: Path,
+    *,
+    runs: Path | None = None,
+    rules: Path | None = None,
+    port: int = PORT,
+    scrape_s: int = SCRAPE_S,
+    options: Sequence[str] = (),
 ) -> Iterator[str]:
     """A Prometheus that keeps its samples in ``data``, for the length of the block; yields its URL.
 
@@ -86,7 +92,7 @@ def running(
     path = program()
     data.mkdir(parents=True, exist_ok=True)
     config = data / "prometheus.yml"
-    config.write_text(settings(runs, rules))
+    config.write_text(settings(runs, rules, scrape_s))
     url = f"http://127.0.0.1:{(bound := free_port(port))}"
     log = data / "prometheus.log"
     command = [

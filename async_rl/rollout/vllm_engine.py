@@ -84,10 +84,13 @@ class VllmEngine:
 
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._cores)
+        from vllm.envs import enable_envs_cache
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
             self._llm = AsyncLLM.from_engine_args(vllm_process.engine_args(self._config, self._replica, self._model))
+            # As its engine core does: else each token of its statistics looks a setting up in the environment.
+            enable_envs_cache()
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:
