@@ -113,6 +113,9 @@ class VllmEngine:
         self._running.set()  # calls that wait for a resume go on, and find the engine gone
         if llm is None:
             return
+        from vllm.envs import disable_envs_cache
+
+        disable_envs_cache()  # the next engine of this process may be set up in another way
         # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
         logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
         llm.shutdown(timeout=SHUTDOWN_GRACE_S)
