@@ -88,7 +88,10 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._llm = AsyncLLM.from_engine_args(vllm_process.engine_args(self._config, self._replica, self._model))
+            self._llm = AsyncLLM.from_engine_args(
+                vllm_process.engine_args(self._config, self._replica, self._model),
+                stat_loggers=vllm_process.stat_loggers(self._config),
+            )
             # As its engine core does: else each token of its statistics looks a setting up in the environment.
             enable_envs_cache()
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.

@@ -24,6 +24,7 @@ from engine_checkpoint import (
     running,
     until_sampled,
 )
+from prometheus_client import REGISTRY
 
 from async_rl.errors import EngineError, WeightSyncError
 from async_rl.rollout.engine import RolloutEngine, Sampling
@@ -453,6 +454,19 @@ async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, traine
         assert await trainer.push(weights) == engine.version > before
         (score,) = await engine.score([SHORT_PROMPT])
         np.testing.assert_array_equal(score.logprobs, good.logprobs)
+
+
+async def test_every_token_is_in_its_metrics_once(engine):
+    def counted(name):
+        return sum(
+            sample.value for family in REGISTRY.collect() for sample in family.samples if sample.name == f"vllm:{name}"
+        )
+
+    names = "generation_tokens_total", "time_to_first_token_seconds_count", "inter_token_latency_seconds_count"
+    before = np.array([counted(name) for name in names])
+    calls = [engine.generate(f"counted/{tokens}", SHORT_PROMPT, GREEDY, tokens) for tokens in (1, 5, 30)]
+    assert [len(output.token_ids) for output in await asyncio.gather(*calls)] == [1, 5, 30]
+    assert (np.array([counted(name) for name in names]) - before).tolist() == [36, 3, 33]
 
 
 async def test_a_request_that_cannot_be_is_refused(engine):
