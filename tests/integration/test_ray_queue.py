@@ -195,6 +195,7 @@ class Dying:
     async def groups(self, values):
         for value in range(values):
             yield np.full(10**6, value, np.uint8) if value % 2 == 0 else value
+        await asyncio.sleep(1)  # Ray sends what is yielded in the background, and what it has not sent dies as well
         os._exit(1)
 
 
