@@ -47,7 +47,7 @@ _ENVIRONMENT = {
     "RAY_task_events_max_num_task_in_gcs": "5000",
     "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "1000",
     # Ray starts its two daemons on jemalloc, which by default has four arenas per core, each with freed pages of its
-    # own: they grow by a tenth within half an hour, while what is in use stays the same.
+    # own: the raylet grows by a tenth within half an hour, of what it no longer uses.
     "RAY_JEMALLOC_PROFILE": "raylet,gcs_server",
     "RAY_JEMALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
 }
