@@ -124,10 +124,12 @@ def _graph(url: str) -> str:
 def _provision(data: Path, url: str) -> Path:
     """Grafana's folder, with the datasource at ``url`` and the checkout's dashboards."""
     home = data.absolute()
-    source = {"name": "Prometheus", "uid": "prometheus", "type": "prometheus", "url": url, "isDefault": True}
+    sources = yaml.safe_load((DASHBOARDS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
+    for source in sources["datasources"]:
+        source["url"] = url
     provider = {"name": "async_rl", "type": "file", "options": {"path": str(DASHBOARDS / "grafana")}}
     for folder, tree in (
-        ("datasources", {"apiVersion": 1, "datasources": [source]}),
+        ("datasources", sources),
         ("dashboards", {"apiVersion": 1, "providers": [provider]}),
     ):
         path = home / "provisioning" / folder / "async_rl.yaml"

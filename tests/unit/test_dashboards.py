@@ -17,6 +17,7 @@ import yaml
 import async_rl
 from async_rl.config_file import leaves
 from async_rl.metrics.declared import METRICS, PREFIX
+from async_rl.observe import prometheus
 
 ROOT = Path(async_rl.__file__).parent.parent
 FOLDER = ROOT / "dashboards"
@@ -277,6 +278,9 @@ def test_provisioning_finds_what_compose_mounts():
     [source] = yaml.safe_load((FOLDER / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     listens = next(word for word in services["prometheus"]["command"] if "listen-address" in word)
     assert source["url"].removeprefix("http://") == listens.partition("=")[2]
+    assert source["jsonData"]["timeInterval"] == f"{prometheus.SCRAPE_S}s"
+    inside = prometheus.settings(Path("/runs"), rules=Path("/etc/prometheus/rules.yml"))
+    assert yaml.safe_load((FOLDER / "prometheus/prometheus.yml").read_text()) == yaml.safe_load(inside)
     assert listens.partition("=")[2].startswith("127.0.0.1:")
     assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
     for service in services.values():
