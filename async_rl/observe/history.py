@@ -6,11 +6,13 @@ A line without its end is one that is being written, or was when the writer was 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import yaml
 
@@ -19,43 +21,56 @@ from async_rl.errors import RunFolderError
 from async_rl.observe.rows import Row
 
 
+class Sink(Protocol):
+    """What takes the lines of a file one by one: a list keeps them all."""
+
+    def append(self, line: dict[str, Any], /) -> None: ...
+    def clear(self) -> None: ...
+
+
 class Lines:
     """A file of JSON lines that may still grow."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sink: Sink) -> None:
         self._path = path
+        self._sink = sink
         self._inode = self._position = 0
         self._number = 0
 
-    def new(self) -> tuple[list[Any], bool]:
-        """The lines that were finished since the last call; and whether they are all lines from the first on, because
-        the file is another one now (training went back to a checkpoint).
+    def read(self) -> None:
+        """Hand over the lines that were finished since the last call; or all, after a clear(), where the file is
+        another one now (training went back to a checkpoint).
 
         Raises RunFolderError for a line that is no JSON object, which no interruption explains.
         """
         try:
-            with self._path.open("rb") as stream:
-                inode = os.fstat(stream.fileno()).st_ino
-                anew = inode != self._inode or stream.seek(0, 2) < self._position
-                if anew:
-                    self._inode, self._position, self._number = inode, 0, 0
-                stream.seek(self._position)
-                whole = stream.read()
+            stream = self._path.open("rb")
         except FileNotFoundError:
-            return [], False
-        whole = whole[: whole.rfind(b"\n") + 1]
-        self._position += len(whole)
-        found = []
-        for line in whole.split(b"\n")[:-1]:
-            self._number += 1
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise RunFolderError(f"{self._path}:{self._number} is no JSON object: {line[:60]!r}; is it damaged?")
-            found.append(value)
-        return found, anew
+            return
+        with stream:
+            inode = os.fstat(stream.fileno()).st_ino
+            if inode != self._inode or stream.seek(0, os.SEEK_END) < self._position:
+                self._inode, self._position, self._number = inode, 0, 0
+                self._sink.clear()
+            stream.seek(self._position)
+            # Line by line: the file of a long run is larger than what is kept of it.
+            for line in _finished(stream):
+                self._position += len(line)
+                self._number += 1
+                self._sink.append(self._object(line[:-1]))
+
+    def _object(self, line: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise RunFolderError(f"{self._path}:{self._number} is no JSON object: {line[:60]!r}; is it damaged?")
+        return value
+
+
+def _finished(stream: IO[bytes]) -> Iterator[bytes]:
+    return itertools.takewhile(lambda line: line.endswith(b"\n"), stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,19 @@ class Event:
     text: str
 
 
+class _Events:
+    """Takes the lines of the pipeline's log."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+
+    def append(self, line: dict[str, Any], /) -> None:
+        self._events.append(Event(_seconds(line.get("timestamp")), line.get("level", ""), _text(line)))
+
+    def clear(self) -> None:
+        self._events.clear()
+
+
 @dataclass(slots=True)
 class History:
     """One run, as far as it has come; ``refresh`` reads what was added."""
@@ -74,7 +102,9 @@ class History:
     path: Path
     name: str
     settings: dict[str, Any]
+    into: InitVar[Sink | None] = None
     rows: list[Row] = field(default_factory=list)
+    """All steps; none where they go into something else."""
     events: list[Event] = field(default_factory=list)
     summary: dict[str, Any] | None = None
     """summary.json, of a run that has ended by itself."""
@@ -83,9 +113,9 @@ class History:
     _metrics: Lines = field(init=False)
     _log: Lines = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._metrics = Lines(self.path / runfolder.METRICS)
-        self._log = Lines(self.path / "logs" / "pipeline.jsonl")
+    def __post_init__(self, into: Sink | None) -> None:
+        self._metrics = Lines(self.path / runfolder.METRICS, self.rows if into is None else into)
+        self._log = Lines(self.path / "logs" / "pipeline.jsonl", _Events(self.events))
 
     @property
     def steps(self) -> int:
@@ -95,13 +125,8 @@ class History:
     def refresh(self) -> None:
         """Raises RunFolderError."""
         running = _is_locked(self.path / runfolder.LOCK)
-        rows, anew = self._metrics.new()
-        self.rows = [] if anew else self.rows
-        self.rows += rows
-        lines, anew = self._log.new()
-        events = [Event(_seconds(line.get("timestamp")), line.get("level", ""), _text(line)) for line in lines]
-        self.events = [] if anew else self.events
-        self.events += events
+        self._metrics.read()
+        self._log.read()
         try:
             self.summary = json.loads((self.path / runfolder.SUMMARY).read_bytes())
         except FileNotFoundError:
@@ -112,8 +137,11 @@ class History:
         self.running = running and self.summary is None
 
 
-def read(path: Path) -> History:
-    """The run in the folder ``path``. Raises RunFolderError where there is none, or one of another format."""
+def read(path: Path, into: Sink | None = None) -> History:
+    """The run in the folder ``path``; into: what takes its rows, now and at each refresh, instead of ``History.rows``.
+
+    Raises RunFolderError where there is no run, or one of another format.
+    """
     if not path.is_dir():
         known = sorted(config.parent.name for config in path.parent.glob(f"*/{runfolder.CONFIG}"))
         hint = f"; {path.parent} has {', '.join(known[:8])}" if known else ""
@@ -132,7 +160,7 @@ def read(path: Path) -> History:
             f"{path} is a run folder of format {found}, and this version reads {runfolder.FORMAT}; "
             "use the version of async-rl that wrote it"
         )
-    history = History(path, str(name), settings)
+    history = History(path, str(name), settings, into)
     history.refresh()
     return history
 

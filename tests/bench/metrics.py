@@ -2,16 +2,16 @@
 one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
-them. Nothing is learned, so that all steps cost the same on average. A machine that others use too is faster in one
-minute than in the next, by more than what is to be measured; turns of seconds give both runs the same share of it. The
-parts are timed by themselves too: what the driver does for one step, and what a scrape takes the processes of a run.
+them. Nothing is learned, so that all steps cost the same on average; but responses are sampled, and one run's steps have
+some more tokens than the other's, so steps of as many tokens are compared. A machine that others use too is faster in
+one minute than in the next, by more than what is to be measured; turns of seconds give both runs the same share of it.
+The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:
 
-    step_ratio_on_over_off     seconds per step, on over off
+    step_ratio_on_over_off     seconds per step of as many trained tokens, on over off
     step_ratio_90              where 90 of 100 such calls would find it, by resampling minutes
-    cpu_ratio_on_over_off      the processor's seconds per trained token, into which neither waiting enters nor how many
-                               tokens a step happens to have;  cpu_ratio_90
-    steps                      of both runs
+    cpu_ratio_on_over_off      the same of the processor's seconds, into which no waiting enters;  cpu_ratio_90
+    steps, tokens_per_step     of both runs, on and off
     publish_share              seconds to publish one step and to write out one scrape, over a step
     scrape_share               seconds in which all processes serve one scrape, over the time between two
 
@@ -162,10 +162,14 @@ def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> list[tu
     return pairs
 
 
+def summed(turns: Iterable[Turn]) -> Turn:
+    return Turn(*(sum(column) for column in zip(*turns, strict=True)))
+
+
 def costs(turns: Iterable[Turn]) -> tuple[float, float]:
-    """Seconds per step, and seconds of the processor per trained token."""
-    seconds, cpu_seconds, steps, tokens = (sum(column) for column in zip(*turns, strict=True))
-    return seconds / steps, cpu_seconds / tokens
+    """Seconds per trained token, and seconds of the processor."""
+    total = summed(turns)
+    return total.seconds / total.tokens, total.cpu_seconds / total.tokens
 
 
 def ratios(pairs: Iterable[tuple[Turn, Turn]]) -> tuple[float, float]:
@@ -233,13 +237,15 @@ def main() -> None:
         off.go_on()
     step, cpu = ratios(pairs)
     step_spread, cpu_spread = spread(pairs, size=max(1, round(60 / arguments.turn)))
-    off_step, _ = costs(without for _, without in pairs)
+    totals = [summed(turns) for turns in zip(*pairs, strict=True)]
+    off_step = totals[1].seconds / totals[1].steps
     result = {
         "step_ratio_on_over_off": round(step, 4),
         "step_ratio_90": step_spread,
         "cpu_ratio_on_over_off": round(cpu, 4),
         "cpu_ratio_90": cpu_spread,
-        "steps": [sum(turn.steps for turn in turns) for turns in zip(*pairs, strict=True)],
+        "steps": [total.steps for total in totals],
+        "tokens_per_step": [round(total.tokens / total.steps, 1) for total in totals],
         "step_seconds": round(off_step, 4),
         "publish_share": round(publishing() / off_step, 5),
         "scrape_share": round(scrape / prometheus.SCRAPE_S, 5),

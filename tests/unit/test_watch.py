@@ -12,7 +12,6 @@ from rich.console import Console
 from step_records import step_record
 
 from async_rl.errors import RunFolderError
-from async_rl.observe import history
 from async_rl.observe.watch import RECENT, Curve, Story, picture, watch
 
 NOW = 1_800_000_100.0
@@ -67,7 +66,7 @@ def shown(story, width=80, height=24, **options):
 
 
 def shown_of(folder, **options):
-    return shown(Story(history.read(folder)), **options)
+    return shown(Story(folder), **options)
 
 
 def assert_fits(text, width=80, height=24):
@@ -104,7 +103,7 @@ PICTURES = {
 def test_the_picture_fits_a_small_terminal(tmp_path, rows, blocks, running):
     events = [event("a long tale " * 40, "warning"), event("with\nbreaks and \x1b[31m escapes")] * 20
     folder = a_run(tmp_path / "run", rows, steps=10_000_000, events=events, name="n" * 200)
-    story = Story(history.read(folder))
+    story = Story(folder)
     story.run.running = running
     text = shown(story, blocks=blocks)
     assert_fits(text)
@@ -206,7 +205,7 @@ def test_a_long_reason_is_read_over_several_lines(tmp_path):
 
 def test_it_follows_a_run_that_grows_and_one_that_goes_back(tmp_path):
     folder = a_run(tmp_path / "run", rows_to(30, reward_mean=0.9))
-    story = Story(history.read(folder))
+    story = Story(folder)
     story.refresh()
     assert "step 30 of" in shown(story)
     write_lines(folder / "metrics.jsonl", rows_to(32, 31, reward_mean=0.1), "a")
@@ -234,9 +233,9 @@ def test_it_follows_a_run_that_grows_and_one_that_goes_back(tmp_path):
 
 def test_only_what_is_shown_is_kept(tmp_path):
     folder = a_run(tmp_path / "run", rows_to(300), events=[event("x")] * 500)
-    story = Story(history.read(folder))
+    story = Story(folder)
     story.refresh()
-    assert len(story.run.rows) == 1
+    assert not story.run.rows
     assert len(story.run.events) <= 200
     curve = Curve()
     for step in range(100_000):
@@ -262,7 +261,7 @@ def test_curves_rise_and_grow_with_the_terminal(tmp_path):
     rows = [{**row, "reward_mean": row["step"] / 400} for row in rows_to(400)]
     for row in rows[::100]:
         row["eval_reward_mean"] = row["reward_mean"]
-    story = Story(history.read(a_run(tmp_path / "run", rows)))
+    story = Story(a_run(tmp_path / "run", rows))
 
     def curve(label, width, **options):
         line = next(line for line in shown(story, width, **options).splitlines() if label in line)
