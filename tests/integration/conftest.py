@@ -4,17 +4,27 @@ import shutil
 
 import pytest
 from layouts import make_checkpoint
+from one_rank import make_checkpoints
 from ranks import Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks():
-    """Up to four trainer ranks, for whatever layout."""
+    """Up to four trainer ranks, for whatever layout; started at their first call."""
     with Ranks(4) as ranks:
         yield ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def models(ranks, tmp_path_factory):
+    """A folder with the small models of ``one_rank`` by name."""
+    folder = tmp_path_factory.mktemp("models")
+    ranks.call(make_checkpoints, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
 def checkpoint(ranks, tmp_path_factory):
     """The small model of ``layouts``."""
     folder = tmp_path_factory.mktemp("model")

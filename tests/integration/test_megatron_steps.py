@@ -1,0 +1,199 @@
+"""Updates of a real trainer, on CPU: the same however they are computed, and nothing in them of stale tokens."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from one_rank import Opened, assert_close, assert_same_agreement, make_groups, parameters, sequences, step, train_once
+from ranks import run_config
+
+from async_rl.trainer.packing import split_over_ranks
+
+pytestmark = pytest.mark.megatron
+
+
+def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_whole(ranks, models):
+    """Each token is trained once, in its own context; and what the prefixes cost is counted."""
+    groups = make_groups()
+    r3, exact = {"trainer__router_replay": "R3"}, {"async_training__partial_rollout__routing": "exact"}
+    own = [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(
+                    t,
+                    segments=tuple(
+                        replace(s, routed_experts=t.routed_experts[: len(t.prompt_ids) + s.stop - 1])
+                        for s in t.segments[:-1]
+                    )
+                    + t.segments[-1:],
+                )
+                for t in group.trajectories
+            ),
+        )
+        for group in groups
+    ]
+    whole = ranks.call(train_once, models / "moe", groups, r3)
+    views = ranks.call(train_once, models / "moe", own, r3 | exact)
+    assert_close(views[1], whole[1], rtol=1e-4, atol=1e-7)
+    assert_same_agreement(views[0].agreement, whole[0].agreement)
+    first_segments = sum(len(t.prompt_ids) + t.segments[0].stop - 1 for g in groups for t in g.trajectories)
+    assert (whole[0].extra_positions, views[0].extra_positions) == (0, first_segments)
+    # Another routing for the first segments changes what is computed for them, and for nobody else.
+    changed = [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(
+                    t,
+                    segments=(
+                        replace(t.segments[0], routed_experts=t.segments[0].routed_experts[::-1].copy()),
+                        *t.segments[1:],
+                    ),
+                )
+                for t in group.trajectories
+            ),
+        )
+        for group in own
+    ]
+    other = ranks.call(train_once, models / "moe", changed, r3 | exact)[0].agreement_by_resume_position
+    same = views[0].agreement_by_resume_position
+    assert abs(other["before"].kl - same["before"].kl) > 1e-3
+    for position in ("first", "after"):
+        assert_same_agreement(other[position], same[position])
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2", "off"])
+def test_padding_of_microbatches_changes_no_update(ranks, models, mode):
+    settings = {"trainer__router_replay": mode, "trainer__tokens_per_microbatch": 60}
+    plain = ranks.call(train_once, models / "moe", make_groups(), settings)
+    padded = ranks.call(train_once, models / "moe", make_groups(), settings | {"trainer__microbatch_multiple": 64})
+    assert_close(padded[1], plain[1], rtol=1e-4, atol=1e-7)
+    assert_same_agreement(padded[0].agreement, plain[0].agreement)
+    assert padded[0].router_fallback_rows == plain[0].router_fallback_rows == 0
+
+
+def test_the_update_does_not_depend_on_microbatches(ranks, models):
+    groups = make_groups()
+    one = ranks.call(train_once, models / "moe", groups, {"trainer__router_replay": "R3"})
+    many = ranks.call(
+        train_once,
+        models / "moe",
+        groups,
+        {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 40},
+    )
+    assert (one[0].microbatches, many[0].microbatches > 3) == (1, True)
+    assert_close(many[1], one[1], rtol=1e-4, atol=1e-7)
+    for field in ("loss", "ppo_kl_k3", "entropy", "clip_fraction", "effective_sample_size_ratio", "grad_norm"):
+        assert getattr(many[0], field) == pytest.approx(getattr(one[0], field), rel=1e-4, abs=1e-6), field
+
+
+def two_steps(trainer, shares):
+    """The second one without groups for all ranks but the first: they must still take part."""
+    place = trainer._place.dp
+    return step(trainer, shares[place]), step(trainer, shares[0] if place == 0 else []), parameters(trainer)
+
+
+def one_rank_two_steps(trainer, first, second):
+    return step(trainer, first), step(trainer, second), parameters(trainer)
+
+
+def test_two_data_parallel_ranks_make_the_update_of_one(ranks, models):
+    groups = make_groups()
+    by_rank = split_over_ranks([group.num_tokens for group in groups], 2)
+    shares = [[groups[index] for index in indices] for indices in by_rank]
+    alone, both = (run_config(models / "moe", trainer__router_replay="R3", trainer__parallel__dp=dp) for dp in (1, 2))
+    (expected,) = ranks.run(one_rank_two_steps, alone, groups, shares[0])
+    by_rank = ranks.run(two_steps, both, shares)
+    for first, second, weights in by_rank:
+        assert_close(weights, expected[2], rtol=1e-5, atol=1e-6)
+        for got, wanted in ((first, expected[0]), (second, expected[1])):
+            for field in ("tokens_masked", "groups", "trajectories"):
+                assert getattr(got, field) == getattr(wanted, field), field
+            for field in ("loss", "grad_norm", "entropy"):
+                assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-4, abs=1e-6), field
+            assert list(got.agreement_by_staleness) == list(wanted.agreement_by_staleness)
+            assert_same_agreement(got.agreement, wanted.agreement)
+            for age, agreement in got.agreement_by_staleness.items():
+                assert_same_agreement(agreement, wanted.agreement_by_staleness[age])
+    first, second = (weights["embedding.word_embeddings.weight"] for _, _, weights in by_rank)
+    assert (first == second).all()
+
+
+def mask_everything_then_poison(path):
+    import torch
+
+    groups = make_groups()
+    with Opened(path, trainer__router_replay="R3") as (trainer, _):
+        before = parameters(trainer)
+        masked = step(trainer, groups, oldest_version=5)
+        after_masked = parameters(trainer)
+        norm = dict(trainer._chunks[0].module.named_parameters())["decoder.final_layernorm.weight"]
+        with torch.no_grad():
+            kept = norm.clone()
+            norm[0] = float("inf")
+        poisoned = step(trainer, groups)
+        with torch.no_grad():
+            norm.copy_(kept)
+        after_poison = parameters(trainer)
+        healthy = step(trainer, groups)
+        return before, masked, after_masked, poisoned, after_poison, healthy, parameters(trainer)
+
+
+def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_and_training_goes_on(ranks, models):
+    before, masked, after_masked, poisoned, after_poison, healthy, after = ranks.call(
+        mask_everything_then_poison, models / "moe"
+    )
+    responses = sum(len(t.response_ids) for g in make_groups() for t in g.trajectories)
+    assert (masked.skipped, masked.agreement.tokens) == ({"no_tokens": 1}, 0)
+    assert masked.tokens_masked == {"stale": responses, "not_sampled": 0}
+    assert (masked.loss, masked.agreement.kl, masked.agreement_by_staleness) == (0.0, 0.0, {})
+    assert poisoned.skipped == {"non_finite": 1}
+    assert not np.isfinite(poisoned.grad_norm)
+    for name, values in before.items():
+        assert (after_masked[name] == values).all()
+        assert (after_poison[name] == values).all()
+    assert healthy.skipped == {}
+    assert np.isfinite(healthy.grad_norm)
+    assert any((after[name] != values).any() for name, values in before.items())
+
+
+def change_stale_tokens(path):
+    """Gradients of a batch, and of the same batch with other behaviour log-probs on its stale tokens."""
+    results = []
+    for shift in (0.0, 3.0):
+        groups = [
+            replace(
+                group,
+                trajectories=tuple(
+                    replace(t, logprobs=t.logprobs - np.float32(shift) * (t.versions < 4)) for t in group.trajectories
+                ),
+            )
+            for group in make_groups()
+        ]
+        results.append(train_once(path, groups, {"trainer__router_replay": "R3"}, oldest_version=3)[:2])
+    return results
+
+
+def test_invariant_4_stale_tokens_contribute_no_gradient_and_no_metric(ranks, models):
+    (report, gradients), (shifted_report, shifted) = ranks.call(change_stale_tokens, models / "moe")
+    assert report.tokens_masked["stale"] > 0
+    assert set(report.agreement_by_staleness) == {0}
+    assert_close(shifted, gradients, rtol=0, atol=0)
+    assert replace(shifted_report, seconds={}) == replace(report, seconds={})
+
+
+def supervised(path):
+    ids = sequences()
+    batch = [(x, np.arange(len(x)) >= 3) for x in ids]
+    with Opened(path, trainer__optimizer__warmup_steps=2) as (trainer, _):
+        logprobs = trainer.logprobs(ids)
+        losses = [trainer.supervised_step(batch) for _ in range(8)]
+    return losses, -np.concatenate([x[2:] for x in logprobs]).mean()
+
+
+@pytest.mark.parametrize("name", ["moe", "dense"])
+def test_supervised_steps_report_the_cross_entropy_of_the_masked_tokens_and_learn(ranks, models, name):
+    losses, expected = ranks.call(supervised, models / name)
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
