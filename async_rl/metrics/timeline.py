@@ -34,6 +34,7 @@ class Timeline:
         self._path = run_dir / TIMELINE / f"{role}.jsonl"
         self._limit = max_bytes // 2
         self._stream: TextIO | None = None
+        self._waiting: list[dict[str, Any]] = []
         self._written = 0
         self._flushed = 0.0
         if max_bytes:
@@ -45,21 +46,30 @@ class Timeline:
         if self._stream is None:
             return
         now = time.time()
-        self._written += self._stream.write(to_json({"what": what, "at": now - seconds, "s": seconds, **fields}) + "\n")
+        self._waiting.append({"what": what, "at": now - seconds, "s": seconds, **fields})
         if now - self._flushed > _FLUSH_S:
-            self._stream.flush()
             self._flushed = now
-        if self._written > self._limit:
-            self._stream.close()
-            os.replace(self._path, self._path.with_suffix(".1.jsonl"))
-            self._open()
+            self._write(self._stream)
 
     def close(self) -> None:
         """May be called twice."""
         if self._stream is not None:
+            self._write(self._stream)
             self._stream.close()
             self._stream = None
 
-    def _open(self) -> None:
+    def _write(self, stream: TextIO) -> None:
+        """All that wait at once: one by one, amid other work, a line takes several times as long."""
+        for span in self._waiting:
+            self._written += stream.write(to_json(span) + "\n")
+            if self._written > self._limit:
+                stream.close()
+                os.replace(self._path, self._path.with_suffix(".1.jsonl"))
+                stream = self._open()
+        self._waiting.clear()
+        stream.flush()
+
+    def _open(self) -> TextIO:
         self._stream = self._path.open("a", encoding="utf-8")
         self._written = self._stream.tell()
+        return self._stream

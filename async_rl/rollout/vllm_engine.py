@@ -85,6 +85,7 @@ class VllmEngine:
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._cores)
         from vllm.envs import enable_envs_cache
+        from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
@@ -102,6 +103,8 @@ class VllmEngine:
         vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
         self._running.set()
         await self._warm_up()
+        # What is loaded by now stays. Full collections looked through all of it, on the loop that hands out tokens.
+        freeze_gc_heap()
 
     async def _warm_up(self) -> None:
         """Have vLLM compile its samplers now: it does so at the first call of each kind, for seconds."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config import RunConfig
 from async_rl.errors import EngineError, ModelError
-from async_rl.metrics.batched import BatchedHistogram
 from async_rl.model_config import ModelConfig
 from async_rl.process import pin
 
@@ -103,10 +102,7 @@ def stat_loggers(config: RunConfig) -> list[type] | None:
     """For AsyncLLM instead of its own: the same metrics at less cost to the event loop. None unless metrics.engine."""
     if not config.metrics.engine:
         return None
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has no types here
-        _histogram_cls = BatchedHistogram
+    from async_rl.rollout.vllm_stats import BatchedStatLogger
 
     return [BatchedStatLogger]
 

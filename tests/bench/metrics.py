@@ -2,8 +2,8 @@
 one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
-them. Nothing is learned, so that all steps cost the same on average; but responses are sampled, and one run's steps have
-some more tokens than the other's, so steps of as many tokens are compared. A machine that others use too is faster in
+them. Nothing is learned, so that all steps cost the same on average; but responses are sampled, so one run's steps have
+some more tokens than the other's, and steps of as many tokens are compared. A machine that others use too is faster in
 one minute than in the next, by more than what is to be measured; turns of seconds give both runs the same share of it.
 The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:

@@ -462,11 +462,25 @@ async def test_every_token_is_in_its_metrics_once(engine):
             sample.value for family in REGISTRY.collect() for sample in family.samples if sample.name == f"vllm:{name}"
         )
 
-    names = "generation_tokens_total", "time_to_first_token_seconds_count", "inter_token_latency_seconds_count"
-    before = np.array([counted(name) for name in names])
+    each_once = {
+        "generation_tokens_total": 36,
+        "time_to_first_token_seconds_count": 3,
+        "inter_token_latency_seconds_count": 33,
+        "request_success_total": 3,
+        "prompt_tokens_total": 3 * len(SHORT_PROMPT),
+        "prefix_cache_queries_total": 3 * len(SHORT_PROMPT),
+        "iteration_tokens_total_sum": 36 + 3 * len(SHORT_PROMPT),
+    }
+    await asyncio.sleep(1)  # those of earlier tests
+    before = {name: counted(name) for name in each_once}
+    iterations = counted("iteration_tokens_total_count")
     calls = [engine.generate(f"counted/{tokens}", SHORT_PROMPT, GREEDY, tokens) for tokens in (1, 5, 30)]
     assert [len(output.token_ids) for output in await asyncio.gather(*calls)] == [1, 5, 30]
-    assert (np.array([counted(name) for name in names]) - before).tolist() == [36, 3, 33]
+    await asyncio.sleep(1)
+    assert {name: counted(name) - before[name] for name in each_once} == each_once
+    # A call of 30 tokens takes 30 iterations, however many are recorded together.
+    assert counted("iteration_tokens_total_count") - iterations >= 30
+    assert counted("num_requests_running") == 0
 
 
 async def test_a_request_that_cannot_be_is_refused(engine):
