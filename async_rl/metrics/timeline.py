@@ -10,8 +10,8 @@ A call is one engine call of one response, which a push ends ("abort") or the po
 how long a replica stands still for a push or a checkpoint. The pipeline's spans are what its training loop is at:
 "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", "other" between them.
 
-A span is written when it ends. Files are bounded, so that a run of any length keeps its latest spans; lines reach the
-file within about a second. Knows ``runfolder``'s JSON only.
+Files are bounded, so that a run of any length keeps its latest spans. A span reaches the file with the first one that
+ends a second later, or at the end. Knows ``runfolder``'s JSON only.
 """
 
 from __future__ import annotations

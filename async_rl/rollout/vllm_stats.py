@@ -46,7 +46,8 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
 
     def _record_waiting(self) -> None:
         self._timer = None
-        for engine, waiting in self._waiting.items():
+        each, self._waiting = self._waiting, defaultdict(list)
+        for engine, waiting in each.items():
             of_schedulers, of_iterations, of_caches = zip(*waiting, strict=True)
             for stats in of_iterations:
                 if stats is not None:
@@ -61,7 +62,6 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
                 else:
                     usual.append(stats)
             super().record(_latest(usual), summed(of_iterations), summed(of_caches), engine)
-        self._waiting.clear()
 
 
 def summed(each: Sequence[Stats | None]) -> Stats | None:
