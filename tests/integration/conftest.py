@@ -8,14 +8,15 @@ from one_rank import make_checkpoints
 from ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
-    """Up to four trainer ranks, for whatever layout; started at their first call."""
+    """Up to four trainer ranks, for whatever layout. For one module: the process groups of each layout leave threads
+    behind in them, and thousands of those would take the processor from what runs beside."""
     with Ranks(4) as ranks:
         yield ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def models(ranks, tmp_path_factory):
     """A folder with the small models of ``one_rank`` by name."""
     folder = tmp_path_factory.mktemp("models")
@@ -24,7 +25,7 @@ def models(ranks, tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(ranks, tmp_path_factory):
     """The small model of ``layouts``."""
     folder = tmp_path_factory.mktemp("model")
