@@ -19,16 +19,17 @@ def ranks():
 @pytest.fixture(scope="module")
 def models(ranks, tmp_path_factory):
     """A folder with the small models of ``one_rank`` by name."""
-    folder = tmp_path_factory.mktemp("models")
-    ranks.call(make_checkpoints, folder)
-    yield folder
-    shutil.rmtree(folder)
+    yield from made(make_checkpoints, ranks, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(ranks, tmp_path_factory):
     """The small model of ``layouts``."""
+    yield from made(make_checkpoint, ranks, tmp_path_factory)
+
+
+def made(make, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    ranks.call(make_checkpoint, folder)
+    ranks.call(make, folder)
     yield folder
     shutil.rmtree(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from one_rank import Opened, hf_logprobs, sequences
+from ranks import TIMEOUT_S
 
 from async_rl.errors import ModelError
 
@@ -153,7 +154,7 @@ def what_megatron_lacks():
 def test_every_patch_of_the_device_seam_is_still_needed():
     """Fails once torch or Megatron do without one: then remove it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        lacking = pool.submit(what_megatron_lacks).result(timeout=60)
+        lacking = pool.submit(what_megatron_lacks).result(timeout=TIMEOUT_S)
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU: nothing is lacking, and nothing is patched")
     assert lacking == dict.fromkeys(lacking, True)
