@@ -6,6 +6,7 @@ Call ``prepare`` before anything imports vLLM: it reads most of this at import, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,8 @@ def stat_loggers(config: RunConfig) -> list[type] | None:
         return None
     from async_rl.rollout.vllm_stats import BatchedStatLogger
 
+    # At INFO it would keep the figures of its own log besides, which is written by vLLM's server only.
+    logging.getLogger("vllm.v1.metrics.loggers").setLevel(logging.WARNING)
     return [BatchedStatLogger]
 
 

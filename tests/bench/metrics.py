@@ -2,13 +2,13 @@
 one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
-them. Nothing is learned, so that all steps cost the same on average; but responses are sampled, so one run's steps have
-some more tokens than the other's, and steps of as many tokens are compared. A machine that others use too is faster in
-one minute than in the next, by more than what is to be measured; turns of seconds give both runs the same share of it.
+them. Nothing is learned and no response ends before its limit, so that all steps cost the same. A step is timed on its
+run's own clock, which stands while the run is stopped. A machine that others use too is faster in one minute than in
+the next, by more than what is to be measured; turns of seconds give both runs the same share of it.
 The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:
 
-    step_ratio_on_over_off     seconds per step of as many trained tokens, on over off
+    step_ratio_on_over_off     seconds per step, on over off
     step_ratio_90              where 90 of 100 such calls would find it, by resampling minutes
     cpu_ratio_on_over_off      the same of the processor's seconds, into which no waiting enters;  cpu_ratio_90
     steps, tokens_per_step     of both runs, on and off
@@ -30,41 +30,41 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import contextlib
-import itertools
 import json
-import random
+import shutil
 import signal
 import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import psutil
 from bench.runs import ROOT, start
 from prometheus_client import generate_latest
 from step_records import step_record
 
+from async_rl import config_file
+from async_rl.errors import ConfigError
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe import prometheus
+from async_rl.user_function import load_function
 
-SETTINGS = {"trainer.steps": 10_000_000, "trainer.optimizer.lr": 1e-9, "eval.n": 1, "eval.every": 0}
+# As many tokens as a response of the demo has on average.
+SETTINGS = {
+    "trainer.steps": 10_000_000,
+    "trainer.optimizer.lr": 1e-9,
+    "rollout.max_response_tokens": 40,
+    "eval.n": 1,
+    "eval.every": 0,
+}
 OFF = {"metrics.engine": "false", "metrics.timeline_bytes": 0, "metrics.samples_per_step": 0}
 RULES = ROOT / "dashboards" / "prometheus" / "rules.yml"
 WARM_UP_STEPS = 10
 SCRAPES = 20
 RESAMPLES = 2000
-
-
-class Turn(NamedTuple):
-    """What a run did between being let go and being stopped."""
-
-    seconds: float
-    cpu_seconds: float
-    steps: int
-    tokens: int
 
 
 class SideRun:
@@ -73,39 +73,62 @@ class SideRun:
     def __init__(self, config: Path, runs: Path, settings: dict[str, object]) -> None:
         self.runs = runs
         self.beside: list[psutil.Process] = []
+        # On its own clock, in seconds: when each step ended, and when each turn ended with so many of the processor.
+        self.steps: list[float] = []
+        self.turns: list[tuple[float, float]] = []
+        self.tokens = 0
         self._rows = runs / "run" / "metrics.jsonl"
         self._read = 0
         self._process = start(config, runs, "run", SETTINGS | settings)
         self._stopped: list[psutil.Process] = []
+        self._pauses: list[tuple[float, float]] = []
+        self._stopped_at = 0.0
 
-    def new_rows(self) -> list[dict[str, Any]]:
-        """Of the steps since the last call."""
+    def read_steps(self) -> None:
+        """Those that were written since the last call."""
         if self._process.poll() is not None:
             sys.exit(f"the run in {self.runs} ended early")
         if not self._rows.exists():
-            return []
+            return
         with self._rows.open("rb") as file:
             file.seek(self._read)
             whole, _, _ = file.read().rpartition(b"\n")
         self._read += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines()]
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.steps.append(self._own_time(row["time"]))
+            self.tokens += row["trained_tokens"]
 
-    def turn(self, seconds: float) -> Turn:
+    def turn(self, seconds: float) -> None:
         """Let it go on for so long."""
-        cpu, began = self._cpu_seconds(), time.perf_counter()
         self.go_on()
         time.sleep(seconds)
         self.stop()
-        took = time.perf_counter() - began
-        rows = self.new_rows()
-        return Turn(took, self._cpu_seconds() - cpu, len(rows), sum(row["trained_tokens"] for row in rows))
+        self.turns.append((self._own_time(self._stopped_at), self._cpu_seconds()))
+        self.read_steps()
 
     def stop(self) -> None:
         self._stopped = self._processes()
         _signal(self._stopped, signal.SIGSTOP)
+        self._stopped_at = time.time()
 
     def go_on(self) -> None:
+        if self._stopped:
+            self._pauses.append((self._stopped_at, time.time()))
         _signal(self._stopped, signal.SIGCONT)
+        self._stopped = []
+
+    def _own_time(self, moment: float) -> float:
+        return moment - sum(min(end, moment) - begin for begin, end in self._pauses if begin < moment)
+
+    def stretches(self, turns: int) -> np.ndarray:
+        """float[n, 3]: seconds, seconds of the processor and steps of each stretch of so many turns, from the end of
+        one step to the end of another."""
+        steps, (ends, cpu) = np.asarray(self.steps), np.asarray(self.turns).T
+        first = np.searchsorted(steps, ends[0::turns])
+        first = first[first < len(steps)]
+        bounds = np.stack([steps[first], np.interp(steps[first], ends, cpu), first], axis=1)
+        return np.diff(bounds, axis=0)
 
     def scrape_seconds(self) -> float:
         """In which its processes, one after the other, serve a scrape each; waiting for their turn is among it."""
@@ -144,37 +167,41 @@ def _signal(processes: Iterable[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
-def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> list[tuple[Turn, Turn]]:
+def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> None:
     """Turns of both, each first in every other pair."""
-    for run in (on, off):
-        run.stop()
-        run.new_rows()
-    pairs = []
+    on.stop()
+    off.stop()
     end = time.monotonic() + seconds
+    first, second = on, off
     while time.monotonic() < end:
-        if len(pairs) % 2 == 0:
-            with_, without = on.turn(turn), off.turn(turn)
-        else:
-            without, with_ = off.turn(turn), on.turn(turn)
-        pairs.append((with_, without))
-    on.go_on()
-    off.go_on()
-    return pairs
+        first.turn(turn)
+        second.turn(turn)
+        first, second = second, first
 
 
-def summed(turns: Iterable[Turn]) -> Turn:
-    return Turn(*(sum(column) for column in zip(*turns, strict=True)))
+def ratios(on: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """float[2]: seconds per step and seconds of the processor per step, on over off, of float[n, 3] stretches each."""
+    on, off = on.sum(axis=0), off.sum(axis=0)
+    return (on[:2] / on[2]) / (off[:2] / off[2])
 
 
-def costs(turns: Iterable[Turn]) -> tuple[float, float]:
-    """Seconds per trained token, and seconds of the processor."""
-    total = summed(turns)
-    return total.seconds / total.tokens, total.cpu_seconds / total.tokens
+def spread(on: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """float[2, 2]: of either ratio the 5th and 95th per cent, when the stretches are drawn anew from the same ones."""
+    draw = np.random.default_rng(0)
+    picks = draw.integers(len(on), size=(RESAMPLES, len(on)))
+    return np.quantile([ratios(on[pick], off[pick]) for pick in picks], (0.05, 0.95), axis=0).T
 
 
-def ratios(pairs: Iterable[tuple[Turn, Turn]]) -> tuple[float, float]:
-    on, off = (costs(turns) for turns in zip(*pairs, strict=True))
-    return on[0] / off[0], on[1] / off[1]
+def endless(config: Path, folder: Path) -> Path:
+    """The model of ``config`` in ``folder``, without a token that ends a response."""
+    settings = config_file.load(config)
+    if settings.prepare is not None:
+        load_function("prepare", settings.prepare, ("config",), ConfigError)(settings)
+    shutil.copytree(settings.model.path, folder)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+    return folder
 
 
 @contextlib.contextmanager
@@ -186,16 +213,6 @@ def prometheus_beside(runs: Path) -> Iterator[list[psutil.Process]]:
         runs.parent / f"{runs.name}-data", runs=runs, rules=RULES, scrape_s=2 * prometheus.SCRAPE_S
     ):
         yield list(set(psutil.Process().children()) - before)
-
-
-def spread(pairs: Sequence[tuple[Turn, Turn]], size: int) -> list[list[float]]:
-    """Of either ratio the 5th and 95th per cent, when stretches of ``size`` pairs are drawn anew from the same ones:
-    a step that one turn begins and the next one ends makes neighbours unlike."""
-    stretches = [pairs[first : first + size] for first in range(0, len(pairs), size)]
-    draw = random.Random(0)
-    drawn = [ratios(itertools.chain.from_iterable(draw.choices(stretches, k=len(stretches)))) for _ in range(RESAMPLES)]
-    cuts = [statistics.quantiles(ratio, n=20) for ratio in zip(*drawn, strict=True)]
-    return [[round(cut[0], 4), round(cut[-1], 4)] for cut in cuts]
 
 
 def publishing(rounds: int = 200) -> float:
@@ -221,33 +238,37 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs = Path(folder)
-        on = SideRun(arguments.config, runs / "on", OFF if arguments.control else {})
+        model = {"model.path": endless(arguments.config, runs / "model")}
+        on = SideRun(arguments.config, runs / "on", model | (OFF if arguments.control else {}))
         stack.callback(on.close)
-        off = SideRun(arguments.config, runs / "off", OFF)
+        off = SideRun(arguments.config, runs / "off", model | OFF)
         stack.callback(off.close)
         for run in (on, off):
-            warmed_up = 0
-            while (warmed_up := warmed_up + len(run.new_rows())) < WARM_UP_STEPS:
+            while len(run.steps) < WARM_UP_STEPS:
                 time.sleep(0.5)
+                run.read_steps()
         if not arguments.control:
             on.beside = stack.enter_context(prometheus_beside(on.runs))
-        pairs = alternate(on, off, arguments.minutes * 60, arguments.turn)
-        off.stop()
+        alternate(on, off, arguments.minutes * 60, arguments.turn)
+        on.go_on()
         scrape = on.scrape_seconds()
         off.go_on()
-    step, cpu = ratios(pairs)
-    step_spread, cpu_spread = spread(pairs, size=max(1, round(60 / arguments.turn)))
-    totals = [summed(turns) for turns in zip(*pairs, strict=True)]
-    off_step = totals[1].seconds / totals[1].steps
+    minute = max(1, round(60 / (2 * arguments.turn)))
+    stretches = [run.stretches(minute) for run in (on, off)]
+    size = min(len(each) for each in stretches)
+    stretches = [each[:size] for each in stretches]
+    step, cpu = ratios(*stretches)
+    step_spread, cpu_spread = spread(*stretches)
+    seconds, _, steps = stretches[1].sum(axis=0)
     result = {
         "step_ratio_on_over_off": round(step, 4),
-        "step_ratio_90": step_spread,
+        "step_ratio_90": step_spread.round(4).tolist(),
         "cpu_ratio_on_over_off": round(cpu, 4),
-        "cpu_ratio_90": cpu_spread,
-        "steps": [total.steps for total in totals],
-        "tokens_per_step": [round(total.tokens / total.steps, 1) for total in totals],
-        "step_seconds": round(off_step, 4),
-        "publish_share": round(publishing() / off_step, 5),
+        "cpu_ratio_90": cpu_spread.round(4).tolist(),
+        "steps": [int(each[:, 2].sum()) for each in stretches],
+        "tokens_per_step": [round(run.tokens / len(run.steps), 1) for run in (on, off)],
+        "step_seconds": round(seconds / steps, 4),
+        "publish_share": round(publishing() / (seconds / steps), 5),
         "scrape_share": round(scrape / prometheus.SCRAPE_S, 5),
     }
     print(json.dumps(result))
