@@ -64,14 +64,7 @@ def settings(runs: Path | None, rules: Path | None, scrape_s: int = SCRAPE_S) ->
     if runs is not None:
         targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
         sd = {"files": [str(targets)], "refresh_interval": f"{SCRAPE_S}s"}
-        # Asked for OpenMetrics, as Prometheus 2 asks, prometheus_client writes the colon of vLLM's names as underscore.
-        colon = {
-            "source_labels": ["__name__"],
-            "regex": "vllm_(.+)",
-            "target_label": "__name__",
-            "replacement": "vllm:$1",
-        }
-        tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd], "metric_relabel_configs": [colon]}]
+        tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd]}]
     return yaml.safe_dump(tree)
 
 

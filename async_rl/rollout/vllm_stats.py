@@ -49,10 +49,13 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
         each, self._waiting = self._waiting, defaultdict(list)
         for engine, waiting in each.items():
             of_schedulers, of_iterations, of_caches = zip(*waiting, strict=True)
-            for stats in of_iterations:
-                if stats is not None:
-                    tokens = stats.prompt_token_stats.computed + stats.num_generation_tokens
-                    self._iteration_tokens[engine].observe(tokens)
+            self._iteration_tokens[engine].observe_all(
+                [
+                    stats.prompt_token_stats.computed + stats.num_generation_tokens
+                    for stats in of_iterations
+                    if stats is not None
+                ]
+            )
             usual = []
             for stats in of_schedulers:
                 if stats is None:
@@ -61,7 +64,11 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
                     super().record(stats, None, engine_idx=engine)
                 else:
                     usual.append(stats)
-            super().record(_latest(usual), summed(of_iterations), summed(of_caches), engine)
+            iterations = summed(of_iterations)
+            if iterations is not None:  # one for each token: vLLM would observe them one by one
+                self.histogram_inter_token_latency[engine].observe_all(iterations.inter_token_latencies_iter)
+                iterations.inter_token_latencies_iter = []
+            super().record(_latest(usual), iterations, summed(of_caches), engine)
 
 
 def summed(each: Sequence[Stats | None]) -> Stats | None:

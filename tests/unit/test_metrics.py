@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import structlog.testing
-from prometheus_client import REGISTRY, Counter, generate_latest
+from prometheus_client import REGISTRY, Counter, enable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from step_records import step_record
 
@@ -224,13 +224,21 @@ def test_a_resume_position_that_no_longer_occurs_vanishes(metrics):
 
 
 def test_a_librarys_own_metrics_are_served_beside_ours(metrics):
-    counter = Counter("vllm:tokens", "Of the library.")
+    counter = Counter("vllm:tokens", "Of the library.", ["of"])
     try:
-        counter.inc(3)
+        counter.labels('a "b"').inc(3)
         metrics.include("vllm:")
-        assert exposed(metrics)["vllm:tokens_total"] == 3
+        its_own = {series: value for series, value in exposed(metrics).items() if series.startswith("vllm:")}
+        assert its_own == {'vllm:tokens_total{of="a "b""}': 3}  # and not when it was made
+        # As Prometheus 2 asks: whatever it takes, it is given the text format, in which a name keeps its colon.
+        takes = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "Accept-Encoding": "gzip"}
+        request = urllib.request.Request(f"http://127.0.0.1:{metrics.serve()}/metrics", headers=takes)
+        with urllib.request.urlopen(request, timeout=5) as response:
+            assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            assert r'vllm:tokens_total{of="a \"b\""} 3.0' in response.read().decode().splitlines()
     finally:
         REGISTRY.unregister(counter)
+        enable_created_metrics()
 
 
 def test_scrape_over_http_on_loopback_only(metrics):
