@@ -32,7 +32,6 @@ from prometheus_client import (
 )
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from async_rl.errors import ResourceError
@@ -262,14 +261,13 @@ class Metrics:
 def _text_of(registry: CollectorRegistry) -> Callable[[Any, Any], list[bytes]]:
     """A WSGI application: all metrics in Prometheus' text format, whatever format is asked for, uncompressed.
 
-    It takes half the time of OpenMetrics and gzip, which Prometheus asks for by default, and a rollout worker answers
-    on the processor that hands out its tokens. In OpenMetrics the colons of vLLM's names would be underscores besides.
+    It takes a quarter less time than OpenMetrics and gzip, which Prometheus asks for by default, and a rollout worker
+    answers on the processor that hands out its tokens. In OpenMetrics the colons of vLLM's names would be underscores.
     """
 
     def answer(_environ: Any, start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)])
-        # Names are kept as they are; the default looks for something to escape in each of every line.
-        return [generate_latest(registry, escaping=ALLOWUTF8)]
+        return [generate_latest(registry)]
 
     return answer
 

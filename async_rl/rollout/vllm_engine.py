@@ -84,7 +84,6 @@ class VllmEngine:
 
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._cores)
-        from vllm.envs import enable_envs_cache
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -93,8 +92,7 @@ class VllmEngine:
                 vllm_process.engine_args(self._config, self._replica, self._model),
                 stat_loggers=vllm_process.stat_loggers(self._config),
             )
-            # As its engine core does: else each token of its statistics looks a setting up in the environment.
-            enable_envs_cache()
+            vllm_process.cache_environment()
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:
@@ -119,9 +117,7 @@ class VllmEngine:
         self._running.set()  # calls that wait for a resume go on, and find the engine gone
         if llm is None:
             return
-        from vllm.envs import disable_envs_cache
-
-        disable_envs_cache()  # the next engine of this process may be set up in another way
+        vllm_process.forget_environment()
         # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
         logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
         llm.shutdown(timeout=SHUTDOWN_GRACE_S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -454,6 +456,15 @@ async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, traine
         assert await trainer.push(weights) == engine.version > before
         (score,) = await engine.score([SHORT_PROMPT])
         np.testing.assert_array_equal(score.logprobs, good.logprobs)
+
+
+async def test_no_token_looks_a_setting_up_for_its_metrics(engine):
+    from vllm import envs
+    from vllm.v1.metrics.stats import IterationStats
+
+    looked_up = re.findall(r"envs\.(\w+)", inspect.getsource(IterationStats.update_from_output))
+    assert looked_up
+    assert set(looked_up) <= vars(envs).keys()
 
 
 async def test_every_token_is_in_its_metrics_once(engine):
