@@ -11,11 +11,12 @@ Printed last, one JSON line:
     step_ratio_on_over_off     seconds per step, on over off
     step_ratio_90              where 90 of 100 such calls would find it, by resampling minutes
     cpu_ratio_on_over_off      the same of the processor's seconds, into which no waiting enters;  cpu_ratio_90
+    cpu_us_per_token           the processor's microseconds per trained token of each process, on and off
     steps, tokens_per_step     of both runs, on and off
     publish_share              seconds to publish one step and to write out one scrape, over a step
     scrape_share               seconds in which all processes serve one scrape, over the time between two
 
-    .venv/bin/python tests/bench/metrics.py [--minutes 20] [--turn 5] [--config configs/tiny_moe.yaml] [--control]
+    .venv/bin/python tests/bench/metrics.py [--minutes 20] [--turn 2] [--config configs/tiny_moe.yaml] [--control]
 
 --control: both runs with everything off; how far from 1 the ratios come then is what this method cannot tell.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import collections
 import contextlib
 import json
 import shutil
@@ -77,6 +79,7 @@ class SideRun:
         self.steps: list[float] = []
         self.turns: list[tuple[float, float]] = []
         self.tokens = 0
+        self._cpu: list[collections.Counter[str]] = []  # seconds of each process at the end of each turn
         self._rows = runs / "run" / "metrics.jsonl"
         self._read = 0
         self._process = start(config, runs, "run", SETTINGS | settings)
@@ -104,7 +107,8 @@ class SideRun:
         self.go_on()
         time.sleep(seconds)
         self.stop()
-        self.turns.append((self._own_time(self._stopped_at), self._cpu_seconds()))
+        self._cpu.append(self._cpu_seconds())
+        self.turns.append((self._own_time(self._stopped_at), self._cpu[-1].total()))
         self.read_steps()
 
     def stop(self) -> None:
@@ -130,6 +134,14 @@ class SideRun:
         bounds = np.stack([steps[first], np.interp(steps[first], ends, cpu), first], axis=1)
         return np.diff(bounds, axis=0)
 
+    def cpu_us_per_token(self) -> dict[str, float]:
+        """Of each process from the end of the first turn to that of the last."""
+        ends = [self.turns[0][0], self.turns[-1][0]]
+        first, last = np.interp(ends, self.steps, range(len(self.steps)))
+        tokens = (last - first) * self.tokens / len(self.steps)
+        used = self._cpu[-1] - self._cpu[0]
+        return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
+
     def scrape_seconds(self) -> float:
         """In which its processes, one after the other, serve a scrape each; waiting for their turn is among it."""
         files = (self.runs / ".prometheus").glob("*.json")
@@ -152,13 +164,16 @@ class SideRun:
         top = psutil.Process(self._process.pid)
         return [top, *top.children(recursive=True), *self.beside]
 
-    def _cpu_seconds(self) -> float:
-        total = 0.0
+    def _cpu_seconds(self) -> collections.Counter[str]:
+        used: collections.Counter[str] = collections.Counter()
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                total += times.user + times.system
-        return total
+                # Ray and vLLM write what a process is for over its command line.
+                title = process.cmdline()[0].split(".")[0].strip()
+                name = title.removeprefix("ray::") if "::" in title else process.name()
+                used[name] += times.user + times.system
+        return used
 
 
 def _signal(processes: Iterable[psutil.Process], number: int) -> None:
@@ -232,7 +247,7 @@ def publishing(rounds: int = 200) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--turn", type=float, default=5.0, help="seconds")
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
     parser.add_argument("--control", action="store_true")
     arguments = parser.parse_args()
@@ -265,6 +280,7 @@ def main() -> None:
         "step_ratio_90": step_spread.round(4).tolist(),
         "cpu_ratio_on_over_off": round(cpu, 4),
         "cpu_ratio_90": cpu_spread.round(4).tolist(),
+        "cpu_us_per_token": [run.cpu_us_per_token() for run in (on, off)],
         "steps": [int(each[:, 2].sum()) for each in stretches],
         "tokens_per_step": [round(run.tokens / len(run.steps), 1) for run in (on, off)],
         "step_seconds": round(seconds / steps, 4),
