@@ -9,9 +9,17 @@ import structlog
 
 from async_rl import doctor
 from async_rl.config import RunConfig
+from async_rl.errors import ConfigError
 from async_rl.rollout.prompts import Dataset, read_jsonl
+from async_rl.user_function import load_function
 
 log = structlog.get_logger(__name__)
+
+
+def prepare(config: RunConfig) -> None:
+    """Have what the run reads made by the function that ``prepare`` of its config names, if it names one."""
+    if config.prepare is not None:
+        load_function("prepare", config.prepare, ("config",), ConfigError)(config)
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:

@@ -38,7 +38,7 @@ import structlog
 from async_rl import doctor, inputs, logs, run_state
 from async_rl.cluster import place, ray_cluster, ray_exporters
 from async_rl.config import RunConfig
-from async_rl.errors import ConfigError, ReplicaFailed, TrainerDied
+from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.failures import explain
 from async_rl.fleet import Rollouts, Trainers
 from async_rl.interrupt import Interrupted, first_failure, until_interrupted
@@ -60,7 +60,6 @@ from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
 from async_rl.trainer.report import StepReport
 from async_rl.types import Prompt
-from async_rl.user_function import load_function
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -83,7 +82,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     if config.prepare is not None:
-        load_function("prepare", config.prepare, ("config",), ConfigError)(config)
+        inputs.prepare(config)
         doctor.require(config)
     config = inputs.resolved(config, resume=resume)
     tokenizer = load_tokenizer(config)

@@ -47,18 +47,15 @@ from bench.runs import ROOT, start
 from prometheus_client import generate_latest
 from step_records import step_record
 
-from async_rl import config_file
-from async_rl.errors import ConfigError
+from async_rl import config_file, inputs
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe import prometheus
-from async_rl.user_function import load_function
 
-# As many tokens as a response of the demo has on average.
 SETTINGS = {
     "trainer.steps": 10_000_000,
     "trainer.optimizer.lr": 1e-9,
-    "rollout.max_response_tokens": 40,
+    "rollout.max_response_tokens": 40,  # as many as a response of the demo has on average
     "eval.n": 1,
     "eval.every": 0,
 }
@@ -75,11 +72,10 @@ class SideRun:
     def __init__(self, config: Path, runs: Path, settings: dict[str, object]) -> None:
         self.runs = runs
         self.beside: list[psutil.Process] = []
-        # On its own clock, in seconds: when each step ended, and when each turn ended with so many of the processor.
+        # On its own clock, in seconds: when each step ended, and when each turn, with what each process had taken.
         self.steps: list[float] = []
-        self.turns: list[tuple[float, float]] = []
+        self.turns: list[tuple[float, collections.Counter[str]]] = []
         self.tokens = 0
-        self._cpu: list[collections.Counter[str]] = []  # seconds of each process at the end of each turn
         self._rows = runs / "run" / "metrics.jsonl"
         self._read = 0
         self._process = start(config, runs, "run", SETTINGS | settings)
@@ -107,8 +103,7 @@ class SideRun:
         self.go_on()
         time.sleep(seconds)
         self.stop()
-        self._cpu.append(self._cpu_seconds())
-        self.turns.append((self._own_time(self._stopped_at), self._cpu[-1].total()))
+        self.turns.append((self._own_time(self._stopped_at), _cpu_seconds(self._stopped)))
         self.read_steps()
 
     def stop(self) -> None:
@@ -128,7 +123,8 @@ class SideRun:
     def stretches(self, turns: int) -> np.ndarray:
         """float[n, 3]: seconds, seconds of the processor and steps of each stretch of so many turns, from the end of
         one step to the end of another."""
-        steps, (ends, cpu) = np.asarray(self.steps), np.asarray(self.turns).T
+        steps, ends = np.asarray(self.steps), np.asarray([end for end, _ in self.turns])
+        cpu = [used.total() for _, used in self.turns]
         first = np.searchsorted(steps, ends[0::turns])
         first = first[first < len(steps)]
         bounds = np.stack([steps[first], np.interp(steps[first], ends, cpu), first], axis=1)
@@ -136,10 +132,10 @@ class SideRun:
 
     def cpu_us_per_token(self) -> dict[str, float]:
         """Of each process from the end of the first turn to that of the last."""
-        ends = [self.turns[0][0], self.turns[-1][0]]
-        first, last = np.interp(ends, self.steps, range(len(self.steps)))
+        (began, before), (ended, after) = self.turns[0], self.turns[-1]
+        first, last = np.interp([began, ended], self.steps, range(len(self.steps)))
         tokens = (last - first) * self.tokens / len(self.steps)
-        used = self._cpu[-1] - self._cpu[0]
+        used = after - before
         return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
 
     def scrape_seconds(self) -> float:
@@ -164,16 +160,18 @@ class SideRun:
         top = psutil.Process(self._process.pid)
         return [top, *top.children(recursive=True), *self.beside]
 
-    def _cpu_seconds(self) -> collections.Counter[str]:
-        used: collections.Counter[str] = collections.Counter()
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                # Ray and vLLM write what a process is for over its command line.
-                title = process.cmdline()[0].split(".")[0].strip()
-                name = title.removeprefix("ray::") if "::" in title else process.name()
-                used[name] += times.user + times.system
-        return used
+
+def _cpu_seconds(processes: Iterable[psutil.Process]) -> collections.Counter[str]:
+    """By what the processes are for."""
+    used: collections.Counter[str] = collections.Counter()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            # Ray and vLLM write what a process is for over its command line.
+            title = process.cmdline()[0].split(".")[0].strip()
+            name = title.removeprefix("ray::") if "::" in title else process.name()
+            used[name] += times.user + times.system
+    return used
 
 
 def _signal(processes: Iterable[psutil.Process], number: int) -> None:
@@ -210,8 +208,7 @@ def spread(on: np.ndarray, off: np.ndarray) -> np.ndarray:
 def endless(config: Path, folder: Path) -> Path:
     """The model of ``config`` in ``folder``, without a token that ends a response."""
     settings = config_file.load(config)
-    if settings.prepare is not None:
-        load_function("prepare", settings.prepare, ("config",), ConfigError)(settings)
+    inputs.prepare(settings)
     shutil.copytree(settings.model.path, folder)
     for path in (folder / "config.json", folder / "generation_config.json"):
         if path.exists():
