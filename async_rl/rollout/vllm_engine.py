@@ -92,7 +92,10 @@ class VllmEngine:
                 vllm_process.engine_args(self._config, self._replica, self._model),
                 stat_loggers=vllm_process.stat_loggers(self._config),
             )
-            vllm_process.cache_environment()
+            if self._config.metrics.engine:
+                from async_rl.rollout.vllm_stats import count_in_one_pass
+
+                count_in_one_pass(self._llm.output_processor)
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:
@@ -117,7 +120,6 @@ class VllmEngine:
         self._running.set()  # calls that wait for a resume go on, and find the engine gone
         if llm is None:
             return
-        vllm_process.forget_environment()
         # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
         logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
         llm.shutdown(timeout=SHUTDOWN_GRACE_S)

@@ -34,9 +34,6 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
 
-# The setting that vLLM's statistics look up for each token.
-_OF_EACH_TOKEN = "VLLM_COMPUTE_NANS_IN_LOGITS"
-
 
 def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
     """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
@@ -53,23 +50,6 @@ def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if cores and config.resources.pin_cores:
         pin(cores)
-
-
-def cache_environment() -> None:
-    """Have vLLM read its settings in the environment once, as its engine core does, until ``forget_environment``."""
-    from vllm import envs
-
-    envs.enable_envs_cache()
-    # Even from the cache it takes twice as long as all else about a token's statistics; as a plain attribute, nothing.
-    setattr(envs, _OF_EACH_TOKEN, getattr(envs, _OF_EACH_TOKEN))
-
-
-def forget_environment() -> None:
-    """The next engine of this process may be set up in another way."""
-    from vllm import envs
-
-    envs.disable_envs_cache()
-    vars(envs).pop(_OF_EACH_TOKEN, None)
 
 
 def on_cpu(config: RunConfig) -> bool:
