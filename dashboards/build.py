@@ -68,7 +68,7 @@ def _dashboard() -> dashboard.Dashboard:
         .uid(UID)
         .description("Asynchronous RL post-training: is it learning, is it still the same policy, and who waits.")
         .tags(["async-rl"])
-        .refresh("10s")
+        .refresh("15s")
         .time("now-15m", "now")
         .timezone("browser")
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)

@@ -25,7 +25,8 @@ from async_rl.process import signal_on_parent_death
 
 PORT = 9090
 _PORTS_TRIED = 64
-SCRAPE_S = 10
+# Seconds. Grafana's own default; a worker answers on the processor that hands out its tokens, so not more often.
+SCRAPE_S = 15
 _READY_S = 30.0
 _END_S = 10.0
 # Samples of a finished run are as old as the run; by default Prometheus would delete what is older than 15 days.

@@ -19,7 +19,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from async_rl.metrics.batched import BatchedHistogram
 
-# Iterations wait so long at most; a scrape comes every ten seconds.
+# Iterations wait so long at most; a scrape comes every fifteen seconds.
 _RECORDED_AFTER_S = 0.5
 # What the statistics of a scheduler have beside gauges and the prefix cache, if it is set up for it.
 _RARE = ("connector_prefix_cache_stats", "spec_decoding_stats", "kv_connector_stats", "perf_stats")

@@ -121,7 +121,7 @@ def test_grafana_finds_datasource_and_dashboards_in_place(started, tmp_path):
     provisioning = Path(environment["GF_PATHS_PROVISIONING"])
     (source,) = yaml.safe_load((provisioning / "datasources" / "async_rl.yaml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "async_rl.yaml").read_text())["providers"]
-    assert (source["type"], source["url"], source["jsonData"]["timeInterval"]) == ("prometheus", url, "10s")
+    assert (source["type"], source["url"], source["jsonData"]["timeInterval"]) == ("prometheus", url, "15s")
     assert (Path(provider["options"]["path"]) / "async_rl.json").exists()
     assert environment["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
 
