@@ -1,24 +1,27 @@
-"""What being watched costs: two equal runs side by side, one with everything on and one with everything off, of which
-one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
+"""What being watched costs: pairs of equal runs side by side, one with everything on and one with everything off, of
+which one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
 them. Nothing is learned and no response ends before its limit, so that all steps cost the same. A step is timed on its
 run's own clock, which stands while the run is stopped. A machine that others use too is faster in one minute than in
-the next, by more than what is to be measured; turns of seconds give both runs the same share of it.
+the next, by more than what is to be measured; turns of seconds give both runs the same share of it. Two runs that are
+started alike differ by a per cent for as long as they live; so there are several pairs, and their spread is told.
 The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:
 
-    step_ratio_on_over_off     seconds per step, on over off
-    step_ratio_90              where 90 of 100 such calls would find it, by resampling minutes
-    cpu_ratio_on_over_off      the same of the processor's seconds, into which no waiting enters;  cpu_ratio_90
+    step_ratio_on_over_off     seconds per step, on over off: geometric mean of the pairs
+    step_ratio_error           its standard error, by the spread of the pairs;  step_ratios: of each pair
+    cpu_ratio_on_over_off      the same of the processor's seconds, into which no waiting enters;  cpu_ratio_error
     cpu_us_per_token           the processor's microseconds per trained token of each process, on and off
-    steps, tokens_per_step     of both runs, on and off
+    steps, tokens_per_step     of all runs, on and off
     publish_share              seconds to publish one step and to write out one scrape, over a step
     scrape_share               seconds in which all processes serve one scrape, over the time between two
 
-    .venv/bin/python tests/bench/metrics.py [--minutes 20] [--turn 2] [--config configs/tiny_moe.yaml] [--control]
+    .venv/bin/python tests/bench/metrics.py [--pairs 6] [--minutes 6] [--turn 2] [--config configs/tiny_moe.yaml]
+                                            [--control]
 
---control: both runs with everything off; how far from 1 the ratios come then is what this method cannot tell.
+--minutes: for each pair, besides the two it takes to start and end one. --control: all runs with everything off; how
+far from 1 the ratios come then is what this method cannot tell.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -63,7 +67,33 @@ OFF = {"metrics.engine": "false", "metrics.timeline_bytes": 0, "metrics.samples_
 RULES = ROOT / "dashboards" / "prometheus" / "rules.yml"
 WARM_UP_STEPS = 10
 SCRAPES = 20
-RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of so many steps of one run, on its own clock; cpu: seconds of the processor by process."""
+
+    steps: int
+    tokens: float
+    seconds: float
+    cpu: dict[str, float]
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+    @property
+    def cpu_per_token(self) -> float:
+        return sum(self.cpu.values()) / self.tokens
+
+
+@dataclass(frozen=True)
+class Pair:
+    """scrape_s: in which all processes of the run that is watched serve one scrape."""
+
+    on: Cost
+    off: Cost
+    scrape_s: float
 
 
 class SideRun:
@@ -120,23 +150,19 @@ class SideRun:
     def _own_time(self, moment: float) -> float:
         return moment - sum(min(end, moment) - begin for begin, end in self._pauses if begin < moment)
 
-    def stretches(self, turns: int) -> np.ndarray:
-        """float[n, 3]: seconds, seconds of the processor and steps of each stretch of so many turns, from the end of
-        one step to the end of another."""
-        steps, ends = np.asarray(self.steps), np.asarray([end for end, _ in self.turns])
-        cpu = [used.total() for _, used in self.turns]
-        first = np.searchsorted(steps, ends[0::turns])
-        first = first[first < len(steps)]
-        bounds = np.stack([steps[first], np.interp(steps[first], ends, cpu), first], axis=1)
-        return np.diff(bounds, axis=0)
-
-    def cpu_us_per_token(self) -> dict[str, float]:
-        """Of each process from the end of the first turn to that of the last."""
-        (began, before), (ended, after) = self.turns[0], self.turns[-1]
-        first, last = np.interp([began, ended], self.steps, range(len(self.steps)))
-        tokens = (last - first) * self.tokens / len(self.steps)
-        used = after - before
-        return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
+    def cost(self) -> Cost:
+        """From the end of the first step after the first turn to that of the last step before the end of the last."""
+        ends = [end for end, _ in self.turns]
+        first, last = np.searchsorted(self.steps, [ends[0], ends[-1]]) - [0, 1]
+        if last <= first:
+            sys.exit("not two steps in so short a time: raise --minutes")
+        began, ended = self.steps[first], self.steps[last]
+        cpu = {}
+        for name in {name for _, used in self.turns for name in used}:
+            before, after = np.interp([began, ended], ends, [used[name] for _, used in self.turns])
+            cpu[name] = float(after - before)
+        steps = int(last - first)
+        return Cost(steps, steps * self.tokens / len(self.steps), ended - began, cpu)
 
     def scrape_seconds(self) -> float:
         """In which its processes, one after the other, serve a scrape each; waiting for their turn is among it."""
@@ -192,17 +218,20 @@ def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> None:
         first, second = second, first
 
 
-def ratios(on: np.ndarray, off: np.ndarray) -> np.ndarray:
-    """float[2]: seconds per step and seconds of the processor per step, on over off, of float[n, 3] stretches each."""
-    on, off = on.sum(axis=0), off.sum(axis=0)
-    return (on[:2] / on[2]) / (off[:2] / off[2])
+def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None, list[float]]:
+    """On over off: the geometric mean of the pairs, its standard error, and that of each pair."""
+    each = [on / off for on, off in pairs]
+    logs = np.log(each)
+    mean = float(np.exp(logs.mean()))
+    error = mean * float(logs.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else None
+    return round(mean, 4), error and round(error, 4), [round(one, 4) for one in each]
 
 
-def spread(on: np.ndarray, off: np.ndarray) -> np.ndarray:
-    """float[2, 2]: of either ratio the 5th and 95th per cent, when the stretches are drawn anew from the same ones."""
-    draw = np.random.default_rng(0)
-    picks = draw.integers(len(on), size=(RESAMPLES, len(on)))
-    return np.quantile([ratios(on[pick], off[pick]) for pick in picks], (0.05, 0.95), axis=0).T
+def per_process(costs: Sequence[Cost]) -> dict[str, float]:
+    """Microseconds of the processor per token."""
+    used = sum((collections.Counter(cost.cpu) for cost in costs), collections.Counter[str]())
+    tokens = sum(cost.tokens for cost in costs)
+    return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
 
 
 def endless(config: Path, folder: Path) -> Path:
@@ -241,48 +270,68 @@ def publishing(rounds: int = 200) -> float:
     return statistics.median(took)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
-    parser.add_argument("--control", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        runs = Path(folder)
-        model = {"model.path": endless(arguments.config, runs / "model")}
-        on = SideRun(arguments.config, runs / "on", model | (OFF if arguments.control else {}))
-        stack.callback(on.close)
-        off = SideRun(arguments.config, runs / "off", model | OFF)
-        stack.callback(off.close)
+def measure(config: Path, runs: Path, minutes: float, turn: float, *, control: bool, on_first: bool) -> Pair:
+    """One pair of runs, from their start to their end."""
+    model = {"model.path": endless(config, runs / "model")}
+    settings = {"on": model | (OFF if control else {}), "off": model | OFF}
+    with contextlib.ExitStack() as stack:
+        pair: dict[str, SideRun] = {}
+        for name in ("on", "off") if on_first else ("off", "on"):
+            pair[name] = SideRun(config, runs / name, settings[name])
+            stack.callback(pair[name].close)
+        on, off = pair["on"], pair["off"]
         for run in (on, off):
             while len(run.steps) < WARM_UP_STEPS:
                 time.sleep(0.5)
                 run.read_steps()
-        if not arguments.control:
+        if not control:
             on.beside = stack.enter_context(prometheus_beside(on.runs))
-        alternate(on, off, arguments.minutes * 60, arguments.turn)
+        alternate(on, off, minutes * 60, turn)
         on.go_on()
         scrape = on.scrape_seconds()
         off.go_on()
-    minute = max(1, round(60 / (2 * arguments.turn)))
-    stretches = [run.stretches(minute) for run in (on, off)]
-    size = min(len(each) for each in stretches)
-    stretches = [each[:size] for each in stretches]
-    step, cpu = ratios(*stretches)
-    step_spread, cpu_spread = spread(*stretches)
-    seconds, _, steps = stretches[1].sum(axis=0)
+        return Pair(on.cost(), off.cost(), scrape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
+    parser.add_argument("--control", action="store_true")
+    arguments = parser.parse_args()
+    pairs = []
+    for number in range(arguments.pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            pairs.append(
+                measure(
+                    arguments.config,
+                    Path(folder),
+                    arguments.minutes,
+                    arguments.turn,
+                    control=arguments.control,
+                    on_first=number % 2 == 0,
+                )
+            )
+        so_far = ratio([(pair.on.seconds_per_step, pair.off.seconds_per_step) for pair in pairs])
+        print(f"pair {number + 1}: step_ratio_on_over_off {so_far[2][-1]}, so far {so_far[0]}", flush=True)
+    step = ratio([(pair.on.seconds_per_step, pair.off.seconds_per_step) for pair in pairs])
+    cpu = ratio([(pair.on.cpu_per_token, pair.off.cpu_per_token) for pair in pairs])
+    sides = [[pair.on for pair in pairs], [pair.off for pair in pairs]]
+    step_seconds = sum(cost.seconds for cost in sides[1]) / sum(cost.steps for cost in sides[1])
     result = {
-        "step_ratio_on_over_off": round(step, 4),
-        "step_ratio_90": step_spread.round(4).tolist(),
-        "cpu_ratio_on_over_off": round(cpu, 4),
-        "cpu_ratio_90": cpu_spread.round(4).tolist(),
-        "cpu_us_per_token": [run.cpu_us_per_token() for run in (on, off)],
-        "steps": [int(each[:, 2].sum()) for each in stretches],
-        "tokens_per_step": [round(run.tokens / len(run.steps), 1) for run in (on, off)],
-        "step_seconds": round(seconds / steps, 4),
-        "publish_share": round(publishing() / (seconds / steps), 5),
-        "scrape_share": round(scrape / prometheus.SCRAPE_S, 5),
+        "step_ratio_on_over_off": step[0],
+        "step_ratio_error": step[1],
+        "step_ratios": step[2],
+        "cpu_ratio_on_over_off": cpu[0],
+        "cpu_ratio_error": cpu[1],
+        "cpu_us_per_token": [per_process(side) for side in sides],
+        "steps": [sum(cost.steps for cost in side) for side in sides],
+        "tokens_per_step": [round(sum(c.tokens for c in side) / sum(c.steps for c in side), 1) for side in sides],
+        "step_seconds": round(step_seconds, 4),
+        "publish_share": round(publishing() / step_seconds, 5),
+        "scrape_share": round(statistics.median(pair.scrape_s for pair in pairs) / prometheus.SCRAPE_S, 5),
     }
     print(json.dumps(result))
 
