@@ -14,6 +14,7 @@ import torch
 
 from async_rl.config import RunConfig
 from async_rl.config_file import validate
+from async_rl.process import begin_run, mark_semaphores, remove_semaphores
 
 if TYPE_CHECKING:
     from async_rl.rollout.vllm_engine import VllmEngine
@@ -68,10 +69,12 @@ def engine_config(folder: Path, **rollout) -> RunConfig:
 
 @contextlib.asynccontextmanager
 async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
-    """The engine, started; its process's environment is put back afterwards."""
+    """The engine, started; its process's environment is put back afterwards, and nothing stays in shared memory."""
     from async_rl.rollout.vllm_engine import VllmEngine
 
     environment = dict(os.environ)
+    begin_run()
+    mark_semaphores()
     engine = VllmEngine(config, replica=0)
     try:
         await engine.start()
@@ -79,6 +82,7 @@ async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
     finally:
         await engine.shutdown()
         await engine.shutdown()  # twice does no harm
+        remove_semaphores()
         os.environ.clear()
         os.environ.update(environment)
 
