@@ -301,6 +301,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
     parser.add_argument("--control", action="store_true")
     arguments = parser.parse_args()
+    # An end from outside takes the runs along, also the one that is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     pairs = []
     for number in range(arguments.pairs):
         with tempfile.TemporaryDirectory() as folder:
