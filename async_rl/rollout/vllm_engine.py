@@ -88,7 +88,7 @@ class VllmEngine:
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        vllm_process.prepare(self._config, self._cores)
+        vllm_process.prepare(self._config, self._model, self._cores)
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 
 
-def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
+def prepare(config: RunConfig, model: ModelConfig, cores: tuple[int, ...] | None) -> None:
     """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
     os.environ.update(ENVIRONMENT)
     if not on_cpu(config):
@@ -48,6 +48,10 @@ def prepare(config: RunConfig, cores: tuple[int, ...] | None) -> None:
         # Lets the model run inside the engine core (AsyncLLM has a process for that all the same) instead of in a
         # third process, which costs a hop over shared memory each step.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if _eager(config, model):
+        # vLLM compiles two functions of its sampler all the same. On a CPU their guards cost more than they save (6 %
+        # of the time per token), and compiling them four seconds of each start.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if cores and config.resources.pin_cores:
         pin(cores)
 
@@ -58,6 +62,12 @@ def on_cpu(config: RunConfig) -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _eager(config: RunConfig, model: ModelConfig) -> bool:
+    # Compiled for a CPU, vLLM 0.30 traces the model before the capture of routed experts is hooked in, and then
+    # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
+    return config.rollout.enforce_eager or (on_cpu(config) and model.routing is not None)
 
 
 def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
@@ -81,9 +91,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        # Compiled for a CPU, vLLM 0.30 traces the model before the capture of routed experts is hooked in, and then
-        # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
-        enforce_eager=config.rollout.enforce_eager or (cpu and model.routing is not None),
+        enforce_eager=_eager(config, model),
         enable_prefix_caching=True,
         enable_return_routed_experts=model.routing is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.

@@ -1,12 +1,13 @@
-"""The engine's reading of a checkpoint against the trainer's. Without vLLM."""
+"""The engine's reading of a checkpoint against the trainer's, and its environment. Without vLLM."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from async_rl.errors import ModelError
 from async_rl.model_config import ModelConfig
-from async_rl.rollout.vllm_process import check_layout
+from async_rl.rollout.vllm_process import check_layout, prepare
 
 SHAPE = {
     "architecture": "a", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 4, "num_heads": 1,
@@ -14,12 +15,13 @@ SHAPE = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 MOE = ModelConfig(**SHAPE, num_experts=8, top_k=2, moe_intermediate_size=8, moe_layers=(0, 2, 3))
+DENSE = ModelConfig(**SHAPE)
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_the_same_layout_under_either_name_passes(name):
     check_layout(SimpleNamespace(num_hidden_layers=4, num_experts_per_tok=2, **{name: 8}), MOE)
-    check_layout(SimpleNamespace(num_hidden_layers=4), ModelConfig(**SHAPE))
+    check_layout(SimpleNamespace(num_hidden_layers=4), DENSE)
 
 
 @pytest.mark.parametrize(
@@ -39,4 +41,17 @@ def test_another_layout_is_refused_before_anything_is_sampled(changes, message):
 
 def test_a_mixture_where_the_trainer_has_a_dense_model_is_refused():
     with pytest.raises(ModelError, match="experts"):
-        check_layout(SimpleNamespace(num_hidden_layers=4, num_experts=8), ModelConfig(**SHAPE))
+        check_layout(SimpleNamespace(num_hidden_layers=4, num_experts=8), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("model", "enforced", "compiles"), [(MOE, False, False), (DENSE, True, False), (DENSE, False, True)]
+)
+def test_on_a_cpu_an_engine_that_does_not_compile_its_model_compiles_nothing(monkeypatch, model, enforced, compiles):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    config = SimpleNamespace(
+        resources=SimpleNamespace(device="cpu", engine_threads=1, pin_cores=False),
+        rollout=SimpleNamespace(tensor_parallel_size=1, enforce_eager=enforced),
+    )
+    prepare(config, model, cores=None)
+    assert ("TORCHDYNAMO_DISABLE" not in os.environ) == compiles
