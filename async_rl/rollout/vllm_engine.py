@@ -100,7 +100,7 @@ class VllmEngine:
             if self._config.metrics.engine:
                 from async_rl.rollout.vllm_stats import count_in_one_pass
 
-                count_in_one_pass(self._llm.output_processor)
+                count_in_one_pass(self._llm)
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:

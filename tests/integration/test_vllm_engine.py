@@ -459,6 +459,8 @@ async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, traine
 async def test_every_token_is_in_its_metrics_once(engine):
     from vllm.v1.metrics.stats import IterationStats
 
+    from async_rl.rollout.vllm_stats import RECORDED_AFTER_S
+
     def counted(name):
         return sum(
             sample.value for family in REGISTRY.collect() for sample in family.samples if sample.name == f"vllm:{name}"
@@ -473,7 +475,7 @@ async def test_every_token_is_in_its_metrics_once(engine):
         "prefix_cache_queries_total": 3 * len(SHORT_PROMPT),
         "iteration_tokens_total_sum": 36 + 3 * len(SHORT_PROMPT),
     }
-    await asyncio.sleep(1)  # those of earlier tests
+    await asyncio.sleep(RECORDED_AFTER_S + 0.5)  # those of earlier tests
     before = {name: counted(name) for name in each_once}
     iterations = counted("iteration_tokens_total_count")
     calls = [engine.generate(f"counted/{tokens}", SHORT_PROMPT, GREEDY, tokens) for tokens in (1, 5, 30)]
@@ -483,7 +485,7 @@ async def test_every_token_is_in_its_metrics_once(engine):
     with one_by_one as counted_by_vllm:
         assert [len(output.token_ids) for output in await asyncio.gather(*calls)] == [1, 5, 30]
     assert counted_by_vllm.call_count == 3  # the first token of each
-    await asyncio.sleep(1)
+    await asyncio.sleep(RECORDED_AFTER_S + 0.5)
     assert {name: counted(name) - before[name] for name in each_once} == each_once
     # A call of 30 tokens takes 30 iterations, however many are recorded together.
     assert counted("iteration_tokens_total_count") - iterations >= 30

@@ -59,8 +59,8 @@ def processor_with_requests():
     return processor
 
 
-def figures(processor, iterations):
-    """Of each iteration all that vLLM has counted in it."""
+def figures(processor, iterations, counter=None):
+    """Of each iteration all that was counted in it: what vLLM has, or ``counter``."""
     from vllm.v1.metrics.stats import IterationStats
 
     each = []
@@ -68,49 +68,58 @@ def figures(processor, iterations):
         iteration = IterationStats()
         iteration.iteration_timestamp = now + 1000.0
         processor.process_outputs(outputs, now, iteration)
-        each.append(vars(iteration))
+        each.append(vars(iteration if counter is None else counter.take()))
     return each
 
 
-def test_in_one_pass_every_figure_is_that_of_vllm(iterations):
-    from async_rl.rollout.vllm_stats import count_in_one_pass
+def counting():
+    """A processor, and what counts for it."""
+    from async_rl.rollout.vllm_stats import IterationCounter
 
-    plain, quick = processor_with_requests(), processor_with_requests()
-    count_in_one_pass(quick)
-    plain.abort_requests(["7"], internal=True)
-    quick.abort_requests(["7"], internal=True)
+    processor, counter = processor_with_requests(), IterationCounter()
+    counter.count_for(processor)
+    return processor, counter
+
+
+def test_in_one_pass_every_figure_is_that_of_vllm(iterations):
+    plain, (quick, counter) = processor_with_requests(), counting()
+    for processor in (plain, quick):
+        processor.abort_requests(["7"], internal=True)
     expected = figures(plain, iterations)
-    assert figures(quick, iterations) == expected
+    assert figures(quick, iterations, counter) == expected
     # Of what can be, nothing is missing from the comparison.
     assert sum(len(each["finished_requests"]) for each in expected) > REQUESTS / 2
     assert sum(len(each["inter_token_latencies_iter"]) for each in expected) > 5 * REQUESTS
     assert sum(each["num_preempted_reqs"] for each in expected) > 0
 
 
-def test_only_what_begins_a_request_or_has_an_event_takes_the_long_way(iterations):
-    from vllm.v1.engine.output_processor import OutputProcessor
+def test_what_is_not_taken_after_an_iteration_adds_up(iterations):
+    from vllm.v1.metrics.stats import IterationStats
 
-    from async_rl.rollout.vllm_stats import count_in_one_pass
+    (each_taken, one), (all_together, other) = counting(), counting()
+    apart = figures(each_taken, iterations, one)
+    for now, outputs in copy.deepcopy(iterations):
+        all_together.process_outputs(outputs, now, IterationStats())
+    assert other.tokens == sum(each["num_generation_tokens"] + each["prompt_token_stats"].computed for each in apart)
+    whole = vars(other.take())
+    for name in ("inter_token_latencies_iter", "n_params_iter", "max_num_generation_tokens_iter"):
+        assert whole[name] == [value for each in apart for value in each[name]]
+    assert len(whole["finished_requests"]) == sum(len(each["finished_requests"]) for each in apart)
+    assert other.tokens == 0
 
-    quick = processor_with_requests()
-    count_in_one_pass(quick)
-    long_way = mock.patch.object(OutputProcessor, "_update_stats_from_output", autospec=True)
-    with long_way as counted:
-        for now, outputs in copy.deepcopy(iterations):
-            quick.process_outputs(outputs, now, mock.MagicMock(inter_token_latencies_iter=[], num_generation_tokens=0))
-    with_iteration = [call for call in counted.call_args_list if call.args[4] is not None]
-    assert len(with_iteration) == sum(output.events is not None for _, outputs in iterations for output in outputs)
 
-
-def test_what_vllm_looks_for_in_each_token_stays_with_vllm():
+@pytest.mark.parametrize("nans", [False, True])
+def test_only_what_begins_a_request_or_has_an_event_takes_the_long_way(iterations, nans):
+    """Or each output, where vLLM is to look for NaNs in it."""
     from vllm import envs
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.stats import IterationStats
 
-    from async_rl.rollout.vllm_stats import count_in_one_pass
-
-    tracing, corrupt = processor_with_requests(), processor_with_requests()
-    tracing.tracing_enabled = True
-    count_in_one_pass(tracing)
-    with mock.patch.object(envs, "VLLM_COMPUTE_NANS_IN_LOGITS", True):
-        count_in_one_pass(corrupt)
-    for processor in (tracing, corrupt):
-        assert "process_outputs" not in vars(processor)
+    with mock.patch.object(envs, "VLLM_COMPUTE_NANS_IN_LOGITS", nans):
+        quick, _ = counting()
+        with mock.patch.object(OutputProcessor, "_update_stats_from_output", autospec=True) as counted:
+            for now, outputs in copy.deepcopy(iterations):
+                quick.process_outputs(outputs, now, IterationStats())
+    long_way = [call for call in counted.call_args_list if call.args[4] is not None]
+    every = [output for _, outputs in iterations for output in outputs]
+    assert len(long_way) == sum(nans or output.events is not None for output in every)
