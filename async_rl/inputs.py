@@ -17,9 +17,11 @@ log = structlog.get_logger(__name__)
 
 
 def prepare(config: RunConfig) -> None:
-    """Have what the run reads made by the function that ``prepare`` of its config names, if it names one."""
+    """Have what the run reads made by the function that ``prepare`` of its config names, if it names one, and looked at
+    again."""
     if config.prepare is not None:
         load_function("prepare", config.prepare, ("config",), ConfigError)(config)
+        doctor.require(config)
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:

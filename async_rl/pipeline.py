@@ -81,9 +81,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     """
     started = time.monotonic()
     doctor.require(config)
-    if config.prepare is not None:
-        inputs.prepare(config)
-        doctor.require(config)
+    inputs.prepare(config)
     config = inputs.resolved(config, resume=resume)
     tokenizer = load_tokenizer(config)
     train_set, eval_set = inputs.read_data(config, tokenizer)

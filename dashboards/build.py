@@ -25,7 +25,7 @@ PATH = Path(__file__).parent / "grafana" / "async_rl.json"
 UID = "async-rl"
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 RUN_FILTER = 'run=~"$run"'
-WINDOWS = "30s,1m,5m,15m,1h"
+WINDOWS = "1m,5m,15m,1h"
 
 _WIDTH = 24
 _LINE_WIDTH = 2

@@ -27,6 +27,8 @@ PORT = 9090
 _PORTS_TRIED = 64
 # Seconds. Grafana's own default; a worker answers on the processor that hands out its tokens, so not more often.
 SCRAPE_S = 15
+# Seconds between two looks at the target files: a run that begins is first scraped after both times at most.
+_LOOK_S = 5
 _READY_S = 30.0
 _END_S = 10.0
 # Samples of a finished run are as old as the run; by default Prometheus would delete what is older than 15 days.
@@ -64,7 +66,7 @@ def settings(runs: Path | None, rules: Path | None, scrape_s: int = SCRAPE_S) ->
         tree["rule_files"] = [str(rules.absolute())]
     if runs is not None:
         targets = runs.absolute() / runfolder.ALL_TARGETS / "*.json"
-        sd = {"files": [str(targets)], "refresh_interval": f"{SCRAPE_S}s"}
+        sd = {"files": [str(targets)], "refresh_interval": f"{_LOOK_S}s"}
         tree["scrape_configs"] = [{"job_name": "async_rl", "file_sd_configs": [sd]}]
     return yaml.safe_dump(tree)
 

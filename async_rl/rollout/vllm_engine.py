@@ -114,7 +114,7 @@ class VllmEngine:
         gc.set_threshold(_COLLECTED_AFTER, *gc.get_threshold()[1:])
 
     async def _warm_up(self) -> None:
-        """Have vLLM compile its samplers now: it does so at the first call of each kind, for seconds."""
+        """The first call of each kind, now: where vLLM compiles its sampler, it does so in that call, for seconds."""
         prompt = np.zeros(2, dtype=np.int32)
         for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0, greedy=True)):
             for calls in (1, 3):  # compiled for one row, then for any number

@@ -270,23 +270,23 @@ def publishing(rounds: int = 200) -> float:
     return statistics.median(took)
 
 
-def measure(config: Path, runs: Path, minutes: float, turn: float, *, control: bool, on_first: bool) -> Pair:
+def measure(arguments: argparse.Namespace, runs: Path, *, on_first: bool) -> Pair:
     """One pair of runs, from their start to their end."""
-    model = {"model.path": endless(config, runs / "model")}
-    settings = {"on": model | (OFF if control else {}), "off": model | OFF}
+    model = {"model.path": endless(arguments.config, runs / "model")}
+    settings = {"on": model | (OFF if arguments.control else {}), "off": model | OFF}
     with contextlib.ExitStack() as stack:
         pair: dict[str, SideRun] = {}
         for name in ("on", "off") if on_first else ("off", "on"):
-            pair[name] = SideRun(config, runs / name, settings[name])
+            pair[name] = SideRun(arguments.config, runs / name, settings[name])
             stack.callback(pair[name].close)
         on, off = pair["on"], pair["off"]
         for run in (on, off):
             while len(run.steps) < WARM_UP_STEPS:
                 time.sleep(0.5)
                 run.read_steps()
-        if not control:
+        if not arguments.control:
             on.beside = stack.enter_context(prometheus_beside(on.runs))
-        alternate(on, off, minutes * 60, turn)
+        alternate(on, off, arguments.minutes * 60, arguments.turn)
         on.go_on()
         scrape = on.scrape_seconds()
         off.go_on()
@@ -306,19 +306,9 @@ def main() -> None:
     pairs = []
     for number in range(arguments.pairs):
         with tempfile.TemporaryDirectory() as folder:
-            pairs.append(
-                measure(
-                    arguments.config,
-                    Path(folder),
-                    arguments.minutes,
-                    arguments.turn,
-                    control=arguments.control,
-                    on_first=number % 2 == 0,
-                )
-            )
-        so_far = ratio([(pair.on.seconds_per_step, pair.off.seconds_per_step) for pair in pairs])
-        print(f"pair {number + 1}: step_ratio_on_over_off {so_far[2][-1]}, so far {so_far[0]}", flush=True)
-    step = ratio([(pair.on.seconds_per_step, pair.off.seconds_per_step) for pair in pairs])
+            pairs.append(measure(arguments, Path(folder), on_first=number % 2 == 0))
+        step = ratio([(pair.on.seconds_per_step, pair.off.seconds_per_step) for pair in pairs])
+        print(f"pair {number + 1}: step_ratio_on_over_off {step[2][-1]}, so far {step[0]}", flush=True)
     cpu = ratio([(pair.on.cpu_per_token, pair.off.cpu_per_token) for pair in pairs])
     sides = [[pair.on for pair in pairs], [pair.off for pair in pairs]]
     step_seconds = sum(cost.seconds for cost in sides[1]) / sum(cost.steps for cost in sides[1])

@@ -20,6 +20,7 @@ from step_records import step_record
 from async_rl.config_file import validate
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
+from async_rl.observe.prometheus import SCRAPE_S
 from async_rl.runfolder import RunFolder
 
 PORT = 19490
@@ -31,7 +32,7 @@ exec sleep 60
 
 
 def until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 4 * SCRAPE_S
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
