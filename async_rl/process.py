@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
 
@@ -27,6 +28,21 @@ def pin(cores: Iterable[int]) -> None:
             os.sched_setaffinity(int(thread), chosen)
         except ProcessLookupError:
             continue  # the thread ended meanwhile
+
+
+@contextlib.contextmanager
+def starting_on(cores: Iterable[int] | None) -> Iterator[None]:
+    """What is started within the block runs on ``cores``, this process itself from its end on where it did before.
+    None changes nothing."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    pin(cores)
+    try:
+        yield
+    finally:
+        pin(before)
 
 
 def signal_on_parent_death(number: Signals) -> None:

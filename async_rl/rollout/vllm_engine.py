@@ -28,6 +28,7 @@ import numpy as np
 from async_rl.config import RunConfig
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.model_config import read_model_config
+from async_rl.process import starting_on
 from async_rl.rollout import vllm_process
 from async_rl.rollout.engine import EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.routing import moe_columns
@@ -55,7 +56,7 @@ class _Call:
 
 
 class VllmEngine:
-    """One vLLM engine. ``cores``: the CPUs that its two processes share; None leaves placement to the system.
+    """One vLLM engine. ``cores``: the CPUs of its engine core, which computes; None leaves placement to the system.
 
     ``start`` must be called on the event loop that ``generate`` will run on, and blocks it while the model loads; in a
     thread that lives as long as the engine, for the engine core dies with the thread that started it.
@@ -88,15 +89,16 @@ class VllmEngine:
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        vllm_process.prepare(self._config, self._model, self._cores)
+        vllm_process.prepare(self._config, self._model)
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                vllm_process.engine_args(self._config, self._replica, self._model),
-                stat_loggers=vllm_process.stat_loggers(self._config),
-            )
+            with starting_on(self._cores if vllm_process.on_cpu(self._config) else None):
+                self._llm = AsyncLLM.from_engine_args(
+                    vllm_process.engine_args(self._config, self._replica, self._model),
+                    stat_loggers=vllm_process.stat_loggers(self._config),
+                )
             if self._config.metrics.engine:
                 from async_rl.rollout.vllm_stats import count_in_one_pass
 

@@ -1,4 +1,4 @@
-"""How the vLLM processes are set up: environment, cores, engine arguments. The one place that names them, with reasons.
+"""How the vLLM processes are set up: environment, engine arguments. The one place that names them, with reasons.
 
 Call ``prepare`` before anything imports vLLM: it reads most of this at import, and its engine core inherits the rest.
 """
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from async_rl.config import RunConfig
 from async_rl.errors import EngineError, ModelError
 from async_rl.model_config import ModelConfig
-from async_rl.process import pin
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -35,14 +34,14 @@ ENVIRONMENT = {
 }
 
 
-def prepare(config: RunConfig, model: ModelConfig, cores: tuple[int, ...] | None) -> None:
+def prepare(config: RunConfig, model: ModelConfig) -> None:
     """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
     os.environ.update(ENVIRONMENT)
     if not on_cpu(config):
         return
     threads = str(config.resources.engine_threads)
     os.environ["OMP_NUM_THREADS"] = threads
-    # Placement is the affinity below, inherited by the engine core; vLLM's own binding would choose cores by itself.
+    # Placement is the affinity that the engine core inherits; vLLM's own binding would choose cores by itself.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if config.rollout.tensor_parallel_size == 1:
         # Lets the model run inside the engine core (AsyncLLM has a process for that all the same) instead of in a
@@ -52,8 +51,6 @@ def prepare(config: RunConfig, model: ModelConfig, cores: tuple[int, ...] | None
         # vLLM compiles two functions of its sampler all the same. On a CPU their guards cost more than they save (6 %
         # of the time per token), and compiling them four seconds of each start.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if cores and config.resources.pin_cores:
-        pin(cores)
 
 
 def on_cpu(config: RunConfig) -> bool:

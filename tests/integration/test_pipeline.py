@@ -102,6 +102,8 @@ def test_in_flight_keeps_generations_across_pushes(start_run):
     if len(os.sched_getaffinity(0)) >= 2:
         (engine,), (trainer,) = run.descendants("EngineCore"), run.descendants("TrainerActor")
         assert set(engine.cpu_affinity()).isdisjoint(trainer.cpu_affinity())
+        worker = run.one("RolloutActor")
+        assert set(worker.cpu_affinity()) == os.sched_getaffinity(0)  # the engine's front end works on any core
     summary = finished(run)
     # What comes out is a checkpoint like the one that went in.
     assert read_model_config(run.folder / "checkpoints" / "final").num_experts == 8

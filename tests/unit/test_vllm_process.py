@@ -50,8 +50,8 @@ def test_a_mixture_where_the_trainer_has_a_dense_model_is_refused():
 def test_on_a_cpu_an_engine_that_does_not_compile_its_model_compiles_nothing(monkeypatch, model, enforced, compiles):
     monkeypatch.setattr("os.environ", dict(os.environ))
     config = SimpleNamespace(
-        resources=SimpleNamespace(device="cpu", engine_threads=1, pin_cores=False),
+        resources=SimpleNamespace(device="cpu", engine_threads=1),
         rollout=SimpleNamespace(tensor_parallel_size=1, enforce_eager=enforced),
     )
-    prepare(config, model, cores=None)
+    prepare(config, model)
     assert ("TORCHDYNAMO_DISABLE" not in os.environ) == compiles
