@@ -354,7 +354,7 @@ class DebugSection(Section):
 
 class ResourcesSection(Section):
     pin_cores: bool = True
-    """On CPU, pin each engine and each trainer rank to cores of its own where there are enough."""
+    """On CPU, pin each engine core and each trainer rank to cores of its own where there are enough."""
     engine_threads: Positive = 1
     """Compute threads per engine on CPU."""
     trainer_threads: Positive = 1

@@ -262,7 +262,7 @@ def _text_of(registry: CollectorRegistry) -> Callable[[Any, Any], list[bytes]]:
     """A WSGI application: all metrics in Prometheus' text format, whatever format is asked for, uncompressed.
 
     It takes a quarter less time than OpenMetrics and gzip, which Prometheus asks for by default, and a rollout worker
-    answers on the processor that hands out its tokens. In OpenMetrics the colons of vLLM's names would be underscores.
+    answers in the process that hands out its tokens. In OpenMetrics the colons of vLLM's names would be underscores.
     """
 
     def answer(_environ: Any, start_response: Any) -> list[bytes]:

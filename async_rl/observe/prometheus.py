@@ -25,9 +25,9 @@ from async_rl.process import signal_on_parent_death
 
 PORT = 9090
 _PORTS_TRIED = 64
-# Seconds. Grafana's own default; a worker answers on the processor that hands out its tokens, so not more often.
+# Seconds. Grafana's own default; a worker answers in the process that hands out its tokens, so not more often.
 SCRAPE_S = 15
-# Seconds between two looks at the target files: a run that begins is first scraped after both times at most.
+# Seconds between two looks at the target files. The first scrape of a run that begins comes within the sum of both.
 _LOOK_S = 5
 _READY_S = 30.0
 _END_S = 10.0
