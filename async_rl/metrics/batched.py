@@ -62,7 +62,9 @@ class _Series:
         self._lock = threading.Lock()
 
     def observe(self, value: float) -> None:
-        self.observe_all((value,))
+        self._waiting.append(value)
+        if len(self._waiting) >= _BATCH:
+            self.counted()
 
     def observe_all(self, values: Sequence[float]) -> None:
         self._waiting.extend(values)

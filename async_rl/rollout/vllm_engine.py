@@ -100,9 +100,9 @@ class VllmEngine:
                     stat_loggers=vllm_process.stat_loggers(self._config),
                 )
             if self._config.metrics.engine:
-                from async_rl.rollout.vllm_stats import count_in_one_pass
+                from async_rl.rollout.vllm_stats import install_counter
 
-                count_in_one_pass(self._llm)
+                install_counter(self._llm)
             # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
             await self._llm.get_supported_tasks()
         except Exception as error:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
+from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats
 
@@ -29,9 +30,10 @@ _RARE = ("connector_prefix_cache_stats", "spec_decoding_stats", "kv_connector_st
 
 
 class IterationCounter:
-    """Counts what vLLM counts in each iteration, for all iterations until they are taken, in one loop for each.
+    """Counts what vLLM counts in each iteration, for all iterations until they are taken, in one call for each output.
 
-    vLLM makes two calls for each token, amid the work on it. What begins or ends a request is left to them.
+    vLLM makes a chain of three, in which it imports a module and reads an environment variable. How often adapters are
+    used, and whether there are NaNs, is left to it, and so is what ends a request.
     """
 
     def __init__(self) -> None:
@@ -49,35 +51,51 @@ class IterationCounter:
 
     def count_for(self, processor: Any) -> None:
         """From now on the OutputProcessor counts here, and not in the IterationStats that it is given."""
-        process = processor.process_outputs
-        one_by_one = envs.VLLM_COMPUTE_NANS_IN_LOGITS  # vLLM then looks for them in each output
+        process, count_by_vllm = processor.process_outputs, processor._update_stats_from_output
+        nans = envs.VLLM_COMPUTE_NANS_IN_LOGITS
+        queued, scheduled, preempted = (
+            EngineCoreEventType.QUEUED,
+            EngineCoreEventType.SCHEDULED,
+            EngineCoreEventType.PREEMPTED,
+        )
 
         def process_outputs(outputs: Sequence[Any], timestamp: float | None = None, iteration: Any = None) -> Any:
-            if iteration is None:
-                return process(outputs, timestamp, None)
-            counted = self._counted
-            counted.iteration_timestamp = iteration.iteration_timestamp
-            ended = []
-            for output in outputs:
-                request = processor.request_states.get(output.request_id)
-                if request is None:  # aborted
-                    continue
-                if request.is_prefilling or output.events is not None or one_by_one:
-                    processor._update_stats_from_output(request, output, timestamp, counted)
-                else:
-                    stats, tokens = request.stats, len(output.new_token_ids)
-                    stats.num_generation_tokens += tokens
-                    counted.num_generation_tokens += tokens
-                    counted.inter_token_latencies_iter.append(timestamp - stats.last_token_ts)
-                    stats.last_token_ts = timestamp
-                if output.finish_reason is not None:
-                    ended.append((request, output.finish_reason))
-            processed = process(outputs, timestamp, None)
-            for request, reason in ended:
-                processor._update_stats_from_finished(request, reason, counted)
-            return processed
+            if iteration is not None:
+                self._counted.iteration_timestamp = iteration.iteration_timestamp
+                iteration = self._counted
+            return process(outputs, timestamp, iteration)
+
+        def count(request: Any, output: Any, timestamp: float, counted: Any) -> None:
+            if counted is None:
+                return
+            if nans or request.lora_name is not None:
+                count_by_vllm(request, output, timestamp, counted)
+                return
+            stats, tokens = request.stats, len(output.new_token_ids)
+            stats.num_generation_tokens += tokens
+            counted.num_generation_tokens += tokens
+            if request.is_prefilling:
+                if output.prefill_stats is not None:
+                    counted.prompt_token_stats.update_from_output(output.prefill_stats)
+                stats.first_token_latency = counted.iteration_timestamp - stats.arrival_time
+                counted.time_to_first_tokens_iter.append(stats.first_token_latency)
+                stats.first_token_ts = timestamp
+            else:
+                counted.inter_token_latencies_iter.append(timestamp - stats.last_token_ts)
+            stats.last_token_ts = timestamp
+            if output.events is not None:
+                for event in output.events:
+                    if event.type == queued:
+                        stats.queued_ts = event.timestamp
+                    elif event.type == scheduled:
+                        # Again after a preemption, which does not count.
+                        stats.scheduled_ts = stats.scheduled_ts or event.timestamp
+                    elif event.type == preempted:
+                        stats.num_preemptions += 1
+                        counted.num_preempted_reqs += 1
 
         processor.process_outputs = process_outputs
+        processor._update_stats_from_output = count
 
 
 class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has no types here
@@ -126,7 +144,7 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
         super().record(_latest(usual), counted, engine_idx=self._engine)
 
 
-def count_in_one_pass(llm: AsyncLLM) -> None:
+def install_counter(llm: AsyncLLM) -> None:
     """Have an engine that was given BatchedStatLogger count for it."""
     for logger in llm.logger_manager.stat_loggers:
         if isinstance(logger, BatchedStatLogger):

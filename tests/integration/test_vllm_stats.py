@@ -1,4 +1,4 @@
-"""The figures of vLLM's own metrics, counted in one pass, against those that vLLM counts. vLLM without an engine."""
+"""The figures of vLLM's own metrics, counted in fewer calls, against those that vLLM counts. vLLM without an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def iterations():
         for name in [name for name in running if draw.random() < 0.9]:
             output = EngineCoreOutput(name, [5] * int(draw.integers(1, 4)))
             if draw.random() < 0.05:
-                output.events = [EngineCoreEvent.new_event(EngineCoreEventType.PREEMPTED, now)]
+                kinds = EngineCoreEventType.PREEMPTED, EngineCoreEventType.SCHEDULED
+                output.events = [EngineCoreEvent.new_event(kind, now - 0.1) for kind in kinds]
             outputs.append(output)
         if waiting and draw.random() < 0.5:
             events = [EngineCoreEvent.new_event(kind, now - 0.1 * kind) for kind in (1, 2)]
@@ -46,6 +47,8 @@ def iterations():
 
 
 def processor_with_requests():
+    """Every fifth is for an adapter."""
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -53,14 +56,15 @@ def processor_with_requests():
     processor = OutputProcessor(None, log_stats=True)
     for i in range(REQUESTS):
         params = SamplingParams(max_tokens=50, detokenize=False)
-        request = EngineCoreRequest(str(i), [1] * 9, None, params, None, 90.0 + i, None, None, None)
+        adapter = LoRARequest("adapter", 1, "/") if i % 5 == 0 else None
+        request = EngineCoreRequest(str(i), [1] * 9, None, params, None, 90.0 + i, adapter, None, None)
         request.external_req_id = f"request/{i}"
         processor.add_request(request, None)
     return processor
 
 
 def figures(processor, iterations, counter=None):
-    """Of each iteration all that was counted in it: what vLLM has, or ``counter``."""
+    """Of each iteration all that was counted in it: what vLLM has, or ``counter``; and who runs on the adapter then."""
     from vllm.v1.metrics.stats import IterationStats
 
     each = []
@@ -68,7 +72,8 @@ def figures(processor, iterations, counter=None):
         iteration = IterationStats()
         iteration.iteration_timestamp = now + 1000.0
         processor.process_outputs(outputs, now, iteration)
-        each.append(vars(iteration if counter is None else counter.take()))
+        counted = vars(iteration if counter is None else counter.take())
+        each.append(counted | {"running": set(processor.lora_states.requests["adapter"].running)})
     return each
 
 
@@ -81,7 +86,7 @@ def counting():
     return processor, counter
 
 
-def test_in_one_pass_every_figure_is_that_of_vllm(iterations):
+def test_every_figure_is_that_of_vllm(iterations):
     plain, (quick, counter) = processor_with_requests(), counting()
     for processor in (plain, quick):
         processor.abort_requests(["7"], internal=True)
@@ -91,6 +96,7 @@ def test_in_one_pass_every_figure_is_that_of_vllm(iterations):
     assert sum(len(each["finished_requests"]) for each in expected) > REQUESTS / 2
     assert sum(len(each["inter_token_latencies_iter"]) for each in expected) > 5 * REQUESTS
     assert sum(each["num_preempted_reqs"] for each in expected) > 0
+    assert any(each["running"] for each in expected)
 
 
 def test_what_is_not_taken_after_an_iteration_adds_up(iterations):
@@ -109,17 +115,15 @@ def test_what_is_not_taken_after_an_iteration_adds_up(iterations):
 
 
 @pytest.mark.parametrize("nans", [False, True])
-def test_only_what_begins_a_request_or_has_an_event_takes_the_long_way(iterations, nans):
+def test_only_what_has_an_adapter_takes_the_long_way(iterations, nans):
     """Or each output, where vLLM is to look for NaNs in it."""
     from vllm import envs
-    from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import IterationStats
 
     with mock.patch.object(envs, "VLLM_COMPUTE_NANS_IN_LOGITS", nans):
         quick, _ = counting()
-        with mock.patch.object(OutputProcessor, "_update_stats_from_output", autospec=True) as counted:
+        with mock.patch.object(IterationStats, "update_from_output", autospec=True) as long_way:
             for now, outputs in copy.deepcopy(iterations):
                 quick.process_outputs(outputs, now, IterationStats())
-    long_way = [call for call in counted.call_args_list if call.args[4] is not None]
     every = [output for _, outputs in iterations for output in outputs]
-    assert len(long_way) == sum(nans or output.events is not None for output in every)
+    assert len(long_way.call_args_list) == sum(nans or int(output.request_id) % 5 == 0 for output in every)
