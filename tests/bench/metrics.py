@@ -2,10 +2,10 @@
 which one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
-them. Nothing is learned and no response ends before its limit, so that all steps cost the same. A step is timed on its
-run's own clock, which stands while the run is stopped. A machine that others use too is faster in one minute than in
-the next, by more than what is to be measured; turns of seconds give both runs the same share of it. Two runs that are
-started alike differ by a per cent for as long as they live; so there are several pairs, and their spread is told.
+them. Nothing is learned, all prompts are of one length and no response ends before its limit, so that all steps cost
+the same. A step is timed on its run's own clock, which stands while the run is stopped. A machine that others use too
+is faster in one minute than in the next, by more than what is to be measured; turns of seconds give both runs the same
+share of it. How far pairs of runs differ all the same is told.
 The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:
 
@@ -234,15 +234,22 @@ def per_process(costs: Sequence[Cost]) -> dict[str, float]:
     return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
 
 
-def endless(config: Path, folder: Path) -> Path:
-    """The model of ``config`` in ``folder``, without a token that ends a response."""
+def even_inputs(config: Path, folder: Path) -> dict[str, object]:
+    """Settings that make all steps alike: the model of ``config`` without a token that ends a response, and of its
+    prompts those of one length, the mean."""
     settings = config_file.load(config)
     inputs.prepare(settings)
-    shutil.copytree(settings.model.path, folder)
-    for path in (folder / "config.json", folder / "generation_config.json"):
+    model, prompts = folder / "model", folder / "train.jsonl"
+    shutil.copytree(settings.model.path, model)
+    for path in (model / "config.json", model / "generation_config.json"):
         if path.exists():
             path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
-    return folder
+    by_length = collections.defaultdict(list)
+    for line in settings.data.train.read_text().splitlines(keepends=True):
+        by_length[len(json.loads(line)[settings.data.prompt_field])].append(line)
+    mean = statistics.fmean(length for length, lines in by_length.items() for _ in lines)
+    prompts.write_text("".join(by_length[min(by_length, key=lambda length: abs(length - mean))]))
+    return {"model.path": model, "data.train": prompts}
 
 
 @contextlib.contextmanager
@@ -272,8 +279,8 @@ def publishing(rounds: int = 200) -> float:
 
 def measure(arguments: argparse.Namespace, runs: Path, *, on_first: bool) -> Pair:
     """One pair of runs, from their start to their end."""
-    model = {"model.path": endless(arguments.config, runs / "model")}
-    settings = {"on": model | (OFF if arguments.control else {}), "off": model | OFF}
+    even = even_inputs(arguments.config, runs)
+    settings = {"on": even | (OFF if arguments.control else {}), "off": even | OFF}
     with contextlib.ExitStack() as stack:
         pair: dict[str, SideRun] = {}
         for name in ("on", "off") if on_first else ("off", "on"):
