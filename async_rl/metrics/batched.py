@@ -62,9 +62,7 @@ class _Series:
         self._lock = threading.Lock()
 
     def observe(self, value: float) -> None:
-        self._waiting.append(value)
-        if len(self._waiting) >= _BATCH:
-            self.counted()
+        self.observe_all((value,))
 
     def observe_all(self, values: Sequence[float]) -> None:
         self._waiting.extend(values)

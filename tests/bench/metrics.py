@@ -244,11 +244,11 @@ def even_inputs(config: Path, folder: Path) -> dict[str, object]:
     for path in (model / "config.json", model / "generation_config.json"):
         if path.exists():
             path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
-    by_length = collections.defaultdict(list)
-    for line in settings.data.train.read_text().splitlines(keepends=True):
-        by_length[len(json.loads(line)[settings.data.prompt_field])].append(line)
-    mean = statistics.fmean(length for length, lines in by_length.items() for _ in lines)
-    prompts.write_text("".join(by_length[min(by_length, key=lambda length: abs(length - mean))]))
+    lines = settings.data.train.read_text().splitlines(keepends=True)
+    lengths = [len(json.loads(line)[settings.data.prompt_field]) for line in lines]
+    mean = statistics.fmean(lengths)
+    even = min(lengths, key=lambda length: abs(length - mean))
+    prompts.write_text("".join(line for line, length in zip(lines, lengths, strict=True) if length == even))
     return {"model.path": model, "data.train": prompts}
 
 
