@@ -8,9 +8,11 @@ imported in rollout workers only.
 from __future__ import annotations
 
 import asyncio
+import collections
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
@@ -27,6 +29,28 @@ if TYPE_CHECKING:
 RECORDED_AFTER_S = 2.0
 # What the statistics of a scheduler have beside gauges and the prefix cache, if it is set up for it.
 _RARE = ("connector_prefix_cache_stats", "spec_decoding_stats", "kv_connector_stats", "perf_stats")
+# The histograms of an iteration, with what it has of their observations: one for each token, or for each request.
+_OF_ITERATION = {
+    "histogram_inter_token_latency": "inter_token_latencies_iter",
+    "histogram_time_to_first_token": "time_to_first_tokens_iter",
+    "histogram_max_num_generation_tokens_request": "max_num_generation_tokens_iter",
+    "histogram_n_request": "n_params_iter",
+}
+# The histograms of requests that have ended, with what each observes of one.
+_OF_FINISHED: dict[str, Callable[[Any], float]] = {
+    "histogram_e2e_time_request": attrgetter("e2e_latency"),
+    "histogram_queue_time_request": attrgetter("queued_time"),
+    "histogram_prefill_time_request": attrgetter("prefill_time"),
+    "histogram_inference_time_request": attrgetter("inference_time"),
+    "histogram_decode_time_request": attrgetter("decode_time"),
+    "histogram_request_num_preemptions": attrgetter("num_preemptions"),
+    "histogram_prefill_kv_computed_request": lambda request: (
+        request.num_prompt_tokens - max(request.num_cached_tokens, 0)
+    ),
+    "histogram_num_prompt_tokens_request": attrgetter("num_prompt_tokens"),
+    "histogram_num_generation_tokens_request": attrgetter("num_generation_tokens"),
+    "histogram_request_time_per_output_token": attrgetter("mean_time_per_output_token"),
+}
 
 
 class IterationCounter:
@@ -138,10 +162,21 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
             else:
                 usual.append(stats)
         counted = self.counter.take()
-        # One for each token: vLLM would observe them one by one.
-        self.histogram_inter_token_latency[self._engine].observe_all(counted.inter_token_latencies_iter)
-        counted.inter_token_latencies_iter = []
+        # vLLM would observe these one by one, and what is left in ``counted`` it does.
+        for name, observations in _OF_ITERATION.items():
+            getattr(self, name)[self._engine].observe_all(getattr(counted, observations))
+            setattr(counted, observations, [])
+        self._record_finished(counted.finished_requests)
+        counted.finished_requests = []
         super().record(_latest(usual), counted, engine_idx=self._engine)
+
+    def _record_finished(self, requests: Sequence[Any]) -> None:
+        for name, observed in _OF_FINISHED.items():
+            getattr(self, name)[self._engine].observe_all(list(map(observed, requests)))
+        limits = [request.max_tokens_param for request in requests if request.max_tokens_param]
+        self.histogram_max_tokens_request[self._engine].observe_all(limits)
+        for reason, count in collections.Counter(request.finish_reason for request in requests).items():
+            self.counter_request_success[reason][self._engine].inc(count)
 
 
 def install_counter(llm: AsyncLLM) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from unittest import mock
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
+
+from async_rl import config_file
+from async_rl.model_config import read_model_config
+from async_rl.rollout import vllm_process
 
 pytestmark = pytest.mark.engine
 
@@ -127,3 +133,53 @@ def test_only_what_has_an_adapter_takes_the_long_way(iterations, nans):
                 quick.process_outputs(outputs, now, IterationStats())
     every = [output for _, outputs in iterations for output in outputs]
     assert len(long_way.call_args_list) == sum(nans or int(output.request_id) % 5 == 0 for output in every)
+
+
+@pytest.fixture
+def vllm_config(recipe):
+    config = config_file.load(recipe)
+    model = read_model_config(config.model.path)
+    vllm_process.prepare(config, model)
+    return vllm_process.engine_args(config, 0, model).create_engine_config()
+
+
+def record(logger, processor, iterations):
+    """As AsyncLLM's output handler does."""
+    from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, SchedulerStats
+
+    for now, outputs in copy.deepcopy(iterations):
+        iteration = IterationStats() if outputs else None
+        if iteration is not None:
+            iteration.iteration_timestamp = now + 1000.0
+        processor.process_outputs(outputs, now, iteration)
+        cache = PrefixCacheStats(queries=len(outputs), hits=len(outputs) // 2)
+        scheduler = SchedulerStats(num_running_reqs=len(outputs), kv_cache_usage=now / 1000, prefix_cache_stats=cache)
+        logger.record(scheduler, iteration)
+
+
+def served():
+    """Of vLLM, what a scrape finds; when each metric was made is of no interest."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("vllm:") and not sample.name.endswith("_created")
+    }
+
+
+async def test_a_scrape_finds_what_vllm_would_serve(iterations, vllm_config):
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    from async_rl.rollout.vllm_stats import RECORDED_AFTER_S, BatchedStatLogger
+
+    record(PrometheusStatLogger(vllm_config), processor_with_requests(), iterations)
+    expected = served()
+    batched, processor = BatchedStatLogger(vllm_config), processor_with_requests()
+    batched.counter.count_for(processor)
+    record(batched, processor, iterations)
+    await asyncio.sleep(RECORDED_AFTER_S + 0.5)
+    assert served() == pytest.approx(expected)
+    # Every histogram has observed something, so that none is equal for being empty.
+    counts = {name: value for (name, *_), value in expected.items() if name.endswith("_count")}
+    assert len(counts) > 15
+    assert all(counts.values())
