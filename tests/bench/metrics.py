@@ -1,11 +1,14 @@
 """What being watched costs: pairs of equal runs side by side, one with everything on and one with everything off, of
-which one is stopped (SIGSTOP) while the other goes on, in turns of a few seconds.
+which one is stopped (SIGSTOP) while the other goes on, in turns of a quarter of a second.
 
 On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
 them. Nothing is learned, all prompts are of one length and no response ends before its limit, so that all steps cost
 the same. A step is timed on its run's own clock, which stands while the run is stopped. A machine that others use too
-is faster in one minute than in the next, by more than what is to be measured; turns of seconds give both runs the same
-share of it. How far pairs of runs differ all the same is told.
+is faster in one moment than in the next, by more than what is to be measured; short turns give both runs the same share
+of it. What is left is chance of a run as a whole: where libraries and tables come to lie in its processes, and the seed
+of Python's hashes, are drawn anew for each, and one draw computes by a per cent faster than another for as long as it
+lives (Mytkowicz et al., "Producing wrong data without doing anything obviously wrong", ASPLOS 2009). So there are many
+pairs rather than long ones, and how far they differ is told.
 The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
 Printed last, one JSON line:
 
@@ -17,11 +20,11 @@ Printed last, one JSON line:
     publish_share              seconds to publish one step and to write out one scrape, over a step
     scrape_share               seconds in which all processes serve one scrape, over the time between two
 
-    .venv/bin/python tests/bench/metrics.py [--pairs 6] [--minutes 6] [--turn 2] [--config configs/tiny_moe.yaml]
+    .venv/bin/python tests/bench/metrics.py [--pairs 20] [--minutes 1.5] [--turn 0.25] [--config configs/tiny_moe.yaml]
                                             [--control]
 
---minutes: for each pair, besides the two it takes to start and end one. --control: all runs with everything off; how
-far from 1 the ratios come then is what this method cannot tell.
+--minutes: for each pair, besides the minute and a half that it takes to start and end one. --control: all runs with
+everything off; how far from 1 the ratios come then is what this method cannot tell.
 """
 
 from __future__ import annotations
@@ -302,9 +305,9 @@ def measure(arguments: argparse.Namespace, runs: Path, *, on_first: bool) -> Pai
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--minutes", type=float, default=6.0)
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=1.5)
+    parser.add_argument("--turn", type=float, default=0.25, help="seconds")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
     parser.add_argument("--control", action="store_true")
     arguments = parser.parse_args()
