@@ -69,15 +69,21 @@ def processor_with_requests():
     return processor
 
 
-def figures(processor, iterations, counter=None):
-    """Of each iteration all that was counted in it: what vLLM has, or ``counter``; and who runs on the adapter then."""
+def processed(processor, iterations):
+    """Each iteration after the processor had it: (when, outputs, its IterationStats)."""
     from vllm.v1.metrics.stats import IterationStats
 
-    each = []
     for now, outputs in copy.deepcopy(iterations):
         iteration = IterationStats()
         iteration.iteration_timestamp = now + 1000.0
         processor.process_outputs(outputs, now, iteration)
+        yield now, outputs, iteration
+
+
+def figures(processor, iterations, counter=None):
+    """Of each iteration all that was counted in it: what vLLM has, or ``counter``; and who runs on the adapter then."""
+    each = []
+    for _, _, iteration in processed(processor, iterations):
         counted = vars(iteration if counter is None else counter.take())
         each.append(counted | {"running": set(processor.lora_states.requests["adapter"].running)})
     return each
@@ -106,12 +112,9 @@ def test_every_figure_is_that_of_vllm(iterations):
 
 
 def test_what_is_not_taken_after_an_iteration_adds_up(iterations):
-    from vllm.v1.metrics.stats import IterationStats
-
     (each_taken, one), (all_together, other) = counting(), counting()
     apart = figures(each_taken, iterations, one)
-    for now, outputs in copy.deepcopy(iterations):
-        all_together.process_outputs(outputs, now, IterationStats())
+    assert len(list(processed(all_together, iterations))) == ITERATIONS
     assert other.tokens == sum(each["num_generation_tokens"] + each["prompt_token_stats"].computed for each in apart)
     whole = vars(other.take())
     for name in ("inter_token_latencies_iter", "n_params_iter", "max_num_generation_tokens_iter"):
@@ -129,8 +132,7 @@ def test_only_what_has_an_adapter_takes_the_long_way(iterations, nans):
     with mock.patch.object(envs, "VLLM_COMPUTE_NANS_IN_LOGITS", nans):
         quick, _ = counting()
         with mock.patch.object(IterationStats, "update_from_output", autospec=True) as long_way:
-            for now, outputs in copy.deepcopy(iterations):
-                quick.process_outputs(outputs, now, IterationStats())
+            assert len(list(processed(quick, iterations))) == ITERATIONS
     every = [output for _, outputs in iterations for output in outputs]
     assert len(long_way.call_args_list) == sum(nans or int(output.request_id) % 5 == 0 for output in every)
 
@@ -145,16 +147,12 @@ def vllm_config(recipe):
 
 def record(logger, processor, iterations):
     """As AsyncLLM's output handler does."""
-    from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, SchedulerStats
+    from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
-    for now, outputs in copy.deepcopy(iterations):
-        iteration = IterationStats() if outputs else None
-        if iteration is not None:
-            iteration.iteration_timestamp = now + 1000.0
-        processor.process_outputs(outputs, now, iteration)
+    for now, outputs, iteration in processed(processor, iterations):
         cache = PrefixCacheStats(queries=len(outputs), hits=len(outputs) // 2)
         scheduler = SchedulerStats(num_running_reqs=len(outputs), kv_cache_usage=now / 1000, prefix_cache_stats=cache)
-        logger.record(scheduler, iteration)
+        logger.record(scheduler, iteration if outputs else None)
 
 
 def served():
