@@ -24,7 +24,8 @@ from async_rl.metrics.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
 from async_rl.queue.client import Fetcher, Payload
 from async_rl.queue.records import GroupMeta, QueueStats
-from async_rl.rollout.worker import EvalResult, WorkerStats
+from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.worker import WorkerStats
 from async_rl.run_state import RunState
 from async_rl.runfolder import RunFolder
 from async_rl.trainer.report import StepReport, merge_reports

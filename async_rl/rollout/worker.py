@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +19,22 @@ import structlog
 
 from async_rl import logs
 from async_rl.config import RunConfig
-from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, WireError
+from async_rl.errors import EngineDied, EnvironmentFailure, RewardError, WireError
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
 from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
 from async_rl.rollout.environment import Environment
+from async_rl.rollout.evaluation import EvalResult, evaluate
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing import check_probe
 from async_rl.types import Float32Array, Group, Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
-
-# (what there is of a response, request id) -> the same after one more engine call.
-Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
-Keep = Callable[[PartialRollout], None]
 
 _WATCH_PERIOD_S = 1.0
 
@@ -60,16 +57,6 @@ class WorkerStats:
     running_trajectories: int = 0
     busy_s: float = 0.0
     paused_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Greedy evaluation at one policy version: mean reward over n problems, mean response length in tokens."""
-
-    version: int
-    reward_mean: float
-    n: int
-    response_tokens_mean: float
 
 
 def name_of(replica: int) -> str:
@@ -118,9 +105,7 @@ class RolloutWorker:
         self._name = name_of(replica)
         self._queue = queue
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._rewards = rewards
-        self._environment = environment
+        self._responses = Responses(config, engine, tokenizer, rewards, environment)
         self._timeline = timeline
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
         # Twice what fills the engine: a group whose last response is long must not leave its siblings' places
@@ -227,9 +212,7 @@ class RolloutWorker:
         self._stopping = True
         self._open.clear()
         self._cancel_work()
-        self._rewards.close()
-        if self._environment is not None:
-            self._environment.close()
+        self._responses.close()
         await self._engine.shutdown()
         if self._timeline is not None:
             self._timeline.close()
@@ -290,7 +273,7 @@ class RolloutWorker:
         try:
             trajectories = await self._trajectories(group)
         except (RewardError, EnvironmentFailure) as error:
-            if self._is_fatal(error):
+            if self._responses.is_fatal(error):
                 raise
             log.warning("group failed", group=group_id, reason=str(error))
             await self._queue.fail(group_id, "reward" if isinstance(error, RewardError) else "environment")
@@ -334,55 +317,16 @@ class RolloutWorker:
         def keep(partial: PartialRollout) -> None:
             group.partials[index] = partial
 
-        start = group.partials[index] or self._begin(f"{group.group_id}/{index}", prompt)
+        start = group.partials[index] or self._responses.begin(f"{group.group_id}/{index}", prompt)
         try:
-            partial = await self._respond(start, prompt, self._sample, keep)
+            partial = await self._responses.complete(start, prompt, self._sample, keep)
         finally:
             self._unfinished -= 1
             self._look_for_room()
         reward = group.rewards[index]
         if reward is None:
-            reward = group.rewards[index] = await self._rewards.score(prompt, self._text(partial))
+            reward = group.rewards[index] = await self._responses.reward(prompt, partial)
         return partial.to_trajectory(reward)
-
-    def _begin(self, name: str, prompt: Prompt) -> PartialRollout:
-        return PartialRollout.begin(
-            name,
-            prompt.token_ids,
-            max_response_tokens=self._config.rollout.max_response_tokens,
-            eos_token_id=self._engine.stop_token_ids,
-            routing=self._engine.routing,
-            policy=self._config.async_training.partial_rollout.routing,
-        )
-
-    async def _respond(
-        self, partial: PartialRollout, prompt: Prompt, call: Call, keep: Keep = lambda _: None
-    ) -> PartialRollout:
-        """A whole response: as many calls as its interruptions and turns take; ``keep`` is told of each state."""
-        calls = itertools.count()
-        while True:
-            while not partial.finished:
-                partial = await call(partial, f"{partial.trajectory_id}/{next(calls)}")
-                keep(partial)
-            answer = await self._answer(prompt, partial)
-            if answer is None:
-                return partial
-            partial = partial.go_on(answer)
-            keep(partial)
-
-    def _text(self, partial: PartialRollout) -> str:
-        text: str = self._tokenizer.decode(partial.response_ids, skip_special_tokens=True)
-        return text
-
-    async def _answer(self, prompt: Prompt, partial: PartialRollout) -> Int32Array | None:
-        """What the environment says to a turn that has just ended; None when the response ends with it."""
-        if self._environment is None or partial.finish_reason != "stop":
-            return None
-        turns = partial.turns
-        policy_turns = len(turns) // 2 + 1
-        if policy_turns == self._config.rollout.environment.max_turns:
-            return None
-        return await self._environment.answer(prompt, turns)
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """One engine call for what is left of ``partial``, begun once no push is under way."""
@@ -512,37 +456,4 @@ class RolloutWorker:
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> EvalResult:
         """Greedy responses to ``prompts`` and their mean reward. The weights must not change meanwhile."""
-        version = self._engine.version
-        results = await asyncio.gather(*(self._evaluate_one(prompt) for prompt in prompts))
-        if self._engine.version != version:
-            raise EngineError(f"the weights went from version {version} to {self._engine.version} during an evaluation")
-        scored = [result for result in results if result is not None]
-        if not scored:
-            raise RewardError(f"{self._config.reward.function} failed on each of {len(prompts)} evaluation problems")
-        rewards, lengths = zip(*scored, strict=True)
-        return EvalResult(version, float(np.mean(rewards)), len(scored), float(np.mean(lengths)))
-
-    async def _evaluate_one(self, prompt: Prompt) -> tuple[float, int] | None:
-        """(reward, response tokens); None where the user's function failed and its on_error is skip."""
-        try:
-            partial = await self._respond(self._begin(f"eval/{prompt.prompt_id}", prompt), prompt, self._likeliest)
-            return await self._rewards.score(prompt, self._text(partial)), len(partial.response_ids)
-        except (RewardError, EnvironmentFailure) as error:
-            if self._is_fatal(error):
-                raise
-            log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
-            return None
-
-    async def _likeliest(self, partial: PartialRollout, request_id: str) -> PartialRollout:
-        """One greedy engine call; pushes wait for an evaluation, so none interrupts it."""
-        token_ids, max_tokens, first_row = partial.next_request()
-        greedy = Sampling(temperature=1.0, top_p=1.0, greedy=True)
-        output = await self._engine.generate(request_id, token_ids, greedy, max_tokens, first_row)
-        if output.finish_reason == "abort":
-            raise EngineError(f"{request_id}: an evaluation was aborted")
-        return partial.absorb(output)
-
-    def _is_fatal(self, error: RewardError | EnvironmentFailure) -> bool:
-        """Whether a failure of the user's function ends the run, or costs what it was called for only."""
-        section = self._config.reward if isinstance(error, RewardError) else self._config.rollout.environment
-        return section.on_error == "fail"
+        return await evaluate(prompts, self._engine, self._responses)

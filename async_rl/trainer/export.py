@@ -6,16 +6,22 @@ under way. Knows ``parallel``, ``megatron`` (what a rank holds) and the tables i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from async_rl.model_config import ModelConfig
+from async_rl.model_config import ModelConfig, checkpoint_shards
 from async_rl.trainer.megatron import Held, held
 from async_rl.trainer.parallel import Place, expert_rank_of, holder, stage_of
 from async_rl.weights import names
+
+# Size of one *.safetensors file: what transformers writes too.
+SHARD_BYTES = 5 * 10**9
 
 
 class Weights:
@@ -110,3 +116,18 @@ class Weights:
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)
         return {name: metas for part in everyone for name, metas in part.items()}
+
+
+def write_hf(weights: Weights, folder: Path, *, like: Path, model: ModelConfig, place: Place) -> None:
+    """Write ``weights`` as a checkpoint folder like ``like``: its config and tokenizer files, and of its weights those
+    of layers that predict further tokens, which are not trained. Rank 0 writes; every rank calls it."""
+    if place.rank == 0:
+        extra = names.extra_layers(model, checkpoint_shards(like))
+        names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
+        for file in like.iterdir():
+            if file.is_file() and ".safetensors" not in file.name:
+                shutil.copy2(file, folder / file.name)
+    else:
+        for _ in weights:  # gathering a parameter is a collective: take part in it
+            pass
+    torch.distributed.barrier()

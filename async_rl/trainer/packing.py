@@ -183,6 +183,21 @@ def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: f
     )
 
 
+def plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None = None) -> Sample:
+    """A sequence without behaviour: every token counts unless a mask bool[N-1] says otherwise."""
+    positions = max(len(ids) - 1, 0)
+    return Sample(
+        name=name,
+        trajectory_id=name,
+        token_ids=ids,
+        loss_mask=np.ones(positions, dtype=np.bool_) if mask is None else mask,
+        logprobs=np.zeros(positions, dtype=np.float32),
+        versions=np.zeros(positions, dtype=np.int32),
+        advantages=np.zeros(positions, dtype=np.float32),
+        resume_position=np.zeros(positions, dtype=np.int8),
+    )
+
+
 def resume_positions(trajectory: Trajectory) -> Int8Array:
     """int8[G]: where each response token lies relative to the last resume point, as an index into RESUME_POSITIONS."""
     points = trajectory.resume_points

@@ -7,12 +7,9 @@ modules of this room, ``weights`` and ``model_config``; knows neither queue nor 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +18,8 @@ import numpy.typing as npt
 import torch
 
 from async_rl.config import RunConfig
-from async_rl.config_file import to_yaml
-from async_rl.errors import CheckpointError, ReplayError, TrainerError
-from async_rl.model_config import check_run, checkpoint_shards, read_model_config
-from async_rl.process import release_freed_memory
+from async_rl.errors import ReplayError
+from async_rl.model_config import check_run, read_model_config
 from async_rl.trainer import losses, packing, parallel, platform
 from async_rl.trainer.advantages import (
     batch_normalized,
@@ -34,26 +29,21 @@ from async_rl.trainer.advantages import (
 )
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
-from async_rl.trainer.losses import sequence_sums
-from async_rl.trainer.packing import Microbatch, Packer, Sample
+from async_rl.trainer.packing import Microbatch, Packer, Sample, plain_sample
 from async_rl.trainer.parallel import Int64Array, Place
-from async_rl.trainer.policy_sums import PolicySums, policy_sums
+from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.report import StepReport, step_report
-from async_rl.trainer.writers import threads_write
+from async_rl.trainer.step import Step
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
-from async_rl.weights import names
 from async_rl.weights.fingerprint import WIDTH
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
-    from async_rl.trainer.executor import LossFunction, Tensors
+    from async_rl.trainer.executor import Tensors
     from async_rl.trainer.export import Weights
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-
-# Size of one *.safetensors file of an export: what transformers writes too.
-SHARD_BYTES = 5 * 10**9
 
 
 class Trainer:
@@ -83,6 +73,7 @@ class Trainer:
         from megatron.core import parallel_state
 
         from async_rl.trainer import megatron
+        from async_rl.trainer.distributed_checkpoint import DistributedCheckpoint
         from async_rl.trainer.executor import Executor
         from async_rl.trainer.replay import RoutingReplay
 
@@ -92,6 +83,9 @@ class Trainer:
         self._optimizer = platform.optimizer(self._device, self._chunks, self._config.trainer.optimizer)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
         self._vocabulary = tensor_group if tensor_group.size() > 1 else None
+        self._checkpoint = DistributedCheckpoint(
+            self._config, self._model_config, self._chunks, self._optimizer, self._place, self._device
+        )
         loss = self._config.trainer.loss
         self._policy, self._estimator = losses.load_policy(loss), load_advantages(loss)
         self._reference = self._copy_of_parameters() if loss.kl != "none" else None
@@ -116,40 +110,40 @@ class Trainer:
         self._executor.zero_gradients()
         # At least one staleness, so that an all-stale batch has sums too.
         sums = PolicySums.zero(max(version - oldest_version + 1, 1), self._device)
-        self._step = _Step(version, oldest_version, sums, self._packer())
+        self._step = Step(version, oldest_version, sums, self._packer())
 
     def accumulate(self, groups: Sequence[Group]) -> None:
         """Compute the microbatches that these groups of this rank fill; the rest waits for the next ones."""
         step = self._step
-        _check_versions(groups, step.version)
+        step.check_versions(groups)
         started = time.perf_counter()
         self.prepare(groups, oldest_version=step.oldest_version)
-        started = _lap(step.seconds, "record_routing", started)
+        started = step.lap("record_routing", started)
         samples = self._with_advantages(groups)
-        step.count(groups, samples)
+        step.count_groups(groups, samples)
         batches = step.packer.add(samples)
-        started = _lap(step.seconds, "prepare", started)
+        started = step.lap("prepare", started)
         self._forward_backward(batches)
-        _lap(step.seconds, "forward_backward", started)
+        step.lap("forward_backward", started)
 
     def finish_step(self) -> StepReport:
         """Compute what is left, update the parameters, and report."""
         step = self._step
         started = time.perf_counter()
         self._forward_backward(step.packer.flush())
-        started = _lap(step.seconds, "forward_backward", started)
+        started = step.lap("forward_backward", started)
         total = self._sum_over_data(**step.counts)
         divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
         update = self._optimizer.no_update()
         step.sums.routing += torch.tensor(self._executor.take_disagreement(), dtype=torch.float64, device=self._device)
         if total["tokens"]:
             self._executor.finish_gradients(divisor)
-            started = _lap(step.seconds, "forward_backward", started)
+            started = step.lap("forward_backward", started)
             update = self._optimizer.step()
-            started = _lap(step.seconds, "optimizer", started)
+            started = step.lap("optimizer", started)
             step.sums.all_reduce(torch.distributed.group.WORLD)
         self._steps += 1
-        _lap(step.seconds, "metrics", started)
+        step.lap("metrics", started)
         return step_report(
             step.sums,
             update,
@@ -167,15 +161,20 @@ class Trainer:
         )
 
     def _forward_backward(self, batches: Sequence[Microbatch]) -> None:
+        from async_rl.trainer.objective import policy_objective
+
         step = self._step
-        step.counts["microbatches"] += len(batches)
-        step.counts["padding"] += sum(batch.padding for batch in batches)
-        step.counts["positions"] += sum(len(batch) for batch in batches)
-        cost = self._model_config.sequence_cost
-        step.counts["cost"] += sum(cost(positions) for batch in batches for positions in batch.positions)
-        step.counts["fallback"] += sum(packing.rows_without_routing(batch) for batch in batches)
-        loss = self._policy_loss(step.version, len(step.sums.max_abs_diff))
-        for part in self._executor.accumulate(batches, loss, filler=step.packer.filler(), verify=self._verifying):
+        step.count_microbatches(batches, self._model_config.sequence_cost)
+        objective = policy_objective(
+            self._config.trainer.loss,
+            self._policy,
+            temperature=self._config.rollout.temperature,
+            vocabulary=self._vocabulary,
+            version=step.version,
+            stalenesses=len(step.sums.max_abs_diff),
+        )
+        filler = step.packer.filler()
+        for part in self._executor.accumulate(batches, objective, filler=filler, verify=self._verifying):
             if self._place.answers:
                 step.sums.add(part)
 
@@ -185,19 +184,17 @@ class Trainer:
         Returns the mean over this step's tokens of all ranks, before the update; the mask of a first token is
         of no effect. Routing is native.
         """
-        samples = [_plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)]
+        from async_rl.trainer.objective import cross_entropy
+
+        samples = [plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)]
         tokens = self._sum_over_data(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
         if not tokens:
             return 0.0
 
-        def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            logprobs, _entropy = token_logprobs(logits, tensors["labels"], group=self._vocabulary)
-            summed = -torch.where(tensors["loss_mask"], logprobs, 0.0).sum()
-            return summed, float(summed.detach())
-
         packer = self._packer(replay=False)
         self._executor.zero_gradients()
-        parts = self._executor.accumulate(packer.add(samples) + packer.flush(), loss, filler=packer.filler())
+        batches = packer.add(samples) + packer.flush()
+        parts = self._executor.accumulate(batches, cross_entropy(self._vocabulary), filler=packer.filler())
         self._executor.finish_gradients(tokens)
         self._optimizer.step()
         mine = torch.tensor(sum(parts) if self._place.answers else 0.0, dtype=torch.float64, device=self._device)
@@ -368,35 +365,20 @@ class Trainer:
 
         return StreamedSource(self.weights())
 
+    # ---- what is kept ----
+
     def save_hf(self, folder: Path) -> None:
         """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files. Rank 0 writes.
         Layers that predict further tokens are not trained, and stay as they were.
         """
-        weights = self.weights()
-        if self._place.rank == 0:
-            extra = names.extra_layers(self._model_config, checkpoint_shards(self._config.model.path))
-            names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
-            for file in self._config.model.path.iterdir():
-                if file.is_file() and ".safetensors" not in file.name:
-                    shutil.copy2(file, folder / file.name)
-        else:
-            for _ in weights:  # gathering a parameter is a collective: take part in it
-                pass
-        torch.distributed.barrier()
+        from async_rl.trainer.export import write_hf
+
+        write_hf(self.weights(), folder, like=self._config.model.path, model=self._model_config, place=self._place)
 
     def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and random state into ``folder``, through Megatron's distributed
-        checkpointing. Every rank writes its part, and returns when all are in place. ``trainer.checkpoint`` makes the
-        folder, and a whole checkpoint of it."""
-        from megatron.core import dist_checkpointing
-
-        if self._place.rank == 0:
-            (folder / "config.yaml").write_text(to_yaml(self._config))
-        torch.distributed.barrier()
-        with platform.cuda_means(self._device), threads_write():
-            dist_checkpointing.save(self._sharded_state(loading=False), str(folder))
-        release_freed_memory()  # the copies that were written; a trainer of 750 MiB grew by 8 % in some minutes
-        torch.distributed.barrier()
+        """Write model, optimizer, schedule and random state into ``folder``. Every rank writes its part, and returns
+        when all are in place. ``trainer.checkpoint`` makes the folder, and a whole checkpoint of it."""
+        self._checkpoint.save(folder, updates=self._steps)
 
     def load(self, path: Path, *, optimizer: bool = True) -> None:
         """Go on from the checkpoint ``path``, which a trainer in any layout may have written.
@@ -404,93 +386,14 @@ class Trainer:
         optimizer: its state too, without which only the weights are taken. Raises CheckpointError where the checkpoint
         is not of this model.
         """
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-
-        try:
-            model = dist_checkpointing.load_common_state_dict(str(path))["model"]
-            if model != asdict(self._model_config):
-                differing = [key for key, value in asdict(self._model_config).items() if model.get(key) != value]
-                raise ValueError(f"it is of a model with another {', '.join(differing)}")
-            with platform.cuda_means(self._device):
-                state = dist_checkpointing.load(self._sharded_state(loading=True, optimizer=optimizer), str(path))
-        except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit {self._config.model.path}: {' '.join(str(error).split())[:300]}"
-            ) from error
-        for number, chunk in enumerate(self._chunks):
-            chunk.module.load_state_dict(state[f"model{number}"])
         if optimizer:
-            self._optimizer.load_state(state["optimizer"])
-            self._steps = state["updates"]
-            torch.set_rng_state(state["rng"])
-
-    def _sharded_state(self, *, loading: bool, optimizer: bool = True) -> dict[str, Any]:
-        chunks: dict[str, Any] = {
-            f"model{number}": chunk.module.sharded_state_dict() for number, chunk in enumerate(self._chunks)
-        }
-        if not optimizer:
-            return chunks
-        # Nothing draws random numbers in training; what one rank has is as good as what another has.
-        rng = [torch.get_rng_state()]
-        torch.distributed.broadcast_object_list(rng, src=0)
-        return {
-            **chunks,
-            "optimizer": self._optimizer.sharded_state(chunks, loading=loading),
-            "updates": self._steps,
-            "rng": rng[0],
-            "model": asdict(self._model_config),
-        }
+            self._steps = self._checkpoint.load(path)
+        else:
+            self._checkpoint.load_weights(path)
 
     def close(self) -> None:
         """Leave the process groups. The Trainer is unusable afterwards."""
         platform.close_distributed()
-
-    # ---- one microbatch ----
-
-    def _policy_loss(self, version: int, stalenesses: int) -> LossFunction:
-        from megatron.core import parallel_state
-
-        settings = self._config.trainer.loss
-        temperature = self._config.rollout.temperature
-        context = parallel_state.get_context_parallel_group()
-
-        def loss(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
-            current, entropy = token_logprobs(logits, tensors["labels"], temperature, self._vocabulary)
-            mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
-            staleness = version - tensors["versions"].long()
-            match settings.proximal:
-                case "recompute":
-                    proximal = tensors.get("proximal", behaviour)  # a microbatch of padding has none
-                case "interpolate":
-                    proximal = losses.interpolated_proximal(behaviour, current, staleness)
-                case _:
-                    proximal = behaviour
-            tokens = losses.Tokens(
-                current=current,
-                behaviour=behaviour,
-                proximal=proximal,
-                advantages=tensors["advantages"],
-                mask=mask,
-                staleness=staleness,
-                sequence_sum=sequence_sums(tensors["sequence"], mask, context),
-            )
-            value, clipped = losses.policy_loss(tokens, settings, self._policy, tensors.get("reference"))
-            summed = (value * tensors["weights"]).sum()
-            sums = policy_sums(
-                loss=summed.detach(),
-                current=current.detach(),
-                behaviour=behaviour,
-                entropy=entropy,
-                clipped=clipped,
-                staleness=staleness,
-                resume_position=tensors["resume_position"].long(),
-                mask=mask,
-                stalenesses=stalenesses,
-            )
-            return summed, sums
-
-        return loss
 
     # ---- odds and ends ----
 
@@ -525,7 +428,7 @@ class Trainer:
         self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None
     ) -> tuple[list[Microbatch], Microbatch]:
         """Plain sequences, with ``routing`` to replay where given; and a filler."""
-        samples = [_plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
+        samples = [plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
         if routing is not None:
             samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
             for sample in samples:
@@ -582,83 +485,3 @@ class Trainer:
         flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(flat, group=parallel_state.get_data_parallel_group())
         return dict(zip(values, flat.tolist(), strict=True))
-
-
-# What a step counts of this rank's groups.
-COUNTS = (
-    "tokens",
-    "sampled",
-    "not_sampled",
-    "sequences",
-    "extra_positions",
-    "groups",
-    "trajectories",
-    "microbatches",
-    "fallback",
-    "positions",
-    "padding",
-    "cost",
-)
-
-
-@dataclass(slots=True)
-class _Step:
-    """An update under way. counts: of this rank's groups."""
-
-    version: int
-    oldest_version: int
-    sums: PolicySums
-    packer: Packer
-    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def count(self, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        trajectories = [t for group in groups for t in group.trajectories]
-        sampled = sum(int(t.sampled.sum()) for t in trajectories)
-        views: dict[str, list[int]] = {}
-        for sample in samples:
-            views.setdefault(sample.trajectory_id, []).append(sample.positions)
-        added = {
-            "tokens": sum(int(sample.loss_mask.sum()) for sample in samples),
-            "sampled": sampled,
-            "not_sampled": sum(len(t.response_ids) for t in trajectories) - sampled,
-            # The last view of a trajectory is all of it that is trained, the others are prefixes of that.
-            "extra_positions": sum(sum(positions[:-1]) for positions in views.values()),
-            "sequences": len(views),
-            "groups": len(groups),
-            "trajectories": len(trajectories),
-        }
-        for name, value in added.items():
-            self.counts[name] += value
-
-
-def _plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None = None) -> Sample:
-    """A sequence without behaviour: every token counts unless a mask bool[N-1] says otherwise."""
-    positions = max(len(ids) - 1, 0)
-    return Sample(
-        name=name,
-        trajectory_id=name,
-        token_ids=ids,
-        loss_mask=np.ones(positions, dtype=np.bool_) if mask is None else mask,
-        logprobs=np.zeros(positions, dtype=np.float32),
-        versions=np.zeros(positions, dtype=np.int32),
-        advantages=np.zeros(positions, dtype=np.float32),
-        resume_position=np.zeros(positions, dtype=np.int8),
-    )
-
-
-def _check_versions(groups: Sequence[Group], version: int) -> None:
-    for group in groups:
-        for trajectory in group.trajectories:
-            newest = int(trajectory.versions.max())
-            if newest > version:
-                raise TrainerError(
-                    f"trajectory {trajectory.trajectory_id}: tokens of version {newest}, consumed at version "
-                    f"{version}; its stamps or the trainer's version are wrong"
-                )
-
-
-def _lap(seconds: dict[str, float], phase: str, started: float) -> float:
-    now = time.perf_counter()
-    seconds[phase] = seconds.get(phase, 0.0) + now - started
-    return now

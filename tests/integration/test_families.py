@@ -47,10 +47,10 @@ def references(ranks, folders):
 def look(trainer, ids, routing, weights):
     """Log-probs and, under Hugging Face names on rank 0, the gradients of -sum of weight x log-prob."""
     from async_rl.trainer.logprobs import token_logprobs
-    from async_rl.trainer.trainer import _plain_sample
+    from async_rl.trainer.packing import plain_sample
 
     logprobs, native = trainer.logprobs(ids, routing), trainer.native_routing(ids)
-    samples = [_plain_sample(str(i), one) for i, one in enumerate(ids)]
+    samples = [plain_sample(str(i), one) for i, one in enumerate(ids)]
     # The weights travel as advantages do.
     samples = [sample.with_advantages(w) for sample, w in zip(samples, weights, strict=True)]
     if routing is not None:

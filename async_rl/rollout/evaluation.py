@@ -1,0 +1,68 @@
+"""Greedy evaluation: the likeliest response to each problem, and the mean of their rewards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from async_rl.errors import EngineError, EnvironmentFailure, RewardError
+from async_rl.rollout.engine import RolloutEngine, Sampling
+from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.responses import Call, Responses
+from async_rl.types import Prompt
+
+log = structlog.get_logger(__name__)
+
+GREEDY = Sampling(temperature=1.0, top_p=1.0, greedy=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """At one policy version: mean reward over n problems, mean response length in tokens."""
+
+    version: int
+    reward_mean: float
+    n: int
+    response_tokens_mean: float
+
+
+async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: Responses) -> EvalResult:
+    """Of the problems on which no function of the user's failed.
+
+    Raises RewardError where it failed on all, or its on_error is "fail"; EngineError where the weights changed.
+    """
+    version = engine.version
+
+    async def likeliest(partial: PartialRollout, request_id: str) -> PartialRollout:
+        """One engine call; pushes wait for an evaluation, so none interrupts it."""
+        token_ids, max_tokens, first_row = partial.next_request()
+        output = await engine.generate(request_id, token_ids, GREEDY, max_tokens, first_row)
+        if output.finish_reason == "abort":
+            raise EngineError(f"{request_id}: an evaluation was aborted")
+        return partial.absorb(output)
+
+    results = await asyncio.gather(*(_one(prompt, responses, likeliest) for prompt in prompts))
+    if engine.version != version:
+        raise EngineError(f"the weights went from version {version} to {engine.version} during an evaluation")
+    scored = [result for result in results if result is not None]
+    if not scored:
+        raise RewardError(f"each of {len(prompts)} evaluation problems failed; the worker's log has the reason of each")
+    rewards, lengths = zip(*scored, strict=True)
+    return EvalResult(version, float(np.mean(rewards)), len(scored), float(np.mean(lengths)))
+
+
+async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[float, int] | None:
+    """(reward, response tokens); None where the user's function failed and its on_error is skip."""
+    try:
+        start = responses.begin(f"eval/{prompt.prompt_id}", prompt)
+        response = await responses.complete(start, prompt, likeliest)
+        return await responses.reward(prompt, response), len(response.response_ids)
+    except (RewardError, EnvironmentFailure) as error:
+        if responses.is_fatal(error):
+            raise
+        log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
+        return None
