@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a tiny random model, a dataset, and a recipe."""
+"""What tests share: of whole runs a tiny random model, a dataset, and a recipe; of fuzzing a folder."""
 
 from pathlib import Path
 
@@ -40,3 +40,9 @@ def start_run(recipe, tmp_path):
     yield start
     for run in runs:
         run.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """For a file that each example of a fuzz test writes anew; Hypothesis refuses a folder of one test's own."""
+    return tmp_path_factory.mktemp("fuzz")

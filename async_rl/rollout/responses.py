@@ -40,6 +40,7 @@ class Responses:
         self._environment = environment
 
     def begin(self, name: str, prompt: Prompt) -> PartialRollout:
+        """A response of which nothing is there yet."""
         return PartialRollout.begin(
             name,
             prompt.token_ids,

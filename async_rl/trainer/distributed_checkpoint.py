@@ -69,6 +69,7 @@ class DistributedCheckpoint:
         self._load_weights(self._read(path, self._weights))
 
     def _read(self, path: Path, wanted: Callable[[], ShardedState]) -> ShardedState:
+        """``wanted`` is called here: making it needs the device seam too, and may fail for the same reasons."""
         try:
             model = dist_checkpointing.load_common_state_dict(str(path))["model"]
             if model != self._model:

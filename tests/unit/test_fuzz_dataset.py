@@ -15,11 +15,6 @@ from async_rl.rollout.prompts import Dataset, read_jsonl
 from async_rl.types import Group, Prompt
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fuzz")
-
-
 def encode_text(text):
     return [ord(character) for character in text]
 

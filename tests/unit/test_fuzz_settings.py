@@ -86,11 +86,6 @@ TREES = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fuzz")
-
-
 def loaded(folder, content, words=()):
     """The RunConfig, or the message of the ConfigError. What is accepted can be written down and is read as it was."""
     path = folder / "config.yaml"
