@@ -18,15 +18,20 @@ from typing import Any
 
 @contextlib.contextmanager
 def threads_write() -> Iterator[None]:
-    """Within it, Megatron's file writer uses threads."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    """Within it, Megatron's file writer uses threads, and no other process."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    forking = FileSystemWriterAsync.__dict__["write_preloaded_data_multiproc"]
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
+    writer = filesystem_async.FileSystemWriterAsync
+    forking = writer.__dict__["write_preloaded_data_multiproc"]
+    writer.write_preloaded_data_multiproc = staticmethod(_write)
+    # Else its results travel through a process of their own, of 270 MiB, which lives on as long as the trainer does,
+    # and longer where that is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()
     try:
         yield
     finally:
-        FileSystemWriterAsync.write_preloaded_data_multiproc = forking
+        writer.write_preloaded_data_multiproc = forking
+        filesystem_async._results_queue = None
 
 
 def _write(transforms: Any, use_msc: bool, rank: int, buckets: Sequence[Any], results: Any) -> None:

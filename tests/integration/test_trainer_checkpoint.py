@@ -1,6 +1,7 @@
 """Checkpoints of a real trainer: saved in one layout, gone on with in another, exported."""
 
 import inspect
+import multiprocessing
 import os
 import shutil
 
@@ -93,21 +94,22 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks, checkpoint, batches, saved):
         np.testing.assert_array_equal(end[name], weight, err_msg=name)
 
 
-def saved_without_a_fork(trainer, folder):
+def processes_for_a_save(trainer, folder):
     folder.mkdir(exist_ok=True)
     forks = []
     os.register_at_fork(before=lambda: forks.append(True))
     trainer.save(folder)
-    return len(forks)
+    return len(forks), len(multiprocessing.active_children())
 
 
 def test_a_checkpoint_is_written_without_forking(ranks, checkpoint, tmp_path):
-    """A process with threads must not be forked; Megatron-core 0.16.1 would, and the mend goes once it does not."""
+    """A process with threads must not be forked; Megatron-core 0.16.1 would, and the mend goes once it does not. Nor is
+    another started, which nobody would end."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     upstream = inspect.getsource(filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc)
     assert 'get_context("fork")' in upstream
-    assert ranks.run(saved_without_a_fork, config_of(checkpoint, {"dp": 2}), tmp_path / "saved") == [0, 0]
+    assert ranks.run(processes_for_a_save, config_of(checkpoint, {"dp": 2}), tmp_path / "saved") == [(0, 0)] * 2
     assert len(list((tmp_path / "saved").glob("*.distcp"))) > 1
 
 
