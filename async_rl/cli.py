@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from async_rl import __version__
-from async_rl.config import RunConfig
-from async_rl.config_file import default_of, leaves, load, parse_overrides, to_yaml
+from async_rl.config.schema import RunConfig
+from async_rl.config.loading import default_of, leaves, load, parse_overrides, to_yaml
 from async_rl.errors import AsyncRLError, ConfigError
 
 _FLAGS = ("-h", "--help", "--version", "--dry-run", "--once")
@@ -85,7 +85,7 @@ def _train(path: Path, settings: Sequence[str], *, dry_run: bool, resume: bool) 
         sys.stdout.write(to_yaml(config))
         return 0
     # Before anything heavy is imported: the supervisor forks.
-    from async_rl.supervisor import supervise
+    from async_rl.runtime.supervisor import supervise
 
     return supervise(lambda: _reported(lambda: _run(config, resume=resume)))
 
@@ -94,13 +94,13 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     # Ray prints a paragraph to the terminal for each process that dies, over the live view; the run's log has a line on
     # it. Ray reads this when it is imported: messages that match are not printed.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
-    from async_rl import pipeline
+    from async_rl.driver import loop
 
-    return pipeline.run(config, resume=resume)
+    return loop.run(config, resume=resume)
 
 
 def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
-    from async_rl.export import export
+    from async_rl.driver.export import export
 
     source = export(path, out, parse_overrides(settings))
     sys.stdout.write(f"{source} is now a Hugging Face folder: {out}\n")

@@ -23,8 +23,8 @@ def make_model(folder: Path) -> Path:
     """The demo's model and tokenizer with random weights: the same shapes, without the warm-up."""
     # In a process of its own: transformers and torch would stay loaded in this one.
     script = (
-        "import sys; from pathlib import Path; from async_rl.tiny.model import save_random_model;"
-        "from async_rl.tiny.tokenizer import save_tokenizer; folder = Path(sys.argv[1]);"
+        "import sys; from pathlib import Path; from async_rl.demo.model import save_random_model;"
+        "from async_rl.demo.tokenizer import save_tokenizer; folder = Path(sys.argv[1]);"
         "save_tokenizer(folder); save_random_model(folder, 0)"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
@@ -33,7 +33,7 @@ def make_model(folder: Path) -> Path:
 
 def make_recipe(folder: Path, model: Path) -> Path:
     """A small config: 4 groups of 4 per step, responses of up to 120 tokens, pushes after every step."""
-    subprocess.run([sys.executable, "-m", "async_rl.tiny.task", str(folder)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "async_rl.demo.task", str(folder)], check=True, capture_output=True)
     tree = {
         "name": "run",
         "model": {"path": str(model), "dtype": "float32"},

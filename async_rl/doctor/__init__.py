@@ -7,7 +7,7 @@ torch nor Ray nor vLLM: versions come from package metadata, devices from /dev.
 
 from __future__ import annotations
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.doctor import inputs, installation, machine
 from async_rl.doctor.check import Check, Status
 from async_rl.doctor.machine import uses_gpu

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.errors import ConfigError
 from async_rl.trainer.parallel import world_size

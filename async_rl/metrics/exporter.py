@@ -36,7 +36,7 @@ from prometheus_client.registry import Collector
 
 from async_rl.errors import ResourceError
 from async_rl.metrics.declared import METRICS, MetricSpec
-from async_rl.runfolder import ALL_TARGETS, TARGETS, write_atomically
+from async_rl.runtime.runfolder import ALL_TARGETS, TARGETS, write_atomically
 
 LabelValues = tuple[str, ...]
 

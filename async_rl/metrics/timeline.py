@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from async_rl.runfolder import TIMELINE
+from async_rl.runtime.runfolder import TIMELINE
 
 _FLUSH_S = 1.0
 # A rollout worker writes hundreds of spans a second, beside the tokens that it hands out: json takes six times as long.

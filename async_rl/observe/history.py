@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 import yaml
 
-from async_rl import runfolder
+from async_rl.runtime import runfolder
 from async_rl.errors import RunFolderError
 from async_rl.observe.rows import Row
 

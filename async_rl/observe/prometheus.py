@@ -19,9 +19,9 @@ from signal import SIGTERM
 
 import yaml
 
-from async_rl import runfolder
+from async_rl.runtime import runfolder
 from async_rl.errors import ResourceError
-from async_rl.process import signal_on_parent_death
+from async_rl.runtime.process import signal_on_parent_death
 
 PORT = 9090
 _PORTS_TRIED = 64

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from async_rl import runfolder
+from async_rl.runtime import runfolder
 from async_rl.observe import figures, gantt, history
 from async_rl.observe.figures import Series, text
 from async_rl.observe.history import Event, History

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import RunFolderError
-from async_rl.runfolder import TIMELINE
+from async_rl.runtime.runfolder import TIMELINE
 
 PIPELINE = "pipeline"
 CUT = "abort"

@@ -16,7 +16,7 @@ from typing import Any
 from async_rl.errors import RunFolderError
 from async_rl.observe import spans
 from async_rl.observe.spans import Span
-from async_rl.runfolder import to_json
+from async_rl.runtime.runfolder import to_json
 
 Event = dict[str, Any]
 

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import RayTaskError
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.errors import QueueError
-from async_rl.failures import told
+from async_rl.runtime.failures import told
 from async_rl.metrics.summary import GroupCounts
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.codec import decode, encode

@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 
 from async_rl.errors import EngineError, EnvironmentFailure, RewardError
-from async_rl.rollout.engine import RolloutEngine, Sampling
+from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import Call, Responses
 from async_rl.types import Prompt

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config import RoutingPolicy
+from async_rl.config.schema import RoutingPolicy
 from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue.codec import build_prompt, build_segments, prompt_table, response_arrays, routing_spec
 from async_rl.queue.records import Ticket

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_rl.config import RoutingPolicy
+from async_rl.config.schema import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
-from async_rl.rollout import routing as rows
-from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout import routing_policies
+from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.types import (
     NOT_SAMPLED,
     ExpertIds,
@@ -132,7 +132,7 @@ class PartialRollout:
         return Request(
             np.concatenate([self.prompt_ids, self.response_ids]),
             self.max_response_tokens - len(self.response_ids),
-            rows.first_row(self.policy, known),
+            routing_policies.first_row(self.policy, known),
         )
 
     def absorb(self, output: EngineOutput) -> PartialRollout:
@@ -212,8 +212,8 @@ class PartialRollout:
         if output.routed_experts is None:
             raise InvalidTrajectory(f"{name}: a call returned {len(output.token_ids)} tokens without their routing")
         total = len(request.token_ids) + len(output.token_ids) - 1
-        rows.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing)
-        return rows.MERGES[self.policy](self.segments, self.routed_experts, output.routed_experts)
+        routing_policies.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing)
+        return routing_policies.MERGES[self.policy](self.segments, self.routed_experts, output.routed_experts)
 
     def _finish_reason_after(self, output: EngineOutput) -> FinishReason | None:
         """A call may be aborted in the very step that ended the response; what counts is the tokens."""

@@ -9,10 +9,10 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.errors import EnvironmentFailure, RewardError
-from async_rl.rollout.engine import RolloutEngine
-from async_rl.rollout.environment import Environment
+from async_rl.rollout.engine.interface import RolloutEngine
+from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Int32Array, Prompt

@@ -17,21 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from async_rl import logs
-from async_rl.config import RunConfig
+from async_rl.runtime import logs
+from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EnvironmentFailure, RewardError, WireError
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
-from async_rl.rollout.engine import PauseMode, RolloutEngine, Sampling, Score
-from async_rl.rollout.environment import Environment
+from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Sampling, Score
+from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.evaluation import EvalResult, evaluate
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
-from async_rl.rollout.routing import check_probe
+from async_rl.rollout.routing_policies import check_probe
 from async_rl.types import Float32Array, Group, Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from async_rl.config import LossSection
+from async_rl.config.schema import LossSection
 from async_rl.errors import TrainerError
 from async_rl.types import Float32Array
-from async_rl.user_function import load_function
+from async_rl.rollout.user_function import load_function
 
 # Keeps the quotient finite for rewards that differ by rounding only; far below any reward difference that is
 # meant.

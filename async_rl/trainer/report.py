@@ -10,7 +10,7 @@ from async_rl.metrics.summary import TokenAgreement
 from async_rl.types import RESUME_POSITIONS
 
 if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
-    from async_rl.trainer.optimizer import Update
+    from async_rl.trainer.megatron.optimizer import Update
     from async_rl.trainer.policy_sums import PolicySums
 
 Key = TypeVar("Key", bound=Hashable)

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplayError
-from async_rl.model_config import check_run, read_model_config
-from async_rl.trainer import losses, packing, parallel, platform
+from async_rl.models.config import check_run, read_model_config
+from async_rl.trainer.megatron import platform
+from async_rl.trainer import losses, packing, parallel
 from async_rl.trainer.advantages import (
     batch_normalized,
     batch_sums,
@@ -40,7 +41,7 @@ from async_rl.weights.fingerprint import WIDTH
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
-    from async_rl.trainer.executor import Tensors
+    from async_rl.trainer.megatron.executor import Tensors
     from async_rl.trainer.export import Weights
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -72,12 +73,12 @@ class Trainer:
         # Megatron is imported only after the device seam was activated.
         from megatron.core import parallel_state
 
-        from async_rl.trainer import megatron
-        from async_rl.trainer.distributed_checkpoint import DistributedCheckpoint
-        from async_rl.trainer.executor import Executor
-        from async_rl.trainer.replay import RoutingReplay
+        from async_rl.trainer.megatron import model as megatron_model
+        from async_rl.trainer.megatron.distributed_checkpoint import DistributedCheckpoint
+        from async_rl.trainer.megatron.executor import Executor
+        from async_rl.trainer.megatron.replay import RoutingReplay
 
-        self._chunks = megatron.build(self._config, self._model_config, self._device, self._place)
+        self._chunks = megatron_model.build(self._config, self._model_config, self._device, self._place)
         replay = RoutingReplay([chunk.module for chunk in self._chunks], self._model_config, self._place)
         self._executor = Executor(self._chunks, replay, self._place, self._device)
         self._optimizer = platform.optimizer(self._device, self._chunks, self._config.trainer.optimizer)
@@ -361,7 +362,7 @@ class Trainer:
 
     def weight_source(self) -> WeightSource:
         """The same for a push. The first call imports part of vLLM (seconds)."""
-        from async_rl.weights.source import StreamedSource
+        from async_rl.weights.vllm.source import StreamedSource
 
         return StreamedSource(self.weights())
 
@@ -403,7 +404,7 @@ class Trainer:
 
     def _check_routing(self, sample: Sample) -> None:
         """Raise ReplayError unless the sample has no routing, or such as this model can execute."""
-        from async_rl.trainer.replay import check_rows
+        from async_rl.trainer.megatron.replay import check_rows
 
         if sample.routing is None:
             return

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from async_rl import logs
-from async_rl.config import RunConfig
+from async_rl.runtime import logs
+from async_rl.config.schema import RunConfig
 from async_rl.queue.client import Fetcher, Payload
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 if TYPE_CHECKING:
     from async_rl.trainer.report import StepReport
-    from async_rl.weights.push import WeightPusher
+    from async_rl.weights.vllm.push import WeightPusher
 
 
 class TrainerWorker:
@@ -49,7 +49,7 @@ class TrainerWorker:
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
         """Set up weight transfer to these rollout actors, in place of others. Called on every rank at once."""
-        from async_rl.weights.push import WeightPusher
+        from async_rl.weights.vllm.push import WeightPusher
 
         if self._pusher is not None:
             self._pusher.close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config import Dtype, RunConfig
+from async_rl.config.schema import Dtype, RunConfig
 from async_rl.errors import WeightSyncMismatch
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 

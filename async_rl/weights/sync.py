@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from async_rl.config import RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
-from async_rl.failures import cause_of, told, worker_lost
+from async_rl.runtime.failures import cause_of, told, worker_lost
 from async_rl.metrics.summary import SyncRecord
-from async_rl.model_config import ModelConfig
+from async_rl.models.config import ModelConfig
 from async_rl.types import ExpertIds, Int32Array
 from async_rl.weights.canary import (
     BATCHES,

@@ -21,7 +21,7 @@ from simulation import cursor
 
 from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.ray_queue import QueueActor
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.records import GroupMeta
 
 REPLICAS, PER_REPLICA, REQUIRED, ROUNDS = 1000, 8, 4000, 12

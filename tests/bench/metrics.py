@@ -54,7 +54,8 @@ from bench.runs import ROOT, start
 from prometheus_client import generate_latest
 from step_records import step_record
 
-from async_rl import config_file, inputs
+from async_rl.config import loading
+from async_rl.driver import inputs
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe import prometheus
@@ -240,7 +241,7 @@ def per_process(costs: Sequence[Cost]) -> dict[str, float]:
 def even_inputs(config: Path, folder: Path) -> dict[str, object]:
     """Settings that make all steps alike: the model of ``config`` without a token that ends a response, and of its
     prompts those of one length, the mean."""
-    settings = config_file.load(config)
+    settings = loading.load(config)
     inputs.prepare(settings)
     model, prompts = folder / "model", folder / "train.jsonl"
     shutil.copytree(settings.model.path, model)

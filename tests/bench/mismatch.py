@@ -41,7 +41,7 @@ def record(config: Path, dtype: str, groups: int, folder: Path) -> list[Path]:
 
 def step(config: Path, mode: str, files: list[Path]) -> dict[str, float]:
     """One step of a fresh trainer on these groups; in a process of its own, for Megatron's state is global."""
-    from async_rl.config_file import load
+    from async_rl.config.loading import load
     from async_rl.queue import codec
     from async_rl.trainer.trainer import Trainer
 

@@ -29,7 +29,7 @@ import ray
 from async_rl.queue.broker import Broker
 from async_rl.queue.client import QueueClient
 from async_rl.queue.codec import encode
-from async_rl.queue.ray_queue import MAX_CONCURRENCY, QueueActor
+from async_rl.queue.actor import MAX_CONCURRENCY, QueueActor
 from async_rl.queue.records import GroupMeta, Ticket
 from async_rl.types import Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
 

@@ -66,7 +66,7 @@ def open_trainer(config: Path, mode: str, files: list[Path]) -> None:
     global _worker
     import torch
 
-    from async_rl.config_file import load
+    from async_rl.config.loading import load
     from async_rl.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -90,8 +90,8 @@ def step(index: int) -> float:
 
 def open_engine(config: Path, returns_routing: bool) -> None:
     global _worker
-    from async_rl.config_file import load
-    from async_rl.rollout.vllm_engine import VllmEngine
+    from async_rl.config.loading import load
+    from async_rl.rollout.engine.vllm.engine import VllmEngine
 
     settings = {"rollout.return_routed_experts": returns_routing, "trainer.router_replay": "R2"}
     loop = asyncio.new_event_loop()
@@ -102,7 +102,7 @@ def open_engine(config: Path, returns_routing: bool) -> None:
 
 def generate(seed: int) -> float:
     """Tokens per second over a batch of prompts."""
-    from async_rl.rollout.engine import Sampling
+    from async_rl.rollout.engine.interface import Sampling
 
     loop, engine = _worker
     rng = np.random.default_rng(seed)

@@ -96,7 +96,7 @@ def grown_bytes() -> int:
 
 class Ours:
     def __init__(self, folder: Path, tokens: int) -> None:
-        from async_rl.config_file import validate
+        from async_rl.config.loading import validate
         from async_rl.trainer.trainer import Trainer
 
         settings = {"router_replay": "off", "tokens_per_microbatch": tokens}
@@ -160,7 +160,7 @@ class Transformers:
 
 
 def save_model(folder: Path) -> None:
-    from async_rl.tiny.model import save_random_model
+    from async_rl.demo.model import save_random_model
 
     save_random_model(folder, 0)
 

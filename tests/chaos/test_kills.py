@@ -13,9 +13,9 @@ import pytest
 from invariants import check, dataset
 from redis_server import PASSWORD
 
-from async_rl.config_file import load
+from async_rl.config.loading import load
 from async_rl.queue.redis_store import RedisJournal
-from async_rl.rollout.prompts import DatasetCursor
+from async_rl.data.prompts import DatasetCursor
 
 pytestmark = pytest.mark.e2e
 

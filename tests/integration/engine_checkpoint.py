@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_rl.config import RunConfig
-from async_rl.config_file import validate
-from async_rl.process import begin_run, mark_semaphores, remove_semaphores
+from async_rl.config.schema import RunConfig
+from async_rl.config.loading import validate
+from async_rl.runtime.process import begin_run, mark_semaphores, remove_semaphores
 
 if TYPE_CHECKING:
-    from async_rl.rollout.vllm_engine import VllmEngine
+    from async_rl.rollout.engine.vllm.engine import VllmEngine
 
 VOCAB = 128
 EOS = 1
@@ -70,7 +70,7 @@ def engine_config(folder: Path, **rollout) -> RunConfig:
 @contextlib.asynccontextmanager
 async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
     """The engine, started; its process's environment is put back afterwards, and nothing stays in shared memory."""
-    from async_rl.rollout.vllm_engine import VllmEngine
+    from async_rl.rollout.engine.vllm.engine import VllmEngine
 
     environment = dict(os.environ)
     begin_run()
@@ -98,7 +98,7 @@ class Pusher:
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        from async_rl.weights.shm import ShmTrainerInitInfo
+        from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 
         pusher = self
 

@@ -6,8 +6,8 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import closing
 from multiprocessing import get_context
 
-from async_rl.config_file import validate
-from async_rl.process import signal_on_parent_death
+from async_rl.config.loading import validate
+from async_rl.runtime.process import signal_on_parent_death
 from async_rl.trainer.parallel import world_size
 
 TIMEOUT_S = 60

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.engine
 PARENT = """
 import asyncio, sys
 import numpy as np, psutil
-from async_rl.config import RunConfig
-from async_rl.rollout.engine import Sampling
-from async_rl.rollout.vllm_engine import VllmEngine
+from async_rl.config.schema import RunConfig
+from async_rl.rollout.engine.interface import Sampling
+from async_rl.rollout.engine.vllm.engine import VllmEngine
 
 async def main():
     engine = VllmEngine(RunConfig.model_validate_json(sys.argv[1]), replica=1)

@@ -95,7 +95,7 @@ def norms():
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from async_rl.trainer.norm import RMSNorm
+    from async_rl.trainer.megatron.norm import RMSNorm
 
     torch.manual_seed(0)
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1)
@@ -144,7 +144,7 @@ def what_megatron_lacks():
         "transformer_engine_stand_ins": multi_latent_attention.HAVE_TE,
         "dispatcher_stream": "torch.cuda.Stream()" in inspect.getsource(MoEAlltoAllTokenDispatcher.__init__),
         "pipeline_shapes": "batch_isend_irecv" in inspect.getsource(P2PCommunicator._communicate_shapes),
-        # What trainer/megatron.py and trainer/attention.py mend.
+        # What trainer/megatron/model.py and trainer/megatron/attention.py mend.
         "experts_as_dense": "config.expert_model_parallel_size > 1" in inspect.getsource(layers.ColumnParallelLinear),
         "rotary_key_gradient": "gather_from_tensor_model_parallel_region(kv_combined)"
         in inspect.getsource(multi_latent_attention.MLASelfAttention),

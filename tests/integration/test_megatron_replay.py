@@ -73,7 +73,7 @@ def test_routing_that_cannot_be_replayed_is_refused_with_its_place(ranks, models
 
 
 def train_with_a_router_that_ignores_replay(path):
-    from async_rl.trainer import replay
+    from async_rl.trainer.megatron import replay
 
     original = replay._RowwiseReplay.get_replay_topk
 

@@ -17,11 +17,11 @@ import yaml
 from prometheus_api import ask
 from step_records import step_record
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe.prometheus import SCRAPE_S
-from async_rl.runfolder import RunFolder
+from async_rl.runtime.runfolder import RunFolder
 
 PORT = 19490
 GRAFANA = """#!/usr/bin/env bash

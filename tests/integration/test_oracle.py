@@ -23,9 +23,9 @@ from step_records import step_record
 from async_rl.errors import InvalidTrajectory, WeightSyncMismatch
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
-from async_rl.model_config import read_model_config
-from async_rl.rollout import routing
-from async_rl.rollout.engine import Sampling
+from async_rl.models.config import read_model_config
+from async_rl.rollout import routing_policies
+from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Group, Prompt
@@ -177,7 +177,7 @@ async def interrupted(engine, pusher, weights):
             asyncio.create_task(respond(engine, f"{policy}{i}", prompt(10 * p + i), limit, policy))
             for i, limit in enumerate(limits)
         ]
-        for p, policy in enumerate(routing.MERGES)
+        for p, policy in enumerate(routing_policies.MERGES)
     }
     for version in range(1, VERSIONS):
         await until_sampled(engine, int(rng.integers(1, 15)), calls=3)

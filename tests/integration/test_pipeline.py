@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file
 
-from async_rl.model_config import read_model_config
+from async_rl.models.config import read_model_config
 from async_rl.queue import codec
 
 pytestmark = pytest.mark.e2e

@@ -8,11 +8,11 @@ import pytest
 from queue_parts import Source, make_broker, meta
 from redis_server import RedisServer
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
 from async_rl.queue import redis_store
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.ray_queue import QueueActor
+from async_rl.queue.actor import QueueActor
 
 
 def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):

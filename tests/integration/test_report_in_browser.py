@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from step_records import step_record
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.observe.report import write_report
-from async_rl.runfolder import RunFolder
+from async_rl.runtime.runfolder import RunFolder
 
 
 @pytest.fixture(scope="module")

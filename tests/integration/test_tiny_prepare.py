@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config import RunConfig
-from async_rl.config_file import validate
+from async_rl.config.schema import RunConfig
+from async_rl.config.loading import validate
 from async_rl.errors import ModelError
-from async_rl.model_config import checkpoint_shards, read_model_config
-from async_rl.tiny import prepare as preparing
-from async_rl.tiny import task
-from async_rl.tiny.tokenizer import CHARACTERS, EOS, EOS_ID, TOKENS, UNKNOWN
+from async_rl.models.config import checkpoint_shards, read_model_config
+from async_rl.demo import prepare as preparing
+from async_rl.demo import task
+from async_rl.demo.tokenizer import CHARACTERS, EOS, EOS_ID, TOKENS, UNKNOWN
 
 # Two steps, not until the loss is low enough: what is tested here does not depend on how good the model is.
 BUILDER = """
 import sys
 from pathlib import Path
-from async_rl.tiny import warmup
+from async_rl.demo import warmup
 
 warmup._end_with_parent()
 warmup.build(Path(sys.argv[-1]), max_steps=2)
@@ -142,13 +142,13 @@ def test_the_build_ends_with_the_process_that_started_it(tmp_path):
     parent = f"""
 import sys
 from pathlib import Path
-from async_rl.tiny import prepare as preparing
+from async_rl.demo import prepare as preparing
 preparing.WARMUP_COMMAND = (sys.executable, "-c", {CHILD!r})
 from tests_config import config
 preparing.prepare(config)
 """
     (tmp_path / "tests_config.py").write_text(
-        "from pathlib import Path\nfrom async_rl.config_file import validate\n"
+        "from pathlib import Path\nfrom async_rl.config.loading import validate\n"
         f"root = Path({str(tmp_path)!r})\n"
         "config = validate({'model': {'path': root / 'model'}, 'data': {'train': root / 't.jsonl'}})\n"
     )
@@ -164,7 +164,7 @@ preparing.prepare(config)
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from async_rl.tiny import warmup
+from async_rl.demo import warmup
 warmup._end_with_parent()
 new = Path(sys.argv[-1]) / "pid.new"
 new.write_text(str(os.getpid()))

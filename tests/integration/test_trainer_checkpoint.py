@@ -12,8 +12,8 @@ from layouts import LAYOUTS, TOLERANCE, config_of, largest, make_checkpoint, mak
 from ranks import run_config
 
 from async_rl.errors import CheckpointError
-from async_rl.export import export
-from async_rl.trainer import checkpoint as checkpoint_files
+from async_rl.driver.export import export
+from async_rl.driver import checkpoint_folder
 
 pytestmark = pytest.mark.megatron
 
@@ -34,23 +34,23 @@ def step(trainer, shares):
 def train_and_save(trainer, updates, later, folder):
     for number, shares in enumerate(updates, start=1):
         step(trainer, shares)
-        partial = checkpoint_files.unfinished(folder, number)
+        partial = checkpoint_folder.unfinished(folder, number)
         if trainer._place.rank == 0:
-            checkpoint_files.begin(folder, number)
+            checkpoint_folder.begin(folder, number)
         torch.distributed.barrier()
         trainer.save(partial)
         if trainer._place.rank == 0:
-            checkpoint_files.commit(partial, keep=2)
+            checkpoint_folder.commit(partial, keep=2)
         torch.distributed.barrier()
     saved = weights_of(trainer)
     return saved, [step(trainer, shares) for shares in later], weights_of(trainer)
 
 
 def go_on(trainer, later, folder):
-    path = checkpoint_files.newest_sound(folder)
+    path = checkpoint_folder.newest_sound(folder)
     trainer.load(path)
     return (
-        checkpoint_files.step_of(path),
+        checkpoint_folder.step_of(path),
         weights_of(trainer),
         [step(trainer, shares) for shares in later],
         weights_of(trainer),

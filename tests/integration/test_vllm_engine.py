@@ -27,7 +27,7 @@ from engine_checkpoint import (
 from prometheus_client import REGISTRY
 
 from async_rl.errors import EngineError, WeightSyncError
-from async_rl.rollout.engine import RolloutEngine, Sampling
+from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.types import RoutingSpec
 from async_rl.weights.canary import make_probe
@@ -459,7 +459,7 @@ async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, traine
 async def test_every_token_is_in_its_metrics_once(engine):
     from vllm.v1.metrics.stats import IterationStats
 
-    from async_rl.rollout.vllm_stats import RECORDED_AFTER_S
+    from async_rl.rollout.engine.vllm.stats import RECORDED_AFTER_S
 
     def counted(name):
         return sum(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from async_rl import config_file
-from async_rl.model_config import read_model_config
-from async_rl.rollout import vllm_process
+from async_rl.config import loading
+from async_rl.models.config import read_model_config
+from async_rl.rollout.engine.vllm import process as vllm_process
 
 pytestmark = pytest.mark.engine
 
@@ -91,7 +91,7 @@ def figures(processor, iterations, counter=None):
 
 def counting():
     """A processor, and what counts for it."""
-    from async_rl.rollout.vllm_stats import IterationCounter
+    from async_rl.rollout.engine.vllm.stats import IterationCounter
 
     processor, counter = processor_with_requests(), IterationCounter()
     counter.count_for(processor)
@@ -139,7 +139,7 @@ def test_only_what_has_an_adapter_takes_the_long_way(iterations, nans):
 
 @pytest.fixture
 def vllm_config(recipe):
-    config = config_file.load(recipe)
+    config = loading.load(recipe)
     model = read_model_config(config.model.path)
     vllm_process.prepare(config, model)
     return vllm_process.engine_args(config, 0, model).create_engine_config()
@@ -168,7 +168,7 @@ def served():
 async def test_a_scrape_finds_what_vllm_would_serve(iterations, vllm_config):
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    from async_rl.rollout.vllm_stats import RECORDED_AFTER_S, BatchedStatLogger
+    from async_rl.rollout.engine.vllm.stats import RECORDED_AFTER_S, BatchedStatLogger
 
     record(PrometheusStatLogger(vllm_config), processor_with_requests(), iterations)
     expected = served()

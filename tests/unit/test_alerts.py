@@ -8,7 +8,7 @@ import yaml
 from alert_rules import FOLDER, assert_firing, promtool
 from step_records import step_record
 
-from async_rl.config_file import leaves
+from async_rl.config.loading import leaves
 from async_rl.metrics import publish
 from async_rl.metrics.declared import METRICS, PREFIX
 from async_rl.metrics.exporter import Metrics

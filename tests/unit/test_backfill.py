@@ -9,14 +9,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 from step_records import step_record
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import ResourceError, RunFolderError
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.summary import SyncRecord
 from async_rl.observe import history, prometheus
 from async_rl.observe.backfill import backfill, openmetrics
-from async_rl.runfolder import RunFolder
+from async_rl.runtime.runfolder import RunFolder
 
 BEGAN = 1_800_000_000.0
 

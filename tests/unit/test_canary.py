@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError, WeightSyncMismatch
 from async_rl.types import RoutingSpec
 from async_rl.weights.canary import (

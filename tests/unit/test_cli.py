@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from async_rl import cli, doctor
-from async_rl.config_file import load
+from async_rl.config.loading import load
 from async_rl.errors import TrainerError
 
 CONFIG = "model: {path: model}\ndata: {train: train.jsonl}\ntrainer: {steps: 5}\n"
@@ -36,9 +36,9 @@ def pipeline(monkeypatch):
             return self.result
 
     stand_in = Pipeline()
-    monkeypatch.setitem(sys.modules, "async_rl.pipeline", stand_in)
-    monkeypatch.setattr("async_rl.pipeline", stand_in, raising=False)
-    monkeypatch.setattr("async_rl.supervisor.supervise", lambda body: body())
+    monkeypatch.setitem(sys.modules, "async_rl.driver.loop", stand_in)
+    monkeypatch.setattr("async_rl.driver.loop", stand_in, raising=False)
+    monkeypatch.setattr("async_rl.runtime.supervisor.supervise", lambda body: body())
     return stand_in
 
 
@@ -95,7 +95,7 @@ def test_wrong_settings_are_one_message_and_exit_code_2(path):
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
-    from async_rl.config_file import leaves
+    from async_rl.config.loading import leaves
 
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])

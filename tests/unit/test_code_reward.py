@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from async_rl.config import RewardSection
+from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import code as code_reward
 from async_rl.rollout.rewards.code import Limits, isolation, passes_tests, run_python, unit_tests

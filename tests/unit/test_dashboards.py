@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import async_rl
-from async_rl.config_file import leaves
+from async_rl.config.loading import leaves
 from async_rl.metrics.declared import METRICS, PREFIX
 from async_rl.observe import prometheus
 
@@ -183,7 +183,7 @@ def test_what_vllm_is_asked_for_is_what_it_counts(drawn):
 
 
 def test_phases_are_those_of_the_training_loop():
-    said = set(re.findall(r'monitor\.at\("(\w+)"', (ROOT / "async_rl" / "pipeline.py").read_text()))
+    said = set(re.findall(r'monitor\.at\("(\w+)"', (ROOT / "async_rl" / "driver/loop.py").read_text()))
     assert {phase for phase, _, _ in panels.PHASES} == said
 
 

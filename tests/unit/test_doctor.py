@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from async_rl import doctor
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.doctor import installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from async_rl.config import EnvironmentSection
+from async_rl.config.schema import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
-from async_rl.rollout.environment import Environment, load_environment
+from async_rl.rollout.environments.turns import Environment, load_environment
 from async_rl.types import Prompt
 
 PROMPT = Prompt("0-17", 18, "abc", np.array([5, 6, 7], dtype=np.int32))
@@ -77,4 +77,4 @@ def test_what_cannot_be_called_is_refused_when_loaded():
     ):
         load_environment("math:nothing")
     with pytest.raises(EnvironmentFailure, match=r"cannot be called as f\(prompt, turns\)"):
-        load_environment("async_rl.rollout.environment:load_environment")
+        load_environment("async_rl.rollout.environments.turns:load_environment")

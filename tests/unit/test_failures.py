@@ -5,7 +5,7 @@ from pathlib import Path
 from ray.exceptions import RayTaskError
 
 from async_rl.errors import AsyncRLError, RewardError, WeightSyncMismatch
-from async_rl.failures import explain
+from async_rl.runtime.failures import explain
 
 RUN = Path("runs/x")
 

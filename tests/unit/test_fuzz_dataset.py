@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_codec import small_group
 
 from async_rl.errors import DatasetError
-from async_rl.rollout.prompts import Dataset, read_jsonl
+from async_rl.data.prompts import Dataset, read_jsonl
 from async_rl.types import Group, Prompt
 
 

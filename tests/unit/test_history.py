@@ -6,10 +6,10 @@ import os
 import pytest
 from step_records import step_record
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import RunFolderError
 from async_rl.observe import history
-from async_rl.runfolder import RunFolder
+from async_rl.runtime.runfolder import RunFolder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue import wire
 from async_rl.queue.records import Ticket
 from async_rl.rollout import in_flight
-from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.types import Prompt, RoutingSpec

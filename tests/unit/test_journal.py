@@ -14,7 +14,7 @@ from simulation import cursor
 from async_rl.errors import QueueError
 from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.ray_queue import QueueActor
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.records import GroupMeta
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from async_rl.config import OptimizerSection
-from async_rl.config_file import validate
+from async_rl.config.schema import OptimizerSection
+from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
-from async_rl.trainer.optimizer import learning_rate
+from async_rl.trainer.megatron.optimizer import learning_rate
 
 
 def rates(steps, **settings):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import structlog
 
-from async_rl import logs
+from async_rl.runtime import logs
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
 
 MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}

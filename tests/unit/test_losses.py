@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.config import ImportanceSection, LossSection
+from async_rl.config.schema import ImportanceSection, LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer.losses import (
     MAX_LOG_RATIO,

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import ModelError
-from async_rl.model_config import LatentAttention, Yarn, check_run, checkpoint_shards, read_model_config, routing_spec
+from async_rl.models.config import LatentAttention, Yarn, check_run, checkpoint_shards, read_model_config, routing_spec
 from async_rl.types import RoutingSpec
-from async_rl.weights.names import ignored
+from async_rl.models.names import ignored
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],

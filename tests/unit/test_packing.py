@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from async_rl.config import ParallelSection
-from async_rl.model_config import ModelConfig
+from async_rl.config.schema import ParallelSection
+from async_rl.models.config import ModelConfig
 from async_rl.trainer.packing import (
     NO_ROUTING,
     Packer,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import InvalidTrajectory
-from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.partial import PartialRollout
 from async_rl.types import RoutingSpec
 

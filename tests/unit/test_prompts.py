@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import DatasetError
-from async_rl.rollout.prompts import Dataset, DatasetCursor, Row, read_jsonl
+from async_rl.data.prompts import Dataset, DatasetCursor, Row, read_jsonl
 
 
 def encode(text: str) -> list[int]:

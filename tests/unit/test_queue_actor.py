@@ -8,7 +8,7 @@ import pytest
 from queue_parts import Source, make_broker, meta
 
 from async_rl.errors import QueueClosed, QueueError, UnknownGroup
-from async_rl.queue.ray_queue import QueueActor
+from async_rl.queue.actor import QueueActor
 
 
 def make_actor(rows=1000, **settings):

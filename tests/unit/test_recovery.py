@@ -10,12 +10,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from async_rl import run_state
-from async_rl.config import RecoverySection
+from async_rl.driver import checkpoint
+from async_rl.config.schema import RecoverySection
 from async_rl.errors import CheckpointError
 from async_rl.metrics.summary import Summary, SyncRecord, Totals
-from async_rl.recovery import Restarts
-from async_rl.run_state import RunState
+from async_rl.driver.restarts import Restarts
+from async_rl.driver.checkpoint import RunState
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():
@@ -43,8 +43,8 @@ STATE = RunState(
 
 
 def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
-    run_state.write(tmp_path, STATE)
-    state = run_state.read(tmp_path)
+    checkpoint.write(tmp_path, STATE)
+    state = checkpoint.read(tmp_path)
     assert (state.step, state.version, state.pushed) == (7, 8, True)
     assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
     assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
@@ -62,10 +62,10 @@ def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
     ],
 )
 def test_a_state_that_is_no_state_is_refused(tmp_path, damage, says):
-    run_state.write(tmp_path, STATE)
+    checkpoint.write(tmp_path, STATE)
     damage(tmp_path / "pipeline")
     with pytest.raises(CheckpointError, match=says):
-        run_state.read(tmp_path)
+        checkpoint.read(tmp_path)
 
 
 def test_the_summary_goes_on_from_its_state():
@@ -87,7 +87,7 @@ def test_the_summary_goes_on_from_its_state():
 
 def test_a_process_writes_its_stacks_whatever_it_is_at(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from async_rl.process import dump_stacks_to\n"
+        "import sys, time; from pathlib import Path; from async_rl.runtime.process import dump_stacks_to\n"
         "dump_stacks_to(Path(sys.argv[1]))\nprint('ready', flush=True)\n"
         "def deep_in_something(): time.sleep(3600)\ndeep_in_something()"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from async_rl.metrics.summary import TokenAgreement
-from async_rl.trainer.optimizer import Update
+from async_rl.trainer.megatron.optimizer import Update
 from async_rl.trainer.policy_sums import SUMS, PolicySums
 from async_rl.trainer.report import StepReport, merge_reports, step_report
 from async_rl.types import RESUME_POSITIONS

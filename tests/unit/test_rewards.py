@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from async_rl.config import RewardSection
+from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.rewards.runner import RewardRunner
@@ -134,7 +134,7 @@ async def test_a_reward_that_hangs_times_out(rewards, define):
 
 
 async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch):
-    monkeypatch.setattr("async_rl.user_function.MAX_THREADS", 2)
+    monkeypatch.setattr("async_rl.rollout.user_function.MAX_THREADS", 2)
     source = "gate = threading.Event()\ndef reward(prompt, response): gate.wait(30); return 1.0\n"
     runner = rewards(source, slow=True, timeout_s=0.05)
     for expected in ("did not return", "did not return", "2 earlier calls"):

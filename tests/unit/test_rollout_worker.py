@@ -8,10 +8,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
-from async_rl.rollout.engine import EngineOutput
+from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Prompt, RoutingSpec
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import InvalidTrajectory
-from async_rl.rollout import routing
+from async_rl.rollout import routing_policies
 from async_rl.types import RoutingSpec
 
 SPEC = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=8)
@@ -21,26 +21,26 @@ def random_rows(count, spec=SPEC, seed=0):
 
 
 def check(rows, count=None, spec=SPEC):
-    routing.check("trajectory t1", rows, rows=len(rows) if count is None else count, spec=spec)
+    routing_policies.check("trajectory t1", rows, rows=len(rows) if count is None else count, spec=spec)
 
 
 def test_moe_columns_leaves_dense_layers_out():
     everything = np.arange(3 * 5 * 2, dtype=np.uint8).reshape(3, 5, 2)
-    picked = routing.moe_columns(everything, num_layers=5, moe_layers=(1, 3, 4))
+    picked = routing_policies.moe_columns(everything, num_layers=5, moe_layers=(1, 3, 4))
     np.testing.assert_array_equal(picked, everything[:, [1, 3, 4]])
     assert picked.flags.c_contiguous
 
 
 def test_moe_columns_of_a_model_without_dense_layers_are_all():
     everything = np.zeros((3, 2, 2), dtype=np.uint8)
-    assert routing.moe_columns(everything, num_layers=2, moe_layers=(0, 1)) is everything
+    assert routing_policies.moe_columns(everything, num_layers=2, moe_layers=(0, 1)) is everything
 
 
 @pytest.mark.parametrize("columns", [1, 2, 4, 6])
 def test_columns_of_neither_all_layers_nor_the_moe_layers_are_refused(columns):
     everything = np.zeros((3, columns, 2), dtype=np.uint8)
     with pytest.raises(InvalidTrajectory, match=rf"routing for {columns} layers; the model has 5, of which 3 are MoE"):
-        routing.moe_columns(everything, num_layers=5, moe_layers=(1, 3, 4))
+        routing_policies.moe_columns(everything, num_layers=5, moe_layers=(1, 3, 4))
 
 
 @given(st.integers(0, 40), st.sampled_from([8, 256, 300]), st.integers(0, 5))
@@ -51,14 +51,14 @@ def test_what_a_router_chooses_passes(count, experts, seed):
 
 def test_a_layer_that_is_constant_over_many_short_sequences_is_refused_on_the_probe():
     sequences = [random_rows(31, seed=seed) for seed in range(10)]
-    routing.check_probe(sequences, [32] * 10, SPEC)
+    routing_policies.check_probe(sequences, [32] * 10, SPEC)
     stuck = [_with(rows, (slice(None), 1), [2, 5]) for rows in sequences]
     with pytest.raises(
         InvalidTrajectory, match=r"the probe: MoE layer 1 has the same experts \[2, 5\] in all 310 rows"
     ):
-        routing.check_probe(stuck, [32] * 10, SPEC)
+        routing_policies.check_probe(stuck, [32] * 10, SPEC)
     with pytest.raises(InvalidTrajectory, match=r"probe sequence 3: routed_experts has shape \(30, 2, 2\)"):
-        routing.check_probe([*sequences[:3], sequences[3][:-1], *sequences[4:]], [32] * 10, SPEC)
+        routing_policies.check_probe([*sequences[:3], sequences[3][:-1], *sequences[4:]], [32] * 10, SPEC)
 
 
 @pytest.mark.parametrize(

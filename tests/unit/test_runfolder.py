@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_rl import runfolder
-from async_rl.config_file import load, validate
+from async_rl.runtime import runfolder
+from async_rl.config.loading import load, validate
 from async_rl.errors import ConfigError
-from async_rl.runfolder import RunFolder, to_json
+from async_rl.runtime.runfolder import RunFolder, to_json
 
 
 def config(runs: Path, **sections):

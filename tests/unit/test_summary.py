@@ -8,7 +8,7 @@ from step_records import step_record
 
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.summary import GroupCounts, Summary, SyncRecord, TokenAgreement, Totals
-from async_rl.runfolder import to_json
+from async_rl.runtime.runfolder import to_json
 
 KEYS = {
     "steps": None,

@@ -15,7 +15,7 @@ import pytest
 SCRIPT = """
 import os, subprocess, sys, time
 from pathlib import Path
-from async_rl.supervisor import supervise
+from async_rl.runtime.supervisor import supervise
 
 ORPHAN = '''
 import signal, time

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
-from async_rl.config_file import validate
+from async_rl.config.loading import validate
 from async_rl.errors import ReplicaFailed, WeightSyncError, WeightSyncMismatch
-from async_rl.model_config import ModelConfig
-from async_rl.rollout.engine import Score
+from async_rl.models.config import ModelConfig
+from async_rl.rollout.engine.interface import Score
 from async_rl.weights.canary import SEQUENCES
 from async_rl.weights.fingerprint import WIDTH
 from async_rl.weights.sync import WeightSync

@@ -8,10 +8,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from async_rl.rollout.prompts import read_jsonl
+from async_rl.data.prompts import read_jsonl
 from async_rl.rollout.rewards.text import exact_match
-from async_rl.tiny import task, warmup
-from async_rl.tiny.tokenizer import CHARACTERS, EOS, TOKENS
+from async_rl.demo import task
+from async_rl.demo import warmup
+from async_rl.demo.tokenizer import CHARACTERS, EOS, TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_only_answer_and_end_of_a_demonstration_are_learned():
 
 
 def test_the_script_writes_files_that_the_dataset_reader_takes(tmp_path, sets):
-    subprocess.run([sys.executable, "-m", "async_rl.tiny.task", str(tmp_path / "data")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "async_rl.demo.task", str(tmp_path / "data")], check=True, timeout=60)
     dataset = read_jsonl(
         tmp_path / "data" / "eval.jsonl",
         encode=lambda text: [0] * len(text),

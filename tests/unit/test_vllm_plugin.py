@@ -16,7 +16,7 @@ import multiprocessing, os, sys, time
 from pathlib import Path
 
 def child(when, folder):
-    from async_rl.weights.vllm_plugin import die_with_parent
+    from async_rl.weights.vllm.plugin import die_with_parent
     if when == "before":
         die_with_parent()
     (folder / "ready").write_text(str(os.getpid()))
@@ -58,7 +58,7 @@ def test_engine_processes_ask_for_amx_where_there_is_any(monkeypatch):
     """Without it a bfloat16 engine dies of an illegal instruction; tests/integration/test_pipeline.py runs one."""
     import torch
 
-    from async_rl.weights import vllm_plugin
+    from async_rl.weights.vllm import plugin as vllm_plugin
 
     asked = []
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))

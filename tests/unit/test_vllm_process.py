@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from async_rl.errors import ModelError
-from async_rl.model_config import ModelConfig
-from async_rl.rollout.vllm_process import check_layout, prepare
+from async_rl.models.config import ModelConfig
+from async_rl.rollout.engine.vllm.process import check_layout, prepare
 
 SHAPE = {
     "architecture": "a", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 4, "num_heads": 1,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from async_rl.metrics.watchdog import Situation, Watchdog, account, waiting_for
+from async_rl.driver.watchdog import Situation, Watchdog, account, waiting_for
 
 
 def situation(**fields):

@@ -10,11 +10,11 @@ from typing import Any, SupportsFloat
 import numpy as np
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.config import RewardSection
+from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.types import Prompt
-from async_rl.user_function import UserFunction, UserFunctionUnavailable
+from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable
 
 
 class RewardRunner:

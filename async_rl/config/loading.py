@@ -1,0 +1,220 @@
+"""From a YAML file and dotted overrides to the tree in ``config``, and back; explains faults, one line each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from async_rl.config.schema import RunConfig
+from async_rl.errors import ConfigError
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file, apply dotted overrides ({"async_training.max_staleness": 2}), validate.
+
+    Raises ConfigError whose message has one line per fault: the key, the value, and the nearest valid ones.
+    """
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path}: expected a mapping of keys, got {type(tree).__name__}")
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> RunConfig:
+    """Build the tree from nested mappings. Raises ConfigError as ``load`` does."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are YAML, names and paths as written.
+
+    Raises ConfigError for a stray word, a flag without a value, or a key that does not exist.
+    """
+    overrides: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"unexpected argument {_short(word)}; settings are given as --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if _field(key) is None:
+            raise ConfigError(_unknown(key))
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"--{key} has no value")
+            text = value
+        try:
+            overrides[key] = text if _is_text(key) and text != "null" else _read_yaml(text)
+        except yaml.YAMLError:
+            overrides[key] = text
+    return overrides
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved tree, in the order of its declaration."""
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, its sentence) of every setting."""
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if _is_section(inner):
+            yield from leaves(cast(type[BaseModel], inner), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info.description or ""
+
+
+def default_of(key: str) -> str:
+    """The default of a setting as one would write it; "required" where there is none."""
+    info = _field(key)
+    if info is None:
+        raise ConfigError(_unknown(key))
+    if info.is_required():
+        return "required"
+    value = info.get_default()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it (PyYAML reads 1.1): 1e-6 is a number, off a word, and no key may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.I), list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that _Loader, or a reader of YAML 1.1, would take for something else."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML leaks for a date, number, escape or tagged value that only looks like one.
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The setting of that dotted name; None for a section or an unknown name."""
+    section: Any = RunConfig
+    *sections, leaf = key.split(".")
+    for part in sections:
+        info = section.model_fields.get(part)
+        if info is None or not _is_section(info.annotation):
+            return None
+        section = info.annotation
+    info = section.model_fields.get(leaf)
+    return None if info is None or _is_section(info.annotation) else info
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_text(key: str) -> bool:
+    """Whether a setting holds a string or a path, so that --name 7 means the name "7"."""
+    info = _field(key)
+    options = get_args(info.annotation) if info is not None and get_args(info.annotation) else ()
+    kinds = [kind for kind in (options or (info.annotation if info else None,)) if kind is not type(None)]
+    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    return bool(kinds) and all(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {section} is {_short(inner)} in the file, not a section")
+        tree = inner
+    tree[leaf] = value
+
+
+def _unknown(key: str) -> str:
+    known = [leaf for leaf, _ in leaves()]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    near += [leaf for leaf in known if leaf.rpartition(".")[2] == key.rpartition(".")[2] and leaf not in near]
+    near += [leaf for leaf in known if leaf.startswith(f"{key}.") and leaf not in near]
+    return f"{_shown(key)}: no such setting" + (f"; did you mean {', '.join(near[:3])}?" if near else "")
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    shown = _shown(key)
+    if fault["type"] == "extra_forbidden":
+        return _unknown(key)
+    if fault["type"] == "missing":
+        return f"{shown}: required, and missing"
+    message: str = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    message = message[0].lower() + message[1:]
+    choices = _choices(key)
+    if fault["type"] == "literal_error" and choices:
+        near = difflib.get_close_matches(_short(fault["input"]).strip("'"), choices, n=1)
+        message = f"must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{shown}: {_short(fault['input'])} is not valid: {message}"
+
+
+def _short(value: Any) -> str:
+    """A value for a message: a file of a few lines can say a gigabyte (by reference), and must not become one."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "an integer too long to print"
+
+
+def _shown(key: str) -> str:
+    """A key for a message: on one line, and not longer than it."""
+    return key if key.isprintable() and len(key) <= _REPR.maxstring else _REPR.repr(key)
+
+
+def _choices(key: str) -> list[str]:
+    info = _field(key)
+    return [option for option in get_args(info.annotation) if isinstance(option, str)] if info else []

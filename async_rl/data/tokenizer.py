@@ -1,0 +1,20 @@
+"""The checkpoint's tokenizer, loaded the same way wherever text becomes tokens or tokens become text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from async_rl.config.schema import RunConfig
+from async_rl.errors import ModelError
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The Hugging Face tokenizer of model.path. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer  # takes a second; the command line must not pay for it
+
+    path = config.model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path}: no tokenizer can be loaded: {' '.join(str(error).split())}") from None
+    return tokenizer

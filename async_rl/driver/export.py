@@ -1,0 +1,61 @@
+"""``async-rl export``: a checkpoint of the trainer, whatever layout wrote it, to a Hugging Face folder.
+
+Runs in one process on the CPU, which needs memory for the model and its gradients; knows the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from async_rl.config.schema import ParallelSection, RunConfig
+from async_rl.config.loading import load
+from async_rl.errors import CheckpointError
+from async_rl.driver import checkpoint_folder
+
+
+def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Write the model of ``path``, a checkpoint or a run folder, to ``out``. Returns the checkpoint that was taken.
+
+    overrides: dotted settings that win over those of the run, for example where the model's folder has moved. Raises
+    CheckpointError for one that is damaged, and where there is none.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder; name another one")
+    source = find(path)
+    config = load(source / "config.yaml", overrides)
+    from async_rl.trainer.trainer import Trainer
+
+    trainer = Trainer(_alone(config))
+    try:
+        trainer.load(source, optimizer=False)
+        trainer.save_hf(out)
+    finally:
+        trainer.close()
+    return source
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or the newest sound one of the run folder that it is."""
+    if (path / checkpoint.MANIFEST).is_file():
+        found = checkpoint_folder.fault(path)
+        if found is not None:
+            raise CheckpointError(f"checkpoint {path} is damaged: {found}")
+        return path
+    newest = checkpoint_folder.newest_sound(path / "checkpoints") or checkpoint.newest_sound(path)
+    if newest is None:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run folder that has one; a run writes them with checkpoint.every"
+        )
+    return newest
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The same model on one rank of the CPU."""
+    return config.model_copy(
+        update={
+            "trainer": config.trainer.model_copy(update={"parallel": ParallelSection()}),
+            "resources": config.resources.model_copy(update={"device": "cpu"}),
+        }
+    )

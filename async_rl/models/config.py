@@ -1,0 +1,422 @@
+"""What a checkpoint folder says about its model, read from config.json alone, and whether a run fits it.
+
+Light on purpose: no torch, no Megatron, no transformers, so that every room and ``doctor`` can ask. Knows
+``config``, ``errors``, ``types``. Building the model is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from async_rl.config.schema import RunConfig
+from async_rl.errors import ModelError
+from async_rl.types import RoutingSpec
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Rotary embeddings stretched to longer contexts (arXiv:2309.00071), in the words of config.json."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (MLA, arXiv:2405.04434). Ranks of the compressed query (None: not compressed) and key
+    and value; sizes of a head: without position, rotary, and of its value."""
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    yarn: Yarn | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a supported model.
+
+    rotary_fraction: the part of a head that is rotated. latent: None for ordinary attention, whose q and k have norms
+    per head with ``qk_norm``, and q, k and v biases with ``qkv_bias``. extra_layers: layers past the last that the
+    checkpoint may carry (multi-token prediction); they are not built. moe_layers: 0-based numbers of the layers whose
+    MLP is a mixture of experts, ascending; empty for a dense model, where what follows it is of no meaning.
+    score_function: how the router's logits become scores; expert_bias: added to them for the choice alone; num_groups,
+    group_top_k: experts are chosen among those of the best groups, 0 where there are no groups; scaling: factor on the
+    weights of routed experts; shared_intermediate_size: of the experts that every token goes to, together.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rotary_fraction: float = 1.0
+    latent: LatentAttention | None = None
+    extra_layers: int = 0
+    moe_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    top_k: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    score_function: ScoreFunction = "softmax"
+    expert_bias: bool = False
+    num_groups: int = 0
+    group_top_k: int = 0
+    scaling: float = 1.0
+    shared_intermediate_size: int = 0
+
+    def sequence_cost(self, positions: int) -> float:
+        """FLOPs of a forward pass over one sequence: 2 for each parameter that a token meets, output layer too, and
+        causal attention, which grows with the square."""
+        latent = self.latent
+        query_dim = self.head_dim if latent is None else latent.plain_dim + latent.rotary_dim
+        value_dim = self.head_dim if latent is None else latent.value_dim
+        if latent is None:
+            attention = self.hidden_size * (self.num_heads + self.num_kv_heads) * 2 * self.head_dim
+        else:
+            query = self.num_heads * query_dim
+            attention = (
+                self.hidden_size * (latent.key_value_rank + latent.rotary_dim + self.num_heads * value_dim)
+                + (
+                    self.hidden_size * query
+                    if latent.query_rank is None
+                    else (self.hidden_size + query) * latent.query_rank
+                )
+                + latent.key_value_rank * self.num_heads * (latent.plain_dim + value_dim)
+            )
+        experts = self.top_k * self.moe_intermediate_size + self.shared_intermediate_size
+        dense_layers = self.num_layers - len(self.moe_layers)
+        mlp = 3 * self.hidden_size * (dense_layers * self.intermediate_size + len(self.moe_layers) * experts)
+        parameters = self.num_layers * attention + mlp + self.hidden_size * self.vocab_size
+        pairs = positions * (positions + 1) / 2
+        return 2.0 * parameters * positions + 2.0 * pairs * self.num_layers * self.num_heads * (query_dim + value_dim)
+
+    @property
+    def routing(self) -> RoutingSpec | None:
+        """How one row of routing looks; None for a dense model."""
+        if not self.moe_layers:
+            return None
+        return RoutingSpec(num_moe_layers=len(self.moe_layers), top_k=self.top_k, num_experts=self.num_experts)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the mend."""
+    values = _read_json(path)
+    architecture = (values.get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise ModelError(
+            f"model.path {path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[architecture](architecture, _Fields(path, values))
+
+
+def routing_spec(path: Path) -> RoutingSpec | None:
+    """How one row of routing looks for the model in ``path``; None for a dense model."""
+    return read_model_config(path).routing
+
+
+def check_run(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ModelError if the settings cannot work with this model. Nothing is started before this passed."""
+    if config.trainer.router_replay != "off" and model.routing is None:
+        raise ModelError(
+            f"trainer.router_replay is {config.trainer.router_replay}, but {config.model.path} "
+            f"({model.architecture}) has no MoE layer, hence no routing to replay; "
+            "set trainer.router_replay to off"
+        )
+    _check_layout(config, model)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > model.max_position_embeddings:
+        raise ModelError(
+            f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) + rollout.max_response_tokens "
+            f"({config.rollout.max_response_tokens}) is {longest}, above the {model.max_position_embeddings} "
+            f"positions of {config.model.path} (max_position_embeddings); lower one of the two"
+        )
+
+
+def _check_layout(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ModelError unless trainer.parallel divides the model."""
+    sizes = config.trainer.parallel
+    stages = sizes.pp * sizes.vpp
+    divided = [
+        ("tp", sizes.tp, "num_attention_heads", model.num_heads),
+        ("tp", sizes.tp, "intermediate_size", model.intermediate_size),
+        ("tp", sizes.tp, "vocab_size", model.vocab_size),
+        ("pp x trainer.parallel.vpp" if sizes.vpp > 1 else "pp", stages, "num_hidden_layers", model.num_layers),
+    ]
+    if model.latent is None:
+        divided.append(("tp", sizes.tp, "num_key_value_heads", model.num_kv_heads))
+    if model.moe_layers:
+        divided += [
+            ("ep", sizes.ep, "the number of experts", model.num_experts),
+            ("etp", sizes.etp, "moe_intermediate_size", model.moe_intermediate_size),
+            ("tp", sizes.tp, "the shared experts' intermediate size", model.shared_intermediate_size),
+        ]
+    elif sizes.ep > 1 or sizes.etp > 1:
+        raise ModelError(
+            f"trainer.parallel.ep is {sizes.ep} and etp {sizes.etp}, but {config.model.path} ({model.architecture}) "
+            "has no experts; set both to 1"
+        )
+    for key, size, what, count in divided:
+        if count % size:
+            raise ModelError(
+                f"trainer.parallel.{key} is {size}, which does not divide {what} ({count}) of {config.model.path}; "
+                f"possible are {', '.join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)}"
+            )
+
+
+def checkpoint_shards(path: Path) -> list[Path]:
+    """The *.safetensors files of a checkpoint folder, all present. Raises ModelError naming what is not."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise ModelError(f"model.path {path}: {index.name} is not a safetensors index ({error})") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"model.path {path}: {index.name} lists {', '.join(missing[:5])}, which the folder lacks; "
+                "copy or download the checkpoint again"
+            )
+        return [path / name for name in names]
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise ModelError(f"model.path {path}: no *.safetensors file; a Hugging Face checkpoint folder is needed")
+    return shards
+
+
+class _Fields:
+    """Reads config.json, with an error that names the key."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def error(self, what: str) -> ModelError:
+        return ModelError(f"model.path {self.path}: config.json: {what}")
+
+    def only(self, **wanted: Any) -> None:
+        """Refuse what a family allows but this trainer would compute differently from the engine."""
+        for key, value in wanted.items():
+            found = self.values.get(key, value)
+            if found != value:
+                raise self.error(f"{key} is {found!r}; only {value!r} is supported")
+
+    def positive(self, *names: str, default: int | None = None) -> int:
+        """The first of ``names`` that is set."""
+        value = next((self.values[name] for name in names if self.values.get(name) is not None), default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise self.error(f"{names[0]} is {value!r}, expected a positive integer")
+        return value
+
+    def not_negative(self, name: str) -> int:
+        """0 where it is not set."""
+        return self.positive(name) if self.values.get(name) else 0
+
+    def integers(self, name: str) -> list[int]:
+        value = self.values.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise self.error(f"{name} is {value!r}, expected a list of layers")
+        return value
+
+    def rope_theta(self) -> float:
+        # 10000 is what transformers assumes for a configuration that names none.
+        return float(self._rope.get("rope_theta", self.values.get("rope_theta", 10000.0)))
+
+    def plain_rope(self) -> None:
+        kind = self._rope_type
+        if kind != "default":
+            raise self.error(f"rope_type is {kind!r}; only 'default' is supported")
+
+    def yarn(self) -> Yarn | None:
+        if self._rope_type == "default":
+            return None
+        if self._rope_type != "yarn":
+            raise self.error(f"rope_type is {self._rope_type!r}; only 'default' and 'yarn' are supported")
+        rope = self._rope
+        return Yarn(
+            factor=float(rope["factor"]),
+            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+            beta_fast=float(rope.get("beta_fast", 32)),
+            beta_slow=float(rope.get("beta_slow", 1)),
+            mscale=float(rope.get("mscale", 1.0)),
+            mscale_all_dim=float(rope.get("mscale_all_dim", 0.0)),
+        )
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        """transformers 5 nests it in rope_parameters; before, it stood at the top beside rope_scaling."""
+        return self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+
+    @property
+    def _rope_type(self) -> str:
+        return str(self._rope.get("rope_type", self._rope.get("type", "default")))
+
+
+# ---- the families ----
+
+
+def _common(architecture: str, fields: _Fields) -> ModelConfig:
+    """What all families say in the same words."""
+    fields.only(hidden_act="silu", use_sliding_window=False, quantization_config=None)
+    heads = fields.positive("num_attention_heads")
+    kv_heads = fields.positive("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise fields.error(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=fields.positive("hidden_size"),
+        intermediate_size=fields.positive("intermediate_size"),
+        num_layers=fields.positive("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        # Some set the head size apart from hidden_size / heads; the quotient is only the fallback.
+        head_dim=fields.positive("head_dim", default=fields.positive("hidden_size") // heads),
+        rms_norm_eps=float(fields.values.get("rms_norm_eps", 1e-6)),
+        rope_theta=fields.rope_theta(),
+        max_position_embeddings=fields.positive("max_position_embeddings"),
+        tie_word_embeddings=bool(fields.values.get("tie_word_embeddings", False)),
+    )
+
+
+def _qwen3(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(attention_bias=False)
+    fields.plain_rope()
+    return replace(_common(architecture, fields), qk_norm=True)
+
+
+def _qwen3_moe(architecture: str, fields: _Fields) -> ModelConfig:
+    model = _qwen3(architecture, fields)
+    dense = set(fields.integers("mlp_only_layers"))
+    step = fields.positive("decoder_sparse_step", default=1)
+    return replace(
+        model,
+        **_experts(fields),
+        moe_layers=tuple(i for i in range(model.num_layers) if i not in dense and (i + 1) % step == 0),
+        moe_intermediate_size=fields.positive("moe_intermediate_size"),
+        norm_topk_prob=bool(fields.values.get("norm_topk_prob", False)),
+    )
+
+
+def _mixtral(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(sliding_window=None, attention_bias=False)
+    fields.plain_rope()
+    model = _common(architecture, fields)
+    return replace(
+        model,
+        **_experts(fields),
+        moe_layers=tuple(range(model.num_layers)),
+        moe_intermediate_size=model.intermediate_size,
+        norm_topk_prob=True,
+    )
+
+
+def _deepseek_v3(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(attention_bias=False)
+    latent = LatentAttention(
+        query_rank=None if fields.values.get("q_lora_rank") is None else fields.positive("q_lora_rank"),
+        key_value_rank=fields.positive("kv_lora_rank"),
+        plain_dim=fields.positive("qk_nope_head_dim"),
+        rotary_dim=fields.positive("qk_rope_head_dim"),
+        value_dim=fields.positive("v_head_dim"),
+        yarn=fields.yarn(),
+    )
+    return replace(_sigmoid_routed(architecture, fields), latent=latent)
+
+
+def _glm4_moe(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.plain_rope()
+    model = _sigmoid_routed(architecture, fields)
+    parameters = fields.values.get("rope_parameters") or {}
+    return replace(
+        model,
+        qk_norm=bool(fields.values.get("use_qk_norm", False)),
+        qkv_bias=bool(fields.values.get("attention_bias", False)),
+        rotary_fraction=float(parameters.get("partial_rotary_factor", fields.values.get("partial_rotary_factor", 0.5))),
+    )
+
+
+def _sigmoid_routed(architecture: str, fields: _Fields) -> ModelConfig:
+    """Experts as in DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a bias for balance, groups, shared experts."""
+    # Megatron normalizes sigmoid scores always.
+    fields.only(norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    model = _common(architecture, fields)
+    experts = _experts(fields)
+    groups, group_top_k = fields.positive("n_group", default=1), fields.positive("topk_group", default=1)
+    if groups > 1 and experts["top_k"] != 2 * group_top_k:
+        # A group's score is the sum of its best two; Megatron takes the best top_k / topk_group.
+        raise fields.error(
+            f"num_experts_per_tok is {experts['top_k']} with topk_group {group_top_k}; "
+            "only twice as many experts as groups is supported"
+        )
+    intermediate = fields.positive("moe_intermediate_size")
+    return replace(
+        model,
+        **experts,
+        moe_layers=tuple(range(fields.not_negative("first_k_dense_replace"), model.num_layers)),
+        moe_intermediate_size=intermediate,
+        norm_topk_prob=True,
+        score_function="sigmoid",
+        expert_bias=True,
+        num_groups=groups if groups > 1 else 0,
+        group_top_k=group_top_k if groups > 1 else 0,
+        scaling=float(fields.values.get("routed_scaling_factor", 1.0)),
+        shared_intermediate_size=intermediate * fields.not_negative("n_shared_experts"),
+        extra_layers=fields.not_negative("num_nextn_predict_layers"),
+    )
+
+
+def _experts(fields: _Fields) -> dict[str, Any]:
+    # transformers 5 writes num_local_experts where earlier versions wrote num_experts; DeepSeek's word is another.
+    experts = fields.positive("num_experts", "num_local_experts", "n_routed_experts")
+    top_k = fields.positive("num_experts_per_tok")
+    if top_k > experts:
+        raise fields.error(f"num_experts_per_tok ({top_k}) exceeds num_experts ({experts})")
+    return {"num_experts": experts, "top_k": top_k}
+
+
+# Architectures that the tables in models/names.py cover, by how their config.json is read.
+FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "MixtralForCausalLM": _mixtral,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
+    "Glm4MoeForCausalLM": _glm4_moe,
+}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ModelError(f"model.path {path}: no such folder")
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise ModelError(f"model.path {path}: config.json: {error.strerror}; a Hugging Face folder has one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model.path {path}: config.json is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"model.path {path}: config.json holds a {type(values).__name__}, expected an object")
+    return values

@@ -1,0 +1,360 @@
+"""VllmEngine: the ``RolloutEngine`` on vLLM's AsyncLLM. Knows vLLM 0.30; neither Ray nor the trainer.
+
+    frontend (this process)            engine core (a process of its own; on one CPU the model runs in it too)
+    generate ── tokens, salt ───────►  scheduler ── step ── sampler
+    collector ◄── final output only ── tokens, log-probs, routed experts
+
+True stamps (invariant 7). Weights change only while the scheduler is paused, and the engine core answers ``pause``
+after the outputs of all steps before it, over one ordered channel. So when the answer is here, those outputs are at
+worst in the frontend's queue; ``_drain_outputs`` waits until they are accounted for, and then the number of tokens that
+each running call has is exactly the number sampled under the old version.
+
+Prefix cache. Blocks computed under old weights must not serve new calls. Ending or draining all calls lets vLLM clear
+the cache; frozen calls ("keep") need their blocks, so the cache key of each call is salted with the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import Awaitable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from async_rl.config.schema import RunConfig
+from async_rl.errors import EngineDied, EngineError, WeightSyncError
+from async_rl.models.config import read_model_config
+from async_rl.runtime.process import starting_on
+from async_rl.rollout.engine.vllm import process as vllm_process
+from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.routing_policies import moe_columns
+from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+# How long the engine core may take to end by itself before it is killed. It holds nothing that must be saved, and on
+# CPU it never makes it: with the model in its process, the garbage collection at its end hangs.
+SHUTDOWN_GRACE_S = 0.5
+
+# So many more objects than at the last collection begin the next one. Python's 700 are those of one iteration, which
+# end with it: collections took a fifteenth of the frontend's time per token.
+_COLLECTED_AFTER = 20_000
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call under way. ``boundaries``: (tokens sampled so far, version they were sampled with), one per push."""
+
+    internal_id: str
+    boundaries: list[tuple[int, int]] = field(default_factory=list)
+    restart: bool = False
+
+
+class VllmEngine:
+    """One vLLM engine. ``cores``: the CPUs of its engine core, which computes; None leaves placement to the system.
+
+    ``start`` must be called on the event loop that ``generate`` will run on, and blocks it while the model loads; in a
+    thread that lives as long as the engine, for the engine core dies with the thread that started it.
+    """
+
+    def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
+        self._config = config
+        self._replica = replica
+        self._cores = cores
+        self._model = read_model_config(config.model.path)
+        self._stop_token_ids = vllm_process.stop_token_ids(config.model.path)
+        self._llm: AsyncLLM | None = None
+        self._calls: dict[str, _Call] = {}
+        self._version = 0
+        self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
+        self._push_failed: str | None = None
+
+    @property
+    def routing(self) -> RoutingSpec | None:
+        return self._model.routing if self._config.rollout.return_routed_experts else None
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return frozenset(self._stop_token_ids)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        vllm_process.prepare(self._config, self._model)
+        from vllm.utils.gc_utils import freeze_gc_heap
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            with starting_on(self._cores if vllm_process.on_cpu(self._config) else None):
+                self._llm = AsyncLLM.from_engine_args(
+                    vllm_process.engine_args(self._config, self._replica, self._model),
+                    stat_loggers=vllm_process.stat_loggers(self._config),
+                )
+            if self._config.metrics.engine:
+                from async_rl.rollout.engine.vllm.stats import install_counter
+
+                install_counter(self._llm)
+            # Cached by AsyncLLM; from now on a call is in the scheduler's channel without a suspension in between.
+            await self._llm.get_supported_tasks()
+        except Exception as error:
+            await self.shutdown()
+            raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {error}") from error
+        vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
+        self._running.set()
+        await self._warm_up()
+        # What is loaded by now stays. Full collections looked through all of it, on the loop that hands out tokens.
+        freeze_gc_heap()
+        gc.set_threshold(_COLLECTED_AFTER, *gc.get_threshold()[1:])
+
+    async def _warm_up(self) -> None:
+        """The first call of each kind, now: where vLLM compiles its sampler, it does so in that call, for seconds."""
+        prompt = np.zeros(2, dtype=np.int32)
+        for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0, greedy=True)):
+            for calls in (1, 3):  # compiled for one row, then for any number
+                await asyncio.gather(*(self.generate(f"warm-up/{i}", prompt, sampling, 2) for i in range(calls)))
+        await self.score([prompt])
+
+    async def shutdown(self) -> None:
+        llm, self._llm = self._llm, None
+        self._running.set()  # calls that wait for a resume go on, and find the engine gone
+        if llm is None:
+            return
+        # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
+        logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
+        llm.shutdown(timeout=SHUTDOWN_GRACE_S)
+        # Its tasks hold sockets: let them see their cancellation while there is a loop.
+        await asyncio.sleep(0)
+
+    def check_alive(self) -> None:
+        if self._engine.errored:
+            raise EngineDied(f"replica {self._replica}: the vLLM engine died")
+
+    async def ping(self) -> None:
+        await self._engine.is_sleeping()  # the cheapest question that the engine core itself answers
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineError(f"replica {self._replica}: the engine is not running")
+        return self._llm
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
+    ) -> EngineOutput:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            max_tokens=max_tokens,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=self._stop_token_ids,
+            routed_experts_prompt_start=first_row,
+            # Not DELTA, which loses routed experts when the consumer lags; and nobody reads tokens one by one.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        while True:
+            await self._running.wait()
+            with self._errors(request_id):
+                call, output = await self._run(request_id, token_ids, params)
+            if not (call.restart and not output.outputs[0].token_ids):
+                break
+        completion = output.outputs[0]
+        sampled = np.asarray(completion.token_ids, dtype=np.int32)
+        return EngineOutput(
+            token_ids=sampled,
+            logprobs=_logprobs(completion.logprobs),
+            versions=self._stamps(call, len(sampled)),
+            routed_experts=self._columns(completion.routed_experts) if len(sampled) else None,
+            finish_reason=completion.finish_reason,
+        )
+
+    async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
+        """Submit one request and wait for its final output; its call is on record while it runs."""
+        from vllm.inputs.engine import tokens_input
+
+        llm = self._engine
+        # A rendered input is submitted without a suspension (the socket has no limit to block at), so no pause comes
+        # between the gate in ``generate`` and the scheduler's channel, nor between that and the record.
+        prompt = tokens_input(token_ids.tolist(), cache_salt=f"v{self._version}")
+        collector = await llm.add_request(request_id, prompt, params)
+        call = self._calls[collector.request_id] = _Call(collector.request_id)
+        try:
+            return call, await collector.get()
+        except asyncio.CancelledError:
+            await llm.abort(collector.request_id, internal=True)
+            raise
+        finally:
+            del self._calls[collector.request_id]
+            collector.close()
+
+    async def score(self, sequences: list[Int32Array]) -> list[Score]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,  # of the prompt's own tokens only; with it vLLM reads nothing from the prefix cache
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        if not self._running.is_set():
+            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
+        with self._errors("score"):
+            outputs = await asyncio.gather(
+                *(self._run(f"score/{i}", sequence, params) for i, sequence in enumerate(sequences))
+            )
+        if any(output.outputs[0].finish_reason == "abort" for _, output in outputs):
+            raise EngineError(f"replica {self._replica}: score: a pause interrupted it")
+        return [
+            Score(
+                _logprobs(output.prompt_logprobs),
+                # One token was sampled, so the rows are those of the N sent; the last of them scores nothing.
+                self._columns(output.outputs[0].routed_experts, rows=len(sequence) - 1),
+            )
+            for sequence, (_, output) in zip(sequences, outputs, strict=True)
+        ]
+
+    async def fingerprints(self, sequences: list[Int32Array]) -> list[Float32Array | None]:
+        with self._errors("fingerprints"):
+            await self._engine.collective_rpc("begin_fingerprints", args=([s.tolist() for s in sequences],))
+            try:
+                await self.score(sequences)
+            finally:
+                # Of the first tensor-parallel rank: the stream is the same on all.
+                seen, *_ = await self._engine.collective_rpc("end_fingerprints")
+        return [None if rows is None else np.asarray(rows, dtype=np.float32)[:, :-1] for rows in seen]
+
+    def _columns(self, routed: Any, rows: int | None = None) -> ExpertIds | None:
+        if self.routing is None:
+            return None
+        if routed is None:
+            raise EngineError(
+                f"replica {self._replica}: the engine returned no routing; to train without, set "
+                "rollout.return_routed_experts to false and trainer.router_replay to R2 or off"
+            )
+        return moe_columns(routed, num_layers=self._model.num_layers, moe_layers=self._model.moe_layers)[:rows]
+
+    def _stamps(self, call: _Call, count: int) -> Int32Array:
+        versions = np.full(count, self._version, dtype=np.int32)
+        start = 0
+        for stop, version in call.boundaries:
+            versions[start:stop] = version
+            start = stop
+        return versions
+
+    # -- pause and resume -----------------------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode) -> None:
+        llm = self._engine
+        self._running.clear()
+        with self._errors("pause"):
+            # AsyncLLM.pause_generation is this call and a sleep of 20 ms; the drain below is exact instead.
+            await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+            await self._drain_outputs()
+            if mode == "keep":
+                await self._take_back_unstarted()
+
+    async def resume(self) -> None:
+        if self._push_failed is not None:
+            raise WeightSyncError(
+                f"replica {self._replica}: the last push failed, and its weights are unsure: {self._push_failed}"
+            )
+        with self._errors("resume"):
+            await self._engine.resume_generation()
+        self._running.set()
+
+    async def _drain_outputs(self) -> None:
+        """Return when every output that the engine core sent before now has been accounted for in the frontend."""
+        from vllm.v1.engine import EngineCoreOutputs
+
+        llm = self._engine
+        # The handler takes an item only when it is done with all before it, so an empty message taken means drained.
+        queue = llm.engine_core.outputs_queue
+        queue.put_nowait(EngineCoreOutputs())
+        while not queue.empty():
+            if llm.errored:
+                raise EngineDied(f"replica {self._replica}: the engine died during a pause")
+            await asyncio.sleep(0)
+
+    async def _take_back_unstarted(self) -> None:
+        """Withdraw frozen calls without a token: they would start after the push on prefixes cached before it."""
+        for call in self._calls.values():
+            if self._sampled(call) == 0:
+                call.restart = True
+        await self._engine.abort([call.internal_id for call in self._calls.values() if call.restart], internal=True)
+
+    def _sampled(self, call: _Call) -> int | None:
+        """Tokens that a running call has; None when it has ended and its caller only has not looked yet."""
+        state = self._engine.output_processor.request_states.get(call.internal_id)
+        return None if state is None else state.detokenizer.num_output_tokens()
+
+    # -- weight transfer, as vLLM's clients call it on an actor ---------------------------------------------------
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._push(self._engine.init_weight_transfer_engine(request))
+
+    async def start_weight_update(self) -> None:
+        if self._running.is_set():
+            raise WeightSyncError(f"replica {self._replica}: pause the engine before a push")
+        if self._push_failed is not None:
+            # By a trainer that died, say; what it left of the weights is overwritten, or never used.
+            await self._push(self._engine.collective_rpc("abandon_weight_update"))
+        self._push_failed = "it was not finished"
+        await self._push(self._engine.start_weight_update())
+
+    async def update_weights(self, request: Any) -> None:
+        await self._push(self._engine.update_weights(request))
+
+    async def finish_weight_update(self) -> None:
+        await self._push(self._engine.finish_weight_update())
+
+    async def update_weight_version(self, version: str) -> None:
+        if self._running.is_set():
+            raise WeightSyncError(f"replica {self._replica}: the version changed while the engine was not paused")
+        for call in self._calls.values():
+            sampled = self._sampled(call)
+            call.boundaries.append((np.iinfo(np.int32).max if sampled is None else sampled, self._version))
+        await self._push(self._engine.update_weight_version(version))
+        self._version = int(version)
+        self._push_failed = None
+
+    async def _push(self, step: Awaitable[None]) -> None:
+        try:
+            await step
+        except Exception as error:
+            # vLLM hands the engine core's exception over as text.
+            self._push_failed = str(error)
+            self.check_alive()
+            raise WeightSyncError(f"replica {self._replica}: {error}") from error
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise EngineDied(f"replica {self._replica}: {what}: the vLLM engine died") from error
+        except (EngineGenerateError, VLLMClientError, ValueError) as error:
+            raise EngineError(f"replica {self._replica}: {what}: {error or type(error).__name__}") from error
+
+
+def _logprobs(flat: Any) -> Float32Array:
+    """vLLM's flat log-probs, one per position, to float32[n]; the first prompt token has none and no entry."""
+    return np.asarray(flat.logprobs, dtype=np.float32)

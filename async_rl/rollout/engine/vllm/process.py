@@ -1,0 +1,149 @@
+"""How the vLLM processes are set up: environment, engine arguments. The one place that names them, with reasons.
+
+Call ``prepare`` before anything imports vLLM: it reads most of this at import, and its engine core inherits the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from async_rl.config.schema import RunConfig
+from async_rl.errors import EngineError, ModelError
+from async_rl.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+# vllm_engine and weights.shm reach into vLLM where it has no public way; they were written for this version.
+VLLM_VERSION = "0.30."
+
+ENVIRONMENT = {
+    # Models come from a folder; nothing is looked up or reported over the network.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # vLLM would give its loggers a handler on stdout; without it they follow the root logger of the process.
+    "VLLM_CONFIGURE_LOGGING": "0",
+    # The semaphores of an engine core that was killed are removed by Python's resource tracker, with a warning.
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
+
+
+def prepare(config: RunConfig, model: ModelConfig) -> None:
+    """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
+    os.environ.update(ENVIRONMENT)
+    if not on_cpu(config):
+        return
+    threads = str(config.resources.engine_threads)
+    os.environ["OMP_NUM_THREADS"] = threads
+    # Placement is the affinity that the engine core inherits; vLLM's own binding would choose cores by itself.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if config.rollout.tensor_parallel_size == 1:
+        # Lets the model run inside the engine core (AsyncLLM has a process for that all the same) instead of in a
+        # third process, which costs a hop over shared memory each step.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if _eager(config, model):
+        # vLLM compiles two functions of its sampler all the same. On a CPU their guards cost more than they save (6 %
+        # of the time per token), and compiling them four seconds of each start.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def on_cpu(config: RunConfig) -> bool:
+    if config.resources.device != "auto":
+        return config.resources.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _eager(config: RunConfig, model: ModelConfig) -> bool:
+    # Compiled for a CPU, vLLM 0.30 traces the model before the capture of routed experts is hooked in, and then
+    # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
+    return config.rollout.enforce_eager or (on_cpu(config) and model.routing is not None)
+
+
+def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
+    """Raises EngineError when another version of vLLM is installed."""
+    import vllm
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if not vllm.__version__.startswith(VLLM_VERSION):
+        raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
+    cpu = on_cpu(config)
+    return AsyncEngineArgs(
+        model=str(config.model.path),
+        dtype=config.engine_dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
+        seed=config.seed + replica,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_num_seqs=config.rollout.max_num_seqs,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        tensor_parallel_size=config.rollout.tensor_parallel_size,
+        kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=_eager(config, model),
+        enable_prefix_caching=True,
+        enable_return_routed_experts=model.routing is not None and config.rollout.return_routed_experts,
+        # Behaviour log-probs: after temperature and top-p.
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
+        # Three more methods on the worker; without a call of them nothing is hooked into the model.
+        worker_extension_cls="async_rl.weights.vllm.extension.WorkerExtension",
+        # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        disable_log_stats=not config.metrics.engine,
+        enable_log_requests=False,
+    )
+
+
+def stat_loggers(config: RunConfig) -> list[type] | None:
+    """For AsyncLLM instead of its own: the same metrics at less cost to the event loop. None unless metrics.engine."""
+    if not config.metrics.engine:
+        return None
+    from async_rl.rollout.engine.vllm.stats import BatchedStatLogger
+
+    # At INFO it would keep the figures of its own log besides, which is written by vLLM's server only.
+    logging.getLogger("vllm.v1.metrics.loggers").setLevel(logging.WARNING)
+    return [BatchedStatLogger]
+
+
+def check_layout(hf_config: Any, model: ModelConfig) -> None:
+    """Raise ModelError unless the engine read the layout from its config that the trainer builds.
+
+    They read the same file, each in its own way, and routing means nothing where they disagree.
+    """
+
+    def engine_has(*names: str) -> Any:
+        # A dense architecture has none of these.
+        return next((value for name in names if (value := getattr(hf_config, name, None)) is not None), 0)
+
+    pairs = {
+        "layers": (engine_has("num_hidden_layers"), model.num_layers),
+        "experts": (engine_has("num_experts", "num_local_experts", "n_routed_experts"), model.num_experts),
+        "experts per token": (engine_has("num_experts_per_tok"), model.top_k),
+    }
+    unlike = [f"{name} ({a} in the engine, {b} in the trainer)" for name, (a, b) in pairs.items() if a != b]
+    if unlike:
+        raise ModelError(f"engine and trainer read different layouts from the checkpoint: {', '.join(unlike)}")
+
+
+def stop_token_ids(folder: Path) -> list[int]:
+    """The tokens that end a response: generation_config.json, or config.json where there is none. Raises ModelError."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            eos = json.loads((folder / name).read_text()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path {folder}: {name}: {error}") from None
+        if eos is not None:
+            return list(eos) if isinstance(eos, list) else [eos]
+    return []

@@ -1,0 +1,71 @@
+"""What answers the policy between two turns of one response: a tool, a user, a game. Knows ``config``'s section for it.
+
+Token in, token out: the environment's text is tokenized once, alone, and appended to the tokens there are. What the
+policy sampled is never turned into text and back, which can give other tokens than were sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from async_rl.config.schema import EnvironmentSection
+from async_rl.errors import EnvironmentFailure
+from async_rl.types import Int32Array, Prompt
+from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable, load_function
+
+ARGUMENTS = ("prompt", "turns")
+
+
+def load_environment(name: str) -> Callable[..., Any]:
+    """Import the function that ``rollout.environment.function`` names. Raises EnvironmentFailure."""
+    return load_function("rollout.environment.function", name, ARGUMENTS, EnvironmentFailure)
+
+
+class Environment:
+    """Asks ``rollout.environment.function`` for what follows a turn; a plain function runs in a thread."""
+
+    def __init__(self, settings: EnvironmentSection, tokenizer: Any) -> None:
+        assert settings.function is not None
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._call = UserFunction(
+            load_environment(settings.function), "rollout.environment", slow=True, timeout_s=settings.timeout_s
+        )
+
+    def close(self) -> None:
+        """Take no more calls."""
+        self._call.close()
+
+    async def answer(self, prompt: Prompt, turns: tuple[Int32Array, ...]) -> Int32Array | None:
+        """The tokens that follow, or None where the response ends.
+
+        turns: the response so far, its turns in alternation: the policy's, the environment's, ..., the policy's.
+        Raises EnvironmentFailure naming the function, the row and what it did.
+        """
+        texts = tuple(self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns)
+        try:
+            text = await self._call(prompt, texts)
+        except asyncio.CancelledError:
+            raise
+        except TimeoutError:
+            raise self._failure(prompt, f"did not return within {self._settings.timeout_s:g} s") from None
+        except UserFunctionUnavailable as error:
+            raise self._failure(prompt, str(error)) from error
+        except Exception as error:
+            raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
+        if text is None:
+            return None
+        if not isinstance(text, str):
+            raise self._failure(prompt, f"returned {text!r} of type {type(text).__name__}; expected a string or None")
+        tokens = np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        if not len(tokens):
+            raise self._failure(prompt, f"returned {text!r}, which has no tokens; return None to end the response")
+        return tokens
+
+    def _failure(self, prompt: Prompt, what: str) -> EnvironmentFailure:
+        where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
+        return EnvironmentFailure(f"rollout.environment.function {self._settings.function}, {where}: {what}")

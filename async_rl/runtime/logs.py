@@ -1,0 +1,140 @@
+"""Logging of one process of a run: structlog over the standard library. Knows ``runfolder``'s JSON only.
+
+our loggers     ──► logs/<role>.jsonl, and the console where asked for
+everybody else  ──► logs/<role>.libs.log (vLLM, Ray, Megatron, Python warnings), never the console
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import Processor
+
+from async_rl.runtime.process import dump_stacks_to
+from async_rl.runtime.runfolder import to_json
+
+_OURS = "async_rl"
+# Libraries that put handlers of their own on their top logger and stop propagation there.
+_LIBRARIES = ("vllm", "ray", "megatron", "transformers")
+_LIBRARY_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+_bound: dict[str, Any] = {}
+
+
+def bind(**fields: Any) -> None:
+    """Put these fields into each line of this process from now on: its policy version, for example."""
+    _bound.update(fields)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at that moment: the live table redirects it while it is on screen."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def configure(run_dir: Path | None, role: str, console: bool) -> None:
+    """Set up this process's logging; the last call counts.
+
+    run_dir: None writes no files. Its name, the run, and the role go into each line, and what ``bind`` adds. console:
+    warnings and worse also go to stderr; what happens otherwise is the live view's to show.
+    """
+    ours = logging.getLogger(_OURS)
+    root = logging.getLogger()
+    for logger in (ours, root):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+    ours.propagate = False
+    ours.setLevel(logging.INFO)
+    root.setLevel(logging.INFO)
+
+    _bound.clear()
+    bind(role=role, **({} if run_dir is None else {"run": run_dir.name}))
+    shared = _shared_processors()
+    if console:
+        stderr = _formatted(_StderrHandler(), _console_renderer(), shared)
+        stderr.setLevel(logging.WARNING)
+        ours.addHandler(stderr)
+    if run_dir is not None:
+        folder = run_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        own = logging.FileHandler(folder / f"{role}.jsonl", encoding="utf-8", delay=True)
+        ours.addHandler(_formatted(own, structlog.processors.JSONRenderer(serializer=_dump), shared))
+        path = folder / f"{role}.libs.log"
+        dump_stacks_to(folder / f"{role}.stacks.txt")
+        libraries: logging.Handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+        libraries.setFormatter(logging.Formatter(_LIBRARY_FORMAT))
+    else:
+        libraries = logging.NullHandler()
+    root.addHandler(libraries)
+    if not ours.handlers:
+        ours.addHandler(logging.NullHandler())
+    adopt_libraries()
+    logging.captureWarnings(True)
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def adopt_libraries() -> None:
+    """Take the libraries' own handlers away. Call it again after importing a library that adds some."""
+    for name in _LIBRARIES:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def _add_bound(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in _bound.items():
+        event.setdefault(key, value)
+    return event
+
+
+def _shared_processors() -> list[Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        _add_bound,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+    ]
+
+
+def _console_renderer() -> Processor:
+    if sys.stderr.isatty():
+        return structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)
+    return structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "role", "event"])
+
+
+def _formatted(handler: logging.Handler, renderer: Processor, shared: list[Processor]) -> logging.Handler:
+    handler.setFormatter(
+        ProcessorFormatter(
+            processors=[ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=shared,  # our own plain logging.getLogger(...) calls
+        )
+    )
+    return handler
+
+
+def _dump(event: Any, **_: Any) -> str:
+    return to_json(event)

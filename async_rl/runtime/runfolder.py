@@ -1,0 +1,228 @@
+"""The folder of one run: settings, metrics, samples, summary, logs, checkpoints, kept trajectories.
+
+Owns names, layout and the form of what is written; knows ``config`` and ``errors``, nothing of what the
+records mean. Lines are flushed as they are written, so a killed run leaves everything up to its last step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from async_rl.config.schema import RunConfig
+from async_rl.config.loading import to_yaml
+from async_rl.errors import ConfigError
+
+FORMAT = 1
+"""Of the files in a run folder; rises when a reader of the old ones could not read the new ones."""
+
+CONFIG = "config.yaml"
+FORMAT_FILE = "format"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+TRAINED = "trained.jsonl"
+JOURNAL = "queue.journal"
+LOCK = "lock"
+REWOUND = "rewound"
+SUMMARY = "summary.json"
+TIMELINE = "timeline"
+TARGETS = "prometheus/targets"
+ALL_TARGETS = ".prometheus"
+"""Beside the run folders: the target files of all runs once more, <process>@<run>.json. Prometheus looks for files in
+one folder, and not in each folder of a folder."""
+
+TRAJECTORY_SUFFIX = ".group"
+# Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
+_LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+# A lone surrogate, which a dataset may hold, has no UTF-8; its escape is what JSON has for it.
+_ERRORS = "backslashreplace"
+_FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Standard JSON: NaN and infinities, which it lacks, become null; numpy scalars become numbers."""
+    encoder = _LINE if indent is None else json.JSONEncoder(indent=indent, allow_nan=False, ensure_ascii=False)
+    try:
+        text = encoder.encode(value)
+    except (TypeError, ValueError):  # rare, and several times as slow
+        text = encoder.encode(_plain(value))
+    return text if text.isascii() else text.translate(_LINE_BREAKS)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, without importing numpy
+        return _plain(value.tolist())
+    return str(value)
+
+
+class RunFolder:
+    """Creates and writes one run's folder. One writer: the process that drives the run."""
+
+    def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
+        """resume: go on with the run that the folder holds. Raises ConfigError when it holds one and must not, when
+        that one has not ended, or when the folder cannot be made."""
+        self.path = config.run_dir.absolute()
+        self._streams: dict[str, TextIO] = {}
+        self._kept = deque[Path]()
+        self._keep = config.debug.dump_trajectories
+        try:
+            if not resume and self.path.is_dir() and any(self.path.iterdir()):
+                raise ConfigError(
+                    f"name: {config.name!r} is taken, {self.path} holds a run already; "
+                    "give another --name, or move that folder away"
+                )
+            for folder in _FOLDERS:
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked(config)
+            for target in (*self.targets.iterdir(), *(self.path.parent / ALL_TARGETS).glob(f"*@{self.path.name}.json")):
+                target.unlink()  # of a process that was killed
+            (self.path / SUMMARY).unlink(missing_ok=True)  # of the run that is gone on with: it has not ended after all
+            (self.path / FORMAT_FILE).write_text(f"{FORMAT}\n")
+            (self.path / CONFIG).write_text(to_yaml(config))
+        except OSError as error:
+            raise ConfigError(
+                f"runs: cannot make the run folder {self.path} ({error.strerror}); "
+                "set --runs to a folder you can write to"
+            ) from None
+
+    def _locked(self, config: RunConfig) -> TextIO:
+        """A file that is locked while this process lives, so that no two write the same run."""
+        lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ConfigError(
+                f"name: the run {config.name!r} in {self.path} has not ended; wait for it, or give another --name"
+            ) from None
+        return lock
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def targets(self) -> Path:
+        return self.path / TARGETS
+
+    @property
+    def trajectories(self) -> Path:
+        return self.path / "trajectories"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
+
+    def write_step(self, row: Mapping[str, Any]) -> None:
+        """Append one training step's row to metrics.jsonl."""
+        self._append(METRICS, row)
+
+    def write_trained(self, row: Mapping[str, Any]) -> None:
+        """Append the groups of one training step to trained.jsonl."""
+        self._append(TRAINED, row)
+
+    def write_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append one readable trajectory to samples.jsonl."""
+        self._append(SAMPLES, sample)
+
+    def rewind(self, step: int) -> None:
+        """Training goes on after ``step``: lines of later steps move to files of their own, rewound-<name>."""
+        self.close()
+        for name in (METRICS, TRAINED, SAMPLES):
+            path = self.path / name
+            if not path.exists():
+                continue
+            kept: list[bytes] = []
+            gone: list[bytes] = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                (kept if _step(line) <= step else gone).append(line)
+            if gone:
+                with (self.path / f"{REWOUND}-{name}").open("ab") as stream:
+                    stream.writelines(gone)
+                write_atomically(path, b"".join(kept))
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if name not in self._streams:
+            self._streams[name] = (self.path / name).open("a", encoding="utf-8", errors=_ERRORS)
+        stream = self._streams[name]
+        stream.write(to_json(row) + "\n")
+        stream.flush()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json at once or not at all."""
+        write_atomically(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode(errors=_ERRORS))
+
+    def write_group(self, payload: bytes | memoryview, group_id: str) -> None:
+        """Keep a trained group in wire format; only the last debug.dump_trajectories stay."""
+        if self._keep == 0:
+            return
+        # Group ids come from dataset cursors ("0-17.0"), but nothing that reaches the file system is trusted.
+        name = re.sub(r"[^\w.-]", "_", group_id).lstrip(".") or "group"
+        path = self.trajectories / f"{name}{TRAJECTORY_SUFFIX}"
+        write_atomically(path, payload)
+        if path in self._kept:
+            self._kept.remove(path)
+        self._kept.append(path)
+        while len(self._kept) > self._keep:
+            self._kept.popleft().unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the open files. May be called twice."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def format_of(path: Path) -> int | None:
+    """Of the run folder ``path``; None where it does not say."""
+    try:
+        return int((path / FORMAT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_atomically(path: Path, payload: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _step(line: bytes) -> float:
+    """Of a row; beyond all for one that was cut off when its writer was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

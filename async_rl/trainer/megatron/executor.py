@@ -1,0 +1,180 @@
+"""Runs microbatches through this rank's part of the model under Megatron's own schedules, with their routing armed.
+
+Every forward and backward pass of the trainer goes through ``Executor``; what is done with the logits is the caller's
+``LossFunction``, which only ranks of the last pipeline stage call. Knows Megatron's schedules, ``replay``, ``parallel``
+and the device seam; knows neither configuration nor groups.
+
+All ranks call the same methods in the same order. They may bring different numbers of microbatches: those with fewer
+are given ones of padding, because ranks that share experts or a pipeline compute microbatch by microbatch together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from async_rl.trainer.megatron import platform
+from async_rl.trainer import packing
+from async_rl.trainer.megatron.model import packed
+from async_rl.trainer.packing import Microbatch
+from async_rl.trainer.parallel import Place, context_rows
+from async_rl.trainer.megatron.platform import Device
+from async_rl.trainer.megatron.replay import RoutingReplay
+
+# Of the positions of a microbatch that this rank's attention sees, [T / cp], by name; see packing.BY_POSITION.
+Tensors = dict[str, torch.Tensor]
+
+# (a microbatch's tensors, logits [T / cp, V / tp]) -> (scalar to differentiate, what to keep of this microbatch).
+LossFunction = Callable[[Tensors, torch.Tensor], tuple[torch.Tensor, Any]]
+
+# (number of a microbatch in the run, number of the chunk that has just computed it).
+Watcher = Callable[[int, int], None]
+
+
+class Executor:
+    """This rank's chunks of one model. filler: a microbatch of padding alone."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        replay: RoutingReplay,
+        place: Place,
+        device: Device,
+    ) -> None:
+        self._chunks = list(chunks)
+        self._replay = replay
+        self._place = place
+        self._device = device
+
+    def zero_gradients(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+
+    def accumulate(
+        self, batches: Sequence[Microbatch], loss: LossFunction, *, filler: Microbatch, verify: bool = False
+    ) -> list[Any]:
+        """Add the gradient of the summed losses to this rank's gradients. May be called several times in a step.
+
+        Returns what ``loss`` kept of each microbatch of this rank, on the last stage. verify: compare the experts
+        executed with the rows asked for, raising ReplayError where they differ.
+        """
+        return self._run(batches, loss, filler, forward_only=False, verify=verify)
+
+    def take_disagreement(self) -> tuple[float, float]:
+        """See RoutingReplay: of the rows that ``accumulate`` has replayed since the last call."""
+        return self._replay.take_disagreement()
+
+    def finish_gradients(self, divisor: float) -> None:
+        """Leave the sum of all ranks' gradients, divided, in the parameters' main_grad."""
+        with platform.cuda_means(self._device):
+            finalize_model_grads(self._chunks, None)
+        for chunk in self._chunks:
+            chunk.scale_gradients(1.0 / divisor)
+
+    def forward(
+        self,
+        batches: Sequence[Microbatch],
+        keep: LossFunction | None = None,
+        *,
+        filler: Microbatch,
+        watch: Watcher | None = None,
+    ) -> list[Any]:
+        """What ``keep`` kept of each microbatch, on the last stage. No gradients, no state.
+
+        watch: called on every rank after each forward pass of each of its chunks, also those of fillers.
+        """
+
+        def nothing(_: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return logits.new_zeros(()), None
+
+        with torch.no_grad():
+            return self._run(batches, keep or nothing, filler, forward_only=True, watch=watch)
+
+    def record_routing(
+        self, batches: Sequence[Microbatch], *, filler: Microbatch
+    ) -> list[dict[int, npt.NDArray[np.int64]]]:
+        """The experts that this rank's routers choose now: MoE layer index -> int64[rows, K], for each microbatch."""
+        recorded: list[dict[int, npt.NDArray[np.int64]]] = [{} for _ in batches]
+
+        def note(index: int, chunk: int) -> None:
+            if index < len(recorded):
+                recorded[index] |= {layer: rows.cpu().numpy() for layer, rows in self._replay.recorded(chunk).items()}
+
+        with self._replay.recording():
+            self.forward(batches, filler=filler, watch=note)
+        return recorded
+
+    def _run(
+        self,
+        batches: Sequence[Microbatch],
+        loss: LossFunction,
+        filler: Microbatch,
+        *,
+        forward_only: bool,
+        verify: bool = False,
+        watch: Watcher | None = None,
+    ) -> list[Any]:
+        count = self._common_count(len(batches))
+        if count == 0:
+            return []
+        run = [*batches, *[filler] * (count - len(batches))]
+        chunk_of = {id(chunk): number for number, chunk in enumerate(self._chunks)}
+
+        def forward_step(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            index, batch = next(iterator)
+            number = chunk_of[id(chunk)]
+            tensors = self._to_device(batch)
+            routing = None if batch.routing is None else torch.from_numpy(batch.routing).to(self._device)
+            # A forward pass alone is a probe, or prepares what training then replays.
+            compare = routing is not None and not forward_only
+            compared = torch.from_numpy(batch.of_samples).to(self._device) if compare else None
+            self._replay.before_forward(routing, batch.cu_seqlens, number, compared)
+            logits = chunk(
+                input_ids=tensors["token_ids"].unsqueeze(0),
+                position_ids=tensors["position_ids"].unsqueeze(0),
+                attention_mask=None,
+                packed_seq_params=packed(torch.from_numpy(batch.cu_seqlens).to(self._device), batch.longest),
+            )
+            self._replay.after_forward(number)
+            if watch is not None:
+                watch(index, number)
+
+            def scalar(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                value, kept = loss(tensors, output.squeeze(0))
+                # Megatron wants a token count, for an average that is taken elsewhere.
+                return value, torch.tensor(len(batch), dtype=torch.int, device=value.device), kept
+
+            return logits, scalar
+
+        iterators = [iter(enumerate(run)) for _ in self._chunks]
+        with platform.cuda_means(self._device), self._replay.schedule(verify=verify):
+            kept: list[Any] = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._chunks,
+                num_microbatches=count,
+                seq_length=max(len(batch) for batch in run),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return kept[: len(batches)]
+
+    def _common_count(self, count: int) -> int:
+        """What every rank is to run: as many as the one with most, and whole rounds of an interleaved pipeline."""
+        most = torch.tensor(count, device=self._device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        sizes = self._place.sizes
+        return int(most) + -int(most) % (sizes.pp if sizes.vpp > 1 else 1)
+
+    def _to_device(self, batch: Microbatch) -> Tensors:
+        rows = context_rows(batch.cu_seqlens, self._place)
+        arrays = {name: getattr(batch, name) for name in packing.BY_POSITION}
+        return {
+            name: torch.from_numpy(array[rows]).to(self._device) for name, array in arrays.items() if array is not None
+        }

@@ -1,0 +1,303 @@
+"""The device seam: the only place of the trainer that knows CPU from GPU.
+
+Everything that Megatron-core needs before it runs without a GPU stands here, each patch with its reason and
+the version it is for. Importing this module starts and changes nothing; ``activate`` does. Knows Megatron and
+torch, no other room.
+
+What differs by device, and where:
+    activate            patches Megatron for the CPU; selects the GPU
+    init_distributed    gloo or nccl
+    layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
+    model_overrides     settings of TransformerConfig
+    optimizer           AdamW of torch, or Megatron's distributed one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from async_rl.config.schema import OptimizerSection
+from async_rl.errors import ResourceError, TrainerError
+from async_rl.trainer.parallel import Place, world_size
+from async_rl.models.names import Layout
+
+if TYPE_CHECKING:
+    from async_rl.trainer.megatron.optimizer import Optimizer
+
+Device = Literal["cpu", "cuda"]
+
+# The patches below follow this version's sources line by line; another one has to be looked at anew.
+MEGATRON_VERSION = "0.16.1"
+
+# A rank that waits longer than this for the others is alone: half of Megatron's own default, so that a dead
+# peer surfaces as an error within minutes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+
+
+def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device to compute on. Raises ResourceError for ``cuda`` on a machine without one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("resources.device is cuda, but torch finds no CUDA device; set it to auto or cpu")
+    return device
+
+
+def activate(device: Device) -> None:
+    """Make Megatron-core usable on ``device`` in this process. Calling it again does nothing more."""
+    found = version("megatron-core")
+    if found != MEGATRON_VERSION:
+        raise TrainerError(
+            f"megatron-core {found} is installed; the trainer is made for {MEGATRON_VERSION}; install that"
+        )
+    # Before Megatron is imported. torch calls the names by which Megatron uses it deprecated; the rest is for GPUs.
+    for module in (r"torch\.distributed", r"megatron\.core\.dist_checkpointing", r"async_rl\.trainer\.platform"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    if device == "cpu":
+        for_gpus = ".*(Apex|Transformer Engine|cuda_graph_scope|CUDA_DEVICE_MAX)"
+        warnings.filterwarnings("ignore", message=for_gpus, module="megatron")
+    _patch_pipeline_shapes()
+    if device == "cpu":
+        _patch_cuda_calls()
+        _patch_dispatcher()
+        _patch_transformer_engine()
+        _patch_rng()
+    else:
+        torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
+
+
+def init_distributed(device: Device, place: Place, init_method: str | None) -> torch.distributed.ProcessGroup:
+    """Start torch.distributed and Megatron's process groups. Returns the group of the ranks that share this one's data:
+    of every pipeline stage, those of its data-parallel index."""
+    from megatron.core import parallel_state
+
+    sizes, ranks = place.sizes, world_size(place.sizes)
+    if init_method is None:
+        if ranks != 1:
+            raise TrainerError(f"init_method is needed for {ranks} ranks, for example tcp://<host>:<port>")
+        store: Any = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            _backend(device), rank=0, world_size=1, store=store, timeout=COLLECTIVE_TIMEOUT
+        )
+    else:
+        torch.distributed.init_process_group(
+            _backend(device),
+            init_method=init_method,
+            rank=place.rank,
+            world_size=ranks,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+        # The extra gloo groups serve distributed checkpoints of GPU runs; on CPU every group is gloo already.
+        create_gloo_process_groups=device == "cuda",
+    )
+    found = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+    if found != (place.tp, place.cp, place.dp, place.pp, place.ep, place.etp):
+        raise TrainerError(f"Megatron numbers its ranks otherwise than trainer.parallel: {found} is not {place}")
+    if device == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        # Nothing is initialized and nothing dropped out, but the generators are asked for.
+        model_parallel_cuda_manual_seed(0)
+    replicas = [[rank for rank in range(ranks) if Place.of(sizes, rank).dp == dp] for dp in range(sizes.dp)]
+    groups = [torch.distributed.new_group(replica) for replica in replicas]  # every rank takes part in making each
+    return groups[place.dp]
+
+
+def close_distributed() -> None:
+    """Undo ``init_distributed``; without it, nothing."""
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def cuda_means(device: Device) -> Iterator[None]:
+    """Within it, ``device="cuda"`` and ``.cuda()`` in torch calls mean ``device``.
+
+    For Megatron's schedules, which name the device in words (0.16.1, ``torch.zeros([], device="cuda")``), and its
+    model, which moves an embedding that two pipeline stages share.
+    """
+    if device == "cuda":
+        yield
+        return
+    with _CudaMeansCPU():
+        yield
+
+
+def layout(device: Device) -> Layout:
+    """Which parameter names a model built by ``layer_spec`` has."""
+    return "local" if device == "cpu" else "transformer_engine"
+
+
+def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
+    """The block specification of this rank's decoder layers, or of one virtual pipeline chunk of them."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from async_rl.trainer.megatron.attention import LatentAttention, PackedAttention
+    from async_rl.trainer.megatron.norm import RMSNorm
+
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=device == "cuda", normalization=config.normalization, vp_stage=vp_stage
+    )
+    if device == "cpu":
+        # Megatron's own attention refuses packed sequences, its RMSNorm is slow; see the two modules.
+        spec.layer_norm = RMSNorm
+        for layer in spec.layer_specs:
+            parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+            parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+            attention.core_attention = PackedAttention
+            if config.multi_latent_attention:
+                parts.self_attention.module = LatentAttention
+                attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            elif config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def keep_float32(model: torch.nn.Module) -> None:
+    """Turn back to float32 what Megatron keeps in it whatever the parameters' type: the routers' expert biases."""
+    for module in model.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            module._maintain_float32_expert_bias()
+
+
+def model_overrides(device: Device) -> dict[str, Any]:
+    """Settings of TransformerConfig that depend on the device; none of them changes what is computed."""
+    if device == "cpu":
+        return {
+            "use_cpu_initialization": True,
+            # Fused activations go through torch.compile, which wants a C++ compiler on every machine.
+            "bias_activation_fusion": False,
+            "moe_grouped_gemm": False,
+        }
+    return {"bias_activation_fusion": True, "moe_grouped_gemm": True, "moe_permute_fusion": True}
+
+
+def optimizer(device: Device, chunks: Sequence[Any], settings: OptimizerSection) -> Optimizer:
+    """What applies the gradients that ``chunks`` (each a DistributedDataParallel of Megatron's) have accumulated.
+
+    Megatron 0.16.1's gradient clipping and distributed optimizer insist on CUDA tensor types.
+    """
+    from async_rl.trainer.megatron import optimizer as optimizers
+
+    kind = optimizers.TorchAdamW if device == "cpu" else optimizers.MegatronAdamW
+    return kind(chunks, settings)
+
+
+def _backend(device: Device) -> str:
+    return "gloo" if device == "cpu" else "nccl"
+
+
+class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
+    """Turns ``device="cuda"`` arguments of torch functions into the CPU, and moves nothing to a GPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _patch_cuda_calls() -> None:
+    """Megatron 0.16.1 puts gradient buffers, rotary table and router weights on torch.cuda.current_device()."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    # Its pipeline schedules wait for their last message; a CPU's is there when the call returns.
+    torch.cuda.synchronize = lambda *_: None
+
+
+def _patch_dispatcher() -> None:
+    """Megatron 0.16.1's dispatcher of expert parallelism copies its counts to the CPU on a stream of its own, as NumPy
+    arrays, which gloo does not take."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def counts_as_lists(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits"):
+                if isinstance(value := getattr(self, name), torch.Tensor):
+                    setattr(self, name, value.tolist())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # not None, for which it would make one
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_lists
+
+
+def _patch_pipeline_shapes() -> None:
+    """Megatron 0.16.1's stages tell each other the shapes of what they send in one batch of sends and receives. Two
+    stages of an interleaved pipeline are each the other's next and previous, and take a shape for the other one. Its
+    function for the tensors themselves orders the calls so that they cannot."""
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    def communicate_shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+        def shape(wanted: bool, tensor: Any = None) -> torch.Tensor | None:
+            size = [0, 0, 0] if tensor is None else list(tensor.shape)
+            return torch.tensor(size, device=torch.cuda.current_device()) if wanted else None
+
+        received = shape(recv_prev), shape(recv_next)
+        requests = p2p_communication._p2p_ops(
+            tensor_send_prev=shape(send_prev is not None, send_prev),
+            tensor_recv_prev=received[0],
+            tensor_send_next=shape(send_next is not None, send_next),
+            tensor_recv_next=received[1],
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for request in requests.values():
+            request.wait()
+        return tuple([0, 0, 0] if one is None else one.tolist() for one in received)
+
+    p2p_communication.P2PCommunicator._communicate_shapes = communicate_shapes
+
+
+def _patch_transformer_engine() -> None:
+    """Megatron 0.16.1's router reads ``te_general_gemm``, which is undefined without Transformer Engine, and its latent
+    attention takes the stand-ins for Transformer Engine's classes for the real ones."""
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    multi_latent_attention.HAVE_TE = False
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _patch_rng() -> None:
+    """Megatron 0.16.1 has CUDA generators for dropout in tensor-parallel regions, and saves and restores them around
+    recomputation. There is none, and no dropout."""
+    from megatron.core.tensor_parallel import random
+
+    random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    random._set_cuda_rng_state = lambda *_, **__: None

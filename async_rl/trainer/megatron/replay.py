@@ -1,0 +1,249 @@
+"""Routing replay on Megatron's native RouterReplay: which experts each row executes, in forward and recomputation.
+
+Megatron 0.16.1 keeps, per router, one forward target and a list of targets for recomputation that it pops in
+order. ``RoutingReplay`` finds the routers of one model by walking it (Megatron's own registry is class-wide
+and grows with every model), addresses them by global layer number, and brackets each microbatch; the class
+docstring has the protocol.
+
+A row of NO_ROUTING goes through the native router, that row only (invariant 8). Nothing in Megatron checks a
+target's shape, range or duplicates: ``check_rows`` does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+from async_rl.errors import ReplayError
+from async_rl.models.config import ModelConfig
+from async_rl.trainer.packing import NO_ROUTING
+from async_rl.trainer.parallel import Int64Array, Place, replayed
+from async_rl.types import ExpertIds, Int32Array, RoutingSpec
+
+
+def check_rows(name: str, routing: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
+    """Raise ReplayError unless ``routing`` is [rows, L, K] and each row is NO_ROUTING or K distinct experts below E."""
+    expected = (rows, spec.num_moe_layers, spec.top_k)
+    if routing.shape != expected:
+        raise ReplayError(f"{name}: routing has shape {routing.shape}, the model needs {expected}")
+    if routing.size == 0:
+        return
+    absent = (routing == NO_ROUTING).all(axis=-1)
+    outside = ((routing < 0) | (routing >= spec.num_experts)).any(axis=-1) & ~absent
+    if outside.any():
+        row, layer = (int(i) for i in np.argwhere(outside)[0])
+        raise ReplayError(
+            f"{name}: row {row}, MoE layer {layer}: experts {routing[row, layer].tolist()}, "
+            f"the model has 0 to {spec.num_experts - 1}"
+        )
+    ordered = np.sort(routing, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~absent
+    if repeated.any():
+        row, layer = (int(i) for i in np.argwhere(repeated)[0])
+        raise ReplayError(
+            f"{name}: row {row}, MoE layer {layer}: expert repeated in {routing[row, layer].tolist()}; "
+            "padding or a prefix without routing has been taken for routing"
+        )
+
+
+class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no types
+    """RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, anew in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # bool[rows], those of the next forward pass to compare with the router's own choice; None for none of them.
+        self.compared: torch.Tensor | None = None
+        self.choices: torch.Tensor | float = 0.0
+        self.unlike: torch.Tensor | float = 0.0
+        # The registry would keep this object, and its targets, for the life of the process.
+        RouterReplay.global_router_replay_instances.remove(self)
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert default_compute_topk is not None
+        if self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            target = self.target_topk_idx
+        elif self.router_replay_action is RouterReplayAction.REPLAY_BACKWARD:
+            target = self.replay_backward_list.pop(0)
+        else:
+            native: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(
+                scores, topk, num_groups, group_topk, default_compute_topk
+            )
+            return native
+        if target is None or target.shape != (scores.shape[0], topk):
+            found = "none" if target is None else list(target.shape)
+            raise ReplayError(f"router got {scores.shape[0]} rows of {topk} experts, its target is {found}")
+        absent = target[:, :1] < 0
+        if self.compared is not None or absent.any():
+            with torch.no_grad():
+                _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            if self.compared is not None:
+                self._compare(target, chosen, self.compared[:, None] & ~absent)
+            target = torch.where(absent, chosen, target)
+        return scores.gather(1, target), target
+
+    def _compare(self, target: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> None:
+        """Count the choices of ``target`` int64[T, K] in rows bool[T, 1], and those that ``chosen`` does not have."""
+        unlike = (target[:, :, None] != chosen[:, None, :]).all(dim=2) & rows
+        self.choices = self.choices + rows.sum() * target.shape[1]
+        self.unlike = self.unlike + unlike.sum()
+        self.compared = None  # recomputation comes to the same
+
+
+class RoutingReplay:
+    """All routers of one rank's part of a model, which may be several virtual pipeline chunks.
+
+    Around a schedule: ``with replay.schedule():``. Within it, once per microbatch and chunk, in the forward step:
+    ``before_forward`` with the microbatch's rows (None: native routing), the chunk's forward pass, ``after_forward``. A
+    recomputing backward pass then pops the rows in the order in which they were given, also with several
+    microbatches in flight. Within ``with replay.recording():`` nothing is replayed; ``recorded`` returns the experts
+    that the routers chose in a chunk's last forward pass.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], model: ModelConfig, place: Place) -> None:
+        self._model = model
+        self._place = place
+        # Of each chunk: (index among the model's MoE layers, router).
+        self._routers: list[list[tuple[int, TopKRouter]]] = []
+        self._verifiers: list[_Verifier] = []
+        for number, chunk in enumerate(chunks):
+            found = []
+            for name, router in chunk.named_modules():
+                # A multi-token-prediction head routes too, but the engine returns nothing for it.
+                if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
+                    router.router_replay = _RowwiseReplay()
+                    found.append((model.moe_layers.index(router.layer_number - 1), router))
+            self._routers.append(sorted(found, key=lambda pair: pair[0]))
+            _, expected = self._share(np.zeros(1, dtype=np.int32), number)
+            if [layer for layer, _ in found] != expected:
+                raise ReplayError(
+                    f"rank {place.rank}, chunk {number}: routers of MoE layers {[layer for layer, _ in found]} were "
+                    f"built where the layout has {expected}"
+                )
+        self._recording = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What runs within records instead of replaying."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    @contextmanager
+    def schedule(self, *, verify: bool = False) -> Iterator[None]:
+        """Brackets one schedule: nothing armed in it survives it, however it ends."""
+        self._verifiers = [_Verifier(routers) for routers in self._routers] if verify else []
+        try:
+            yield
+        finally:
+            for verifier in self._verifiers:
+                verifier.close()
+            self._verifiers = []
+            for _, router in (pair for routers in self._routers for pair in routers):
+                router.router_replay.clear_indices()
+                router.router_replay.clear_router_replay_action()
+                router.router_replay.compared = None
+
+    def before_forward(
+        self,
+        routing: torch.Tensor | None,
+        cu_seqlens: Int32Array,
+        chunk: int = 0,
+        compared: torch.Tensor | None = None,
+    ) -> None:
+        """Arm a chunk's next forward pass with its share of a microbatch's routing int[T, L, K].
+
+        compared: bool[T], the rows to count in ``take_disagreement``.
+        """
+        if self._recording:
+            self._act(chunk, RouterReplayAction.RECORD)
+        elif routing is not None:
+            rows, _ = self._share(cu_seqlens, chunk)
+            index = torch.from_numpy(rows).to(routing.device)
+            share = routing[index].long()
+            counted = None if compared is None else compared[index]
+            for layer, router in self._routers[chunk]:
+                router.router_replay.set_target_indices(share[:, layer])
+                router.router_replay.compared = counted
+            self._act(chunk, RouterReplayAction.REPLAY_FORWARD)
+            if self._verifiers:
+                self._verifiers[chunk].expect(share)
+
+    def after_forward(self, chunk: int = 0) -> None:
+        """Turn to what recomputation replays."""
+        routers = self._routers[chunk]
+        if routers and routers[0][1].router_replay.target_topk_idx is not None:
+            self._act(chunk, RouterReplayAction.REPLAY_BACKWARD)
+
+    def take_disagreement(self) -> tuple[float, float]:
+        """Of this rank's rows that were to be compared, since the last call: (choices of an expert that were replayed,
+        those that the routers themselves would not have made)."""
+        replays = [router.router_replay for routers in self._routers for _, router in routers]
+        result = float(sum(replay.choices for replay in replays)), float(sum(replay.unlike for replay in replays))
+        for replay in replays:
+            replay.choices = replay.unlike = 0.0
+        return result
+
+    def recorded(self, chunk: int = 0) -> dict[int, torch.Tensor]:
+        """What the routers of a chunk chose: MoE layer index -> int64[rows, K]."""
+        return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers[chunk]}
+
+    def _share(self, cu_seqlens: Int32Array, chunk: int) -> tuple[Int64Array, list[int]]:
+        return replayed(cu_seqlens, self._model.moe_layers, self._model.num_layers, self._place, chunk)
+
+    def _act(self, chunk: int, action: RouterReplayAction) -> None:
+        for _, router in self._routers[chunk]:
+            router.router_replay.set_router_replay_action(action)
+
+
+class _Verifier:
+    """Compares the routing map that leaves each router of a chunk, which the dispatcher executes, with the rows asked
+    for: in the forward pass with those just given, in recomputation with the oldest that were not recomputed yet."""
+
+    def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
+        self._rows: torch.Tensor | None = None
+        self._to_recompute: dict[int, deque[torch.Tensor]] = {layer: deque() for layer, _ in routers}
+        self._hooks = [
+            router.register_forward_hook(lambda r, _i, output, layer=layer: self._compare(layer, r, output[1]))
+            for layer, router in routers
+        ]
+
+    def expect(self, rows: torch.Tensor) -> None:
+        """rows [rows, L, K] of the forward pass that comes."""
+        self._rows = rows
+        for waiting in self._to_recompute.values():
+            waiting.append(rows)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _compare(self, layer: int, router: TopKRouter, routing_map: torch.Tensor) -> None:
+        if self._rows is None:
+            return
+        recomputing = router.router_replay.router_replay_action is RouterReplayAction.REPLAY_BACKWARD
+        rows = self._to_recompute[layer].popleft() if recomputing else self._rows
+        target = rows[:, layer]
+        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), True)
+        wrong = ((asked != routing_map).any(dim=1) & (target[:, 0] >= 0)).nonzero().flatten().tolist()
+        if wrong:
+            executed = routing_map[wrong[0]].nonzero().flatten().tolist()
+            raise ReplayError(
+                f"rank {torch.distributed.get_rank()}, MoE layer {layer}: {len(wrong)} of {len(target)} rows executed "
+                f"other experts than asked for; first row {wrong[0]}: asked {sorted(target[wrong[0]].tolist())}, "
+                f"executed {executed}"
+            )

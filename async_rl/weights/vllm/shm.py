@@ -1,0 +1,150 @@
+"""The ``shm`` weight-transfer backend of vLLM: trainer and engine on one host, weights through ``shm_file``.
+
+Two classes that vLLM's factories know by ``vllm_plugin``. The trainer's end runs on every trainer rank (gathering a
+parameter may take them all), and rank 0 writes and announces; the engine's end verifies everything before it touches
+the model, so that a push that is refused leaves the weights as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from async_rl.errors import WeightSyncError
+from async_rl.models.config import read_model_config
+from async_rl.models import names
+from async_rl.weights.vllm.moe_repack import forget_moe_kernels
+from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not followed
+    """The name table that every push will have: [name, dtype, shape] of each tensor."""
+
+    table: list[list[Any]]
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not followed
+    """One round; the fields of ``shm_file.Announcement``."""
+
+    pid: int
+    fd: int
+    nbytes: int
+    round: int
+
+
+@dataclass
+class ShmTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
+    """Nothing besides the trainer's rank: the memory file has no address to agree on."""
+
+    backend: ClassVar[str] = "shm"
+
+
+class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):  # type: ignore[misc]
+    """The trainer's end."""
+
+    init_info_cls = ShmTrainerInitInfo
+
+    def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool) -> None:
+        super().__init__(client=client, source=source, is_sender=is_sender)
+        metas = [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
+        self._file = WeightFile(metas) if is_sender else None
+        if is_sender:
+            client.init_weight_transfer_engine({"table": [[m.name, m.dtype, list(m.shape)] for m in metas]})
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: ShmTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        if source is None:
+            raise WeightSyncError("the shm backend pushes whole models: it needs a WeightSource")
+        return cls(client=client, source=source, is_sender=init_info.is_sender)
+
+    def send_weights(self) -> None:
+        assert self.source is not None  # the constructor took one
+        if self._file is None:
+            for _ in self.source:  # gathering a parameter is a collective: take part in it
+                pass
+            return
+        announcement = self._file.write(self.source)
+        self.client.start_weight_update()
+        self.client.update_weights(asdict(announcement))
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):  # type: ignore[misc]
+    """The engine's end, in the process that holds the model."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    # A draft model has a name table of its own, and nothing here trains one.
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._table: list[TensorMeta] | None = None
+        self._received = False
+        # It warns of each layer that was given no weights, at each push: of the rotary embedding, which has none.
+        # That nothing is missing is known from the name table.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.table]
+        folder = Path(self.model_config.model)
+        model = read_model_config(folder)
+        check_against_checkpoint(table, folder, ignored=lambda name: names.ignored(model, name))
+        self._table = table
+
+    def start_weight_update(self) -> None:
+        # Layerwise reloading would take the model apart here, before anything was verified; see receive_weights.
+        self._received = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class also synchronizes an accelerator, which fails where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        if self._table is None:
+            raise WeightSyncError("a push came before init_weight_transfer_engine")
+        tensors = read(Announcement(**vars(update_info)), self._table)
+        with torch.no_grad():
+            forget_moe_kernels(self.model)
+            initialize_layerwise_reload(self.model)
+            self.model.load_weights(tensors)
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._received = True
+
+    def finish_weight_update(self) -> None:
+        if not self._received:
+            raise WeightSyncError("a push ended without weights")
+
+    def shutdown(self) -> None:
+        """Nothing is held between two pushes."""
