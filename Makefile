@@ -50,7 +50,7 @@ chaos: $(STAMP)
 	$(BIN)/python -m pytest -s tests/chaos
 
 soak: $(STAMP)
-	$(BIN)/python tests/chaos/soak.py
+	$(BIN)/python -m tests.chaos.soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -58,16 +58,17 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python tests/bench/codec.py
-	$(BIN)/python tests/bench/queue.py
-	$(BIN)/python tests/bench/budget.py
-	$(BIN)/python tests/bench/staleness.py
-	$(BIN)/python tests/bench/recovery.py
-	$(BIN)/python tests/bench/overlap.py
-	$(BIN)/python tests/bench/replay.py
-	$(BIN)/python tests/bench/mismatch.py
-	$(BIN)/python tests/bench/trainer.py
-	$(BIN)/python tests/bench/metrics.py
+	$(BIN)/python -m tests.bench.codec
+	$(BIN)/python -m tests.bench.message_queue
+	$(BIN)/python -m tests.bench.budget
+	$(BIN)/python -m tests.bench.staleness
+	$(BIN)/python -m tests.bench.recovery
+	$(BIN)/python -m tests.bench.overlap
+	$(BIN)/python -m tests.bench.policies
+	$(BIN)/python -m tests.bench.replay
+	$(BIN)/python -m tests.bench.mismatch
+	$(BIN)/python -m tests.bench.trainer
+	$(BIN)/python -m tests.bench.metrics
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from async_rl import __version__
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import default_of, leaves, load, parse_overrides, to_yaml
+from async_rl.config.schema import RunConfig
 from async_rl.errors import AsyncRLError, ConfigError
 
 _FLAGS = ("-h", "--help", "--version", "--dry-run", "--once")

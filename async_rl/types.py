@@ -1,7 +1,7 @@
 """The data that travels: Prompt, Segment, Trajectory, Group. Frozen; validated when built. Knows only ``errors``.
 
 Shapes: P prompt tokens, G response tokens, L MoE layers, K experts per token (top-k). The last token of a sequence
-never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routing.
+never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routed experts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESUME_POSITIONS: tuple[str, ...] = ("uninterrupted", "before", "first", "after"
 
 @dataclass(frozen=True, slots=True)
 class RoutingSpec:
-    """What one row of routing looks like for a model: L MoE layers, K experts per token, E experts to choose from."""
+    """The layout of a row of routed experts: L MoE layers, K experts per token, E experts to choose from."""
 
     num_moe_layers: int
     top_k: int
@@ -90,7 +90,7 @@ class Trajectory:
     prompt_ids int32[P]; response_ids int32[G]; logprobs float32[G], behaviour log-probs, of the distribution really
     sampled from, written once; versions int32[G], the policy version that sampled each token; segments ascend, without
     overlap, from token 0 to token G; routed_experts uint8|uint16[P+G-1, L, K], None for a dense model or an engine that
-    returned none; routing: the row layout, given exactly when routed_experts is.
+    returned none; routing_spec: their layout, given exactly when routed_experts is.
 
     Response tokens between two segments were not sampled (an environment's text between two turns): their version is
     NOT_SAMPLED, and they have no behaviour log-prob, which is a NaN, so that whoever uses it notices.
@@ -107,7 +107,7 @@ class Trajectory:
     reward: float
     finish_reason: FinishReason
     routed_experts: ExpertIds | None = None
-    routing: RoutingSpec | None = None
+    routing_spec: RoutingSpec | None = None
 
     def __post_init__(self) -> None:
         name = f"trajectory {self.trajectory_id}"
@@ -137,16 +137,16 @@ class Trajectory:
             covered = [self.segments[0].start, self.segments[-1].stop] if self.segments else []
             raise InvalidTrajectory(f"{name}: segments run from and to {covered}, the response from 0 to {response}")
         check_segments(name, self.segments, self.versions)
-        if (self.routed_experts is None) != (self.routing is None):
-            raise InvalidTrajectory(f"{name}: routed_experts and routing must be given together")
-        if self.routed_experts is not None and self.routing is not None:
-            check_routing(name, self.routed_experts, rows=prompt + response - 1, spec=self.routing)
+        if (self.routed_experts is None) != (self.routing_spec is None):
+            raise InvalidTrajectory(f"{name}: routed_experts and routing_spec must be given together")
+        if self.routed_experts is not None and self.routing_spec is not None:
+            check_routing(name, self.routed_experts, rows=prompt + response - 1, spec=self.routing_spec)
         for segment in self.segments:
             if segment.routed_experts is not None:
                 where = f"{name}: segment [{segment.start}, {segment.stop})"
-                if self.routing is None:
+                if self.routing_spec is None:
                     raise InvalidTrajectory(f"{where} has routed_experts, the trajectory has none")
-                check_routing(where, segment.routed_experts, rows=prompt + segment.stop - 1, spec=self.routing)
+                check_routing(where, segment.routed_experts, rows=prompt + segment.stop - 1, spec=self.routing_spec)
 
     @property
     def num_tokens(self) -> int:

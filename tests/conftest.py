@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from real_run import Run, make_model, make_recipe
-from redis_server import RedisServer
+
+from tests.support.real_run import Run, make_model, make_recipe
+from tests.support.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")

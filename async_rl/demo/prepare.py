@@ -22,8 +22,8 @@ from pathlib import Path
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import ModelError
 from async_rl.demo import task
+from async_rl.errors import ModelError
 
 log = structlog.get_logger(__name__)
 

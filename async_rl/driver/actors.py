@@ -13,18 +13,18 @@ from typing import Any
 
 import ray
 
-from async_rl.driver.cluster import Placement, start_rollout_worker, start_trainers
 from async_rl.config.schema import RunConfig
+from async_rl.driver.cluster import Placement, start_rollout_worker, start_trainers
 from async_rl.errors import TrainerDied
-from async_rl.runtime.failures import process_died, told, worker_lost
 from async_rl.rollout.worker import WorkerStats
+from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
 
 # Ranks compute together: when one dies the others fail, or wait for it for ever. This long after the first failure it
 # is known whether a process has died.
 _VERDICT_S = 5.0
 
 
-class Trainers:
+class TrainerRanks:
     """All ranks of trainer.parallel, called together; one that dies takes the others along."""
 
     def __init__(self, config: RunConfig, placement: Placement) -> None:
@@ -61,12 +61,12 @@ class Trainers:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await asyncio.wait(calls, timeout=0 if process_died(error) else _VERDICT_S)
+            await asyncio.wait(calls, timeout=0 if is_process_death(error) else _VERDICT_S)
             for rank, call in enumerate(calls):
                 raised = call.exception() if call.done() and not call.cancelled() else None
-                if raised is not None and process_died(raised):
+                if raised is not None and is_process_death(raised):
                     raise TrainerDied(f"trainer rank {rank} died during {method}") from error
-            raise told(error) from error
+            raise user_facing_error(error) from error
 
     def replace(self) -> None:
         """End every rank, and put new ones in their place, which are not started yet."""
@@ -75,7 +75,7 @@ class Trainers:
         self._ranks = start_trainers(self._config, self._placement)
 
 
-class Rollouts:
+class RolloutWorkers:
     """One worker per replica, by its number. What workers counted that have died is kept."""
 
     def __init__(self, config: RunConfig, queue: Any, placement: Placement) -> None:
@@ -83,7 +83,7 @@ class Rollouts:
         self._queue = queue
         self._placement = placement
         self.silent: list[int] = []
-        """Replicas that did not answer when they were last asked for their stats."""
+        """ReplicaSupervisor that did not answer when they were last asked for their stats."""
         self._ended: dict[int, WorkerStats] = {}
         self._last: dict[int, WorkerStats] = {}
         self.workers = {replica: self._make(replica) for replica in range(config.rollout.replicas)}
@@ -112,7 +112,7 @@ class Rollouts:
             elif (error := call.exception()) is None:
                 if asked[replica] is self.workers[replica]:
                     self._last[replica] = call.result()
-            elif not worker_lost(error):
+            elif not is_worker_lost(error):
                 raise error
         known = {replica: self._last.get(replica, WorkerStats(replica)) for replica in self.workers}
         return [_sum(stats, self._ended.get(replica)) for replica, stats in known.items()]

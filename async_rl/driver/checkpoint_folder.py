@@ -78,7 +78,7 @@ def oldest_step(folder: Path) -> int:
     return min((step_of(path) for path in _newest_first(folder)), default=0)
 
 
-def fault(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as it was written."""
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
@@ -97,14 +97,14 @@ def fault(path: Path) -> str | None:
     return None
 
 
-def newest_sound(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path | None:
+def latest_valid(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path | None:
     """The newest checkpoint whose files are as they were written; None if there is no checkpoint at all.
 
     Each newer one that is not is told to ``warn``. Raises CheckpointError if there are checkpoints and none is sound.
     """
     faults = []
     for path in _newest_first(folder):
-        found = fault(path)
+        found = find_damage(path)
         if found is None:
             return path
         faults.append(f"{path.name}: {found}")

@@ -17,15 +17,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from async_rl.runtime import logs
 from async_rl.config.schema import RunConfig
+from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import ResourceError
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.timeline import Timeline
-from async_rl.runtime.process import mark_semaphores, pin
 from async_rl.queue.client import Outbox, open_groups
-from async_rl.data.tokenizer import load_tokenizer
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
+from async_rl.runtime import logs
+from async_rl.runtime.process import mark_semaphores, pin
 from async_rl.trainer.parallel import world_size
 from async_rl.trainer.worker import TrainerWorker
 
@@ -145,9 +145,9 @@ class RolloutActor(RolloutWorker):
     """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
+        from async_rl.rollout.engine.vllm.engine import VllmEngine
         from async_rl.rollout.environments.turns import Environment
         from async_rl.rollout.rewards.runner import RewardRunner
-        from async_rl.rollout.engine.vllm.engine import VllmEngine
 
         logs.configure(config.run_dir, f"rollout-{replica}", console=False)
         mark_semaphores()  # vLLM's

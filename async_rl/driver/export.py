@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from async_rl.config.schema import ParallelSection, RunConfig
 from async_rl.config.loading import load
-from async_rl.errors import CheckpointError
+from async_rl.config.schema import ParallelSection, RunConfig
 from async_rl.driver import checkpoint_folder
+from async_rl.errors import CheckpointError
 
 
 def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) -> Path:
@@ -38,12 +38,12 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
 
 def find(path: Path) -> Path:
     """The checkpoint that ``path`` is, or the newest sound one of the run folder that it is."""
-    if (path / checkpoint.MANIFEST).is_file():
-        found = checkpoint_folder.fault(path)
+    if (path / checkpoint_folder.MANIFEST).is_file():
+        found = checkpoint_folder.find_damage(path)
         if found is not None:
             raise CheckpointError(f"checkpoint {path} is damaged: {found}")
         return path
-    newest = checkpoint_folder.newest_sound(path / "checkpoints") or checkpoint.newest_sound(path)
+    newest = checkpoint_folder.latest_valid(path / "checkpoints") or checkpoint_folder.latest_valid(path)
     if newest is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint nor a run folder that has one; a run writes them with checkpoint.every"

@@ -4,9 +4,9 @@
                      ▲                                                      │
                      └──────────────── WeightSync, version v+1 ◄────────────┘
 
-In the driver's event loop run at once: the training loop; for each replica ``Replicas.tend``, which hands in what the
-worker finishes and puts another in its place when it dies; and the monitor, which publishes what the actors count. The
-first that raises ends the run.
+In the driver's event loop run at once: the training loop; for each replica ``ReplicaSupervisor.tend``, which hands in
+what the worker finishes and puts another in its place when it dies; and the monitor, which publishes what the actors
+count. The first that raises ends the run.
 
     who            waits for                                    released by
     rollout        admission (staleness budget)                 a push, or a group that is given back
@@ -35,30 +35,28 @@ import numpy as np
 import ray
 import structlog
 
-from async_rl.driver import inputs
-from async_rl.runtime import logs
-from async_rl.driver import checkpoint
 from async_rl import doctor
-from async_rl.driver.cluster import place, ray_cluster, ray_exporters
 from async_rl.config.schema import RunConfig
-from async_rl.errors import ReplicaFailed, TrainerDied
-from async_rl.runtime.failures import explain
-from async_rl.driver.actors import Rollouts, Trainers
-from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted
-from async_rl.models.config import read_model_config
-from async_rl.driver.monitor import Monitor
-from async_rl.queue.client import Payload
-from async_rl.queue.actor import start_queue
-from async_rl.queue.records import GroupMeta
-from async_rl.queue.staleness import oldest_allowed_version
-from async_rl.driver.recorder import Recorder
-from async_rl.driver.restarts import Recovery
-from async_rl.driver.replicas import Replicas
 from async_rl.data.prompts import Dataset, DatasetCursor
 from async_rl.data.tokenizer import load_tokenizer
-from async_rl.rollout.worker import name_of
+from async_rl.driver import checkpoint, checkpoint_folder, inputs
+from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import RunState
-from async_rl.driver import checkpoint_folder
+from async_rl.driver.cluster import place, ray_cluster, ray_exporters
+from async_rl.driver.monitor import Monitor
+from async_rl.driver.recorder import Recorder
+from async_rl.driver.replicas import ReplicaSupervisor
+from async_rl.driver.restarts import Recovery
+from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.models.config import read_model_config
+from async_rl.queue.actor import start_queue
+from async_rl.queue.client import Payload
+from async_rl.queue.records import GroupMeta
+from async_rl.queue.staleness import oldest_allowed_version
+from async_rl.rollout.worker import worker_id
+from async_rl.runtime import logs
+from async_rl.runtime.failures import explain
+from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
 from async_rl.trainer.report import StepReport
@@ -93,7 +91,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
         logs.configure(config.run_dir, "pipeline", console=True)
         recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         try:
-            found = checkpoint_folder.newest_sound(recorder.checkpoints) if resume else None
+            found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             inputs.prepare_store(config, resume=resume, anew=found is None)
             if resume:
                 recorder.go_on(None if found is None else checkpoint.read_head(found))
@@ -136,11 +134,11 @@ class Pipeline:
         recorder.journal.unlink(missing_ok=True)
         state = None if resumed is None else resumed.queue
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)
-        self._trainers = Trainers(config, placement)
-        self._rollouts = Rollouts(config, self._queue.actor, placement)
+        self._trainers = TrainerRanks(config, placement)
+        self._rollouts = RolloutWorkers(config, self._queue.actor, placement)
         self._model = read_model_config(config.model.path)
         self._sync = WeightSync(config, self._model, self._trainers)
-        self._replicas = Replicas(self._rollouts, self._queue, self._sync, self._recovery, recorder)
+        self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
 
     async def run(self) -> None:
@@ -182,7 +180,7 @@ class Pipeline:
         adopted: list[str] = []
         shares = {replica: dict(groups[place_ :: len(replicas)]) for place_, replica in enumerate(replicas)}
         for replica, share in shares.items():
-            await self._queue.adopt(name_of(replica), share)
+            await self._queue.adopt(worker_id(replica), share)
         # The names of the other workers are those of the run that ended, of which there may have been more.
         for name in (await self._queue.stats()).running:
             await self._queue.worker_lost(name, keep=state.in_flight)
@@ -390,7 +388,7 @@ class Pipeline:
     async def _go_back(self, error: TrainerDied) -> None:
         """Start the trainer again from the last checkpoint; what was trained since is issued again."""
         while True:
-            found = await asyncio.to_thread(checkpoint_folder.newest_sound, self._recorder.checkpoints)
+            found = await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
             if found is None:
                 raise TrainerDied(
                     f"{error}, and there is no checkpoint to go on from; with checkpoint.every the trainer is started "

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import StalledError
-from async_rl.driver.actors import Rollouts, Trainers
-from async_rl.driver.watchdog import Situation, account
-from async_rl.queue.client import QueueClient
+from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.recorder import Recorder
-from async_rl.rollout.worker import name_of
 from async_rl.driver.stacks import dump_stacks
+from async_rl.driver.watchdog import Situation, account
+from async_rl.errors import StalledError
+from async_rl.queue.client import QueueClient
+from async_rl.rollout.worker import worker_id
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -34,8 +34,8 @@ class Monitor:
         self,
         config: RunConfig,
         queue: QueueClient,
-        rollouts: Rollouts,
-        trainers: Trainers,
+        rollouts: RolloutWorkers,
+        trainers: TrainerRanks,
         sync: WeightSync,
         recorder: Recorder,
     ) -> None:
@@ -92,8 +92,8 @@ class Monitor:
         stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(_ANSWER_S))
         queue = stats or self._recorder.queue
         doing, since = self._doing
-        silent = [name_of(replica) for replica in self._rollouts.silent]
-        absent = [name_of(r) for r in self._rollouts.workers if r not in self._sync.members]
+        silent = [worker_id(replica) for replica in self._rollouts.silent]
+        absent = [worker_id(r) for r in self._rollouts.workers if r not in self._sync.members]
         situation = Situation(
             trainer=doing,
             trainer_s=time.monotonic() - since,

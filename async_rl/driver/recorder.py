@@ -13,20 +13,20 @@ from typing import Any, Self
 
 import structlog
 
-from async_rl.driver.cluster import serve_metrics
 from async_rl.config.schema import RunConfig
+from async_rl.driver.checkpoint import RunState
+from async_rl.driver.cluster import serve_metrics
+from async_rl.driver.watchdog import Situation, Watchdog, waiting_for
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.loggers import open_loggers
 from async_rl.metrics.publish import publish_groups, publish_start, publish_step, publish_sync
 from async_rl.metrics.summary import GroupCounts, StepRecord, Summary, SyncRecord, Totals
 from async_rl.metrics.timeline import Timeline
-from async_rl.driver.watchdog import Situation, Watchdog, waiting_for
 from async_rl.queue import codec
 from async_rl.queue.client import Fetcher, Payload
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.worker import WorkerStats
-from async_rl.driver.checkpoint import RunState
 from async_rl.runtime.runfolder import RunFolder
 from async_rl.trainer.report import StepReport, merge_reports
 from async_rl.types import Group, Trajectory

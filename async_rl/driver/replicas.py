@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
-from async_rl.runtime.failures import cause_of, worker_lost
-from async_rl.driver.actors import Rollouts
-from async_rl.queue.client import QueueClient, incoming
+from async_rl.driver.actors import RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
-from async_rl.rollout.worker import name_of
+from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
+from async_rl.queue.client import QueueClient, incoming
+from async_rl.rollout.worker import worker_id
+from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -28,11 +28,11 @@ log = structlog.get_logger(__name__)
 _ANSWER_S = 5.0
 
 
-class Replicas:
+class ReplicaSupervisor:
     """All replicas of a run."""
 
     def __init__(
-        self, rollouts: Rollouts, queue: QueueClient, sync: WeightSync, recovery: Recovery, recorder: Recorder
+        self, rollouts: RolloutWorkers, queue: QueueClient, sync: WeightSync, recovery: Recovery, recorder: Recorder
     ) -> None:
         self._rollouts = rollouts
         self._queue = queue
@@ -71,7 +71,7 @@ class Replicas:
             try:
                 await self._collect(self._rollouts.workers[replica])
             except Exception as error:
-                if not worker_lost(error):
+                if not is_worker_lost(error):
                     raise
                 await self._replace(replica, error)
             else:
@@ -90,7 +90,7 @@ class Replicas:
 
     async def _replace(self, replica: int, error: BaseException) -> None:
         """Start another worker, give it what can be saved of the groups in flight, and wait until it has weights."""
-        name = name_of(replica)
+        name = worker_id(replica)
         self._sync.members.pop(replica, None)
         saved = self._saved.pop(replica, None)
         if saved is None:
@@ -112,7 +112,7 @@ class Replicas:
                 return
             except Exception as again:
                 # An engine that does not come up may do so once its predecessor has given back what it held.
-                if not (worker_lost(again) or isinstance(cause_of(again), ReplicaFailed | EngineError)):
+                if not (is_worker_lost(again) or isinstance(unwrap_ray_error(again), ReplicaFailed | EngineError)):
                     raise
                 error = again
                 saved = self._saved.pop(replica, saved)
@@ -120,7 +120,7 @@ class Replicas:
     async def hand_over(self, replica: int, groups: dict[str, Any]) -> list[str]:
         """Have a worker go on with groups in flight when it runs: those that the queue still has as such. What the
         queue has as running on it besides is issued again. The groups that are gone on with."""
-        name = name_of(replica)
+        name = worker_id(replica)
         running = await self._queue.adopt(name, groups)
         fitting: list[str] = await self._rollouts.workers[replica].adopt.remote({i: groups[i] for i in running})
         await self._queue.worker_lost(name, keep=fitting)
@@ -134,7 +134,9 @@ class Replicas:
                 saved = await self._rollouts.workers[replica].snapshot.remote()
                 return {group_id: np.array(message) for group_id, message in saved.items()}
         except Exception as error:  # noqa: BLE001 - whatever it is, the groups are issued again
-            log.info("nothing can be saved of a worker", worker=name_of(replica), reason=str(error).partition("\n")[0])
+            log.info(
+                "nothing can be saved of a worker", worker=worker_id(replica), reason=str(error).partition("\n")[0]
+            )
             return {}
 
     async def lose(self, failed: ReplicaFailed) -> None:

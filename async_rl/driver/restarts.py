@@ -12,9 +12,9 @@ from collections import defaultdict, deque
 import structlog
 
 from async_rl.config.schema import RecoverySection, RunConfig
-from async_rl.errors import ProcessLost
-from async_rl.runtime.failures import cause_of
 from async_rl.driver.recorder import Recorder
+from async_rl.errors import ProcessLost
+from async_rl.runtime.failures import unwrap_ray_error
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class Recovery:
 
         Raises ProcessLost where it has died too often.
         """
-        reason = " ".join(str(cause_of(error)).split())[:200]
+        reason = " ".join(str(unwrap_ray_error(error)).split())[:200]
         delay = self._restarts.again(kind, time.monotonic())
         if delay is None:
             settings = self._config.recovery

@@ -113,7 +113,7 @@ class ModelConfig:
         return 2.0 * parameters * positions + 2.0 * pairs * self.num_layers * self.num_heads * (query_dim + value_dim)
 
     @property
-    def routing(self) -> RoutingSpec | None:
+    def routing_spec(self) -> RoutingSpec | None:
         """How one row of routing looks; None for a dense model."""
         if not self.moe_layers:
             return None
@@ -133,12 +133,12 @@ def read_model_config(path: Path) -> ModelConfig:
 
 def routing_spec(path: Path) -> RoutingSpec | None:
     """How one row of routing looks for the model in ``path``; None for a dense model."""
-    return read_model_config(path).routing
+    return read_model_config(path).routing_spec
 
 
 def check_run(config: RunConfig, model: ModelConfig) -> None:
     """Raise ModelError if the settings cannot work with this model. Nothing is started before this passed."""
-    if config.trainer.router_replay != "off" and model.routing is None:
+    if config.trainer.router_replay != "off" and model.routing_spec is None:
         raise ModelError(
             f"trainer.router_replay is {config.trainer.router_replay}, but {config.model.path} "
             f"({model.architecture}) has no MoE layer, hence no routing to replay; "

@@ -16,9 +16,9 @@ from typing import IO, Any, Protocol
 
 import yaml
 
-from async_rl.runtime import runfolder
 from async_rl.errors import RunFolderError
 from async_rl.observe.rows import Row
+from async_rl.runtime import runfolder
 
 
 class Sink(Protocol):

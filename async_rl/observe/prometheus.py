@@ -19,8 +19,8 @@ from signal import SIGTERM
 
 import yaml
 
-from async_rl.runtime import runfolder
 from async_rl.errors import ResourceError
+from async_rl.runtime import runfolder
 from async_rl.runtime.process import signal_on_parent_death
 
 PORT = 9090

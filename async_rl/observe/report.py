@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from async_rl.runtime import runfolder
 from async_rl.observe import figures, gantt, history
 from async_rl.observe.figures import Series, text
 from async_rl.observe.history import Event, History
 from async_rl.observe.rows import Number, Read, Row, as_number, kl_size, of, partial_share, tokens
+from async_rl.runtime import runfolder
 
 _MOST_AGES = 8
 _MOST_EVENTS = 200

@@ -30,7 +30,6 @@ from typing import Any, TypeVar
 
 import ray
 
-from async_rl.runtime import logs
 from async_rl.config.schema import RunConfig
 from async_rl.errors import QueueClosed, QueueError
 from async_rl.metrics.summary import GroupCounts
@@ -39,6 +38,7 @@ from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.journal import FileJournal, Journal
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import window_limit
+from async_rl.runtime import logs
 
 MAX_CONCURRENCY = 10_000
 """Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of

@@ -23,11 +23,11 @@ from ray.exceptions import RayTaskError
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import QueueError
-from async_rl.runtime.failures import told
 from async_rl.metrics.summary import GroupCounts
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.codec import decode, encode
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
+from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class QueueClient:
         try:
             return await getattr(self.actor, method).remote(*arguments)
         except RayTaskError as error:
-            raise told(error) from None
+            raise user_facing_error(error) from None
 
 
 class Outbox(QueueClient):

@@ -119,7 +119,7 @@ def _table(group: Group) -> dict[str, Any]:
                 "trajectory_id": t.trajectory_id,
                 "reward": float(t.reward),
                 "finish_reason": t.finish_reason,
-                "routing": t.routing and [t.routing.num_moe_layers, t.routing.top_k, t.routing.num_experts],
+                "routing": routing_entry(t.routing_spec),
             }
             for t in group.trajectories
         ],
@@ -150,7 +150,7 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
                     reward=get(entry, "reward", float),
                     finish_reason=get(entry, "finish_reason", str),  # type: ignore[arg-type]  # Trajectory checks it
                     routed_experts=views.pop(f"{t}.routed_experts", None),
-                    routing=routing_spec(entry.get("routing")),
+                    routing_spec=routing_spec(entry.get("routing")),
                 )
             )
         group = Group(get(table, "group_id", str), prompt, tuple(trajectories))
@@ -159,6 +159,11 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
     if views:
         raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])[:200]}")
     return group
+
+
+def routing_entry(spec: RoutingSpec | None) -> list[int] | None:
+    """Return what the table holds of a routing spec, under the key ``routing`` of schema 1."""
+    return None if spec is None else [spec.num_moe_layers, spec.top_k, spec.num_experts]
 
 
 def routing_spec(value: Any) -> RoutingSpec | None:

@@ -15,7 +15,14 @@ import numpy.typing as npt
 
 from async_rl.config.schema import RoutingPolicy
 from async_rl.errors import InvalidTrajectory, WireError
-from async_rl.queue.codec import build_prompt, build_segments, prompt_table, response_arrays, routing_spec
+from async_rl.queue.codec import (
+    build_prompt,
+    build_segments,
+    prompt_table,
+    response_arrays,
+    routing_entry,
+    routing_spec,
+)
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
@@ -100,7 +107,7 @@ def decode(
             prompt_ids=prompt.token_ids,
             max_response_tokens=max_response_tokens,
             stop_token_ids=stop_token_ids,
-            routing=routing_spec(entry.get("routing")),
+            routing_spec=routing_spec(entry.get("routing")),
             policy=policy,
             response_ids=take(f"{t}.response_ids"),
             logprobs=take(f"{t}.logprobs"),
@@ -125,12 +132,11 @@ def decode(
 def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
     if partial is None:
         return None
-    routing = partial.routing
     return {
         "trajectory_id": partial.trajectory_id,
         "policy": partial.policy,
         "finish_reason": partial.finish_reason,
-        "routing": routing and [routing.num_moe_layers, routing.top_k, routing.num_experts],
+        "routing": routing_entry(partial.routing_spec),
     }
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from dataclasses import replace as changed
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +58,7 @@ class PartialRollout:
     prompt_ids: Int32Array
     max_response_tokens: int
     stop_token_ids: frozenset[int]
-    routing: RoutingSpec | None
+    routing_spec: RoutingSpec | None
     policy: RoutingPolicy = "replace"
     response_ids: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     logprobs: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
@@ -76,19 +75,19 @@ class PartialRollout:
         *,
         max_response_tokens: int,
         eos_token_id: int | Collection[int] | None,
-        routing: RoutingSpec | None,
+        routing_spec: RoutingSpec | None,
         policy: RoutingPolicy = "replace",
     ) -> PartialRollout:
         """A response without a token.
 
-        ``eos_token_id``: the token or tokens that end it; ``routing``: None where the engine returns none.
+        ``eos_token_id``: the token or tokens that end it; ``routing_spec``: None where the engine returns none.
         """
         if max_response_tokens <= 0:
             raise InvalidTrajectory(
                 f"trajectory {trajectory_id}: max_response_tokens is {max_response_tokens}, must be > 0"
             )
         stop = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
-        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing, policy)
+        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing_spec, policy)
 
     @property
     def finished(self) -> bool:
@@ -119,11 +118,11 @@ class PartialRollout:
         if count and (not self.segments or self.segments[0].start != 0):
             raise InvalidTrajectory(f"{name}: a response in the making whose first token nobody sampled")
         check_segments(name, self.segments, self.versions)
-        if (self.routed_experts is None) != (self.routing is None or not self.segments):
+        if (self.routed_experts is None) != (self.routing_spec is None or not self.segments):
             raise InvalidTrajectory(f"{name}: a response in the making with routing where none can be, or without")
-        if self.routed_experts is not None and self.routing is not None:
+        if self.routed_experts is not None and self.routing_spec is not None:
             known = len(self.prompt_ids) + self.segments[-1].stop - 1
-            check_routing(name, self.routed_experts, rows=known, spec=self.routing)
+            check_routing(name, self.routed_experts, rows=known, spec=self.routing_spec)
 
     def next_request(self) -> Request:
         if self.finished:
@@ -152,7 +151,7 @@ class PartialRollout:
                 raise InvalidTrajectory(f"{name}: a call ended by {output.finish_reason!r} without a token")
             return self
         segments, routed_experts = self._merged(name, request, output)
-        return changed(
+        return replace(
             self,
             response_ids=np.concatenate([self.response_ids, output.token_ids]),
             logprobs=np.concatenate([self.logprobs, output.logprobs]),
@@ -175,8 +174,8 @@ class PartialRollout:
         if count == 0:
             raise InvalidTrajectory(f"{name}: a turn was answered without a token")
         if len(self.response_ids) + count >= self.max_response_tokens:
-            return changed(self, finish_reason="length")
-        return changed(
+            return replace(self, finish_reason="length")
+        return replace(
             self,
             response_ids=np.concatenate([self.response_ids, token_ids]),
             logprobs=np.concatenate([self.logprobs, np.full(count, np.nan, dtype=np.float32)]),
@@ -198,22 +197,22 @@ class PartialRollout:
             reward=reward,
             finish_reason=self.finish_reason,
             routed_experts=self.routed_experts,
-            routing=self.routing,
+            routing_spec=self.routing_spec,
         )
 
     def _merged(
         self, name: str, request: Request, output: EngineOutput
     ) -> tuple[tuple[Segment, ...], ExpertIds | None]:
         """The segments so far, and the routing kept, with this call's rows checked and merged in."""
-        if self.routing is None:
+        if self.routing_spec is None:
             if output.routed_experts is not None:
                 raise InvalidTrajectory(f"{name}: a call returned routing, and the model has no MoE layer")
             return self.segments, None
         if output.routed_experts is None:
             raise InvalidTrajectory(f"{name}: a call returned {len(output.token_ids)} tokens without their routing")
         total = len(request.token_ids) + len(output.token_ids) - 1
-        routing_policies.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing)
-        return routing_policies.MERGES[self.policy](self.segments, self.routed_experts, output.routed_experts)
+        routing_policies.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing_spec)
+        return routing_policies.MERGE_POLICIES[self.policy](self.segments, self.routed_experts, output.routed_experts)
 
     def _finish_reason_after(self, output: EngineOutput) -> FinishReason | None:
         """A call may be aborted in the very step that ended the response; what counts is the tokens."""

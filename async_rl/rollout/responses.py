@@ -46,7 +46,7 @@ class Responses:
             prompt.token_ids,
             max_response_tokens=self._config.rollout.max_response_tokens,
             eos_token_id=self._engine.stop_token_ids,
-            routing=self._engine.routing,
+            routing_spec=self._engine.routing_spec,
             policy=self._config.async_training.partial_rollout.routing,
         )
 

@@ -9,8 +9,8 @@ sampled. The three policies are three answers to which of them the trainer repla
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace as changed
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -26,17 +26,17 @@ from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
 CONSTANT_LAYER_ROWS = 256
 
 
-class Kept(NamedTuple):
+class MergedRouting(NamedTuple):
     """What a policy keeps of all calls so far: the segments before the last call, and rows [P+G-1, L, K]."""
 
     segments: tuple[Segment, ...]
     routed_experts: ExpertIds
 
 
-Merge = Callable[[tuple[Segment, ...], ExpertIds | None, ExpertIds], Kept]
+Merge = Callable[[tuple[Segment, ...], ExpertIds | None, ExpertIds], MergedRouting]
 
 
-def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> Kept:
+def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
     """The last call's rows, which are of the full sequence, take the place of all earlier ones.
 
     Right for what the last call sampled: its tokens attended to a prefix computed under its own weights, with this
@@ -44,41 +44,43 @@ def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: 
     their behaviour log-probs are of the older ones. Appending the rows instead would repeat the prefix and shift every
     later row.
     """
-    return Kept(segments, returned)
+    return MergedRouting(segments, returned)
 
 
-def preserve(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> Kept:
+def preserve(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
     """Earlier rows stay, and the call adds those of the tokens that had none: it was asked for no others.
 
     Right for what was sampled before the resume point: each row is that of the call which first computed it. The
     tokens after it attended to a prefix computed again, with routing that is not kept. The rows add up because the call
     returns them from ``first_row`` on; to append a full array is refused by its length.
     """
-    return Kept(segments, returned if earlier is None else cast(ExpertIds, np.concatenate([earlier, returned])))
+    return MergedRouting(
+        segments, returned if earlier is None else cast(ExpertIds, np.concatenate([earlier, returned]))
+    )
 
 
-def exact(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> Kept:
+def exact(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
     """Every segment keeps the rows of its own call, to be trained in the context in which it was sampled.
 
     Right for all tokens, at the price of computing a prefix once per segment. The rows of the last call are the
     trajectory's own; those that were, until now, are handed to the segments that they belong to.
     """
     if earlier is None:
-        return Kept(segments, returned)
+        return MergedRouting(segments, returned)
     # A row per token but the last: a segment that ends after n tokens, prompt included, needs n - 1 of them.
     beyond = segments[-1].stop
-    return Kept(
+    return MergedRouting(
         tuple(
             segment
             if segment.routed_experts is not None
-            else changed(segment, routed_experts=earlier[: len(earlier) - (beyond - segment.stop)])
+            else dataclasses.replace(segment, routed_experts=earlier[: len(earlier) - (beyond - segment.stop)])
             for segment in segments
         ),
         returned,
     )
 
 
-MERGES: dict[RoutingPolicy, Merge] = {"replace": replace, "preserve": preserve, "exact": exact}
+MERGE_POLICIES: dict[RoutingPolicy, Merge] = {"replace": replace, "preserve": preserve, "exact": exact}
 
 
 def first_row(policy: RoutingPolicy, known_rows: int) -> int:

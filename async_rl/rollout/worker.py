@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from async_rl.runtime import logs
 from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EnvironmentFailure, RewardError, WireError
 from async_rl.metrics.timeline import Timeline
@@ -32,6 +31,7 @@ from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing_policies import check_probe
+from async_rl.runtime import logs
 from async_rl.types import Float32Array, Group, Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
@@ -59,7 +59,7 @@ class WorkerStats:
     paused_s: float = 0.0
 
 
-def name_of(replica: int) -> str:
+def worker_id(replica: int) -> str:
     """Of a worker, in the queue's books and in messages."""
     return f"rollout-{replica}"
 
@@ -102,7 +102,7 @@ class RolloutWorker:
         timeline: Timeline | None = None,
     ) -> None:
         self._config = config
-        self._name = name_of(replica)
+        self._name = worker_id(replica)
         self._queue = queue
         self._engine = engine
         self._responses = Responses(config, engine, tokenizer, rewards, environment)
@@ -446,8 +446,8 @@ class RolloutWorker:
         with self._asking("score"):
             scores = await self._engine.score(list(sequences))
         routed = [score.routed_experts for score in scores if score.routed_experts is not None]
-        if self._engine.routing is not None and scores:
-            check_probe(routed, [len(sequence) for sequence in sequences], self._engine.routing)
+        if self._engine.routing_spec is not None and scores:
+            check_probe(routed, [len(sequence) for sequence in sequences], self._engine.routing_spec)
         return scores
 
     async def fingerprints(self, sequences: Sequence[Int32Array]) -> list[Float32Array | None]:

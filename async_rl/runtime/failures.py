@@ -9,27 +9,27 @@ from ray.exceptions import RayActorError, RayTaskError
 from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
 
 
-def cause_of(error: BaseException) -> BaseException:
+def unwrap_ray_error(error: BaseException) -> BaseException:
     """What was raised in the actor, without Ray's wrapping; an actor may have passed on what another one raised."""
     while isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
     return error
 
 
-def told(error: BaseException) -> BaseException:
+def user_facing_error(error: BaseException) -> BaseException:
     """What to raise for an actor's error: what it raised where that is meant for the user, else Ray's account of it."""
-    cause = cause_of(error)
+    cause = unwrap_ray_error(error)
     return cause if isinstance(cause, AsyncRLError) else error
 
 
-def process_died(error: BaseException) -> bool:
+def is_process_death(error: BaseException) -> bool:
     """Whether the *called* process is gone. An error that it raised itself, about another one that is gone, is none."""
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
-def worker_lost(error: BaseException) -> bool:
+def is_worker_lost(error: BaseException) -> bool:
     """Whether the rollout worker that was called, or its engine, is gone, so that another can take its place."""
-    return process_died(error) or isinstance(cause_of(error), EngineDied)
+    return is_process_death(error) or isinstance(unwrap_ray_error(error), EngineDied)
 
 
 def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
@@ -37,7 +37,7 @@ def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
     if isinstance(error, BaseExceptionGroup):
         return explain(error.exceptions[0], run_dir)
     if isinstance(error, RayTaskError):
-        cause = cause_of(error)
+        cause = unwrap_ray_error(error)
         if isinstance(cause, AsyncRLError):
             return cause
         last = str(error).strip().splitlines()[-1]

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import to_yaml
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
 
 FORMAT = 1

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from async_rl.models import names
 from async_rl.models.config import ModelConfig, checkpoint_shards
 from async_rl.trainer.megatron.model import Held, held
 from async_rl.trainer.parallel import Place, expert_rank_of, holder, stage_of
-from async_rl.models import names
 
 # Size of one *.safetensors file: what transformers writes too.
 SHARD_BYTES = 5 * 10**9

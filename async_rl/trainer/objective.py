@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 
 from async_rl.config.schema import LossSection
 from async_rl.trainer import losses
-from async_rl.trainer.megatron.executor import LossFunction, Tensors
 from async_rl.trainer.logprobs import token_logprobs
 from async_rl.trainer.losses import PolicyLoss
+from async_rl.trainer.megatron.executor import LossFunction, Tensors
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
 
 

@@ -44,7 +44,7 @@ class Sample:
 
     token_ids int32[N]; loss_mask bool[N-1], which predicted tokens count; logprobs float32[N-1], versions
     int32[N-1], advantages float32[N-1] and resume_position int8[N-1] (index into RESUME_POSITIONS) of the predicted
-    token, of no meaning where the mask is off; routing [N-1, L, K], NO_ROUTING where a row has none, or None if
+    token, of no meaning where the mask is off; routed_experts [N-1, L, K], NO_ROUTING where a row has none, or None if
     there is none to replay. weight: of each of its tokens in the sum that is the loss. proximal, reference
     float32[N-1]: log-probs of the predicted tokens under those policies, where the loss needs them.
     """
@@ -57,7 +57,7 @@ class Sample:
     versions: Int32Array
     advantages: Float32Array
     resume_position: Int8Array
-    routing: ExpertIds | Int32Array | None = None
+    routed_experts: ExpertIds | Int32Array | None = None
     weight: float = 1.0
     proximal: Float32Array | None = None
     reference: Float32Array | None = None
@@ -81,8 +81,8 @@ class Sample:
             reference=self.reference if reference is None else reference,
         )
 
-    def with_routing(self, routing: ExpertIds | Int32Array) -> Sample:
-        return replace(self, routing=routing)
+    def with_routed_experts(self, routed_experts: ExpertIds | Int32Array) -> Sample:
+        return replace(self, routed_experts=routed_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ class Microbatch:
     token_ids, position_ids, labels int64[T]; loss_mask bool[T]; logprobs, advantages, weights float32[T]; versions
     int32[T]; resume_position int8[T]; sequence int64[T], from 0 to S - 1; cu_seqlens int32[S+1], where each starts;
     longest, its longest sequence; samples, their indices in the list that was packed, and positions, how many each has
-    without padding; routing int32[T, L, K] or None; proximal, reference float32[T], or None where no sample has them.
+    without padding; routed_experts int32[T, L, K] or None; proximal, reference float32[T], or None where no
+    sample has them.
     """
 
     token_ids: Int64Array
@@ -109,7 +110,7 @@ class Microbatch:
     longest: int
     samples: tuple[int, ...]
     positions: tuple[int, ...]
-    routing: Int32Array | None
+    routed_experts: Int32Array | None
     proximal: Float32Array | None = None
     reference: Float32Array | None = None
 
@@ -169,7 +170,7 @@ def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: f
         # The first response token is predicted at position P - 1.
         return np.concatenate([np.zeros(prompt - 1, dtype=values.dtype), values[:stop]])
 
-    routing = trajectory.routed_experts if view.routed_experts is None else view.routed_experts
+    routed_experts = trajectory.routed_experts if view.routed_experts is None else view.routed_experts
     return Sample(
         name=f"trajectory {trajectory.trajectory_id}, response [{view.start}, {stop})",
         trajectory_id=trajectory.trajectory_id,
@@ -179,7 +180,7 @@ def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: f
         versions=over_response(trajectory.versions),
         advantages=over_response(np.full(stop, advantage, dtype=np.float32)),
         resume_position=over_response(resume_positions(trajectory)),
-        routing=None if routing is None else routing[: prompt + stop - 1],
+        routed_experts=None if routed_experts is None else routed_experts[: prompt + stop - 1],
     )
 
 
@@ -216,15 +217,16 @@ class Packer:
     among calls: so a step whose groups arrive one by one computes exactly what it computes with all of them at hand.
 
     budget: most positions of a microbatch, its padding included; a longer sample is never cut, it gets a microbatch of
-    its own. routing: the layout of rows to carry, samples without any getting rows of NO_ROUTING; None to carry none.
+    its own. routing_spec: the layout of rows to carry, samples without any getting rows of NO_ROUTING; None to carry
+    none.
     sequence_multiple, multiple: each sequence, each microbatch is padded to a multiple of so many positions.
     """
 
     def __init__(
-        self, budget: int, routing: RoutingSpec | None = None, *, sequence_multiple: int = 1, multiple: int = 1
+        self, budget: int, routing_spec: RoutingSpec | None = None, *, sequence_multiple: int = 1, multiple: int = 1
     ) -> None:
         self._budget = budget
-        self._routing = routing
+        self._routing_spec = routing_spec
         self._sequence_multiple = sequence_multiple
         self._multiple = multiple
         self._open: list[tuple[int, list[tuple[int, Sample]]]] = []  # (positions, [(index, sample)])
@@ -253,29 +255,29 @@ class Packer:
 
     def filler(self) -> Microbatch:
         """A microbatch of padding alone, as short as can be, for a rank that has fewer than those it computes with."""
-        return _join([], self._routing, self._sequence_multiple, self._multiple)
+        return _join([], self._routing_spec, self._sequence_multiple, self._multiple)
 
     def _close(self, bin: tuple[int, list[tuple[int, Sample]]]) -> Microbatch:
         self._open.remove(bin)
-        return _join(bin[1], self._routing, self._sequence_multiple, self._multiple)
+        return _join(bin[1], self._routing_spec, self._sequence_multiple, self._multiple)
 
 
 def pack(
     samples: Sequence[Sample],
     budget: int,
-    routing: RoutingSpec | None = None,
+    routing_spec: RoutingSpec | None = None,
     *,
     sequence_multiple: int = 1,
     multiple: int = 1,
 ) -> list[Microbatch]:
     """All of ``samples`` to microbatches; see ``Packer``."""
-    packer = Packer(budget, routing, sequence_multiple=sequence_multiple, multiple=multiple)
+    packer = Packer(budget, routing_spec, sequence_multiple=sequence_multiple, multiple=multiple)
     return packer.add(samples) + packer.flush()
 
 
 def rows_without_routing(batch: Microbatch) -> int:
     """Rows of a microbatch to be replayed that lack the routing of at least one layer."""
-    return 0 if batch.routing is None else int((batch.routing[..., 0] == NO_ROUTING).any(axis=1).sum())
+    return 0 if batch.routed_experts is None else int((batch.routed_experts[..., 0] == NO_ROUTING).any(axis=1).sum())
 
 
 def spread_rows(count: int, spec: RoutingSpec) -> Int32Array:
@@ -310,12 +312,12 @@ def _join(
     def optional(parts: Sequence[Float32Array | None]) -> Float32Array | None:
         return None if all(part is None for part in parts) else filled(parts, zeros(np.float32))
 
-    routing = None
+    routed_experts = None
     if spec is not None:
         # A sample's rows are NO_ROUTING unless it has any; the padding's spread over the experts.
         absent = np.full((1, spec.num_moe_layers, spec.top_k), NO_ROUTING, dtype=np.int32)
-        rows: list[Any] = [absent if sample.routing is None else sample.routing for sample in samples]
-        routing = filled(rows, spread_rows(total, spec))
+        rows: list[Any] = [absent if sample.routed_experts is None else sample.routed_experts for sample in samples]
+        routed_experts = filled(rows, spread_rows(total, spec))
     return Microbatch(
         token_ids=filled([sample.token_ids[:-1] for sample in samples], zeros(np.int64)),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in np.diff(spans)]),
@@ -331,7 +333,7 @@ def _join(
         longest=int(np.diff(spans).max()),
         samples=tuple(index for index, _ in chosen),
         positions=tuple(sample.positions for sample in samples),
-        routing=routing,
+        routed_experts=routed_experts,
         proximal=optional([sample.proximal for sample in samples]),
         reference=optional([sample.reference for sample in samples]),
     )

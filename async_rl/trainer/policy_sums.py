@@ -39,14 +39,14 @@ class PolicySums:
     batches add up to those of both.
 
     loss float64[]; sums float64[S, R, len(SUMS)]; max_abs_diff float64[S, R], largest |behaviour - current log-prob|;
-    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS). routing float64[2], of every position and layer:
-    choices of an expert that were replayed, and those that the trainer's own router would not have made.
+    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS). replayed_choices float64[2], of every position and
+    layer:     choices of an expert that were replayed, and those that the trainer's own router would not have made.
     """
 
     loss: torch.Tensor
     sums: torch.Tensor
     max_abs_diff: torch.Tensor
-    routing: torch.Tensor
+    replayed_choices: torch.Tensor
 
     @staticmethod
     def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
@@ -60,14 +60,14 @@ class PolicySums:
         self.loss += other.loss
         self.sums += other.sums
         torch.maximum(self.max_abs_diff, other.max_abs_diff, out=self.max_abs_diff)
-        self.routing += other.routing
+        self.replayed_choices += other.replayed_choices
 
     def all_reduce(self, group: torch.distributed.ProcessGroup) -> None:
         """Make every rank of ``group`` hold the total."""
         torch.distributed.all_reduce(self.loss, group=group)
         torch.distributed.all_reduce(self.sums, group=group)
         torch.distributed.all_reduce(self.max_abs_diff, op=torch.distributed.ReduceOp.MAX, group=group)
-        torch.distributed.all_reduce(self.routing, group=group)
+        torch.distributed.all_reduce(self.replayed_choices, group=group)
 
     def __getitem__(self, name: str) -> float:
         """The sum over all contributing tokens."""
@@ -76,7 +76,7 @@ class PolicySums:
     @property
     def router_disagreement(self) -> float | None:
         """Share of the replayed choices that the trainer's own router would not have made; None without any."""
-        choices, unlike = self.routing.tolist()
+        choices, unlike = self.replayed_choices.tolist()
         return float(unlike / choices) if choices else None
 
     def on_policy_temperature(self) -> tuple[float, float] | None:

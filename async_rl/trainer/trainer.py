@@ -20,7 +20,6 @@ import torch
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplayError
 from async_rl.models.config import check_run, read_model_config
-from async_rl.trainer.megatron import platform
 from async_rl.trainer import losses, packing, parallel
 from async_rl.trainer.advantages import (
     batch_normalized,
@@ -30,6 +29,7 @@ from async_rl.trainer.advantages import (
 )
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
+from async_rl.trainer.megatron import platform
 from async_rl.trainer.packing import Microbatch, Packer, Sample, plain_sample
 from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums
@@ -41,8 +41,8 @@ from async_rl.weights.fingerprint import WIDTH
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
-    from async_rl.trainer.megatron.executor import Tensors
     from async_rl.trainer.export import Weights
+    from async_rl.trainer.megatron.executor import Tensors
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -136,7 +136,9 @@ class Trainer:
         total = self._sum_over_data(**step.counts)
         divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
         update = self._optimizer.no_update()
-        step.sums.routing += torch.tensor(self._executor.take_disagreement(), dtype=torch.float64, device=self._device)
+        step.sums.replayed_choices += torch.tensor(
+            self._executor.take_disagreement(), dtype=torch.float64, device=self._device
+        )
         if total["tokens"]:
             self._executor.finish_gradients(divisor)
             started = step.lap("forward_backward", started)
@@ -223,8 +225,8 @@ class Trainer:
         # All ranks make a pass if any has something to pass over: the others' part of it is padding.
         needed = with_pass and self._largest(len(samples), torch.distributed.group.WORLD) > 0
         if needed and replay == "R2":
-            routing = self.native_routing([sample.token_ids for sample in samples])
-            samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
+            routed_experts = self.native_routing([sample.token_ids for sample in samples])
+            samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
         if replay != "off":
             for sample in samples:
                 self._check_routing(sample)
@@ -239,13 +241,16 @@ class Trainer:
 
     def _logprobs_of(self, samples: Sequence[Sample]) -> list[Float32Array]:
         """float32[N-1] of each, computed as in training: with its routing and at the sampling temperature."""
-        spec = self._model_config.routing
-        routing = None
+        spec = self._model_config.routing_spec
+        routed_experts = None
         if spec is not None and self._config.trainer.router_replay != "off":
             absent = np.int32(packing.NO_ROUTING)
             shape = (spec.num_moe_layers, spec.top_k)
-            routing = [np.full((s.positions, *shape), absent) if s.routing is None else s.routing for s in samples]
-        return self.logprobs([s.token_ids for s in samples], routing, self._config.rollout.temperature)
+            routed_experts = [
+                np.full((s.positions, *shape), absent) if s.routed_experts is None else s.routed_experts
+                for s in samples
+            ]
+        return self.logprobs([s.token_ids for s in samples], routed_experts, self._config.rollout.temperature)
 
     def _copy_of_parameters(self) -> list[torch.Tensor]:
         """In main memory."""
@@ -305,15 +310,15 @@ class Trainer:
     def logprobs(
         self,
         sequences: Sequence[Int32Array],
-        routing: Sequence[ExpertIds | Int32Array] | None = None,
+        routed_experts: Sequence[ExpertIds | Int32Array] | None = None,
         temperature: float = 1.0,
     ) -> list[Float32Array]:
         """Log-probs float32[N-1] of tokens 1..N-1 of each sequence int32[N], without touching any state.
 
-        routing: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
+        routed_experts: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
         are without it.
         """
-        batches, filler = self._probe_batches(sequences, routing)
+        batches, filler = self._probe_batches(sequences, routed_experts)
 
         def collect(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
             values, _entropy = token_logprobs(logits, tensors["labels"], temperature, self._vocabulary)
@@ -326,7 +331,7 @@ class Trainer:
 
     def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
         """The experts that the routers choose now: int32[N-1, L, K] of each sequence int32[N]."""
-        spec = self._model_config.routing
+        spec = self._model_config.routing_spec
         batches, filler = self._probe_batches(sequences, None)
         if spec is None:
             return [np.zeros((max(len(ids) - 1, 0), 0, 0), np.int32) for ids in sequences]
@@ -335,11 +340,11 @@ class Trainer:
         return packing.unpack(self._assembled(batches, parts, self._router_rows, row), batches, len(sequences))
 
     def fingerprints(
-        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None = None
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds | Int32Array] | None = None
     ) -> list[Float32Array]:
         """Of the residual stream, float32[layers + 1, N-1, WIDTH] of each sequence as in ``weights.fingerprint``;
-        routing as in ``logprobs``."""
-        batches, filler = self._probe_batches(sequences, routing)
+        routed_experts as in ``logprobs``."""
+        batches, filler = self._probe_batches(sequences, routed_experts)
         parts: list[dict[int, Float32Array]] = [{} for _ in batches]
         with FingerprintHooks([chunk.module for chunk in self._chunks]) as hooks:
 
@@ -400,18 +405,18 @@ class Trainer:
 
     @property
     def _verifying(self) -> bool:
-        return self._steps < self._config.trainer.verify_replay_steps and self._model_config.routing is not None
+        return self._steps < self._config.trainer.verify_replay_steps and self._model_config.routing_spec is not None
 
     def _check_routing(self, sample: Sample) -> None:
         """Raise ReplayError unless the sample has no routing, or such as this model can execute."""
         from async_rl.trainer.megatron.replay import check_rows
 
-        if sample.routing is None:
+        if sample.routed_experts is None:
             return
-        spec = self._model_config.routing
+        spec = self._model_config.routing_spec
         if spec is None:
             raise ReplayError(f"{sample.name}: has routing, but {self._config.model.path} has no MoE layer")
-        check_rows(sample.name, sample.routing, rows=sample.positions, spec=spec)
+        check_rows(sample.name, sample.routed_experts, rows=sample.positions, spec=spec)
 
     def _packer(self, *, replay: bool | None = None) -> Packer:
         """``replay``: carry the samples' routing; by default as trainer.router_replay says."""
@@ -420,21 +425,21 @@ class Trainer:
             replay = settings.router_replay != "off"
         return Packer(
             settings.tokens_per_microbatch,
-            self._model_config.routing if replay else None,
+            self._model_config.routing_spec if replay else None,
             sequence_multiple=parallel.sequence_multiple(settings.parallel),
             multiple=parallel.microbatch_multiple(settings.parallel, settings.microbatch_multiple),
         )
 
     def _probe_batches(
-        self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds | Int32Array] | None
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds | Int32Array] | None
     ) -> tuple[list[Microbatch], Microbatch]:
-        """Plain sequences, with ``routing`` to replay where given; and a filler."""
+        """Plain sequences, with ``routed_experts`` to replay where given; and a filler."""
         samples = [plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
-        if routing is not None:
-            samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
+        if routed_experts is not None:
+            samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
             for sample in samples:
                 self._check_routing(sample)
-        packer = self._packer(replay=routing is not None)
+        packer = self._packer(replay=routed_experts is not None)
         return packer.add(samples) + packer.flush(), packer.filler()
 
     def _context_rows(self, batch: Microbatch) -> Int64Array:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from async_rl.runtime import logs
 from async_rl.config.schema import RunConfig
 from async_rl.queue.client import Fetcher, Payload
+from async_rl.runtime import logs
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)
@@ -87,13 +87,17 @@ class TrainerWorker:
         logs.bind(version=version)
         return time.monotonic() - start
 
-    def logprobs(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
-        """Log-probs of tokens 1..N-1 of each sequence, with ``routing`` replayed where given; for the canary."""
-        return self._trainer.logprobs(sequences, routing)
+    def logprobs(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]:
+        """Log-probs of tokens 1..N-1 of each sequence, with ``routed_experts`` replayed where given; for the canary."""
+        return self._trainer.logprobs(sequences, routed_experts)
 
-    def fingerprints(self, sequences: Sequence[Int32Array], routing: Sequence[ExpertIds] | None) -> list[Float32Array]:
-        """Of the residual stream, layer by layer, with ``routing`` replayed where given."""
-        return self._trainer.fingerprints(sequences, routing)
+    def fingerprints(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]:
+        """Of the residual stream, layer by layer, with ``routed_experts`` replayed where given."""
+        return self._trainer.fingerprints(sequences, routed_experts)
 
     def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
         """The experts that the trainer's own router chooses, [N-1, L, K] of each sequence."""

@@ -29,9 +29,9 @@ import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
-from async_rl.runtime.failures import cause_of, told, worker_lost
 from async_rl.metrics.summary import SyncRecord
 from async_rl.models.config import ModelConfig
+from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error, user_facing_error
 from async_rl.types import ExpertIds, Int32Array
 from async_rl.weights.canary import (
     BATCHES,
@@ -70,7 +70,7 @@ _ANSWER_S = 5.0
 
 
 class Ranks(Protocol):
-    """The trainer: ``fleet.Trainers``."""
+    """The trainer: ``fleet.TrainerRanks``."""
 
     async def call(
         self, method: str, *arguments: Any, shares: Sequence[Any] | None = None, **keywords: Any
@@ -243,9 +243,9 @@ class WeightSync:
         try:
             return await getattr(self.members[replica], method).remote(*arguments)
         except Exception as error:
-            if worker_lost(error):
-                raise ReplicaFailed(replica, str(cause_of(error)).partition("\n")[0]) from error
-            raise told(error) from error
+            if is_worker_lost(error):
+                raise ReplicaFailed(replica, str(unwrap_ray_error(error)).partition("\n")[0]) from error
+            raise user_facing_error(error) from error
 
     # -- the canary ---------------------------------------------------------------------------------------------
 
@@ -265,39 +265,41 @@ class WeightSync:
         reports = []
         for replica, scores in zip(replicas, scored, strict=True):
             logprobs = [score.logprobs for score in scores]
-            routing = None if scores[0].routed_experts is None else [score.routed_experts for score in scores]
+            routed_experts = None if scores[0].routed_experts is None else [score.routed_experts for score in scores]
             report = compare(logprobs, native)
             alike = agrees(report, limit)
-            if routing is not None and (replay or not alike):
-                replayed = compare(logprobs, await self._trainer("logprobs", self._probe, routing))
+            if routed_experts is not None and (replay or not alike):
+                replayed = compare(logprobs, await self._trainer("logprobs", self._probe, routed_experts))
                 if alike and not agrees(replayed, limit):
-                    raise wrong_numbering(replica, replayed, await self._routing_verdict(routing, first=False))
+                    raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
                 report = replayed
             if not agrees(report, limit):
-                raise mismatch(self._config, replica, report, await self._layers_verdict(replica, report, routing))
+                raise mismatch(
+                    self._config, replica, report, await self._layers_verdict(replica, report, routed_experts)
+                )
             reports.append(report)
         return Agreement(
             report=max(reports, key=lambda report: report.max_abs_diff),
             unreached_experts=await self._count_unreached([score.routed_experts for score in scored[0]]),
         )
 
-    async def _layers_verdict(self, replica: int, report: CanaryReport, routing: list[ExpertIds] | None) -> str:
+    async def _layers_verdict(self, replica: int, report: CanaryReport, routed_experts: list[ExpertIds] | None) -> str:
         """What tells the layers apart, on the worst sequence of the probe, with the engine's routing replayed."""
         index = report.sequence
         sequence = [self._probe[index]]
-        rows = None if routing is None else [routing[index]]
+        rows = None if routed_experts is None else [routed_experts[index]]
         (engine,) = await self.on(replica, "fingerprints", sequence)
         if engine is not None:
             (trainer,) = await self._trainer("fingerprints", sequence, rows)
             return say_layers(engine, trainer, NOISE[coarser_dtype(self._config)])
-        if routing is not None:
-            return await self._routing_verdict(routing, first=True)
+        if routed_experts is not None:
+            return await self._routing_verdict(routed_experts, first=True)
         return "the engine gives no fingerprints of its layers"
 
-    async def _routing_verdict(self, routing: list[ExpertIds], *, first: bool) -> str:
+    async def _routing_verdict(self, routed_experts: list[ExpertIds], *, first: bool) -> str:
         """Where the experts that the engine chose differ from those that the trainer's own routers choose."""
         native = await self._trainer("native_routing", self._probe)
-        return say_routing(routing_differences(routing, native, self._model.moe_layers), first=first)
+        return say_routing(routing_differences(routed_experts, native, self._model.moe_layers), first=first)
 
     async def _trainer(self, method: str, *arguments: Any) -> Any:
         """What a method of the trainer answers: every rank is called, for they compute together, and rank 0 counts."""
@@ -309,7 +311,7 @@ class WeightSync:
     async def _count_unreached(self, routed: Sequence[ExpertIds | None]) -> int:
         """Experts that the probe does not reach any more. Training moves routers: where it has become more of them,
         one batch of candidates is tried, for the next push."""
-        spec, known = self._model.routing, self._given_up
+        spec, known = self._model.routing_spec, self._given_up
         if spec is None or known is None or any(rows is None for rows in routed):
             return 0
         unreached = ~reached([rows for rows in routed if rows is not None], spec)
@@ -320,7 +322,7 @@ class WeightSync:
     async def _reach_experts(self, batches: int) -> None:
         """Add sequences to the probe until the first member goes to every expert of every layer, or ``batches`` were
         tried."""
-        spec = self._model.routing
+        spec = self._model.routing_spec
         if spec is None or not self._config.rollout.return_routed_experts:
             return
         known = reached(await self._routed(self._probe), spec)

@@ -1,6 +1,6 @@
 """What a decision of the budget and the broker costs with 1,000 replicas, with and without the journal.
 
-    python tests/bench/budget.py
+    python -m tests.bench.budget
 
 Every replica has its groups in flight, the window is full or nearly so, and the queue holds a training step. Timed are
 whole rounds of issue, put, lease, ack and advance, each call on its own; the two brokers take turns within a round. The
@@ -9,20 +9,16 @@ ratio is to the cheapest thing that could stand in its place: a dictionary that 
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from simulation import cursor
-
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.actor import QueueActor
 from async_rl.queue.records import GroupMeta
+from tests.support.simulation import cursor
 
 REPLICAS, PER_REPLICA, REQUIRED, ROUNDS = 1000, 8, 4000, 12
 

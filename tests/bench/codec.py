@@ -13,10 +13,6 @@ and copying alternate; each figure is a median. The last line of stdout is one J
 
 from __future__ import annotations
 
-import sys
-
-sys.path.pop(0)  # this folder: here, "import queue" of any library would find the bench of that name
-
 import json
 import statistics
 import time
@@ -47,7 +43,7 @@ def make_group(rng: np.random.Generator, trajectories: int) -> Group:
                 reward=1.0,
                 finish_reason="stop",
                 routed_experts=rng.integers(0, SPEC.num_experts, shape, dtype=np.uint8),
-                routing=SPEC,
+                routing_spec=SPEC,
             )
             for i in range(trajectories)
         ),

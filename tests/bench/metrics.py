@@ -20,7 +20,7 @@ Printed last, one JSON line:
     publish_share              seconds to publish one step and to write out one scrape, over a step
     scrape_share               seconds in which all processes serve one scrape, over the time between two
 
-    .venv/bin/python tests/bench/metrics.py [--pairs 20] [--minutes 1.5] [--turn 0.25] [--config configs/tiny_moe.yaml]
+    .venv/bin/python -m tests.bench.metrics [--pairs 20] [--minutes 1.5] [--turn 0.25] [--config configs/tiny_moe.yaml]
                                             [--control]
 
 --minutes: for each pair, besides the minute and a half that it takes to start and end one. --control: all runs with
@@ -29,12 +29,6 @@ everything off; how far from 1 the ratios come then is what this method cannot t
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import collections
 import contextlib
@@ -42,23 +36,25 @@ import json
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
-from bench.runs import ROOT, start
 from prometheus_client import generate_latest
-from step_records import step_record
 
 from async_rl.config import loading
 from async_rl.driver import inputs
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe import prometheus
+from tests.bench.runs import ROOT, start
+from tests.support.step_records import step_record
 
 SETTINGS = {
     "trainer.steps": 10_000_000,

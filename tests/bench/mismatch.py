@@ -5,24 +5,19 @@ Then a fresh trainer on the same weights takes the same step in each mode, so wh
 nothing else. Printed last, one JSON line: engine dtype -> mode -> abs_mean, abs_max of |behaviour - trainer log-prob|,
 k3, and extreme_token_fraction (importance ratio outside of [1/2, 2]).
 
-    .venv/bin/python tests/bench/mismatch.py [--groups 32] [--config configs/tiny_moe.yaml]
+    .venv/bin/python -m tests.bench.mismatch [--groups 32] [--config configs/tiny_moe.yaml]
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
-from bench.runs import ROOT, train
+from tests.bench.runs import ROOT, train
 
 MODES = ("R3", "R2", "off")
 

@@ -8,21 +8,16 @@ Each run is the real pipeline in processes of its own. Printed last, one JSON li
 wall_ratio_sync_over_async; ideal_ratio, what perfect overlap of the synchronous run's own phases would give (their sum
 over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time.
 
-    .venv/bin/python tests/bench/overlap.py [--steps 24] [--groups 16] [--rounds 2] [--config configs/tiny_moe.yaml]
+    .venv/bin/python -m tests.bench.overlap [--steps 24] [--groups 16] [--rounds 2] [--config configs/tiny_moe.yaml]
 """
-
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
 import statistics
 import tempfile
+from pathlib import Path
 
-from bench.runs import ROOT, train
+from tests.bench.runs import ROOT, train
 
 SYNCHRONOUS = {"async_training.staleness_threshold": 0, "async_training.partial_rollout.mode": "drain"}
 WAYS = {

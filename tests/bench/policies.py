@@ -4,25 +4,20 @@ Mode ``resume`` is run with each policy; in ``in_flight`` and ``drain`` no call 
 and no replay are run with ``replace``. The engine computes in bfloat16, the trainer in float32: in float32 on both
 sides R3, R2 and off are the same. Printed last, one JSON line: per run, means over its steps.
 
-    .venv/bin/python tests/bench/policies.py [--steps 40] [--seed 0] [--figure FILE] [--runs FOLDER]
+    .venv/bin/python -m tests.bench.policies [--steps 40] [--seed 0] [--figure FILE] [--runs FOLDER]
 
 With --runs the run folders stay there, and those that have finished are not run again: only the figure is drawn.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
-from bench.runs import ROOT, train
+from tests.bench.runs import ROOT, train
 
 PARTIAL, REPLAY = "async_training.partial_rollout", "trainer.router_replay"
 RUNS = {

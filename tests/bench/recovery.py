@@ -1,6 +1,6 @@
 """How long training stands still when a process is killed, and generation for a push and for a checkpoint.
 
-    python tests/bench/recovery.py
+    python -m tests.bench.recovery
 
 Real runs of the tests' small recipe. Of each kind a process is killed several times; the time is that from SIGKILL to
 the first training step after the process is back, of which the start of its replacement is nearly all. Generation's
@@ -22,9 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from real_run import Run, make_model, make_recipe
+from tests.support.real_run import Run, make_model, make_recipe
 
 KILLS, PUSHES = 3, 40
 SETTINGS = {"trainer__steps": 100_000, "trainer__optimizer__lr": 1e-6, "eval__n": 1, "recovery__backoff_s": 0}

@@ -11,16 +11,10 @@ in turns, one process of its own for each side, and only one of them works at a 
     engine_ratio_with_over_without  tokens/s of the engine returning routing, over those of one that does not
     exact_extra_token_fraction      positions that ``exact`` computes beyond one pass over each trajectory, as a share
 
-    .venv/bin/python tests/bench/replay.py [--rounds 9] [--config configs/tiny_moe.yaml]
+    .venv/bin/python -m tests.bench.replay [--rounds 9] [--config configs/tiny_moe.yaml]
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import asyncio
@@ -31,14 +25,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.runs import ROOT, train
 
 from async_rl.queue import codec
 from async_rl.trainer.packing import samples_of
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.bench.runs import ROOT, train
 
 GROUPS_PER_STEP = 8
 STEPS = 12
@@ -132,7 +127,7 @@ def without_own_routing(trajectory: Trajectory) -> Trajectory:
 
 
 def without_routing(trajectory: Trajectory) -> Trajectory:
-    return replace(without_own_routing(trajectory), routed_experts=None, routing=None)
+    return replace(without_own_routing(trajectory), routed_experts=None, routing_spec=None)
 
 
 def changed(group: Group, change: Any) -> Group:
@@ -163,7 +158,7 @@ def large_group() -> Group:
         reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, 128, (2047, 48, 8)).astype(np.uint8),
-        routing=spec,
+        routing_spec=spec,
     )
     return Group("0-0.0", Prompt("0-0", 1, "p", prompt), (trajectory,))
 

@@ -1,6 +1,6 @@
 """What the two knobs of staleness buy and cost, over a fleet in virtual time around the real broker.
 
-    python tests/bench/staleness.py [--figure docs/figures/staleness.svg]
+    python -m tests.bench.staleness [--figure docs/figures/staleness.svg]
 
 16 replicas of 6 groups each, 32 groups per training step of about one second. A group takes a second in the median and
 five in the 95th percentile (log-normal), which is what long-tailed responses look like. No machine is measured: these
@@ -10,12 +10,9 @@ time in which the trainer works, and of the trained groups the mean and the larg
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from simulation import Fleet
+from tests.support.simulation import Fleet
 
 THRESHOLDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 TRIGGERS = (1, 4)

@@ -7,16 +7,10 @@ sorted by length so that this costs it little.
 Prints per round, then one JSON line: tokens_per_s_over_transformers (median over rounds), peak_memory_ratio (of what a
 process's resident memory has grown by at most since its model was loaded), and the padding that each side computed.
 
-    .venv/bin/python tests/bench/trainer.py [--rounds 7] [--groups 8] [--tokens 4096]
+    .venv/bin/python -m tests.bench.trainer [--rounds 7] [--groups 8] [--tokens 4096]
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# Not this folder: here, "import queue" of any library would find the bench of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
@@ -25,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np

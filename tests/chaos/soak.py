@@ -1,6 +1,6 @@
 """A long run with pushes all the time and a kill every minute: does memory grow, does anything break?
 
-    python tests/chaos/soak.py [--minutes 30] [--samples FILE]
+    python -m tests.chaos.soak [--minutes 30] [--samples FILE]
 
 Resident memory of every process is read every two seconds, as a whole and without what it shares: the pages of the
 object store, of which a process keeps what it ever touched, up to the store's own bound. Of each life of a process that
@@ -26,11 +26,8 @@ from pathlib import Path
 
 import psutil
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-sys.path.insert(1, str(Path(__file__).resolve().parent))
-
-from invariants import check
-from real_run import Run, make_model, make_recipe
+from tests.support.invariants import check
+from tests.support.real_run import Run, make_model, make_recipe
 
 SETTINGS = {
     "trainer__steps": 10_000_000,

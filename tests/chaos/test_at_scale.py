@@ -3,7 +3,8 @@
 import time
 
 import pytest
-from simulation import Fleet
+
+from tests.support.simulation import Fleet
 
 
 @pytest.mark.long

@@ -10,12 +10,12 @@ import random
 import time
 
 import pytest
-from invariants import check, dataset
-from redis_server import PASSWORD
 
 from async_rl.config.loading import load
-from async_rl.queue.redis_store import RedisJournal
 from async_rl.data.prompts import DatasetCursor
+from async_rl.queue.redis_store import RedisJournal
+from tests.support.invariants import check, dataset
+from tests.support.redis_server import PASSWORD
 
 pytestmark = pytest.mark.e2e
 

@@ -1,16 +1,11 @@
 """Each model family with Transformer Engine on one GPU against transformers on the CPU."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-
-import model_families
-from model_families import DENSE, FAMILIES, VOCAB
-from ranks import Ranks, run_config
+from tests.support import model_families
+from tests.support.model_families import DENSE, FAMILIES, VOCAB
+from tests.support.ranks import Ranks, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.needs(1), pytest.mark.usefixtures("gpus")]
 

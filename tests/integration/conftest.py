@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
-from layouts import make_checkpoint
-from one_rank import make_checkpoints
-from ranks import Ranks
+
+from tests.support.layouts import make_checkpoint
+from tests.support.one_rank import make_checkpoints
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

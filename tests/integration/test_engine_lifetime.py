@@ -11,7 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from engine_checkpoint import engine_config, make_checkpoint
+
+from tests.support.engine_checkpoint import engine_config, make_checkpoint
 
 pytestmark = pytest.mark.engine
 

@@ -6,11 +6,12 @@ alone and spread over ranks. Real Megatron, float32, CPU.
 
 import shutil
 
-import model_families
 import numpy as np
 import pytest
-from model_families import DENSE, FAMILIES, VOCAB
-from ranks import run_config
+
+from tests.support import model_families
+from tests.support.model_families import DENSE, FAMILIES, VOCAB
+from tests.support.ranks import run_config
 
 pytestmark = pytest.mark.megatron
 
@@ -54,7 +55,7 @@ def look(trainer, ids, routing, weights):
     # The weights travel as advantages do.
     samples = [sample.with_advantages(w) for sample, w in zip(samples, weights, strict=True)]
     if routing is not None:
-        samples = [sample.with_routing(rows) for sample, rows in zip(samples, routing, strict=True)]
+        samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routing, strict=True)]
     packer = trainer._packer(replay=routing is not None)
     batches = packer.add(samples) + packer.flush()
 

@@ -5,13 +5,14 @@ kernels take bfloat16 alone. Moonlight is left out, whose plain rotary embedding
 
 import asyncio
 
-import model_families
 import numpy as np
 import pytest
-from engine_checkpoint import engine_config, running
-from model_families import DENSE, VOCAB
-from ranks import run_config
-from test_families import export
+
+from tests.integration.test_families import export
+from tests.support import model_families
+from tests.support.engine_checkpoint import engine_config, running
+from tests.support.model_families import DENSE, VOCAB
+from tests.support.ranks import run_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 

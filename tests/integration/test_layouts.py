@@ -6,7 +6,18 @@ log-probs, the routing that is recorded, fingerprints, exported weights. Real Me
 
 import numpy as np
 import pytest
-from layouts import LAYOUTS, TOLERANCE, VOCAB, config_of, largest, make_groups, random_rows, relative, shared_out
+
+from tests.support.layouts import (
+    LAYOUTS,
+    TOLERANCE,
+    VOCAB,
+    config_of,
+    largest,
+    make_groups,
+    random_rows,
+    relative,
+    shared_out,
+)
 
 pytestmark = pytest.mark.megatron
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from one_rank import Opened, hf_logprobs, sequences
-from ranks import TIMEOUT_S
 
 from async_rl.errors import ModelError
+from tests.support.one_rank import Opened, hf_logprobs, sequences
+from tests.support.ranks import TIMEOUT_S
 
 pytestmark = pytest.mark.megatron
 

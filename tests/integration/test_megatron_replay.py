@@ -4,9 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from one_rank import SPEC, Opened, as_map, assert_close, make_groups, random_rows, sequences, step, train_once
 
 from async_rl.errors import ReplayError
+from tests.support.one_rank import (
+    SPEC,
+    Opened,
+    as_map,
+    assert_close,
+    make_groups,
+    random_rows,
+    sequences,
+    step,
+    train_once,
+)
 
 pytestmark = pytest.mark.megatron
 
@@ -97,7 +107,7 @@ def test_full_recomputation_replays_the_same_rows(ranks, models):
     groups = make_groups()
     groups[0] = replace(
         groups[0],
-        trajectories=tuple(replace(t, routed_experts=None, routing=None) for t in groups[0].trajectories),
+        trajectories=tuple(replace(t, routed_experts=None, routing_spec=None) for t in groups[0].trajectories),
     )
     r3 = {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 60}
     plain, gradients, weights, calls = ranks.call(train_once, models / "moe", groups, r3)
@@ -201,7 +211,7 @@ def native_then_changed(path, changed, overrides):
         rows = sum(len(t.routed_experts) for g in own for t in g.trajectories)
         # One response without routing: the router's own choice is not a replayed one.
         first = shifted[0].trajectories[0]
-        without = replace(first, routed_experts=None, routing=None)
+        without = replace(first, routed_experts=None, routing_spec=None)
         absent = replace(shifted[0], trajectories=(without, *shifted[0].trajectories[1:]))
         batches = {"native": own, "changed": shifted, "one without": [absent, *shifted[1:]]}
         reports = {name: step(trainer, batch) for name, batch in batches.items()}

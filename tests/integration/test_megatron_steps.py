@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from one_rank import Opened, assert_close, assert_same_agreement, make_groups, parameters, sequences, step, train_once
-from ranks import run_config
 
 from async_rl.trainer.packing import split_over_ranks
+from tests.support.one_rank import (
+    Opened,
+    assert_close,
+    assert_same_agreement,
+    make_groups,
+    parameters,
+    sequences,
+    step,
+    train_once,
+)
+from tests.support.ranks import run_config
 
 pytestmark = pytest.mark.megatron
 

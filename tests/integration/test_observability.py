@@ -11,11 +11,11 @@ from pathlib import Path
 import promql_parser
 import pytest
 import yaml
-from alert_rules import FOLDER
-from prometheus_api import ask
-from real_run import Run
 
 from async_rl.observe import prometheus
+from tests.support.alert_rules import FOLDER
+from tests.support.prometheus_api import ask
+from tests.support.real_run import Run
 
 DASHBOARD = FOLDER.parent / "grafana" / "async_rl.json"
 # A minute from the first scrape on, which comes within fifteen seconds: [6h:1m] looks at whole minutes only.

@@ -14,14 +14,14 @@ from urllib.parse import parse_qs, urlsplit
 import psutil
 import pytest
 import yaml
-from prometheus_api import ask
-from step_records import step_record
 
 from async_rl.config.loading import validate
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe.prometheus import SCRAPE_S
 from async_rl.runtime.runfolder import RunFolder
+from tests.support.prometheus_api import ask
+from tests.support.step_records import step_record
 
 PORT = 19490
 GRAFANA = """#!/usr/bin/env bash

@@ -15,10 +15,6 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import pytest_asyncio
-import trainer_process
-from alert_rules import assert_firing, scraped
-from engine_checkpoint import VOCAB, Pusher, engine_config, make_checkpoint, perturbed, running, until_sampled
-from step_records import step_record
 
 from async_rl.errors import InvalidTrajectory, WeightSyncMismatch
 from async_rl.metrics import publish
@@ -30,6 +26,18 @@ from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Group, Prompt
 from async_rl.weights.sync import WeightSync
+from tests.support import trainer_process
+from tests.support.alert_rules import assert_firing, scraped
+from tests.support.engine_checkpoint import (
+    VOCAB,
+    Pusher,
+    engine_config,
+    make_checkpoint,
+    perturbed,
+    running,
+    until_sampled,
+)
+from tests.support.step_records import step_record
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.asyncio(loop_scope="module")]
 
@@ -109,7 +117,7 @@ def prompt(seed, length=17):
 async def respond(engine, name, token_ids, limit, policy="replace", sampling=RANDOM):
     """One response, gone on with whenever a push has interrupted it."""
     partial = PartialRollout.begin(
-        name, token_ids, max_response_tokens=limit, eos_token_id=None, routing=engine.routing, policy=policy
+        name, token_ids, max_response_tokens=limit, eos_token_id=None, routing_spec=engine.routing_spec, policy=policy
     )
     call = 0
     while not partial.finished:
@@ -177,7 +185,7 @@ async def interrupted(engine, pusher, weights):
             asyncio.create_task(respond(engine, f"{policy}{i}", prompt(10 * p + i), limit, policy))
             for i, limit in enumerate(limits)
         ]
-        for p, policy in enumerate(routing_policies.MERGES)
+        for p, policy in enumerate(routing_policies.MERGE_POLICIES)
     }
     for version in range(1, VERSIONS):
         await until_sampled(engine, int(rng.integers(1, 15)), calls=3)
@@ -377,7 +385,9 @@ async def test_faults_that_pass_the_border_show_in_a_metric_by_a_factor_of_ten_a
 
 
 async def test_faults_that_cannot_be_a_routers_choice_are_refused_at_the_border(engine):
-    begin = PartialRollout.begin("g.0/0", prompt(3), max_response_tokens=40, eos_token_id=None, routing=engine.routing)
+    begin = PartialRollout.begin(
+        "g.0/0", prompt(3), max_response_tokens=40, eos_token_id=None, routing_spec=engine.routing_spec
+    )
     output = await engine.generate("whole", begin.prompt_ids, RANDOM, 40)
     rows = output.routed_experts
 
@@ -431,7 +441,7 @@ class TrainerSide:
         self.pushes = 0
 
     async def call(self, method, *arguments):
-        """As ``fleet.Trainers`` answers for its ranks, of which there is one."""
+        """As ``fleet.TrainerRanks`` answers for its ranks, of which there is one."""
         return [await getattr(self, method)(*arguments)]
 
     async def connect(self, workers):

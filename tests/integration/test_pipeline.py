@@ -183,17 +183,20 @@ def test_a_killed_process_ends_the_run(start_run, victim):
 
 
 def test_a_reward_that_raises_fails_the_run_and_names_itself(start_run):
-    run = start_run(reward__function="user_rewards:fails_on_long_prompts")
+    run = start_run(reward__function="tests.support.user_rewards:fails_on_long_prompts")
     assert run.wait() == 1, run.output
     run.assert_nothing_left()
-    assert "user_rewards:fails_on_long_prompts" in run.output
+    assert "tests.support.user_rewards:fails_on_long_prompts" in run.output
     assert "too long for me" in run.output
     assert "too long for me" in run.summary["exit_reason"]
 
 
 def test_a_reward_that_raises_can_cost_its_group_only(start_run):
     run = start_run(
-        reward__function="user_rewards:fails_on_long_prompts", reward__on_error="skip", eval__n=1, trainer__steps=4
+        reward__function="tests.support.user_rewards:fails_on_long_prompts",
+        reward__on_error="skip",
+        eval__n=1,
+        trainer__steps=4,
     )
     summary = finished(run)
     assert summary["groups"]["failed"] > 0
@@ -214,7 +217,7 @@ def test_memory_of_the_queue_is_bounded(start_run):
 
 def test_several_turns_with_every_segment_trained_in_its_own_context(start_run):
     run = start_run(
-        rollout__environment__function="user_rewards:ask_twice",
+        rollout__environment__function="tests.support.user_rewards:ask_twice",
         async_training__partial_rollout__routing="exact",
         debug__dump_trajectories=8,
         trainer__steps=5,

@@ -8,18 +8,18 @@ import uuid
 
 import numpy as np
 import pytest
-import queue_parts
 import ray
-from queue_parts import Source
 from ray.exceptions import ActorDiedError
 
 from async_rl.config.loading import validate
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
+from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Fetcher, Outbox, QueueClient, incoming, open_groups
 from async_rl.queue.codec import encode
-from async_rl.queue.actor import start_queue
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Group, RoutingSpec, Segment, Trajectory
+from tests.support import queue_parts
+from tests.support.queue_parts import Source
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def make_group(ticket, tokens=50, seed=0):
         reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, 128, (p + tokens - 1, 48, 8)).astype(np.uint8),
-        routing=spec,
+        routing_spec=spec,
     )
     return Group(ticket.group_id, ticket.prompt, (trajectory,))
 

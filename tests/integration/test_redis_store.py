@@ -5,14 +5,14 @@ import itertools
 import uuid
 
 import pytest
-from queue_parts import Source, make_broker, meta
-from redis_server import RedisServer
 
 from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
 from async_rl.queue import redis_store
-from async_rl.queue.journal import FileJournal
 from async_rl.queue.actor import QueueActor
+from async_rl.queue.journal import FileJournal
+from tests.support.queue_parts import Source, make_broker, meta
+from tests.support.redis_server import RedisServer
 
 
 def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):

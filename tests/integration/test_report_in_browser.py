@@ -7,11 +7,11 @@ import subprocess
 import matplotlib.image
 import numpy as np
 import pytest
-from step_records import step_record
 
 from async_rl.config.loading import validate
 from async_rl.observe.report import write_report
 from async_rl.runtime.runfolder import RunFolder
+from tests.support.step_records import step_record
 
 
 @pytest.fixture(scope="module")

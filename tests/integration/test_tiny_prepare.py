@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import validate
-from async_rl.errors import ModelError
-from async_rl.models.config import checkpoint_shards, read_model_config
+from async_rl.config.schema import RunConfig
 from async_rl.demo import prepare as preparing
 from async_rl.demo import task
 from async_rl.demo.tokenizer import CHARACTERS, EOS, EOS_ID, TOKENS, UNKNOWN
+from async_rl.errors import ModelError
+from async_rl.models.config import checkpoint_shards, read_model_config
 
 # Two steps, not until the loss is low enough: what is tested here does not depend on how good the model is.
 BUILDER = """
@@ -64,7 +64,7 @@ pytestmark = pytest.mark.megatron
 
 def test_the_model_is_a_moe_of_two_to_five_million_parameters(made):
     model = read_model_config(made.model.path)
-    assert (model.routing.num_moe_layers, model.routing.top_k, model.routing.num_experts) == (4, 2, 8)
+    assert (model.routing_spec.num_moe_layers, model.routing_spec.top_k, model.routing_spec.num_experts) == (4, 2, 8)
     assert model.max_position_embeddings >= task.MAX_PROMPT_TOKENS + task.MAX_RESPONSE_TOKENS
     parameters = sum(path.stat().st_size for path in checkpoint_shards(made.model.path)) / 4
     assert 2e6 < parameters < 5e6

@@ -8,12 +8,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS, TOLERANCE, config_of, largest, make_checkpoint, make_groups, relative, shared_out
-from ranks import run_config
 
-from async_rl.errors import CheckpointError
-from async_rl.driver.export import export
 from async_rl.driver import checkpoint_folder
+from async_rl.driver.export import export
+from async_rl.errors import CheckpointError
+from tests.support.layouts import (
+    LAYOUTS,
+    TOLERANCE,
+    config_of,
+    largest,
+    make_checkpoint,
+    make_groups,
+    relative,
+    shared_out,
+)
+from tests.support.ranks import run_config
 
 pytestmark = pytest.mark.megatron
 
@@ -47,7 +56,7 @@ def train_and_save(trainer, updates, later, folder):
 
 
 def go_on(trainer, later, folder):
-    path = checkpoint_folder.newest_sound(folder)
+    path = checkpoint_folder.latest_valid(folder)
     trainer.load(path)
     return (
         checkpoint_folder.step_of(path),

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from engine_checkpoint import (
+from prometheus_client import REGISTRY
+
+from async_rl.errors import EngineError, WeightSyncError
+from async_rl.rollout.engine.interface import RolloutEngine, Sampling
+from async_rl.rollout.partial import PartialRollout
+from async_rl.types import RoutingSpec
+from async_rl.weights.canary import make_probe
+from tests.support.engine_checkpoint import (
     EOS,
     MAX_RUNNING,
     VOCAB,
@@ -24,13 +31,6 @@ from engine_checkpoint import (
     running,
     until_sampled,
 )
-from prometheus_client import REGISTRY
-
-from async_rl.errors import EngineError, WeightSyncError
-from async_rl.rollout.engine.interface import RolloutEngine, Sampling
-from async_rl.rollout.partial import PartialRollout
-from async_rl.types import RoutingSpec
-from async_rl.weights.canary import make_probe
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -116,7 +116,7 @@ def token_logprobs(logits, sequence):
 async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, policy="replace"):
     """One greedy response, aborted and resumed whenever it has sampled as many more tokens as ``cuts`` says."""
     partial = PartialRollout.begin(
-        f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing=engine.routing, policy=policy
+        f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing_spec=engine.routing_spec, policy=policy
     )
     for cut in [*cuts, None]:
         if partial.finished:
@@ -134,7 +134,7 @@ async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, policy="replace")
 
 async def test_it_is_a_rollout_engine(engine):
     assert isinstance(engine, RolloutEngine)
-    assert engine.routing == RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
+    assert engine.routing_spec == RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
 
 
 def assert_same(resumed, whole):
@@ -152,7 +152,12 @@ def assert_same(resumed, whole):
 async def cut_after(engine, cut, policy):
     """One greedy response whose first call ends after exactly ``cut`` tokens, and is then treated as interrupted."""
     partial = PartialRollout.begin(
-        f"c{cut}", SHORT_PROMPT, max_response_tokens=48, eos_token_id=EOS, routing=engine.routing, policy=policy
+        f"c{cut}",
+        SHORT_PROMPT,
+        max_response_tokens=48,
+        eos_token_id=EOS,
+        routing_spec=engine.routing_spec,
+        policy=policy,
     )
     tokens, _, first_row = partial.next_request()
     first = await engine.generate(f"c{cut}/0", tokens, GREEDY, cut, first_row)

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import yaml
-from alert_rules import FOLDER, assert_firing, promtool
-from step_records import step_record
 
 from async_rl.config.loading import leaves
 from async_rl.metrics import publish
 from async_rl.metrics.declared import METRICS, PREFIX
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.summary import TokenAgreement
+from tests.support.alert_rules import FOLDER, assert_firing, promtool
+from tests.support.step_records import step_record
 
 (GROUP,) = yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
 ALERTS = {rule["alert"]: rule for rule in GROUP["rules"] if "alert" in rule}

@@ -4,10 +4,8 @@ import re
 import subprocess
 
 import pytest
-from prometheus_api import ask
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as strictly
 from prometheus_client.parser import text_string_to_metric_families
-from step_records import step_record
 
 from async_rl.config.loading import validate
 from async_rl.errors import ResourceError, RunFolderError
@@ -17,6 +15,8 @@ from async_rl.metrics.summary import SyncRecord
 from async_rl.observe import history, prometheus
 from async_rl.observe.backfill import backfill, openmetrics
 from async_rl.runtime.runfolder import RunFolder
+from tests.support.prometheus_api import ask
+from tests.support.step_records import step_record
 
 BEGAN = 1_800_000_000.0
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from queue_parts import Source, make_broker, meta
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
 from async_rl.queue.records import GroupMeta, Ticket
+from tests.support.queue_parts import Source, make_broker, meta
 
 
 def finish(broker, n=1, worker="w", **of_meta):

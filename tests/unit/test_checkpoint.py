@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from async_rl.errors import CheckpointError
 from async_rl.driver import checkpoint_folder
+from async_rl.errors import CheckpointError
 
 
 def write(folder, step, keep=3):
@@ -20,14 +20,14 @@ def test_the_newest_few_are_kept(tmp_path):
     for step in (2, 4, 6, 8):
         write(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000008"]
-    assert checkpoint_folder.newest_sound(tmp_path) == tmp_path / "step-000008"
+    assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000008"
     assert checkpoint_folder.step_of(tmp_path / "step-000008") == 8
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (999_999, 1_000_000, 10_000_000):
         write(tmp_path, step, keep=9)
-    assert checkpoint_folder.newest_sound(tmp_path).name == "step-10000000"
+    assert checkpoint_folder.latest_valid(tmp_path).name == "step-10000000"
 
 
 def cut(path):
@@ -45,11 +45,11 @@ def remove(path):
 
 
 def no_manifest(path):
-    (path / checkpoint.MANIFEST).unlink()
+    (path / checkpoint_folder.MANIFEST).unlink()
 
 
 def half_a_manifest(path):
-    (path / checkpoint.MANIFEST).write_text((path / checkpoint.MANIFEST).read_text()[:-20])
+    (path / checkpoint_folder.MANIFEST).write_text((path / checkpoint_folder.MANIFEST).read_text()[:-20])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_damaged_one_is_named_and_the_last_good_one_used(tmp_path, damage, wor
     write(tmp_path, 2)
     damage(write(tmp_path, 4))
     told = []
-    assert checkpoint_folder.newest_sound(tmp_path, warn=told.append) == tmp_path / "step-000002"
+    assert checkpoint_folder.latest_valid(tmp_path, warn=told.append) == tmp_path / "step-000002"
     assert len(told) == 1
     assert "step-000004" in told[0]
     assert words in told[0]
@@ -76,21 +76,21 @@ def test_if_none_is_sound_each_fault_is_told(tmp_path):
     cut(write(tmp_path, 2))
     remove(write(tmp_path, 4))
     with pytest.raises(CheckpointError, match=r"no checkpoint is sound: step-000004: .*missing; step-000002: .*bytes"):
-        checkpoint_folder.newest_sound(tmp_path, warn=lambda _: None)
+        checkpoint_folder.latest_valid(tmp_path, warn=lambda _: None)
 
 
 def test_one_that_is_being_written_is_not_there_yet(tmp_path):
     write(tmp_path, 2)
     (checkpoint_folder.begin(tmp_path, 4) / "weights.distcp").write_bytes(b"half")
-    assert checkpoint_folder.newest_sound(tmp_path) == tmp_path / "step-000002"
+    assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000002"
     assert write(tmp_path, 4).name == "step-000004"  # what was left of the first attempt is not in the way
-    assert checkpoint_folder.fault(tmp_path / "step-000004") is None
+    assert checkpoint_folder.find_damage(tmp_path / "step-000004") is None
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_no_checkpoint_is_no_fault(tmp_path):
-    assert checkpoint_folder.newest_sound(tmp_path / "none") is None
+    assert checkpoint_folder.latest_valid(tmp_path / "none") is None
     (tmp_path / "final").mkdir()
-    assert checkpoint_folder.newest_sound(tmp_path) is None
+    assert checkpoint_folder.latest_valid(tmp_path) is None
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         checkpoint_folder.step_of(tmp_path / "final")

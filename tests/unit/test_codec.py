@@ -45,7 +45,7 @@ def make_trajectory(rng, prompt_ids, cuts, spec=None, per_segment=False, name="t
         reward=float(rng.normal()),
         finish_reason="length",
         routed_experts=routing(p + g - 1) if spec else None,
-        routing=spec,
+        routing_spec=spec,
     )
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import default_of, leaves, load, parse_overrides, to_yaml, validate
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
 
 MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}

@@ -4,10 +4,10 @@ import asyncio
 
 import numpy as np
 import pytest
-from test_rollout_worker import ListQueue, ScriptedEngine, sampled, worker
 
 from async_rl.errors import EngineError, RewardError
 from async_rl.types import Prompt
+from tests.unit.test_rollout_worker import ListQueue, ScriptedEngine, sampled, worker
 
 PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) for n in range(3)]
 

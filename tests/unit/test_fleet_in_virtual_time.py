@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import Fleet
+
+from tests.support.simulation import Fleet
 
 
 @given(

@@ -5,14 +5,14 @@ import re
 
 import numpy as np
 import pytest
-from fuzzing import assert_readable, assert_sound, changed_bytes, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_codec import small_group
 
-from async_rl.errors import DatasetError
 from async_rl.data.prompts import Dataset, read_jsonl
+from async_rl.errors import DatasetError
 from async_rl.types import Group, Prompt
+from tests.support.fuzzing import assert_readable, assert_sound, changed_bytes, fuzz
+from tests.unit.test_codec import small_group
 
 
 def encode_text(text):

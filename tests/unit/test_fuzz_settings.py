@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import assert_readable, changed_bytes, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import leaves, load, parse_overrides, to_yaml
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
+from tests.support.fuzzing import assert_readable, changed_bytes, fuzz
 
 TINY_MOE = (Path(__file__).parents[2] / "configs/tiny_moe.yaml").read_text()
 KEYS = [key for key, _ in leaves()]

@@ -7,13 +7,13 @@ import tracemalloc
 import msgpack
 import pytest
 import xxhash
-from fuzzing import assert_readable, assert_sound, changed_bytes, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_codec import groups, seal, small_group, unseal
 
 from async_rl.errors import WireError
 from async_rl.queue.codec import SCHEMA_VERSION, decode, encode
+from tests.support.fuzzing import assert_readable, assert_sound, changed_bytes, fuzz
+from tests.unit.test_codec import groups, seal, small_group, unseal
 
 # What msgpack's packer would not write. A string of the table that is one of these names is replaced by the bytes.
 RAW = {f"<lists {n}>": b"\x91" * n + b"\xc0" for n in (100, 600, 1015, 1022, 3000)}

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-from step_records import step_record
 
 from async_rl.config.loading import validate
 from async_rl.errors import RunFolderError
 from async_rl.observe import history
 from async_rl.runtime.runfolder import RunFolder
+from tests.support.step_records import step_record
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def group(seed, n=3, policy="replace", dense=False):
             prompt.token_ids,
             max_response_tokens=LIMIT,
             eos_token_id=STOP,
-            routing=None if dense else ROUTING,
+            routing_spec=None if dense else ROUTING,
             policy=policy,
         )
         for call in range(calls):

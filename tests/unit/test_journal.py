@@ -9,13 +9,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulation import cursor
 
 from async_rl.errors import QueueError
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
-from async_rl.queue.actor import QueueActor
 from async_rl.queue.records import GroupMeta
+from tests.support.simulation import cursor
 
 
 class Crash(Exception):

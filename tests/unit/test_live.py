@@ -8,10 +8,10 @@ import sys
 import threading
 
 import pytest
-from step_records import step_record
 
 from async_rl.metrics.live import LiveView, step_line, time_left
 from async_rl.metrics.summary import SyncRecord
+from tests.support.step_records import step_record
 
 SYNC = SyncRecord(policy_version=7, seconds=0.061, canary=2e-7)
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import structlog.testing
-from step_records import step_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from async_rl.errors import ConfigError
 from async_rl.metrics import loggers as loggers_module
 from async_rl.metrics.loggers import Loggers, open_loggers, scalars
+from tests.support.step_records import step_record
 
 ROWS = [step_record(step=step, time=1.8e9 + step, reward_mean=step / 10).row() for step in (1, 2, 3)]
 
@@ -98,7 +98,7 @@ def alive(marker):
 
 # In a process of its own: wandb starts another one, and both are to be gone.
 OFFLINE = """
-import sys; from pathlib import Path; from step_records import step_record
+import sys; from pathlib import Path; from tests.support.step_records import step_record
 from async_rl.metrics.loggers import open_loggers
 loggers = open_loggers(["wandb"], Path(sys.argv[1]), {"seed": 5})
 for step in (1, 2, 3):

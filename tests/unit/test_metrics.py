@@ -13,13 +13,13 @@ import pytest
 import structlog.testing
 from prometheus_client import REGISTRY, Counter, enable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from step_records import step_record
 
 from async_rl.errors import ResourceError
 from async_rl.metrics import publish
 from async_rl.metrics.declared import METRICS, PREFIX, series_key
 from async_rl.metrics.exporter import MAX_SERIES, Metrics, UndeclaredMetric
 from async_rl.metrics.summary import GroupCounts, SyncRecord
+from tests.support.step_records import step_record
 
 # The contract with dashboards: these names stay.
 CONTRACT = [

@@ -7,8 +7,8 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import ModelError
 from async_rl.models.config import LatentAttention, Yarn, check_run, checkpoint_shards, read_model_config, routing_spec
-from async_rl.types import RoutingSpec
 from async_rl.models.names import ignored
+from async_rl.types import RoutingSpec
 
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -46,7 +46,7 @@ def test_reads_a_moe_and_a_dense_model(tmp_path):
     assert model.rope_theta == 1e6
     assert routing_spec(tmp_path / "moe") == RoutingSpec(num_moe_layers=4, top_k=2, num_experts=8)
     dense = read_model_config(folder(tmp_path / "dense", base=DENSE))
-    assert (dense.num_experts, dense.moe_layers, dense.routing) == (0, (), None)
+    assert (dense.num_experts, dense.moe_layers, dense.routing_spec) == (0, (), None)
 
 
 def test_reads_both_spellings_of_transformers_4_and_5(tmp_path):
@@ -208,7 +208,7 @@ def test_reads_moonlight_and_deepseek_v3(tmp_path):
     assert moonlight.moe_layers == tuple(range(1, 27))
     assert (moonlight.score_function, moonlight.expert_bias, moonlight.scaling) == ("sigmoid", True, 2.446)
     assert (moonlight.num_groups, moonlight.group_top_k, moonlight.shared_intermediate_size) == (0, 0, 2816)
-    assert moonlight.routing == RoutingSpec(num_moe_layers=26, top_k=6, num_experts=64)
+    assert moonlight.routing_spec == RoutingSpec(num_moe_layers=26, top_k=6, num_experts=64)
     deepseek = read_model_config(folder(tmp_path / "deepseek", base=DEEPSEEK_V3))
     assert deepseek.latent == LatentAttention(1536, 512, 128, 64, 128, Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0))
     assert (deepseek.num_groups, deepseek.group_top_k, deepseek.extra_layers) == (8, 4, 1)

@@ -37,11 +37,11 @@ def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
         reward=0.5,
         finish_reason="stop",
         routed_experts=np.zeros((prompt + response - 1, 2, 1), np.uint8),
-        routing=RoutingSpec(2, 1, 4),
+        routing_spec=RoutingSpec(2, 1, 4),
     )
 
 
-def sample(n, seed=0, routing=None):
+def sample(n, seed=0, routed_experts=None):
     rng = np.random.default_rng([seed, n])
     return Sample(
         name=f"s{n}",
@@ -52,7 +52,7 @@ def sample(n, seed=0, routing=None):
         versions=rng.integers(0, 5, n - 1).astype(np.int32),
         advantages=rng.random(n - 1).astype(np.float32),
         resume_position=rng.integers(0, 4, n - 1).astype(np.int8),
-        routing=routing,
+        routed_experts=routed_experts,
     )
 
 
@@ -92,7 +92,7 @@ def multi_turn():
         reward=1.0,
         finish_reason="stop",
         routed_experts=rows[8],
-        routing=RoutingSpec(2, 1, 4),
+        routing_spec=RoutingSpec(2, 1, 4),
     ), rows
 
 
@@ -110,7 +110,7 @@ def test_exact_trains_each_segment_in_the_context_it_was_sampled_in(oldest, segm
     assert len(views) == segments
     for view, segment in zip(views, one.segments[-segments:], strict=True):
         assert view.token_ids.tolist() == [40, 41, 42, *range(segment.stop)]
-        np.testing.assert_array_equal(view.routing, rows[segment.stop])
+        np.testing.assert_array_equal(view.routed_experts, rows[segment.stop])
         assert view.token_ids[1:][view.loss_mask].tolist() == list(range(segment.start, segment.stop))
         assert view.logprobs[view.loss_mask].tolist() == one.logprobs[segment.start : segment.stop].tolist()
 
@@ -190,20 +190,20 @@ def test_pack_lays_sequences_back_to_back_without_padding():
         assert batch.position_ids[start:stop].tolist() == list(range(stop - start))
         for name in ("loss_mask", "logprobs", "versions", "advantages", "resume_position"):
             assert getattr(batch, name)[start:stop].tolist() == getattr(original, name).tolist()
-    assert batch.routing is None
+    assert batch.routed_experts is None
     assert batch.proximal is None
 
 
 def test_each_sequence_is_padded_at_its_end_where_a_layout_wants_it():
     spec = RoutingSpec(2, 2, 16)
-    samples = [sample(n, routing=np.full((n - 1, 2, 2), n, np.int32)) for n in (4, 9)]
+    samples = [sample(n, routed_experts=np.full((n - 1, 2, 2), n, np.int32)) for n in (4, 9)]
     (batch,) = pack(samples, 100, spec, sequence_multiple=4, multiple=8)
     assert batch.cu_seqlens.tolist() == [0, 4, 12, 16]
     assert batch.loss_mask[[3, 12, 13, 14, 15]].tolist() == [False] * 5
     assert batch.position_ids.tolist() == [0, 1, 2, 3, *range(8), 0, 1, 2, 3]
     assert batch.padding == 5
-    np.testing.assert_array_equal(batch.routing[3], spread_rows(16, spec)[3])
-    assert (batch.routing[4:12] == 9).all()
+    np.testing.assert_array_equal(batch.routed_experts[3], spread_rows(16, spec)[3])
+    assert (batch.routed_experts[4:12] == 9).all()
     assert [part.tolist() for part in unpack([batch.labels], [batch], 2)] == [s.token_ids[1:].tolist() for s in samples]
 
 
@@ -212,15 +212,15 @@ def test_a_filler_is_padding_alone():
     filler = Packer(100, spec, sequence_multiple=4, multiple=8).filler()
     assert len(filler) == filler.padding == 8
     assert not filler.loss_mask.any()
-    np.testing.assert_array_equal(filler.routing, spread_rows(8, spec))
+    np.testing.assert_array_equal(filler.routed_experts, spread_rows(8, spec))
 
 
 def test_a_sample_without_routing_gets_rows_for_the_native_router_and_is_counted():
-    routed = sample(5, routing=np.arange(16).reshape(4, 2, 2).astype(np.int32))
-    (batch,) = pack([routed, sample(4)], budget=100, routing=RoutingSpec(2, 2, 16))
-    assert batch.routing.shape == (7, 2, 2)
-    assert batch.routing[:4].tolist() == routed.routing.tolist()
-    assert (batch.routing[4:] == NO_ROUTING).all()
+    routed = sample(5, routed_experts=np.arange(16).reshape(4, 2, 2).astype(np.int32))
+    (batch,) = pack([routed, sample(4)], budget=100, routing_spec=RoutingSpec(2, 2, 16))
+    assert batch.routed_experts.shape == (7, 2, 2)
+    assert batch.routed_experts[:4].tolist() == routed.routed_experts.tolist()
+    assert (batch.routed_experts[4:] == NO_ROUTING).all()
     assert rows_without_routing(batch) == 3
 
 
@@ -234,10 +234,10 @@ def test_padding_is_a_sequence_of_its_own_that_belongs_to_no_sample(multiple):
         assert len(b) - len(a) < multiple
         assert a.samples == b.samples
         assert b.cu_seqlens[-1] == len(b)
-        for name in ("token_ids", "labels", "loss_mask", "logprobs", "position_ids", "routing"):
+        for name in ("token_ids", "labels", "loss_mask", "logprobs", "position_ids", "routed_experts"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[: len(a)])
         assert not b.loss_mask[len(a) :].any()
-        np.testing.assert_array_equal(b.routing[len(a) :], spread_rows(len(b), spec)[len(a) :])
+        np.testing.assert_array_equal(b.routed_experts[len(a) :], spread_rows(len(b), spec)[len(a) :])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
 PROMPT = np.array([5, 9, 7, 4], dtype=np.int32)
 
 
-def begin(limit=20, routing=SPEC, eos=EOS):
-    return PartialRollout.begin("g.0/0", PROMPT, max_response_tokens=limit, eos_token_id=eos, routing=routing)
+def begin(limit=20, routing_spec=SPEC, eos=EOS):
+    return PartialRollout.begin("g.0/0", PROMPT, max_response_tokens=limit, eos_token_id=eos, routing_spec=routing_spec)
 
 
 def row(tokens, position, salt=0):
@@ -204,14 +204,14 @@ def test_only_a_turn_that_stopped_can_be_answered_and_only_with_tokens():
 
 def test_routing_for_a_dense_model_is_refused():
     with pytest.raises(InvalidTrajectory, match="returned routing, and the model has no MoE layer"):
-        begin(routing=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
+        begin(routing_spec=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
 
 
 def test_a_dense_model_has_no_routing():
-    partial = begin(routing=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], routing=False, finish="stop"))
+    partial = begin(routing_spec=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], routing=False, finish="stop"))
     trajectory = partial.to_trajectory(1.0)
     assert trajectory.routed_experts is None
-    assert trajectory.routing is None
+    assert trajectory.routing_spec is None
 
 
 def test_concatenated_routing_is_refused():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from async_rl.driver.cluster import place
 from async_rl.config.loading import validate
+from async_rl.driver.cluster import place
 
 
 def config(**resources):

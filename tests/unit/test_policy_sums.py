@@ -88,7 +88,7 @@ def test_sums_of_two_halves_add_up_to_the_whole():
     for part in (slice(0, 13), slice(13, T)):
         arguments = [array[part] for array in (current, behaviour, advantages, mask, staleness)]
         total.add(sums_of(*arguments, resume_position=position[part]))
-    for name in ("loss", "sums", "max_abs_diff", "routing"):
+    for name in ("loss", "sums", "max_abs_diff", "replayed_choices"):
         torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.errors import DatasetError
 from async_rl.data.prompts import Dataset, DatasetCursor, Row, read_jsonl
+from async_rl.errors import DatasetError
 
 
 def encode(text: str) -> list[int]:

@@ -5,10 +5,10 @@ import contextlib
 import itertools
 
 import pytest
-from queue_parts import Source, make_broker, meta
 
 from async_rl.errors import QueueClosed, QueueError, UnknownGroup
 from async_rl.queue.actor import QueueActor
+from tests.support.queue_parts import Source, make_broker, meta
 
 
 def make_actor(rows=1000, **settings):

@@ -10,12 +10,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from async_rl.driver import checkpoint
 from async_rl.config.schema import RecoverySection
+from async_rl.driver import checkpoint
+from async_rl.driver.checkpoint import RunState
+from async_rl.driver.restarts import Restarts
 from async_rl.errors import CheckpointError
 from async_rl.metrics.summary import Summary, SyncRecord, Totals
-from async_rl.driver.restarts import Restarts
-from async_rl.driver.checkpoint import RunState
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():

@@ -103,7 +103,7 @@ def test_sums_are_reported_by_staleness_and_by_resume_position():
         for name, value in (("tokens", tokens), ("kl", kl), ("abs_diff", difference)):
             sums.sums[(*cell, SUMS.index(name))] = value
         sums.max_abs_diff[cell] = largest
-    sums.routing += torch.tensor([40.0, 10.0])
+    sums.replayed_choices += torch.tensor([40.0, 10.0])
     result = reported(sums)
     assert result.router_disagreement == 0.25
     assert result.agreement == TokenAgreement(tokens=25, kl=3 / 25, abs_mean=7 / 25, abs_max=0.7)

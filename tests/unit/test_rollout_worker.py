@@ -25,7 +25,7 @@ class ScriptedEngine:
     A row of routing tells the version that computed it: experts [v % 4, (v + 1) % 4] in each layer.
     """
 
-    routing = ROUTING
+    routing_spec = ROUTING
     stop_token_ids = frozenset({EOS})
 
     def __init__(self, length: int = 12) -> None:

@@ -68,7 +68,7 @@ turns = st.lists(
 def play(engine, policy, plan):
     """The finished trajectory, and (call, tokens in all when it ended) of each call that sampled something."""
     partial = PartialRollout.begin(
-        "g.0/0", PROMPT, max_response_tokens=200, eos_token_id=EOS, routing=engine.spec, policy=policy
+        "g.0/0", PROMPT, max_response_tokens=200, eos_token_id=EOS, routing_spec=engine.spec, policy=policy
     )
     calls, number = [], 0
     for turn, (counts, answer) in enumerate(plan):
@@ -117,7 +117,7 @@ def test_exact_has_the_rows_of_its_own_call_for_each_segment(engine, plan):
     views = samples_of(trajectory, advantage=1.0, oldest_version=0, per_segment=True)
     assert len(views) == len(calls)
     for view, (number, total) in zip(views, calls, strict=True):
-        np.testing.assert_array_equal(view.routing, engine.moe_rows(number, 0, total - 1))
+        np.testing.assert_array_equal(view.routed_experts, engine.moe_rows(number, 0, total - 1))
         assert len(view.token_ids) == total
 
 
@@ -158,7 +158,7 @@ def test_exact_gives_each_segment_of_a_call_no_more_rows_than_its_own_tokens_nee
 def test_a_full_array_where_only_new_rows_were_asked_for_is_refused_and_so_is_the_reverse(policy):
     engine = Engine(3, (1, 2), 8, 2)
     begin = PartialRollout.begin(
-        "g.0/0", PROMPT, max_response_tokens=50, eos_token_id=EOS, routing=engine.spec, policy=policy
+        "g.0/0", PROMPT, max_response_tokens=50, eos_token_id=EOS, routing_spec=engine.spec, policy=policy
     )
     first = begin.absorb(engine.call(0, begin.next_request(), [20, 21], "abort"))
     request = first.next_request()

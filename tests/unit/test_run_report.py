@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from step_records import step_record
 
 from async_rl.errors import RunFolderError
 from async_rl.observe import figures, spans
 from async_rl.observe.report import write_report
 from async_rl.observe.trace import write_trace
+from tests.support.step_records import step_record
 
 NOW = 1_800_000_000.0
 SYNC = {"total": 0.1, "pause": 0.02, "transfer": 0.08}

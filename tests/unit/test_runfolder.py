@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_rl.runtime import runfolder
 from async_rl.config.loading import load, validate
 from async_rl.errors import ConfigError
+from async_rl.runtime import runfolder
 from async_rl.runtime.runfolder import RunFolder, to_json
 
 

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from step_records import step_record
 
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.summary import GroupCounts, Summary, SyncRecord, TokenAgreement, Totals
 from async_rl.runtime.runfolder import to_json
+from tests.support.step_records import step_record
 
 KEYS = {
     "steps": None,

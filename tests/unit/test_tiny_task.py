@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from async_rl.data.prompts import read_jsonl
-from async_rl.rollout.rewards.text import exact_match
-from async_rl.demo import task
-from async_rl.demo import warmup
+from async_rl.demo import task, warmup
 from async_rl.demo.tokenizer import CHARACTERS, EOS, TOKENS
+from async_rl.rollout.rewards.text import exact_match
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def trajectory():
         reward=0.0,
         finish_reason="stop",
         routed_experts=rows(8),
-        routing=SPEC,
+        routing_spec=SPEC,
     )
 
 
@@ -61,7 +61,10 @@ def changed(name, index, value):
         ({"segments": (Segment(0, 2, 3), Segment(2, 2, 4), Segment(2, 6, 4))}, "does not follow token 2"),
         ({"segments": (Segment(0, 2, 3), Segment(2, 4, -1), Segment(5, 6, 4))}, "is of version -1"),
         ({"routed_experts": rows(9)}, r"shape \(9, 2, 1\), expected \(8, 2, 1\)"),
-        ({"routed_experts": None, "routing": None}, r"segment \[0, 2\) has routed_experts, the trajectory has none"),
+        (
+            {"routed_experts": None, "routing_spec": None},
+            r"segment \[0, 2\) has routed_experts, the trajectory has none",
+        ),
         (
             {"segments": (Segment(0, 2, 3, rows(5)), Segment(2, 4, 4), Segment(5, 6, 4))},
             r"segment \[0, 2\): routed_experts has shape \(5, 2, 1\), expected \(4, 2, 1\)",

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
-from step_records import step_record
 
 from async_rl.errors import RunFolderError
 from async_rl.observe.watch import RECENT, Curve, Story, picture, watch
+from tests.support.step_records import step_record
 
 NOW = 1_800_000_100.0
 

@@ -59,7 +59,7 @@ class RolloutEngine(Protocol):
     """
 
     @property
-    def routing(self) -> RoutingSpec | None:
+    def routing_spec(self) -> RoutingSpec | None:
         """Layout of routed experts; None for a dense model, and where rollout.return_routed_experts is off."""
 
     @property

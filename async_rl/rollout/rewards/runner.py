@@ -13,8 +13,8 @@ from asyncio_throttle.throttler import Throttler
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import load_reward
-from async_rl.types import Prompt
 from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable
+from async_rl.types import Prompt
 
 
 class RewardRunner:

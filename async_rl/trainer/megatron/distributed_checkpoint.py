@@ -12,16 +12,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import to_yaml
+from async_rl.config.schema import RunConfig
 from async_rl.errors import CheckpointError
 from async_rl.models.config import ModelConfig
 from async_rl.runtime.process import release_freed_memory
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.optimizer import Optimizer, ShardedState
-from async_rl.trainer.parallel import Place
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.megatron.writers import threads_write
+from async_rl.trainer.parallel import Place
 
 
 class DistributedCheckpoint:

@@ -19,13 +19,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from async_rl.trainer.megatron import platform
 from async_rl.trainer import packing
+from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.model import packed
-from async_rl.trainer.packing import Microbatch
-from async_rl.trainer.parallel import Place, context_rows
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.megatron.replay import RoutingReplay
+from async_rl.trainer.packing import Microbatch
+from async_rl.trainer.parallel import Place, context_rows
 
 # Of the positions of a microbatch that this rank's attention sees, [T / cp], by name; see packing.BY_POSITION.
 Tensors = dict[str, torch.Tensor]
@@ -130,11 +130,13 @@ class Executor:
             index, batch = next(iterator)
             number = chunk_of[id(chunk)]
             tensors = self._to_device(batch)
-            routing = None if batch.routing is None else torch.from_numpy(batch.routing).to(self._device)
+            routed_experts = (
+                None if batch.routed_experts is None else torch.from_numpy(batch.routed_experts).to(self._device)
+            )
             # A forward pass alone is a probe, or prepares what training then replays.
-            compare = routing is not None and not forward_only
+            compare = routed_experts is not None and not forward_only
             compared = torch.from_numpy(batch.of_samples).to(self._device) if compare else None
-            self._replay.before_forward(routing, batch.cu_seqlens, number, compared)
+            self._replay.before_forward(routed_experts, batch.cu_seqlens, number, compared)
             logits = chunk(
                 input_ids=tensors["token_ids"].unsqueeze(0),
                 position_ids=tensors["position_ids"].unsqueeze(0),

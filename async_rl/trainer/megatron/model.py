@@ -21,11 +21,11 @@ from safetensors import safe_open
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
+from async_rl.models import names
 from async_rl.models.config import LatentAttention, ModelConfig, checkpoint_shards
 from async_rl.trainer.megatron import platform
-from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
 from async_rl.trainer.megatron.platform import Device
-from async_rl.models import names
+from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from async_rl.config.schema import OptimizerSection
 from async_rl.errors import ResourceError, TrainerError
-from async_rl.trainer.parallel import Place, world_size
 from async_rl.models.names import Layout
+from async_rl.trainer.parallel import Place, world_size
 
 if TYPE_CHECKING:
     from async_rl.trainer.megatron.optimizer import Optimizer

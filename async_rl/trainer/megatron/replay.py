@@ -27,28 +27,28 @@ from async_rl.trainer.parallel import Int64Array, Place, replayed
 from async_rl.types import ExpertIds, Int32Array, RoutingSpec
 
 
-def check_rows(name: str, routing: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
-    """Raise ReplayError unless ``routing`` is [rows, L, K] and each row is NO_ROUTING or K distinct experts below E."""
+def check_rows(name: str, routed_experts: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
+    """Raise ReplayError unless ``routed_experts`` is [rows, L, K]: rows of NO_ROUTING or K distinct experts."""
     expected = (rows, spec.num_moe_layers, spec.top_k)
-    if routing.shape != expected:
-        raise ReplayError(f"{name}: routing has shape {routing.shape}, the model needs {expected}")
-    if routing.size == 0:
+    if routed_experts.shape != expected:
+        raise ReplayError(f"{name}: routed_experts has shape {routed_experts.shape}, the model needs {expected}")
+    if routed_experts.size == 0:
         return
-    absent = (routing == NO_ROUTING).all(axis=-1)
-    outside = ((routing < 0) | (routing >= spec.num_experts)).any(axis=-1) & ~absent
+    absent = (routed_experts == NO_ROUTING).all(axis=-1)
+    outside = ((routed_experts < 0) | (routed_experts >= spec.num_experts)).any(axis=-1) & ~absent
     if outside.any():
         row, layer = (int(i) for i in np.argwhere(outside)[0])
         raise ReplayError(
-            f"{name}: row {row}, MoE layer {layer}: experts {routing[row, layer].tolist()}, "
+            f"{name}: row {row}, MoE layer {layer}: experts {routed_experts[row, layer].tolist()}, "
             f"the model has 0 to {spec.num_experts - 1}"
         )
-    ordered = np.sort(routing, axis=-1)
+    ordered = np.sort(routed_experts, axis=-1)
     repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~absent
     if repeated.any():
         row, layer = (int(i) for i in np.argwhere(repeated)[0])
         raise ReplayError(
-            f"{name}: row {row}, MoE layer {layer}: expert repeated in {routing[row, layer].tolist()}; "
-            "padding or a prefix without routing has been taken for routing"
+            f"{name}: row {row}, MoE layer {layer}: expert repeated in {routed_experts[row, layer].tolist()}; "
+            "padding or a prefix without routing has been taken for routed experts"
         )
 
 
@@ -160,21 +160,21 @@ class RoutingReplay:
 
     def before_forward(
         self,
-        routing: torch.Tensor | None,
+        routed_experts: torch.Tensor | None,
         cu_seqlens: Int32Array,
         chunk: int = 0,
         compared: torch.Tensor | None = None,
     ) -> None:
-        """Arm a chunk's next forward pass with its share of a microbatch's routing int[T, L, K].
+        """Arm a chunk's next forward pass with its share of a microbatch's routed_experts int[T, L, K].
 
         compared: bool[T], the rows to count in ``take_disagreement``.
         """
         if self._recording:
             self._act(chunk, RouterReplayAction.RECORD)
-        elif routing is not None:
+        elif routed_experts is not None:
             rows, _ = self._share(cu_seqlens, chunk)
-            index = torch.from_numpy(rows).to(routing.device)
-            share = routing[index].long()
+            index = torch.from_numpy(rows).to(routed_experts.device)
+            share = routed_experts[index].long()
             counted = None if compared is None else compared[index]
             for layer, router in self._routers[chunk]:
                 router.router_replay.set_target_indices(share[:, layer])

@@ -16,8 +16,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from async_rl.config.schema import RunConfig
-from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 
 
 class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]

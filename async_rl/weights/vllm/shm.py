@@ -24,10 +24,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from async_rl.errors import WeightSyncError
-from async_rl.models.config import read_model_config
 from async_rl.models import names
-from async_rl.weights.vllm.moe_repack import forget_moe_kernels
+from async_rl.models.config import read_model_config
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
+from async_rl.weights.vllm.moe_repack import forget_moe_kernels
 
 
 @dataclass

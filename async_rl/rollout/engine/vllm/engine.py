@@ -28,10 +28,10 @@ import numpy as np
 from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
-from async_rl.runtime.process import starting_on
-from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.routing_policies import moe_columns
+from async_rl.runtime.process import starting_on
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class VllmEngine:
         self._push_failed: str | None = None
 
     @property
-    def routing(self) -> RoutingSpec | None:
-        return self._model.routing if self._config.rollout.return_routed_experts else None
+    def routing_spec(self) -> RoutingSpec | None:
+        return self._model.routing_spec if self._config.rollout.return_routed_experts else None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -240,7 +240,7 @@ class VllmEngine:
         return [None if rows is None else np.asarray(rows, dtype=np.float32)[:, :-1] for rows in seen]
 
     def _columns(self, routed: Any, rows: int | None = None) -> ExpertIds | None:
-        if self.routing is None:
+        if self.routing_spec is None:
             return None
         if routed is None:
             raise EngineError(

@@ -64,7 +64,7 @@ def on_cpu(config: RunConfig) -> bool:
 def _eager(config: RunConfig, model: ModelConfig) -> bool:
     # Compiled for a CPU, vLLM 0.30 traces the model before the capture of routed experts is hooked in, and then
     # returns all-zero routing. On a GPU the MoE layer is one opaque operator, and capture happens inside it.
-    return config.rollout.enforce_eager or (on_cpu(config) and model.routing is not None)
+    return config.rollout.enforce_eager or (on_cpu(config) and model.routing_spec is not None)
 
 
 def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
@@ -90,7 +90,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         enforce_eager=_eager(config, model),
         enable_prefix_caching=True,
-        enable_return_routed_experts=model.routing is not None and config.rollout.return_routed_experts,
+        enable_return_routed_experts=model.routing_spec is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ranks import run_config
 
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.ranks import run_config
 
 # Layer 1 is dense: a shift between layers and MoE layers would show.
 SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=6)
@@ -129,7 +129,7 @@ def make_groups(count=3, n=3, version=4, routing=True, seed=0, epoch=0):
                     reward=float(rng.random()),
                     finish_reason="stop",
                     routed_experts=random_rows(6 + length - 1, seed + 100 * g + t) if routing else None,
-                    routing=SPEC if routing else None,
+                    routing_spec=SPEC if routing else None,
                 )
             )
         groups.append(Group(f"{epoch}-{g}.0", prompt, tuple(trajectories)))

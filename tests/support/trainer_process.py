@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from engine_checkpoint import engine_config
+
+from tests.support.engine_checkpoint import engine_config
 
 _trainer: Any = None
 

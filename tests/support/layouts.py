@@ -3,10 +3,10 @@
 from itertools import pairwise
 
 import numpy as np
-from ranks import run_config
 
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.ranks import run_config
 
 # Layer 1 is dense: a shift between layers and MoE layers would show.
 SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
@@ -81,7 +81,7 @@ def make_groups(count=6, n=3, seed=0):
                     reward=float(rng.random()),
                     finish_reason="stop",
                     routed_experts=random_rows(len(prompt.token_ids) + length - 1, rng) if routed else None,
-                    routing=SPEC if routed else None,
+                    routing_spec=SPEC if routed else None,
                 )
             )
         groups.append(Group(f"{seed}-{g}.0", prompt, tuple(trajectories)))

@@ -11,10 +11,10 @@ from collections import Counter, deque
 
 import numpy as np
 
+from async_rl.data.prompts import Dataset, DatasetCursor, Row
 from async_rl.queue.broker import Broker
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import window_limit
-from async_rl.data.prompts import Dataset, DatasetCursor, Row
 
 TOKENS = np.zeros(1, dtype=np.int32)
 

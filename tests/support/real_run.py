@@ -16,7 +16,7 @@ import yaml
 # README promises that nothing is left this long after any exit.
 CLEAN_WITHIN_S = 15
 RUN_LIMIT_S = 300
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_model(folder: Path) -> Path:
@@ -74,8 +74,8 @@ class Run:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=folder,
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join([str(HERE / "integration"), os.environ.get("PYTHONPATH", "")])},
+            # For the rewards and environments in tests.support.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
         self._seen: dict[tuple[int, float], psutil.Process] = {}
         self._watcher = threading.Thread(target=self._watch, daemon=True)

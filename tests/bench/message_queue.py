@@ -14,10 +14,6 @@ object:
 
 from __future__ import annotations
 
-import sys
-
-sys.path.pop(0)  # this folder: here, "import queue" of any library would find this very file
-
 import asyncio
 import json
 import statistics
@@ -26,10 +22,10 @@ import time
 import numpy as np
 import ray
 
+from async_rl.queue.actor import MAX_CONCURRENCY, QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.client import QueueClient
 from async_rl.queue.codec import encode
-from async_rl.queue.actor import MAX_CONCURRENCY, QueueActor
 from async_rl.queue.records import GroupMeta, Ticket
 from async_rl.types import Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
 
@@ -70,7 +66,7 @@ def make_message(seed: int) -> np.ndarray:
         reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, SPEC.num_experts, shape, dtype=np.uint8),
-        routing=SPEC,
+        routing_spec=SPEC,
     )
     return encode(Group("0-1.0", prompt, (trajectory,)))
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_rl.config.schema import RunConfig
 from async_rl.config.loading import validate
+from async_rl.config.schema import RunConfig
 from async_rl.runtime.process import begin_run, mark_semaphores, remove_semaphores
 
 if TYPE_CHECKING:

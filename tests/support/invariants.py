@@ -4,9 +4,9 @@ import functools
 import json
 
 from async_rl.config.loading import load
-from async_rl.queue.journal import FileJournal
-from async_rl.queue.actor import QueueActor, build_broker
 from async_rl.data.prompts import DatasetCursor, read_jsonl
+from async_rl.queue.actor import QueueActor, build_broker
+from async_rl.queue.journal import FileJournal
 
 
 def check(run, tmp_path, journal=None) -> None:

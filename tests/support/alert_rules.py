@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from async_rl.metrics.declared import series_key
 from async_rl.metrics.exporter import Metrics
 
-FOLDER = Path(__file__).parents[1] / "dashboards" / "prometheus"
+FOLDER = Path(__file__).parents[2] / "dashboards" / "prometheus"
 LABELS = {"run": "r", "role": "pipeline", "replica": "0"}
 
 
