@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ from typing import Any
 import ray
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver.cluster import Placement, start_rollout_worker, start_trainers
+from async_rl.driver.cluster import Placement
 from async_rl.errors import TrainerDied
+from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.worker import WorkerStats
 from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
+from async_rl.trainer.actor import TrainerActor
+from async_rl.trainer.parallel import world_size
 
 # Ranks compute together: when one dies the others fail, or wait for it for ever. This long after the first failure it
 # is known whether a process has died.
 _VERDICT_S = 5.0
+# Ray's own default for asynchronous actors, written down: ``run`` and every probe and push share the one event loop.
+_MAX_CONCURRENT_CALLS = 1000
+
+
+# oneDNN keeps what it generated for each shape of a matrix product, 1024 of them by default, some hundred KiB each: an
+# engine grows by 300 MiB within minutes. More than one step needs is of no use, as shapes hardly ever come again.
+_ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
 class TrainerRanks:
@@ -128,3 +139,49 @@ def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
     of_the_moment = {"replica", "version", "running_trajectories"}
     names = [field.name for field in dataclasses.fields(stats) if field.name not in of_the_moment]
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
+
+
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement: Placement) -> Any:
+    """The actor of one replica; its engine is not started yet. ``queue``: the queue's actor."""
+    return (
+        ray.remote(RolloutActor)
+        .options(
+            num_cpus=0,
+            num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
+            max_concurrency=_MAX_CONCURRENT_CALLS,
+            runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
+        )
+        .remote(config, replica, queue, placement.engines[replica])
+    )
+
+
+def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
+    """One actor per rank of trainer.parallel; their models are not built yet."""
+    ranks = world_size(config.trainer.parallel)
+    init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
+    return [
+        ray.remote(TrainerActor)
+        .options(
+            num_cpus=0,
+            num_gpus=1 if config.resources.device == "cuda" else 0,
+            runtime_env={"env_vars": _process_environment(config.resources.trainer_threads)},
+        )
+        .remote(config, rank, init_method, cores)
+        for rank, cores in enumerate(placement.trainers)
+    ]
+
+
+def _process_environment(threads: int) -> dict[str, str]:
+    """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
+    return _ONEDNN_CACHE | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -15,8 +15,8 @@ import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.checkpoint import RunState
-from async_rl.driver.cluster import serve_metrics
 from async_rl.driver.watchdog import Situation, Watchdog, waiting_for
+from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.loggers import open_loggers
 from async_rl.metrics.publish import publish_groups, publish_start, publish_step, publish_sync

@@ -34,6 +34,7 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.declared import METRICS, MetricSpec
 from async_rl.runtime.runfolder import ALL_TARGETS, TARGETS, write_atomically
@@ -256,6 +257,14 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Metrics:
+    """This process's /metrics, on the ``order``-th port from metrics.port, or a free one where that is 0."""
+    metrics = Metrics(role, run=config.name, replica=replica)
+    port = config.metrics.port + order if config.metrics.port else 0
+    metrics.serve(config.metrics.host, port, config.run_dir)
+    return metrics
 
 
 def _text_of(registry: CollectorRegistry) -> Callable[[Any, Any], list[bytes]]:
