@@ -128,10 +128,10 @@ class Recorder:
 
     # -- what happens -------------------------------------------------------------------------------------------
 
-    def event(self, text: str) -> None:
-        """Show it, and keep it in the log."""
-        log.info(text)
-        self._live.event(text)
+    def event(self, event: str, **fields: Any) -> None:
+        """Log an event of the run by its constant name and fields, and show it in the live view."""
+        log.info(event, **fields)
+        self._live.event(event, **fields)
 
     def ray(self, exporters: Sequence[str]) -> None:
         """Where Ray serves its own metrics, host:port each."""

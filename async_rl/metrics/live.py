@@ -67,13 +67,16 @@ class LiveView:
         self._evals.append(reward_mean)
         self.event(f"evaluated: {reward_mean:.3f}")
 
-    def event(self, text: str) -> None:
+    def event(self, event: str, **fields: Any) -> None:
         """Show the last thing that happened."""
-        self._event, self._event_at = text, time.monotonic()
+        self._event, self._event_at = (
+            " ".join([event, *(f"{key}={value}" for key, value in fields.items())]),
+            time.monotonic(),
+        )
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
         else:
-            self._line({"event": text})
+            self._line({"event": event, **fields})
 
     def close(self) -> None:
         """Leave the last table standing and give the terminal back. May be called twice."""
