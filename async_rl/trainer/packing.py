@@ -1,8 +1,7 @@
-"""Sequences to microbatches under a token budget, padded only where asked. Pure: NumPy only; knows ``types``.
+"""Lays samples into microbatches under a token budget, padded only where a layout asks for it.
 
-A sequence of N tokens is N - 1 positions: position t reads token t and predicts token t + 1. The last token
-is only ever a label and never enters the forward pass, so that positions and rows of routing (P+G-1 of them)
-match one to one.
+Pure: NumPy only; knows ``samples``, ``parallel`` and the settings that bound a microbatch. A sequence is a sample with
+its padding, or padding alone: what attention must not cross.
 
 Shapes: T positions of a microbatch, S sequences in it, L MoE layers, K experts per token.
 """
@@ -10,116 +9,71 @@ Shapes: T positions of a microbatch, S sequences in it, L MoE layers, K experts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.types import (
-    RESUME_POSITIONS,
-    ExpertIds,
-    Float32Array,
-    Int32Array,
-    RoutingSpec,
-    Segment,
-    Trajectory,
-)
+from async_rl.config.schema import TrainerSection
+from async_rl.trainer import parallel
+from async_rl.trainer.parallel import Int64Array
+from async_rl.trainer.samples import NO_ROUTING, BoolArray, Int8Array, Sample, Scalar
+from async_rl.types import Float32Array, Int32Array, RoutingSpec
 
-BoolArray = npt.NDArray[np.bool_]
-Int8Array = npt.NDArray[np.int8]
-Int64Array = npt.NDArray[np.int64]
-Scalar = TypeVar("Scalar", bound=np.generic)
-
-# Expert id of a row that has no routing: the router decides it. Real ids are never negative.
-NO_ROUTING = -1
-
-# Microbatches that may be filled at once: more find a fuller place for each sample, and hand the first out later.
+# Microbatches that may be filled at once: with more, each sample finds a fuller one, and the first is full later.
 OPEN_MICROBATCHES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One sequence of N tokens as the trainer needs it; every array besides token_ids is by position, N-1 long.
-
-    token_ids int32[N]; loss_mask bool[N-1], which predicted tokens count; logprobs float32[N-1], versions
-    int32[N-1], advantages float32[N-1] and resume_position int8[N-1] (index into RESUME_POSITIONS) of the predicted
-    token, of no meaning where the mask is off; routed_experts [N-1, L, K], NO_ROUTING where a row has none, or None if
-    there is none to replay. weight: of each of its tokens in the sum that is the loss. proximal, reference
-    float32[N-1]: log-probs of the predicted tokens under those policies, where the loss needs them.
-    """
-
-    name: str
-    trajectory_id: str
-    token_ids: Int32Array
-    loss_mask: BoolArray
-    logprobs: Float32Array
-    versions: Int32Array
-    advantages: Float32Array
-    resume_position: Int8Array
-    routed_experts: ExpertIds | Int32Array | None = None
-    weight: float = 1.0
-    proximal: Float32Array | None = None
-    reference: Float32Array | None = None
-
-    @property
-    def positions(self) -> int:
-        return len(self.token_ids) - 1
-
-    def with_advantages(self, values: Float32Array | float) -> Sample:
-        """values: one for each position, or one for all."""
-        return replace(self, advantages=np.broadcast_to(np.asarray(values, dtype=np.float32), (self.positions,)))
-
-    def with_weight(self, weight: float) -> Sample:
-        return replace(self, weight=weight)
-
-    def with_logprobs(self, *, proximal: Float32Array | None = None, reference: Float32Array | None = None) -> Sample:
-        """float32[N-1] each; None leaves what there is."""
-        return replace(
-            self,
-            proximal=self.proximal if proximal is None else proximal,
-            reference=self.reference if reference is None else reference,
-        )
-
-    def with_routed_experts(self, routed_experts: ExpertIds | Int32Array) -> Sample:
-        return replace(self, routed_experts=routed_experts)
-
-
-@dataclass(frozen=True, slots=True)
 class Microbatch:
-    """S sequences back to back, T positions in all; padding follows a sequence, or is a last one of no sample.
+    """S sequences back to back, T positions in all.
 
-    token_ids, position_ids, labels int64[T]; loss_mask bool[T]; logprobs, advantages, weights float32[T]; versions
-    int32[T]; resume_position int8[T]; sequence int64[T], from 0 to S - 1; cu_seqlens int32[S+1], where each starts;
-    longest, its longest sequence; samples, their indices in the list that was packed, and positions, how many each has
-    without padding; routed_experts int32[T, L, K] or None; proximal, reference float32[T], or None where no
-    sample has them.
+    A sample's padding follows it within its sequence; a last sequence may be padding alone. Arrays by position describe
+    the token that is predicted there.
     """
 
     token_ids: Int64Array
+    """int64[T]: the tokens that are read."""
     position_ids: Int64Array
+    """int64[T]: the place of each in its sequence."""
     labels: Int64Array
+    """int64[T]: the tokens that are predicted."""
     loss_mask: BoolArray
+    """bool[T]: which tokens count."""
     logprobs: Float32Array
+    """float32[T]: behaviour log-probs."""
     versions: Int32Array
+    """int32[T]: the policy version that each token was sampled with."""
     advantages: Float32Array
+    """float32[T]."""
     weights: Float32Array
+    """float32[T]: the weight of each token in the sum that is the loss."""
     resume_position: Int8Array
+    """int8[T]: index into RESUME_POSITIONS."""
     sequence: Int64Array
+    """int64[T], from 0 to S - 1: the sequence of each position."""
     cu_seqlens: Int32Array
+    """int32[S+1]: where each sequence starts, and T."""
     longest: int
+    """The length of the longest sequence."""
     samples: tuple[int, ...]
+    """Indices of the samples in the order in which the packer got them."""
     positions: tuple[int, ...]
+    """How many positions each sample has, without padding."""
     routed_experts: Int32Array | None
+    """int32[T, L, K], NO_ROUTING where the router decides; None if nothing is replayed."""
     proximal: Float32Array | None = None
+    """float32[T]: log-probs under the proximal policy; None if no sample has any."""
     reference: Float32Array | None = None
+    """float32[T]: log-probs under the reference policy; None if no sample has any."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def of_samples(self) -> BoolArray:
-        """bool[T]: the positions that are not padding."""
+        """Positions that are not padding, bool[T]."""
         result = np.zeros(len(self), dtype=np.bool_)
         for start, length in zip(self.cu_seqlens.tolist(), self.positions, strict=False):
             result[start : start + length] = True
@@ -148,78 +102,26 @@ BY_POSITION = (
 )
 
 
-def samples_of(
-    trajectory: Trajectory, *, oldest_version: int, per_segment: bool = False, advantage: float = 0.0
-) -> list[Sample]:
-    """What a trajectory is trained on: a loss on its sampled tokens but those before ``oldest_version`` (invariant 4).
+@dataclass(frozen=True, slots=True, eq=False)
+class _OpenBatch:
+    """A microbatch that still has room."""
 
-    One sequence; or with ``per_segment`` (routing policy ``exact``) one for each segment: all tokens up to its end, the
-    routing of the call that sampled it, a loss on its own tokens only. What has no token to train is left out.
-    """
-    whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
-    views = trajectory.segments if per_segment else (whole,)
-    counts = trajectory.sampled & (trajectory.versions >= oldest_version)
-    return [_view(trajectory, view, counts, advantage) for view in views if bool(counts[view.start : view.stop].any())]
-
-
-def _view(trajectory: Trajectory, view: Segment, counts: BoolArray, advantage: float) -> Sample:
-    """The trajectory up to the end of ``view``, with a loss on those tokens of it that count."""
-    prompt, stop = len(trajectory.prompt_ids), view.stop
-
-    def over_response(values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        # The first response token is predicted at position P - 1.
-        return np.concatenate([np.zeros(prompt - 1, dtype=values.dtype), values[:stop]])
-
-    routed_experts = trajectory.routed_experts if view.routed_experts is None else view.routed_experts
-    return Sample(
-        name=f"trajectory {trajectory.trajectory_id}, response [{view.start}, {stop})",
-        trajectory_id=trajectory.trajectory_id,
-        token_ids=np.concatenate([trajectory.prompt_ids, trajectory.response_ids[:stop]]),
-        loss_mask=over_response(counts & (np.arange(len(counts)) >= view.start)),
-        logprobs=over_response(trajectory.logprobs),
-        versions=over_response(trajectory.versions),
-        advantages=over_response(np.full(stop, advantage, dtype=np.float32)),
-        resume_position=over_response(resume_positions(trajectory)),
-        routed_experts=None if routed_experts is None else routed_experts[: prompt + stop - 1],
-    )
-
-
-def plain_sample(name: str, ids: Int32Array, mask: npt.NDArray[np.bool_] | None = None) -> Sample:
-    """A sequence without behaviour: every token counts unless a mask bool[N-1] says otherwise."""
-    positions = max(len(ids) - 1, 0)
-    return Sample(
-        name=name,
-        trajectory_id=name,
-        token_ids=ids,
-        loss_mask=np.ones(positions, dtype=np.bool_) if mask is None else mask,
-        logprobs=np.zeros(positions, dtype=np.float32),
-        versions=np.zeros(positions, dtype=np.int32),
-        advantages=np.zeros(positions, dtype=np.float32),
-        resume_position=np.zeros(positions, dtype=np.int8),
-    )
-
-
-def resume_positions(trajectory: Trajectory) -> Int8Array:
-    """int8[G]: where each response token lies relative to the last resume point, as an index into RESUME_POSITIONS."""
-    points = trajectory.resume_points
-    result = np.full(len(trajectory.response_ids), RESUME_POSITIONS.index("uninterrupted"), dtype=np.int8)
-    if points:
-        result[: points[-1]] = RESUME_POSITIONS.index("before")
-        result[points[-1]] = RESUME_POSITIONS.index("first")
-        result[points[-1] + 1 :] = RESUME_POSITIONS.index("after")
-    return result
+    length: int
+    """Positions that are taken, padding included."""
+    samples: tuple[tuple[int, Sample], ...]
+    """(index, sample) of each."""
 
 
 class Packer:
-    """Samples to microbatches as they come: one that is full is handed out before the next sample is known.
+    """Packs samples into microbatches as they come: a full one is returned before the next sample is known.
 
-    What is handed out, and in which order, depends on the order of the samples alone, not on how they were divided
-    among calls: so a step whose groups arrive one by one computes exactly what it computes with all of them at hand.
+    The microbatches and their order depend on the order of the samples alone, not on how they were divided among
+    calls. So a step whose groups arrive one by one computes exactly what it computes with all of them at hand.
 
-    budget: most positions of a microbatch, its padding included; a longer sample is never cut, it gets a microbatch of
-    its own. routing_spec: the layout of rows to carry, samples without any getting rows of NO_ROUTING; None to carry
-    none.
-    sequence_multiple, multiple: each sequence, each microbatch is padded to a multiple of so many positions.
+    budget: most positions of a microbatch, its padding included. A longer sample is never cut, it gets a microbatch of
+    its own. routing_spec: the layout of the routed experts to carry, where samples without any get rows of NO_ROUTING;
+    None to carry none. sequence_multiple, multiple: what the length of each sequence, of each microbatch is padded to a
+    multiple of.
     """
 
     def __init__(
@@ -229,37 +131,47 @@ class Packer:
         self._routing_spec = routing_spec
         self._sequence_multiple = sequence_multiple
         self._multiple = multiple
-        self._open: list[tuple[int, list[tuple[int, Sample]]]] = []  # (positions, [(index, sample)])
+        self._open: list[_OpenBatch] = []
         self._count = 0
 
+    @classmethod
+    def of(cls, settings: TrainerSection, routing_spec: RoutingSpec | None) -> Packer:
+        """Make a packer with the budget and the padding of these settings."""
+        return cls(
+            settings.tokens_per_microbatch,
+            routing_spec,
+            sequence_multiple=parallel.sequence_multiple(settings.parallel),
+            multiple=parallel.microbatch_multiple(settings.parallel, settings.microbatch_multiple),
+        )
+
     def add(self, samples: Sequence[Sample]) -> list[Microbatch]:
-        """The microbatches that these samples fill. A sample goes where it leaves least room."""
+        """Return the microbatches that these samples fill. A sample goes where it leaves least room."""
         full: list[Microbatch] = []
         for sample in samples:
             index, self._count = self._count, self._count + 1
             length = sample.positions + -sample.positions % self._sequence_multiple
             if length == 0:
                 continue
-            fitting = [bin for bin in self._open if bin[0] + length <= self._budget]
-            chosen = max(fitting, key=lambda bin: bin[0], default=(0, []))
+            fitting = [batch for batch in self._open if batch.length + length <= self._budget]
+            chosen = max(fitting, key=lambda batch: batch.length, default=_OpenBatch(0, ()))
             if fitting:
                 self._open.remove(chosen)
-            self._open.append((chosen[0] + length, [*chosen[1], (index, sample)]))
+            self._open.append(_OpenBatch(chosen.length + length, (*chosen.samples, (index, sample))))
             if len(self._open) > OPEN_MICROBATCHES:
-                full.append(self._close(max(self._open, key=lambda bin: bin[0])))
+                full.append(self._close(max(self._open, key=lambda batch: batch.length)))
         return full
 
     def flush(self) -> list[Microbatch]:
-        """The microbatches that are not full; nothing is left behind."""
-        return [self._close(bin) for bin in list(self._open)]
+        """Return the microbatches that are not full, and keep none."""
+        return [self._close(batch) for batch in list(self._open)]
 
     def filler(self) -> Microbatch:
-        """A microbatch of padding alone, as short as can be, for a rank that has fewer than those it computes with."""
+        """Return the shortest microbatch of padding alone, for a rank that has fewer than those it computes with."""
         return _join([], self._routing_spec, self._sequence_multiple, self._multiple)
 
-    def _close(self, bin: tuple[int, list[tuple[int, Sample]]]) -> Microbatch:
-        self._open.remove(bin)
-        return _join(bin[1], self._routing_spec, self._sequence_multiple, self._multiple)
+    def _close(self, batch: _OpenBatch) -> Microbatch:
+        self._open.remove(batch)
+        return _join(batch.samples, self._routing_spec, self._sequence_multiple, self._multiple)
 
 
 def pack(
@@ -270,18 +182,18 @@ def pack(
     sequence_multiple: int = 1,
     multiple: int = 1,
 ) -> list[Microbatch]:
-    """All of ``samples`` to microbatches; see ``Packer``."""
+    """Pack all of ``samples`` into microbatches as ``Packer`` does."""
     packer = Packer(budget, routing_spec, sequence_multiple=sequence_multiple, multiple=multiple)
     return packer.add(samples) + packer.flush()
 
 
 def rows_without_routing(batch: Microbatch) -> int:
-    """Rows of a microbatch to be replayed that lack the routing of at least one layer."""
+    """Count the rows of a microbatch to be replayed that lack the routed experts of at least one layer."""
     return 0 if batch.routed_experts is None else int((batch.routed_experts[..., 0] == NO_ROUTING).any(axis=1).sum())
 
 
 def spread_rows(count: int, spec: RoutingSpec) -> Int32Array:
-    """Routing int32[count, L, K] for padding: distinct experts in each row, every expert as often as any other.
+    """Return routed experts int32[count, L, K] for padding: distinct in each row, and each expert equally often.
 
     Rows of zeros would send all padding to expert 0, and name it K times, which no dispatcher expects.
     """
@@ -300,7 +212,7 @@ def _join(
     total = int(spans[-1])
 
     def filled(parts: Sequence[npt.NDArray[Any] | float | None], rest: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        """``rest`` [T, ...] with each sample's part written over where it lies."""
+        """Return ``rest`` [T, ...] with each sample's part written over it where the sample lies."""
         for part, sample, start in zip(parts, samples, spans, strict=False):
             if part is not None:
                 rest[start : start + sample.positions] = part
@@ -314,7 +226,7 @@ def _join(
 
     routed_experts = None
     if spec is not None:
-        # A sample's rows are NO_ROUTING unless it has any; the padding's spread over the experts.
+        # A sample without routed experts gets NO_ROUTING; the rows of padding are spread over the experts.
         absent = np.full((1, spec.num_moe_layers, spec.top_k), NO_ROUTING, dtype=np.int32)
         rows: list[Any] = [absent if sample.routed_experts is None else sample.routed_experts for sample in samples]
         routed_experts = filled(rows, spread_rows(total, spec))
@@ -340,7 +252,7 @@ def _join(
 
 
 def split(values: npt.NDArray[Scalar], batch: Microbatch) -> list[npt.NDArray[Scalar]]:
-    """Values [T, ...] of a microbatch by sample, in the order of ``batch.samples``; padding is left out."""
+    """Split values [T, ...] of a microbatch by sample, in the order of ``batch.samples``; padding is left out."""
     starts = batch.cu_seqlens.tolist()
     return [values[start : start + length] for start, length in zip(starts, batch.positions, strict=False)]
 
@@ -348,7 +260,7 @@ def split(values: npt.NDArray[Scalar], batch: Microbatch) -> list[npt.NDArray[Sc
 def unpack(
     values: Sequence[npt.NDArray[Scalar]], batches: Sequence[Microbatch], count: int
 ) -> list[npt.NDArray[Scalar]]:
-    """Per-position values [T, ...] of each microbatch back to one array per packed sample, in their order."""
+    """Return an array for each of ``count`` packed samples, in their order, from values [T, ...] of each microbatch."""
     nothing: Any = values[0][:0] if values else np.zeros(0, dtype=np.float32)
     result: list[npt.NDArray[Scalar]] = [nothing] * count
     for array, batch in zip(values, batches, strict=True):
@@ -358,10 +270,10 @@ def unpack(
 
 
 def split_over_ranks(costs: Sequence[float], ranks: int, loads: Sequence[float] = ()) -> list[list[int]]:
-    """Indices of ``costs`` by data-parallel rank, balanced: the costliest first, each to the least loaded rank.
+    """Return the indices of ``costs`` by data-parallel rank: the costliest first, each to the least loaded rank.
 
-    loads: what the ranks have already. Deterministic; indices ascend within a rank; with fewer costs than ranks, some
-    ranks get none.
+    loads: the cost that each rank has already. Deterministic. Indices ascend within a rank; with fewer costs than
+    ranks, some ranks get none.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = list(loads) or [0.0] * ranks

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from async_rl.errors import TrainerError
 from async_rl.trainer import packing
-from async_rl.trainer.packing import Microbatch, Packer, Sample
+from async_rl.trainer.packing import Microbatch, Packer
 from async_rl.trainer.policy_sums import PolicySums
+from async_rl.trainer.samples import Sample
 from async_rl.types import Group
 
 COUNTS = (

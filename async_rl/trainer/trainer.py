@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import ReplayError
 from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses, packing, parallel
 from async_rl.trainer.advantages import (
@@ -30,10 +29,11 @@ from async_rl.trainer.advantages import (
 from async_rl.trainer.fingerprint import FingerprintHooks
 from async_rl.trainer.logprobs import token_logprobs
 from async_rl.trainer.megatron import platform
-from async_rl.trainer.packing import Microbatch, Packer, Sample, plain_sample
+from async_rl.trainer.packing import Microbatch, Packer
 from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.report import StepReport, step_report
+from async_rl.trainer.samples import NO_ROUTING, Sample, check_routed_experts, plain_sample, samples_of
 from async_rl.trainer.step import Step
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
 from async_rl.weights.fingerprint import WIDTH
@@ -229,7 +229,7 @@ class Trainer:
             samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
         if replay != "off":
             for sample in samples:
-                self._check_routing(sample)
+                check_routed_experts(sample, self._model_config.routing_spec)
         if needed and loss.proximal == "recompute":
             found = self._logprobs_of(samples)
             samples = [sample.with_logprobs(proximal=values) for sample, values in zip(samples, found, strict=True)]
@@ -244,7 +244,7 @@ class Trainer:
         spec = self._model_config.routing_spec
         routed_experts = None
         if spec is not None and self._config.trainer.router_replay != "off":
-            absent = np.int32(packing.NO_ROUTING)
+            absent = np.int32(NO_ROUTING)
             shape = (spec.num_moe_layers, spec.top_k)
             routed_experts = [
                 np.full((s.positions, *shape), absent) if s.routed_experts is None else s.routed_experts
@@ -279,7 +279,7 @@ class Trainer:
         return [
             view
             for trajectory in group.trajectories
-            for view in packing.samples_of(trajectory, oldest_version=oldest_version, per_segment=exact)
+            for view in samples_of(trajectory, oldest_version=oldest_version, per_segment=exact)
         ]
 
     def _with_advantages(self, groups: Sequence[Group]) -> list[Sample]:
@@ -315,7 +315,7 @@ class Trainer:
     ) -> list[Float32Array]:
         """Log-probs float32[N-1] of tokens 1..N-1 of each sequence int32[N], without touching any state.
 
-        routed_experts: [N-1, L, K] per sequence, replayed; rows of packing.NO_ROUTING are routed natively, as all
+        routed_experts: [N-1, L, K] per sequence, replayed; rows of NO_ROUTING are routed natively, as all
         are without it.
         """
         batches, filler = self._probe_batches(sequences, routed_experts)
@@ -407,28 +407,12 @@ class Trainer:
     def _verifying(self) -> bool:
         return self._steps < self._config.trainer.verify_replay_steps and self._model_config.routing_spec is not None
 
-    def _check_routing(self, sample: Sample) -> None:
-        """Raise ReplayError unless the sample has no routing, or such as this model can execute."""
-        from async_rl.trainer.megatron.replay import check_rows
-
-        if sample.routed_experts is None:
-            return
-        spec = self._model_config.routing_spec
-        if spec is None:
-            raise ReplayError(f"{sample.name}: has routing, but {self._config.model.path} has no MoE layer")
-        check_rows(sample.name, sample.routed_experts, rows=sample.positions, spec=spec)
-
     def _packer(self, *, replay: bool | None = None) -> Packer:
         """``replay``: carry the samples' routing; by default as trainer.router_replay says."""
         settings = self._config.trainer
         if replay is None:
             replay = settings.router_replay != "off"
-        return Packer(
-            settings.tokens_per_microbatch,
-            self._model_config.routing_spec if replay else None,
-            sequence_multiple=parallel.sequence_multiple(settings.parallel),
-            multiple=parallel.microbatch_multiple(settings.parallel, settings.microbatch_multiple),
-        )
+        return Packer.of(settings, self._model_config.routing_spec if replay else None)
 
     def _probe_batches(
         self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds | Int32Array] | None
@@ -438,7 +422,7 @@ class Trainer:
         if routed_experts is not None:
             samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
             for sample in samples:
-                self._check_routing(sample)
+                check_routed_experts(sample, self._model_config.routing_spec)
         packer = self._packer(replay=routed_experts is not None)
         return packer.add(samples) + packer.flush(), packer.filler()
 

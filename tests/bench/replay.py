@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from async_rl.queue import codec
-from async_rl.trainer.packing import samples_of
+from async_rl.trainer.samples import samples_of
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 from tests.bench.runs import ROOT, train
 

@@ -48,7 +48,7 @@ def references(ranks, folders):
 def look(trainer, ids, routing, weights):
     """Log-probs and, under Hugging Face names on rank 0, the gradients of -sum of weight x log-prob."""
     from async_rl.trainer.logprobs import token_logprobs
-    from async_rl.trainer.packing import plain_sample
+    from async_rl.trainer.samples import plain_sample
 
     logprobs, native = trainer.logprobs(ids, routing), trainer.native_routing(ids)
     samples = [plain_sample(str(i), one) for i, one in enumerate(ids)]

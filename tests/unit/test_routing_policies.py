@@ -14,7 +14,7 @@ from async_rl.queue import codec
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.routing_policies import exact, moe_columns
-from async_rl.trainer.packing import samples_of
+from async_rl.trainer.samples import samples_of
 from async_rl.types import Group, Prompt, RoutingSpec, Segment
 
 EOS = 1

@@ -6,7 +6,7 @@ and grows with every model), addresses them by global layer number, and brackets
 docstring has the protocol.
 
 A row of NO_ROUTING goes through the native router, that row only (invariant 8). Nothing in Megatron checks a
-target's shape, range or duplicates: ``check_rows`` does.
+target's shape, range or duplicates: ``samples.check_routed_experts`` does.
 """
 
 from __future__ import annotations
@@ -22,34 +22,8 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from async_rl.errors import ReplayError
 from async_rl.models.config import ModelConfig
-from async_rl.trainer.packing import NO_ROUTING
 from async_rl.trainer.parallel import Int64Array, Place, replayed
-from async_rl.types import ExpertIds, Int32Array, RoutingSpec
-
-
-def check_rows(name: str, routed_experts: ExpertIds | Int32Array, *, rows: int, spec: RoutingSpec) -> None:
-    """Raise ReplayError unless ``routed_experts`` is [rows, L, K]: rows of NO_ROUTING or K distinct experts."""
-    expected = (rows, spec.num_moe_layers, spec.top_k)
-    if routed_experts.shape != expected:
-        raise ReplayError(f"{name}: routed_experts has shape {routed_experts.shape}, the model needs {expected}")
-    if routed_experts.size == 0:
-        return
-    absent = (routed_experts == NO_ROUTING).all(axis=-1)
-    outside = ((routed_experts < 0) | (routed_experts >= spec.num_experts)).any(axis=-1) & ~absent
-    if outside.any():
-        row, layer = (int(i) for i in np.argwhere(outside)[0])
-        raise ReplayError(
-            f"{name}: row {row}, MoE layer {layer}: experts {routed_experts[row, layer].tolist()}, "
-            f"the model has 0 to {spec.num_experts - 1}"
-        )
-    ordered = np.sort(routed_experts, axis=-1)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~absent
-    if repeated.any():
-        row, layer = (int(i) for i in np.argwhere(repeated)[0])
-        raise ReplayError(
-            f"{name}: row {row}, MoE layer {layer}: expert repeated in {routed_experts[row, layer].tolist()}; "
-            "padding or a prefix without routing has been taken for routed experts"
-        )
+from async_rl.types import Int32Array
 
 
 class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no types

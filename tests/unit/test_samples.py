@@ -1,0 +1,102 @@
+"""A trajectory's samples: what has a loss, and labels and routed experts aligned."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from async_rl.trainer.samples import resume_positions, samples_of
+from async_rl.types import RoutingSpec, Segment, Trajectory
+
+
+def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
+    rng = np.random.default_rng(seed)
+    versions = np.array(versions if versions is not None else [7] * response, np.int32)
+    cuts = [0, *(i for i in range(1, response) if versions[i] != versions[i - 1]), response]
+    return Trajectory(
+        trajectory_id=name,
+        prompt_ids=rng.integers(0, 50, prompt).astype(np.int32),
+        response_ids=rng.integers(0, 50, response).astype(np.int32),
+        logprobs=-rng.random(response).astype(np.float32),
+        versions=versions,
+        segments=tuple(Segment(a, b, int(versions[a])) for a, b in pairwise(cuts)),
+        reward=0.5,
+        finish_reason="stop",
+        routed_experts=np.zeros((prompt + response - 1, 2, 1), np.uint8),
+        routing_spec=RoutingSpec(2, 1, 4),
+    )
+
+
+def test_invariant_1_alignment_positions_predict_response_tokens_and_match_routing_rows():
+    one = trajectory(prompt=3, response=5)
+    (sample,) = samples_of(one, advantage=2.0, oldest_version=0)
+    assert sample.positions == len(one.routed_experts) == 3 + 5 - 1
+    labels = sample.token_ids[1:]
+    assert labels[sample.loss_mask].tolist() == one.response_ids.tolist()
+    assert sample.logprobs[sample.loss_mask].tolist() == one.logprobs.tolist()
+    assert sample.versions[sample.loss_mask].tolist() == one.versions.tolist()
+    assert sample.advantages.tolist() == [0, 0, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("oldest", "kept"), [(0, 5), (3, 5), (4, 3), (5, 1), (6, 0)])
+def test_invariant_4_staleness_bound_masks_tokens_sampled_before_the_oldest_version(oldest, kept):
+    one = trajectory(response=5, versions=[3, 3, 4, 4, 5])
+    samples = samples_of(one, advantage=1.0, oldest_version=oldest)
+    assert len(samples) == (kept > 0), "nothing to train is not computed either"
+    for sample in samples:
+        assert sample.loss_mask.sum() == kept
+        assert (sample.versions[sample.loss_mask] >= oldest).all()
+
+
+def multi_turn():
+    """Segments [0, 2) of version 3, [2, 4) of 4 and [6, 8) of 4, and the environment's text from 4 to 6."""
+    rng = np.random.default_rng(0)
+    rows = {stop: rng.integers(0, 4, (3 + stop - 1, 2, 1)).astype(np.uint8) for stop in (2, 4, 8)}
+    nothing = np.nan
+    return Trajectory(
+        trajectory_id="m",
+        prompt_ids=np.array([40, 41, 42], np.int32),
+        response_ids=np.arange(8, dtype=np.int32),
+        logprobs=np.array([-1, -2, -3, -4, nothing, nothing, -7, -8], np.float32),
+        versions=np.array([3, 3, 4, 4, -1, -1, 4, 4], np.int32),
+        segments=(Segment(0, 2, 3, rows[2]), Segment(2, 4, 4, rows[4]), Segment(6, 8, 4)),
+        reward=1.0,
+        finish_reason="stop",
+        routed_experts=rows[8],
+        routing_spec=RoutingSpec(2, 1, 4),
+    ), rows
+
+
+def test_text_that_was_not_sampled_has_no_loss():
+    one, _ = multi_turn()
+    (sample,) = samples_of(one, advantage=1.0, oldest_version=0)
+    assert sample.token_ids[1:][sample.loss_mask].tolist() == [0, 1, 2, 3, 6, 7]
+    assert np.isfinite(sample.logprobs[sample.loss_mask]).all()
+
+
+@pytest.mark.parametrize(("oldest", "segments"), [(0, 3), (4, 2)])
+def test_exact_trains_each_segment_in_the_context_it_was_sampled_in(oldest, segments):
+    one, rows = multi_turn()
+    samples = samples_of(one, advantage=1.0, oldest_version=oldest, per_segment=True)
+    assert len(samples) == segments
+    for sample, segment in zip(samples, one.segments[-segments:], strict=True):
+        assert sample.token_ids.tolist() == [40, 41, 42, *range(segment.stop)]
+        np.testing.assert_array_equal(sample.routed_experts, rows[segment.stop])
+        assert sample.token_ids[1:][sample.loss_mask].tolist() == list(range(segment.start, segment.stop))
+        assert sample.logprobs[sample.loss_mask].tolist() == one.logprobs[segment.start : segment.stop].tolist()
+
+
+@pytest.mark.parametrize("versions", [[7] * 6, [7, 7, 8, 8, 9, 9], [7, 8, 9, 9, 9, 9]])
+def test_the_samples_of_all_segments_train_each_token_once(versions):
+    one = trajectory(response=6, versions=versions)
+    samples = samples_of(one, advantage=1.0, oldest_version=0, per_segment=True)
+    trained = np.concatenate([sample.token_ids[1:][sample.loss_mask] for sample in samples])
+    assert trained.tolist() == one.response_ids.tolist()
+
+
+def test_resume_positions_are_relative_to_the_last_resume_point():
+    assert resume_positions(trajectory(response=3)).tolist() == [0, 0, 0]
+    assert resume_positions(trajectory(response=5, versions=[1, 2, 2, 3, 3])).tolist() == [1, 1, 1, 2, 3]
+    # A new turn is not a resumption: the environment's text lies between.
+    one, _ = multi_turn()
+    assert resume_positions(one).tolist() == [1, 1, 2, 3, 3, 3, 3, 3]
