@@ -1,21 +1,23 @@
-"""What is differentiated for a microbatch, as the ``LossFunction`` that ``executor`` calls with its logits.
+"""Makes the scalar that is differentiated for a microbatch, as a ``LossFunction`` for the executor.
 
-Joins the log-probs of the tokens (``logprobs``) to the losses (``losses``) and to what is reported (``policy_sums``).
+Joins the log-probs of the tokens (``logprobs``), the losses (``losses``) and the sums that are reported
+(``policy_sums``). Knows neither the model nor which process groups there are: it is given those it needs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import parallel_state
 
 from async_rl.config.schema import LossSection
 from async_rl.trainer import losses
 from async_rl.trainer.logprobs import token_logprobs
 from async_rl.trainer.losses import PolicyLoss
-from async_rl.trainer.megatron.executor import LossFunction, Tensors
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
+
+if TYPE_CHECKING:
+    from async_rl.trainer.megatron.executor import LossFunction, Tensors
 
 
 def policy_objective(
@@ -23,16 +25,17 @@ def policy_objective(
     policy: PolicyLoss,
     *,
     temperature: float,
-    vocabulary: Any,
+    vocabulary: torch.distributed.ProcessGroup | None,
+    context: torch.distributed.ProcessGroup,
     version: int,
     stalenesses: int,
 ) -> LossFunction:
-    """The weighted sum of the policy loss; keeps the microbatch's PolicySums.
+    """Return the function that computes the weighted sum of the policy loss and keeps the microbatch's PolicySums.
 
-    vocabulary: the process group over which the logits are split, None if they are not. version: the policy version
-    that consumes the tokens; stalenesses: how many different ones of its tokens are told apart.
+    vocabulary: the process group over which the logits are split, None if they are not. context: the group over which
+    sequences are split. version: the policy version that consumes the tokens. stalenesses: tokens are counted by
+    staleness from 0 to ``stalenesses`` - 1.
     """
-    context = parallel_state.get_context_parallel_group()
 
     def objective(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
         current, entropy = token_logprobs(logits, tensors["labels"], temperature, vocabulary)
@@ -72,8 +75,11 @@ def policy_objective(
     return objective
 
 
-def cross_entropy(vocabulary: Any) -> LossFunction:
-    """The summed cross entropy of the tokens that count, at temperature 1; keeps its value."""
+def cross_entropy(vocabulary: torch.distributed.ProcessGroup | None) -> LossFunction:
+    """Return the function that computes and keeps the summed cross entropy of the tokens that count, at temperature 1.
+
+    vocabulary: as in ``policy_objective``.
+    """
 
     def objective(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, float]:
         logprobs, _entropy = token_logprobs(logits, tensors["labels"], group=vocabulary)

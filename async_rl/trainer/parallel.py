@@ -1,11 +1,11 @@
-"""Which part of a model and of a microbatch a rank holds. Pure: NumPy only; knows the sizes in ``config``.
+"""Says which part of a model and of a microbatch a rank holds. Pure: NumPy only; knows the sizes in ``config``.
 
 Ranks are numbered as Megatron numbers them (order tp-cp-ep-dp-pp: the tensor-parallel index runs fastest, the pipeline
-stage slowest; ``platform.init_distributed`` checks that the two agree). Expert layers lay the same ranks of one stage
-out anew: etp fastest, then ep, then what is left, on which an expert's parameters are replicated.
+stage slowest); ``platform.init_distributed`` checks that the two agree. Expert layers lay out the ranks of a stage in
+their own way: etp fastest, then ep, then the remaining ranks, on which an expert's parameters are replicated.
 
-Shapes: S sequences, T positions of a microbatch, each sequence padded as ``sequence_multiple`` and all of them together
-as ``microbatch_multiple`` say.
+Shapes: S sequences, T positions of a microbatch. Each sequence is padded to a multiple of ``sequence_multiple``, and
+the microbatch to one of ``microbatch_multiple``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One rank's coordinates. sizes: how many ranks there are along each; ep, etp: within an expert layer."""
+    """One rank's coordinates."""
 
     sizes: ParallelSection
+    """How many ranks there are along each coordinate."""
     rank: int
+    """The global rank."""
     tp: int
     cp: int
     dp: int
     pp: int
     ep: int
+    """Expert-parallel index, within an expert layer."""
     etp: int
+    """Index among the ranks that split an expert, within an expert layer."""
 
     @classmethod
     def of(cls, sizes: ParallelSection, rank: int) -> Place:
-        """Where global rank ``rank`` stands."""
+        """Return the coordinates of global rank ``rank``."""
         stage_ranks = sizes.tp * sizes.cp * sizes.dp
         within = rank % stage_ranks
         return cls(
@@ -54,62 +58,70 @@ class Place:
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the last pipeline stage."""
         return self.pp == self.sizes.pp - 1
 
     @property
-    def answers(self) -> bool:
-        """Whether this rank's loss and metrics count: of the tensor-parallel ranks of the last stage, which compute the
-        same, the first."""
+    def reports_loss(self) -> bool:
+        """Whether this rank's loss and metrics count.
+
+        The tensor-parallel ranks of the last stage compute the same, of which the first reports.
+        """
         return self.is_last_stage and self.tp == 0
 
 
 def world_size(sizes: ParallelSection) -> int:
-    """Ranks of the trainer; expert parallelism is among them, it adds none."""
+    """Return the number of the trainer's ranks. Expert parallelism adds none."""
     return sizes.dp * sizes.tp * sizes.cp * sizes.pp
 
 
-def holder(sizes: ParallelSection, stage: int, expert_rank: int | None) -> int:
-    """The lowest rank that holds, of its tensor-parallel group the first part, of a dense layer's parameter of pipeline
-    stage ``stage``; or of an expert of expert-parallel rank ``expert_rank``."""
+def owning_rank(sizes: ParallelSection, stage: int, expert_rank: int | None) -> int:
+    """Return the lowest rank that holds the first tensor-parallel part of a parameter of pipeline stage ``stage``.
+
+    expert_rank: the expert-parallel rank of the expert that the parameter belongs to; None for a dense layer.
+    """
     first = stage * sizes.tp * sizes.cp * sizes.dp
     return first if expert_rank is None else first + expert_rank * sizes.etp
 
 
 def layers(num_layers: int, sizes: ParallelSection, stage: int, chunk: int) -> range:
-    """Global numbers of the layers of virtual chunk ``chunk`` of stage ``stage``: chunks go round the stages."""
+    """Return the global numbers of the layers of a stage's virtual chunk: chunk after chunk, each over all stages."""
     each = num_layers // (sizes.pp * sizes.vpp)
     first = (chunk * sizes.pp + stage) * each
     return range(first, first + each)
 
 
 def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, int, int]:
-    """(pipeline stage, its virtual chunk, number within the chunk) of a layer; the inverse of ``layers``."""
+    """Return (pipeline stage, its virtual chunk, number within the chunk) of a layer: the inverse of ``layers``."""
     each = num_layers // (sizes.pp * sizes.vpp)
     chunk, stage = divmod(layer // each, sizes.pp)
     return stage, chunk, layer % each
 
 
 def expert_rank_of(num_experts: int, sizes: ParallelSection, expert: int) -> tuple[int, int]:
-    """(expert-parallel rank, number on that rank) of an expert."""
+    """Return (expert-parallel rank, number on that rank) of an expert."""
     return divmod(expert, num_experts // sizes.ep)
 
 
 def sequence_multiple(sizes: ParallelSection) -> int:
-    """What each sequence's length must divide by: context parallelism gives every rank two of 2 x cp equal parts."""
+    """Return the divisor of every sequence's length: context parallelism gives each rank two of 2 x cp equal parts."""
     return 2 * sizes.cp if sizes.cp > 1 else 1
 
 
 def microbatch_multiple(sizes: ParallelSection, asked: int = 1) -> int:
-    """What a microbatch's length must divide by: sequence parallelism cuts the rows of a context-parallel rank into tp
-    parts; ``asked`` is what kernels want of a rank's rows."""
+    """Return the divisor of every microbatch's length.
+
+    Sequence parallelism cuts the rows of a context-parallel rank into tp parts, and kernels want the rows of each rank
+    to be a multiple of ``asked``.
+    """
     return math.lcm(sequence_multiple(sizes), sizes.cp * math.lcm(sizes.tp, asked))
 
 
 def context_rows(cu_seqlens: Int32Array, place: Place) -> Int64Array:
-    """Positions int64[T / cp] of a microbatch that the rank's attention layers see, in their order.
+    """Return the positions int64[T / cp] of a microbatch that the rank's attention layers see, in their order.
 
-    cu_seqlens int32[S + 1]. Of each sequence, cut into 2 x cp parts, context-parallel rank r has parts r and
-    2 x cp - 1 - r: an early and a late one, so that causal attention costs every rank the same (Megatron-core
+    cu_seqlens int32[S + 1]. Each sequence is cut into 2 x cp parts, of which context-parallel rank r has parts r and
+    2 x cp - 1 - r. With an early and a late part, causal attention costs every rank the same (Megatron-core
     ``get_batch_on_this_cp_rank``).
     """
     size = place.sizes.cp
@@ -123,17 +135,18 @@ def context_rows(cu_seqlens: Int32Array, place: Place) -> Int64Array:
     return np.concatenate(parts)
 
 
-def replayed(
+def router_rows(
     cu_seqlens: Int32Array, moe_layers: Sequence[int], num_layers: int, place: Place, chunk: int = 0
 ) -> tuple[Int64Array, list[int]]:
-    """What a rank's routers see of a microbatch: (positions int64[T / cp / tp] in their order, numbers among the
-    model's MoE layers of those that the rank's chunk ``chunk`` has, ascending).
+    """Return the rows that a rank's routers see of a microbatch, and the routers that it has.
 
-    moe_layers: global numbers of the model's MoE layers. Data-parallel ranks have microbatches of their own. Under
-    sequence parallelism, which is on wherever tp exceeds 1, a router sees the tp-th part of the rank's rows.
+    The rows are positions int64[T / cp / tp] in the routers' order; the routers are those of the rank's chunk
+    ``chunk``, as ascending indices into ``moe_layers``, the global numbers of the model's MoE layers. Data-parallel
+    ranks have microbatches of their own. Under sequence parallelism, which is on wherever tp exceeds 1, a router sees
+    the tp-th part of the rank's rows.
     """
     rows = context_rows(cu_seqlens, place)
     share = len(rows) // place.sizes.tp
     rows = rows[place.tp * share : (place.tp + 1) * share]
-    held = layers(num_layers, place.sizes, place.pp, chunk)
-    return rows, [index for index, layer in enumerate(moe_layers) if layer in held]
+    here = layers(num_layers, place.sizes, place.pp, chunk)
+    return rows, [index for index, layer in enumerate(moe_layers) if layer in here]

@@ -48,6 +48,7 @@ def references(ranks, folders):
 def look(trainer, ids, routing, weights):
     """Log-probs and, under Hugging Face names on rank 0, the gradients of -sum of weight x log-prob."""
     from async_rl.trainer.logprobs import token_logprobs
+    from async_rl.trainer.packing import Packer
     from async_rl.trainer.samples import plain_sample
 
     logprobs, native = trainer.logprobs(ids, routing), trainer.native_routing(ids)
@@ -56,11 +57,12 @@ def look(trainer, ids, routing, weights):
     samples = [sample.with_advantages(w) for sample, w in zip(samples, weights, strict=True)]
     if routing is not None:
         samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routing, strict=True)]
-    packer = trainer._packer(replay=routing is not None)
+    spec = None if routing is None else trainer._model_config.routing_spec
+    packer = Packer.of(trainer._config.trainer, spec)
     batches = packer.add(samples) + packer.flush()
 
     def loss(tensors, logits):
-        values, _ = token_logprobs(logits, tensors["labels"], 1.0, trainer._vocabulary)
+        values, _ = token_logprobs(logits, tensors["labels"], 1.0, trainer._groups.vocabulary)
         return -(values * tensors["advantages"] * tensors["loss_mask"]).sum(), None
 
     trainer._executor.zero_gradients()

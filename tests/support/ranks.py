@@ -10,7 +10,8 @@ from async_rl.config.loading import validate
 from async_rl.runtime.process import signal_on_parent_death
 from async_rl.trainer.parallel import world_size
 
-TIMEOUT_S = 60
+# Far beyond what a call takes on an idle machine: with a load of ten on two cores, importing Megatron takes a minute.
+TIMEOUT_S = 300
 
 
 def run_config(path, **overrides):

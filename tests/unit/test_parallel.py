@@ -1,4 +1,4 @@
-"""Which rows and layers a rank has, against brute force."""
+"""The rows and layers of a rank, against brute force."""
 
 from itertools import pairwise, product
 
@@ -9,10 +9,10 @@ from async_rl.config.schema import ParallelSection
 from async_rl.trainer.parallel import (
     Place,
     context_rows,
-    holder,
     layers,
     microbatch_multiple,
-    replayed,
+    owning_rank,
+    router_rows,
     sequence_multiple,
     stage_of,
     world_size,
@@ -44,15 +44,15 @@ def check_numbers(sizes):
     places = [Place.of(sizes, rank) for rank in range(world_size(sizes))]
     assert [(p.pp, p.dp, p.cp, p.tp) for p in places] == dense
     assert [(p.pp, p.ep, p.etp) for p in places] == [(pp, ep, etp) for pp, _, ep, etp in experts]
-    assert sum(p.answers for p in places) == sizes.dp * sizes.cp
+    assert sum(p.reports_loss for p in places) == sizes.dp * sizes.cp
     for stage in range(sizes.pp):
-        assert holder(sizes, stage, None) == min(p.rank for p in places if (p.pp, p.tp) == (stage, 0))
+        assert owning_rank(sizes, stage, None) == min(p.rank for p in places if (p.pp, p.tp) == (stage, 0))
         for ep in range(sizes.ep):
-            assert holder(sizes, stage, ep) == min(p.rank for p in places if (p.pp, p.ep, p.etp) == (stage, ep, 0))
+            assert owning_rank(sizes, stage, ep) == min(p.rank for p in places if (p.pp, p.ep, p.etp) == (stage, ep, 0))
 
 
 @pytest.mark.parametrize("sizes", [s for s in SIZES if s.dp == s.tp == s.cp == s.ep == s.etp == 1], ids=str)
-def test_layers_go_round_the_stages_chunk_by_chunk(sizes):
+def test_layers_are_laid_over_the_stages_chunk_by_chunk(sizes):
     count = 12
     order = [
         layer for chunk in range(sizes.vpp) for stage in range(sizes.pp) for layer in layers(count, sizes, stage, chunk)
@@ -64,7 +64,7 @@ def test_layers_go_round_the_stages_chunk_by_chunk(sizes):
 
 
 def brute_force_rows(cu_seqlens, place):
-    """One position after the other: which context-parallel rank has it, and where in its rows."""
+    """Go through the positions one by one: which context-parallel rank has it, and where in its rows."""
     rows = []
     parts = 2 * place.sizes.cp
     for start, stop in pairwise(cu_seqlens):
@@ -93,13 +93,13 @@ def check_rows_and_layers(sizes):
     for rank in range(world_size(sizes)):
         place = Place.of(sizes, rank)
         for chunk in range(sizes.vpp):
-            rows, held = replayed(cu_seqlens, moe_layers, count, place, chunk)
+            rows, routers = router_rows(cu_seqlens, moe_layers, count, place, chunk)
             assert rows.tolist() == brute_force_rows(cu_seqlens, place)
-            assert [moe_layers[index] for index in held] == [
+            assert [moe_layers[index] for index in routers] == [
                 n for n in layers(count, sizes, place.pp, chunk) if n in moe_layers
             ]
             assert set(rows) <= set(context_rows(cu_seqlens, place).tolist())
-            for cell in product(rows.tolist(), held):
+            for cell in product(rows.tolist(), routers):
                 covered.setdefault((place.dp, *cell), []).append(rank)
     # Every row of every MoE layer on exactly one rank of each data-parallel index.
     assert len(covered) == sizes.dp * cu_seqlens[-1] * len(moe_layers)

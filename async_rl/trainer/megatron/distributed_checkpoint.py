@@ -49,7 +49,7 @@ class DistributedCheckpoint:
         if self._place.rank == 0:
             (folder / "config.yaml").write_text(to_yaml(self._config))
         torch.distributed.barrier()
-        with platform.cuda_means(self._device), threads_write():
+        with platform.redirect_cuda_to(self._device), threads_write():
             dist_checkpointing.save(self._whole(updates=updates, loading=False), str(folder))
         release_freed_memory()  # the copies that were written; a trainer of 750 MiB grew by 8 % in some minutes
         torch.distributed.barrier()
@@ -75,7 +75,7 @@ class DistributedCheckpoint:
             if model != self._model:
                 differing = [key for key, value in self._model.items() if model.get(key) != value]
                 raise ValueError(f"it is of a model with another {', '.join(differing)}")
-            with platform.cuda_means(self._device):
+            with platform.redirect_cuda_to(self._device):
                 state: ShardedState = dist_checkpointing.load(wanted(), str(path))
         except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(

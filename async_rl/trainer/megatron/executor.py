@@ -1,11 +1,12 @@
-"""Runs microbatches through this rank's part of the model under Megatron's own schedules, with their routing armed.
+"""Runs microbatches through this rank's part of the model under Megatron's own schedules, with replay armed.
 
-Every forward and backward pass of the trainer goes through ``Executor``; what is done with the logits is the caller's
-``LossFunction``, which only ranks of the last pipeline stage call. Knows Megatron's schedules, ``replay``, ``parallel``
-and the device seam; knows neither configuration nor groups.
+Every forward and backward pass of the trainer goes through ``Executor``. The caller passes a ``LossFunction`` for the
+logits, which only ranks of the last pipeline stage call. Knows Megatron's schedules, ``replay``, ``fingerprint``,
+``parallel`` and the device seam; knows neither settings nor groups.
 
-All ranks call the same methods in the same order. They may bring different numbers of microbatches: those with fewer
-are given ones of padding, because ranks that share experts or a pipeline compute microbatch by microbatch together.
+All ranks call the same methods in the same order. They may bring different numbers of microbatches: ranks with fewer
+compute microbatches of padding, because ranks that share experts or a pipeline compute microbatch by microbatch
+together.
 """
 
 from __future__ import annotations
@@ -21,24 +22,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from async_rl.trainer import packing
 from async_rl.trainer.megatron import platform
-from async_rl.trainer.megatron.model import packed
+from async_rl.trainer.megatron.fingerprint import FingerprintHooks
+from async_rl.trainer.megatron.model import packed_seq_params
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.megatron.replay import RoutingReplay
 from async_rl.trainer.packing import Microbatch
 from async_rl.trainer.parallel import Place, context_rows
+from async_rl.types import Float32Array
 
-# Of the positions of a microbatch that this rank's attention sees, [T / cp], by name; see packing.BY_POSITION.
+# The fields of packing.BY_POSITION, [T / cp]: those positions of a microbatch that this rank's attention sees.
 Tensors = dict[str, torch.Tensor]
 
-# (a microbatch's tensors, logits [T / cp, V / tp]) -> (scalar to differentiate, what to keep of this microbatch).
+# (a microbatch's tensors, logits [T / cp, V / tp]) -> (scalar to differentiate, value to keep of this microbatch).
 LossFunction = Callable[[Tensors, torch.Tensor], tuple[torch.Tensor, Any]]
 
-# (number of a microbatch in the run, number of the chunk that has just computed it).
+# (number of a microbatch in the schedule, number of the chunk that has just computed it).
 Watcher = Callable[[int, int], None]
 
 
 class Executor:
-    """This rank's chunks of one model. filler: a microbatch of padding alone."""
+    """Computes with this rank's chunks of one model. A ``filler`` is a microbatch of padding alone."""
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Executor:
         self._device = device
 
     def zero_gradients(self) -> None:
+        """Set the gradients of all parameters to zero."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
 
@@ -61,18 +65,18 @@ class Executor:
     ) -> list[Any]:
         """Add the gradient of the summed losses to this rank's gradients. May be called several times in a step.
 
-        Returns what ``loss`` kept of each microbatch of this rank, on the last stage. verify: compare the experts
-        executed with the rows asked for, raising ReplayError where they differ.
+        Returns the values that ``loss`` kept of this rank's microbatches, on the last stage. verify: compare the
+        experts executed with those to replay. Raises ReplayError where they differ.
         """
         return self._run(batches, loss, filler, forward_only=False, verify=verify)
 
     def take_disagreement(self) -> tuple[float, float]:
-        """See RoutingReplay: of the rows that ``accumulate`` has replayed since the last call."""
+        """Return how ``accumulate`` has routed since the last call; see RoutingReplay.take_disagreement."""
         return self._replay.take_disagreement()
 
     def finish_gradients(self, divisor: float) -> None:
-        """Leave the sum of all ranks' gradients, divided, in the parameters' main_grad."""
-        with platform.cuda_means(self._device):
+        """Leave the sum of all ranks' gradients, over ``divisor``, in the parameters' main_grad."""
+        with platform.redirect_cuda_to(self._device):
             finalize_model_grads(self._chunks, None)
         for chunk in self._chunks:
             chunk.scale_gradients(1.0 / divisor)
@@ -85,9 +89,9 @@ class Executor:
         filler: Microbatch,
         watch: Watcher | None = None,
     ) -> list[Any]:
-        """What ``keep`` kept of each microbatch, on the last stage. No gradients, no state.
+        """Return the values that ``keep`` kept of each microbatch, on the last stage. No gradients, no state.
 
-        watch: called on every rank after each forward pass of each of its chunks, also those of fillers.
+        watch: called on every rank after each forward pass of each of its chunks, those of fillers included.
         """
 
         def nothing(_: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -99,7 +103,10 @@ class Executor:
     def record_routing(
         self, batches: Sequence[Microbatch], *, filler: Microbatch
     ) -> list[dict[int, npt.NDArray[np.int64]]]:
-        """The experts that this rank's routers choose now: MoE layer index -> int64[rows, K], for each microbatch."""
+        """Return the experts that this rank's routers choose now, for each microbatch.
+
+        By MoE layer index, int64[rows, K]; the rows are ``parallel.router_rows``.
+        """
         recorded: list[dict[int, npt.NDArray[np.int64]]] = [{} for _ in batches]
 
         def note(index: int, chunk: int) -> None:
@@ -107,6 +114,25 @@ class Executor:
                 recorded[index] |= {layer: rows.cpu().numpy() for layer, rows in self._replay.recorded(chunk).items()}
 
         with self._replay.recording():
+            self.forward(batches, filler=filler, watch=note)
+        return recorded
+
+    def record_fingerprints(
+        self, batches: Sequence[Microbatch], *, filler: Microbatch
+    ) -> list[dict[int, Float32Array]]:
+        """Return the fingerprints of this rank's layers, for each microbatch.
+
+        By entry (0 for the embeddings, then one for each layer), float32[rows, WIDTH]; the rows are
+        ``parallel.router_rows``.
+        """
+        recorded: list[dict[int, Float32Array]] = [{} for _ in batches]
+        with FingerprintHooks([chunk.module for chunk in self._chunks]) as hooks:
+
+            def note(index: int, _chunk: int) -> None:
+                taken = hooks.take()
+                if index < len(recorded):
+                    recorded[index] |= taken
+
             self.forward(batches, filler=filler, watch=note)
         return recorded
 
@@ -133,7 +159,7 @@ class Executor:
             routed_experts = (
                 None if batch.routed_experts is None else torch.from_numpy(batch.routed_experts).to(self._device)
             )
-            # A forward pass alone is a probe, or prepares what training then replays.
+            # A forward pass alone is a probe, or comes before the training pass over the same rows.
             compare = routed_experts is not None and not forward_only
             compared = torch.from_numpy(batch.of_samples).to(self._device) if compare else None
             self._replay.before_forward(routed_experts, batch.cu_seqlens, number, compared)
@@ -141,7 +167,7 @@ class Executor:
                 input_ids=tensors["token_ids"].unsqueeze(0),
                 position_ids=tensors["position_ids"].unsqueeze(0),
                 attention_mask=None,
-                packed_seq_params=packed(torch.from_numpy(batch.cu_seqlens).to(self._device), batch.longest),
+                packed_seq_params=packed_seq_params(torch.from_numpy(batch.cu_seqlens).to(self._device), batch.longest),
             )
             self._replay.after_forward(number)
             if watch is not None:
@@ -149,13 +175,13 @@ class Executor:
 
             def scalar(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 value, kept = loss(tensors, output.squeeze(0))
-                # Megatron wants a token count, for an average that is taken elsewhere.
+                # Megatron wants a token count for an average; finish_gradients divides instead.
                 return value, torch.tensor(len(batch), dtype=torch.int, device=value.device), kept
 
             return logits, scalar
 
         iterators = [iter(enumerate(run)) for _ in self._chunks]
-        with platform.cuda_means(self._device), self._replay.schedule(verify=verify):
+        with platform.redirect_cuda_to(self._device), self._replay.schedule(verify=verify):
             kept: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -168,7 +194,10 @@ class Executor:
         return kept[: len(batches)]
 
     def _common_count(self, count: int) -> int:
-        """What every rank is to run: as many as the one with most, and whole rounds of an interleaved pipeline."""
+        """Return how many microbatches every rank runs: the largest count of a rank.
+
+        An interleaved pipeline runs whole rounds of its stages.
+        """
         most = torch.tensor(count, device=self._device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         sizes = self._place.sizes

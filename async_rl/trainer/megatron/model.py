@@ -160,7 +160,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
     chunks = []
     for chunk in range(sizes.vpp):
         stage = chunk if sizes.vpp > 1 else None
-        with platform.cuda_means(device):
+        with platform.redirect_cuda_to(device):
             gpt = GPTModel(
                 config=settings,
                 transformer_layer_spec=platform.layer_spec(device, settings, stage),
@@ -178,7 +178,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
         gpt.to(device=device, dtype=settings.params_dtype)
         platform.keep_float32(gpt)
         chunks.append(gpt)
-    here = held(chunks, model, place, platform.layout(device))
+    here = local_tensors(chunks, model, place, platform.layout(device))
     load_checkpoint(here, config.model.path, model, platform.layout(device))
     _mark(here)
     return [
@@ -195,7 +195,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
     ]
 
 
-def _mark(here: Sequence[Held]) -> None:
+def _mark(here: Sequence[LocalTensor]) -> None:
     """Tell Megatron's gradient reduction what kind of parameter each is, where its modules do not.
 
     Megatron 0.16.1 sets the first two only where it initializes parameters itself. It takes experts that are not spread
@@ -211,18 +211,24 @@ def _mark(here: Sequence[Held]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A tensor of the model that this rank has, or a part of it: ``part`` of ``parts``."""
+class LocalTensor:
+    """A tensor of the model that this rank has, or a part of it."""
 
     entry: names.Entry
+    """Its names in Megatron and in the checkpoint."""
     tensor: torch.Tensor
+    """What this rank has of it."""
     part: int
+    """Which part that is, from 0."""
     parts: int
+    """How many parts there are: 1 where each rank has it whole."""
 
 
-def held(chunks: Sequence[Any], model: ModelConfig, place: Place, layout: names.Layout) -> list[Held]:
-    """What this rank has of the tables in ``weights.names``, in their order. Raises ModelError if a chunk and the
-    tables differ in what there is."""
+def local_tensors(chunks: Sequence[Any], model: ModelConfig, place: Place, layout: names.Layout) -> list[LocalTensor]:
+    """Return this rank's tensors in the order of the tables in ``models.names``.
+
+    Raises ModelError where a chunk lacks a tensor of the tables, or has one that is not in them.
+    """
     named = [dict(_tensors(chunk)) for chunk in chunks]
     missing, used = [], set()
     result = []
@@ -233,7 +239,7 @@ def held(chunks: Sequence[Any], model: ModelConfig, place: Place, layout: names.
                 continue
             used.add((chunk, name))
             part, parts = (place.tp, place.sizes.tp) if entry.expert is None else (place.etp, place.sizes.etp)
-            result.append(Held(entry, named[chunk][name], part, parts))
+            result.append(LocalTensor(entry, named[chunk][name], part, parts))
     unknown = [name for chunk, tensors in enumerate(named) for name in tensors if (chunk, name) not in used]
     if missing or unknown:
         raise ModelError(
@@ -274,7 +280,7 @@ def _where(entry: names.Entry, model: ModelConfig, place: Place) -> Iterator[tup
             yield chunk, entry.name(layer, expert)
 
 
-def load_checkpoint(here: Sequence[Held], path: Path, model: ModelConfig, layout: names.Layout) -> None:
+def load_checkpoint(here: Sequence[LocalTensor], path: Path, model: ModelConfig, layout: names.Layout) -> None:
     """Fill what this rank has from the folder's safetensors, one parameter at a time, reading nothing else.
 
     Raises ModelError that names every tensor which is missing, surplus, or of another shape than config.json
@@ -295,7 +301,7 @@ def load_checkpoint(here: Sequence[Held], path: Path, model: ModelConfig, layout
     logger.info("loaded %d parameters from %s", len(here), path)
 
 
-def _faults(model: ModelConfig, here: Sequence[Held], known: set[str], where: dict[str, Any]) -> list[str]:
+def _faults(model: ModelConfig, here: Sequence[LocalTensor], known: set[str], where: dict[str, Any]) -> list[str]:
     faults = []
     for one in here:
         shapes = names.hf_shapes(model, one.entry, one.tensor.shape, one.parts)
@@ -308,8 +314,8 @@ def _faults(model: ModelConfig, here: Sequence[Held], known: set[str], where: di
     return faults
 
 
-def packed(cu_seqlens: torch.Tensor, longest: int) -> PackedSeqParams:
-    """Megatron's description of sequences packed back to back; cu_seqlens int32[sequences + 1]."""
+def packed_seq_params(cu_seqlens: torch.Tensor, longest: int) -> PackedSeqParams:
+    """Describe sequences that are packed back to back to Megatron; cu_seqlens int32[S + 1]."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,27 @@ MEGATRON_VERSION = "0.16.1"
 # A rank that waits longer than this for the others is alone: half of Megatron's own default, so that a dead
 # peer surfaces as an error within minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The process groups that one rank belongs to."""
+
+    model: torch.distributed.ProcessGroup
+    """Ranks that share this rank's data: those of its data-parallel index, in every pipeline stage."""
+    data: torch.distributed.ProcessGroup
+    """Ranks with this rank's part of the model and data of their own."""
+    context: torch.distributed.ProcessGroup
+    """Ranks with other parts of the same sequences."""
+    tensor: torch.distributed.ProcessGroup
+    """Ranks with other parts of the same dense parameters."""
+    expert_tensor: torch.distributed.ProcessGroup
+    """Ranks with other parts of the same experts."""
+
+    @property
+    def vocabulary(self) -> torch.distributed.ProcessGroup | None:
+        """The group over which logits are split; None if they are not."""
+        return self.tensor if self.tensor.size() > 1 else None
 
 
 def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -74,9 +96,11 @@ def activate(device: Device) -> None:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
 
-def init_distributed(device: Device, place: Place, init_method: str | None) -> torch.distributed.ProcessGroup:
-    """Start torch.distributed and Megatron's process groups. Returns the group of the ranks that share this one's data:
-    of every pipeline stage, those of its data-parallel index."""
+def init_distributed(device: Device, place: Place, init_method: str | None) -> Groups:
+    """Start torch.distributed and Megatron's process groups, and return those of this rank.
+
+    Raises TrainerError if Megatron numbers its ranks in another way than ``Place`` does.
+    """
     from megatron.core import parallel_state
 
     sizes, ranks = place.sizes, world_size(place.sizes)
@@ -114,15 +138,21 @@ def init_distributed(device: Device, place: Place, init_method: str | None) -> t
         parallel_state.get_expert_tensor_parallel_rank(),
     )
     if found != (place.tp, place.cp, place.dp, place.pp, place.ep, place.etp):
-        raise TrainerError(f"Megatron numbers its ranks otherwise than trainer.parallel: {found} is not {place}")
+        raise TrainerError(f"Megatron's rank layout does not match trainer.parallel: it has {found} for {place}")
     if device == "cuda":
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        # Nothing is initialized and nothing dropped out, but the generators are asked for.
+        # Nothing is initialized at random or dropped out, but Megatron asks for the generators.
         model_parallel_cuda_manual_seed(0)
-    replicas = [[rank for rank in range(ranks) if Place.of(sizes, rank).dp == dp] for dp in range(sizes.dp)]
-    groups = [torch.distributed.new_group(replica) for replica in replicas]  # every rank takes part in making each
-    return groups[place.dp]
+    of_data = [[rank for rank in range(ranks) if Place.of(sizes, rank).dp == dp] for dp in range(sizes.dp)]
+    model_groups = [torch.distributed.new_group(members) for members in of_data]  # all ranks take part in making each
+    return Groups(
+        model=model_groups[place.dp],
+        data=parallel_state.get_data_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
+    )
 
 
 def close_distributed() -> None:
@@ -135,7 +165,7 @@ def close_distributed() -> None:
 
 
 @contextlib.contextmanager
-def cuda_means(device: Device) -> Iterator[None]:
+def redirect_cuda_to(device: Device) -> Iterator[None]:
     """Within it, ``device="cuda"`` and ``.cuda()`` in torch calls mean ``device``.
 
     For Megatron's schedules, which name the device in words (0.16.1, ``torch.zeros([], device="cuda")``), and its
@@ -144,7 +174,7 @@ def cuda_means(device: Device) -> Iterator[None]:
     if device == "cuda":
         yield
         return
-    with _CudaMeansCPU():
+    with _RedirectCudaToCPU():
         yield
 
 
@@ -212,7 +242,7 @@ def _backend(device: Device) -> str:
     return "gloo" if device == "cpu" else "nccl"
 
 
-class _CudaMeansCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
+class _RedirectCudaToCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
     """Turns ``device="cuda"`` arguments of torch functions into the CPU, and moves nothing to a GPU."""
 
     def __torch_function__(

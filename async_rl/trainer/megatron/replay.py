@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from async_rl.errors import ReplayError
 from async_rl.models.config import ModelConfig
-from async_rl.trainer.parallel import Int64Array, Place, replayed
+from async_rl.trainer.parallel import Int64Array, Place, router_rows
 from async_rl.types import Int32Array
 
 
@@ -177,7 +177,7 @@ class RoutingReplay:
         return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers[chunk]}
 
     def _share(self, cu_seqlens: Int32Array, chunk: int) -> tuple[Int64Array, list[int]]:
-        return replayed(cu_seqlens, self._model.moe_layers, self._model.num_layers, self._place, chunk)
+        return router_rows(cu_seqlens, self._model.moe_layers, self._model.num_layers, self._place, chunk)
 
     def _act(self, chunk: int, action: RouterReplayAction) -> None:
         for _, router in self._routers[chunk]:

@@ -1,6 +1,6 @@
-"""Fingerprints of the trainer's residual stream, by forward hooks. Knows the layout of Megatron's GPTModel.
+"""Computes fingerprints of the trainer's residual stream in forward hooks. Knows the layout of Megatron's GPTModel.
 
-The engine's counterpart is ``weights.vllm_fingerprint``; what they are is in ``weights.fingerprint``.
+The engine's counterpart is ``weights.vllm.fingerprint``; what fingerprints are is in ``weights.fingerprint``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from async_rl.weights.fingerprint import projection
 
 
 class FingerprintHooks:
-    """While entered, each forward pass of one of ``chunks`` (Megatron's GPTModel, or what it has of one) leaves the
-    fingerprints of its layers, for ``take`` to fetch before the next."""
+    """Hooks that, while entered, fingerprint the layers of ``chunks`` in each of their forward passes.
+
+    A chunk is Megatron's GPTModel or a pipeline stage of one. ``take`` fetches the fingerprints, before the next pass.
+    """
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self._chunks = chunks
@@ -39,8 +41,10 @@ class FingerprintHooks:
             hook.remove()
 
     def take(self) -> dict[int, Float32Array]:
-        """By entry, 0 for the embeddings and then a number for each layer, float32[rows, WIDTH]; the rows are those
-        that a router of this rank would see."""
+        """Return the last pass's fingerprints: by entry (0 for the embeddings, then each layer), float32[rows, WIDTH].
+
+        The rows are those that a router of this rank sees.
+        """
         taken, self._taken = self._taken, {}
         return {entry: rows.cpu().numpy() for entry, rows in taken.items()}
 
@@ -48,7 +52,7 @@ class FingerprintHooks:
         self._hooks.append(module.register_forward_hook(lambda _m, _i, output: self._record(entry, stream(output))))
 
     def _record(self, entry: int, stream: torch.Tensor) -> None:
-        """``stream`` [rows, 1, H]."""
+        """Keep the fingerprints of ``stream`` [rows, 1, H]."""
         if self._projection is None:
             self._projection = torch.from_numpy(projection(stream.shape[-1])).to(stream.device)
         self._taken[entry] = stream[:, 0].detach().float() @ self._projection
