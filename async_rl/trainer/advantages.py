@@ -1,7 +1,7 @@
-"""How much better each response did than others. Pure: NumPy in, NumPy out; knows the settings in ``config``.
+"""Computes how much better each response did than the others. Pure: NumPy in, NumPy out; knows the settings' schema.
 
-``group_advantages`` looks at one group. What an estimator needs of the whole batch comes after it:
-``batch_normalized``, with sums that ranks have added up.
+``group_advantages`` looks at one group. An estimator that normalizes over the whole mini-batch is completed by
+``batch_normalized``, with the sums of all ranks.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from async_rl.errors import TrainerError
 from async_rl.rollout.user_function import load_function
 from async_rl.types import Float32Array
 
-# Keeps the quotient finite for rewards that differ by rounding only; far below any reward difference that is
-# meant.
+# Keeps the quotient finite for rewards that differ by rounding only; far below any intended reward difference.
 STD_FLOOR = 1e-6
 
-# Rewards float32[n] of a group -> advantages float32[n] of its responses.
+# Rewards float32[n] of a group's responses -> their advantages float32[n].
 GroupAdvantages = Callable[[Float32Array], Float32Array]
 
 
 def grpo(rewards: Float32Array, *, normalize_by_std: bool) -> Float32Array:
-    """reward - mean, divided by the group's (population) standard deviation if asked: GRPO, arXiv:2402.03300,
-    and without the division arXiv:2503.20783. A group whose rewards are all equal has advantages of exactly
-    zero."""
+    """Return reward - mean, optionally over the group's (population) standard deviation.
+
+    With the division it is GRPO, arXiv:2402.03300; without it arXiv:2503.20783. A group whose rewards are all equal has
+    advantages of exactly zero.
+    """
     values = rewards.astype(np.float64)
     if np.all(values == values[0]):
         return np.zeros(len(rewards), dtype=np.float32)
@@ -38,7 +39,7 @@ def grpo(rewards: Float32Array, *, normalize_by_std: bool) -> Float32Array:
 
 
 def rloo(rewards: Float32Array) -> Float32Array:
-    """reward - mean of the others': RLOO, arXiv:2402.14740."""
+    """Return reward - mean of the others' rewards: RLOO, arXiv:2402.14740."""
     values = rewards.astype(np.float64)
     others = (values.sum() - values) / (len(values) - 1)
     result: Float32Array = (values - others).astype(np.float32)
@@ -46,15 +47,17 @@ def rloo(rewards: Float32Array) -> Float32Array:
 
 
 def load_advantages(settings: LossSection) -> GroupAdvantages:
-    """The estimator that trainer.loss.advantage names. Raises TrainerError if it is a function that cannot be called
-    so."""
+    """Return the estimator that trainer.loss.advantage names.
+
+    Raises TrainerError if that is a function that cannot be found, or not be called with rewards alone.
+    """
     name = settings.advantage
     if name == "rloo":
         return rloo
     if name == "grpo":
         return lambda rewards: grpo(rewards, normalize_by_std=settings.normalize_by_std)
     if name == "reinforce_plus_plus":
-        # Its baseline is the group's mean; the scale is the batch's.
+        # Its baseline is the group's mean; the batch's scale comes in batch_normalized.
         return lambda rewards: grpo(rewards, normalize_by_std=False)
     function = load_function("trainer.loss.advantage", name, ("rewards",), TrainerError)
 
@@ -77,23 +80,27 @@ def load_advantages(settings: LossSection) -> GroupAdvantages:
 
 
 def group_advantages(group_id: str, rewards: Float32Array, estimator: GroupAdvantages) -> Float32Array:
-    """Of each response, float32[n] from rewards float32[n]. Raises TrainerError for a reward that is no number."""
+    """Return the advantages float32[n] of a group's responses. Raises TrainerError for a reward that is not finite."""
     if not np.isfinite(rewards).all():
-        raise TrainerError(f"group {group_id}: rewards {rewards.tolist()} are not all finite; mend the reward function")
+        raise TrainerError(f"group {group_id}: rewards {rewards.tolist()} are not all finite; fix the reward function")
     return estimator(rewards)
 
 
 def batch_sums(advantages: Sequence[float], tokens: Sequence[int]) -> tuple[float, float, float]:
-    """(tokens, sum, sum of squares) of advantages that each of a response's ``tokens`` carries; over ranks they add
-    up."""
+    """Return (tokens, sum, sum of squares) of the tokens' advantages; those of several ranks add up.
+
+    Each of a response's ``tokens`` has the response's advantage.
+    """
     values, counts = np.asarray(advantages, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     return float(counts.sum()), float((counts * values).sum()), float((counts * values**2).sum())
 
 
 def batch_normalized(advantages: Sequence[float], sums: tuple[float, float, float]) -> list[float]:
-    """(advantage - mean) / standard deviation over the tokens of the global batch, whose ``batch_sums`` are given:
-    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. As there it is tokens that are counted, so a
-    long response moves mean and deviation more. All zero where no advantage differs."""
+    """Return (advantage - mean) / standard deviation over the tokens of the global batch, given its ``batch_sums``.
+
+    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. As there, tokens are counted, so a long
+    response moves mean and deviation more. All zero where no advantage differs.
+    """
     count, total, squares = sums
     mean = total / max(count, 1.0)
     variance = squares / max(count, 1.0) - mean**2

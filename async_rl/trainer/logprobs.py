@@ -1,6 +1,7 @@
-"""Log-probs and entropies of given tokens from logits, whose vocabulary may be split over ranks. Pure: torch only.
+"""Computes log-probs and entropies of given tokens from logits. Pure: torch only.
 
-Shapes: T positions, V vocabulary, of which each of the ranks of ``group`` has an equal part, in their order.
+The vocabulary may be split over the ranks of a process group, which have equal parts of it in their order. Shapes: T
+positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
 def token_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target and the entropy there, of softmax(logits / temperature), in float32.
+    """Return the log-prob of each target and the entropy at its position under softmax(logits / temperature).
 
-    logits [T, V], or [T, V / ranks] of each rank of ``group``; targets int64[T]. Returns float32[T] (differentiable)
-    and float32[T] (not), the same on every rank; the gradient that comes back must be so too.
+    logits [T, V], or [T, V / ranks] on each rank of ``group``; targets int64[T]. Returns log-probs float32[T]
+    (differentiable) and entropies float32[T] (not), the same on every rank. The gradient of the log-probs must be the
+    same on every rank too.
     """
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group)
     return logprobs, entropy

@@ -1,5 +1,7 @@
-"""An optimizer update under way: what was counted of this rank's groups, summed over its tokens, and timed. Pure: knows
-``packing`` and ``policy_sums``; neither the model nor other ranks."""
+"""Keeps the state of one optimizer update between its calls: counts, sums over tokens, and times of this rank.
+
+Pure: knows ``samples``, ``packing`` and ``policy_sums``; knows neither the model nor other ranks.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ COUNTS = (
 
 @dataclass(slots=True)
 class Step:
-    """counts: of this rank's groups, by the names in ``COUNTS``; seconds: by phase."""
+    """One optimizer update of this rank, from ``begin_step`` to ``finish_step``."""
 
     version: int
+    """The policy version that consumes the tokens."""
     oldest_version: int
+    """Tokens of earlier versions contribute nothing."""
     sums: PolicySums
+    """Sums over the tokens computed so far."""
     packer: Packer
+    """Holds the samples that have not been computed yet."""
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    """Counts over this rank's groups, by the names in ``COUNTS``."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase."""
 
     def check_versions(self, groups: Sequence[Group]) -> None:
         """Raise TrainerError for a token of a policy later than the one that consumes it."""
@@ -49,29 +57,29 @@ class Step:
                 if newest > self.version:
                     raise TrainerError(
                         f"trajectory {trajectory.trajectory_id}: tokens of version {newest}, consumed at version "
-                        f"{self.version}; its stamps or the trainer's version are wrong"
+                        f"{self.version}; either the engine's version stamps or the trainer's version counter is wrong"
                     )
 
     def count_groups(self, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
-        """samples: what these groups are trained on."""
+        """Count these groups, which are trained as ``samples``."""
         trajectories = [t for group in groups for t in group.trajectories]
         sampled = sum(int(t.sampled.sum()) for t in trajectories)
-        views: dict[str, list[int]] = {}
+        positions: dict[str, list[int]] = {}  # of each trajectory's samples
         for sample in samples:
-            views.setdefault(sample.trajectory_id, []).append(sample.positions)
+            positions.setdefault(sample.trajectory_id, []).append(sample.positions)
         self._add(
             tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
             sampled=sampled,
             not_sampled=sum(len(t.response_ids) for t in trajectories) - sampled,
-            # The last view of a trajectory is all of it that is trained, the others are prefixes of that.
-            extra_positions=sum(sum(positions[:-1]) for positions in views.values()),
-            sequences=len(views),
+            # A trajectory's last sample is all of it that is trained, the others are prefixes of that.
+            extra_positions=sum(sum(of_samples[:-1]) for of_samples in positions.values()),
+            sequences=len(positions),
             groups=len(groups),
             trajectories=len(trajectories),
         )
 
     def count_microbatches(self, batches: Sequence[Microbatch], sequence_cost: Callable[[int], float]) -> None:
-        """sequence_cost: of a sequence of so many positions; see ModelConfig."""
+        """Count these microbatches. sequence_cost: ModelConfig.sequence_cost."""
         self._add(
             microbatches=len(batches),
             padding=sum(batch.padding for batch in batches),
@@ -81,7 +89,7 @@ class Step:
         )
 
     def lap(self, phase: str, started: float) -> float:
-        """Add the time since ``started`` (of time.perf_counter) to ``phase``. Returns the time now."""
+        """Add the seconds since ``started`` (a time.perf_counter) to ``phase``, and return the time now."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - started
         return now

@@ -1,8 +1,8 @@
-"""Attention for Megatron's local layer specification: causal, over packed sequences of different lengths.
+"""Provides attention for Megatron's local layer specification: causal, over packed sequences of different lengths.
 
-Megatron's own DotProductAttention pads to one length; Transformer Engine's needs a GPU. This one calls
-torch's fused attention once per sequence, so that no token attends across a border and nothing is padded.
-Knows Megatron's module interface, nothing else.
+Megatron's own DotProductAttention pads to one length; Transformer Engine's needs a GPU. This one calls torch's fused
+attention once per sequence, so that no token attends across a border and nothing is padded. Knows Megatron's module
+interface, nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
-    """Core attention for ``thd`` inputs: query [T, heads, D], key and value [T, kv_heads, D]; output [T, heads * D]."""
+    """Core attention for Megatron's ``thd`` layout of packed sequences."""
 
     def __init__(
         self,
@@ -49,6 +49,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams,
     ) -> torch.Tensor:
+        """Attend: query [T, heads, D], key and value [T, kv_heads, D], output [T, heads * D]."""
+        del attention_mask, attn_mask_type, attention_bias  # Megatron passes them; causal masks need only the lengths
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         group = parallel_state.get_context_parallel_group()
         if group.size() == 1:
@@ -59,8 +61,11 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
     def _context_parallel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], group: Any
     ) -> torch.Tensor:
-        """``lengths`` are of the whole sequences, of which every rank has two parts of 2 x ranks: an early one and the
-        late one that mirrors it (``trainer.parallel.context_rows``). Keys and values are gathered, queries stay."""
+        """Attend to sequences of which every rank has two of 2 x ranks parts; ``lengths`` are of the whole sequences.
+
+        The two are an early part and the late one that mirrors it (``trainer.parallel.context_rows``). Keys and values
+        are gathered, queries stay.
+        """
         ranks, rank = group.size(), group.rank()
         # [T / ranks, heads, D] of every rank, in the order of the ranks.
         keys, values = (
@@ -85,7 +90,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
         return torch.cat(outputs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The queries [n, heads, D] are of the last n positions of the keys and values [m, kv_heads, D]."""
+        """Attend from the last n of m positions: queries [n, heads, D], keys and values [m, kv_heads, D]."""
         mask = None
         if len(query) != len(key):
             mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
@@ -104,11 +109,10 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Megatron's latent attention with whole down-projections on every tensor-parallel rank, as Transformer Engine's
-    specification has them.
+    """Megatron's latent attention with whole down-projections on every tensor-parallel rank.
 
-    Megatron 0.16.1's local specification cuts them instead, and then loses part of the gradient of the rotary key: each
-    rank keeps that of its own heads.
+    Transformer Engine's specification has them whole too. Megatron 0.16.1's local specification cuts them instead, and
+    then loses part of the gradient of the rotary key: each rank keeps that of its own heads.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -120,7 +124,7 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 
 
 class _WholeLinear(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
-    """A projection of the hidden states that this rank has of the sequence, whose weight every rank has whole."""
+    """A projection of this rank's part of the hidden states, with the whole weight on every rank."""
 
     def __init__(self, config: TransformerConfig, output_size: int) -> None:
         super().__init__()
@@ -129,12 +133,14 @@ class _WholeLinear(torch.nn.Module):  # type: ignore[misc]  # torch has no types
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Megatron's linear layers return a bias apart, of which there is none here."""
+        """Return the projection, and None for the bias that Megatron's linear layers return separately."""
         return F.linear(x, self.weight), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        """Return the weight for Megatron's distributed checkpointing."""
+        del metadata  # it is for parameters that are cut
         state = self.state_dict(keep_vars=True)
         result: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
         return result

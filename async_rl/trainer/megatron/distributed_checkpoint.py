@@ -1,5 +1,8 @@
-"""A trainer's state to files and back, through Megatron's distributed checkpointing: each rank writes its part, and a
-trainer in any layout reads it. What a checkpoint is as a folder is ``checkpoint``'s to know."""
+"""Writes a trainer's state to files and reads it back, through Megatron's distributed checkpointing.
+
+Each rank writes its part, and a trainer in any layout reads it. Knows nothing of the folder around these files:
+``driver.checkpoint_folder`` does.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from async_rl.trainer.parallel import Place
 
 
 class DistributedCheckpoint:
-    """Of this rank's chunks of the model and of its optimizer. All ranks make the same calls in the same order."""
+    """Saves and loads this rank's chunks and optimizer. All ranks make the same calls in the same order."""
 
     def __init__(
         self,
@@ -44,19 +47,23 @@ class DistributedCheckpoint:
         self._device = device
 
     def save(self, folder: Path, *, updates: int) -> None:
-        """Write model, optimizer, schedule, random state and the number of updates made. Returns when all ranks' parts
-        are in place."""
+        """Write model, optimizer, schedule, random state and the number of updates made.
+
+        Returns when the parts of all ranks are in place.
+        """
         if self._place.rank == 0:
             (folder / "config.yaml").write_text(to_yaml(self._config))
         torch.distributed.barrier()
         with platform.redirect_cuda_to(self._device), threads_write():
             dist_checkpointing.save(self._whole(updates=updates, loading=False), str(folder))
-        release_freed_memory()  # the copies that were written; a trainer of 750 MiB grew by 8 % in some minutes
+        release_freed_memory()  # the copies that were written: without it, a trainer of 750 MiB grew by 8 % in minutes
         torch.distributed.barrier()
 
     def load(self, path: Path) -> int:
-        """Take everything that was saved, and return the number of updates. Raises CheckpointError where the checkpoint
-        is not of this model."""
+        """Restore everything that was saved, and return the number of updates made.
+
+        Raises CheckpointError where the checkpoint is not of this model.
+        """
         state = self._read(path, lambda: self._whole(updates=0, loading=True))
         self._load_weights(state)
         self._optimizer.load_state(state["optimizer"])
@@ -65,11 +72,11 @@ class DistributedCheckpoint:
         return updates
 
     def load_weights(self, path: Path) -> None:
-        """Take the weights alone. Raises CheckpointError as ``load`` does."""
+        """Restore the weights alone. Raises CheckpointError where the checkpoint is not of this model."""
         self._load_weights(self._read(path, self._weights))
 
     def _read(self, path: Path, wanted: Callable[[], ShardedState]) -> ShardedState:
-        """``wanted`` is called here: making it needs the device seam too, and may fail for the same reasons."""
+        """Read what ``wanted`` returns, which is called here: it needs the device seam too, and may fail likewise."""
         try:
             model = dist_checkpointing.load_common_state_dict(str(path))["model"]
             if model != self._model:
@@ -92,7 +99,7 @@ class DistributedCheckpoint:
 
     def _whole(self, *, updates: int, loading: bool) -> ShardedState:
         weights = self._weights()
-        # Nothing draws random numbers in training; what one rank has is as good as what another has.
+        # Training draws no random numbers, so the state of any rank will do.
         rng = [torch.get_rng_state()]
         torch.distributed.broadcast_object_list(rng, src=0)
         return {

@@ -1,17 +1,17 @@
 """Builds this rank's part of a Megatron GPTModel from a Hugging Face checkpoint folder.
 
-Knows Megatron, the names in ``weights.names`` and the device seam; nothing of Ray, vLLM or the loss. Before
-anything here is called, ``platform.activate`` and ``platform.init_distributed`` have run.
+Knows Megatron, the names in ``models.names`` and the device seam; knows nothing of Ray, vLLM or the loss. Call
+``platform.activate`` and ``platform.init_distributed`` first.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -27,13 +27,13 @@ from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig, model: ModelConfig, device: Device) -> TransformerConfig:
-    """The model's shape and the run's settings in Megatron's words."""
+    """Translate the model's shape and the run's settings into Megatron's configuration."""
     dtype = DTYPES[config.model.dtype]
     sizes = config.trainer.parallel
     settings: dict[str, Any] = {
@@ -61,7 +61,7 @@ def transformer_config(config: RunConfig, model: ModelConfig, device: Device) ->
         "sequence_parallel": sizes.tp > 1,
         "pipeline_model_parallel_size": sizes.pp,
         "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
-        # Microbatches are packed to different lengths, which the stages then have to tell each other.
+        # Microbatches are packed to different lengths, which the stages must then send each other.
         "variable_seq_lengths": sizes.pp > 1,
         # Two stages that are each other's next and previous cannot send both ways in one batch.
         "overlap_p2p_comm": sizes.vpp > 1,
@@ -113,15 +113,15 @@ def _experts(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
         "moe_router_num_groups": model.num_groups or None,
         "moe_router_group_topk": model.group_top_k or None,
         "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1.0 else None,
-        # The bias balances load in pre-training; here it stays as the checkpoint has it, as the engine's does.
+        # The bias balances load in pre-training. Here it stays as in the checkpoint, because the engine's does.
         "moe_router_enable_expert_bias": model.expert_bias,
         "moe_router_bias_update_rate": 0.0,
-        # Near-ties must fall the same way in engine and trainer, whatever the parameters' type.
+        # Engine and trainer must decide near-ties the same way, whatever the parameters' type.
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": True,
-        "moe_router_fusion": config.trainer.router_fusion,  # it bypasses replay: the config refuses the pair
+        "moe_router_fusion": config.trainer.router_fusion,  # it bypasses replay: the settings' checks refuse the pair
     }
 
 
@@ -153,8 +153,10 @@ def _latent_attention(model: ModelConfig, latent: LatentAttention) -> dict[str, 
 
 
 def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -> list[DistributedDataParallel]:
-    """This rank's part of the model with the checkpoint's weights, one module per virtual pipeline chunk, each wrapped
-    for gradient accumulation and data parallelism."""
+    """Build this rank's part of the model with the checkpoint's weights.
+
+    Returns one module per virtual pipeline chunk, each wrapped for gradient accumulation and data parallelism.
+    """
     settings = transformer_config(config, model, device)
     sizes = place.sizes
     chunks = []
@@ -168,7 +170,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
                 max_sequence_length=model.max_position_embeddings,
                 pre_process=place.pp == 0 and chunk == 0,
                 post_process=place.is_last_stage and chunk == sizes.vpp - 1,
-                # Latent attention rotates by itself.
+                # Latent attention applies its rotary embedding itself.
                 position_embedding_type="rope" if model.latent is None else "none",
                 rotary_percent=model.rotary_fraction,
                 rotary_base=model.rope_theta,  # annotated int, used as a float
@@ -188,7 +190,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
                 grad_reduce_in_fp32=True, use_distributed_optimizer=device == "cuda", overlap_grad_reduce=False
             ),
             gpt,
-            # Megatron's own choice for the chunks after the first: their reduction is not what is waited for.
+            # Megatron's own choice for the chunks after the first: the step does not wait for their reduction.
             disable_bucketing=chunk > 0,
         )
         for chunk, gpt in enumerate(chunks)
@@ -196,7 +198,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
 
 
 def _mark(here: Sequence[LocalTensor]) -> None:
-    """Tell Megatron's gradient reduction what kind of parameter each is, where its modules do not.
+    """Mark the kind of each parameter for Megatron's gradient reduction, where its modules do not.
 
     Megatron 0.16.1 sets the first two only where it initializes parameters itself. It takes experts that are not spread
     over ranks (ep 1) for dense parameters, whose gradients every tensor-parallel rank has whole; but it gives each of
@@ -257,7 +259,7 @@ def _tensors(chunk: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _where(entry: names.Entry, model: ModelConfig, place: Place) -> Iterator[tuple[int, str]]:
-    """(chunk of this rank, name in it) of what an entry is loaded into here; nothing if another rank has it."""
+    """Yield (chunk of this rank, name in it) for each tensor that an entry is loaded into; none if it is elsewhere."""
     sizes = place.sizes
     last_chunk = sizes.vpp - 1
     if entry.layer < 0:
@@ -281,10 +283,9 @@ def _where(entry: names.Entry, model: ModelConfig, place: Place) -> Iterator[tup
 
 
 def load_checkpoint(here: Sequence[LocalTensor], path: Path, model: ModelConfig, layout: names.Layout) -> None:
-    """Fill what this rank has from the folder's safetensors, one parameter at a time, reading nothing else.
+    """Fill this rank's tensors from the folder's safetensors, one parameter at a time, reading nothing else.
 
-    Raises ModelError that names every tensor which is missing, surplus, or of another shape than config.json
-    says.
+    Raises ModelError that names the tensors which are missing, surplus, or of another shape than config.json says.
     """
     shards: list[Any] = [safe_open(shard, framework="pt") for shard in checkpoint_shards(path)]
     where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a dict
@@ -298,7 +299,7 @@ def load_checkpoint(here: Sequence[LocalTensor], path: Path, model: ModelConfig,
                 names.part(one.entry, where[name].get_tensor(name), one.part, one.parts) for name in one.entry.hf
             ]
             one.tensor.copy_(names.to_megatron(model, one.entry.kind, tensors))
-    logger.info("loaded %d parameters from %s", len(here), path)
+    log.info("weights_loaded", tensors=len(here), path=str(path))
 
 
 def _faults(model: ModelConfig, here: Sequence[LocalTensor], known: set[str], where: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""RMSNorm for Megatron's local layer specification.
+"""Provides RMSNorm for Megatron's local layer specification.
 
 torch's own is decomposed into a dozen passes over memory on the CPU and takes twice as long, and Megatron 0.16.1's
 wrapper around it refuses sequence parallelism. Knows Megatron's module interface, nothing else.
@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class _RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """y = w * x / rms(x) over the last dimension; keeps x and one number per row for the backward pass."""
+    """Computes y = w * x / rms(x) over the last dimension; keeps x and one number per row for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -38,7 +38,7 @@ class _RMSNormFunction(torch.autograd.Function):  # type: ignore[misc]  # torch 
 
 
 class RMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
-    """As Megatron builds it: RMSNorm(config=..., hidden_size=..., eps=...)."""
+    """A norm with the constructor that Megatron calls: RMSNorm(config=..., hidden_size=..., eps=...)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()

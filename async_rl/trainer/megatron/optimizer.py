@@ -1,7 +1,7 @@
-"""One optimizer update from accumulated gradients: schedule, clipping, AdamW; a non-finite gradient is skipped.
+"""Makes optimizer updates from accumulated gradients: schedule, clipping, AdamW. Non-finite gradients are skipped.
 
-Two implementations behind one protocol; the device seam chooses. Knows Megatron's DistributedDataParallel,
-which keeps each parameter's summed gradient in ``main_grad``; knows neither loss nor replay.
+Two implementations behind one protocol; the device seam chooses. Knows Megatron's DistributedDataParallel, which keeps
+each parameter's summed gradient in ``main_grad``; knows neither loss nor replay.
 """
 
 from __future__ import annotations
@@ -15,44 +15,54 @@ import torch
 
 from async_rl.config.schema import OptimizerSection
 
-# Adam's update does not depend on the gradient's scale, but its epsilon and the clipping threshold do; the
-# same small number that torch's own clipping adds keeps the quotient finite.
+# Keeps the quotient of the clipping finite: the same small number that torch's own clipping adds.
 CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one call of ``step`` did. applied is False if the gradient was not finite: parameters are unchanged."""
+    """The outcome of one call of ``step``."""
 
     grad_norm: float
+    """The norm of the gradient before clipping."""
     lr: float
     applied: bool
+    """False if the gradient was not finite: parameters are unchanged."""
 
 
-# What Megatron's dist_checkpointing saves and loads: plain values and its ShardedTensors, by name.
+# The form that Megatron's dist_checkpointing saves and loads: plain values and its ShardedTensors, by name.
 ShardedState = dict[str, Any]
 
 
 class Optimizer(Protocol):
+    """Applies accumulated gradients."""
+
     def step(self) -> Update:
         """Clip, update the parameters, advance the schedule; or skip a non-finite gradient."""
         ...
 
     def no_update(self) -> Update:
-        """What to report where there was nothing to step on."""
+        """Return the report of a step that had no gradient, and change nothing."""
         ...
 
     def sharded_state(self, model: ShardedState, *, loading: bool) -> ShardedState:
-        """What a checkpoint keeps of it, for Megatron's distributed checkpointing; ``model`` is the model's. What comes
-        back with ``loading`` is filled by it and given to ``load_state``."""
+        """Return the optimizer's state for Megatron's distributed checkpointing; ``model`` is the model's.
+
+        With ``loading``, the state is to be filled from a checkpoint and passed to ``load_state``.
+        """
         ...
 
-    def load_state(self, state: ShardedState) -> None: ...
+    def load_state(self, state: ShardedState) -> None:
+        """Restore a state that ``sharded_state`` made and a checkpoint filled."""
+        ...
 
 
 def learning_rate(settings: OptimizerSection, step: int) -> float:
-    """Of optimizer step ``step``, from 0: linear to ``lr`` over the first ``warmup_steps``, then constant, or falling
-    to ``min_lr`` at ``decay_steps`` in a line or along half a cosine (arXiv:1608.03983)."""
+    """Return the learning rate of optimizer step ``step``, counted from 0.
+
+    It rises linearly to ``lr`` over the first ``warmup_steps``. Then it is constant, or falls to ``min_lr`` at
+    ``decay_steps``, linearly or along half a cosine (arXiv:1608.03983).
+    """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant" or settings.decay_steps is None:
@@ -63,8 +73,7 @@ def learning_rate(settings: OptimizerSection, step: int) -> float:
 
 
 def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    # Norm scales are not decayed, as in Megatron's own optimizer: decaying them towards 0 shrinks
-    # activations.
+    # Norm scales are not decayed, as in Megatron's own optimizer: decaying them towards 0 shrinks activations.
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -72,10 +81,10 @@ def _parameter_groups(parameters: list[torch.nn.Parameter], weight_decay: float)
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
-    """The norm of the whole model's gradient, each of its elements counted once whatever ranks hold it.
+    """Compute the norm of the whole model's gradient, counting each element once even where several ranks hold it.
 
-    As Megatron-core ``optimizer/clip_grads.py`` counts, which insists on CUDA tensors: of what tensor-parallel ranks
-    all have, the first one's; an embedding that the last stage has a copy of, once.
+    It counts as Megatron-core's ``optimizer/clip_grads.py`` does, which insists on CUDA tensors: where all
+    tensor-parallel ranks hold the same, the first one's; an embedding that the last stage has a copy of, once.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -164,7 +173,7 @@ class TorchAdamW:
                 self._adam.state[master]["step"].fill_(self._steps)
 
     def _kept(self, number: int, master: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """Of one parameter; Adam has nothing before its first step."""
+        """Return one parameter's tensors for a checkpoint. Adam has no moments before its first step."""
         state = self._adam.state[master]
         moments = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
         return moments if master is self._parameters[number] else {"master": master.detach(), **moments}
@@ -207,8 +216,7 @@ class MegatronAdamW:
         lr = learning_rate(self._settings, self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # Megatron looks for non-finite values only under fp16 loss scaling, so the norm is taken before it
-        # steps.
+        # Megatron looks for non-finite values only under fp16 loss scaling, so the norm is taken before it steps.
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm):

@@ -1,10 +1,9 @@
-"""The device seam: the only place of the trainer that knows CPU from GPU.
+"""The device seam: the only module of the trainer that distinguishes CPU and GPU.
 
-Everything that Megatron-core needs before it runs without a GPU stands here, each patch with its reason and
-the version it is for. Importing this module starts and changes nothing; ``activate`` does. Knows Megatron and
-torch, no other room.
+It owns every patch that Megatron-core needs to run without a GPU, each with its reason and the version it is for.
+Importing this module starts and changes nothing; ``activate`` does. Knows Megatron and torch, no other room.
 
-What differs by device, and where:
+Differences between the devices, and where they are:
     activate            patches Megatron for the CPU; selects the GPU
     init_distributed    gloo or nccl
     layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
@@ -35,11 +34,11 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
-# The patches below follow this version's sources line by line; another one has to be looked at anew.
+# The patches below follow this version's sources line by line; check each of them before changing it.
 MEGATRON_VERSION = "0.16.1"
 
-# A rank that waits longer than this for the others is alone: half of Megatron's own default, so that a dead
-# peer surfaces as an error within minutes.
+# After waiting this long, a rank takes the others for dead: half of Megatron's own default, so that a dead peer
+# surfaces as an error within minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
 
@@ -65,7 +64,7 @@ class Groups:
 
 
 def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
-    """The device to compute on. Raises ResourceError for ``cuda`` on a machine without one."""
+    """Return the device to compute on. Raises ResourceError for ``cuda`` on a machine without one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -74,14 +73,17 @@ def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
 
 
 def activate(device: Device) -> None:
-    """Make Megatron-core usable on ``device`` in this process. Calling it again does nothing more."""
+    """Make Megatron-core usable on ``device`` in this process. Further calls have no effect.
+
+    Raises TrainerError for another version of Megatron-core than the patches are made for.
+    """
     found = version("megatron-core")
     if found != MEGATRON_VERSION:
         raise TrainerError(
-            f"megatron-core {found} is installed; the trainer is made for {MEGATRON_VERSION}; install that"
+            f"megatron-core {found} is installed, but the trainer is made for {MEGATRON_VERSION}; install that version"
         )
-    # Before Megatron is imported. torch calls the names by which Megatron uses it deprecated; the rest is for GPUs.
-    for module in (r"torch\.distributed", r"megatron\.core\.dist_checkpointing", r"async_rl\.trainer\.platform"):
+    # Before Megatron is imported. It uses functions that torch calls deprecated; other warnings are about GPUs.
+    for module in (r"torch\.distributed", r"megatron\.core\.dist_checkpointing", r"async_rl\.trainer"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if device == "cpu":
         for_gpus = ".*(Apex|Transformer Engine|cuda_graph_scope|CUDA_DEVICE_MAX)"
@@ -156,7 +158,7 @@ def init_distributed(device: Device, place: Place, init_method: str | None) -> G
 
 
 def close_distributed() -> None:
-    """Undo ``init_distributed``; without it, nothing."""
+    """Undo ``init_distributed``; without it, do nothing."""
     from megatron.core import parallel_state
 
     if torch.distributed.is_initialized():
@@ -166,10 +168,10 @@ def close_distributed() -> None:
 
 @contextlib.contextmanager
 def redirect_cuda_to(device: Device) -> Iterator[None]:
-    """Within it, ``device="cuda"`` and ``.cuda()`` in torch calls mean ``device``.
+    """Redirect ``device="cuda"`` and ``.cuda()`` in torch calls to ``device``, until the block ends.
 
-    For Megatron's schedules, which name the device in words (0.16.1, ``torch.zeros([], device="cuda")``), and its
-    model, which moves an embedding that two pipeline stages share.
+    Megatron 0.16.1's schedules name the device as a string (``torch.zeros([], device="cuda")``), and its model moves an
+    embedding that two pipeline stages share.
     """
     if device == "cuda":
         yield
@@ -179,12 +181,12 @@ def redirect_cuda_to(device: Device) -> Iterator[None]:
 
 
 def layout(device: Device) -> Layout:
-    """Which parameter names a model built by ``layer_spec`` has."""
+    """Return which parameter names a model built with ``layer_spec`` has."""
     return "local" if device == "cpu" else "transformer_engine"
 
 
 def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
-    """The block specification of this rank's decoder layers, or of one virtual pipeline chunk of them."""
+    """Return the block specification of this rank's decoder layers, or of one virtual pipeline chunk of them."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from async_rl.trainer.megatron.attention import LatentAttention, PackedAttention
@@ -209,18 +211,18 @@ def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
 
 
 def keep_float32(model: torch.nn.Module) -> None:
-    """Turn back to float32 what Megatron keeps in it whatever the parameters' type: the routers' expert biases."""
+    """Convert the routers' expert biases back to float32, which Megatron keeps them in for any parameter type."""
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             module._maintain_float32_expert_bias()
 
 
 def model_overrides(device: Device) -> dict[str, Any]:
-    """Settings of TransformerConfig that depend on the device; none of them changes what is computed."""
+    """Return the settings of TransformerConfig that depend on the device; none of them changes results."""
     if device == "cpu":
         return {
             "use_cpu_initialization": True,
-            # Fused activations go through torch.compile, which wants a C++ compiler on every machine.
+            # Fused activations use torch.compile, which would need a C++ compiler on every machine.
             "bias_activation_fusion": False,
             "moe_grouped_gemm": False,
         }
@@ -228,9 +230,9 @@ def model_overrides(device: Device) -> dict[str, Any]:
 
 
 def optimizer(device: Device, chunks: Sequence[Any], settings: OptimizerSection) -> Optimizer:
-    """What applies the gradients that ``chunks`` (each a DistributedDataParallel of Megatron's) have accumulated.
+    """Return the optimizer for the gradients that ``chunks`` (Megatron's DistributedDataParallel) accumulate.
 
-    Megatron 0.16.1's gradient clipping and distributed optimizer insist on CUDA tensor types.
+    On the CPU it is torch's, because Megatron 0.16.1's clipping and distributed optimizer insist on CUDA tensors.
     """
     from async_rl.trainer.megatron import optimizer as optimizers
 
@@ -243,7 +245,7 @@ def _backend(device: Device) -> str:
 
 
 class _RedirectCudaToCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has no types here
-    """Turns ``device="cuda"`` arguments of torch functions into the CPU, and moves nothing to a GPU."""
+    """Turns ``device="cuda"`` arguments of torch functions into ``"cpu"``, and ``.cuda()`` into nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -260,15 +262,21 @@ class _RedirectCudaToCPU(TorchFunctionMode):  # type: ignore[misc]  # torch has 
 
 
 def _patch_cuda_calls() -> None:
-    """Megatron 0.16.1 puts gradient buffers, rotary table and router weights on torch.cuda.current_device()."""
+    """Keep on the CPU what Megatron 0.16.1 puts on torch.cuda.current_device().
+
+    That is gradient buffers, the rotary table and router weights.
+    """
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # Its pipeline schedules wait for their last message; a CPU's is there when the call returns.
+    # Its pipeline schedules wait for their last message; on the CPU it has arrived when the call returns.
     torch.cuda.synchronize = lambda *_: None
 
 
 def _patch_dispatcher() -> None:
-    """Megatron 0.16.1's dispatcher of expert parallelism copies its counts to the CPU on a stream of its own, as NumPy
-    arrays, which gloo does not take."""
+    """Give gloo its counts as lists.
+
+    Megatron 0.16.1's dispatcher of expert parallelism copies them to the CPU on a stream of its own, as NumPy arrays,
+    which gloo does not accept.
+    """
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     def counts_as_lists(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -283,21 +291,24 @@ def _patch_dispatcher() -> None:
 
 
 def _patch_pipeline_shapes() -> None:
-    """Megatron 0.16.1's stages tell each other the shapes of what they send in one batch of sends and receives. Two
-    stages of an interleaved pipeline are each the other's next and previous, and take a shape for the other one. Its
-    function for the tensors themselves orders the calls so that they cannot."""
+    """Exchange shapes between pipeline stages in an order that cannot confuse two of them.
+
+    Megatron 0.16.1's stages send the shapes of their tensors in one batch of sends and receives. Two stages of an
+    interleaved pipeline are each the other's next and previous, and mistake one shape for the other. Megatron's
+    function for the tensors themselves orders the calls so that they cannot.
+    """
     from megatron.core.pipeline_parallel import p2p_communication
 
-    def communicate_shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
-        def shape(wanted: bool, tensor: Any = None) -> torch.Tensor | None:
+    def communicate_shapes(self: Any, send_next: Any, send_prev: Any, recv_prev: Any, recv_next: Any) -> Any:
+        def shape(tensor: Any = None, *, wanted: bool) -> torch.Tensor | None:
             size = [0, 0, 0] if tensor is None else list(tensor.shape)
             return torch.tensor(size, device=torch.cuda.current_device()) if wanted else None
 
-        received = shape(recv_prev), shape(recv_next)
+        received = shape(wanted=recv_prev), shape(wanted=recv_next)
         requests = p2p_communication._p2p_ops(
-            tensor_send_prev=shape(send_prev is not None, send_prev),
+            tensor_send_prev=shape(send_prev, wanted=send_prev is not None),
             tensor_recv_prev=received[0],
-            tensor_send_next=shape(send_next is not None, send_next),
+            tensor_send_next=shape(send_next, wanted=send_next is not None),
             tensor_recv_next=received[1],
             group=self.pp_group,
             prev_pipeline_rank=self.prev_rank,
@@ -311,8 +322,11 @@ def _patch_pipeline_shapes() -> None:
 
 
 def _patch_transformer_engine() -> None:
-    """Megatron 0.16.1's router reads ``te_general_gemm``, which is undefined without Transformer Engine, and its latent
-    attention takes the stand-ins for Transformer Engine's classes for the real ones."""
+    """Make Megatron 0.16.1 notice that Transformer Engine is absent.
+
+    Its router reads ``te_general_gemm``, which is undefined then, and its latent attention mistakes the stand-ins for
+    Transformer Engine's classes for the real ones.
+    """
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
@@ -323,8 +337,11 @@ def _patch_transformer_engine() -> None:
 
 
 def _patch_rng() -> None:
-    """Megatron 0.16.1 has CUDA generators for dropout in tensor-parallel regions, and saves and restores them around
-    recomputation. There is none, and no dropout."""
+    """Do without the CUDA generators of Megatron 0.16.1.
+
+    It has them for dropout in tensor-parallel regions, and saves and restores them around recomputation. Here is
+    neither a GPU nor dropout.
+    """
     from megatron.core.tensor_parallel import random
 
     random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()

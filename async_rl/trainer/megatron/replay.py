@@ -1,12 +1,11 @@
-"""Routing replay on Megatron's native RouterReplay: which experts each row executes, in forward and recomputation.
+"""Replays routed experts with Megatron's native RouterReplay, in the forward pass and in recomputation.
 
-Megatron 0.16.1 keeps, per router, one forward target and a list of targets for recomputation that it pops in
-order. ``RoutingReplay`` finds the routers of one model by walking it (Megatron's own registry is class-wide
-and grows with every model), addresses them by global layer number, and brackets each microbatch; the class
-docstring has the protocol.
+Megatron 0.16.1 keeps, per router, one forward target and a list of targets for recomputation that it pops in order.
+``RoutingReplay`` finds the routers of one model by walking it (Megatron's own registry is class-wide and grows with
+every model), addresses them by global layer number, and brackets each microbatch; the class docstring has the protocol.
 
-A row of NO_ROUTING goes through the native router, that row only (invariant 8). Nothing in Megatron checks a
-target's shape, range or duplicates: ``samples.check_routed_experts`` does.
+A row of NO_ROUTING goes through the native router, that row only (invariant 8). Megatron does not check a target's
+shape, range or duplicates: ``samples.check_routed_experts`` does.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from async_rl.types import Int32Array
 
 
 class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no types
-    """RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, anew in each pass."""
+    """A RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, in each pass again."""
 
     def __init__(self) -> None:
         super().__init__()
-        # bool[rows], those of the next forward pass to compare with the router's own choice; None for none of them.
+        # bool[rows]: the rows of the next forward pass to compare with the router's own choice; None for no row.
         self.compared: torch.Tensor | None = None
         self.choices: torch.Tensor | float = 0.0
         self.unlike: torch.Tensor | float = 0.0
@@ -69,27 +68,27 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
         return scores.gather(1, target), target
 
     def _compare(self, target: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> None:
-        """Count the choices of ``target`` int64[T, K] in rows bool[T, 1], and those that ``chosen`` does not have."""
+        """Count the experts of ``target`` int64[T, K] in rows bool[T, 1], and those that ``chosen`` does not have."""
         unlike = (target[:, :, None] != chosen[:, None, :]).all(dim=2) & rows
         self.choices = self.choices + rows.sum() * target.shape[1]
         self.unlike = self.unlike + unlike.sum()
-        self.compared = None  # recomputation comes to the same
+        self.compared = None  # recomputation would count the same again
 
 
 class RoutingReplay:
-    """All routers of one rank's part of a model, which may be several virtual pipeline chunks.
+    """Controls all routers of one rank's part of a model, which may be several virtual pipeline chunks.
 
     Around a schedule: ``with replay.schedule():``. Within it, once per microbatch and chunk, in the forward step:
-    ``before_forward`` with the microbatch's rows (None: native routing), the chunk's forward pass, ``after_forward``. A
-    recomputing backward pass then pops the rows in the order in which they were given, also with several
-    microbatches in flight. Within ``with replay.recording():`` nothing is replayed; ``recorded`` returns the experts
-    that the routers chose in a chunk's last forward pass.
+    ``before_forward`` with the microbatch's routed experts (None: native routing), the chunk's forward pass,
+    ``after_forward``. A recomputing backward pass then pops the rows in the order in which they were given, even while
+    several microbatches are in the pipeline. Within ``with replay.recording():`` nothing is replayed, and ``recorded``
+    returns the experts that the routers chose in a chunk's last forward pass.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], model: ModelConfig, place: Place) -> None:
         self._model = model
         self._place = place
-        # Of each chunk: (index among the model's MoE layers, router).
+        # For each chunk: (index among the model's MoE layers, router).
         self._routers: list[list[tuple[int, TopKRouter]]] = []
         self._verifiers: list[_Verifier] = []
         for number, chunk in enumerate(chunks):
@@ -110,7 +109,7 @@ class RoutingReplay:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """What runs within records instead of replaying."""
+        """Record routing instead of replaying it, until the block ends."""
         self._recording = True
         try:
             yield
@@ -119,7 +118,7 @@ class RoutingReplay:
 
     @contextmanager
     def schedule(self, *, verify: bool = False) -> Iterator[None]:
-        """Brackets one schedule: nothing armed in it survives it, however it ends."""
+        """Bracket one schedule: nothing that is armed in it survives it, however it ends."""
         self._verifiers = [_Verifier(routers) for routers in self._routers] if verify else []
         try:
             yield
@@ -158,14 +157,16 @@ class RoutingReplay:
                 self._verifiers[chunk].expect(share)
 
     def after_forward(self, chunk: int = 0) -> None:
-        """Turn to what recomputation replays."""
+        """Switch a chunk's routers to the rows that recomputation replays."""
         routers = self._routers[chunk]
         if routers and routers[0][1].router_replay.target_topk_idx is not None:
             self._act(chunk, RouterReplayAction.REPLAY_BACKWARD)
 
     def take_disagreement(self) -> tuple[float, float]:
-        """Of this rank's rows that were to be compared, since the last call: (choices of an expert that were replayed,
-        those that the routers themselves would not have made)."""
+        """Return (experts replayed, those of them that the routers would not have chosen) since the last call.
+
+        They are counted over the rows to compare of all this rank's routers.
+        """
         replays = [router.router_replay for routers in self._routers for _, router in routers]
         result = float(sum(replay.choices for replay in replays)), float(sum(replay.unlike for replay in replays))
         for replay in replays:
@@ -173,7 +174,7 @@ class RoutingReplay:
         return result
 
     def recorded(self, chunk: int = 0) -> dict[int, torch.Tensor]:
-        """What the routers of a chunk chose: MoE layer index -> int64[rows, K]."""
+        """Return the experts that the routers of a chunk chose: MoE layer index -> int64[rows, K]."""
         return {layer: router.router_replay.get_recorded_indices() for layer, router in self._routers[chunk]}
 
     def _share(self, cu_seqlens: Int32Array, chunk: int) -> tuple[Int64Array, list[int]]:
@@ -185,8 +186,10 @@ class RoutingReplay:
 
 
 class _Verifier:
-    """Compares the routing map that leaves each router of a chunk, which the dispatcher executes, with the rows asked
-    for: in the forward pass with those just given, in recomputation with the oldest that were not recomputed yet."""
+    """Compares the routing map that leaves each router of a chunk, which the dispatcher executes, with the target.
+
+    In the forward pass that is the target just given, in recomputation the oldest that was not recomputed yet.
+    """
 
     def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
         self._rows: torch.Tensor | None = None
@@ -197,7 +200,7 @@ class _Verifier:
         ]
 
     def expect(self, rows: torch.Tensor) -> None:
-        """rows [rows, L, K] of the forward pass that comes."""
+        """Keep the target [rows, L, K] of the next forward pass."""
         self._rows = rows
         for waiting in self._to_recompute.values():
             waiting.append(rows)
@@ -212,7 +215,7 @@ class _Verifier:
         recomputing = router.router_replay.router_replay_action is RouterReplayAction.REPLAY_BACKWARD
         rows = self._to_recompute[layer].popleft() if recomputing else self._rows
         target = rows[:, layer]
-        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), True)
+        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), value=True)
         wrong = ((asked != routing_map).any(dim=1) & (target[:, 0] >= 0)).nonzero().flatten().tolist()
         if wrong:
             executed = routing_map[wrong[0]].nonzero().flatten().tolist()

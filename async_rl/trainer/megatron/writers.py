@@ -1,10 +1,10 @@
-"""A checkpoint's files are written by threads of the trainer, not by forks of it.
+"""Writes a checkpoint's files in threads of the trainer instead of forks of it.
 
-Megatron-core 0.16.1 forks a process for each file and waits for it without looking at it. A process with threads, which
-Ray's and Gloo's are, must not be forked: the child may inherit a lock that nobody will ever release, and then the save
-waits for ever (seen once in some hundred saves). So does one whose writer is killed, when memory runs out for example.
-And a fork that outlives the trainer holds its sockets, so that Ray takes the trainer for alive. Writing releases the
-interpreter lock, so threads are no slower.
+Megatron-core 0.16.1 forks a process for each file and waits for its result without checking that it is alive. A process
+with threads, such as Ray's and Gloo's, must not be forked: the child may inherit a lock that no thread of it will ever
+release, and then the save hangs (seen once in some hundred saves). It also hangs if a writer is killed, for example
+when memory runs out. And a fork that outlives the trainer keeps its sockets open, so that Ray takes the trainer for
+alive. Writing releases the interpreter lock, so threads are no slower.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def threads_write() -> Iterator[None]:
-    """Within it, Megatron's file writer uses threads, and no other process."""
+    """Make Megatron's file writer use threads, and no other process, until the block ends."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     writer = filesystem_async.FileSystemWriterAsync
     forking = writer.__dict__["write_preloaded_data_multiproc"]
     writer.write_preloaded_data_multiproc = staticmethod(_write)
-    # Else its results travel through a process of their own, of 270 MiB, which lives on as long as the trainer does,
-    # and longer where that is killed.
+    # Otherwise its results pass through a separate process of 270 MiB, which lives as long as the trainer does, and
+    # longer if the trainer is killed.
     filesystem_async._results_queue = queue.SimpleQueue()
     try:
         yield
@@ -34,9 +34,13 @@ def threads_write() -> Iterator[None]:
         filesystem_async._results_queue = None
 
 
-def _write(transforms: Any, use_msc: bool, rank: int, buckets: Sequence[Any], results: Any) -> None:
-    """As FileSystemWriterAsync.write_preloaded_data_multiproc: one result for all ``buckets`` into ``results``: a map
-    from the number of each to what was written, or the first exception."""
+def _write(transforms: Any, use_msc: Any, rank: Any, buckets: Sequence[Any], results: Any) -> None:
+    """Stand in for FileSystemWriterAsync.write_preloaded_data_multiproc, which Megatron calls by position.
+
+    Puts one result for all ``buckets`` into ``results``: the written files by the bucket's number, or the first
+    exception.
+    """
+    del rank  # Megatron names its processes by it
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     written: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
