@@ -1,4 +1,4 @@
-"""What the trainer trains: every trajectory as one sample or more. Pure: NumPy only; knows ``types`` and ``errors``.
+"""Makes the samples that a trajectory is trained as. Pure: NumPy only; knows ``types`` and ``errors``.
 
 A sample of N tokens has N - 1 positions: position t reads token t and predicts token t + 1. The last token is only
 ever a label and never enters the forward pass, so that positions and rows of routed experts (P+G-1 of them) match one
@@ -39,7 +39,7 @@ class Sample:
     """One sequence of N tokens as it is trained. Arrays by position describe the token that is predicted there."""
 
     name: str
-    """What errors call the sample."""
+    """Its name in errors."""
     trajectory_id: str
     """The trajectory that it was made from."""
     token_ids: Int32Array

@@ -1,5 +1,7 @@
-"""Each model family against transformers: log-probs, gradients with routing forced equal, and the way there and back;
-alone and spread over ranks. Real Megatron, float32, CPU.
+"""Each model family computes what transformers does, alone and spread over ranks.
+
+Compared are log-probs, gradients with routing forced equal, and weights loaded and exported again. Real Megatron,
+float32, CPU.
 
 `pytest -s` prints the table that docs/trainer.md quotes.
 """
@@ -46,7 +48,7 @@ def references(ranks, folders):
 
 
 def look(trainer, ids, routing, weights):
-    """Log-probs and, under Hugging Face names on rank 0, the gradients of -sum of weight x log-prob."""
+    """Return log-probs, native routing, and gradients of -sum of weight x log-prob by Hugging Face names on rank 0."""
     from async_rl.trainer.logprobs import token_logprobs
     from async_rl.trainer.packing import Packer
     from async_rl.trainer.samples import plain_sample

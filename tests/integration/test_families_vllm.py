@@ -1,6 +1,8 @@
-"""What the trainer exports loads in vLLM, which computes what transformers does: log-probs and routing. Real engines on
-the CPU, float32, one after another. Latent attention runs there as ordinary attention (VLLM_MLA_DISABLE): its own
-kernels take bfloat16 alone. Moonlight is left out, whose plain rotary embeddings this CPU engine computes otherwise.
+"""The trainer's exports load in vLLM, which computes the log-probs and the routing that transformers does.
+
+Real engines on the CPU, float32, one after another. Latent attention runs there as ordinary attention
+(VLLM_MLA_DISABLE), because its own kernels take bfloat16 alone. Moonlight is left out: this CPU engine computes its
+plain rotary embeddings in another way.
 """
 
 import asyncio

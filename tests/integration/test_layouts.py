@@ -1,5 +1,7 @@
-"""Every parallel layout computes what one rank computes: loss, gradient norm, parameters after three updates,
-log-probs, the routing that is recorded, fingerprints, exported weights. Real Megatron over gloo, float32.
+"""Every parallel layout computes what one rank computes.
+
+Compared are loss, gradient norm, parameters after three updates, log-probs, recorded routing, fingerprints and exported
+weights. Real Megatron over gloo, float32.
 
 `pytest -s` prints the table that docs/trainer.md quotes.
 """
@@ -29,19 +31,19 @@ def probes():
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in (40, 2, 1, 23)]
 
 
-def train_and_look(trainer, updates):
-    """updates: of each, the groups by data-parallel index."""
+def train_and_probe(trainer, updates):
+    """Make the updates, each given as groups by data-parallel index, and probe the model."""
     reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
     source = trainer.weights()
     weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
-    # A push sizes the receiving buffers by what is declared, and fills them by what comes.
+    # A weight sync sizes the receiving buffers by the metadata, and fills them with the tensors.
     declared = {meta.name: meta.shape for meta in source.metadata()}
     assert list(declared) == list(weights)
     assert all(declared[name] == w.shape for name, w in weights.items() if w is not None)
     ids = probes()
     rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
-    answers = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
-    return reports, weights, answers
+    probed = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
+    return reports, weights, probed
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def alone(ranks, checkpoint, batches):
-    (result,) = ranks.run(train_and_look, config_of(checkpoint, {}), [shared_out(batch, 1) for batch in batches])
+    (result,) = ranks.run(train_and_probe, config_of(checkpoint, {}), [shared_out(batch, 1) for batch in batches])
     return result
 
 
@@ -61,20 +63,20 @@ def alone(ranks, checkpoint, batches):
 def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, alone, name, recompute):
     layout = LAYOUTS[name]
     updates = [shared_out(batch, layout.get("dp", 1)) for batch in batches]
-    results = ranks.run(train_and_look, config_of(checkpoint, layout, trainer__recompute=recompute), updates)
-    reports, weights, answers = results[0]
-    expected_reports, expected_weights, expected_answers = alone
+    results = ranks.run(train_and_probe, config_of(checkpoint, layout, trainer__recompute=recompute), updates)
+    reports, weights, probed = results[0]
+    expected_reports, expected_weights, expected_probed = alone
     apart = {
         "loss": largest([r.loss for r in reports], [r.loss for r in expected_reports]),
         "gradient norm": largest([r.grad_norm for r in reports], [r.grad_norm for r in expected_reports]),
         "parameters": max(relative(weights[name], expected_weights[name]) for name in expected_weights),
-        "log-probs": largest(answers[0], expected_answers[0]),
-        "fingerprints": largest(answers[2], expected_answers[2]),
+        "log-probs": largest(probed[0], expected_probed[0]),
+        "fingerprints": largest(probed[2], expected_probed[2]),
     }
     print(f"\n  {name:16} {recompute:5} " + " ".join(f"{what} {value:.1e}" for what, value in apart.items()))
     assert list(weights) == list(expected_weights)
     assert max(apart.values()) < TOLERANCE
-    recorded, expected_recorded = (np.sort(np.concatenate(side[1]), -1) for side in (answers, expected_answers))
+    recorded, expected_recorded = (np.sort(np.concatenate(side[1]), -1) for side in (probed, expected_probed))
     # A row may fall the other way where two experts' scores are equal but for rounding, and move those after it.
     assert (recorded == expected_recorded).all(-1).mean() > 0.98
     for report, expected in zip(reports, expected_reports, strict=True):
@@ -96,7 +98,7 @@ def test_selective_recomputation_changes_nothing(ranks, checkpoint, batches, alo
     """With module moe the router runs again, and replays; with others it does not, and nothing may be left over."""
     settings = {"trainer__recompute": "selective", "trainer__recompute_modules": modules}
     updates = [shared_out(batch, LAYOUTS[name].get("dp", 1)) for batch in batches]
-    _, weights, _ = ranks.run(train_and_look, config_of(checkpoint, LAYOUTS[name], **settings), updates)[0]
+    _, weights, _ = ranks.run(train_and_probe, config_of(checkpoint, LAYOUTS[name], **settings), updates)[0]
     assert max(relative(weights[key], alone[1][key]) for key in weights) < TOLERANCE
 
 
@@ -117,10 +119,10 @@ LOSSES = {
 
 
 def train_twice(trainer, updates):
-    """Of one training step: the second update goes by what was known before the first."""
+    """Make several updates of one training step: the second uses what was computed before the first."""
     groups = [group for shares in updates for group in shares[trainer._place.dp]]
     trainer.prepare(groups, oldest_version=3)
-    return train_and_look(trainer, updates)
+    return train_and_probe(trainer, updates)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_a_loss_does_not_depend_on_microbatches(ranks, checkpoint, batches, alon
 
 
 def train_in_parts(trainer, updates, parts):
-    """Each update's groups in so many calls."""
+    """Accumulate each update's groups in so many calls."""
     for shares in updates:
         groups = shares[trainer._place.dp]
         trainer.begin_step(version=4, oldest_version=3)

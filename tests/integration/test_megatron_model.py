@@ -1,4 +1,4 @@
-"""Megatron's model for real, on CPU: against transformers, out of checkpoints and into them; what Megatron lacks."""
+"""A real Megatron model on the CPU computes what transformers does, and loads and exports checkpoints; its patches."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_tensors_named(ranks,
 
 
 def norms():
-    """(ours, torch's): output, gradients of input and weight, and whether bfloat16 stays bfloat16."""
+    """Return (ours, torch's): output, gradients of input and weight, and whether bfloat16 stays bfloat16."""
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -144,7 +144,7 @@ def what_megatron_lacks():
         "transformer_engine_stand_ins": multi_latent_attention.HAVE_TE,
         "dispatcher_stream": "torch.cuda.Stream()" in inspect.getsource(MoEAlltoAllTokenDispatcher.__init__),
         "pipeline_shapes": "batch_isend_irecv" in inspect.getsource(P2PCommunicator._communicate_shapes),
-        # What trainer/megatron/model.py and trainer/megatron/attention.py mend.
+        # These are fixed in trainer/megatron/model.py and trainer/megatron/attention.py.
         "experts_as_dense": "config.expert_model_parallel_size > 1" in inspect.getsource(layers.ColumnParallelLinear),
         "rotary_key_gradient": "gather_from_tensor_model_parallel_region(kv_combined)"
         in inspect.getsource(multi_latent_attention.MLASelfAttention),
@@ -152,7 +152,7 @@ def what_megatron_lacks():
 
 
 def test_every_patch_of_the_device_seam_is_still_needed():
-    """Fails once torch or Megatron do without one: then remove it."""
+    """Fail once torch or Megatron no longer need one of the patches: then remove it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         lacking = pool.submit(what_megatron_lacks).result(timeout=TIMEOUT_S)
     if Path("/dev/nvidia0").exists():

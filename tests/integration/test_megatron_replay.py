@@ -1,4 +1,4 @@
-"""Replayed routing in a real trainer, on CPU: what the routers execute, under recomputation too."""
+"""The routers of a real trainer on the CPU execute the routed experts that they replay, in recomputation too."""
 
 from dataclasses import replace
 
@@ -87,7 +87,7 @@ def train_with_a_router_that_ignores_replay(path):
 
     original = replay._RowwiseReplay.get_replay_topk
 
-    def native(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+    def native(_self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
 
     replay._RowwiseReplay.get_replay_topk = native
@@ -124,7 +124,7 @@ def test_full_recomputation_replays_the_same_rows(ranks, models):
 
 
 def microbatches_in_flight(path):
-    """Two forward passes before the first backward pass, as a pipeline schedule has them."""
+    """Make two forward passes before the first backward pass, as a pipeline schedule does."""
     import torch
 
     with Opened(path) as (trainer, _):
@@ -186,8 +186,10 @@ def test_r2_replays_the_routing_of_the_logprob_pass(ranks, models):
 
 
 def native_then_changed(path, changed, overrides):
-    """Reports of a step on the routing that the trainer's own router chooses, and of one in which the last MoE layer
-    of ``changed`` rows of each response has one expert another. Weights do not move."""
+    """Return the reports of a step on the experts that the trainer's own router chooses, and of one with others.
+
+    In the second, ``changed`` rows of each response have another expert in the last MoE layer. Weights do not move.
+    """
     groups = make_groups()
     still = {"trainer__router_replay": "R3", "trainer__optimizer__lr": 1e-12, "trainer__tokens_per_microbatch": 60}
     with Opened(path, **still, **overrides) as (trainer, _):

@@ -1,4 +1,4 @@
-"""Updates of a real trainer, on CPU: the same however they are computed, and nothing in them of stale tokens."""
+"""Updates of a real trainer on the CPU do not depend on how they are computed, nor on stale tokens."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.megatron
 
 
 def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_whole(ranks, models):
-    """Each token is trained once, in its own context; and what the prefixes cost is counted."""
+    """Each token is trained once, in its own context, and the cost of the prefixes is counted."""
     groups = make_groups()
     r3, exact = {"trainer__router_replay": "R3"}, {"async_training__partial_rollout__routing": "exact"}
     own = [
@@ -43,12 +43,12 @@ def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_w
         for group in groups
     ]
     whole = ranks.call(train_once, models / "moe", groups, r3)
-    views = ranks.call(train_once, models / "moe", own, r3 | exact)
-    assert_close(views[1], whole[1], rtol=1e-4, atol=1e-7)
-    assert_same_agreement(views[0].agreement, whole[0].agreement)
+    split = ranks.call(train_once, models / "moe", own, r3 | exact)
+    assert_close(split[1], whole[1], rtol=1e-4, atol=1e-7)
+    assert_same_agreement(split[0].agreement, whole[0].agreement)
     first_segments = sum(len(t.prompt_ids) + t.segments[0].stop - 1 for g in groups for t in g.trajectories)
-    assert (whole[0].extra_positions, views[0].extra_positions) == (0, first_segments)
-    # Another routing for the first segments changes what is computed for them, and for nobody else.
+    assert (whole[0].extra_positions, split[0].extra_positions) == (0, first_segments)
+    # Another routing for the first segments changes what is computed for them, and for no other.
     changed = [
         replace(
             group,
@@ -66,7 +66,7 @@ def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_w
         for group in own
     ]
     other = ranks.call(train_once, models / "moe", changed, r3 | exact)[0].agreement_by_resume_position
-    same = views[0].agreement_by_resume_position
+    same = split[0].agreement_by_resume_position
     assert abs(other["before"].kl - same["before"].kl) > 1e-3
     for position in ("first", "after"):
         assert_same_agreement(other[position], same[position])
@@ -98,7 +98,7 @@ def test_the_update_does_not_depend_on_microbatches(ranks, models):
 
 
 def two_steps(trainer, shares):
-    """The second one without groups for all ranks but the first: they must still take part."""
+    """Make two updates, the second with groups for the first rank alone: the others must still take part."""
     place = trainer._place.dp
     return step(trainer, shares[place]), step(trainer, shares[0] if place == 0 else []), parameters(trainer)
 
@@ -168,7 +168,7 @@ def test_invariant_4_an_all_stale_batch_and_a_non_finite_gradient_are_skipped_an
 
 
 def change_stale_tokens(path):
-    """Gradients of a batch, and of the same batch with other behaviour log-probs on its stale tokens."""
+    """Return the gradients of a batch, and those with other behaviour log-probs on its stale tokens."""
     results = []
     for shift in (0.0, 3.0):
         groups = [

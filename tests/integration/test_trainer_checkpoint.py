@@ -1,4 +1,4 @@
-"""Checkpoints of a real trainer: saved in one layout, gone on with in another, exported."""
+"""A real trainer's checkpoints are saved in one layout, restored in another, and exported."""
 
 import inspect
 import multiprocessing
@@ -55,7 +55,7 @@ def train_and_save(trainer, updates, later, folder):
     return saved, [step(trainer, shares) for shares in later], weights_of(trainer)
 
 
-def go_on(trainer, later, folder):
+def restore_and_train(trainer, later, folder):
     path = checkpoint_folder.latest_valid(folder)
     trainer.load(path)
     return (
@@ -71,7 +71,7 @@ SETTINGS = {"trainer__optimizer__warmup_steps": 6, "checkpoint__keep": 2}
 
 @pytest.fixture(scope="module")
 def saved(ranks, checkpoint, batches, tmp_path_factory):
-    """(folder of checkpoints, what the uninterrupted run did), in TP2 x PP2."""
+    """(folder of checkpoints, results of the uninterrupted run), in TP2 x PP2."""
     folder = tmp_path_factory.mktemp("checkpoints")
     config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
     updates = [shared_out(batch, 1) for batch in batches]
@@ -79,25 +79,25 @@ def saved(ranks, checkpoint, batches, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["alone", "DP2", "EP2", "VPP2", "TP2, ETP2", "TP2 x PP2"])
-def test_saved_in_tp2_x_pp2_and_gone_on_with_in_another_layout(ranks, checkpoint, batches, saved, layout):
+def test_saved_in_tp2_x_pp2_and_restored_in_another_layout(ranks, checkpoint, batches, saved, layout):
     folder, (weights, reports, final) = saved
     sizes = {"alone": {}, "TP2 x PP2": {"tp": 2, "pp": 2}}.get(layout) or LAYOUTS.get(layout, {})
     later = [shared_out(batch, sizes.get("dp", 1)) for batch in batches[2:]]
-    found, loaded, more, end = ranks.run(go_on, config_of(checkpoint, sizes, **SETTINGS), later, folder)[0]
+    found, loaded, more, end = ranks.run(restore_and_train, config_of(checkpoint, sizes, **SETTINGS), later, folder)[0]
     assert found == 2
     for name, weight in weights.items():
         np.testing.assert_array_equal(loaded[name], weight, err_msg=name)
     assert largest([r.loss for r in more], [r.loss for r in reports]) < TOLERANCE
     assert largest([r.grad_norm for r in more], [r.grad_norm for r in reports]) < TOLERANCE
-    assert [r.lr for r in more] == [r.lr for r in reports], "the schedule goes on where it was"
+    assert [r.lr for r in more] == [r.lr for r in reports], "the schedule continues where it was"
     # What Adam's moments would not be without.
     assert max(relative(end[name], final[name]) for name in final) < TOLERANCE
 
 
-def test_the_same_layout_goes_on_bit_for_bit(ranks, checkpoint, batches, saved):
+def test_the_same_layout_restores_bit_for_bit(ranks, checkpoint, batches, saved):
     folder, (_, reports, final) = saved
     config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
-    _, _, more, end = ranks.run(go_on, config, [shared_out(batch, 1) for batch in batches[2:]], folder)[0]
+    _, _, more, end = ranks.run(restore_and_train, config, [shared_out(batch, 1) for batch in batches[2:]], folder)[0]
     assert [r.loss for r in more] == [r.loss for r in reports]
     for name, weight in final.items():
         np.testing.assert_array_equal(end[name], weight, err_msg=name)
@@ -112,8 +112,10 @@ def processes_for_a_save(trainer, folder):
 
 
 def test_a_checkpoint_is_written_without_forking(ranks, checkpoint, tmp_path):
-    """A process with threads must not be forked; Megatron-core 0.16.1 would, and the mend goes once it does not. Nor is
-    another started, which nobody would end."""
+    """A process with threads must not be forked, which Megatron-core 0.16.1 does: remove the fix once it does not.
+
+    Nor may the save start another process, which would outlive it.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     upstream = inspect.getsource(filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc)
@@ -127,7 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over(ranks, checkpoint, saved, tmp_path)
     shutil.copytree(folder, tmp_path / "copy")
     victim = max((tmp_path / "copy" / "step-000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
-    found, loaded, _, _ = ranks.run(go_on, config_of(checkpoint, {}), [], tmp_path / "copy")[0]
+    found, loaded, _, _ = ranks.run(restore_and_train, config_of(checkpoint, {}), [], tmp_path / "copy")[0]
     assert found == 1
     assert any((loaded[name] != weight).any() for name, weight in weights.items())
 
@@ -152,7 +154,7 @@ def test_a_checkpoint_of_another_model_is_refused(ranks, saved, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"step-000002 does not fit .*other: it is of a model with another num_layers"
     ):
-        ranks.run(go_on, run_config(tmp_path / "other"), [], folder)
+        ranks.run(restore_and_train, run_config(tmp_path / "other"), [], folder)
 
 
 def test_export_of_a_checkpoint_is_the_trained_model(ranks, saved, tmp_path):

@@ -11,7 +11,7 @@ from tests.support.ranks import run_config
 # Layer 1 is dense: a shift between layers and MoE layers would show.
 SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=8)
 VOCAB = 64
-# What the layouts may differ by: float32 that adds in another order.
+# The largest difference between layouts: float32 sums in another order.
 TOLERANCE = 1e-5
 
 LAYOUTS = {

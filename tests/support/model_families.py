@@ -1,4 +1,4 @@
-"""A tiny random checkpoint of each model family that the trainer supports, and what transformers computes with it."""
+"""Makes a tiny random checkpoint of each model family that the trainer supports, and computes with transformers."""
 
 import re
 from typing import NamedTuple
@@ -93,7 +93,7 @@ DENSE = ("Qwen3",)
 
 
 def make(name, folder, seed=0):
-    """A checkpoint whose every parameter is random, norms and biases too, at scales that make log-probs spread."""
+    """Make a checkpoint with random parameters, norms and biases included, at scales that spread the log-probs."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def make(name, folder, seed=0):
 
 
 def _add_extra_layer(folder):
-    """A layer past the last, which predicts further tokens: checkpoints carry it, transformers leaves it out."""
+    """Add the layer that predicts further tokens: checkpoints have it, transformers leaves it out."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -127,16 +127,18 @@ def _add_extra_layer(folder):
 
 
 class Reference(NamedTuple):
-    """logprobs float32[N-1] and routing int32[N-1, L, K] of each sequence int32[N]; gradients of -sum of weight x
-    log-prob over all of them, by name in the checkpoint."""
+    """Results of transformers for sequences int32[N]."""
 
     logprobs: list
+    """float32[N-1] of each sequence."""
     routing: list
+    """int32[N-1, L, K] of each sequence."""
     gradients: dict
+    """Gradients of -sum of weight x log-prob over all sequences, by name in the checkpoint."""
 
 
 def token_weights(sequences):
-    """A weight for each predicted token, so that the gradient is not that of a plain mean."""
+    """Return a weight for each predicted token, so that the gradient is not that of a plain mean."""
     rng = np.random.default_rng(11)
     return [rng.uniform(-1.0, 1.0, len(ids) - 1).astype(np.float32) for ids in sequences]
 
@@ -169,7 +171,7 @@ def reference(folder, sequences):
 
 
 def _published(name, gradient, mixtral):
-    """transformers 5 keeps the experts of a layer in one tensor; checkpoints do not."""
+    """Return a gradient by checkpoint names, where transformers 5 keeps a layer's experts in one tensor."""
     mlp = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
     match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", mlp)
     if match is None:

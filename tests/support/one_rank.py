@@ -1,7 +1,7 @@
-"""A trainer on one rank, in a process of its own: small models, batches for them, and what a step did.
+"""A trainer on one rank, in a process of its own: small models, batches for them, and the outcome of a step.
 
-What takes a ``path`` is called there (``ranks.call``): Megatron's state is global and its patches for the CPU reach
-into torch, so no model is built in the test process.
+Functions that take a ``path`` are called in that process (``ranks.call``): Megatron's state is global and its patches
+for the CPU reach into torch, so no model is built in the test process.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def hf_logprobs(path, sequences, temperature=1.0):
 
 
 class Opened:
-    """A Trainer that is closed again, and the maps that its routers really executed."""
+    """A Trainer that is closed at the end, and the maps that its routers really executed."""
 
     def __init__(self, path, rank=0, init_method=None, **overrides):
         import torch
@@ -97,15 +97,15 @@ def sequences(count=5, seed=0):
 
 
 def random_rows(rows, seed=0):
-    """Distinct experts, nothing like what a router would choose: uint8[rows, L, K]."""
+    """Return random distinct experts, unlike a router's choice: uint8[rows, L, K]."""
     order = np.random.default_rng(seed).random((rows, SPEC.num_moe_layers, SPEC.num_experts)).argsort(-1)
     return order[..., : SPEC.top_k].astype(np.uint8)
 
 
 def as_map(rows):
-    """Experts [T, K] to bool[T, E]."""
+    """Turn experts [T, K] into a routing map bool[T, E]."""
     mapped = np.zeros((len(rows), SPEC.num_experts), bool)
-    np.put_along_axis(mapped, rows.astype(np.int64), True, axis=1)
+    np.put_along_axis(mapped, rows.astype(np.int64), values=True, axis=1)
     return mapped
 
 

@@ -1,4 +1,4 @@
-"""Trainer ranks as processes of their own, which serve one layout after another: Megatron's state is global."""
+"""Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
 import signal
 import socket
@@ -15,7 +15,7 @@ TIMEOUT_S = 300
 
 
 def run_config(path, **overrides):
-    """overrides: section__key=value."""
+    """Make the settings of a small float32 run; an override is section__key=value."""
     tree = {
         "model": {"path": str(path), "dtype": "float32"},
         "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
@@ -42,7 +42,7 @@ class Ranks:
 
     def _start(self) -> None:
         self._processes = [
-            # A worker waits for calls for ever, also when the process that makes them was killed.
+            # A worker would wait for calls forever, even after the process that makes them was killed.
             ProcessPoolExecutor(1, get_context("spawn"), signal_on_parent_death, (signal.SIGKILL,))
             for _ in range(self._most)
         ]
@@ -55,11 +55,11 @@ class Ranks:
             process.shutdown(cancel_futures=True)
 
     def call(self, function, *arguments):
-        """``function(*arguments)`` in the first process."""
+        """Call ``function(*arguments)`` in the first process."""
         return self._processes[0].submit(function, *arguments).result(TIMEOUT_S)
 
     def run(self, function, config, *arguments):
-        """``function(trainer, *arguments)`` on every rank of the config's layout; what each returned, by rank."""
+        """Call ``function(trainer, *arguments)`` on every rank of the config's layout; return the results by rank."""
         count = world_size(config.trainer.parallel)
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -71,7 +71,7 @@ class Ranks:
         done, running = wait(futures, TIMEOUT_S, return_when=FIRST_EXCEPTION)
         failed = [future.exception() for future in done if future.exception() is not None]
         if failed or running:
-            # The others wait for the one that failed, and would for minutes.
+            # The other ranks would wait minutes for the one that failed.
             for process in self._processes:
                 for child in list(process._processes.values()):
                     child.kill()

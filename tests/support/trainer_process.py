@@ -1,4 +1,4 @@
-"""What a process of its own computes for tests that hold an engine: Megatron's side, and transformers' third opinion.
+"""Computes with Megatron and with transformers, in a process of its own, for tests that hold an engine.
 
 Megatron's state is global and its patches for the CPU reach into torch, so the test process does not load it. One
 trainer is open at a time.
@@ -16,7 +16,7 @@ _trainer: Any = None
 
 
 def open_trainer(folder, **trainer_settings):
-    """A Trainer on the checkpoint of ``folder``, with the settings of ``engine_config``."""
+    """Open a Trainer on the checkpoint of ``folder``, with the settings of ``engine_config``."""
     global _trainer
     import torch
 
@@ -37,12 +37,12 @@ def close_trainer():
 
 
 def ask(method, *arguments, **keywords):
-    """A method of the open trainer."""
+    """Call a method of the open trainer."""
     return getattr(_trainer, method)(*arguments, **keywords)
 
 
 def train_once(folder, groups, **trainer_settings):
-    """The StepReport of one update on the checkpoint's weights, all tokens of version 0."""
+    """Return the StepReport of one update on the checkpoint's weights, with all tokens of version 0."""
     open_trainer(folder, **trainer_settings)
     try:
         return ask("train_step", groups, version=0, oldest_version=0)
@@ -51,10 +51,10 @@ def train_once(folder, groups, **trainer_settings):
 
 
 def oracle_logprobs(folder, sequences, routing):
-    """Log-probs float32[N-1] of each sequence by transformers in float32, sent to the experts of ``routing``.
+    """Return log-probs float32[N-1] of each sequence by transformers in float32, with the experts of ``routing``.
 
-    [N-1, L, K] each; the row of the last token, which predicts nothing, is made up. Its eager experts, because the
-    grouped kernel has been seen to be off by 1e-4 on CPU now and then.
+    routing: [N-1, L, K] each; the row of the last token, which predicts no token, is invented. The experts are eager
+    ones, because the grouped kernel has been seen to be off by 1e-4 on the CPU now and then.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Which layer a mismatch is traced to, on streams whose layers are known functions."""
+"""A mismatch is traced to its layer, on streams whose layers are known functions."""
 
 import numpy as np
 import pytest

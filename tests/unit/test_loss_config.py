@@ -1,4 +1,4 @@
-"""Settings of the loss of which a part would do nothing are refused, by name and with the mend."""
+"""Settings of the loss of which a part would have no effect are refused, by name and with the fix."""
 
 import pytest
 

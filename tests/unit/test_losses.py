@@ -201,7 +201,7 @@ DIFFERENTIABLE = [loss for loss in POLICIES if loss.policy in ("ppo", "gspo")]
 @pytest.mark.parametrize("kl", ["none", "k1", "k2", "k3"])
 @pytest.mark.parametrize("loss", DIFFERENTIABLE, ids=["ppo", "dual clip", "gspo"])
 def test_a_gradient_is_the_slope_of_the_loss(loss, kl):
-    """Where nothing is held on purpose: by central differences, in float64."""
+    """Check gradients by central differences in float64, where no value is detached on purpose."""
     loss = loss.model_copy(update={"kl": kl, "kl_coef": 0.5})
     policy, step = load_policy(loss), 1e-6
     for seed in range(3):

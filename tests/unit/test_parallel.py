@@ -26,7 +26,7 @@ SIZES = [
 
 
 def enumerated(sizes):
-    """The coordinates of all ranks by nested loops, slowest outermost."""
+    """Return the coordinates of all ranks by nested loops, slowest outermost."""
     dense = list(product(range(sizes.pp), range(sizes.dp), range(sizes.cp), range(sizes.tp)))
     rest = sizes.dp * sizes.cp * sizes.tp // (sizes.ep * sizes.etp)
     experts = list(product(range(sizes.pp), range(rest), range(sizes.ep), range(sizes.etp)))

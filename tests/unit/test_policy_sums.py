@@ -93,7 +93,7 @@ def test_sums_of_two_halves_add_up_to_the_whole():
 
 
 def on_policy(behaviour, logits, sampled):
-    """Sums of tokens of staleness 0 whose current log-probs come of logits float64[T, V]."""
+    """Return the sums of tokens of staleness 0 whose current log-probs come from logits float64[T, V]."""
     rows = torch.from_numpy(logits).log_softmax(-1)
     size = len(sampled)
     return policy_sums(

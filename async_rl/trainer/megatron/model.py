@@ -219,9 +219,9 @@ class LocalTensor:
     entry: names.Entry
     """Its names in Megatron and in the checkpoint."""
     tensor: torch.Tensor
-    """What this rank has of it."""
+    """This rank's part, or the whole tensor."""
     part: int
-    """Which part that is, from 0."""
+    """The number of this rank's part, from 0."""
     parts: int
     """How many parts there are: 1 where each rank has it whole."""
 

@@ -37,7 +37,7 @@ Device = Literal["cpu", "cuda"]
 # The patches below follow this version's sources line by line; check each of them before changing it.
 MEGATRON_VERSION = "0.16.1"
 
-# After waiting this long, a rank takes the others for dead: half of Megatron's own default, so that a dead peer
+# After waiting this long, a rank considers the others dead: half of Megatron's own default, so that a dead peer
 # surfaces as an error within minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
