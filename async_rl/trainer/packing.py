@@ -118,10 +118,9 @@ class Packer:
     The microbatches and their order depend on the order of the samples alone, not on how they were divided among
     calls. So a step whose groups arrive one by one computes exactly what it computes with all of them at hand.
 
-    budget: most positions of a microbatch, its padding included. A longer sample is never cut, it gets a microbatch of
+    budget: most positions of a microbatch, its padding included. A longer sample is not cut but gets a microbatch of
     its own. routing_spec: the layout of the routed experts to carry, where samples without any get rows of NO_ROUTING;
-    None to carry none. sequence_multiple, multiple: what the length of each sequence, of each microbatch is padded to a
-    multiple of.
+    None to carry none. sequence_multiple: each sequence is padded to a multiple of it. multiple: so is each microbatch.
     """
 
     def __init__(
