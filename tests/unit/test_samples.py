@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from async_rl.trainer.samples import resume_positions, samples_of
+from async_rl.errors import ReplayError
+from async_rl.trainer.samples import NO_ROUTING, check_routed_experts, plain_sample, resume_positions, samples_of
 from async_rl.types import RoutingSpec, Segment, Trajectory
 
 
@@ -100,3 +101,45 @@ def test_resume_positions_are_relative_to_the_last_resume_point():
     # A new turn is not a resumption: the environment's text lies between.
     one, _ = multi_turn()
     assert resume_positions(one).tolist() == [1, 1, 2, 3, 3, 3, 3, 3]
+
+
+SPEC = RoutingSpec(num_moe_layers=3, top_k=2, num_experts=6)
+
+
+def routed_sample():
+    """Ten tokens, each MoE layer of each row with experts of its own, and a row without any."""
+    rows = np.broadcast_to(np.array([[0, 5], [3, 1], [4, 2]]), (9, 3, 2)).astype(np.int32)
+    rows[4] = NO_ROUTING
+    return plain_sample("s", np.arange(10, dtype=np.int32)).with_routed_experts(rows)
+
+
+def test_routed_experts_that_the_model_can_execute_pass():
+    check_routed_experts(routed_sample(), SPEC)
+    check_routed_experts(plain_sample("s", np.arange(10, dtype=np.int32)), None)
+    empty = plain_sample("s", np.arange(1, dtype=np.int32)).with_routed_experts(np.zeros((0, 3, 2), np.uint8))
+    check_routed_experts(empty, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("row", "layer", "experts", "words"),
+    [
+        (7, 1, [0, 6], r"s: row 7, MoE layer 1: experts \[0, 6\], the model has 0 to 5"),
+        (0, 2, [-2, 1], r"s: row 0, MoE layer 2: experts \[-2, 1\]"),
+        (3, 0, [NO_ROUTING, 1], r"s: row 3, MoE layer 0: experts \[-1, 1\]"),
+        (8, 2, [4, 4], r"s: row 8, MoE layer 2: expert repeated in \[4, 4\]"),
+    ],
+)
+def test_routed_experts_that_the_model_cannot_execute_are_refused(row, layer, experts, words):
+    sample = routed_sample()
+    sample.routed_experts[row, layer] = experts
+    with pytest.raises(ReplayError, match=words):
+        check_routed_experts(sample, SPEC)
+
+
+def test_routed_experts_of_another_shape_are_refused():
+    sample = routed_sample()
+    for rows in (sample.routed_experts[1:], sample.routed_experts[:, 1:], sample.routed_experts[:, :, 1:]):
+        with pytest.raises(ReplayError, match=r"s: routed_experts has shape .*, the model needs \(9, 3, 2\)"):
+            check_routed_experts(sample.with_routed_experts(rows), SPEC)
+    with pytest.raises(ReplayError, match="the trainer's model has no MoE layer"):
+        check_routed_experts(sample, None)
