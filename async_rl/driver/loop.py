@@ -26,7 +26,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
+from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.worker import worker_id
-from async_rl.runtime import logs
+from async_rl.runtime import logs, timeouts
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted
 from async_rl.trainer.packing import split_over_ranks
@@ -67,11 +68,8 @@ log = structlog.get_logger(__name__)
 
 Leased = list[tuple[GroupMeta, Payload]]
 
-_MONITOR_PERIOD_S = 1.0
 # While the trainer waits for groups it looks this often whether a new worker waits for weights.
 _LOOK_S = 0.5
-# An orderly end asks the actors to close; one that does not answer in time is ended with its process.
-_SHUTDOWN_S = 8.0
 
 
 def run(config: RunConfig, *, resume: bool = False) -> int:
@@ -153,14 +151,14 @@ class Pipeline:
             await self._monitor.count()
             self._recorder.training_ended()
             await self._evaluate()
-            await self._trainers.call("export", self._recorder.final_model)
+            await self._trainers.export(self._recorder.final_model)
         finally:
             await self._shut_down()
 
     async def _start(self) -> None:
         """Engines and trainers come up side by side; then they must agree on the weights before anything is sampled."""
         workers = self._rollouts.workers
-        await asyncio.gather(self._trainers.start(self._found), *(worker.start.remote() for worker in workers.values()))
+        await asyncio.gather(self._trainers.start(self._found), *(worker.start() for worker in workers.values()))
         self._sync.members = dict(workers)
         if self._found is not None:
             await self._take_up(await asyncio.to_thread(checkpoint.read, self._found))
@@ -191,7 +189,7 @@ class Pipeline:
         # A queue that outlived the run may have seen versions that were pushed after the checkpoint.
         seen = max(state.version, stats.version, newest)
         self._version = seen if state.pushed and seen == state.version else seen + 1
-        await self._sync.push(self._version)
+        await self._sync.run(self._version)
         logs.bind(version=self._version)
         if self._version > stats.version:
             await self._queue.advance(self._version)
@@ -249,10 +247,9 @@ class Pipeline:
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
         with self._monitor.at("update", self._step + 1):
-            calls = self._trainers.call("train_step", *self._versions(), shares=by_rank)
+            calls = self._trainers.train_step(by_rank, *self._versions())
             reports, _ = await asyncio.gather(calls, self._monitor.count())
-        first: list[StepReport] = reports[0]
-        return first
+        return reports
 
     async def _streamed_update(self, leased: Leased) -> list[StepReport]:
         """The update of one training step, whose microbatches are computed as soon as groups are there."""
@@ -264,10 +261,10 @@ class Pipeline:
             first = not leased
             leased += part
             with self._monitor.at("update", self._step + 1):
-                await self._trainers.call("accumulate", *versions, shares=self._shares(part, loads), first=first)
+                await self._trainers.accumulate(self._shares(part, loads), *versions, first=first)
         with self._monitor.at("update", self._step + 1):
-            reports, _ = await asyncio.gather(self._trainers.call("finish_step"), self._monitor.count())
-        return [reports[0]]
+            report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.count())
+        return [report]
 
     async def _lease(self, n: int, at_least: int) -> Leased:
         """Raises _PushWanted while there are not enough groups and a new worker waits for weights."""
@@ -308,7 +305,7 @@ class Pipeline:
                 await self._replicas.admit()
                 in_flight.clear()
                 try:
-                    record = await self._sync.push(version, paused=paused, end_calls=snapshot)
+                    record = await self._sync.run(version, paused=paused, end_calls=snapshot)
                     break
                 except ReplicaFailed as error:
                     await self._replicas.lose(error)
@@ -333,13 +330,16 @@ class Pipeline:
             try:
                 with self._monitor.at("evaluation", self._step):
                     results = await asyncio.gather(
-                        *(self._sync.on(replica, "evaluate", share) for replica, share in shares.items() if share)
+                        *(self._evaluate_on(replica, share) for replica, share in shares.items() if share)
                     )
             except ReplicaFailed as error:
                 await self._replicas.lose(error)
                 continue
             self._recorder.evaluation(results)
             return
+
+    def _evaluate_on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
+        return self._sync.on(replica, lambda worker: worker.evaluate(prompts))
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ class Pipeline:
         with self._monitor.at("checkpoint", self._step):
             while True:
                 try:
-                    await self._sync.stand_still(functools.partial(self._hand_over, in_flight))
+                    await self._sync.while_paused(functools.partial(self._hand_over, in_flight))
                     break
                 except ReplicaFailed as error:
                     await self._replicas.lose(error)
@@ -357,7 +357,7 @@ class Pipeline:
 
     async def _hand_over(self, in_flight: dict[str, Any], replica: int) -> None:
         """Adds the groups in flight of a replica that stands still."""
-        in_flight.update(await self._sync.on(replica, "snapshot"))
+        in_flight.update(await self._sync.on(replica, lambda worker: worker.snapshot()))
 
     async def _state(self, in_flight: dict[str, Any], *, pushed: bool) -> RunState:
         queue = await self._queue.state()
@@ -378,7 +378,7 @@ class Pipeline:
         with self._monitor.at("checkpoint", self._step):
             partial = await asyncio.to_thread(checkpoint_folder.begin, folder, state.step)
             await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
-            await self._trainers.call("save", partial)
+            await self._trainers.save(partial)
             await asyncio.to_thread(checkpoint_folder.commit, partial, keep=self._config.checkpoint.keep)
         await self._queue.checkpointed(checkpoint_folder.oldest_step(folder))
         self._recorder.checkpointed(state.step, time.monotonic() - began)
@@ -411,12 +411,12 @@ class Pipeline:
                     error = again
 
     async def _shut_down(self) -> None:
-        actors = [*self._rollouts.workers.values(), *self._trainers.actors]
-        ends = asyncio.gather(*(actor.shutdown.remote() for actor in actors), return_exceptions=True)
+        calls = [worker.shutdown() for worker in self._rollouts.workers.values()] + self._trainers.shutdown()
+        ends = asyncio.gather(*calls, return_exceptions=True)
         try:
-            await asyncio.wait_for(ends, _SHUTDOWN_S)
+            await asyncio.wait_for(ends, timeouts.SHUTDOWN_S)
         except TimeoutError:
-            log.warning("not every actor closed in time; their processes are ended", seconds=_SHUTDOWN_S)
+            log.warning("not every actor closed in time; their processes are ended", seconds=timeouts.SHUTDOWN_S)
 
 
 class _PushWanted(Exception):

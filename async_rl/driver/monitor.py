@@ -18,13 +18,12 @@ from async_rl.driver.watchdog import Situation, account
 from async_rl.errors import StalledError
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.worker import worker_id
+from async_rl.runtime import timeouts
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
 
 _PERIOD_S = 1.0
-# An actor that has not answered for so long does not count as alive.
-_ANSWER_S = 5.0
 
 
 class Monitor:
@@ -81,7 +80,7 @@ class Monitor:
                 await self._stalled(account(situation, stalled_s))
 
     async def _stalled(self, line: str) -> NoReturn:
-        await dump_stacks([self._queue.actor, *self._rollouts.workers.values(), *self._trainers.actors])
+        await dump_stacks([self._queue.actor, *self._rollouts.actors, *self._trainers.actors])
         raise StalledError(
             f"{line}; the stacks of every process are in {self._config.run_dir / 'logs'} "
             f"(watchdog.abort_s = {self._config.watchdog.abort_s:g})"
@@ -89,7 +88,7 @@ class Monitor:
 
     async def count(self) -> tuple[float, Situation]:
         """Publish what was counted; seconds for which nothing has moved, and what everybody is at."""
-        stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(_ANSWER_S))
+        stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(timeouts.ANSWER_S))
         queue = stats or self._recorder.queue
         doing, since = self._doing
         silent = [worker_id(replica) for replica in self._rollouts.silent]
@@ -110,9 +109,9 @@ class Monitor:
 
 
 async def _in_time(call: Awaitable[Any]) -> Any:
-    """What it answers; None where it does not within _ANSWER_S."""
+    """What it answers; None where it does not within timeouts.ANSWER_S."""
     try:
-        async with asyncio.timeout(_ANSWER_S):
+        async with asyncio.timeout(timeouts.ANSWER_S):
             return await call
     except TimeoutError:
         return None

@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.driver.actors import RolloutWorkers
+from async_rl.driver.actors import RolloutHandle, RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.queue.client import QueueClient, incoming
 from async_rl.rollout.worker import worker_id
+from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
-
-# An actor that has not handed over its groups in flight by then does not.
-_ANSWER_S = 5.0
 
 
 class ReplicaSupervisor:
@@ -61,7 +59,7 @@ class ReplicaSupervisor:
 
     async def _stop(self, replica: int) -> None:
         try:
-            await self._sync.on(replica, "stop")
+            await self._sync.on(replica, lambda worker: worker.stop())
         except ReplicaFailed as error:
             await self.lose(error)
 
@@ -78,15 +76,14 @@ class ReplicaSupervisor:
                 # The dataset has no end, so a worker that stops early means groups that nobody makes.
                 raise AsyncRLError("a rollout worker stopped before the last training step")
 
-    async def _collect(self, worker: Any) -> None:
-        stream = worker.groups.options(num_returns="streaming").remote()
-        async for meta, payload in incoming(stream):
+    async def _collect(self, worker: RolloutHandle) -> None:
+        async for meta, payload in incoming(worker.groups()):
             try:
                 await self._queue.put_stored(meta, payload)
             except (UnknownGroup, DuplicateGroup) as error:
                 # The books are the queue's: whatever this group is, its prompt is somewhere else by now.
                 log.warning("a group that nobody waits for", group=meta.group_id, reason=str(error))
-            worker.accepted.remote(meta.group_id)
+            worker.accepted(meta.group_id)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
         """Start another worker, give it what can be saved of the groups in flight, and wait until it has weights."""
@@ -103,7 +100,7 @@ class ReplicaSupervisor:
             )
             try:
                 worker = self._rollouts.replace(replica)
-                await worker.start.remote()
+                await worker.start()
                 await self.hand_over(replica, saved)
                 joined = self._joining[replica] = asyncio.get_running_loop().create_future()
                 self._somebody_joins.set()
@@ -122,16 +119,16 @@ class ReplicaSupervisor:
         queue has as running on it besides is issued again. The groups that are gone on with."""
         name = worker_id(replica)
         running = await self._queue.adopt(name, groups)
-        fitting: list[str] = await self._rollouts.workers[replica].adopt.remote({i: groups[i] for i in running})
+        fitting = await self._rollouts.workers[replica].adopt({i: groups[i] for i in running})
         await self._queue.worker_lost(name, keep=fitting)
         return fitting
 
     async def _salvage(self, replica: int) -> dict[str, Any]:
         """The groups in flight of a worker whose engine has died; of one that is dead itself, none."""
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(timeouts.ANSWER_S):
                 # Copies: what is returned belongs to the worker's process when it is large.
-                saved = await self._rollouts.workers[replica].snapshot.remote()
+                saved = await self._rollouts.workers[replica].snapshot()
                 return {group_id: np.array(message) for group_id, message in saved.items()}
         except Exception as error:  # noqa: BLE001 - whatever it is, the groups are issued again
             log.info(
