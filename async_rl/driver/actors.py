@@ -18,7 +18,7 @@ import numpy.typing as npt
 import ray
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver.cluster import Placement
+from async_rl.driver.cluster import CoreAssignment
 from async_rl.errors import TrainerDied
 from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
@@ -51,10 +51,10 @@ class TrainerRanks:
     TrainerDied when the process of a rank is gone, else what a rank raised.
     """
 
-    def __init__(self, config: RunConfig, placement: Placement) -> None:
+    def __init__(self, config: RunConfig, cores: CoreAssignment) -> None:
         self._config = config
-        self._placement = placement
-        self._ranks = start_trainers(config, placement)
+        self._cores = cores
+        self._ranks = start_trainers(config, cores)
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -133,7 +133,7 @@ class TrainerRanks:
         """End every rank and create new ones in their place, which are not started yet."""
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = start_trainers(self._config, self._placement)
+        self._ranks = start_trainers(self._config, self._cores)
 
     def _with(self, shares: Sequence[T]) -> list[tuple[Any, T]]:
         return list(zip(self._ranks, shares, strict=True))
@@ -230,10 +230,10 @@ class RolloutHandle:
 class RolloutWorkers:
     """One rollout worker per replica, by replica number. The counters of workers that have died are kept."""
 
-    def __init__(self, config: RunConfig, queue: Any, placement: Placement) -> None:
+    def __init__(self, config: RunConfig, queue: Any, cores: CoreAssignment) -> None:
         self._config = config
         self._queue = queue
-        self._placement = placement
+        self._cores = cores
         self.silent: list[int] = []
         """Replicas that did not respond when they were last asked for their stats."""
         self._ended: dict[int, WorkerStats] = {}
@@ -277,7 +277,7 @@ class RolloutWorkers:
         return [_sum(stats, self._ended.get(replica)) for replica, stats in known.items()]
 
     def _make(self, replica: int) -> RolloutHandle:
-        return start_rollout_worker(self._config, replica, self._queue, self._placement)
+        return start_rollout_worker(self._config, replica, self._queue, self._cores)
 
 
 def _typed(call: Awaitable[T]) -> Awaitable[T]:
@@ -294,7 +294,7 @@ def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
 
 
-def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement: Placement) -> RolloutHandle:
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, cores: CoreAssignment) -> RolloutHandle:
     """Create the actor of one replica, whose engine is not started yet. ``queue`` is the queue's actor."""
     actor = (
         ray.remote(RolloutActor)
@@ -304,12 +304,12 @@ def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement:
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
         )
-        .remote(config, replica, queue, placement.engines[replica])
+        .remote(config, replica, queue, cores.engines[replica])
     )
     return RolloutHandle(actor)
 
 
-def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
+def start_trainers(config: RunConfig, cores: CoreAssignment) -> list[Any]:
     """Create one actor per rank of trainer.parallel; their models are not built yet."""
     ranks = world_size(config.trainer.parallel)
     init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
@@ -320,8 +320,8 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
             num_gpus=1 if config.resources.device == "cuda" else 0,
             runtime_env={"env_vars": _process_environment(config.resources.trainer_threads)},
         )
-        .remote(config, rank, init_method, cores)
-        for rank, cores in enumerate(placement.trainers)
+        .remote(config, rank, init_method, rank_cores)
+        for rank, rank_cores in enumerate(cores.trainers)
     ]
 
 
