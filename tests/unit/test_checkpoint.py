@@ -76,9 +76,7 @@ def test_a_damaged_one_is_named_and_the_latest_valid_one_used(tmp_path, damage, 
 def test_if_all_are_damaged_each_fault_is_named(tmp_path):
     cut(write(tmp_path, 2))
     remove(write(tmp_path, 4))
-    with pytest.raises(
-        CheckpointError, match=r"all checkpoints are damaged: step-000004: .*missing; .*02: .*bytes"
-    ):
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged: step-000004: .*missing; .*02: .*bytes"):
         checkpoint_folder.latest_valid(tmp_path)
 
 
