@@ -126,7 +126,7 @@ class Checkpointer:
         if version > stats.version:
             await self._queue.advance(version)
         await self._sync.resume()
-        self._recorder.event("run_restored", step=state.step, queued=stats.queued_groups, resumed=len(resumed))
+        self._recorder.event("work_restored", step=state.step, queued=stats.queued_groups, resumed=len(resumed))
         return version
 
     async def _adopt(self, state: RunState) -> list[str]:
