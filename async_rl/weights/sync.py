@@ -204,12 +204,12 @@ class WeightSync:
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
-            mismatch = isinstance(error, WeightSyncMismatch)
-            if mismatch and self._config.async_training.partial_rollout.mode == "in_flight":
+            disagreed = isinstance(error, WeightSyncMismatch)
+            if disagreed and self._config.async_training.partial_rollout.mode == "in_flight":
                 raise  # frozen generations resumed meanwhile, with weights that are unknown
             log.warning("weight_sync_retried", version=version, reason=str(error))
             self.reconnect()
-            retries["canary" if mismatch else "transfer"] += 1
+            retries["canary" if disagreed else "transfer"] += 1
             return await self._attempt(version, replicas, phases, end_calls=end_calls)
 
     async def _attempt(
