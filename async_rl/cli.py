@@ -94,9 +94,9 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     # Ray prints a paragraph to the terminal for each process that dies, over the live view; the run's log has a line on
     # it. Ray reads this when it is imported: messages that match are not printed.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
-    from async_rl.driver import loop
+    from async_rl.driver.run import run
 
-    return loop.run(config, resume=resume)
+    return run(config, resume=resume)
 
 
 def _export(path: Path, out: Path, settings: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
-"""The actors of a run as the training loop uses them: the trainer's ranks as one, and the rollout workers by replica.
+"""The actors of a run as the driver calls them: the trainer's ranks as one object, the rollout workers by replica.
 
-Knows ``cluster``, which makes actors; takes no decision about what follows when one dies.
+``TrainerRanks`` and ``RolloutHandle`` have one typed method per remote call, so that arguments are checked across the
+process boundary. This module creates the actors and calls them. It does not decide what follows when one dies.
 """
 
 from __future__ import annotations
@@ -8,40 +9,52 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import ray
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver.cluster import Placement
+from async_rl.driver.cluster import CoreAssignment
 from async_rl.errors import TrainerDied
+from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
+from async_rl.rollout.engine.interface import Score
+from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.worker import WorkerStats
+from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
+from async_rl.trainer.report import StepReport
+from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
+from async_rl.weights.sync import Replica
 
-# Ranks compute together: when one dies the others fail, or wait for it for ever. This long after the first failure it
-# is known whether a process has died.
-_VERDICT_S = 5.0
-# Ray's own default for asynchronous actors, written down: ``run`` and every probe and push share the one event loop.
+# Ray's own default for asynchronous actors, written down: ``run`` and every probe and weight sync share one event loop.
 _MAX_CONCURRENT_CALLS = 1000
 
-
 # oneDNN keeps what it generated for each shape of a matrix product, 1024 of them by default, some hundred KiB each: an
-# engine grows by 300 MiB within minutes. More than one step needs is of no use, as shapes hardly ever come again.
+# engine grows by 300 MiB within minutes. More than one step needs is useless, because shapes hardly ever recur.
 _ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+T = TypeVar("T")
 
 
 class TrainerRanks:
-    """All ranks of trainer.parallel, called together; one that dies takes the others along."""
+    """The ranks of trainer.parallel, always called together; when one dies, all of them are replaced.
 
-    def __init__(self, config: RunConfig, placement: Placement) -> None:
+    Each method calls the method of ``TrainerWorker`` that has its name on every rank at once. ``shares`` hold one entry
+    per rank. Methods with a result return that of rank 0, because the ranks compute it together. Each method raises
+    TrainerDied when the process of a rank is gone, else what a rank raised.
+    """
+
+    def __init__(self, config: RunConfig, cores: CoreAssignment) -> None:
         self._config = config
-        self._placement = placement
-        self._ranks = start_trainers(config, placement)
+        self._cores = cores
+        self._ranks = start_trainers(config, cores)
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -51,56 +64,188 @@ class TrainerRanks:
         return list(self._ranks)
 
     async def start(self, checkpoint: Path | None = None) -> None:
-        """Build the model on every rank, and go on from ``checkpoint``."""
-        await self.call("start", checkpoint)
+        """Build the model on every rank, and load ``checkpoint`` where one is given."""
+        await self._together("start", [rank.start.remote(checkpoint) for rank in self._ranks])
 
-    async def call(
-        self, method: str, *arguments: Any, shares: Sequence[Any] | None = None, **keywords: Any
-    ) -> list[Any]:
-        """Call a method of every rank at once, each with its share as first argument where there are shares.
+    async def train_step(
+        self, shares: Sequence[Sequence[Sequence[Payload]]], version: int, oldest_version: int
+    ) -> list[StepReport]:
+        """Do one optimizer update per mini-batch; a share is a rank's groups of each mini-batch."""
+        calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
+        return await self._together("train_step", calls)
 
-        Raises TrainerDied when a rank's process is gone, else what a rank raised.
-        """
+    async def accumulate(
+        self, shares: Sequence[Sequence[Payload]], version: int, oldest_version: int, *, first: bool
+    ) -> None:
+        """Compute the gradients of a part of a step's groups; ``first`` begins the step."""
         calls = [
-            asyncio.ensure_future(
-                getattr(rank, method).remote(*([] if shares is None else [shares[index]]), *arguments, **keywords)
-            )
-            for index, rank in enumerate(self._ranks)
+            rank.accumulate.remote(share, version, oldest_version, first=first) for rank, share in self._with(shares)
         ]
+        await self._together("accumulate", calls)
+
+    async def finish_step(self) -> StepReport:
+        """Do the optimizer update of the step whose groups were accumulated."""
+        return await self._together("finish_step", [rank.finish_step.remote() for rank in self._ranks])
+
+    async def connect(self, replicas: Sequence[Replica]) -> None:
+        """Set up weight transfer to these replicas, in place of earlier ones."""
+        actors = [replica.actor for replica in replicas]
+        await self._together("connect", [rank.connect.remote(actors) for rank in self._ranks])
+
+    async def send_weights(self, version: int, only: int | None = None) -> float:
+        """Transfer the weights as policy version ``version`` to all connected replicas, or to that at index ``only``.
+
+        Returns the seconds that it took.
+        """
+        return await self._together("send_weights", [rank.send_weights.remote(version, only) for rank in self._ranks])
+
+    async def logprobs(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]:
+        """Score the canary's probe, with ``routed_experts`` replayed where given."""
+        calls = [rank.logprobs.remote(sequences, routed_experts) for rank in self._ranks]
+        return await self._together("logprobs", calls)
+
+    async def fingerprints(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]:
+        """Fingerprint the residual stream layer by layer, with ``routed_experts`` replayed where given."""
+        calls = [rank.fingerprints.remote(sequences, routed_experts) for rank in self._ranks]
+        return await self._together("fingerprints", calls)
+
+    async def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
+        """Return the experts that the trainer's own routers choose, [N-1, L, K] for each sequence."""
+        return await self._together("native_routing", [rank.native_routing.remote(sequences) for rank in self._ranks])
+
+    async def save(self, folder: Path) -> float:
+        """Write the trainer's state into ``folder``. Returns the seconds that it took."""
+        return await self._together("save", [rank.save.remote(folder) for rank in self._ranks])
+
+    async def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face checkpoint folder."""
+        await self._together("export", [rank.export.remote(folder) for rank in self._ranks])
+
+    def shutdown(self) -> list[Awaitable[None]]:
+        """Ask every rank to close. Returns one call per rank."""
+        return [rank.shutdown.remote() for rank in self._ranks]
+
+    def replace(self) -> None:
+        """End every rank and create new ones in their place, which are not started yet."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = start_trainers(self._config, self._cores)
+
+    def _with(self, shares: Sequence[T]) -> list[tuple[Any, T]]:
+        return list(zip(self._ranks, shares, strict=True))
+
+    async def _together(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
+        """Await the calls of all ranks and return the result of rank 0."""
+        futures = [asyncio.ensure_future(call) for call in calls]
         try:
-            return await asyncio.gather(*calls)
+            first, *_ = await asyncio.gather(*futures)
+            return first
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await asyncio.wait(calls, timeout=0 if is_process_death(error) else _VERDICT_S)
-            for rank, call in enumerate(calls):
-                raised = call.exception() if call.done() and not call.cancelled() else None
+            await asyncio.wait(futures, timeout=0 if is_process_death(error) else timeouts.RANK_DEATH_S)
+            for rank, future in enumerate(futures):
+                raised = future.exception() if future.done() and not future.cancelled() else None
                 if raised is not None and is_process_death(raised):
                     raise TrainerDied(f"trainer rank {rank} died during {method}") from error
             raise user_facing_error(error) from error
 
-    def replace(self) -> None:
-        """End every rank, and put new ones in their place, which are not started yet."""
-        for rank in self._ranks:
-            ray.kill(rank)
-        self._ranks = start_trainers(self._config, self._placement)
+
+class RolloutHandle:
+    """One rollout worker's actor: a typed method per remote call, which is sent at once and awaited by the caller.
+
+    Each calls the method of ``RolloutActor`` that has its name. Awaiting raises what Ray raises.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        """The Ray actor itself, for vLLM's weight transfer, which calls it directly."""
+
+    def start(self) -> Awaitable[None]:
+        """Start the engine."""
+        return _typed(self.actor.start.remote())
+
+    def groups(self) -> AsyncIterator[Any]:
+        """Run the worker, and stream what it finishes; see ``queue.client.incoming``."""
+        stream: AsyncIterator[Any] = self.actor.groups.options(num_returns="streaming").remote()
+        return stream
+
+    def accepted(self, group_id: str) -> None:
+        """Tell the worker that the queue has a group of its stream. Does not wait."""
+        self.actor.accepted.remote(group_id)
+
+    def pause(self, *, end_calls: bool) -> Awaitable[None]:
+        """Stop generation as partial_rollout.mode says; ``end_calls`` ends calls that it would freeze."""
+        return _typed(self.actor.pause.remote(end_calls=end_calls))
+
+    def wake(self) -> Awaitable[None]:
+        """Let the engine compute again, for the canary and evaluation; rollouts still wait."""
+        return _typed(self.actor.wake.remote())
+
+    def resume(self) -> Awaitable[None]:
+        """Resume interrupted generations and take new work."""
+        return _typed(self.actor.resume.remote())
+
+    def stop(self) -> Awaitable[None]:
+        """Begin no more work and end what is under way; the engine can still evaluate."""
+        return _typed(self.actor.stop.remote())
+
+    def unanswered(self) -> Awaitable[str | None]:
+        """Return the engine call of a weight sync that is still without an answer; None if there is none."""
+        return _typed(self.actor.unanswered.remote())
+
+    def score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]:
+        """Score the canary's probe under the engine's weights."""
+        return _typed(self.actor.score.remote(sequences))
+
+    def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]:
+        """Fingerprint the engine's residual stream layer by layer; None if it cannot."""
+        return _typed(self.actor.fingerprints.remote(sequences))
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
+        """Answer ``prompts`` greedily and return the mean reward."""
+        return _typed(self.actor.evaluate.remote(prompts))
+
+    def snapshot(self) -> Awaitable[dict[str, npt.NDArray[np.uint8]]]:
+        """Return the groups in flight, encoded, by id."""
+        return _typed(self.actor.snapshot.remote())
+
+    def adopt(self, groups: Mapping[str, Any]) -> Awaitable[list[str]]:
+        """Resume groups of another worker's ``snapshot``; returns the ids of those that fit the settings."""
+        return _typed(self.actor.adopt.remote(groups))
+
+    def stats(self) -> Awaitable[WorkerStats]:
+        """Return the worker's counters."""
+        return _typed(self.actor.stats.remote())
+
+    def shutdown(self) -> Awaitable[None]:
+        """End the engine with its processes."""
+        return _typed(self.actor.shutdown.remote())
 
 
 class RolloutWorkers:
-    """One worker per replica, by its number. What workers counted that have died is kept."""
+    """One rollout worker per replica, by replica number. The counters of workers that have died are kept."""
 
-    def __init__(self, config: RunConfig, queue: Any, placement: Placement) -> None:
+    def __init__(self, config: RunConfig, queue: Any, cores: CoreAssignment) -> None:
         self._config = config
         self._queue = queue
-        self._placement = placement
+        self._cores = cores
         self.silent: list[int] = []
-        """ReplicaSupervisor that did not answer when they were last asked for their stats."""
+        """Replicas that did not respond when they were last asked for their stats."""
         self._ended: dict[int, WorkerStats] = {}
         self._last: dict[int, WorkerStats] = {}
         self.workers = {replica: self._make(replica) for replica in range(config.rollout.replicas)}
 
-    def replace(self, replica: int) -> Any:
-        """End a worker, and put another in its place, which is not started yet."""
+    @property
+    def actors(self) -> list[Any]:
+        return [worker.actor for worker in self.workers.values()]
+
+    def replace(self, replica: int) -> RolloutHandle:
+        """End a worker and create another in its place, which is not started yet."""
         self.kill(replica)
         if (last := self._last.pop(replica, None)) is not None:
             self._ended[replica] = _sum(last, self._ended.get(replica))
@@ -108,13 +253,16 @@ class RolloutWorkers:
         return self.workers[replica]
 
     def kill(self, replica: int) -> None:
-        """End a worker's process, and its engine with it. What waits for an answer of it fails."""
-        ray.kill(self.workers[replica])
+        """End a worker's process, and its engine with it. Calls of it that are under way fail."""
+        ray.kill(self.workers[replica].actor)
 
     async def stats(self, timeout_s: float) -> list[WorkerStats]:
-        """What the workers have counted, also before they were replaced; of one that does not answer, the last."""
+        """Return each replica's counters, including those of workers that were replaced since.
+
+        A worker that does not respond within ``timeout_s`` is reported as it last was.
+        """
         asked = dict(self.workers)
-        calls = {replica: asyncio.ensure_future(worker.stats.remote()) for replica, worker in asked.items()}
+        calls = {replica: asyncio.ensure_future(worker.stats()) for replica, worker in asked.items()}
         done, _ = await asyncio.wait(calls.values(), timeout=timeout_s)
         self.silent = [replica for replica, call in calls.items() if call not in done]
         for replica, call in calls.items():
@@ -128,22 +276,27 @@ class RolloutWorkers:
         known = {replica: self._last.get(replica, WorkerStats(replica)) for replica in self.workers}
         return [_sum(stats, self._ended.get(replica)) for replica, stats in known.items()]
 
-    def _make(self, replica: int) -> Any:
-        return start_rollout_worker(self._config, replica, self._queue, self._placement)
+    def _make(self, replica: int) -> RolloutHandle:
+        return start_rollout_worker(self._config, replica, self._queue, self._cores)
+
+
+def _typed(call: Awaitable[T]) -> Awaitable[T]:
+    """Return Ray's untyped reference with the type that the caller declares."""
+    return call
 
 
 def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
-    """Counters add up; what is of the moment is of the later one."""
+    """Add up the counters; momentary values are those of ``stats``, the later ones."""
     if before is None:
         return stats
-    of_the_moment = {"replica", "version", "running_trajectories"}
-    names = [field.name for field in dataclasses.fields(stats) if field.name not in of_the_moment]
+    momentary = {"replica", "version", "running_trajectories"}
+    names = [field.name for field in dataclasses.fields(stats) if field.name not in momentary]
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
 
 
-def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement: Placement) -> Any:
-    """The actor of one replica; its engine is not started yet. ``queue``: the queue's actor."""
-    return (
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, cores: CoreAssignment) -> RolloutHandle:
+    """Create the actor of one replica, whose engine is not started yet. ``queue`` is the queue's actor."""
+    actor = (
         ray.remote(RolloutActor)
         .options(
             num_cpus=0,
@@ -151,12 +304,13 @@ def start_rollout_worker(config: RunConfig, replica: int, queue: Any, placement:
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
         )
-        .remote(config, replica, queue, placement.engines[replica])
+        .remote(config, replica, queue, cores.engines[replica])
     )
+    return RolloutHandle(actor)
 
 
-def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
-    """One actor per rank of trainer.parallel; their models are not built yet."""
+def start_trainers(config: RunConfig, cores: CoreAssignment) -> list[Any]:
+    """Create one actor per rank of trainer.parallel; their models are not built yet."""
     ranks = world_size(config.trainer.parallel)
     init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
     return [
@@ -166,13 +320,13 @@ def start_trainers(config: RunConfig, placement: Placement) -> list[Any]:
             num_gpus=1 if config.resources.device == "cuda" else 0,
             runtime_env={"env_vars": _process_environment(config.resources.trainer_threads)},
         )
-        .remote(config, rank, init_method, cores)
-        for rank, cores in enumerate(placement.trainers)
+        .remote(config, rank, init_method, rank_cores)
+        for rank, rank_cores in enumerate(cores.trainers)
     ]
 
 
 def _process_environment(threads: int) -> dict[str, str]:
-    """Thread pools of that size, whose idle threads sleep: spinning ones take the core from whoever has work."""
+    """Set thread pools of that size whose idle threads sleep: spinning ones take cores from processes with work."""
     return _ONEDNN_CACHE | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -1,97 +1,151 @@
-"""What a checkpoint holds of the pipeline, beside the trainer's state: where the run stands, and all work in flight.
+"""Checkpoints of a run: one moment of it, taken, written and restored.
 
-    checkpoints/step-000020/pipeline/state.msgpack    step, policy version, the broker's state, the recorder's sums
-    checkpoints/step-000020/pipeline/queued/          finished groups, in wire format
-    checkpoints/step-000020/pipeline/in_flight/       unfinished ones, as ``rollout.in_flight`` has them
-
-Taken between two training steps, while engines stand still. The broker's state says which groups there are; a group
-that it has as running and of which there is nothing in flight is issued again. So every prompt that was issued is
-trained, queued, in flight, failed, or in circulation: none is skipped, none is trained twice.
-
-Knows files and msgpack; ``trainer.checkpoint`` has the folder's integrity.
+A moment lies between two training steps, while the engines are paused. ``Checkpointer`` asks the queue, the replicas
+and the trainer for their part of it. The files of the driver's part are ``driver.run_state``'s, the folder's integrity
+is ``driver.checkpoint_folder``'s. When checkpoints are due and what follows a failure is decided by ``driver.loop``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import functools
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import numpy as np
+import ray
 
-from async_rl.errors import CheckpointError
-
-FORMAT_VERSION = 1
-FOLDER = "pipeline"
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """step: the last training step. version: the policy version; pushed: whether it is that of the weights of this
-    step, which were pushed then. queue: state of the broker. recorder: of the summary. queued, in_flight: messages by
-    group id."""
-
-    step: int
-    version: int
-    pushed: bool
-    queue: Mapping[str, Any]
-    recorder: Mapping[str, Any]
-    queued: Mapping[str, Any]
-    in_flight: Mapping[str, Any]
+from async_rl.config.schema import RunConfig
+from async_rl.driver import checkpoint_folder, run_state
+from async_rl.driver.actors import RolloutWorkers, TrainerRanks
+from async_rl.driver.monitor import Monitor
+from async_rl.driver.recorder import Recorder
+from async_rl.driver.replicas import ReplicaSupervisor
+from async_rl.driver.run_state import RunState
+from async_rl.errors import ReplicaFailed
+from async_rl.queue.client import QueueClient
+from async_rl.rollout.worker import worker_id
+from async_rl.runtime import logs
+from async_rl.weights.sync import WeightSync
 
 
-def write(folder: Path, state: RunState) -> None:
-    """Into the folder of a checkpoint."""
-    top = folder / FOLDER
-    for name, messages in (("queued", state.queued), ("in_flight", state.in_flight)):
-        (top / name).mkdir(parents=True)
-        for number, message in enumerate(messages.values()):
-            (top / name / f"{number:06}").write_bytes(memoryview(message))
-    head = {
-        "format": FORMAT_VERSION,
-        "step": state.step,
-        "version": state.version,
-        "pushed": state.pushed,
-        "queue": state.queue,
-        "recorder": state.recorder,
-        "queued": list(state.queued),
-        "in_flight": list(state.in_flight),
-    }
-    (top / "state.msgpack").write_bytes(msgpack.packb(head))
+class Checkpointer:
+    """Takes, writes and restores the checkpoints of one run."""
 
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        queue: QueueClient,
+        rollouts: RolloutWorkers,
+        trainers: TrainerRanks,
+        sync: WeightSync,
+        replicas: ReplicaSupervisor,
+        monitor: Monitor,
+        recorder: Recorder,
+    ) -> None:
+        self._keep = config.checkpoint.keep
+        self._queue = queue
+        self._rollouts = rollouts
+        self._trainers = trainers
+        self._sync = sync
+        self._replicas = replicas
+        self._monitor = monitor
+        self._recorder = recorder
 
-def read(folder: Path) -> RunState:
-    """From the folder of a checkpoint whose files are sound. Raises CheckpointError for one without, or of another
-    format."""
-    return _read(folder, _messages)
+    # -- taken --------------------------------------------------------------------------------------------------
 
+    async def pause_and_take(self, step: int, version: int) -> RunState:
+        """Take the run's state after a step without a weight sync, for which the replicas are paused."""
+        in_flight: dict[str, Any] = {}
+        with self._monitor.phase("checkpoint", step):
+            while True:
+                try:
+                    await self._sync.while_paused(functools.partial(self.add_in_flight, in_flight))
+                    break
+                except ReplicaFailed as error:
+                    await self._replicas.evict(error)
+        return await self.take(step, version, in_flight, synced=False)
 
-def read_head(folder: Path) -> RunState:
-    """As ``read``, without the messages, which can be large: ``queued`` and ``in_flight`` are empty."""
-    return _read(folder, lambda folder, group_ids: {})
+    async def add_in_flight(self, in_flight: dict[str, Any], replica: int) -> None:
+        """Add the groups in flight of a paused replica to ``in_flight``, encoded, by id."""
+        in_flight.update(await self._sync.on(replica, lambda worker: worker.snapshot()))
 
-
-def _read(folder: Path, messages: Callable[[Path, Sequence[str]], dict[str, bytes]]) -> RunState:
-    top = folder / FOLDER
-    try:
-        head = msgpack.unpackb((top / "state.msgpack").read_bytes(), strict_map_key=False)
-        if head["format"] != FORMAT_VERSION:
-            raise CheckpointError(f"{top} is of format {head['format']}; this version reads {FORMAT_VERSION}")
+    async def take(self, step: int, version: int, in_flight: dict[str, Any], *, synced: bool) -> RunState:
+        """Return the run's state with the queue as it is now. The payloads of queued groups are still references."""
+        queue = await self._queue.state()
+        payloads = {group_id: self._queue.payload(group_id) for ((group_id, *_), _) in queue["queued"]}
         return RunState(
-            step=head["step"],
-            version=head["version"],
-            pushed=head["pushed"],
-            queue=head["queue"],
-            recorder=head["recorder"],
-            queued=messages(top / "queued", head["queued"]),
-            in_flight=messages(top / "in_flight", head["in_flight"]),
+            step=step,
+            version=version,
+            synced=synced,
+            queue=queue,
+            recorder={},
+            queued={group_id: payload for group_id, payload in payloads.items() if payload is not None},
+            in_flight=in_flight,
         )
-    except OSError as error:
-        raise CheckpointError(f"{folder} holds no state of a pipeline: {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{top}/state.msgpack cannot be read: {error!r}") from None
+
+    # -- written ------------------------------------------------------------------------------------------------
+
+    async def write(self, state: RunState) -> None:
+        """Write a checkpoint of ``state`` and of the trainer. Generation continues meanwhile."""
+        began, folder = time.monotonic(), self._recorder.checkpoints
+        with self._monitor.phase("checkpoint", state.step):
+            partial = await asyncio.to_thread(checkpoint_folder.begin, folder, state.step)
+            await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
+            await self._trainers.save(partial)
+            await asyncio.to_thread(checkpoint_folder.commit, partial, keep=self._keep)
+        await self._queue.checkpointed(checkpoint_folder.oldest_step(folder))
+        self._recorder.checkpointed(state.step, time.monotonic() - began)
+
+    # -- restored -----------------------------------------------------------------------------------------------
+
+    async def latest(self) -> Path | None:
+        """Return the folder of the latest valid checkpoint; None if there is no checkpoint."""
+        return await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
+
+    async def restore(self, found: Path) -> int:
+        """Restore queued groups, groups in flight and weights of a run that ended; the trainer has loaded ``found``.
+
+        Returns the policy version that every replica has now.
+        """
+        state = await asyncio.to_thread(run_state.read, found)
+        for group_id, message in state.queued.items():
+            self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
+        newest = await self._queue.recover(state.step)
+        resumed = await self._adopt(state)
+        stats = await self._queue.stats()
+        # A queue that outlived the run may have seen versions that were synced after the checkpoint.
+        seen = max(state.version, stats.version, newest)
+        version = seen if state.synced and seen == state.version else seen + 1
+        # The engines have loaded the checkpoint that the run began with.
+        await self._sync.run(version)
+        logs.bind(version=version)
+        if version > stats.version:
+            await self._queue.advance(version)
+        await self._sync.resume()
+        self._recorder.event("work_restored", step=state.step, queued=stats.queued_groups, resumed=len(resumed))
+        return version
+
+    async def _adopt(self, state: RunState) -> list[str]:
+        """Spread the groups in flight over the replicas. Returns the ids of those that are resumed."""
+        groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
+        shares = {replica: dict(groups[index :: len(replicas)]) for index, replica in enumerate(replicas)}
+        for replica, share in shares.items():
+            await self._queue.adopt(worker_id(replica), share)
+        # The names of the other workers are those of the run that ended, which may have had more of them.
+        for name in (await self._queue.stats()).running:
+            await self._queue.worker_lost(name, keep=state.in_flight)
+        adopted: list[str] = []
+        for replica, share in shares.items():
+            adopted += await self._replicas.hand_over(replica, share)
+        return adopted
 
 
-def _messages(folder: Path, group_ids: Sequence[str]) -> dict[str, bytes]:
-    return {group_id: (folder / f"{number:06}").read_bytes() for number, group_id in enumerate(group_ids)}
+def _write_state(folder: Path, state: RunState, recorder: dict[str, Any]) -> None:
+    # With queue.backend redis the payloads are addresses of messages that outlive the run there.
+    in_memory = {group_id: payload for group_id, payload in state.queued.items() if not isinstance(payload, str)}
+    messages = dict(zip(in_memory, ray.get([reference for (reference,) in in_memory.values()]), strict=True))
+    run_state.write(folder, replace(state, recorder=recorder, queued=messages))

@@ -1,11 +1,11 @@
-"""Trainer checkpoints on disk: written whole or not at all, checked before they are read, the last few kept.
+"""Checkpoint folders on disk: written whole or not at all, checked before they are read, the last few kept.
 
     checkpoints/step-000020/        what ``save`` of Megatron's distributed checkpointing writes, from every rank
-        manifest.json               size and checksum of every file; written last, so that a folder has one or is torn
-        config.yaml                 the run's settings, which ``async-rl export`` builds the model from
-    checkpoints/step-000040.partial a checkpoint being written, or one that was not finished
+        manifest.json               size and checksum of every file; written last, so that a torn folder has none
+        config.yaml                 the run's settings, from which ``async-rl export`` builds the model
+    checkpoints/step-000040.partial a checkpoint that is being written, or was not finished
 
-A folder is renamed to its name when it is complete. Pure of Megatron: knows files alone.
+A folder is renamed to its final name when it is complete. Knows files, but not what is in them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
@@ -31,24 +31,25 @@ _BLOCK = 2**22
 
 
 def name(step: int) -> str:
+    """Return the folder name of the checkpoint of ``step``."""
     return f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The training step after which a checkpoint was taken."""
+    """Return the training step after which a checkpoint was taken."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not a checkpoint folder, whose name is {name(20)} or the like")
+        raise CheckpointError(f"{path} is not a checkpoint folder; their names look like {name(20)}")
     return int(match[1])
 
 
 def unfinished(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is while it is being written."""
+    """Return the folder of the checkpoint of ``step`` while it is being written."""
     return folder / (name(step) + _PARTIAL)
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Make the folder that the checkpoint of ``step`` is written into."""
+    """Create the folder that the checkpoint of ``step`` is written into."""
     partial = unfinished(folder, step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -56,7 +57,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def commit(partial: Path, *, keep: int) -> Path:
-    """Give a checkpoint that was written its name, and remove all but the newest ``keep``. Returns where it is now."""
+    """Give a complete checkpoint its final name, and remove all but the newest ``keep``. Returns its final path."""
     files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
     entries = {key: {"bytes": path.stat().st_size, "xxh3": _checksum(path)} for key, path in files.items()}
     for path in files.values():
@@ -74,12 +75,12 @@ def commit(partial: Path, *, keep: int) -> Path:
 
 
 def oldest_step(folder: Path) -> int:
-    """Of the checkpoints that are kept; 0 without any."""
+    """Return the step of the oldest checkpoint in ``folder``; 0 if there is none."""
     return min((step_of(path) for path in _newest_first(folder)), default=0)
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+    """Describe what is wrong with a checkpoint; None if it is intact."""
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
     except OSError as error:
@@ -97,20 +98,20 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def latest_valid(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint whose files are as they were written; None if there is no checkpoint at all.
+def latest_valid(folder: Path) -> Path | None:
+    """Return the newest intact checkpoint; None if there is no checkpoint at all.
 
-    Each newer one that is not is told to ``warn``. Raises CheckpointError if there are checkpoints and none is sound.
+    Logs each newer one that is damaged. Raises CheckpointError if all checkpoints are damaged.
     """
     faults = []
     for path in _newest_first(folder):
-        found = find_damage(path)
-        if found is None:
+        damage = find_damage(path)
+        if damage is None:
             return path
-        faults.append(f"{path.name}: {found}")
-        (warn or log.warning)(f"checkpoint {path} is damaged ({found}); an earlier one is used")
+        faults.append(f"{path.name}: {damage}")
+        log.warning("checkpoint_damaged", checkpoint=str(path), damage=damage)  # an earlier one is tried
     if faults:
-        raise CheckpointError(f"{folder}: no checkpoint is sound: {'; '.join(faults)}")
+        raise CheckpointError(f"{folder}: all checkpoints are damaged: {'; '.join(faults)}")
     return None
 
 
@@ -128,7 +129,7 @@ def _checksum(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the kernel write it out: a rename must not reach the disk before what it names."""
+    """Have the kernel write a file or folder to disk: a rename must not get there before the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

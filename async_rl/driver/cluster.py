@@ -1,6 +1,6 @@
-"""Where the processes of a run live: the Ray cluster, which cores each process computes on, and the actors.
+"""The Ray cluster of a run, and which cores each of its processes computes on. Knows no actor.
 
-On one CPU host the engine and the trainer get cores of their own: two compute-thread pools that share cores spin
+On one CPU host each engine and each trainer rank gets cores of its own: two compute-thread pools that share cores spin
 against each other, and an engine client in the trainer's process would share its interpreter lock.
 """
 
@@ -19,7 +19,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.trainer.parallel import world_size
 
-# Besides the queue's payloads the object store holds what is in training and the arguments of calls.
+# In addition to the queue's payloads the object store holds the groups in training and the arguments of calls.
 _OBJECT_STORE_HEADROOM = 256 * 2**20
 _OBJECT_STORE_MINIMUM = 80 * 2**20  # Ray refuses less than 75 MB
 # Set in every process of the run, before its libraries are imported.
@@ -29,34 +29,36 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # What Ray's control process remembers of calls that are over: about 3 KiB each, a hundred a second. By default it
-    # has grown by 300 MiB before it forgets the first, and then keeps the ids of a million that it has forgotten.
+    # Finished calls that Ray's control process remembers: about 3 KiB each, a hundred a second. By default it grows by
+    # 300 MiB before it forgets the first, and then keeps the ids of a million that it has forgotten.
     "RAY_task_events_max_num_task_in_gcs": "5000",
     "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "1000",
-    # Ray starts its two daemons on jemalloc, which by default has four arenas per core, each with freed pages of its
-    # own: the raylet grows by a tenth within half an hour, of what it no longer uses.
+    # Ray starts its two daemons on jemalloc, which by default has four arenas per core. Each keeps freed pages: the
+    # raylet would grow by a tenth within half an hour.
     "RAY_JEMALLOC_PROFILE": "raylet,gcs_server",
     "RAY_JEMALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Cores of each engine and each trainer rank; None where the process may use any."""
+class CoreAssignment:
+    """The cores of each process; None where it may use any."""
 
     engines: tuple[tuple[int, ...] | None, ...]
+    """By replica."""
     trainers: tuple[tuple[int, ...] | None, ...]
+    """By trainer rank."""
 
 
-def place(config: RunConfig, cores: Sequence[int]) -> Placement:
-    """Give engines and trainer ranks disjoint cores, engines first; nobody is pinned where there are too few."""
+def assign_cores(config: RunConfig, cores: Sequence[int]) -> CoreAssignment:
+    """Give engines and trainer ranks disjoint cores, engines first; no process is pinned if there are not enough."""
     replicas, ranks = config.rollout.replicas, world_size(config.trainer.parallel)
     engine_threads, trainer_threads = config.resources.engine_threads, config.resources.trainer_threads
     needed = replicas * engine_threads + ranks * trainer_threads
     if not config.resources.pin_cores or needed > len(cores):
-        return Placement((None,) * replicas, (None,) * ranks)
+        return CoreAssignment((None,) * replicas, (None,) * ranks)
     free = iter(cores)
-    return Placement(
+    return CoreAssignment(
         tuple(tuple(next(free) for _ in range(engine_threads)) for _ in range(replicas)),
         tuple(tuple(next(free) for _ in range(trainer_threads)) for _ in range(ranks)),
     )
@@ -64,7 +66,7 @@ def place(config: RunConfig, cores: Sequence[int]) -> Placement:
 
 @contextlib.contextmanager
 def ray_cluster(config: RunConfig) -> Iterator[None]:
-    """A Ray cluster for the length of the block: the one at RAY_ADDRESS, or one on this host that ends with it."""
+    """Connect to the Ray cluster at RAY_ADDRESS, or start one on this host that ends with the block."""
     os.environ.update(_ENVIRONMENT)
     try:
         if os.environ.get("RAY_ADDRESS"):
@@ -87,8 +89,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
 
 
 def ray_exporters() -> list[str]:
-    """host:port of each node of the cluster on which Ray serves its own metrics: it does where it was installed as
-    ray[default]."""
+    """Return host:port of each node on which Ray serves its own metrics, which needs the packages of ray[default]."""
     # Without those packages the port is -1.
     nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]

@@ -1,6 +1,6 @@
-"""``async-rl export``: a checkpoint of the trainer, whatever layout wrote it, to a Hugging Face folder.
+"""``async-rl export``: writes a checkpoint, which any trainer layout may have saved, as a Hugging Face folder.
 
-Runs in one process on the CPU, which needs memory for the model and its gradients; knows the trainer.
+Runs in one process on the CPU, which needs memory for the model and its gradients. Needs no Ray and no engine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from async_rl.errors import CheckpointError
 
 
 def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) -> Path:
-    """Write the model of ``path``, a checkpoint or a run folder, to ``out``. Returns the checkpoint that was taken.
+    """Write the model of ``path``, a checkpoint or a run folder, to ``out``. Returns the checkpoint that was used.
 
-    overrides: dotted settings that win over those of the run, for example where the model's folder has moved. Raises
-    CheckpointError for one that is damaged, and where there is none.
+    overrides: dotted settings that win over those of the run, for example if the model's folder has moved. Raises
+    CheckpointError if the checkpoint is damaged, or there is none.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name another one")
@@ -37,22 +37,22 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that ``path`` is, or the newest sound one of the run folder that it is."""
+    """Return ``path`` if it is a checkpoint, or the latest valid checkpoint if it is a run folder."""
     if (path / checkpoint_folder.MANIFEST).is_file():
-        found = checkpoint_folder.find_damage(path)
-        if found is not None:
-            raise CheckpointError(f"checkpoint {path} is damaged: {found}")
+        damage = checkpoint_folder.find_damage(path)
+        if damage is not None:
+            raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
         return path
     newest = checkpoint_folder.latest_valid(path / "checkpoints") or checkpoint_folder.latest_valid(path)
     if newest is None:
         raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run folder that has one; a run writes them with checkpoint.every"
+            f"{path} is neither a checkpoint nor a run folder with checkpoints; set checkpoint.every to write some"
         )
     return newest
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """The same model on one rank of the CPU."""
+    """Return the config for the same model on one rank of the CPU."""
     return config.model_copy(
         update={
             "trainer": config.trainer.model_copy(update={"parallel": ParallelSection()}),

@@ -1,23 +1,23 @@
-"""The run, from top to bottom: wires the parts, runs the loops, owns the policy version. Knows everyone.
+"""The training loop of a run: creates the actors, runs every loop of the driver, owns the policy version.
 
-    prompts ──► RolloutWorker × N ──► QueueActor ──► training loop ──► TrainerWorker × ranks
+    prompts ──► RolloutWorker × N ──► QueueActor ──► TrainingLoop ──► TrainerWorker × ranks
                      ▲                                                      │
                      └──────────────── WeightSync, version v+1 ◄────────────┘
 
-In the driver's event loop run at once: the training loop; for each replica ``ReplicaSupervisor.tend``, which hands in
-what the worker finishes and puts another in its place when it dies; and the monitor, which publishes what the actors
-count. The first that raises ends the run.
+Three kinds of coroutines run at once in the driver's event loop: the training loop; ``ReplicaSupervisor.supervise`` for
+each replica, which submits finished groups to the queue and replaces the worker when it dies; and the monitor, which
+publishes the actors' counters. The first one that raises ends the run.
 
-    who            waits for                                    released by
-    rollout        admission (staleness budget)                 a push, or a group that is given back
-    rollout        room in the queue, by groups or bytes        a lease
-    rollout        the end of a push                            resume
-    training loop  groups_per_step × require_batches groups     put
-                   (trainer.streaming: one, or one per rank)
-    push           running generations (mode drain only)        their end
-    new worker     weights                                      the next push, which its coming asks for
+    loop              waits for                                    unblocked by
+    rollout           admission (staleness budget)                 a weight sync, or a group that is given back
+    rollout           room in the queue, by groups or bytes        the ack of trained groups
+    rollout           the end of a weight sync                     resume
+    training loop     groups_per_step × require_batches groups     a finished group
+                      (trainer.streaming: one, or one per rank)
+    weight sync       generations in flight (mode drain only)      their end
+    restarted worker  current weights                              the next weight sync, which the driver starts early
 
-What dies, and what follows: docs/reliability.md.
+What can die, and what follows: docs/reliability.md. Checkpoints: ``driver.checkpoint``.
 """
 
 from __future__ import annotations
@@ -26,37 +26,32 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
 import structlog
 
-from async_rl import doctor
 from async_rl.config.schema import RunConfig
 from async_rl.data.prompts import Dataset, DatasetCursor
-from async_rl.data.tokenizer import load_tokenizer
-from async_rl.driver import checkpoint, checkpoint_folder, inputs
+from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
-from async_rl.driver.checkpoint import RunState
-from async_rl.driver.cluster import place, ray_cluster, ray_exporters
+from async_rl.driver.checkpoint import Checkpointer
+from async_rl.driver.cluster import assign_cores
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
+from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.models.config import read_model_config
 from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
-from async_rl.rollout.worker import worker_id
-from async_rl.runtime import logs
-from async_rl.runtime.failures import explain
-from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted
+from async_rl.rollout.evaluation import EvalResult
+from async_rl.runtime import logs, timeouts
+from async_rl.runtime.interrupt import first_failure
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
 from async_rl.trainer.report import StepReport
@@ -67,50 +62,12 @@ log = structlog.get_logger(__name__)
 
 Leased = list[tuple[GroupMeta, Payload]]
 
-_MONITOR_PERIOD_S = 1.0
-# While the trainer waits for groups it looks this often whether a new worker waits for weights.
-_LOOK_S = 0.5
-# An orderly end asks the actors to close; one that does not answer in time is ended with its process.
-_SHUTDOWN_S = 8.0
+# While the training loop waits for groups, it looks this often whether a restarted worker waits for weights.
+_LEASE_POLL_S = 0.5
 
 
-def run(config: RunConfig, *, resume: bool = False) -> int:
-    """Run ``config`` to its end. Returns the exit code: 0 finished, 130 interrupted. Raises AsyncRLError on failure.
-
-    resume: go on with the run of this name from its newest sound checkpoint; from the beginning where it has none.
-    summary.json is written in every case once the run folder exists.
-    """
-    started = time.monotonic()
-    doctor.require(config)
-    inputs.prepare(config)
-    config = inputs.resolved(config, resume=resume)
-    tokenizer = load_tokenizer(config)
-    train_set, eval_set = inputs.read_data(config, tokenizer)
-    eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
-    with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
-        logs.configure(config.run_dir, "pipeline", console=True)
-        recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
-        try:
-            found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
-            inputs.prepare_store(config, resume=resume, anew=found is None)
-            if resume:
-                recorder.go_on(None if found is None else checkpoint.read_head(found))
-            with ray_cluster(config):
-                recorder.ray(ray_exporters())
-                asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
-        except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
-            recorder.finish("interrupted")
-            return 130
-        except BaseException as error:
-            failure = explain(error, config.run_dir)
-            recorder.finish(f"failed: {failure}")
-            raise failure from error
-        recorder.finish("finished")
-    return 0
-
-
-class Pipeline:
-    """One run on a cluster that is up; ``found``: the checkpoint that it goes on from."""
+class TrainingLoop:
+    """One run on a Ray cluster that is up; ``found`` is the checkpoint that it is restored from."""
 
     def __init__(
         self,
@@ -123,101 +80,83 @@ class Pipeline:
         self._config = config
         self._recorder = recorder
         self._found = found
-        resumed = None if found is None else checkpoint.read_head(found)
-        self._step = 0 if resumed is None else resumed.step
-        self._version = 0 if resumed is None else resumed.version
-        self._announced = self._version  # the last version that a push was begun with
+        restored = None if found is None else run_state.read_head(found)
+        self._step = 0 if restored is None else restored.step
+        self._version = 0 if restored is None else restored.version
+        self._attempted = self._version  # the last version that a weight sync was begun with
         self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
-        placement = place(config, sorted(os.sched_getaffinity(0)))
+        cores = assign_cores(config, sorted(os.sched_getaffinity(0)))
         recorder.journal.unlink(missing_ok=True)
-        state = None if resumed is None else resumed.queue
+        state = None if restored is None else restored.queue
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)
-        self._trainers = TrainerRanks(config, placement)
-        self._rollouts = RolloutWorkers(config, self._queue.actor, placement)
+        self._trainers = TrainerRanks(config, cores)
+        self._rollouts = RolloutWorkers(config, self._queue.actor, cores)
         self._model = read_model_config(config.model.path)
         self._sync = WeightSync(config, self._model, self._trainers)
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
+        self._checkpointer = Checkpointer(
+            config,
+            queue=self._queue,
+            rollouts=self._rollouts,
+            trainers=self._trainers,
+            sync=self._sync,
+            replicas=self._replicas,
+            monitor=self._monitor,
+            recorder=recorder,
+        )
 
     async def run(self) -> None:
         try:
             await self._start()
             await self._evaluate()
             self._recorder.training_begins()
-            await first_failure(
-                self._train(), self._monitor.run(), *(self._replicas.tend(r) for r in self._rollouts.workers)
-            )
+            supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
+            await first_failure(self._train(), self._monitor.run(), *supervised)
             await self._replicas.stop()
-            await self._monitor.count()
+            await self._monitor.poll()
             self._recorder.training_ended()
             await self._evaluate()
-            await self._trainers.call("export", self._recorder.final_model)
+            await self._trainers.export(self._recorder.final_model)
         finally:
             await self._shut_down()
 
     async def _start(self) -> None:
-        """Engines and trainers come up side by side; then they must agree on the weights before anything is sampled."""
+        """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
         workers = self._rollouts.workers
-        await asyncio.gather(self._trainers.start(self._found), *(worker.start.remote() for worker in workers.values()))
+        await asyncio.gather(self._trainers.start(self._found), *(worker.start() for worker in workers.values()))
         self._sync.members = dict(workers)
         if self._found is not None:
-            await self._take_up(await asyncio.to_thread(checkpoint.read, self._found))
+            self._version = await self._checkpointer.restore(self._found)
         agreement = await self._sync.begin()
-        unreached = agreement.unreached_experts
         self._recorder.event(
-            f"engine and trainer agree to {agreement.report.max_abs_diff:.1e} on the checkpoint's weights"
-            + (f"; {unreached} experts are not reached by the probe" if unreached else "")
+            "engine_trainer_agree",
+            max_abs_diff=agreement.report.max_abs_diff,
+            unreached_experts=agreement.unreached_experts,
         )
-
-    async def _take_up(self, state: RunState) -> None:
-        """Go on with the work of a run that ended: what was queued, what was in flight, and the weights."""
-        for group_id, message in state.queued.items():
-            self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
-        newest = await self._queue.recover(state.step)
-        groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
-        adopted: list[str] = []
-        shares = {replica: dict(groups[place_ :: len(replicas)]) for place_, replica in enumerate(replicas)}
-        for replica, share in shares.items():
-            await self._queue.adopt(worker_id(replica), share)
-        # The names of the other workers are those of the run that ended, of which there may have been more.
-        for name in (await self._queue.stats()).running:
-            await self._queue.worker_lost(name, keep=state.in_flight)
-        for replica, share in shares.items():
-            adopted += await self._replicas.hand_over(replica, share)
-        # The engines have loaded the checkpoint that the run began with.
-        stats = await self._queue.stats()
-        # A queue that outlived the run may have seen versions that were pushed after the checkpoint.
-        seen = max(state.version, stats.version, newest)
-        self._version = seen if state.pushed and seen == state.version else seen + 1
-        await self._sync.push(self._version)
-        logs.bind(version=self._version)
-        if self._version > stats.version:
-            await self._queue.advance(self._version)
-        await self._sync.resume()
-        self._recorder.event(f"{stats.queued_groups} groups are queued, {len(adopted)} in flight are gone on with")
 
     # -- the training loop --------------------------------------------------------------------------------------
 
     async def _train(self) -> None:
         while self._step < self._config.trainer.steps:
             try:
-                if self._replicas.push_wanted:
-                    await self._push()
+                if self._replicas.sync_requested:
+                    await self._sync_weights()
                 await self._train_step()
-            except _PushWanted:
+            except _SyncRequested:
                 continue
             except TrainerDied as error:
-                await self._go_back(error)
+                await self._restart_trainer(error)
 
     async def _train_step(self) -> None:
         began = time.monotonic()
         leased: Leased = []
         try:
-            with self._monitor.at("groups", self._step + 1):
+            with self._monitor.phase("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
-        except (TrainerDied, _PushWanted):
+        except (TrainerDied, _SyncRequested):
             await self._queue.release([meta.group_id for meta, _ in leased])
             raise
         step, version = self._step + 1, self._version
@@ -230,60 +169,65 @@ class Pipeline:
         due = bool(every) and step % every == 0
         state: RunState | None = None
         if last or step % self._config.async_training.trigger_parameter_sync_step == 0:
-            pushing = asyncio.ensure_future(self._push(snapshot=due))
-            await asyncio.sleep(0)  # its first calls are on their way while the step is written down
+            syncing = asyncio.ensure_future(self._sync_weights(snapshot=due))
+            await asyncio.sleep(0)  # let it begin before the step is recorded
             try:
                 self._recorder.step(step, version, reports, trained, step_s=step_s)
             finally:
-                state = await pushing
+                state = await syncing
         else:
             self._recorder.step(step, version, reports, trained, step_s=step_s)
-            state = await self._snapshot() if due else None
+            state = await self._checkpointer.pause_and_take(step, version) if due else None
         if state is not None:
-            await self._checkpoint(state)
+            await self._checkpointer.write(state)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
-        """The updates of one training step once all its groups are there; rank 0's reports, which speak for all."""
+        """Wait for all groups of a training step, then do its updates. Returns a report for each update."""
         required, size = self._config.required_groups, self._config.trainer.groups_per_step
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
-        with self._monitor.at("update", self._step + 1):
-            calls = self._trainers.call("train_step", *self._versions(), shares=by_rank)
-            reports, _ = await asyncio.gather(calls, self._monitor.count())
-        first: list[StepReport] = reports[0]
-        return first
+        with self._monitor.phase("update", self._step + 1):
+            calls = self._trainers.train_step(by_rank, *self._versions())
+            reports, _ = await asyncio.gather(calls, self._monitor.poll())
+        return reports
 
     async def _streamed_update(self, leased: Leased) -> list[StepReport]:
-        """The update of one training step, whose microbatches are computed as soon as groups are there."""
+        """Do the update of a training step, whose microbatches are computed as soon as groups are queued."""
         versions, ranks = self._versions(), self._config.trainer.parallel.dp
         loads = [0.0] * ranks
         while (missing := self._config.required_groups - len(leased)) > 0:
-            # Enough that every data-parallel rank has something to do.
+            # Enough groups that every data-parallel rank has work.
             part = await self._lease(missing, min(ranks, missing))
             first = not leased
             leased += part
-            with self._monitor.at("update", self._step + 1):
-                await self._trainers.call("accumulate", *versions, shares=self._shares(part, loads), first=first)
-        with self._monitor.at("update", self._step + 1):
-            reports, _ = await asyncio.gather(self._trainers.call("finish_step"), self._monitor.count())
-        return [reports[0]]
+            with self._monitor.phase("update", self._step + 1):
+                await self._trainers.accumulate(self._shares(part, loads), *versions, first=first)
+        with self._monitor.phase("update", self._step + 1):
+            report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
+        return [report]
 
     async def _lease(self, n: int, at_least: int) -> Leased:
-        """Raises _PushWanted while there are not enough groups and a new worker waits for weights."""
+        """Lease up to ``n`` groups once ``at_least`` are queued.
+
+        Raises _SyncRequested if a restarted worker waits for weights meanwhile.
+        """
         while True:
-            leased = await self._queue.lease("trainer", n, timeout_s=_LOOK_S, at_least=at_least)
+            leased = await self._queue.lease("trainer", n, timeout_s=_LEASE_POLL_S, at_least=at_least)
             if leased:
                 return leased
-            if self._replicas.push_wanted:
-                raise _PushWanted
+            if self._replicas.sync_requested:
+                raise _SyncRequested
 
     def _versions(self) -> tuple[int, int]:
-        """The version that consumes tokens now, and the oldest that may have sampled them."""
+        """Return the version that trains on tokens now, and the oldest that may have sampled them."""
         return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
 
     def _shares(self, batch: Leased, loads: list[float] | None = None) -> list[list[Payload]]:
-        """The groups of each rank, balanced by cost over the data-parallel ranks, on top of ``loads``, which grow."""
+        """Return the groups of each rank, balanced by cost over the data-parallel ranks.
+
+        ``loads`` are the costs that each data-parallel rank has already; those of ``batch`` are added.
+        """
         sizes = self._config.trainer.parallel
         costs = [sum(self._model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
         by_replica = split_over_ranks(costs, sizes.dp, loads or ())
@@ -294,137 +238,91 @@ class Pipeline:
             [batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]] for rank in range(len(self._trainers))
         ]
 
-    async def _push(self, *, snapshot: bool = False) -> RunState | None:
-        """The trainer's weights become version v+1 everywhere, also in new workers, and the next window opens.
+    async def _sync_weights(self, *, snapshot: bool = False) -> RunState | None:
+        """Bring the trainer's weights to every replica as version v+1, and let the queue admit groups for it.
 
-        snapshot: also what a checkpoint needs of the rest, as it is while the engines stand still.
+        Restarted workers take part. With ``snapshot``, returns the run's state as it is while the engines are paused.
         """
-        # Never the version of a push that was given up, which engines may have sampled with: its weights were others.
-        version = self._announced = max(self._version, self._announced) + 1
+        # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
+        version = self._attempted = max(self._version, self._attempted) + 1
         in_flight: dict[str, Any] = {}
-        paused = functools.partial(self._hand_over, in_flight) if snapshot else None
-        with self._monitor.at("push", self._step):
+        paused = functools.partial(self._checkpointer.add_in_flight, in_flight) if snapshot else None
+        with self._monitor.phase("push", self._step):
             while True:
-                await self._replicas.admit()
+                await self._replicas.add_waiting_members()
                 in_flight.clear()
                 try:
-                    record = await self._sync.push(version, paused=paused, end_calls=snapshot)
+                    record = await self._sync.run(version, paused=paused, end_calls=snapshot)
                     break
                 except ReplicaFailed as error:
-                    await self._replicas.lose(error)
+                    await self._replicas.evict(error)
         self._version = version
         logs.bind(version=version)
         every = self._config.eval.every
         if every and self._version % every == 0:
             await self._evaluate()
-        # Before the window opens: what is issued then is not in flight yet.
-        state = await self._state(in_flight, pushed=True) if snapshot else None
+        # Before the queue admits more groups: those are not in ``in_flight``.
+        state = await self._checkpointer.take(self._step, version, in_flight, synced=True) if snapshot else None
         await self._queue.advance(self._version)
         self._recorder.sync(record)
         await self._sync.resume()
-        self._replicas.pushed()
+        self._replicas.on_sync_done()
         return state
 
     async def _evaluate(self) -> None:
-        """Greedy evaluation at the current version, the problems spread over the replicas."""
+        """Evaluate greedily at the current version, with the problems spread over the replicas."""
         while self._eval_prompts and self._sync.members:
             replicas = list(self._sync.members)
-            shares = {replica: self._eval_prompts[place_ :: len(replicas)] for place_, replica in enumerate(replicas)}
+            shares = {replica: self._eval_prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
             try:
-                with self._monitor.at("evaluation", self._step):
+                with self._monitor.phase("evaluation", self._step):
                     results = await asyncio.gather(
-                        *(self._sync.on(replica, "evaluate", share) for replica, share in shares.items() if share)
+                        *(self._evaluate_on(replica, share) for replica, share in shares.items() if share)
                     )
             except ReplicaFailed as error:
-                await self._replicas.lose(error)
+                await self._replicas.evict(error)
                 continue
             self._recorder.evaluation(results)
             return
 
-    # -- checkpoints --------------------------------------------------------------------------------------------
+    def _evaluate_on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
+        return self._sync.on(replica, lambda worker: worker.evaluate(prompts))
 
-    async def _snapshot(self) -> RunState:
-        """What a checkpoint needs besides the trainer, after a step without a push."""
-        in_flight: dict[str, Any] = {}
-        with self._monitor.at("checkpoint", self._step):
-            while True:
-                try:
-                    await self._sync.stand_still(functools.partial(self._hand_over, in_flight))
-                    break
-                except ReplicaFailed as error:
-                    await self._replicas.lose(error)
-        return await self._state(in_flight, pushed=False)
+    # -- failures -----------------------------------------------------------------------------------------------
 
-    async def _hand_over(self, in_flight: dict[str, Any], replica: int) -> None:
-        """Adds the groups in flight of a replica that stands still."""
-        in_flight.update(await self._sync.on(replica, "snapshot"))
-
-    async def _state(self, in_flight: dict[str, Any], *, pushed: bool) -> RunState:
-        queue = await self._queue.state()
-        payloads = {group_id: self._queue.payload(group_id) for ((group_id, *_), _) in queue["queued"]}
-        return RunState(
-            step=self._step,
-            version=self._version,
-            pushed=pushed,
-            queue=queue,
-            recorder={},
-            queued={group_id: payload for group_id, payload in payloads.items() if payload is not None},
-            in_flight=in_flight,
-        )
-
-    async def _checkpoint(self, state: RunState) -> None:
-        """Write everything down; generation goes on meanwhile."""
-        began, folder = time.monotonic(), self._recorder.checkpoints
-        with self._monitor.at("checkpoint", self._step):
-            partial = await asyncio.to_thread(checkpoint_folder.begin, folder, state.step)
-            await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
-            await self._trainers.call("save", partial)
-            await asyncio.to_thread(checkpoint_folder.commit, partial, keep=self._config.checkpoint.keep)
-        await self._queue.checkpointed(checkpoint_folder.oldest_step(folder))
-        self._recorder.checkpointed(state.step, time.monotonic() - began)
-
-    # -- what dies ----------------------------------------------------------------------------------------------
-
-    async def _go_back(self, error: TrainerDied) -> None:
-        """Start the trainer again from the last checkpoint; what was trained since is issued again."""
+    async def _restart_trainer(self, error: TrainerDied) -> None:
+        """Restart the trainer from the latest valid checkpoint; groups that it trained since are issued again."""
         while True:
-            found = await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
+            found = await self._checkpointer.latest()
             if found is None:
                 raise TrainerDied(
-                    f"{error}, and there is no checkpoint to go on from; with checkpoint.every the trainer is started "
-                    f"again from the last one (logs: {self._config.run_dir / 'logs'})"
+                    f"{error}, and there is no checkpoint to restart it from; set checkpoint.every to have some "
+                    f"(logs: {self._config.run_dir / 'logs'})"
                 ) from error
-            state = await asyncio.to_thread(checkpoint.read_head, found)
-            with self._monitor.at("restart", self._step):
-                await self._recovery.wait("trainer", error, f"it goes on after step {state.step}")
+            state = await asyncio.to_thread(run_state.read_head, found)
+            with self._monitor.phase("restart", self._step):
+                await self._recovery.wait("trainer", error, step=state.step)
                 try:
                     self._trainers.replace()
                     await self._trainers.start(found)
-                    returned = await self._queue.rewind(state.step)
+                    reissued = await self._queue.rewind(state.step)
                     self._recorder.rewind(state.step, state.recorder)
                     self._step = state.step
                     self._sync.reconnect()
-                    await self._push()
-                    self._recorder.event(f"the trainer is back after step {state.step}; {len(returned)} groups again")
+                    await self._sync_weights()
+                    self._recorder.event("trainer_restarted", step=state.step, reissued=len(reissued))
                     return
-                except TrainerDied as again:
-                    error = again
+                except TrainerDied as next_error:
+                    error = next_error
 
     async def _shut_down(self) -> None:
-        actors = [*self._rollouts.workers.values(), *self._trainers.actors]
-        ends = asyncio.gather(*(actor.shutdown.remote() for actor in actors), return_exceptions=True)
+        calls = [worker.shutdown() for worker in self._rollouts.workers.values()] + self._trainers.shutdown()
+        ends = asyncio.gather(*calls, return_exceptions=True)
         try:
-            await asyncio.wait_for(ends, _SHUTDOWN_S)
+            await asyncio.wait_for(ends, timeouts.SHUTDOWN_S)
         except TimeoutError:
-            log.warning("not every actor closed in time; their processes are ended", seconds=_SHUTDOWN_S)
+            log.warning("shutdown_timed_out", seconds=timeouts.SHUTDOWN_S)  # Ray kills the processes that are left
 
 
-class _PushWanted(Exception):
-    """A new worker waits for weights, and the trainer for groups."""
-
-
-def _write_state(folder: Path, state: RunState, recorder: dict[str, Any]) -> None:
-    # With queue.backend redis they are there, and outlive the run by themselves.
-    in_memory = {group_id: payload for group_id, payload in state.queued.items() if not isinstance(payload, str)}
-    messages = dict(zip(in_memory, ray.get([reference for (reference,) in in_memory.values()]), strict=True))
-    checkpoint.write(folder, replace(state, recorder=recorder, queued=messages))
+class _SyncRequested(Exception):
+    """A restarted worker waits for weights while the training loop waits for groups."""

@@ -1,34 +1,47 @@
-"""Looks at everybody once a second: publishes what they count, and sees when nothing moves any more."""
+"""Polls every actor once a second, publishes its counters, and detects when the run has stalled.
+
+Part of the driver: it can end the run. The other modules that watch do not. ``driver.watchdog`` is the pure rule that
+this module applies, ``observe.watch`` shows a run folder in a terminal from another process, and ``doctor`` checks
+machine and config before a run starts.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import Awaitable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
+import psutil
+import ray
 import structlog
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.recorder import Recorder
-from async_rl.driver.stacks import dump_stacks
-from async_rl.driver.watchdog import Situation, account
+from async_rl.driver.watchdog import RunSnapshot, describe_stall
 from async_rl.errors import StalledError
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.worker import worker_id
+from async_rl.runtime import timeouts
+from async_rl.runtime.process import DUMP_STACKS
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 _PERIOD_S = 1.0
-# An actor that has not answered for so long does not count as alive.
-_ANSWER_S = 5.0
+# vLLM's name for the engine's own process, which is a child of its worker's.
+_ENGINE = "EngineCore"
+_STACKS_WRITTEN_S = 2.0
 
 
 class Monitor:
-    """Of one run."""
+    """Polls all processes of one run, and knows in which phase the training loop is."""
 
     def __init__(
         self,
@@ -45,74 +58,107 @@ class Monitor:
         self._trainers = trainers
         self._sync = sync
         self._recorder = recorder
-        self._doing = ("other", time.monotonic())
+        self._phase, self._since = "other", time.monotonic()
         self._step = 0
 
     @contextlib.contextmanager
-    def at(self, what: str, step: int) -> Iterator[None]:
-        """For the watchdog and the timeline: what the training loop is at, for which training step."""
-        before = self._doing[0]
-        self._now_at(what, step)
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Tell watchdog and timeline that the training loop is in this phase, for training step ``step``."""
+        before = self._phase
+        self._enter_phase(name, step)
         try:
             yield
         finally:
-            self._now_at(before, step)
+            self._enter_phase(before, step)
 
-    def _now_at(self, what: str, step: int) -> None:
-        (before, since), of_step = self._doing, self._step
-        self._doing, self._step = (what, time.monotonic()), step
-        self._recorder.training_loop_at(what)
-        self._recorder.training_loop_was_at(before, self._doing[1] - since, of_step)
+    def _enter_phase(self, name: str, step: int) -> None:
+        before, since, before_step = self._phase, self._since, self._step
+        self._phase, self._since, self._step = name, time.monotonic(), step
+        self._recorder.training_loop_at(name)
+        self._recorder.training_loop_was_at(before, self._since - since, before_step)
 
     async def run(self) -> None:
-        """Raises StalledError when nothing has moved for watchdog.abort_s."""
-        settings, told = self._config.watchdog, False
+        """Poll until cancelled. Raises StalledError when nothing has moved for watchdog.abort_s."""
+        settings, logged = self._config.watchdog, False
         while True:
             await asyncio.sleep(_PERIOD_S)
-            stalled_s, situation = await self.count()
+            stalled_s, snapshot = await self.poll()
             if stalled_s < settings.stall_s:
-                told = False
-            elif not told:
-                told = True
-                line = account(situation, stalled_s)
-                log.warning(line)
-                self._recorder.event(line)
+                logged = False
+            elif not logged:
+                logged = True
+                description = describe_stall(snapshot, stalled_s)
+                log.warning("watchdog_stalled", stalled_s=round(stalled_s), description=description)
+                self._recorder.event("watchdog_stalled", stalled_s=round(stalled_s), description=description)
             if stalled_s >= settings.abort_s:
-                await self._stalled(account(situation, stalled_s))
+                await self._abort(describe_stall(snapshot, stalled_s))
 
-    async def _stalled(self, line: str) -> NoReturn:
-        await dump_stacks([self._queue.actor, *self._rollouts.workers.values(), *self._trainers.actors])
+    async def poll(self) -> tuple[float, RunSnapshot]:
+        """Publish all counters. Returns the seconds for which nothing has moved, and what each process does."""
+        stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(timeouts.ANSWER_S))
+        queue = stats or self._recorder.queue
+        silent = [worker_id(replica) for replica in self._rollouts.silent]
+        snapshot = RunSnapshot(
+            phase=self._phase,
+            phase_s=time.monotonic() - self._since,
+            queued_groups=0 if queue is None else queue.queued_groups,
+            required_groups=self._config.required_groups,
+            in_flight={} if queue is None else queue.running,
+            refusal=None if queue is None else queue.refusal,
+            unresponsive=[*silent, *(["the queue"] if stats is None else [])],
+            restarting=[worker_id(r) for r in self._rollouts.workers if r not in self._sync.members],
+        )
+        if queue is None:
+            return 0.0, snapshot
+        return self._recorder.counted(queue, workers, snapshot), snapshot
+
+    async def _abort(self, description: str) -> NoReturn:
+        await _dump_stacks([self._queue.actor, *self._rollouts.actors, *self._trainers.actors])
         raise StalledError(
-            f"{line}; the stacks of every process are in {self._config.run_dir / 'logs'} "
+            f"{description}; the stacks of every process are in {self._config.run_dir / 'logs'} "
             f"(watchdog.abort_s = {self._config.watchdog.abort_s:g})"
         )
 
-    async def count(self) -> tuple[float, Situation]:
-        """Publish what was counted; seconds for which nothing has moved, and what everybody is at."""
-        stats, workers = await asyncio.gather(_in_time(self._queue.stats()), self._rollouts.stats(_ANSWER_S))
-        queue = stats or self._recorder.queue
-        doing, since = self._doing
-        silent = [worker_id(replica) for replica in self._rollouts.silent]
-        absent = [worker_id(r) for r in self._rollouts.workers if r not in self._sync.members]
-        situation = Situation(
-            trainer=doing,
-            trainer_s=time.monotonic() - since,
-            queued_groups=0 if queue is None else queue.queued_groups,
-            required_groups=self._config.required_groups,
-            running={} if queue is None else queue.running,
-            refusal=None if queue is None else queue.refusal,
-            silent=[*silent, *(["the queue"] if stats is None else [])],
-            absent=absent,
-        )
-        if queue is None:
-            return 0.0, situation
-        return self._recorder.counted(queue, workers, situation), situation
 
-
-async def _in_time(call: Awaitable[Any]) -> Any:
-    """What it answers; None where it does not within _ANSWER_S."""
+async def _in_time(call: Awaitable[T]) -> T | None:
+    """Return what an actor answers; None if it does not respond in time."""
     try:
-        async with asyncio.timeout(_ANSWER_S):
+        async with asyncio.timeout(timeouts.ANSWER_S):
             return await call
     except TimeoutError:
         return None
+
+
+async def _dump_stacks(actors: Sequence[Any]) -> None:
+    """Have this process, each actor's process and the engines write their stacks to logs/<role>.stacks.txt.
+
+    A signal triggers it, so that a process that hangs writes them too.
+    """
+    os.kill(os.getpid(), DUMP_STACKS)
+    here = ray.get_runtime_context().get_node_id()
+    elsewhere: dict[str, list[int]] = {}
+    for node, pid in await asyncio.to_thread(_processes, {actor._actor_id.hex() for actor in actors}):
+        if node == here:
+            _signal_stacks([pid])
+        else:
+            elsewhere.setdefault(node, []).append(pid)
+    for node, pids in elsewhere.items():
+        on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(num_cpus=0)(_signal_stacks).options(scheduling_strategy=on_node).remote(pids)
+    await asyncio.sleep(_STACKS_WRITTEN_S)
+
+
+def _processes(actor_ids: set[str]) -> list[tuple[str, int]]:
+    """Return (node, pid) of each actor that Ray has on record."""
+    table = ray._private.state.actors()
+    return [
+        (table[actor_id]["Address"]["NodeID"], table[actor_id]["Pid"]) for actor_id in actor_ids if actor_id in table
+    ]
+
+
+def _signal_stacks(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            engines = [child.pid for child in psutil.Process(pid).children() if _ENGINE in child.name()]
+            for each in (pid, *engines):
+                os.kill(each, DUMP_STACKS)

@@ -14,8 +14,8 @@ from typing import Any, Self
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver.checkpoint import RunState
-from async_rl.driver.watchdog import Situation, Watchdog, waiting_for
+from async_rl.driver.run_state import RunState
+from async_rl.driver.watchdog import RunSnapshot, Watchdog, waiting_for
 from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.loggers import open_loggers
@@ -189,7 +189,7 @@ class Recorder:
         """As last counted."""
         return self._queue
 
-    def counted(self, queue: QueueStats, workers: Sequence[WorkerStats], situation: Situation) -> float:
+    def counted(self, queue: QueueStats, workers: Sequence[WorkerStats], situation: RunSnapshot) -> float:
         """What the queue and the workers have counted so far. Seconds for which nothing has moved."""
         if self._queue is not None and self._queue.pid != queue.pid:
             self.restarted("queue")

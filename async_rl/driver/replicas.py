@@ -1,8 +1,8 @@
-"""The rollout workers at work: what they finish is handed in, and one that dies is replaced.
+"""The rollout workers at work: submits the groups that they finish to the queue, and replaces a worker that dies.
 
-A worker is a *member* (``WeightSync.members``) while it has the current weights: pushes and evaluations go to members.
-One that was started again waits for a push, which makes it a member; the training loop makes one as soon as it can.
-Knows the queue's client, ``fleet`` and ``weights.sync``; not the training loop.
+A worker is a *member* (``WeightSync.members``) while it has the current weights. Weight syncs and evaluations go to
+members. A restarted worker waits for a weight sync, which makes it a member and which the training loop starts as soon
+as it can. Does not know the training loop.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.driver.actors import RolloutWorkers
+from async_rl.driver.actors import RolloutHandle, RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.queue.client import QueueClient, incoming
 from async_rl.rollout.worker import worker_id
+from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
 
-# An actor that has not handed over its groups in flight by then does not.
-_ANSWER_S = 5.0
-
 
 class ReplicaSupervisor:
-    """All replicas of a run."""
+    """Keeps all replicas of a run working."""
 
     def __init__(
         self, rollouts: RolloutWorkers, queue: QueueClient, sync: WeightSync, recovery: Recovery, recorder: Recorder
@@ -39,34 +37,34 @@ class ReplicaSupervisor:
         self._sync = sync
         self._recovery = recovery
         self._recorder = recorder
-        self._joining: dict[int, asyncio.Future[None]] = {}
-        self._somebody_joins = asyncio.Event()
-        self._saved: dict[int, dict[str, Any]] = {}  # groups in flight of replicas that were left out of a push
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # restarted replicas, until a weight sync made them members
+        self._new_waiting = asyncio.Event()
+        self._saved: dict[int, dict[str, Any]] = {}  # groups in flight of evicted replicas, encoded, by id
 
     @property
-    def push_wanted(self) -> bool:
-        """Whether a new worker waits for weights."""
-        return bool(self._joining)
+    def sync_requested(self) -> bool:
+        """Whether a restarted worker waits for weights."""
+        return bool(self._waiting)
 
-    def pushed(self) -> None:
-        """A push is over: those who waited for it have weights."""
-        for replica, joined in list(self._joining.items()):
+    def on_sync_done(self) -> None:
+        """Note that a weight sync is over: restarted workers that took part have weights."""
+        for replica, joined in list(self._waiting.items()):
             if replica in self._sync.members:
-                del self._joining[replica]
+                del self._waiting[replica]
                 joined.set_result(None)
 
     async def stop(self) -> None:
-        """Training is over: end what runs. Engines can still be asked for an evaluation."""
+        """End all rollouts, because training is over. The engines can still evaluate."""
         await asyncio.gather(*(self._stop(replica) for replica in list(self._sync.members)))
 
     async def _stop(self, replica: int) -> None:
         try:
-            await self._sync.on(replica, "stop")
+            await self._sync.on(replica, lambda worker: worker.stop())
         except ReplicaFailed as error:
-            await self.lose(error)
+            await self.evict(error)
 
-    async def tend(self, replica: int) -> None:
-        """Hand in what a replica's worker finishes; put another in its place when it, or its engine, dies."""
+    async def supervise(self, replica: int) -> None:
+        """Submit the groups that a replica finishes; replace its worker when the worker or its engine dies."""
         while True:
             try:
                 await self._collect(self._rollouts.workers[replica])
@@ -75,21 +73,20 @@ class ReplicaSupervisor:
                     raise
                 await self._replace(replica, error)
             else:
-                # The dataset has no end, so a worker that stops early means groups that nobody makes.
-                raise AsyncRLError("a rollout worker stopped before the last training step")
+                # The dataset has no end, so that a worker never runs out of work.
+                raise AsyncRLError(f"{worker_id(replica)} stopped before the last training step")
 
-    async def _collect(self, worker: Any) -> None:
-        stream = worker.groups.options(num_returns="streaming").remote()
-        async for meta, payload in incoming(stream):
+    async def _collect(self, worker: RolloutHandle) -> None:
+        async for meta, payload in incoming(worker.groups()):
             try:
                 await self._queue.put_stored(meta, payload)
             except (UnknownGroup, DuplicateGroup) as error:
-                # The books are the queue's: whatever this group is, its prompt is somewhere else by now.
-                log.warning("a group that nobody waits for", group=meta.group_id, reason=str(error))
-            worker.accepted.remote(meta.group_id)
+                # The queue decides which groups there are: the prompt of this one has been issued again.
+                log.warning("untracked_group_discarded", group=meta.group_id, reason=str(error))
+            worker.accepted(meta.group_id)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
-        """Start another worker, give it what can be saved of the groups in flight, and wait until it has weights."""
+        """Start another worker, hand it the groups in flight that could be saved, and wait until it has weights."""
         name = worker_id(replica)
         self._sync.members.pop(replica, None)
         saved = self._saved.pop(replica, None)
@@ -98,62 +95,62 @@ class ReplicaSupervisor:
         while True:
             self._rollouts.kill(replica)
             lost = await self._queue.worker_lost(name, keep=list(saved))
-            await self._recovery.wait(
-                name, error, f"{len(lost)} of its groups are issued again, {len(saved)} are gone on with"
-            )
+            await self._recovery.wait(name, error, reissued=len(lost), resumed=len(saved))
             try:
                 worker = self._rollouts.replace(replica)
-                await worker.start.remote()
+                await worker.start()
                 await self.hand_over(replica, saved)
-                joined = self._joining[replica] = asyncio.get_running_loop().create_future()
-                self._somebody_joins.set()
+                joined = self._waiting[replica] = asyncio.get_running_loop().create_future()
+                self._new_waiting.set()
                 await joined
-                self._recorder.event(f"{name} is back")
+                self._recorder.event("worker_restarted", replica=name)
                 return
-            except Exception as again:
-                # An engine that does not come up may do so once its predecessor has given back what it held.
-                if not (is_worker_lost(again) or isinstance(unwrap_ray_error(again), ReplicaFailed | EngineError)):
+            except Exception as next_error:
+                # An engine that fails to start may succeed once its predecessor has released its resources.
+                cause = unwrap_ray_error(next_error)
+                if not (is_worker_lost(next_error) or isinstance(cause, ReplicaFailed | EngineError)):
                     raise
-                error = again
+                error = next_error
                 saved = self._saved.pop(replica, saved)
 
     async def hand_over(self, replica: int, groups: dict[str, Any]) -> list[str]:
-        """Have a worker go on with groups in flight when it runs: those that the queue still has as such. What the
-        queue has as running on it besides is issued again. The groups that are gone on with."""
+        """Have a worker resume groups in flight once it runs. Returns the ids of those that it will resume.
+
+        These are the groups that the queue still has as in flight and that fit the worker's settings. All others that
+        the queue has as in flight on this worker are issued again.
+        """
         name = worker_id(replica)
-        running = await self._queue.adopt(name, groups)
-        fitting: list[str] = await self._rollouts.workers[replica].adopt.remote({i: groups[i] for i in running})
+        in_flight = await self._queue.adopt(name, groups)
+        fitting = await self._rollouts.workers[replica].adopt({group_id: groups[group_id] for group_id in in_flight})
         await self._queue.worker_lost(name, keep=fitting)
         return fitting
 
     async def _salvage(self, replica: int) -> dict[str, Any]:
-        """The groups in flight of a worker whose engine has died; of one that is dead itself, none."""
+        """Return the groups in flight of a worker whose engine has died; none if the worker itself is dead."""
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                # Copies: what is returned belongs to the worker's process when it is large.
-                saved = await self._rollouts.workers[replica].snapshot.remote()
+            async with asyncio.timeout(timeouts.ANSWER_S):
+                # Copies: large results belong to the worker's process, which is about to end.
+                saved = await self._rollouts.workers[replica].snapshot()
                 return {group_id: np.array(message) for group_id, message in saved.items()}
-        except Exception as error:  # noqa: BLE001 - whatever it is, the groups are issued again
-            log.info(
-                "nothing can be saved of a worker", worker=worker_id(replica), reason=str(error).partition("\n")[0]
-            )
+        except Exception as error:  # noqa: BLE001 - after any failure the groups are issued again
+            log.info("salvage_failed", worker=worker_id(replica), reason=str(error).partition("\n")[0])
             return {}
 
-    async def lose(self, failed: ReplicaFailed) -> None:
-        """A replica could not take part in a push: end it, so that ``tend`` puts another in its place."""
-        log.warning("a replica is left out", reason=str(failed))
+    async def evict(self, failed: ReplicaFailed) -> None:
+        """End a replica that could not take part in a weight sync, so that ``supervise`` replaces it."""
+        log.warning("replica_evicted", replica=worker_id(failed.replica), reason=str(failed))
         if self._sync.members.pop(failed.replica, None) is not None:
             self._saved[failed.replica] = await self._salvage(failed.replica)
             self._rollouts.kill(failed.replica)
-        if (joined := self._joining.pop(failed.replica, None)) is not None:
+        if (joined := self._waiting.pop(failed.replica, None)) is not None:
             joined.set_exception(failed)
 
-    async def admit(self) -> None:
-        """Make members of the workers that wait for weights; while there is no member at all, wait for one."""
+    async def add_waiting_members(self) -> None:
+        """Make restarted workers members of the weight sync; wait until it has at least one member."""
         while True:
-            for replica in self._joining:
+            for replica in self._waiting:
                 self._sync.members[replica] = self._rollouts.workers[replica]
             if self._sync.members:
                 return
-            self._somebody_joins.clear()
-            await self._somebody_joins.wait()
+            self._new_waiting.clear()
+            await self._new_waiting.wait()

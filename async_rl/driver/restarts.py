@@ -1,6 +1,6 @@
-"""How often a process that dies is started again, and after what wait.
+"""How often a process that dies is restarted, and after what delay.
 
-``Restarts`` is pure: time is passed in. ``Recovery`` waits, and tells everybody.
+``Restarts`` is pure: time is passed in. ``Recovery`` waits, logs and counts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ log = structlog.get_logger(__name__)
 
 
 class Restarts:
-    """Counts restarts by kind of process, within recovery.period_s."""
+    """Counts the restarts of each process within recovery.period_s."""
 
     def __init__(self, settings: RecoverySection) -> None:
         self._settings = settings
         self._times: dict[str, deque[float]] = defaultdict(deque)
 
-    def again(self, kind: str, now: float) -> float | None:
-        """Seconds to wait before a process of this kind is started again; None if it has died too often.
+    def next_delay(self, process: str, now: float) -> float | None:
+        """Count a restart and return the seconds to wait before it; None if the process has died too often.
 
-        now: seconds of any clock that only rises.
+        now: seconds of any monotonic clock.
         """
-        times = self._times[kind]
+        times = self._times[process]
         while times and now - times[0] > self._settings.period_s:
             times.popleft()
         if len(times) >= self._settings.max_restarts:
@@ -41,27 +41,28 @@ class Restarts:
 
 
 class Recovery:
-    """The restarts of one run."""
+    """Allows, delays and records the restarts of one run."""
 
     def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self._config = config
         self._recorder = recorder
         self._restarts = Restarts(config.recovery)
 
-    async def wait(self, kind: str, error: BaseException, consequence: str) -> None:
-        """Before a process of this ``kind``, which died of ``error``, is started again; ``consequence`` is for the log.
+    async def wait(self, process: str, error: BaseException, **consequence: int) -> None:
+        """Wait until ``process`` (trainer, rollout-0, ...), which died of ``error``, may be restarted.
 
-        Raises ProcessLost where it has died too often.
+        ``consequence`` are fields for the log, such as the number of groups that are issued again. Raises ProcessLost
+        if the process has died too often.
         """
         reason = " ".join(str(unwrap_ray_error(error)).split())[:200]
-        delay = self._restarts.again(kind, time.monotonic())
+        delay = self._restarts.next_delay(process, time.monotonic())
         if delay is None:
             settings = self._config.recovery
             raise ProcessLost(
-                f"{kind} died once more, after {settings.max_restarts} restarts within {settings.period_s:g} s "
+                f"{process} died again after {settings.max_restarts} restarts within {settings.period_s:g} s "
                 f"(recovery.max_restarts): {reason} (logs: {self._config.run_dir / 'logs'})"
             ) from error
-        log.warning("a process died", process=kind, reason=reason, restart_in_s=delay)
-        self._recorder.restarted(kind.partition("-")[0])
-        self._recorder.event(f"{kind} died and is started again; {consequence}")
+        log.warning("process_restarting", process=process, reason=reason, delay_s=delay)
+        self._recorder.restarted(process.partition("-")[0])
+        self._recorder.event("process_died", process=process, **consequence)
         await asyncio.sleep(delay)

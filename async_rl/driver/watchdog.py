@@ -1,7 +1,7 @@
-"""Progress: for how long nothing has moved, and who waits for whom. Pure: time is passed in.
+"""How long nothing has moved in a run, and what waits for what. Pure: time is passed in.
 
-A run that stands still shows it within a second in ``watchdog_stalled_seconds``; after watchdog.stall_s the log says
-why, and after watchdog.abort_s the run ends (``pipeline``).
+``driver.monitor`` feeds it. A run that stalls shows it within a second in ``watchdog_stalled_seconds``. After
+watchdog.stall_s it is logged, and after watchdog.abort_s the run ends.
 """
 
 from __future__ import annotations
@@ -11,64 +11,65 @@ from dataclasses import dataclass
 
 
 class Watchdog:
-    """Compares what has been counted from one look to the next."""
+    """Compares the counters of a run from one poll to the next."""
 
     def __init__(self) -> None:
         self._seen: Hashable = None
         self._since = 0.0
 
     def look(self, now: float, counted: Hashable) -> float:
-        """Seconds for which ``counted`` has not changed."""
+        """Return the seconds for which ``counted`` has not changed."""
         if counted != self._seen:
             self._seen, self._since = counted, now
         return now - self._since
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
-    """What everybody is at.
+class RunSnapshot:
+    """What each process of a run does at one poll."""
 
-    trainer: what the training loop is at ("groups" while it waits for them, "update", "push", "checkpoint",
-    "evaluation", "restart"), and trainer_s since when, in seconds. running: groups in flight by worker. refusal: why no
-    ticket can be issued, None where one can. silent: processes that do not answer. absent: workers that are being
-    started again.
-    """
-
-    trainer: str
-    trainer_s: float
+    phase: str
+    """Of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
+    "evaluation", "restart"."""
+    phase_s: float
+    """For how long the training loop has been in this phase, in seconds."""
     queued_groups: int
     required_groups: int
-    running: Mapping[str, int]
+    in_flight: Mapping[str, int]
+    """Groups in flight by worker."""
     refusal: str | None
-    silent: Sequence[str] = ()
-    absent: Sequence[str] = ()
+    """Why the queue admits no group; None if it does."""
+    unresponsive: Sequence[str] = ()
+    """Processes that do not respond."""
+    restarting: Sequence[str] = ()
+    """Workers that are being restarted."""
 
 
-def waiting_for(situation: Situation) -> str:
-    """What the run waits for when nothing moves, in one word: the label of the metric."""
-    if situation.silent:
+def waiting_for(snapshot: RunSnapshot) -> str:
+    """Return what the run waits for when nothing moves, as the label of the metric."""
+    if snapshot.unresponsive:
         return "answer"
-    if situation.trainer != "groups":
-        return situation.trainer
-    return "generation" if situation.running or situation.refusal is None else "admission"
+    if snapshot.phase != "groups":
+        return snapshot.phase
+    return "generation" if snapshot.in_flight or snapshot.refusal is None else "admission"
 
 
-def account(situation: Situation, stalled_s: float) -> str:
-    """One line that says who waits for whom and since when."""
+def describe_stall(snapshot: RunSnapshot, stalled_s: float) -> str:
+    """Describe in one line what waits for what, and for how long."""
     parts = [f"nothing has moved for {stalled_s:.0f} s"]
-    if situation.trainer == "groups":
+    if snapshot.phase == "groups":
         parts.append(
-            f"the trainer has waited {situation.trainer_s:.0f} s for groups: {situation.queued_groups} are queued, a "
-            f"step takes {situation.required_groups}"
+            f"trainer has waited {snapshot.phase_s:.0f} s for groups ({snapshot.queued_groups} queued, "
+            f"{snapshot.required_groups} needed for a step)"
         )
     else:
-        parts.append(f"the training loop is in its {situation.trainer} since {situation.trainer_s:.0f} s")
-    running = [f"{count} on {worker}" for worker, count in sorted(situation.running.items())]
-    parts.append(f"groups in flight: {', '.join(running) or 'none'}")
-    if situation.refusal is not None:
-        parts.append(f"no more are issued: {situation.refusal}")
-    if situation.absent:
-        parts.append(f"being started again: {', '.join(situation.absent)}")
-    if situation.silent:
-        parts.append(f"no answer from: {', '.join(situation.silent)}")
+        parts.append(f"training loop has been in `{snapshot.phase}` for {snapshot.phase_s:.0f} s")
+    in_flight = [f"{count} on {worker}" for worker, count in sorted(snapshot.in_flight.items())]
+    parts.append(f"groups in flight: {', '.join(in_flight) or 'none'}")
+    if snapshot.refusal is not None:
+        parts.append(f"no more are admitted: {snapshot.refusal}")
+    if snapshot.restarting:
+        parts.append(f"restarting: {', '.join(snapshot.restarting)}")
+    if snapshot.unresponsive:
+        parts.append(f"no response from: {', '.join(snapshot.unresponsive)}")
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""One sentence for the user about why a run failed: from Ray's wrappers and foreign exceptions to the error tree."""
+"""Translates exceptions of Ray and of libraries into the project's error tree (``errors``)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
 
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
-    """What was raised in the actor, without Ray's wrapping; an actor may have passed on what another one raised."""
+    """Return the exception that an actor raised, without Ray's wrappers, of which there may be several."""
     while isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
     return error
 
 
 def user_facing_error(error: BaseException) -> BaseException:
-    """What to raise for an actor's error: what it raised where that is meant for the user, else Ray's account of it."""
+    """Return the user-facing error inside a Ray exception, or the Ray exception itself."""
     cause = unwrap_ray_error(error)
     return cause if isinstance(cause, AsyncRLError) else error
 
 
 def is_process_death(error: BaseException) -> bool:
-    """Whether the *called* process is gone. An error that it raised itself, about another one that is gone, is none."""
+    """Return whether the *called* process is gone. An error that it raised about another one does not count."""
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
 
 
 def is_worker_lost(error: BaseException) -> bool:
-    """Whether the rollout worker that was called, or its engine, is gone, so that another can take its place."""
+    """Return whether the rollout worker that was called, or its engine, is gone, so that another can replace it."""
     return is_process_death(error) or isinstance(unwrap_ray_error(error), EngineDied)
 
 
 def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
-    """``error`` as an AsyncRLError: the original one that an actor raised, or what died and where its log is."""
+    """Return ``error`` as an AsyncRLError whose one sentence tells the user what failed and where the logs are."""
     if isinstance(error, BaseExceptionGroup):
         return explain(error.exceptions[0], run_dir)
     if isinstance(error, RayTaskError):

@@ -1,4 +1,4 @@
-"""How a run's coroutines end: by a signal, or with the first that fails."""
+"""Ends the coroutines of a run: on a signal, or when the first of them fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM."""
+    """The run was ended by Ctrl-C or SIGTERM."""
 
 
 async def until_interrupted(work: Any) -> None:
@@ -32,7 +32,7 @@ async def until_interrupted(work: Any) -> None:
 
 
 async def first_failure(main: Any, *others: Any) -> None:
-    """Await ``main``; whatever of ``others`` raises first is raised instead. All are ended on return."""
+    """Await ``main``, or raise what any of ``others`` raises before that. All are cancelled on return."""
     leader = asyncio.ensure_future(main)
     tasks = {leader, *(asyncio.ensure_future(other) for other in others)}
     try:

@@ -1,7 +1,9 @@
 """Logging of one process of a run: structlog over the standard library. Knows ``runfolder``'s JSON only.
 
-our loggers     ──► logs/<role>.jsonl, and the console where asked for
-everybody else  ──► logs/<role>.libs.log (vLLM, Ray, Megatron, Python warnings), never the console
+    loggers of async_rl  ──► logs/<role>.jsonl, and warnings to the console if requested
+    all other loggers    ──► logs/<role>.libs.log (vLLM, Ray, Megatron, Python warnings), never the console
+
+An event is a constant snake_case name with fields: ``log.warning("group_timed_out", group=..., finished=3)``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from async_rl.runtime.process import dump_stacks_to
 from async_rl.runtime.runfolder import to_json
 
 _OURS = "async_rl"
-# Libraries that put handlers of their own on their top logger and stop propagation there.
+# Libraries that add handlers to their top logger and stop propagation there.
 _LIBRARIES = ("vllm", "ray", "megatron", "transformers")
 _LIBRARY_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -30,12 +32,12 @@ _bound: dict[str, Any] = {}
 
 
 def bind(**fields: Any) -> None:
-    """Put these fields into each line of this process from now on: its policy version, for example."""
+    """Add these fields to each later line of this process: its policy version, for example."""
     _bound.update(fields)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at that moment: the live table redirects it while it is on screen."""
+    """Writes to the current sys.stderr: the live table redirects it while it is on screen."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -45,11 +47,11 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-def configure(run_dir: Path | None, role: str, console: bool) -> None:
+def configure(run_dir: Path | None, role: str, *, console: bool) -> None:
     """Set up this process's logging; the last call counts.
 
-    run_dir: None writes no files. Its name, the run, and the role go into each line, and what ``bind`` adds. console:
-    warnings and worse also go to stderr; what happens otherwise is the live view's to show.
+    run_dir: where to write files; None writes none. Its name (the run), the role and the fields of ``bind`` are in each
+    line. console: warnings and errors also go to stderr; the live view shows the rest.
     """
     ours = logging.getLogger(_OURS)
     root = logging.getLogger()
@@ -83,7 +85,7 @@ def configure(run_dir: Path | None, role: str, console: bool) -> None:
     if not ours.handlers:
         ours.addHandler(logging.NullHandler())
     adopt_libraries()
-    logging.captureWarnings(True)
+    logging.captureWarnings(capture=True)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -93,7 +95,7 @@ def configure(run_dir: Path | None, role: str, console: bool) -> None:
 
 
 def adopt_libraries() -> None:
-    """Take the libraries' own handlers away. Call it again after importing a library that adds some."""
+    """Remove the handlers that libraries added. Call it again after importing a library that adds some."""
     for name in _LIBRARIES:
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):

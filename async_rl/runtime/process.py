@@ -1,4 +1,4 @@
-"""What a process asks of the kernel for itself: its cores, and what becomes of it and its descendants. Linux only."""
+"""Requests of a process to the kernel: its cores, its signals, what happens to its descendants. Linux only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RUN_TOKEN = "ASYNC_RL_RUN_TOKEN"
 
 
 def pin(cores: Iterable[int]) -> None:
-    """Bind every thread of this process, and so whatever it starts later, to ``cores``."""
+    """Bind every thread of this process, and all threads and processes that it starts later, to ``cores``."""
     chosen = tuple(cores)
     for thread in os.listdir("/proc/self/task"):
         try:
@@ -32,8 +32,10 @@ def pin(cores: Iterable[int]) -> None:
 
 @contextlib.contextmanager
 def starting_on(cores: Iterable[int] | None) -> Iterator[None]:
-    """What is started within the block runs on ``cores``, this process itself from its end on where it did before.
-    None changes nothing."""
+    """Run what is started within the block on ``cores``; this process returns to its own cores after the block.
+
+    None changes nothing.
+    """
     if cores is None:
         yield
         return
@@ -48,35 +50,35 @@ def starting_on(cores: Iterable[int] | None) -> Iterator[None]:
 def signal_on_parent_death(number: Signals) -> None:
     """Have the kernel send ``number`` to this process when the *thread* that started it ends.
 
-    The parent may have died before this call; whoever needs to know compares os.getppid() afterwards.
+    The parent may have died before this call. To find out, compare os.getppid() afterwards.
     """
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent dies, in place of init."""
+    """Become the parent of descendants whose own parent dies, instead of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def dump_stacks_to(path: Path) -> None:
-    """Have this process append the stacks of its threads to ``path`` when it gets DUMP_STACKS, whatever it is at."""
+    """Have this process append the stacks of its threads to ``path`` when it gets DUMP_STACKS, even if it hangs."""
     faulthandler.register(DUMP_STACKS, path.open("a"), all_threads=True)
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what this process has freed: glibc keeps whatever lies below a block that is in use."""
+    """Return freed memory to the system: glibc keeps all that lies below a block in use."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def begin_run() -> None:
-    """Give this process and all that it starts a token, by which what they leave in shared memory can be told."""
+    """Give this process and its descendants a token that marks what they leave in shared memory."""
     os.environ[_RUN_TOKEN] = f"async_rl-{os.getpid()}"
 
 
 def mark_semaphores() -> None:
     """Name the semaphores that multiprocessing makes in this process and its children after the run.
 
-    They are files in shared memory, unlinked by a helper process of Python's that a kill takes along.
+    They are files in shared memory. Python unlinks them in a helper process, which a kill of the run ends too.
     """
     if (token := os.environ.get(_RUN_TOKEN)) is not None:
         # There is no public way; Python itself names them by this entry.
@@ -84,7 +86,7 @@ def mark_semaphores() -> None:
 
 
 def remove_semaphores() -> None:
-    """Unlink what marked processes of this run left; call it when they have ended."""
+    """Unlink the semaphores that marked processes of this run left; call it when they have ended."""
     if (token := os.environ.get(_RUN_TOKEN)) is not None:
         for path in _SEMAPHORES.glob(f"sem.{token}-*"):
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The folder of one run: settings, metrics, samples, summary, logs, checkpoints, kept trajectories.
 
-Owns names, layout and the form of what is written; knows ``config`` and ``errors``, nothing of what the
-records mean. Lines are flushed as they are written, so a killed run leaves everything up to its last step.
+Owns the names, the layout and the format of the files. Does not know what the records mean. Lines are flushed as they
+are written, so that a killed run leaves everything up to its last step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
 
 FORMAT = 1
-"""Of the files in a run folder; rises when a reader of the old ones could not read the new ones."""
+"""Format of the files in a run folder; increased when a reader of the old ones could not read the new ones."""
 
 CONFIG = "config.yaml"
 FORMAT_FILE = "format"
@@ -35,20 +35,20 @@ SUMMARY = "summary.json"
 TIMELINE = "timeline"
 TARGETS = "prometheus/targets"
 ALL_TARGETS = ".prometheus"
-"""Beside the run folders: the target files of all runs once more, <process>@<run>.json. Prometheus looks for files in
-one folder, and not in each folder of a folder."""
+"""Folder next to the run folders with the target files of all runs once more, <process>@<run>.json, because Prometheus
+looks for files in one folder, and not in each folder of a folder."""
 
 TRAJECTORY_SUFFIX = ".group"
-# Legal within a JSON string, yet many readers (str.splitlines among them) would end a JSONL line there.
+# Legal within a JSON string, but many readers (str.splitlines among them) would end a JSONL line there.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
-# A lone surrogate, which a dataset may hold, has no UTF-8; its escape is what JSON has for it.
+# A lone surrogate, which a dataset may contain, cannot be encoded as UTF-8; JSON has an escape for it.
 _ERRORS = "backslashreplace"
 _FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Standard JSON: NaN and infinities, which it lacks, become null; numpy scalars become numbers."""
+    """Encode ``value`` as standard JSON: NaN and infinities become null, numpy scalars become numbers."""
     encoder = _LINE if indent is None else json.JSONEncoder(indent=indent, allow_nan=False, ensure_ascii=False)
     try:
         text = encoder.encode(value)
@@ -72,11 +72,14 @@ def _plain(value: Any) -> Any:
 
 
 class RunFolder:
-    """Creates and writes one run's folder. One writer: the process that drives the run."""
+    """Creates and writes one run's folder. The driver is its only writer."""
 
     def __init__(self, config: RunConfig, *, resume: bool = False) -> None:
-        """resume: go on with the run that the folder holds. Raises ConfigError when it holds one and must not, when
-        that one has not ended, or when the folder cannot be made."""
+        """Create the folder, or with ``resume`` open that of an earlier run.
+
+        Raises ConfigError if it has a run that is not to be resumed, if that run has not ended, or if the folder cannot
+        be created.
+        """
         self.path = config.run_dir.absolute()
         self._streams: dict[str, TextIO] = {}
         self._kept = deque[Path]()
@@ -84,15 +87,15 @@ class RunFolder:
         try:
             if not resume and self.path.is_dir() and any(self.path.iterdir()):
                 raise ConfigError(
-                    f"name: {config.name!r} is taken, {self.path} holds a run already; "
+                    f"name: {config.name!r} is taken, {self.path} already has a run; "
                     "give another --name, or move that folder away"
                 )
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked(config)
             for target in (*self.targets.iterdir(), *(self.path.parent / ALL_TARGETS).glob(f"*@{self.path.name}.json")):
-                target.unlink()  # of a process that was killed
-            (self.path / SUMMARY).unlink(missing_ok=True)  # of the run that is gone on with: it has not ended after all
+                target.unlink()  # left by a process that was killed
+            (self.path / SUMMARY).unlink(missing_ok=True)  # of the run that is resumed: it has not ended after all
             (self.path / FORMAT_FILE).write_text(f"{FORMAT}\n")
             (self.path / CONFIG).write_text(to_yaml(config))
         except OSError as error:
@@ -102,7 +105,7 @@ class RunFolder:
             ) from None
 
     def _locked(self, config: RunConfig) -> TextIO:
-        """A file that is locked while this process lives, so that no two write the same run."""
+        """Open a file that is locked while this process lives, so that no two processes write the same run."""
         lock = (self.path / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,7 +149,7 @@ class RunFolder:
         self._append(SAMPLES, sample)
 
     def rewind(self, step: int) -> None:
-        """Training goes on after ``step``: lines of later steps move to files of their own, rewound-<name>."""
+        """Move the lines of steps after ``step`` to rewound-<name>, because they will be trained again."""
         self.close()
         for name in (METRICS, TRAINED, SAMPLES):
             path = self.path / name
@@ -169,14 +172,14 @@ class RunFolder:
         stream.flush()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json at once or not at all."""
+        """Write summary.json atomically."""
         write_atomically(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode(errors=_ERRORS))
 
     def write_group(self, payload: bytes | memoryview, group_id: str) -> None:
-        """Keep a trained group in wire format; only the last debug.dump_trajectories stay."""
+        """Write a trained group in wire format; only the last debug.dump_trajectories are kept."""
         if self._keep == 0:
             return
-        # Group ids come from dataset cursors ("0-17.0"), but nothing that reaches the file system is trusted.
+        # Group ids come from dataset cursors ("0-17.0"), but are not trusted as file names.
         name = re.sub(r"[^\w.-]", "_", group_id).lstrip(".") or "group"
         path = self.trajectories / f"{name}{TRAJECTORY_SUFFIX}"
         write_atomically(path, payload)
@@ -200,7 +203,7 @@ class RunFolder:
 
 
 def format_of(path: Path) -> int | None:
-    """Of the run folder ``path``; None where it does not say."""
+    """Return the format of the run folder ``path``; None if its file is missing or unreadable."""
     try:
         return int((path / FORMAT_FILE).read_text())
     except (OSError, ValueError):
@@ -208,7 +211,7 @@ def format_of(path: Path) -> int | None:
 
 
 def write_atomically(path: Path, payload: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    """Write a file so that a reader sees either the old content or the new one, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as stream:
@@ -221,7 +224,7 @@ def write_atomically(path: Path, payload: bytes | memoryview) -> None:
 
 
 def _step(line: bytes) -> float:
-    """Of a row; beyond all for one that was cut off when its writer was killed."""
+    """Return the step of a row; infinity for a row that was cut off when its writer was killed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,9 +1,9 @@
-"""Nothing outlives a run: a small parent process that owns every process the run starts, whatever kills the driver.
+"""A small parent process that ends every process of a run, however the driver ends, so that nothing outlives the run.
 
 The driver runs in a forked child. This parent is a "child subreaper" (prctl(2)): descendants whose own parent died,
-which would otherwise go to init and live on (Ray's agents do, for minutes), become its children. When the driver has
-ended, in whichever way, what is left below is ended too. If this parent is killed, the driver gets SIGTERM, shuts
-down in good order and ends what is left by the same means.
+which would otherwise go to init and stay alive (Ray's agents do, for minutes), become its children. When the driver has
+ended for any reason, all remaining descendants are ended too. If this parent is killed, the driver gets SIGTERM, shuts
+down in order and ends its descendants by the same means. Knows nothing of what the processes do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import psutil
 
 from async_rl.runtime.process import adopt_orphans, begin_run, remove_semaphores, signal_on_parent_death
 
-# What is left after the driver's own shutdown gets this long to end by itself before it is killed.
+# Processes that are left after the driver's own shutdown get this long after SIGTERM before they are killed.
 _GRACE_S = 3.0
 
 
@@ -51,7 +51,7 @@ def supervise(body: Callable[[], int]) -> int:
 
 
 def _run_driver(body: Callable[[], int]) -> None:
-    """The child: never returns."""
+    """Run ``body`` in the child process. Never returns."""
     parent = os.getppid()
     signal_on_parent_death(signal.SIGTERM)
     adopt_orphans()
@@ -61,7 +61,7 @@ def _run_driver(body: Callable[[], int]) -> None:
             code = body()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # noqa: BLE001 - whatever it is, this process ends here with its trace
+    except BaseException:  # noqa: BLE001 - this process ends here with the trace of any exception
         sys.excepthook(*sys.exc_info())
     finally:
         _end_descendants()
@@ -76,10 +76,10 @@ def _forward(driver: int) -> None:
 
 
 def _end_descendants() -> None:
-    """SIGTERM, then SIGKILL, whatever is left below this process, until nothing is."""
+    """Send SIGTERM, then SIGKILL, to the descendants of this process until there are none."""
     _, alive = psutil.wait_procs(_signal_all(psutil.Process.terminate), timeout=_GRACE_S)
     while alive:
-        # Ending a process hands its children to us, so look again until the tree is empty.
+        # The children of an ended process become children of this one, so repeat until the tree is empty.
         psutil.wait_procs(_signal_all(psutil.Process.kill), timeout=_GRACE_S)
         alive = psutil.Process().children(recursive=True)
     _reap()

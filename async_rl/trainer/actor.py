@@ -1,7 +1,4 @@
-"""TrainerActor: TrainerWorker in a process of its own, with its logs, metrics and cores.
-
-Made a Ray actor by ``driver.actors``.
-"""
+"""The actor class of one trainer rank. ``driver.actors`` makes it a Ray actor."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from async_rl.trainer.worker import TrainerWorker
 
 
 class TrainerActor(TrainerWorker):
-    """TrainerWorker in a process of its own."""
+    """A ``TrainerWorker`` in a process of its own, with its log, its /metrics and its cores."""
 
     def __init__(self, config: RunConfig, rank: int, init_method: str | None, cores: tuple[int, ...] | None) -> None:
         logs.configure(config.run_dir, f"trainer-{rank}", console=False)

@@ -1,6 +1,7 @@
-"""TrainerWorker: one Megatron rank as an actor. A thin shell around ``Trainer``: fetches, decodes, pushes, compares.
+"""One rank of the trainer as the driver calls it: fetches and decodes groups, trains on them, sends weights.
 
-Made a Ray actor by ``cluster``. Knows the rollout side only as actor handles, passed on to vLLM's weight-sync client.
+``driver.actors.TrainerRanks`` has a method for each one here. Knows the rollout side only as actor handles, which it
+passes to vLLM's weight-transfer client.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 
 class TrainerWorker:
-    """Rank ``rank`` of the trainer's ranks (``trainer.parallel``), which meet at ``init_method`` (tcp://host:port).
+    """One rank of trainer.parallel, a thin shell around ``Trainer``. Ranks meet at ``init_method`` (tcp://host:port).
 
-    Megatron and vLLM are imported in the methods: the driver loads this module to create the actor, but not them.
+    Every method is called on all ranks at once. Megatron and vLLM are imported in the methods, because the driver loads
+    this module to create the actor.
     """
 
     def __init__(self, config: RunConfig, rank: int, init_method: str | None) -> None:
@@ -38,17 +40,17 @@ class TrainerWorker:
         self._pusher: WeightPusher | None = None
 
     def start(self, checkpoint: Path | None = None) -> None:
-        """Build the model, and go on from ``checkpoint``. Blocks until every rank has come."""
+        """Build the model, and load ``checkpoint`` where one is given. Blocks until every rank has started."""
         from async_rl.trainer.trainer import Trainer
 
         began = time.monotonic()
         self._trainer = Trainer(self._config, rank=self._rank, init_method=self._init_method)
         if checkpoint is not None:
             self._trainer.load(checkpoint)
-        log.info("trainer ready", seconds=round(time.monotonic() - began, 1))
+        log.info("trainer_ready", seconds=round(time.monotonic() - began, 1))
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
-        """Set up weight transfer to these rollout actors, in place of others. Called on every rank at once."""
+        """Set up weight transfer to these rollout actors, in place of earlier ones."""
         from async_rl.weights.vllm.push import WeightPusher
 
         if self._pusher is not None:
@@ -61,27 +63,29 @@ class TrainerWorker:
     def train_step(
         self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
     ) -> list[StepReport]:
-        """One training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
+        """Do one training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
         batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
-        # All of the step's groups at once: later updates go by what was before the first.
+        # All of the step's groups at once: later updates use log-probs from before the first one.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
     def accumulate(self, payloads: Sequence[Payload], version: int, oldest_version: int, *, first: bool) -> None:
-        """A part of a step's groups, this rank's of those that are there; ``first`` opens the step."""
+        """Compute the gradients of this rank's share of a part of a step's groups; ``first`` begins the step."""
         if first:
             self._trainer.begin_step(version=version, oldest_version=oldest_version)
         self._trainer.accumulate(self._fetcher.groups(payloads))
 
     def finish_step(self) -> StepReport:
-        """The update of the step whose groups were accumulated."""
+        """Do the optimizer update of the step whose groups were accumulated."""
         return self._trainer.finish_step()
 
-    def push(self, version: int, only: int | None = None) -> float:
-        """Send the weights as policy version ``version`` to every rollout actor, or to one, by its place among them.
-        Returns the seconds it took."""
+    def send_weights(self, version: int, only: int | None = None) -> float:
+        """Transfer the weights as policy version ``version`` to all connected rollout actors, or to that at ``only``.
+
+        Returns the seconds that it took.
+        """
         if self._pusher is None:
-            raise RuntimeError("connect() must come before push()")
+            raise RuntimeError("connect() must be called before send_weights()")
         start = time.monotonic()
         self._pusher.push(version, only)
         logs.bind(version=version)
@@ -90,27 +94,30 @@ class TrainerWorker:
     def logprobs(
         self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
     ) -> list[Float32Array]:
-        """Log-probs of tokens 1..N-1 of each sequence, with ``routed_experts`` replayed where given; for the canary."""
+        """Return the log-probs [N-1] of tokens 1..N-1 of each sequence, for the canary.
+
+        ``routed_experts`` [N-1, L, K], where given, are replayed.
+        """
         return self._trainer.logprobs(sequences, routed_experts)
 
     def fingerprints(
         self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
     ) -> list[Float32Array]:
-        """Of the residual stream, layer by layer, with ``routed_experts`` replayed where given."""
+        """Fingerprint the residual stream layer by layer, with ``routed_experts`` replayed where given."""
         return self._trainer.fingerprints(sequences, routed_experts)
 
     def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]:
-        """The experts that the trainer's own router chooses, [N-1, L, K] of each sequence."""
+        """Return the experts that the trainer's own routers choose, [N-1, L, K] for each sequence."""
         return self._trainer.native_routing(sequences)
 
     def save(self, folder: Path) -> float:
-        """Write the trainer's state into ``folder``. Called on every rank at once. Returns the seconds it took."""
+        """Write the trainer's state into ``folder``. Returns the seconds that it took."""
         start = time.monotonic()
         self._trainer.save(folder)
         return time.monotonic() - start
 
     def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face checkpoint folder. Called on every rank at once; rank 0 writes."""
+        """Write the model as a Hugging Face checkpoint folder. Rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)
         self._trainer.save_hf(folder)
 

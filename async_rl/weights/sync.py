@@ -1,16 +1,18 @@
-"""One sync: pause, push, canary, resume. Knows both sides as actor handles only; owns no version.
+"""One weight sync: pause, transfer, canary, resume. Drives both sides through ``Trainer`` and ``Replica``.
 
     pause     a replica stops generating, as partial_rollout.mode says
     transfer  trainer rank 0 drives vLLM's start / update / finish on it, which stamps the new version
-    canary    it scores a fixed probe under the weights it received, the trainer under those it sent
-    resume    rollouts go on
+    canary    the replica scores a fixed probe under the weights it received, the trainer under those it sent
+    resume    rollouts continue
 
-All replicas go through it together, or with sync.rolling one after the other, so that the others generate meanwhile.
+All replicas are synced together, or with sync.rolling one after the other, so that the others generate meanwhile.
 
-A replica is resumed only after its canary agreed. Where it does not, or the transfer failed, the push is made once
-more; then the layers are looked into, and the run ends. On any failure the engines stay stopped: better no tokens than
-tokens of unknown weights. A replica that is dead or does not answer is named by ``ReplicaFailed``: whoever pushes takes
-it from ``members`` and pushes again.
+A replica is resumed only after its canary agreed. If it disagrees, or the transfer failed, the sync is tried once more.
+After a second failure the layers are compared, and the run ends. On any failure the engines stay paused: no tokens are
+better than tokens of unknown weights. A replica that is dead or does not respond is named by ``ReplicaFailed``. The
+caller then removes it from ``members`` and runs the sync again.
+
+The policy version is the caller's: this module does not count it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,9 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
 from async_rl.metrics.summary import SyncRecord
 from async_rl.models.config import ModelConfig
+from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error, user_facing_error
-from async_rl.types import ExpertIds, Int32Array
+from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
 from async_rl.weights.canary import (
     BATCHES,
     CANDIDATES,
@@ -51,66 +54,94 @@ from async_rl.weights.canary import (
 )
 from async_rl.weights.fingerprint import NOISE, routing_differences, say_layers, say_routing
 
+if TYPE_CHECKING:
+    from async_rl.rollout.engine.interface import Score
+    from async_rl.rollout.evaluation import EvalResult
+
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The canary's outcome where every replica agreed: the worst report, and experts that the probe does not reach."""
+    """The outcome of the canary when every replica agreed."""
 
     report: CanaryReport
+    """That of the replica with the largest difference."""
     unreached_experts: int
+    """Experts that the probe does not reach, summed over the MoE layers."""
 
 
 Paused = Callable[[int], Awaitable[None]]
-"""Called with each replica that stands still under its new weights, before it is resumed."""
-
-# A worker's event loop answers within milliseconds; this long without an answer, its process hangs.
-_ANSWER_S = 5.0
+"""Called with each replica while it is paused under its new weights, before it is resumed."""
 
 
-class Ranks(Protocol):
-    """The trainer: ``fleet.TrainerRanks``."""
+class Replica(Protocol):
+    """What a sync needs of a rollout worker; ``driver.actors.RolloutHandle`` is the real one."""
 
-    async def call(
-        self, method: str, *arguments: Any, shares: Sequence[Any] | None = None, **keywords: Any
-    ) -> list[Any]: ...
+    actor: Any
+
+    def pause(self, *, end_calls: bool) -> Awaitable[None]: ...
+    def wake(self) -> Awaitable[None]: ...
+    def resume(self) -> Awaitable[None]: ...
+    def stop(self) -> Awaitable[None]: ...
+    def unanswered(self) -> Awaitable[str | None]: ...
+    def score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]: ...
+    def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]: ...
+    def evaluate(self, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]: ...
+    def snapshot(self) -> Awaitable[dict[str, npt.NDArray[np.uint8]]]: ...
+
+
+class Trainer(Protocol):
+    """What a sync needs of the trainer; ``driver.actors.TrainerRanks`` is the real one."""
+
+    async def connect(self, replicas: Sequence[Replica]) -> None: ...
+    async def send_weights(self, version: int, only: int | None = None) -> float: ...
+    async def logprobs(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]: ...
+    async def fingerprints(
+        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
+    ) -> list[Float32Array]: ...
+    async def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]: ...
 
 
 class WeightSync:
-    """Drives syncs between the trainer's ranks and the rollout workers that are ``members``, by replica."""
+    """Syncs the trainer's weights to the replicas that are ``members``."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, trainers: Ranks) -> None:
+    def __init__(self, config: RunConfig, model: ModelConfig, trainer: Trainer) -> None:
         self._config = config
         self._model = model
-        self._trainers = trainers
-        self.members: dict[int, Any] = {}
-        self._connected: dict[int, Any] = {}
+        self._trainer = trainer
+        self.members: dict[int, Replica] = {}
+        self._connected: dict[int, Replica] = {}
         self._max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         self._probe = make_probe(config.seed, model.vocab_size, max_tokens=self._max_tokens)
         self._batches = 0  # of candidates tried
-        self._told_unreached = 0  # the largest number that the log has a warning of
+        self._unreached_logged = 0  # the largest number that was logged
         self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
 
     async def begin(self) -> Agreement:
-        """Before anything is sampled: complete the probe, and compare both sides on the weights they have.
+        """Complete the probe and compare both sides on the weights that they have, before anything is sampled.
 
-        Under R3 also with the engine's routing replayed, so that routing which means something else to the trainer
-        (other expert ids, other layers) ends the run here. Raises WeightSyncMismatch, InvalidTrajectory for routing
+        Under R3 the engine's routing is also replayed, so that the run ends here if that routing means something else
+        to the trainer (other expert ids, other layers). Raises WeightSyncMismatch, and InvalidTrajectory for routing
         that cannot be of this model.
         """
         await self._reach_experts(BATCHES)
         return await self._check(list(self.members), replay=self._config.trainer.router_replay == "R3")
 
     def reconnect(self) -> None:
-        """The trainer is another one: connect it before the next push."""
+        """Connect the trainer again before the next transfer, because it was replaced or a transfer failed."""
         self._connected = {}
 
-    async def push(self, version: int, *, paused: Paused | None = None, end_calls: bool = False) -> SyncRecord:
-        """Bring every member to ``version``; rollouts stand still until ``resume``, or with sync.rolling until their
-        replica's turn is over.
+    async def run(self, version: int, *, paused: Paused | None = None, end_calls: bool = False) -> SyncRecord:
+        """Bring every member to ``version``.
 
-        end_calls: end running calls where they would be frozen, so that ``paused`` finds all of their tokens.
+        Rollouts stay paused until ``resume``, or with sync.rolling until their replica's turn is over. ``end_calls``
+        ends engine calls that would be frozen, so that ``paused`` finds all of their tokens.
+
         Raises WeightSyncMismatch when the canary disagrees twice, WeightSyncError when a transfer fails twice or
         sync.timeout_s is over, ReplicaFailed.
         """
@@ -121,14 +152,14 @@ class WeightSync:
         try:
             for turn in turns:
                 async with asyncio.timeout(self._config.sync.timeout_s):
-                    agreements.append(await self._push_or_again(version, turn, phases, retries, end_calls))
+                    agreements.append(await self._turn(version, turn, phases, retries, end_calls=end_calls))
                     if paused is not None:
                         for replica in turn:
                             await paused(replica)
                 if self._config.sync.rolling:
-                    await self._all(turn, "resume")
+                    await self._all(turn, lambda worker: worker.resume())
         except TimeoutError:
-            raise await self._too_long(f"push of version {version}", phases) from None
+            raise await self._too_long(f"weight sync to version {version}", phases) from None
         return SyncRecord(
             policy_version=version,
             seconds=sum(phases.values()),
@@ -139,109 +170,117 @@ class WeightSync:
         )
 
     async def resume(self) -> None:
-        """Let every member go on. One that fails here is found by whoever waits for its work."""
-        await asyncio.gather(*(worker.resume.remote() for worker in self.members.values()), return_exceptions=True)
+        """Let every member resume its rollouts. A failure here is found by the stream of the replica's groups."""
+        await asyncio.gather(*(worker.resume() for worker in self.members.values()), return_exceptions=True)
 
-    async def stand_still(self, paused: Paused) -> None:
-        """Have every member stop, without a push, for as long as ``paused`` takes. Raises ReplicaFailed, and
-        WeightSyncError when sync.timeout_s is over."""
-        everyone = list(self.members)
+    async def while_paused(self, paused: Paused) -> None:
+        """Pause every member without a weight sync, for as long as ``paused`` takes.
+
+        Raises ReplicaFailed, and WeightSyncError when sync.timeout_s is over.
+        """
+        replicas = list(self.members)
         try:
             async with asyncio.timeout(self._config.sync.timeout_s):
-                await self._all(everyone, "pause", True)
-                for replica in everyone:
+                await self._all(replicas, lambda worker: worker.pause(end_calls=True))
+                for replica in replicas:
                     await paused(replica)
-                await self._all(everyone, "wake")
+                await self._all(replicas, lambda worker: worker.wake())
         except TimeoutError:
-            raise await self._too_long("standstill for a checkpoint", {}) from None
+            raise await self._too_long("pause for a checkpoint", {}) from None
         await self.resume()
 
-    async def _push_or_again(
-        self, version: int, replicas: list[int], phases: dict[str, float], retries: Counter[str], end_calls: bool
+    async def _turn(
+        self,
+        version: int,
+        replicas: list[int],
+        phases: dict[str, float],
+        retries: Counter[str],
+        *,
+        end_calls: bool,
     ) -> Agreement:
-        """Counts in ``retries`` why the push was made again."""
+        """Sync these replicas, at the second try if need be; ``retries`` counts why it was needed."""
         try:
-            return await self._push_once(version, replicas, phases, end_calls)
+            return await self._attempt(version, replicas, phases, end_calls=end_calls)
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
-            mismatch = isinstance(error, WeightSyncMismatch)
-            if mismatch and self._config.async_training.partial_rollout.mode == "in_flight":
-                raise  # frozen generations went on meanwhile, with weights that nobody knows
-            log.warning("a push failed; pushing once more", version=version, reason=str(error))
+            disagreed = isinstance(error, WeightSyncMismatch)
+            if disagreed and self._config.async_training.partial_rollout.mode == "in_flight":
+                raise  # frozen generations resumed meanwhile, with weights that are unknown
+            log.warning("weight_sync_retried", version=version, reason=str(error))
             self.reconnect()
-            retries["canary" if mismatch else "transfer"] += 1
-            return await self._push_once(version, replicas, phases, end_calls)
+            retries["canary" if disagreed else "transfer"] += 1
+            return await self._attempt(version, replicas, phases, end_calls=end_calls)
 
-    async def _push_once(
-        self, version: int, replicas: list[int], phases: dict[str, float], end_calls: bool
+    async def _attempt(
+        self, version: int, replicas: list[int], phases: dict[str, float], *, end_calls: bool
     ) -> Agreement:
-        """Adds to the seconds of each phase."""
-        self._all_there(replicas)
+        """Sync these replicas once; adds the seconds of each phase to ``phases``."""
+        self._require_members(replicas)
         if self._connected != self.members:
-            await self._transfer("connect", list(self.members.values()))
+            await self._transfer("connect", self._trainer.connect(list(self.members.values())))
             self._connected = dict(self.members)
-        self._all_there(replicas)
+        self._require_members(replicas)
         only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
         with _timed(phases, "pause"):
-            await self._all(replicas, "pause", end_calls)
+            await self._all(replicas, lambda worker: worker.pause(end_calls=end_calls))
         with _timed(phases, "transfer"):
-            await self._transfer("push", version, only)
+            await self._transfer("send_weights", self._trainer.send_weights(version, only))
         with _timed(phases, "wake"):
-            await self._all(replicas, "wake")
+            await self._all(replicas, lambda worker: worker.wake())
         with _timed(phases, "canary"):
             return await self._check(replicas, replay=False)
 
-    async def _transfer(self, method: str, *arguments: Any) -> None:
-        """A call of the trainer in which it calls the engines. Raises ReplicaFailed where one of them is at fault."""
+    async def _transfer(self, what: str, call: Awaitable[Any]) -> None:
+        """Await a call of the trainer in which it calls the engines. Raises ReplicaFailed if one of them failed."""
         try:
-            await self._trainers.call(method, *arguments)
+            await call
         except TrainerDied:
             raise
         except Exception as error:
-            await self._blame()
+            await self._raise_failed_replica()
             if isinstance(error, WeightSyncError):
                 raise
-            raise WeightSyncError(f"{method}: {type(error).__name__}: {error}") from error
+            raise WeightSyncError(f"{what}: {type(error).__name__}: {error}") from error
 
     async def _too_long(self, what: str, phases: dict[str, float]) -> WeightSyncError:
-        """What to raise when sync.timeout_s is over."""
+        """Return the error to raise when sync.timeout_s is over."""
         try:
-            await self._blame()
+            await self._raise_failed_replica()
         except ReplicaFailed as failed:
             return failed
         mode = self._config.async_training.partial_rollout.mode
         return WeightSyncError(
             f"{what} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
             f"finished phases: {', '.join(phases) or 'none'}. "
-            + ("A push waits for the longest running generation: " if mode == "drain" else "")
-            + "raise sync.timeout_s, or see the logs of the rollout workers"
+            + ("In mode drain a weight sync waits for the longest generation in flight. " if mode == "drain" else "")
+            + "Raise sync.timeout_s, or see the logs of the rollout workers"
         )
 
-    async def _blame(self) -> None:
-        """Raise ReplicaFailed of a member that is dead, hangs, or whose engine owes an answer."""
+    async def _raise_failed_replica(self) -> None:
+        """Raise ReplicaFailed if a member is dead, hangs, or its engine has not answered a call."""
         for replica in {**self._connected, **self.members}:
             try:
-                async with asyncio.timeout(_ANSWER_S):
-                    unanswered = await self.on(replica, "unanswered")
+                async with asyncio.timeout(timeouts.ANSWER_S):
+                    unanswered = await self.on(replica, lambda worker: worker.unanswered())
             except TimeoutError:
-                raise ReplicaFailed(replica, f"its process does not answer within {_ANSWER_S:g} s") from None
+                raise ReplicaFailed(replica, f"process did not respond within {timeouts.ANSWER_S:g} s") from None
             if unanswered is not None:
-                raise ReplicaFailed(replica, f"the engine does not answer {unanswered}")
+                raise ReplicaFailed(replica, f"engine did not respond to `{unanswered}`")
 
-    def _all_there(self, replicas: Sequence[int]) -> None:
+    def _require_members(self, replicas: Sequence[int]) -> None:
         for replica in replicas:
             if replica not in self.members:
-                raise ReplicaFailed(replica, "it died meanwhile")
+                raise ReplicaFailed(replica, "died before the weight sync reached it")
 
-    async def _all(self, replicas: Sequence[int], method: str, *arguments: Any) -> list[Any]:
-        return await asyncio.gather(*(self.on(replica, method, *arguments) for replica in replicas))
+    async def _all(self, replicas: Sequence[int], call: Callable[[Replica], Awaitable[T]]) -> list[T]:
+        return await asyncio.gather(*(self.on(replica, call) for replica in replicas))
 
-    async def on(self, replica: int, method: str, *arguments: Any) -> Any:
-        """What a member answers. Raises ReplicaFailed where it, or its engine, is dead."""
-        self._all_there([replica])
+    async def on(self, replica: int, call: Callable[[Replica], Awaitable[T]]) -> T:
+        """Await a call of one member. Raises ReplicaFailed if the member or its engine is dead."""
+        self._require_members([replica])
         try:
-            return await getattr(self.members[replica], method).remote(*arguments)
+            return await call(self.members[replica])
         except Exception as error:
             if is_worker_lost(error):
                 raise ReplicaFailed(replica, str(unwrap_ray_error(error)).partition("\n")[0]) from error
@@ -252,24 +291,24 @@ class WeightSync:
     async def _check(self, replicas: list[int], *, replay: bool) -> Agreement:
         """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch.
 
-        The trainer computes its side while the engines compute theirs, routing by itself. Where that is over the
+        The trainer computes its side while the engines compute theirs, with its own routing. If that is over the
         tolerance, or ``replay`` asks for it, it computes again with the engine's routing replayed, as in training: a
         tie between two experts that the two sides break differently is no alarm. In bfloat16 there are always some.
         """
         replay = replay or coarser_dtype(self._config) == "bfloat16"
         scored, native = await asyncio.gather(
-            self._all(replicas, "score", self._probe),
-            self._trainer("logprobs", self._probe, None),
+            self._all(replicas, lambda worker: worker.score(self._probe)),
+            self._trainer.logprobs(self._probe, None),
         )
         limit = tolerance(self._config)
         reports = []
         for replica, scores in zip(replicas, scored, strict=True):
             logprobs = [score.logprobs for score in scores]
-            routed_experts = None if scores[0].routed_experts is None else [score.routed_experts for score in scores]
+            routed_experts = _routed_experts(scores) or None
             report = compare(logprobs, native)
             alike = agrees(report, limit)
             if routed_experts is not None and (replay or not alike):
-                replayed = compare(logprobs, await self._trainer("logprobs", self._probe, routed_experts))
+                replayed = compare(logprobs, await self._trainer.logprobs(self._probe, routed_experts))
                 if alike and not agrees(replayed, limit):
                     raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
                 report = replayed
@@ -284,33 +323,33 @@ class WeightSync:
         )
 
     async def _layers_verdict(self, replica: int, report: CanaryReport, routed_experts: list[ExpertIds] | None) -> str:
-        """What tells the layers apart, on the worst sequence of the probe, with the engine's routing replayed."""
+        """Describe where the two sides part, layer by layer, on the worst sequence of the probe.
+
+        The engine's routing is replayed, so that only weights can make a difference.
+        """
         index = report.sequence
         sequence = [self._probe[index]]
         rows = None if routed_experts is None else [routed_experts[index]]
-        (engine,) = await self.on(replica, "fingerprints", sequence)
+        (engine,) = await self.on(replica, lambda worker: worker.fingerprints(sequence))
         if engine is not None:
-            (trainer,) = await self._trainer("fingerprints", sequence, rows)
+            (trainer,) = await self._trainer.fingerprints(sequence, rows)
             return say_layers(engine, trainer, NOISE[coarser_dtype(self._config)])
         if routed_experts is not None:
             return await self._routing_verdict(routed_experts, first=True)
-        return "the engine gives no fingerprints of its layers"
+        return "the engine provides no fingerprints of its layers"
 
     async def _routing_verdict(self, routed_experts: list[ExpertIds], *, first: bool) -> str:
-        """Where the experts that the engine chose differ from those that the trainer's own routers choose."""
-        native = await self._trainer("native_routing", self._probe)
+        """Describe where the engine's experts differ from those that the trainer's own routers choose."""
+        native = await self._trainer.native_routing(self._probe)
         return say_routing(routing_differences(routed_experts, native, self._model.moe_layers), first=first)
-
-    async def _trainer(self, method: str, *arguments: Any) -> Any:
-        """What a method of the trainer answers: every rank is called, for they compute together, and rank 0 counts."""
-        first, *_ = await self._trainers.call(method, *arguments)
-        return first
 
     # -- the probe ----------------------------------------------------------------------------------------------
 
     async def _count_unreached(self, routed: Sequence[ExpertIds | None]) -> int:
-        """Experts that the probe does not reach any more. Training moves routers: where it has become more of them,
-        one batch of candidates is tried, for the next push."""
+        """Count the experts that the probe no longer reaches, summed over the MoE layers.
+
+        Training moves routers. When the probe has lost experts, one batch of candidates is tried, for the next sync.
+        """
         spec, known = self._model.routing_spec, self._given_up
         if spec is None or known is None or any(rows is None for rows in routed):
             return 0
@@ -320,8 +359,10 @@ class WeightSync:
         return int(unreached.sum())
 
     async def _reach_experts(self, batches: int) -> None:
-        """Add sequences to the probe until the first member goes to every expert of every layer, or ``batches`` were
-        tried."""
+        """Add sequences to the probe until it reaches every expert of every layer, or ``batches`` were tried.
+
+        Which experts a sequence reaches is decided by the engine of the first member.
+        """
         spec = self._model.routing_spec
         if spec is None or not self._config.rollout.return_routed_experts:
             return
@@ -334,23 +375,28 @@ class WeightSync:
             routed = await self._routed(tried)
             chosen = worth_adding(known, routed, spec)
             self._probe += [tried[index] for index in chosen]
-            # Routers move as long as a run lasts; the probe must not grow with it. The sequences added first go first.
+            # Routers move as long as a run lasts, and the probe must stay bounded: the oldest additions are dropped.
             surplus = len(self._probe) - SEQUENCES - BATCHES * CANDIDATES
             del self._probe[SEQUENCES : SEQUENCES + max(0, surplus)]
             known |= reached([routed[index] for index in chosen], spec)
         self._given_up = ~known
-        if (unreached := int((~known).sum())) > self._told_unreached:
-            self._told_unreached = unreached
+        if (unreached := int((~known).sum())) > self._unreached_logged:
+            self._unreached_logged = unreached
             missing = [f"{self._model.moe_layers[layer]}:{expert}" for layer, expert in np.argwhere(~known)[:5]]
             log.warning(
-                "the canary does not reach every expert, so it says nothing about the weights of the others",
-                unreached=unreached,
+                "canary_experts_unreached",  # it cannot tell whether their weights are right
+                unreached_experts=unreached,
                 first_layer_and_expert=", ".join(missing),
             )
 
     async def _routed(self, sequences: list[Int32Array]) -> list[ExpertIds]:
         first = next(iter(self.members))
-        return [score.routed_experts for score in await self.on(first, "score", sequences)]
+        return _routed_experts(await self.on(first, lambda worker: worker.score(sequences)))
+
+
+def _routed_experts(scores: Sequence[Score]) -> list[ExpertIds]:
+    """Return the routed experts [N-1, L, K] of each sequence; empty if the engine does not return them."""
+    return [score.routed_experts for score in scores if score.routed_experts is not None]
 
 
 @contextlib.contextmanager

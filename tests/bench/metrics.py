@@ -49,7 +49,7 @@ import psutil
 from prometheus_client import generate_latest
 
 from async_rl.config import loading
-from async_rl.driver import inputs
+from async_rl.driver.run import prepare
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.observe import prometheus
@@ -238,7 +238,7 @@ def even_inputs(config: Path, folder: Path) -> dict[str, object]:
     """Settings that make all steps alike: the model of ``config`` without a token that ends a response, and of its
     prompts those of one length, the mean."""
     settings = loading.load(config)
-    inputs.prepare(settings)
+    prepare(settings)
     model, prompts = folder / "model", folder / "train.jsonl"
     shutil.copytree(settings.model.path, model)
     for path in (model / "config.json", model / "generation_config.json"):

@@ -27,15 +27,19 @@ from tests.support.real_run import Run, make_model, make_recipe
 KILLS, PUSHES = 3, 40
 SETTINGS = {"trainer__steps": 100_000, "trainer__optimizer__lr": 1e-6, "eval__n": 1, "recovery__backoff_s": 0}
 BACK = {
-    "worker": ("RolloutActor", "rollout-0 is back"),
-    "engine": ("EngineCore", "rollout-0 is back"),
-    "trainer": ("TrainerActor", "the trainer is back"),
-    "queue": ("QueueProcess", "the queue died, and was rebuilt"),
+    "worker": ("RolloutActor", "worker_restarted"),
+    "engine": ("EngineCore", "worker_restarted"),
+    "trainer": ("TrainerActor", "trainer_restarted"),
+    "queue": ("QueueProcess", "queue_rebuilt"),
 }
 
 
 def lines(run: Run) -> int:
     return len(run.trained) if (run.folder / "trained.jsonl").exists() else 0
+
+
+def logged(run: Run, event: str) -> int:
+    return (run.folder / "logs" / "pipeline.jsonl").read_text().count(f'"event": "{event}"')
 
 
 def until(condition, run: Run) -> None:
@@ -58,23 +62,23 @@ def recovery(recipe: Path, folder: Path) -> dict[str, float]:
     seconds: dict[str, list[float]] = {}
     run.wait_for_step(4)
     for _ in range(KILLS):
-        for kind, (process, text) in BACK.items():
-            before = run.output.count(text)
+        for kind, (process, event) in BACK.items():
+            before = logged(run, event)
             began = time.monotonic()
             run.one(process).kill()
-            until(lambda: run.output.count(text) > before, run)  # noqa: B023 - called before the next turn
+            until(lambda: logged(run, event) > before, run)  # noqa: B023 - called before the next turn
             steps = lines(run)
             until(lambda: lines(run) > steps, run)  # noqa: B023
             seconds.setdefault(kind, []).append(time.monotonic() - began)
             run.wait_for_step(lines(run) + 4)
     for _ in range(KILLS):
-        steps = lines(run)
+        before = logged(run, "run_restored")
         began = time.monotonic()
         os.kill(run.driver, 9)
         run.wait()
         run.close()
         run = Run(recipe, folder, resume=True, **settings)
-        until(lambda: "resumed after" in run.output.rpartition("killed by SIGKILL")[2], run)  # noqa: B023
+        until(lambda: logged(run, "run_restored") > before, run)  # noqa: B023
         steps = lines(run)
         until(lambda: lines(run) > steps, run)  # noqa: B023
         seconds.setdefault("driver", []).append(time.monotonic() - began)

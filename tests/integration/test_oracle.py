@@ -414,23 +414,6 @@ async def test_faults_that_cannot_be_a_routers_choice_are_refused_at_the_border(
 # ---- the canary, with both sides real ------------------------------------------------------------------------------
 
 
-class Handle:
-    """An object as ``cluster`` would hand it out: ``handle.method.remote(...)`` gives something to await."""
-
-    def __init__(self, target):
-        self._target = target
-
-    def __getattr__(self, name):
-        method = getattr(self._target, name)
-
-        class Remote:
-            @staticmethod
-            async def remote(*arguments):
-                return await method(*arguments)
-
-        return Remote
-
-
 class TrainerSide:
     """The open trainer of trainer_process; its pushes bring ``pushed``, whatever the trainer has, and after the first
     one ``mended`` if there is such."""
@@ -440,14 +423,10 @@ class TrainerSide:
         self.mended = None
         self.pushes = 0
 
-    async def call(self, method, *arguments):
-        """As ``fleet.TrainerRanks`` answers for its ranks, of which there is one."""
-        return [await getattr(self, method)(*arguments)]
-
     async def connect(self, workers):
         """The pusher is connected already."""
 
-    async def push(self, version, only):
+    async def send_weights(self, version, only):
         self.pushes += 1
         self._pusher.version = version - 1
         await self._pusher.send(self._pushed if self.pushes == 1 or self.mended is None else self.mended)
@@ -466,7 +445,7 @@ def weight_sync(config, folders, engine, trainer, pusher, pushed, worker_type=Ro
     side = TrainerSide(trainer, pusher, pushed)
     worker = worker_type(config, 0, None, engine, None, None)
     sync = WeightSync(config, read_model_config(folders[0]), side)
-    sync.members = {0: Handle(worker)}
+    sync.members = {0: worker}
     return sync, side
 
 
@@ -478,7 +457,7 @@ async def test_invariant_10_a_sound_push_agrees_and_reaches_every_expert(
     sync, side = weight_sync(config, folders, engine, trainer, pusher, weights[1])
     agreement = await sync.begin()
     assert agreement.unreached_experts == 0
-    record = await sync.push(engine.version + 1)
+    record = await sync.run(engine.version + 1)
     assert record.canary <= EXACT
     assert (record.retries, side.pushes) == ({}, 1)
 
@@ -491,7 +470,7 @@ async def test_invariant_10_a_stale_layer_is_named(config, engine, pusher, train
     stale = {**weights[1], **layer_tensors(weights[0], layer, part)}
     sync, side = weight_sync(config, folders, engine, trainer, pusher, stale)
     with pytest.raises(WeightSyncMismatch, match=f"the first to differ is layer {layer}") as caught:
-        await sync.push(engine.version + 1)
+        await sync.run(engine.version + 1)
     print(f"\n  {caught.value}")
     assert side.pushes == 2
 
@@ -503,7 +482,7 @@ async def test_a_stale_layer_that_the_next_push_mends_raises_the_alert_that_name
     stale = {**weights[1], **layer_tensors(weights[0], 2, "mlp.experts")}
     sync, side = weight_sync(config, folders, engine, trainer, pusher, stale)
     side.mended = weights[1]
-    record = await sync.push(engine.version + 1)
+    record = await sync.run(engine.version + 1)
     assert (record.retries, side.pushes) == ({"canary": 1}, 2)
     assert record.canary <= EXACT
     with Metrics("pipeline") as metrics:
@@ -523,7 +502,7 @@ async def test_invariant_10_what_is_stale_outside_of_the_layers_is_named_too(
     await trainer(trainer_process.open_trainer, folders[1])
     sync, _ = weight_sync(config, folders, engine, trainer, pusher, {**weights[1], name: weights[0][name]})
     with pytest.raises(WeightSyncMismatch, match=verdict):
-        await sync.push(engine.version + 1)
+        await sync.run(engine.version + 1)
 
 
 async def test_experts_in_another_numbering_are_refused_at_the_start(config, engine, pusher, trainer, folders, weights):

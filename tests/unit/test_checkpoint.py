@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from structlog.testing import capture_logs
 
 from async_rl.driver import checkpoint_folder
 from async_rl.errors import CheckpointError
@@ -62,21 +63,21 @@ def half_a_manifest(path):
         (half_a_manifest, "manifest.json cannot be read"),
     ],
 )
-def test_a_damaged_one_is_named_and_the_last_good_one_used(tmp_path, damage, words):
+def test_a_damaged_one_is_named_and_the_latest_valid_one_used(tmp_path, damage, words):
     write(tmp_path, 2)
     damage(write(tmp_path, 4))
-    told = []
-    assert checkpoint_folder.latest_valid(tmp_path, warn=told.append) == tmp_path / "step-000002"
-    assert len(told) == 1
-    assert "step-000004" in told[0]
-    assert words in told[0]
+    with capture_logs() as logged:
+        assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000002"
+    (line,) = logged
+    assert (line["event"], line["checkpoint"]) == ("checkpoint_damaged", str(tmp_path / "step-000004"))
+    assert words in line["damage"]
 
 
-def test_if_none_is_sound_each_fault_is_told(tmp_path):
+def test_if_all_are_damaged_each_fault_is_named(tmp_path):
     cut(write(tmp_path, 2))
     remove(write(tmp_path, 4))
-    with pytest.raises(CheckpointError, match=r"no checkpoint is sound: step-000004: .*missing; step-000002: .*bytes"):
-        checkpoint_folder.latest_valid(tmp_path, warn=lambda _: None)
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged: step-000004: .*missing; .*02: .*bytes"):
+        checkpoint_folder.latest_valid(tmp_path)
 
 
 def test_one_that_is_being_written_is_not_there_yet(tmp_path):

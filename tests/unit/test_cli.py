@@ -36,8 +36,8 @@ def pipeline(monkeypatch):
             return self.result
 
     stand_in = Pipeline()
-    monkeypatch.setitem(sys.modules, "async_rl.driver.loop", stand_in)
-    monkeypatch.setattr("async_rl.driver.loop", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "async_rl.driver.run", stand_in)
+    monkeypatch.setattr("async_rl.driver.run", stand_in, raising=False)
     monkeypatch.setattr("async_rl.runtime.supervisor.supervise", lambda body: body())
     return stand_in
 

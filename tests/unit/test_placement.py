@@ -3,7 +3,7 @@
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.driver.cluster import place
+from async_rl.driver.cluster import assign_cores
 
 
 def config(**resources):
@@ -20,20 +20,20 @@ def config(**resources):
 
 
 def test_two_cores_are_split():
-    placement = place(config(), [0, 1])
-    assert placement.engines == ((0,),)
-    assert placement.trainers == ((1,),)
+    assigned = assign_cores(config(), [0, 1])
+    assert assigned.engines == ((0,),)
+    assert assigned.trainers == ((1,),)
 
 
 @pytest.mark.parametrize(("replicas", "ranks", "engine_threads", "trainer_threads"), [(2, 1, 1, 1), (1, 2, 2, 3)])
 def test_no_core_is_given_twice(replicas, ranks, engine_threads, trainer_threads):
     settings = config(replicas=replicas, ranks=ranks, engine_threads=engine_threads, trainer_threads=trainer_threads)
-    placement = place(settings, range(3, 16))
-    given = [core for cores in (*placement.engines, *placement.trainers) for core in cores]
+    assigned = assign_cores(settings, range(3, 16))
+    given = [core for cores in (*assigned.engines, *assigned.trainers) for core in cores]
     assert len(given) == len(set(given)) == replicas * engine_threads + ranks * trainer_threads
     assert set(given) <= set(range(3, 16))
 
 
-def test_too_few_cores_or_no_pinning_leave_placement_to_the_system():
-    for placement in (place(config(replicas=2), [0, 1]), place(config(pin_cores=False), [0, 1])):
-        assert set(placement.engines) == set(placement.trainers) == {None}
+def test_too_few_cores_or_no_pinning_leave_assigned_to_the_system():
+    for assigned in (assign_cores(config(replicas=2), [0, 1]), assign_cores(config(pin_cores=False), [0, 1])):
+        assert set(assigned.engines) == set(assigned.trainers) == {None}

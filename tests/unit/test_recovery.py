@@ -1,4 +1,4 @@
-"""How often something is started again; what a checkpoint holds of the pipeline; sums that outlive a run."""
+"""How often a process is restarted; what a checkpoint holds of the driver; sums that outlive a run."""
 
 import asyncio
 import os
@@ -11,30 +11,30 @@ import numpy as np
 import pytest
 
 from async_rl.config.schema import RecoverySection
-from async_rl.driver import checkpoint
-from async_rl.driver.checkpoint import RunState
+from async_rl.driver import run_state
 from async_rl.driver.restarts import Restarts
+from async_rl.driver.run_state import RunState
 from async_rl.errors import CheckpointError
 from async_rl.metrics.summary import Summary, SyncRecord, Totals
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():
     restarts = Restarts(RecoverySection(max_restarts=3, period_s=100.0, backoff_s=2.0))
-    assert [restarts.again("trainer", now) for now in (0.0, 10.0, 20.0)] == [2.0, 4.0, 8.0]
-    assert restarts.again("trainer", 30.0) is None
-    assert restarts.again("rollout-0", 30.0) == 2.0  # of its own
-    assert restarts.again("trainer", 101.0) == 8.0  # the first is forgotten
-    assert restarts.again("trainer", 102.0) is None
+    assert [restarts.next_delay("trainer", now) for now in (0.0, 10.0, 20.0)] == [2.0, 4.0, 8.0]
+    assert restarts.next_delay("trainer", 30.0) is None
+    assert restarts.next_delay("rollout-0", 30.0) == 2.0  # of its own
+    assert restarts.next_delay("trainer", 101.0) == 8.0  # the first is forgotten
+    assert restarts.next_delay("trainer", 102.0) is None
 
 
 def test_no_restart_at_all():
-    assert Restarts(RecoverySection(max_restarts=0)).again("trainer", 0.0) is None
+    assert Restarts(RecoverySection(max_restarts=0)).next_delay("trainer", 0.0) is None
 
 
 STATE = RunState(
     step=7,
     version=8,
-    pushed=True,
+    synced=True,
     queue={"version": 7, "queued": [["a", 1]]},
     recorder={"wall_s": 1.5, "staleness": {0: 3, 2: 1}},
     queued={"0-1.0": np.arange(5, dtype=np.uint8), "0-2.0": b"xy"},
@@ -43,9 +43,9 @@ STATE = RunState(
 
 
 def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
-    checkpoint.write(tmp_path, STATE)
-    state = checkpoint.read(tmp_path)
-    assert (state.step, state.version, state.pushed) == (7, 8, True)
+    run_state.write(tmp_path, STATE)
+    state = run_state.read(tmp_path)
+    assert (state.step, state.version, state.synced) == (7, 8, True)
     assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
     assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
     assert state.in_flight == {"0-3.1": b""}
@@ -54,21 +54,21 @@ def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda top: (top / "state.msgpack").unlink(), "holds no state of a pipeline"),
-        (lambda top: (top / "queued" / "000001").unlink(), "holds no state of a pipeline.*000001"),
+        (lambda top: (top / "state.msgpack").unlink(), "holds no driver state"),
+        (lambda top: (top / "queued" / "000001").unlink(), "holds no driver state.*000001"),
         (lambda top: (top / "state.msgpack").write_bytes(b"\xc1"), "cannot be read"),
         (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb([1])), "cannot be read"),
-        (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb({"format": 99})), "is of format 99"),
+        (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb({"format": 99})), "has format 99"),
     ],
 )
 def test_a_state_that_is_no_state_is_refused(tmp_path, damage, says):
-    checkpoint.write(tmp_path, STATE)
+    run_state.write(tmp_path, STATE)
     damage(tmp_path / "pipeline")
     with pytest.raises(CheckpointError, match=says):
-        checkpoint.read(tmp_path)
+        run_state.read(tmp_path)
 
 
-def test_the_summary_goes_on_from_its_state():
+def test_the_summary_is_restored_from_its_state():
     whole, first, second = Summary(), Summary(), Summary()
     syncs = [
         SyncRecord(policy_version=v, seconds=v / 7, canary=v * 1e-6, retries={"transfer": v % 2}) for v in range(1, 9)

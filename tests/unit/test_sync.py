@@ -1,4 +1,4 @@
-"""WeightSync against scripted actors: when a push is repeated, what a mismatch says, which experts are probed."""
+"""WeightSync against scripted sides: when a sync is retried, what a mismatch says, which experts are probed."""
 
 import asyncio
 
@@ -22,26 +22,26 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-class Actor:
-    """A handle: ``actor.method.remote(...)`` gives something to await."""
+class Side:
+    """``side.method(...)`` gives something to await, which calls ``do_method`` and is noted in ``calls``."""
 
     def __init__(self):
         self.calls = []
 
     def __getattr__(self, name):
+        if name.startswith("do_"):
+            raise AttributeError(name)
         target = getattr(self, f"do_{name}")
 
-        class Method:
-            @staticmethod
-            async def remote(*arguments):
-                self.calls.append(name)
-                return target(*arguments)
+        async def method(*arguments, **named):
+            self.calls.append(name)
+            return target(*arguments, **named)
 
-        return Method
+        return method
 
 
-class Engine(Actor):
-    """Log-prob and expert of a token are functions of it; log-probs are off by ``error`` before push ``wrong``."""
+class Engine(Side):
+    """Log-prob and expert of a token are functions of it; log-probs are off by ``error`` before transfer ``wrong``."""
 
     def __init__(self, wrong=0, error=1.0, reach=EXPERTS, renumber=0, layer=1):
         super().__init__()
@@ -71,20 +71,18 @@ class Engine(Actor):
     def __getattr__(self, name):
         method = super().__getattr__(name)
 
-        class Method:
-            @staticmethod
-            async def remote(*arguments):
-                if self.dead in (name, "ever"):
-                    self.dead = "ever"
-                    raise ActorDiedError()
-                if self.hangs == name:
-                    self.owed = name
-                    await asyncio.sleep(3600)
-                return await method.remote(*arguments)
+        async def answered(*arguments, **named):
+            if self.dead in (name, "ever"):
+                self.dead = "ever"
+                raise ActorDiedError()
+            if self.hangs == name:
+                self.owed = name
+                await asyncio.sleep(3600)
+            return await method(*arguments, **named)
 
-        return Method
+        return answered
 
-    def do_pause(self, end_calls):
+    def do_pause(self, *, end_calls):
         self.ended_calls = end_calls
 
     def do_wake(self): ...
@@ -96,31 +94,29 @@ class Engine(Actor):
         return self.owed
 
 
-class Trainer(Actor):
+class Trainer(Side):
     def __init__(self, engine):
         super().__init__()
         self.engine = engine
         self.workers, self.pushed_to, self.fails = [], [], {}
 
-    async def call(self, method, *arguments):
-        self.calls.append(method)
-        return [await self.done(method, *arguments)]
+    async def connect(self, replicas):
+        self.calls.append("connect")
+        self.workers = replicas
+        await self.transfer("connect", None)
 
-    async def done(self, method, *arguments):
+    async def send_weights(self, version, only):
+        self.calls.append("send_weights")
+        await self.transfer("send_weights", only)
+        self.engine.pushes += 1
+
+    async def transfer(self, method, only):
         """As the real one, it fails with the engines that it calls."""
-        if method in ("connect", "push"):
-            if method == "connect":
-                self.workers = arguments[0]
-            if self.fails.pop(method, False):
-                raise WeightSyncError("a transfer cut in the middle")
-            only = arguments[1] if method == "push" else None
-            for engine in self.workers if only is None else [self.workers[only]]:
-                await engine.receive.remote()
-            self.pushed_to.append(only)
-            if method == "push":
-                self.engine.pushes += 1
-            return None
-        return getattr(self, f"do_{method}")(*arguments)
+        if self.fails.pop(method, False):
+            raise WeightSyncError("a transfer cut in the middle")
+        for engine in self.workers if only is None else [self.workers[only]]:
+            await engine.receive()
+        self.pushed_to.append(only)
 
     def do_logprobs(self, sequences, routing):
         wrong = 0.0 if routing is None or not self.engine.renumber else 0.7
@@ -149,21 +145,21 @@ def sync(engine, **sections):
     return subject, trainer
 
 
-async def test_invariant_10_a_push_that_arrives_is_made_once():
+async def test_invariant_10_a_sync_that_arrives_is_made_once():
     subject, _ = sync(engine := Engine())
     await subject.begin()
     engine.calls.clear()
-    record = await subject.push(1)
+    record = await subject.run(1)
     assert (record.canary, record.retries, record.unreached_experts) == (0.0, {}, 0)
     assert engine.calls == ["receive", "pause", "receive", "wake", "score"]
     assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
 
 
-async def test_a_push_that_arrives_wrong_is_made_once_more():
+async def test_a_sync_that_arrives_wrong_is_tried_once_more():
     subject, trainer = sync(engine := Engine(wrong=2))
-    record = await subject.push(1)
+    record = await subject.run(1)
     assert record.retries == {"canary": 1}
-    assert trainer.calls.count("push") == 2
+    assert trainer.calls.count("send_weights") == 2
     # The engine is paused for the second transfer as it was for the first.
     assert [call for call in engine.calls if call in ("pause", "wake")] == ["pause", "wake"] * 2
 
@@ -174,24 +170,24 @@ async def test_invariant_10_a_second_mismatch_ends_the_run_and_names_the_layer(l
     with pytest.raises(
         WeightSyncMismatch, match=f"differs most in layer {layer} .*the first to differ is layer {layer}"
     ):
-        await subject.push(1)
-    assert trainer.calls.count("push") == 2
+        await subject.run(1)
+    assert trainer.calls.count("send_weights") == 2
 
 
-async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_push():
+async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
     """Near-ties always fall differently there, and a tolerance wide enough for them would hide what it is for."""
     for dtype, passes in (("float32", 1), ("bfloat16", 2)):
         subject, trainer = sync(Engine(), model={"path": "m", "dtype": dtype})
-        await subject.push(1)
+        await subject.run(1)
         assert trainer.calls.count("logprobs") == passes
 
 
-async def test_in_flight_generations_cannot_be_taken_back_so_nothing_is_tried_again():
+async def test_in_flight_generations_cannot_be_undone_so_nothing_is_tried_again():
     mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
     subject, trainer = sync(Engine(wrong=2), **mode)
     with pytest.raises(WeightSyncMismatch):
-        await subject.push(1)
-    assert trainer.calls.count("push") == 1
+        await subject.run(1)
+    assert trainer.calls.count("send_weights") == 1
 
 
 async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3_only():
@@ -204,11 +200,11 @@ async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3
     await subject.begin()
 
 
-async def test_an_engine_that_is_off_at_the_start_is_not_pushed_to():
+async def test_an_engine_that_is_off_at_the_start_gets_no_weights():
     subject, trainer = sync(Engine(wrong=1))
     with pytest.raises(WeightSyncMismatch, match="layer 1"):
         await subject.begin()
-    assert "push" not in trainer.calls
+    assert "send_weights" not in trainer.calls
 
 
 async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
@@ -223,19 +219,19 @@ async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
     assert SEQUENCES < len(subject._probe) <= SEQUENCES + 2
 
 
-async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_every_push():
+async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_every_sync():
     subject, _ = sync(engine := Engine(reach=EXPERTS - 1))
     assert (await subject.begin()).unreached_experts == 2  # one in each of two layers
     engine.calls.clear()
-    assert (await subject.push(1)).unreached_experts == 2
+    assert (await subject.run(1)).unreached_experts == 2
     assert engine.calls.count("score") == 1
-    # A router that has moved: one more search, for the pushes after it.
+    # A router that has moved: one more search, for the syncs after it.
     engine.reach = EXPERTS - 2
     engine.calls.clear()
-    assert (await subject.push(2)).unreached_experts == 4
+    assert (await subject.run(2)).unreached_experts == 4
     assert engine.calls.count("score") == 3
     engine.calls.clear()
-    await subject.push(3)
+    await subject.run(3)
     assert engine.calls.count("score") == 1
 
 
@@ -248,81 +244,83 @@ def fleet(count, **sections):
 
 
 @pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
-async def test_a_replica_that_dies_during_a_push_is_named_and_the_others_are_not_resumed(call):
+async def test_a_replica_that_dies_during_a_sync_is_named_and_the_others_are_not_resumed(call):
     subject, _, engines = fleet(3)
     engines[1].dead = call
     with pytest.raises(ReplicaFailed, match="rollout-1") as failed:
-        await subject.push(1)
+        await subject.run(1)
     assert failed.value.replica == 1
     assert not any("resume" in engine.calls for engine in engines.values()), "half of the weights, or unverified ones"
-    # Whoever pushes goes on without it; the trainer is connected anew.
+    # The caller syncs again without it; the trainer is connected again.
     del subject.members[1]
-    await subject.push(1)
+    await subject.run(1)
     await subject.resume()
     assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("call", ["pause", "receive", "score"])
-async def test_an_engine_that_does_not_answer_is_named(call, monkeypatch):
-    monkeypatch.setattr("async_rl.weights.sync._ANSWER_S", 0.05)
+async def test_an_engine_that_does_not_respond_is_named(call, monkeypatch):
+    monkeypatch.setattr("async_rl.runtime.timeouts.ANSWER_S", 0.05)
     subject, _, engines = fleet(2, sync={"timeout_s": 0.1})
     engines[0].hangs = call
-    with pytest.raises(ReplicaFailed, match=f"rollout-0: the engine does not answer {call}"):
-        await subject.push(1)
+    with pytest.raises(ReplicaFailed, match=f"rollout-0: engine did not respond to `{call}`"):
+        await subject.run(1)
     engines[0].hangs = "unanswered"
-    with pytest.raises(ReplicaFailed, match="rollout-0: its process does not answer"):
-        await subject._blame()
+    with pytest.raises(ReplicaFailed, match=r"rollout-0: process did not respond within 0\.05 s"):
+        await subject._raise_failed_replica()
 
 
-async def test_a_push_that_takes_too_long_with_nobody_at_fault_says_what_to_do():
+async def test_a_sync_that_takes_too_long_without_a_failed_replica_says_what_to_do():
     subject, _, engines = fleet(1, sync={"timeout_s": 0.05})
 
     async def slow(*_):
         await asyncio.sleep(3600)
 
-    subject._trainers.done = slow
+    subject._trainer.transfer = slow
     with pytest.raises(WeightSyncError, match=r"longer than sync\.timeout_s = 0\.05 s; finished phases: none"):
-        await subject.push(1)
+        await subject.run(1)
     assert "resume" not in engines[0].calls
 
 
-async def test_a_transfer_that_is_cut_is_made_once_more_over_a_new_connection():
+async def test_a_transfer_that_is_cut_is_retried_over_a_new_connection():
     subject, trainer, _ = fleet(2)
-    await subject.push(1)
-    trainer.fails["push"] = True
+    await subject.run(1)
+    trainer.fails["send_weights"] = True
     trainer.calls.clear()
-    assert (await subject.push(2)).retries == {"transfer": 1}
-    assert [call for call in trainer.calls if call in ("connect", "push")] == ["push", "connect", "push"]
-    always = {"push": True}
+    assert (await subject.run(2)).retries == {"transfer": 1}
+    assert [call for call in trainer.calls if call in ("connect", "send_weights")] == [
+        "send_weights", "connect", "send_weights",
+    ]  # fmt: skip
+    always = {"send_weights": True}
     trainer.fails = type("Always", (), {"pop": lambda _, key, default: always.get(key, default)})()
     with pytest.raises(WeightSyncError, match="cut in the middle"):
-        await subject.push(3)
+        await subject.run(3)
 
 
 async def test_the_trainer_is_connected_when_the_members_change_and_only_then():
     subject, trainer, engines = fleet(2)
     for version in (1, 2):
-        await subject.push(version)
+        await subject.run(version)
     assert trainer.calls.count("connect") == 1
     subject.members[2] = Engine()
-    await subject.push(3)
+    await subject.run(3)
     assert trainer.calls.count("connect") == 2
     assert trainer.workers == [engines[0], engines[1], subject.members[2]]
 
 
-async def test_rolling_pushes_stop_one_replica_at_a_time():
+async def test_rolling_syncs_pause_one_replica_at_a_time():
     subject, trainer, engines = fleet(3, sync={"rolling": True})
     order = []
     for replica, engine in engines.items():
         for name in ("pause", "resume"):
-            setattr(engine, f"do_{name}", lambda *_, event=(name, replica): order.append(event))
+            setattr(engine, f"do_{name}", lambda *, event=(name, replica), **_: order.append(event))
     snapshots = []
 
     async def paused(replica):
         snapshots.append(replica)
         order.append(("snapshot", replica))
 
-    record = await subject.push(1, paused=paused)
+    record = await subject.run(1, paused=paused)
     assert order == [(event, replica) for replica in range(3) for event in ("pause", "snapshot", "resume")]
     assert trainer.pushed_to == [None, 0, 1, 2]  # None: the connection
     assert record.seconds == pytest.approx(sum(record.phases.values()))
@@ -331,25 +329,25 @@ async def test_rolling_pushes_stop_one_replica_at_a_time():
 async def test_a_snapshot_ends_calls_that_would_be_frozen():
     subject, _, engines = fleet(1)
     for wanted in (False, True):
-        await subject.push(1 + wanted, end_calls=wanted)
+        await subject.run(1 + wanted, end_calls=wanted)
         assert engines[0].ended_calls is wanted
 
 
-async def test_a_standstill_without_a_push_pushes_nothing_and_names_who_hangs(monkeypatch):
-    monkeypatch.setattr("async_rl.weights.sync._ANSWER_S", 0.05)
+async def test_a_pause_without_a_sync_sends_nothing_and_names_the_replica_that_hangs(monkeypatch):
+    monkeypatch.setattr("async_rl.runtime.timeouts.ANSWER_S", 0.05)
     subject, trainer, engines = fleet(2, sync={"timeout_s": 0.1})
     taken = []
 
     async def paused(replica):
         taken.append((replica, "resume" in engines[replica].calls))
 
-    await subject.stand_still(paused)
+    await subject.while_paused(paused)
     assert taken == [(0, False), (1, False)]
     assert trainer.calls == []
     assert all(engine.calls == ["pause", "wake", "resume"] for engine in engines.values())
     engines[1].hangs = "pause"
-    with pytest.raises(ReplicaFailed, match="rollout-1: the engine does not answer pause"):
-        await subject.stand_still(paused)
+    with pytest.raises(ReplicaFailed, match="rollout-1: engine did not respond to `pause`"):
+        await subject.while_paused(paused)
 
 
 async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):

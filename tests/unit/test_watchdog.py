@@ -1,20 +1,20 @@
-"""How long nothing has moved, and who waits for whom."""
+"""How long nothing has moved, and what waits for what."""
 
 import pytest
 
-from async_rl.driver.watchdog import Situation, Watchdog, account, waiting_for
+from async_rl.driver.watchdog import RunSnapshot, Watchdog, describe_stall, waiting_for
 
 
-def situation(**fields):
+def snapshot(**fields):
     defaults = {
-        "trainer": "groups",
-        "trainer_s": 40.0,
+        "phase": "groups",
+        "phase_s": 40.0,
         "queued_groups": 1,
         "required_groups": 4,
-        "running": {"rollout-2": 3},
+        "in_flight": {"rollout-2": 3},
         "refusal": None,
     }
-    return Situation(**defaults | fields)
+    return RunSnapshot(**defaults | fields)
 
 
 def test_stalled_time_counts_from_the_last_change():
@@ -29,25 +29,24 @@ def test_stalled_time_counts_from_the_last_change():
     ("fields", "what"),
     [
         ({}, "generation"),
-        ({"running": {}}, "generation"),
+        ({"in_flight": {}}, "generation"),
         ({"refusal": "budget full: 4 of 4"}, "generation"),
-        ({"running": {}, "refusal": "budget full: 4 of 4"}, "admission"),
-        ({"trainer": "update"}, "update"),
-        ({"trainer": "push"}, "push"),
-        ({"trainer": "push", "silent": ("rollout-1",)}, "answer"),
+        ({"in_flight": {}, "refusal": "budget full: 4 of 4"}, "admission"),
+        ({"phase": "update"}, "update"),
+        ({"phase": "push"}, "push"),
+        ({"phase": "push", "unresponsive": ("rollout-1",)}, "answer"),
     ],
 )
 def test_what_is_waited_for(fields, what):
-    assert waiting_for(situation(**fields)) == what
+    assert waiting_for(snapshot(**fields)) == what
 
 
-def test_the_account_names_who_waits_for_whom_and_since_when():
-    line = account(situation(refusal="budget full: 4 of 4 groups of window 7", absent=("rollout-1",)), 61.0)
+def test_the_description_names_what_waits_for_what_and_for_how_long():
+    line = describe_stall(snapshot(refusal="budget full: 4 of 4 groups of window 7", restarting=("rollout-1",)), 61.0)
     assert line == (
-        "nothing has moved for 61 s; the trainer has waited 40 s for groups: 1 are queued, a step takes 4; groups in "
-        "flight: 3 on rollout-2; no more are issued: budget full: 4 of 4 groups of window 7; being started again: "
-        "rollout-1"
+        "nothing has moved for 61 s; trainer has waited 40 s for groups (1 queued, 4 needed for a step); groups in "
+        "flight: 3 on rollout-2; no more are admitted: budget full: 4 of 4 groups of window 7; restarting: rollout-1"
     )
-    line = account(situation(trainer="push", silent=("rollout-2",)), 61.0)
-    assert "the training loop is in its push since 40 s" in line
-    assert line.endswith("no answer from: rollout-2")
+    line = describe_stall(snapshot(phase="push", unresponsive=("rollout-2",)), 61.0)
+    assert "training loop has been in `push` for 40 s" in line
+    assert line.endswith("no response from: rollout-2")

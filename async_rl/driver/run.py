@@ -1,0 +1,118 @@
+"""``async-rl train``: prepares the inputs of a run, starts Ray, runs the training loop and records how it ended.
+
+Owns what happens before and after the loop. What happens in it is in ``driver.loop``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from async_rl import doctor
+from async_rl.config.schema import RunConfig
+from async_rl.data.prompts import Dataset, read_jsonl
+from async_rl.data.tokenizer import load_tokenizer
+from async_rl.driver import checkpoint_folder, run_state
+from async_rl.driver.cluster import ray_cluster, ray_exporters
+from async_rl.driver.loop import TrainingLoop
+from async_rl.driver.recorder import Recorder
+from async_rl.errors import ConfigError
+from async_rl.rollout.user_function import load_function
+from async_rl.runtime import logs
+from async_rl.runtime.failures import explain
+from async_rl.runtime.interrupt import Interrupted, until_interrupted
+
+log = structlog.get_logger(__name__)
+
+
+def run(config: RunConfig, *, resume: bool = False) -> int:
+    """Run ``config`` to its end. Returns the exit code: 0 finished, 130 interrupted. Raises AsyncRLError on failure.
+
+    With ``resume`` the run of this name continues from its latest valid checkpoint, or from the beginning if it has
+    none. summary.json is written in every case once the run folder exists.
+    """
+    started = time.monotonic()
+    doctor.require(config)
+    prepare(config)
+    config = resolved(config, resume=resume)
+    tokenizer = load_tokenizer(config)
+    train_set, eval_set = read_data(config, tokenizer)
+    eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
+    with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
+        logs.configure(config.run_dir, "pipeline", console=True)
+        recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
+        try:
+            found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
+            prepare_store(config, resume=resume, clear=found is None)
+            if resume:
+                recorder.go_on(None if found is None else run_state.read_head(found))
+            with ray_cluster(config):
+                recorder.ray(ray_exporters())
+                asyncio.run(until_interrupted(TrainingLoop(config, recorder, train_set, eval_prompts, found).run()))
+        except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
+            recorder.finish("interrupted")
+            return 130
+        except BaseException as error:
+            failure = explain(error, config.run_dir)
+            recorder.finish(f"failed: {failure}")
+            raise failure from error
+        recorder.finish("finished")
+    return 0
+
+
+def prepare(config: RunConfig) -> None:
+    """Run the ``prepare`` hook, if configured, then repeat the preflight checks."""
+    if config.prepare is not None:
+        load_function("prepare", config.prepare, ("config",), ConfigError)(config)
+        doctor.require(config)
+
+
+def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
+    """Return the config with what depends on this machine filled in.
+
+    That is the device and, unless a run is resumed, a free name: name, name-2, ...
+    """
+    device = "cuda" if doctor.uses_gpu(config) else "cpu"
+    config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
+    if resume:
+        return config
+    number, candidate = 1, config
+    while candidate.run_dir.exists() and any(candidate.run_dir.iterdir()):
+        number += 1
+        candidate = config.model_copy(update={"name": f"{config.name}-{number}"})
+    return candidate
+
+
+def read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Read and tokenize the rows for training and evaluation. Bad rows are handled as data.on_bad_row says."""
+
+    def read(path: Path) -> Dataset:
+        dataset = read_jsonl(
+            path,
+            encode=tokenizer.encode,
+            prompt_field=config.data.prompt_field,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            on_bad_row=config.data.on_bad_row,
+        )
+        if (report := dataset.bad_row_report()) is not None:
+            log.warning("rows_skipped", report=report)
+        return dataset
+
+    return read(config.data.train), None if config.data.eval is None else read(config.data.eval)
+
+
+def prepare_store(config: RunConfig, *, resume: bool, clear: bool) -> None:
+    """Check the store of queue.backend redis before any process is started; ``clear`` removes what it has of this run.
+
+    Raises ConfigError if it cannot be used, or holds a run of this name although ``resume`` is not asked for.
+    """
+    if config.queue.backend == "redis":
+        from async_rl.queue import redis_store
+
+        redis_store.check(config.queue.redis, config.name, resume=resume)
+        if clear:
+            redis_store.remove(config.queue.redis, config.name)

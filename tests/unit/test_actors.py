@@ -1,0 +1,120 @@
+"""The typed proxies call methods that the actors have; one rank that dies is told from one that failed."""
+
+import asyncio
+import inspect
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from async_rl.driver.actors import RolloutHandle, TrainerRanks
+from async_rl.errors import TrainerDied
+from async_rl.rollout.actor import RolloutActor
+from async_rl.runtime import timeouts
+from async_rl.trainer.actor import TrainerActor
+
+
+def public(proxy):
+    return [name for name, _ in inspect.getmembers(proxy, inspect.isfunction) if not name.startswith("_")]
+
+
+def done():
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+class Recorded:
+    """A remote handle that notes how each method was called."""
+
+    def __init__(self, result=None):
+        self.calls, self._result = {}, result
+
+    def __getattr__(self, name):
+        class Method:
+            @staticmethod
+            def remote(*arguments, **named):
+                self.calls[name] = (arguments, named)
+                return self._result() if self._result else done()
+
+            @staticmethod
+            def options(**_):
+                return Method
+
+        return Method
+
+
+def ranks(*actors):
+    subject = object.__new__(TrainerRanks)
+    subject._ranks = list(actors)
+    return subject
+
+
+def arguments(method):
+    """One value for each parameter, and the names of those that are keyword-only."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    named = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: [] for p in parameters if p.name not in named}, named
+
+
+@pytest.mark.parametrize("name", public(RolloutHandle))
+async def test_every_call_of_a_rollout_worker_fits_its_actor(name):
+    actor = Recorded()
+    positional, named = arguments(getattr(RolloutHandle, name))
+    call = getattr(RolloutHandle(actor), name)(*positional.values(), **named)
+    if inspect.isawaitable(call):
+        await call
+    given, given_by_name = actor.calls[name]
+    inspect.signature(getattr(RolloutActor, name)).bind(None, *given, **given_by_name)
+
+
+@pytest.mark.parametrize("name", [name for name in public(TrainerRanks) if name != "replace"])
+async def test_every_call_of_the_trainer_fits_its_actor(name):
+    first, second = Recorded(), Recorded()
+    positional, named = arguments(getattr(TrainerRanks, name))
+    if "shares" in positional:
+        positional["shares"] = ["of rank 0", "of rank 1"]
+    call = getattr(ranks(first, second), name)(*positional.values(), **named)
+    await (asyncio.gather(*call) if isinstance(call, list) else call)
+    for rank, actor in enumerate((first, second)):
+        given, given_by_name = actor.calls[name]
+        inspect.signature(getattr(TrainerActor, name)).bind(None, *given, **given_by_name)
+        assert "shares" not in positional or given[0] == f"of rank {rank}"
+
+
+async def died():
+    raise ActorDiedError()
+
+
+async def failed():
+    raise ValueError("a sum that is no number")
+
+
+async def waits():
+    await asyncio.sleep(3600)
+
+
+async def computed():
+    return [1.0]
+
+
+async def test_the_result_is_that_of_rank_0():
+    assert await ranks(Recorded(computed), Recorded()).logprobs([], None) == [1.0]
+
+
+async def test_a_rank_that_died_is_named_though_another_failed_first(monkeypatch):
+    monkeypatch.setattr(timeouts, "RANK_DEATH_S", 0.05)
+
+    async def died_later():
+        await asyncio.sleep(0.01)
+        raise ActorDiedError()
+
+    with pytest.raises(TrainerDied, match="trainer rank 1 died during finish_step"):
+        await ranks(Recorded(failed), Recorded(died_later)).finish_step()
+    with pytest.raises(TrainerDied, match="trainer rank 0 died during finish_step"):
+        await ranks(Recorded(died), Recorded(waits)).finish_step()
+
+
+async def test_what_a_rank_raised_is_raised_when_none_died(monkeypatch):
+    monkeypatch.setattr(timeouts, "RANK_DEATH_S", 0.01)
+    with pytest.raises(ValueError, match="no number"):
+        await ranks(Recorded(waits), Recorded(failed)).finish_step()
