@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Encode, read_jsonl
+from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.doctor.check import Check, refused
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
 from async_rl.models.config import check_run, checkpoint_shards, read_model_config

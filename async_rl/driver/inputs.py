@@ -8,10 +8,10 @@ from typing import Any
 import structlog
 
 from async_rl import doctor
+from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Dataset, read_jsonl
+from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.errors import ConfigError
-from async_rl.rollout.user_function import load_function
 
 log = structlog.get_logger(__name__)
 

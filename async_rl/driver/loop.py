@@ -37,7 +37,8 @@ import structlog
 
 from async_rl import doctor
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Dataset, DatasetCursor
+from async_rl.data.cursor import DatasetCursor
+from async_rl.data.dataset import Dataset
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.driver import checkpoint, checkpoint_folder, inputs
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
@@ -49,10 +50,10 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.models.config import read_model_config
-from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
+from async_rl.queue.start import start_queue
 from async_rl.rollout.worker import worker_id
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
@@ -182,7 +183,7 @@ class Pipeline:
         for replica, share in shares.items():
             await self._queue.adopt(worker_id(replica), share)
         # The names of the other workers are those of the run that ended, of which there may have been more.
-        for name in (await self._queue.stats()).running:
+        for name in (await self._queue.stats()).in_flight:
             await self._queue.worker_lost(name, keep=state.in_flight)
         for replica, share in shares.items():
             adopted += await self._replicas.hand_over(replica, share)

@@ -99,7 +99,7 @@ class Monitor:
             trainer_s=time.monotonic() - since,
             queued_groups=0 if queue is None else queue.queued_groups,
             required_groups=self._config.required_groups,
-            running={} if queue is None else queue.running,
+            running={} if queue is None else queue.in_flight,
             refusal=None if queue is None else queue.refusal,
             silent=[*silent, *(["the queue"] if stats is None else [])],
             absent=absent,

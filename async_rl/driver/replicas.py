@@ -16,8 +16,9 @@ import structlog
 from async_rl.driver.actors import RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
-from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
-from async_rl.queue.client import QueueClient, incoming
+from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
+from async_rl.queue.client import QueueClient
+from async_rl.queue.handover import collect
 from async_rl.rollout.worker import worker_id
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
@@ -80,13 +81,7 @@ class ReplicaSupervisor:
 
     async def _collect(self, worker: Any) -> None:
         stream = worker.groups.options(num_returns="streaming").remote()
-        async for meta, payload in incoming(stream):
-            try:
-                await self._queue.put_stored(meta, payload)
-            except (UnknownGroup, DuplicateGroup) as error:
-                # The books are the queue's: whatever this group is, its prompt is somewhere else by now.
-                log.warning("a group that nobody waits for", group=meta.group_id, reason=str(error))
-            worker.accepted.remote(meta.group_id)
+        await collect(self._queue, stream, worker.accepted.remote)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
         """Start another worker, give it what can be saved of the groups in flight, and wait until it has weights."""

@@ -218,7 +218,7 @@ def test_yaml_reads_numbers_and_words_as_people_mean_them(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"rollout": {"return_routed_experts": False}}, "R3, which replays the engine's routing, but"),
+        ({"rollout": {"return_routed_experts": False}}, "R3, which replays the experts that the engine chose, but"),
         ({"trainer": {"router_fusion": True}}, "the fused router ignores"),
         ({"trainer": {"router_fusion": True, "router_replay": "R2"}}, "router_replay is R2, but"),
         (
