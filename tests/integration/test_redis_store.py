@@ -23,7 +23,7 @@ def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):
         assert store.read([store.add("0-1.0", b"abc")]) == [b"abc"]
         journal = redis_store.RedisJournal(settings, "run")
         journal.append(["a", "advance", [1]])
-        with pytest.raises(ConfigError, match="holds the groups of a run 'run'"):
+        with pytest.raises(ConfigError, match="has the groups of a run 'run'"):
             redis_store.check(settings, "run", resume=False)
         redis_store.check(settings, "run", resume=True)
         redis_store.remove(settings, "run")
