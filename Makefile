@@ -35,6 +35,7 @@ observe: $(STAMP)
 
 generate: $(STAMP)
 	$(BIN)/python -m async_rl.metrics.reference > docs/metrics.md
+	$(BIN)/python -m async_rl.config.reference > docs/reference/settings.md
 	$(BIN)/python dashboards/build.py
 
 test: lint

@@ -1,9 +1,9 @@
-"""The command line: ``async-rl train``, ``watch``, ``report``, ... Parses, calls, and turns errors into exit codes.
+"""The command line, ``async-rl VERB``: parses arguments, calls the verb, and turns errors into exit codes.
 
-Imports what a verb needs only when it runs, so that help and --dry-run answer at once, on any machine.
+Each verb imports its modules only when it runs, so that help and --dry-run answer at once, on any machine.
 
-Exit codes: 0 done, 1 the run failed or doctor found something missing, 2 the command line or the settings are
-wrong, 130 interrupted.
+Exit codes: 0 success, 1 the run failed or a check of doctor did, 2 the command line or the settings are wrong,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import AsyncRLError, ConfigError
 
 _FLAGS = ("-h", "--help", "--version", "--dry-run", "--once")
-"""Options of the command line itself; every other --word is a setting and takes a value."""
+"""Options without a value; every other --word takes one."""
 
 _OPTIONS = ("--resume", "--out", "--trace", "--port")
-"""Those that take a value."""
+"""Options with a value; every other --word is a setting."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Errors meant for the user are printed as they are; a defect keeps its trace."""
+    """Run a command line and return its exit code; other exceptions than this package's keep their traceback."""
     words, settings = split_settings(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
     if arguments.verb == "train":
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reported(verb: Callable[[], int]) -> int:
-    """The exit code of ``verb``; errors of the tree are told in one place, without a traceback."""
+    """Return the exit code of ``verb``; print this package's errors, and a keyboard interrupt, without a traceback."""
     try:
         return verb()
     except ConfigError as error:
@@ -59,9 +59,9 @@ def _reported(verb: Callable[[], int]) -> int:
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for argparse, and the settings (``--a.b value``, ``--a.b=value``) among them, in order.
+    """Split arguments into those for argparse and the settings (``--a.b value``, ``--a.b=value``), each in order.
 
-    argparse cannot tell the value of an option that it does not know from a positional argument.
+    argparse cannot distinguish the value of an option that it does not know from a positional argument.
     """
     words: list[str] = []
     settings: list[str] = []
@@ -91,8 +91,8 @@ def _train(path: Path, settings: Sequence[str], *, dry_run: bool, resume: bool) 
 
 
 def _run(config: RunConfig, *, resume: bool) -> int:
-    # Ray prints a paragraph to the terminal for each process that dies, over the live view; the run's log has a line on
-    # it. Ray reads this when it is imported: messages that match are not printed.
+    # Ray prints a paragraph over the live view for each process that dies; the run's log has an event for it. Messages
+    # that match this variable, which Ray reads when it is imported, are not printed.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
     from async_rl.driver.run import run
 
@@ -103,7 +103,7 @@ def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
     from async_rl.driver.export import export
 
     source = export(path, out, parse_overrides(settings))
-    sys.stdout.write(f"{source} is now a Hugging Face folder: {out}\n")
+    sys.stdout.write(f"exported {source} to the Hugging Face folder {out}\n")
     return 0
 
 
@@ -114,14 +114,14 @@ def _doctor(path: Path | None, settings: Sequence[str]) -> int:
     if path is not None:
         config = load(path, parse_overrides(settings))
     elif settings:
-        raise ConfigError(f"{settings[0]}: settings need a config file: async-rl doctor CONFIG {settings[0]} ...")
+        raise ConfigError(f"{settings[0]}: settings need a config file; write async-rl doctor CONFIG {settings[0]} ...")
     found = doctor.checks(config)
     sys.stdout.write(doctor.report(found))
     return 1 if doctor.failed(found) else 0
 
 
 def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
-    """The verbs that look at run folders. They take no settings."""
+    """Run a verb that reads run folders; these verbs take no settings."""
     if settings:
         raise ConfigError(
             f"async-rl {arguments.verb} has no option {settings[0]}; see async-rl {arguments.verb} --help"
@@ -144,7 +144,7 @@ def _report(runs: Sequence[Path], out: Path, trace: Path | None) -> int:
     from async_rl.observe.trace import write_trace
 
     if trace is not None and len(runs) > 1:
-        raise ConfigError("--trace: a trace is of one run")
+        raise ConfigError(f"--trace: a trace shows one run, but {len(runs)} are given; name one run")
     write_report(runs, out)
     sys.stdout.write(f"{out}: open it in any browser\n")
     if trace is not None:
@@ -154,7 +154,7 @@ def _report(runs: Sequence[Path], out: Path, trace: Path | None) -> int:
 
 
 def _run_folder(run: Path) -> Path:
-    """A run may be named without the folder that holds it."""
+    """Return the run folder; a run may be named without the runs/ that contains it."""
     below = Path("runs") / run
     return below if not run.exists() and below.is_dir() else run
 
@@ -170,41 +170,41 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser(
         "train",
-        help="run the training that a config file describes",
+        help="train a model as a config file describes",
         usage="async-rl train CONFIG [--dry-run] [--resume auto] [--section.key value ...]",
-        description="Run the training that CONFIG describes; settings given here win over the file.",
+        description="Train a model as CONFIG describes. Settings on the command line override the file.",
         epilog=_settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the settings below")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
     train.add_argument(
         "--resume",
         choices=["auto"],
-        help="go on with the run of this name from its newest sound checkpoint; begin it where there is none",
+        help="resume this run from its latest valid checkpoint, or start it if it has none",
     )
 
     export = verbs.add_parser(
         "export",
-        help="turn a checkpoint of the trainer into a Hugging Face folder",
+        help="convert a checkpoint of the trainer to a Hugging Face folder",
         usage="async-rl export CHECKPOINT OUT [--section.key value ...]",
-        description="Write the model of CHECKPOINT, a step-... folder or a run folder (its newest sound one), to OUT "
-        "as a Hugging Face folder; settings given here win over the run's.",
+        description="Write the model of CHECKPOINT to OUT as a Hugging Face folder. CHECKPOINT is a step-... "
+        "folder, or a run folder for its latest valid checkpoint. Settings on the command line override the run's.",
         allow_abbrev=False,
     )
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint or run folder")
-    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not hold anything yet")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
 
     doctor = verbs.add_parser(
         "doctor",
-        help="say what this machine has and lacks for a run",
+        help="check whether a run can start on this machine",
         usage="async-rl doctor [CONFIG] [--section.key value ...]",
-        description="Say line by line what this machine has and lacks for the run that CONFIG describes; "
-        "without CONFIG, for any run. Exits 1 if a run could not start.",
+        description="Check this machine, its packages and the inputs for the run that CONFIG describes; without "
+        "CONFIG, only machine and packages. Exits with 1 if a run could not start.",
         allow_abbrev=False,
     )
-    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file, as for train")
+    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file as for train")
     _add_looking(verbs)
     return parser
 
@@ -218,31 +218,33 @@ def _add_looking(verbs: Any) -> None:
         allow_abbrev=False,
     )
     watch.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    watch.add_argument("--once", action="store_true", help="show how it stands, and end")
+    watch.add_argument("--once", action="store_true", help="show the current state once, and exit")
 
     report = verbs.add_parser(
         "report",
-        help="write a run's story into one HTML file",
-        description="Write one HTML file, which needs no network, on the run RUN, or on several side by side.",
+        help="write a report of a run to one HTML file",
+        description="Write a report of RUN, or of several runs side by side, to one HTML file that needs no network.",
         allow_abbrev=False,
     )
     report.add_argument("run", type=Path, nargs="+", metavar="RUN", help=run_help)
     report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="report.html by default")
-    report.add_argument("--trace", type=Path, metavar="FILE", help="also write the timeline for Perfetto or Chrome")
+    report.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write the run's timeline, for Perfetto or Chrome"
+    )
 
     observe = verbs.add_parser(
         "observe",
-        help="start Prometheus and Grafana on all runs",
-        description="Start Prometheus, and Grafana where it is installed, on the runs in RUNS, those to come as well; "
-        "Ctrl-C ends them.",
+        help="start Prometheus and Grafana for all runs",
+        description="Start Prometheus, and Grafana if it is installed, for all present and future runs in RUNS. "
+        "Ctrl-C stops them.",
         allow_abbrev=False,
     )
     observe.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="RUNS", help="runs by default")
 
     replay = verbs.add_parser(
         "replay-metrics",
-        help="look at a finished run in Prometheus and Grafana",
-        description="Put the metrics.jsonl of the run RUN into a Prometheus of its own, as if it had been watched.",
+        help="show a finished run in Prometheus and Grafana",
+        description="Load the metrics.jsonl of RUN into a Prometheus of its own, as if it had been observed live.",
         allow_abbrev=False,
     )
     replay.add_argument("run", type=Path, metavar="RUN", help=run_help)

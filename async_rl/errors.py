@@ -1,4 +1,4 @@
-"""The exception tree, at one glance. Knows nobody.
+"""Every exception of the package, one tree. Knows no other module.
 
     AsyncRLError
     ├── ConfigError            the user's settings: key, value, or a combination that cannot work
@@ -7,34 +7,34 @@
     ├── RunFolderError         a run folder that is missing, damaged or of another format
     ├── ResourceError          this machine lacks what the run needs (cores, memory, a free port, a package)
     ├── InvalidTrajectory      a trajectory or group that breaks an invariant; names it
-    ├── WireError              a message that is truncated, oversized, corrupted or of another schema
+    ├── WireError              a message that is truncated, too large, corrupted or of another schema
     ├── QueueError             a call that the broker refuses
     │   ├── DuplicateGroup
     │   ├── UnknownGroup       ack, release or put of a group that is not in that state
     │   └── QueueClosed
-    ├── RewardError            a reward function that cannot be loaded, raised, or returned no finite number
-    ├── EnvironmentFailure     an environment that cannot be loaded, raised, or returned no text
+    ├── RewardError            a reward function that cannot be loaded, raises, or returns no finite number
+    ├── EnvironmentFailure     an environment that cannot be loaded, raises, or returns no text
     ├── EngineError            the rollout engine refused a request
     │   └── EngineDied         its process is dead, or does not answer
-    ├── ReplayError            routing that cannot be replayed as asked
-    ├── TrainerError           the trainer cannot go on
+    ├── ReplayError            routed experts that cannot be replayed as configured
+    ├── TrainerError           the trainer cannot continue
     │   ├── TrainerDied        a rank's process is dead
     │   └── CheckpointError    a checkpoint that is damaged, missing, or of another model
-    ├── WeightSyncError        a weight push failed
-    │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a push
-    │   └── ReplicaFailed      one rollout worker cannot take part in a push
-    ├── ProcessLost            a process of the run died, more often than it may
+    ├── WeightSyncError        a weight sync failed
+    │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a transfer
+    │   └── ReplicaFailed      one replica cannot take part in a weight sync
+    ├── ProcessLost            a process of the run died more often than allowed
     └── StalledError           nothing moved for longer than allowed
 
-Each message names the field or the id, the offending value and the mend, and is meant for the user's eyes: the
-command line prints it as it is, without a traceback.
+Each message names the setting or id, the offending value and the fix, and is written for the user: the command line
+prints it as it is, without a traceback.
 """
 
 from __future__ import annotations
 
 
 class AsyncRLError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """The base of every error that this package raises on purpose."""
 
 
 class ConfigError(AsyncRLError):
@@ -50,11 +50,11 @@ class DatasetError(ConfigError):
 
 
 class RunFolderError(AsyncRLError):
-    """The run folder to look at is missing, damaged, or of another format."""
+    """The run folder to read is missing, damaged, or of another format."""
 
 
 class ResourceError(AsyncRLError):
-    """This machine lacks something that the run needs."""
+    """A resource that the run needs is missing on this machine."""
 
 
 class InvalidTrajectory(AsyncRLError):
@@ -62,7 +62,7 @@ class InvalidTrajectory(AsyncRLError):
 
 
 class WireError(AsyncRLError):
-    """A message cannot be decoded; it was refused whole."""
+    """A message cannot be decoded; no part of it was used."""
 
 
 class QueueError(AsyncRLError):
@@ -70,15 +70,15 @@ class QueueError(AsyncRLError):
 
 
 class DuplicateGroup(QueueError):
-    """A group id that was put before."""
+    """A group with this id was put before."""
 
 
 class UnknownGroup(QueueError):
-    """A group id that is not in the state which the call needs."""
+    """A group is not in the state that the call needs."""
 
 
 class QueueClosed(QueueError):
-    """The queue was closed while, or before, somebody waited on it."""
+    """The queue was closed before or during a wait on it."""
 
 
 class RewardError(AsyncRLError):
@@ -94,19 +94,19 @@ class EngineError(AsyncRLError):
 
 
 class EngineDied(EngineError):
-    """A process of the engine is dead or does not answer; another engine can take its place."""
+    """A process of the engine is dead or does not answer; the replica can be replaced."""
 
 
 class ReplayError(AsyncRLError):
-    """Routing cannot be replayed as asked."""
+    """Routed experts cannot be replayed as configured."""
 
 
 class TrainerError(AsyncRLError):
-    """The trainer cannot go on."""
+    """The trainer cannot continue."""
 
 
 class TrainerDied(TrainerError):
-    """The process of a trainer rank is dead, and with it what was trained since the last checkpoint."""
+    """The process of a trainer rank is dead; the steps since the last checkpoint are lost with it."""
 
 
 class CheckpointError(TrainerError):
@@ -114,15 +114,15 @@ class CheckpointError(TrainerError):
 
 
 class WeightSyncError(AsyncRLError):
-    """A weight push failed; the engine must not generate until one succeeds."""
+    """A weight sync failed; the engine must not generate until one succeeds."""
 
 
 class WeightSyncMismatch(WeightSyncError):
-    """Engine and trainer disagree on the canary after a push."""
+    """Engine and trainer disagree on the canary after a transfer."""
 
 
 class ReplicaFailed(WeightSyncError):
-    """A rollout worker is dead or does not answer; a push goes on without it."""
+    """A replica is dead or does not answer; the weight sync continues without it."""
 
     def __init__(self, replica: int, why: str) -> None:
         super().__init__(f"rollout-{replica}: {why}")
@@ -137,4 +137,4 @@ class ProcessLost(AsyncRLError):
 
 
 class StalledError(AsyncRLError):
-    """Nothing moved for longer than the watchdog allows; the message says who waits for whom."""
+    """The run made no progress for longer than watchdog.abort_s; the message says what each process waits for."""

@@ -1,7 +1,7 @@
-"""The data that travels: Prompt, Segment, Trajectory, Group. Frozen; validated when built. Knows only ``errors``.
+"""The data that travels between processes: Prompt, Segment, Trajectory, Group. Frozen, and validated when built.
 
 Shapes: P prompt tokens, G response tokens, L MoE layers, K experts per token (top-k). The last token of a sequence
-never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routed experts.
+never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routed experts. Knows only ``errors``.
 """
 
 from __future__ import annotations
@@ -24,41 +24,44 @@ ExpertIds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 FinishReason = Literal["stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
 
-# Version of a response token that no policy sampled: what an environment said between two turns.
+# Version of a response token that no policy sampled: the text of an environment between two turns.
 NOT_SAMPLED = -1
 
-# Where a sampled token lies relative to the last resume point of its trajectory (see Trajectory.resume_points): there
-# is none; before it; the first token after it; later tokens.
+# The position of a sampled token relative to the last resume point of its trajectory (see Trajectory.resume_points):
+# there is none, before it, the first token after it, later.
 RESUME_POSITIONS: tuple[str, ...] = ("uninterrupted", "before", "first", "after")
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingSpec:
-    """The layout of a row of routed experts: L MoE layers, K experts per token, E experts to choose from."""
+    """The layout of routed experts, [rows, L, K] ids below E."""
 
     num_moe_layers: int
+    """L."""
     top_k: int
+    """K: experts per token."""
     num_experts: int
+    """E: experts to choose from."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint8 up to 256 experts, uint16 above: what vLLM returns."""
+        """The type of the ids, as vLLM returns them: uint8 up to 256 experts, uint16 above."""
         return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One dataset row, tokenized.
-
-    prompt_id: stable over the run and over restarts ("<epoch>-<row>"); conservation is counted by it.
-    row: line of the dataset file, from 1. token_ids: int32[P]. fields: the row as the reward function gets it.
-    """
+    """One dataset row, tokenized."""
 
     prompt_id: str
+    """The id "<epoch>-<row>", stable over the run and its restarts; conservation is counted by it."""
     row: int
+    """Line of the dataset file, from 1."""
     text: str
     token_ids: Int32Array
+    """int32[P]."""
     fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """The row's other fields, for the reward function."""
 
     def __post_init__(self) -> None:
         _check_array(f"prompt {self.prompt_id}", "token_ids", self.token_ids, np.int32, 1)
@@ -68,16 +71,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Response tokens [start, stop) of one trajectory, sampled in one engine call under one policy version.
-
-    routed_experts: that call's own rows [P+stop-1, L, K], kept by the routing policy ``exact``; None where they are the
-    first P+stop-1 rows of the trajectory's own array, as they always are for the last segment.
-    """
+    """Response tokens [start, stop) of one trajectory, sampled in one engine call under one policy version."""
 
     start: int
     stop: int
     version: int
     routed_experts: ExpertIds | None = None
+    """The call's own rows [P+stop-1, L, K], kept by the routing policy ``exact``; None if they equal the first P+stop-1
+    rows of the trajectory's array, as they always do for the last segment."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -87,27 +88,29 @@ class Segment:
 class Trajectory:
     """One sampled response of a prompt.
 
-    prompt_ids int32[P]; response_ids int32[G]; logprobs float32[G], behaviour log-probs, of the distribution really
-    sampled from, written once; versions int32[G], the policy version that sampled each token; segments ascend, without
-    overlap, from token 0 to token G; routed_experts uint8|uint16[P+G-1, L, K], None for a dense model or an engine that
-    returned none; routing_spec: their layout, given exactly when routed_experts is.
+    Response tokens between two segments were not sampled (an environment's text between two turns). Their version is
+    NOT_SAMPLED and their behaviour log-prob NaN, so that any computation with it is noticed.
 
-    Response tokens between two segments were not sampled (an environment's text between two turns): their version is
-    NOT_SAMPLED, and they have no behaviour log-prob, which is a NaN, so that whoever uses it notices.
-
-    Raises InvalidTrajectory, naming the trajectory, when a length, dtype, order or expert id is off.
+    Raises InvalidTrajectory, naming the trajectory, when a length, dtype, order or expert id is wrong.
     """
 
     trajectory_id: str
     prompt_ids: Int32Array
+    """int32[P]."""
     response_ids: Int32Array
+    """int32[G]."""
     logprobs: Float32Array
+    """float32[G]: behaviour log-probs, of the distribution that was sampled from; written once."""
     versions: Int32Array
+    """int32[G]: the policy version that sampled each token."""
     segments: tuple[Segment, ...]
+    """In ascending order without overlap, the first from token 0, the last to token G."""
     reward: float
     finish_reason: FinishReason
     routed_experts: ExpertIds | None = None
+    """uint8 or uint16 [P+G-1, L, K]; None for a dense model or an engine that returned none."""
     routing_spec: RoutingSpec | None = None
+    """The layout of routed_experts; given exactly when these are."""
 
     def __post_init__(self) -> None:
         name = f"trajectory {self.trajectory_id}"
@@ -127,7 +130,7 @@ class Trajectory:
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             raise InvalidTrajectory(
-                f"{name}: logprobs[{at}] is {self.logprobs[at]}; a token that was sampled has a finite one, others NaN"
+                f"{name}: logprobs[{at}] is {self.logprobs[at]}; sampled tokens need a finite one, others NaN"
             )
         if not np.isfinite(self.reward):
             raise InvalidTrajectory(f"{name}: reward is {self.reward}")
@@ -135,7 +138,7 @@ class Trajectory:
             raise InvalidTrajectory(f"{name}: finish_reason is {self.finish_reason!r}, not one of {FINISH_REASONS}")
         if not self.segments or self.segments[0].start != 0 or self.segments[-1].stop != response:
             covered = [self.segments[0].start, self.segments[-1].stop] if self.segments else []
-            raise InvalidTrajectory(f"{name}: segments run from and to {covered}, the response from 0 to {response}")
+            raise InvalidTrajectory(f"{name}: segments cover {covered}, the response [0, {response}]")
         check_segments(name, self.segments, self.versions)
         if (self.routed_experts is None) != (self.routing_spec is None):
             raise InvalidTrajectory(f"{name}: routed_experts and routing_spec must be given together")
@@ -145,44 +148,42 @@ class Trajectory:
             if segment.routed_experts is not None:
                 where = f"{name}: segment [{segment.start}, {segment.stop})"
                 if self.routing_spec is None:
-                    raise InvalidTrajectory(f"{where} has routed_experts, the trajectory has none")
+                    raise InvalidTrajectory(f"{where} has routed_experts, but the trajectory has none")
                 check_routing(where, segment.routed_experts, rows=prompt + segment.stop - 1, spec=self.routing_spec)
 
     @property
     def num_tokens(self) -> int:
-        """P + G."""
+        """The number of prompt and response tokens, P + G."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def sampled(self) -> npt.NDArray[np.bool_]:
-        """bool[G]: which response tokens the engine sampled."""
+        """bool[G]: True for the response tokens that the engine sampled."""
         mask: npt.NDArray[np.bool_] = self.versions != NOT_SAMPLED
         return mask
 
     @property
     def resume_points(self) -> tuple[int, ...]:
-        """Response positions at which an interrupted generation went on: where one segment follows another directly."""
+        """Response positions at which a cut generation was resumed: where one segment stops and the next starts."""
         return tuple(after.start for before, after in itertools.pairwise(self.segments) if before.stop == after.start)
 
     @property
     def is_partial(self) -> bool:
-        """True for a partial rollout: it was interrupted and resumed."""
+        """Whether this is a partial rollout, which was interrupted and resumed."""
         return bool(self.resume_points)
 
     @property
     def oldest_version(self) -> int:
-        """The oldest version that sampled a token of it."""
+        """The oldest version that sampled a token of this trajectory."""
         return min(segment.version for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The n sampled responses of one prompt, complete: the unit of the queue and of group-relative advantages.
-
-    group_id: "<prompt_id>.<attempt>"; a prompt that is issued again gets a new attempt, hence a new group id.
-    """
+    """The n finished responses of one prompt: the unit of the queue and of group-relative advantages."""
 
     group_id: str
+    """The id "<prompt_id>.<attempt>"; each issue of a prompt has an attempt, and so a group id, of its own."""
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
 
@@ -192,20 +193,22 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
+        """The number of prompt and response tokens of all trajectories."""
         return sum(t.num_tokens for t in self.trajectories)
 
     @property
     def oldest_version(self) -> int:
+        """The oldest version that sampled a token of the group."""
         return min(t.oldest_version for t in self.trajectories)
 
     @property
     def rewards(self) -> Float32Array:
-        """float32[n]."""
+        """float32[n]: the rewards of the trajectories."""
         return np.array([t.reward for t in self.trajectories], dtype=np.float32)
 
 
 def check_segments(name: str, segments: Sequence[Segment], versions: Int32Array) -> None:
-    """Raise InvalidTrajectory unless the segments follow one another, and stamp each token as int32[G] versions do."""
+    """Raise InvalidTrajectory unless the segments ascend and agree with the ``versions`` int32[G] of the tokens."""
     expected = np.full(len(versions), NOT_SAMPLED, dtype=np.int32)
     position = 0
     for segment in segments:
@@ -213,16 +216,17 @@ def check_segments(name: str, segments: Sequence[Segment], versions: Int32Array)
         if segment.start < position or segment.stop <= segment.start:
             raise InvalidTrajectory(f"{where} does not follow token {position}")
         if segment.stop > len(versions):
-            raise InvalidTrajectory(f"{where} goes beyond the response's {len(versions)} tokens")
+            raise InvalidTrajectory(f"{where} exceeds the response's {len(versions)} tokens")
         if segment.version < 0:
-            raise InvalidTrajectory(f"{where} is of version {segment.version}")
+            raise InvalidTrajectory(f"{where} has version {segment.version}; versions start at 0")
         expected[segment.start : segment.stop] = segment.version
         position = segment.stop
     wrong = np.flatnonzero(versions != expected)
     if wrong.size:
         at = int(wrong[0])
         raise InvalidTrajectory(
-            f"{name}: versions[{at}] is {versions[at]}, its segment says {expected[at]} ({NOT_SAMPLED}: in no segment)"
+            f"{name}: versions[{at}] is {versions[at]}, but its segment has {expected[at]} "
+            f"({NOT_SAMPLED}: in no segment)"
         )
 
 

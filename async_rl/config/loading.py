@@ -1,4 +1,7 @@
-"""From a YAML file and dotted overrides to the tree in ``config``, and back; explains faults, one line each."""
+"""From a YAML file and dotted overrides to the tree of ``schema``, and back. Owns how faults are explained to the user.
+
+Knows ``schema`` and YAML; nothing of what a setting does.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Annotated, Any, cast, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from typing_extensions import override
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
@@ -44,7 +48,7 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are YAML, names and paths as written.
+    """Parse ``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are YAML, names and paths stay text.
 
     Raises ConfigError for a stray word, a flag without a value, or a key that does not exist.
     """
@@ -52,14 +56,14 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     words = iter(arguments)
     for word in words:
         if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"unexpected argument {_short(word)}; settings are given as --section.key value")
+            raise ConfigError(f"unexpected argument {_short(word)}; write settings as --section.key value")
         key, equals, text = word[2:].partition("=")
         if _field(key) is None:
             raise ConfigError(_unknown(key))
         if not equals:
             value = next(words, None)
             if value is None or value.startswith("--"):
-                raise ConfigError(f"--{key} has no value")
+                raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             text = value
         try:
             overrides[key] = text if _is_text(key) and text != "null" else _read_yaml(text)
@@ -69,29 +73,31 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved tree, in the order of its declaration."""
+    """Return the resolved tree as YAML, in the order of its declaration."""
     text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     return text
 
 
 def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, its sentence) of every setting."""
+    """Yield (dotted key, its sentence) for every setting."""
     for name, info in section.model_fields.items():
         inner = info.annotation
-        if _is_section(inner):
+        if is_section(inner):
             yield from leaves(cast(type[BaseModel], inner), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info.description or ""
 
 
 def default_of(key: str) -> str:
-    """The default of a setting as one would write it; "required" where there is none."""
+    """Return the default of a setting as YAML; "required" if it has none."""
     info = _field(key)
     if info is None:
         raise ConfigError(_unknown(key))
     if info.is_required():
         return "required"
-    value = info.get_default()
+    value = info.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -101,13 +107,14 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it (PyYAML reads 1.1): 1e-6 is a number, off a word, and no key may come twice."""
+    """YAML 1.2 in the points that matter (PyYAML reads 1.1): 1e-6 is a number, off a word, and keys are unique."""
 
+    @override
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -119,7 +126,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that _Loader, or a reader of YAML 1.1, would take for something else."""
+    """A dumper that quotes the words which _Loader, or a reader of YAML 1.1, would read as another type."""
 
 
 for _side in (_Loader, _Dumper):
@@ -134,31 +141,32 @@ def _read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        # What PyYAML leaks for a date, number, escape or tagged value that only looks like one.
+        # PyYAML lets these through for malformed dates, numbers, escapes and tags.
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _field(key: str) -> FieldInfo | None:
-    """The setting of that dotted name; None for a section or an unknown name."""
+    """Return the setting of a dotted name; None for a section or an unknown name."""
     section: Any = RunConfig
     *sections, leaf = key.split(".")
     for part in sections:
         info = section.model_fields.get(part)
-        if info is None or not _is_section(info.annotation):
+        if info is None or not is_section(info.annotation):
             return None
         section = info.annotation
     info = section.model_fields.get(leaf)
-    return None if info is None or _is_section(info.annotation) else info
+    return None if info is None or is_section(info.annotation) else info
 
 
-def _is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> bool:
+    """Return whether a field of the tree is a section of further settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _is_text(key: str) -> bool:
-    """Whether a setting holds a string or a path, so that --name 7 means the name "7"."""
+    """Return whether a setting is a string or a path, so that --name 7 means the name "7"."""
     info = _field(key)
     options = get_args(info.annotation) if info is not None and get_args(info.annotation) else ()
     kinds = [kind for kind in (options or (info.annotation if info else None,)) if kind is not type(None)]
@@ -190,7 +198,7 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return _unknown(key)
     if fault["type"] == "missing":
-        return f"{shown}: required, and missing"
+        return f"{shown}: required, but missing"
     message: str = fault["msg"].removeprefix("Value error, ")
     if not key:
         return message
@@ -203,7 +211,7 @@ def _explain(fault: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for a message: a file of a few lines can say a gigabyte (by reference), and must not become one."""
+    """Return a value shortened for a message: by YAML references, a file of a few lines can describe a gigabyte."""
     try:
         return _REPR.repr(value)
     except ValueError:
@@ -211,7 +219,7 @@ def _short(value: Any) -> str:
 
 
 def _shown(key: str) -> str:
-    """A key for a message: on one line, and not longer than it."""
+    """Return a key for a message, on one line and shortened."""
     return key if key.isprintable() and len(key) <= _REPR.maxstring else _REPR.repr(key)
 
 

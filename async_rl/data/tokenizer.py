@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, loaded the same way wherever text becomes tokens or tokens become text."""
+"""The checkpoint's tokenizer, loaded the same way by every process that needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from async_rl.errors import ModelError
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The Hugging Face tokenizer of model.path. Raises ModelError when there is none."""
+    """Load the Hugging Face tokenizer of model.path. Raises ModelError when it cannot be loaded."""
     from transformers import AutoTokenizer  # takes a second; the command line must not pay for it
 
     path = config.model.path

@@ -1,8 +1,8 @@
-"""What this machine has and lacks for a run, line by line, before anything starts.
+"""Checks of machine, installation and inputs before a run starts; ``observe`` and the watchdog look at running ones.
 
-Small functions, each a Check or a few: ok, warn (the run starts, but you should know) or FAIL (it could not).
-``async-rl doctor`` prints them; the pipeline calls ``require``, which raises the first FAIL. Imports neither
-torch nor Ray nor vLLM: versions come from package metadata, devices from /dev.
+Small functions, each of which returns one or a few ``Check``s. ``async-rl doctor`` prints them; the driver calls
+``require``, which raises the first FAIL. Imports neither torch nor Ray nor vLLM: versions come from package metadata,
+devices from /dev.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["Check", "Status", "checks", "failed", "report", "require", "uses_gpu
 
 
 def checks(config: RunConfig | None) -> list[Check]:
-    """Everything that can be said about this machine; with ``config``, about its run here too."""
+    """Check this machine, and with ``config`` whether its run can start here."""
     found = [installation.python(), *installation.packages(), *installation.torch_build()]
     if config is None:
         return [*found, *machine.present()]
-    for look in (
+    for check in (
         machine.devices,
         machine.compiler,
         machine.cores,
@@ -33,32 +33,35 @@ def checks(config: RunConfig | None) -> list[Check]:
         inputs.functions,
         inputs.durable_queue,
     ):
-        found.extend(look(config))
+        found.extend(check(config))
     return found
 
 
 def failed(found: list[Check]) -> bool:
-    """Whether a run could not start."""
+    """Return whether a check failed, so that a run could not start."""
     return any(check.status == "FAIL" for check in found)
 
 
 def require(config: RunConfig) -> None:
-    """Raise the first FAIL as the error it is: ConfigError for settings, ResourceError for the machine."""
+    """Raise the first FAIL: a ConfigError for settings and inputs, a ResourceError for the machine."""
     for check in checks(config):
         if check.status == "FAIL":
             if check.cause is not None:
                 raise check.cause
-            raise check.error(f"{check.name}: {check.detail}" + (f"; {check.mend}" if check.mend else ""))
+            raise check.error(f"{check.name}: {check.detail}" + (f"; {check.fix}" if check.fix else ""))
 
 
 def report(found: list[Check]) -> str:
-    """One line per check, and one below with the mend where something is amiss."""
+    """Return one line per check, followed by one with the fix for each warn and FAIL, and a verdict at the end."""
     width = max(len(check.name) for check in found)
     lines = []
     for check in found:
         lines.append(f"{check.status:<5} {check.name:<{width}}  {check.detail}")
-        if check.mend and check.status != "ok":
-            lines.append(f"{'':<5} {'':<{width}}  -> {check.mend}")
+        if check.fix and check.status != "ok":
+            lines.append(f"{'':<5} {'':<{width}}  -> {check.fix}")
     fails = sum(check.status == "FAIL" for check in found)
-    lines.append("a run can start here" if not fails else f"a run cannot start here: {fails} to mend")
+    if not fails:
+        lines.append("a run can start on this machine")
+    else:
+        lines.append(f"this machine cannot run it: {fails} {'check' if fails == 1 else 'checks'} failed (see above)")
     return "\n".join(lines) + "\n"

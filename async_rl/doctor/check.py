@@ -1,4 +1,4 @@
-"""One line of what doctor says."""
+"""One line of doctor's report."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ Status = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line. Of a FAIL, ``require`` raises ``cause`` as it is, or else an ``error`` made of the line."""
+    """The result of one check."""
 
     name: str
     status: Status
+    """ok, warn (the run starts, with a drawback) or FAIL (the run could not start)."""
     detail: str
-    mend: str = ""
+    fix: str = ""
+    """What to do about it."""
     error: type[AsyncRLError] = ResourceError
+    """The type that ``require`` raises for a FAIL."""
     cause: AsyncRLError | None = None
+    """The error that ``require`` raises instead for a FAIL, if there is one."""
 
 
 def refused(name: str, error: AsyncRLError) -> Check:
-    """A FAIL that says what the run itself would say: the message names its key and mend already."""
+    """Return a FAIL with the error that the run itself would raise, whose message names key and fix already."""
     return Check(name, "FAIL", str(error), cause=error)

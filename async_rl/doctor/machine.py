@@ -1,4 +1,4 @@
-"""Devices, cores, memory and ports of this machine, against what a run wants of them."""
+"""Checks of this machine's devices, cores, memory and ports against the needs of a run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ GB = 10**9
 # client (libraries, compiled code, activations at warm-up), a trainer rank, the driver with Ray's own
 # processes.
 ENGINE_BYTES, TRAINER_BYTES, DRIVER_BYTES = int(2.5 * GB), int(1.0 * GB), int(0.7 * GB)
-# Bytes per parameter in a trainer rank: parameters, gradients and AdamW's two moments in float32, and beside
+# Bytes per parameter in a trainer rank: parameters, gradients and AdamW's two moments in float32, and with
 # a bfloat16 copy its float32 master.
 TRAINER_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
-# Ray's fallback below this is to refuse; a container's default /dev/shm is 64 MiB.
+# Ray refuses to start with less; a container's default /dev/shm is 64 MiB.
 RAY_MINIMUM_SHM = 80 * 2**20
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def present() -> Iterator[Check]:
-    """What there is, without a run to hold it against."""
+    """Report the machine's resources without checking them against a config."""
     yield Check("device", "ok", f"{gpu_count()} GPUs" if gpu_count() else "CPU")
     yield Check("cores", "ok", f"{len(available_cores())} usable")
     yield Check("memory", "ok", f"{available_memory() / GB:.1f} GB available")
@@ -39,21 +36,24 @@ def present() -> Iterator[Check]:
 
 
 def gpu_count() -> int:
+    """Return the number of GPUs of this machine."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def uses_gpu(config: RunConfig) -> bool:
+    """Return whether engines and trainer of this run compute on GPUs."""
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpu_count() > 0)
 
 
 def devices(config: RunConfig) -> Iterator[Check]:
+    """Check that there are as many GPUs as the run needs."""
     count = gpu_count()
     if not uses_gpu(config):
         if config.sync.backend == "nccl":
             yield Check(
                 "sync.backend",
                 "FAIL",
-                "nccl needs GPUs, there are none",
+                "nccl needs GPUs, and this machine has none",
                 "set sync.backend to shm",
                 ConfigError,
             )
@@ -68,7 +68,7 @@ def devices(config: RunConfig) -> Iterator[Check]:
 
 
 def compiler(config: RunConfig) -> Iterator[Check]:
-    """vLLM compiles the model on CPU, with a C++ compiler, unless told not to."""
+    """Check for a C++ compiler, with which vLLM compiles the model on CPU unless rollout.enforce_eager is set."""
     if uses_gpu(config) or config.rollout.enforce_eager:
         return
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
@@ -85,11 +85,12 @@ def compiler(config: RunConfig) -> Iterator[Check]:
 
 
 def available_cores() -> list[int]:
-    """Cores that this process may run on."""
+    """Return the cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))
 
 
 def cores(config: RunConfig) -> Iterator[Check]:
+    """Check that there are as many cores as the run's threads."""
     if uses_gpu(config):
         return
     count, resources = len(available_cores()), config.resources
@@ -101,8 +102,8 @@ def cores(config: RunConfig) -> Iterator[Check]:
             yield Check(
                 f"resources.{key}",
                 "FAIL",
-                f"{threads} threads for one process, this machine has {count} usable cores",
-                f"set it to {count} at most",
+                f"{threads} threads for one process, but this machine has {count} usable cores",
+                f"set it to at most {count}",
             )
     needed = config.rollout.replicas * resources.engine_threads
     needed += world_size(config.trainer.parallel) * resources.trainer_threads
@@ -113,13 +114,13 @@ def cores(config: RunConfig) -> Iterator[Check]:
         yield Check(
             "cores",
             "warn",
-            f"{detail}: nothing is pinned, and the sides slow each other down",
+            f"{detail}: no process is pinned, and engines and trainer slow each other down",
             "lower rollout.replicas, resources.engine_threads or resources.trainer_threads",
         )
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has, or the container allows if less."""
+    """Return the bytes that this process may still take from the machine, or from its container if that is less."""
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
@@ -135,7 +136,7 @@ def available_memory() -> int:
 
 
 def needed_memory(config: RunConfig, weights: int) -> int:
-    """Estimate for a run on CPU from a checkpoint of ``weights`` bytes; the queue's payloads come on top."""
+    """Estimate the bytes that a run on CPU needs with ``weights`` bytes of weights, without the queue's payloads."""
     parameters = weights // (4 if config.model.dtype == "float32" else 2)
     engine = ENGINE_BYTES + config.rollout.kv_cache_bytes + weights
     rank = TRAINER_BYTES + parameters * TRAINER_BYTES_PER_PARAMETER[config.model.dtype]
@@ -143,46 +144,47 @@ def needed_memory(config: RunConfig, weights: int) -> int:
 
 
 def memory(config: RunConfig) -> Iterator[Check]:
+    """Check that the memory suffices for a run on CPU."""
     if uses_gpu(config):
         return
     needed, free = needed_memory(config, checkpoint_bytes(config)), available_memory()
     detail = f"{free / GB:.1f} GB available, about {needed / GB:.1f} GB needed"
-    mend = "lower rollout.replicas, rollout.kv_cache_bytes or queue.max_bytes, or use a larger machine"
+    fix = "lower rollout.replicas, rollout.kv_cache_bytes or queue.max_bytes, or use a larger machine"
     if needed > free:
-        yield Check("memory", "FAIL", detail, mend)
+        yield Check("memory", "FAIL", detail, fix)
     elif needed + config.queue.max_bytes > free:
         yield Check(
             "memory",
             "warn",
             f"{detail}, and queue.max_bytes may fill {config.queue.max_bytes / GB:.1f} more",
-            mend,
+            fix,
         )
     else:
         yield Check("memory", "ok", detail)
 
 
 def shared_memory(config: RunConfig) -> Iterator[Check]:
-    """Ray's object store and, with the shm backend, one copy of the weights live in /dev/shm."""
+    """Check that /dev/shm has room for Ray's object store and, with sync.backend shm, for a copy of the weights."""
     weights = checkpoint_bytes(config) if config.sync.backend == "shm" else 0
     free = free_bytes("/dev/shm")
     detail = f"{free / GB:.1f} GB free in /dev/shm"
-    mend = "mount a larger /dev/shm (containers: --shm-size)"
+    fix = "mount a larger /dev/shm (containers: --shm-size)"
     if free < weights + RAY_MINIMUM_SHM:
         needed = (weights + RAY_MINIMUM_SHM) / GB
-        yield Check("shared memory", "FAIL", f"{detail}, {needed:.1f} GB needed for weights and Ray", mend)
+        yield Check("shared memory", "FAIL", f"{detail}, {needed:.1f} GB needed for weights and Ray", fix)
     elif free < weights + config.queue.max_bytes:
         yield Check(
             "shared memory",
             "warn",
             f"{detail}, less than queue.max_bytes ({config.queue.max_bytes / GB:.1f} GB) and the weights",
-            f"{mend}, or lower queue.max_bytes",
+            f"{fix}, or lower queue.max_bytes",
         )
     else:
         yield Check("shared memory", "ok", detail)
 
 
 def ports(config: RunConfig) -> Iterator[Check]:
-    """The ports that the processes will serve /metrics on: driver, replicas and ranks."""
+    """Check that the ports for /metrics of driver, replicas and ranks are free."""
     host, first = config.metrics.host, config.metrics.port
     wanted = (
         range(first, first + 1 + config.rollout.replicas + world_size(config.trainer.parallel)) if first else range(1)
@@ -196,7 +198,7 @@ def ports(config: RunConfig) -> Iterator[Check]:
                 "metrics.port",
                 "FAIL",
                 f"cannot listen on {host}:{port} ({error})",
-                "set metrics.port to the first of as many free ports, or to 0; metrics.host must be local",
+                "set metrics.port to 0 or to the first of enough free ports; metrics.host must be local",
             )
             return
     detail = f"{host}:{wanted[0]} to {wanted[-1]} are free" if first else f"free ports of {host} are chosen"
@@ -204,12 +206,12 @@ def ports(config: RunConfig) -> Iterator[Check]:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Size of the weights on disk; 0 while there are none."""
+    """Return the size of the weights on disk; 0 while there are none."""
     return sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
 
 
 def free_bytes(path: str) -> int:
-    """Free bytes of the file system that holds ``path``; 0 if there is none."""
+    """Return the free bytes of the file system that contains ``path``; 0 if there is none."""
     try:
         return shutil.disk_usage(path).free
     except OSError:

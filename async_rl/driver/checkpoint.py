@@ -136,7 +136,7 @@ class Checkpointer:
         for replica, share in shares.items():
             await self._queue.adopt(worker_id(replica), share)
         # The names of the other workers are those of the run that ended, which may have had more of them.
-        for name in (await self._queue.stats()).running:
+        for name in (await self._queue.stats()).in_flight:
             await self._queue.worker_lost(name, keep=state.in_flight)
         adopted: list[str] = []
         for replica, share in shares.items():

@@ -33,7 +33,8 @@ from typing import Any
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Dataset, DatasetCursor
+from async_rl.data.cursor import DatasetCursor
+from async_rl.data.dataset import Dataset
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
@@ -45,10 +46,10 @@ from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.models.config import read_model_config
-from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
+from async_rl.queue.start import start_queue
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.runtime import logs, timeouts
 from async_rl.runtime.interrupt import first_failure

@@ -103,7 +103,7 @@ class Monitor:
             phase_s=time.monotonic() - self._since,
             queued_groups=0 if queue is None else queue.queued_groups,
             required_groups=self._config.required_groups,
-            in_flight={} if queue is None else queue.running,
+            in_flight={} if queue is None else queue.in_flight,
             refusal=None if queue is None else queue.refusal,
             unresponsive=[*silent, *(["the queue"] if stats is None else [])],
             restarting=[worker_id(r) for r in self._rollouts.workers if r not in self._sync.members],

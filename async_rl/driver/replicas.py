@@ -16,8 +16,9 @@ import structlog
 from async_rl.driver.actors import RolloutHandle, RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
-from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
-from async_rl.queue.client import QueueClient, incoming
+from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
+from async_rl.queue.client import QueueClient
+from async_rl.queue.handover import collect
 from async_rl.rollout.worker import worker_id
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
@@ -77,13 +78,7 @@ class ReplicaSupervisor:
                 raise AsyncRLError(f"{worker_id(replica)} stopped before the last training step")
 
     async def _collect(self, worker: RolloutHandle) -> None:
-        async for meta, payload in incoming(worker.groups()):
-            try:
-                await self._queue.put_stored(meta, payload)
-            except (UnknownGroup, DuplicateGroup) as error:
-                # The queue decides which groups there are: the prompt of this one has been issued again.
-                log.warning("untracked_group_discarded", group=meta.group_id, reason=str(error))
-            worker.accepted(meta.group_id)
+        await collect(self._queue, worker.groups(), worker.accepted)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
         """Start another worker, hand it the groups in flight that could be saved, and wait until it has weights."""

@@ -13,15 +13,15 @@ from typing import Any
 import structlog
 
 from async_rl import doctor
+from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
-from async_rl.data.prompts import Dataset, read_jsonl
+from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
 from async_rl.errors import ConfigError
-from async_rl.rollout.user_function import load_function
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, until_interrupted

@@ -1,7 +1,7 @@
-"""What a checkpoint folder says about its model, read from config.json alone, and whether a run fits it.
+"""The model's shape, read from the config.json of a checkpoint folder, and whether a run's settings fit it.
 
-Light on purpose: no torch, no Megatron, no transformers, so that every room and ``doctor`` can ask. Knows
-``config``, ``errors``, ``types``. Building the model is the trainer's business.
+Light on purpose: no torch, no Megatron, no transformers, so that every room and ``doctor`` can import it. Knows
+``config``, ``errors`` and ``types``; the trainer builds the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ScoreFunction = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Rotary embeddings stretched to longer contexts (arXiv:2309.00071), in the words of config.json."""
+    """Rotary embeddings stretched to longer contexts (arXiv:2309.00071), with config.json's names."""
 
     factor: float
     original_max_position_embeddings: int
@@ -33,62 +33,80 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Multi-head latent attention (MLA, arXiv:2405.04434). Ranks of the compressed query (None: not compressed) and key
-    and value; sizes of a head: without position, rotary, and of its value."""
+    """Multi-head latent attention (MLA, arXiv:2405.04434)."""
 
     query_rank: int | None
+    """Rank of the compressed query; None if it is not compressed."""
     key_value_rank: int
+    """Rank of the compressed key and value."""
     plain_dim: int
+    """Size of a head's part without position."""
     rotary_dim: int
+    """Size of a head's rotary part."""
     value_dim: int
+    """Size of a head's value."""
     yarn: Yarn | None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a supported model.
-
-    rotary_fraction: the part of a head that is rotated. latent: None for ordinary attention, whose q and k have norms
-    per head with ``qk_norm``, and q, k and v biases with ``qkv_bias``. extra_layers: layers past the last that the
-    checkpoint may carry (multi-token prediction); they are not built. moe_layers: 0-based numbers of the layers whose
-    MLP is a mixture of experts, ascending; empty for a dense model, where what follows it is of no meaning.
-    score_function: how the router's logits become scores; expert_bias: added to them for the choice alone; num_groups,
-    group_top_k: experts are chosen among those of the best groups, 0 where there are no groups; scaling: factor on the
-    weights of routed experts; shared_intermediate_size: of the experts that every token goes to, together.
-    """
+    """The shape of a supported model."""
 
     architecture: str
+    """The class name in config.json, a key of ``FAMILIES``."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Of the dense MLPs."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Size of a head of ordinary attention."""
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    """Whether input and output embeddings are one parameter."""
     qk_norm: bool = False
+    """Whether q and k have a norm per head; for ordinary attention."""
     qkv_bias: bool = False
+    """Whether q, k and v have biases; for ordinary attention."""
     rotary_fraction: float = 1.0
+    """The part of a head that is rotated."""
     latent: LatentAttention | None = None
+    """Multi-head latent attention; None for ordinary attention."""
     extra_layers: int = 0
+    """Layers past the last that the checkpoint may have, for multi-token prediction; they are not built."""
     moe_layers: tuple[int, ...] = ()
+    """0-based numbers, ascending, of the layers whose MLP is a mixture of experts. If empty, the model is dense and the
+    fields below have no meaning."""
     num_experts: int = 0
     top_k: int = 0
+    """Experts per token."""
     moe_intermediate_size: int = 0
+    """Of one routed expert."""
     norm_topk_prob: bool = False
+    """Whether the weights of a token's experts are normalized to 1."""
     score_function: ScoreFunction = "softmax"
+    """How the router's logits become scores."""
     expert_bias: bool = False
+    """Whether a bias is added to the scores for the choice of experts alone."""
     num_groups: int = 0
+    """Groups of experts; 0 without groups."""
     group_top_k: int = 0
+    """Best groups that a token's experts are chosen from; 0 without groups."""
     scaling: float = 1.0
+    """Factor on the weights of routed experts."""
     shared_intermediate_size: int = 0
+    """Of all shared experts together, which every token goes to."""
 
     def sequence_cost(self, positions: int) -> float:
-        """FLOPs of a forward pass over one sequence: 2 for each parameter that a token meets, output layer too, and
-        causal attention, which grows with the square."""
+        """Return the FLOPs of a forward pass over one sequence.
+
+        They are 2 for each parameter that a token meets, including the output layer, and causal attention, which grows
+        with the square of the positions.
+        """
         latent = self.latent
         query_dim = self.head_dim if latent is None else latent.plain_dim + latent.rotary_dim
         value_dim = self.head_dim if latent is None else latent.value_dim
@@ -114,14 +132,14 @@ class ModelConfig:
 
     @property
     def routing_spec(self) -> RoutingSpec | None:
-        """How one row of routing looks; None for a dense model."""
+        """The layout of routed experts; None for a dense model."""
         if not self.moe_layers:
             return None
         return RoutingSpec(num_moe_layers=len(self.moe_layers), top_k=self.top_k, num_experts=self.num_experts)
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the mend."""
+    """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the fix."""
     values = _read_json(path)
     architecture = (values.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
@@ -132,17 +150,17 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def routing_spec(path: Path) -> RoutingSpec | None:
-    """How one row of routing looks for the model in ``path``; None for a dense model."""
+    """Return the layout of routed experts of the model in ``path``; None for a dense model."""
     return read_model_config(path).routing_spec
 
 
 def check_run(config: RunConfig, model: ModelConfig) -> None:
-    """Raise ModelError if the settings cannot work with this model. Nothing is started before this passed."""
+    """Raise ModelError if the settings cannot work with this model. Checked before anything starts."""
     if config.trainer.router_replay != "off" and model.routing_spec is None:
         raise ModelError(
             f"trainer.router_replay is {config.trainer.router_replay}, but {config.model.path} "
-            f"({model.architecture}) has no MoE layer, hence no routing to replay; "
-            "set trainer.router_replay to off"
+            f"({model.architecture}) has no MoE layer, and so no routed experts to "
+            "replay; set trainer.router_replay to off"
         )
     _check_layout(config, model)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -150,7 +168,7 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
         raise ModelError(
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) + rollout.max_response_tokens "
             f"({config.rollout.max_response_tokens}) is {longest}, above the {model.max_position_embeddings} "
-            f"positions of {config.model.path} (max_position_embeddings); lower one of the two"
+            f"positions of {config.model.path} (max_position_embeddings); lower one of them"
         )
 
 
@@ -186,7 +204,7 @@ def _check_layout(config: RunConfig, model: ModelConfig) -> None:
 
 
 def checkpoint_shards(path: Path) -> list[Path]:
-    """The *.safetensors files of a checkpoint folder, all present. Raises ModelError naming what is not."""
+    """Return the *.safetensors files of a checkpoint folder. Raises ModelError naming those that are missing."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -196,60 +214,65 @@ def checkpoint_shards(path: Path) -> list[Path]:
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise ModelError(
-                f"model.path {path}: {index.name} lists {', '.join(missing[:5])}, which the folder lacks; "
+                f"model.path {path}: {index.name} lists {', '.join(missing[:5])}, but the folder has no such files; "
                 "copy or download the checkpoint again"
             )
         return [path / name for name in names]
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
-        raise ModelError(f"model.path {path}: no *.safetensors file; a Hugging Face checkpoint folder is needed")
+        raise ModelError(f"model.path {path}: no *.safetensors file; set it to a Hugging Face checkpoint folder")
     return shards
 
 
 class _Fields:
-    """Reads config.json, with an error that names the key."""
+    """A config.json whose fields are read with errors that name folder and key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
         self.values = values
 
     def error(self, what: str) -> ModelError:
+        """Return the error for a fault in this config.json."""
         return ModelError(f"model.path {self.path}: config.json: {what}")
 
     def only(self, **wanted: Any) -> None:
-        """Refuse what a family allows but this trainer would compute differently from the engine."""
+        """Raise ModelError for values that the family allows but that this trainer would compute unlike the engine."""
         for key, value in wanted.items():
             found = self.values.get(key, value)
             if found != value:
                 raise self.error(f"{key} is {found!r}; only {value!r} is supported")
 
     def positive(self, *names: str, default: int | None = None) -> int:
-        """The first of ``names`` that is set."""
+        """Return the first of ``names`` that is set. Raises ModelError unless it is a positive integer."""
         value = next((self.values[name] for name in names if self.values.get(name) is not None), default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self.error(f"{names[0]} is {value!r}, expected a positive integer")
         return value
 
     def not_negative(self, name: str) -> int:
-        """0 where it is not set."""
+        """Return a field that may be missing or 0."""
         return self.positive(name) if self.values.get(name) else 0
 
     def integers(self, name: str) -> list[int]:
+        """Return a field that is a list of layers; [] if it is missing."""
         value = self.values.get(name) or []
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
             raise self.error(f"{name} is {value!r}, expected a list of layers")
         return value
 
     def rope_theta(self) -> float:
-        # 10000 is what transformers assumes for a configuration that names none.
+        """Return the base of the rotary embeddings."""
+        # 10000 is the default of transformers.
         return float(self._rope.get("rope_theta", self.values.get("rope_theta", 10000.0)))
 
     def plain_rope(self) -> None:
+        """Raise ModelError for rotary embeddings of another kind than the ordinary one."""
         kind = self._rope_type
         if kind != "default":
             raise self.error(f"rope_type is {kind!r}; only 'default' is supported")
 
     def yarn(self) -> Yarn | None:
+        """Return the stretching of rotary embeddings; None for ordinary ones."""
         if self._rope_type == "default":
             return None
         if self._rope_type != "yarn":
@@ -266,7 +289,7 @@ class _Fields:
 
     @property
     def _rope(self) -> Mapping[str, Any]:
-        """transformers 5 nests it in rope_parameters; before, it stood at the top beside rope_scaling."""
+        """The rotary embeddings' fields: rope_parameters since transformers 5, rope_scaling and the top before."""
         return self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
 
     @property
@@ -278,7 +301,7 @@ class _Fields:
 
 
 def _common(architecture: str, fields: _Fields) -> ModelConfig:
-    """What all families say in the same words."""
+    """Read the fields that all families name alike."""
     fields.only(hidden_act="silu", use_sliding_window=False, quantization_config=None)
     heads = fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", default=heads)
@@ -292,7 +315,7 @@ def _common(architecture: str, fields: _Fields) -> ModelConfig:
         num_layers=fields.positive("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        # Some set the head size apart from hidden_size / heads; the quotient is only the fallback.
+        # Some families set the head size independently of hidden_size / heads; the quotient is only the default.
         head_dim=fields.positive("head_dim", default=fields.positive("hidden_size") // heads),
         rms_norm_eps=float(fields.values.get("rms_norm_eps", 1e-6)),
         rope_theta=fields.rope_theta(),
@@ -360,16 +383,16 @@ def _glm4_moe(architecture: str, fields: _Fields) -> ModelConfig:
 
 def _sigmoid_routed(architecture: str, fields: _Fields) -> ModelConfig:
     """Experts as in DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a bias for balance, groups, shared experts."""
-    # Megatron normalizes sigmoid scores always.
+    # Megatron always normalizes sigmoid scores.
     fields.only(norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     model = _common(architecture, fields)
     experts = _experts(fields)
     groups, group_top_k = fields.positive("n_group", default=1), fields.positive("topk_group", default=1)
     if groups > 1 and experts["top_k"] != 2 * group_top_k:
-        # A group's score is the sum of its best two; Megatron takes the best top_k / topk_group.
+        # A group's score is the sum of its best two experts; Megatron sums the best top_k / topk_group.
         raise fields.error(
             f"num_experts_per_tok is {experts['top_k']} with topk_group {group_top_k}; "
-            "only twice as many experts as groups is supported"
+            "only num_experts_per_tok = 2 x topk_group is supported"
         )
     intermediate = fields.positive("moe_intermediate_size")
     return replace(
@@ -389,7 +412,7 @@ def _sigmoid_routed(architecture: str, fields: _Fields) -> ModelConfig:
 
 
 def _experts(fields: _Fields) -> dict[str, Any]:
-    # transformers 5 writes num_local_experts where earlier versions wrote num_experts; DeepSeek's word is another.
+    # transformers 5 writes num_local_experts, earlier versions num_experts, DeepSeek n_routed_experts.
     experts = fields.positive("num_experts", "num_local_experts", "n_routed_experts")
     top_k = fields.positive("num_experts_per_tok")
     if top_k > experts:
@@ -397,7 +420,7 @@ def _experts(fields: _Fields) -> dict[str, Any]:
     return {"num_experts": experts, "top_k": top_k}
 
 
-# Architectures that the tables in models/names.py cover, by how their config.json is read.
+# {architecture: how its config.json is read}, for the architectures that the tables in models/names.py cover.
 FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
     "Qwen3ForCausalLM": _qwen3,
     "Qwen3MoeForCausalLM": _qwen3_moe,
@@ -414,9 +437,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except OSError as error:
-        raise ModelError(f"model.path {path}: config.json: {error.strerror}; a Hugging Face folder has one") from None
+        raise ModelError(
+            f"model.path {path}: config.json: {error.strerror}; set it to a Hugging Face checkpoint folder"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"model.path {path}: config.json is not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ModelError(f"model.path {path}: config.json holds a {type(values).__name__}, expected an object")
+        raise ModelError(f"model.path {path}: config.json is a JSON {type(values).__name__}, expected an object")
     return values

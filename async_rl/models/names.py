@@ -1,7 +1,7 @@
-"""Hugging Face <-> Megatron parameter names, as tables that can be checked at a glance, and how tensors are cut.
+"""Hugging Face and Megatron parameter names, as tables that can be checked at a glance, and how tensors are cut.
 
-Pure: knows torch and ``model_config``, neither Megatron nor vLLM. Loading and export both go by ``entries``,
-so what one of them reads, the other writes, bit for bit.
+Pure: knows torch and ``ModelConfig``, neither Megatron nor vLLM. Loading and export both use ``entries``,
+so that export writes what loading read, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from async_rl.models.config import ModelConfig
 
-# Which Megatron layer specification the names are for: Megatron's own modules, or Transformer Engine's, which
-# fold a norm into the projection behind it and keep a layer's experts in one grouped module.
+# The Megatron layer specification that names belong to: Megatron's own modules, or Transformer Engine's, which
+# fold a norm into the projection after it and keep a layer's experts in one grouped module.
 Layout = Literal["local", "transformer_engine"]
 Kind = Literal["same", "qkv", "gate_up"]
 # How tensor parallelism cuts the Hugging Face tensors: by rows (dimension 0), by columns (1), or not at all.
@@ -29,7 +29,7 @@ AXIS: dict[Cut, int] = {"rows": 0, "columns": 1}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: a Megatron parameter and the Hugging Face tensors it is made of.
+    """One line of a table: a Megatron parameter and the Hugging Face tensors that make it.
 
     {M} and {H} stand for one layer in Megatron and Hugging Face, {E} for one expert of it.
     """
@@ -129,21 +129,23 @@ UNTIED = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One Megatron parameter of a given model, and the Hugging Face tensors that make it, in order.
-
-    layer: its number, -1 for what stands before the layers, the model's number of layers for what stands after them.
-    expert: its number, None for what belongs to none.
-    """
+    """One Megatron parameter of a given model, and the Hugging Face tensors that make it."""
 
     pattern: str
+    """Megatron's name, with {M} and {E} as in ``Row``."""
     kind: Kind
+    """How the tensors are merged."""
     cut: Cut
+    """How tensor parallelism cuts them."""
     layer: int
+    """Number of the layer; -1 before the layers, the model's number of layers after them."""
     expert: int | None
+    """Number of the expert; None for a parameter outside of experts."""
     hf: tuple[str, ...]
+    """Names of the Hugging Face tensors, in the order in which they are merged."""
 
     def name(self, layer: int | None = None, expert: int | None = None) -> str:
-        """The parameter's name in a model, where layer and expert have these numbers; by default their own."""
+        """Return Megatron's name of the parameter; layer and expert may have other numbers on this rank."""
         return self.pattern.format(
             M=f"decoder.layers.{self.layer if layer is None else layer}", E=self.expert if expert is None else expert
         )
@@ -151,7 +153,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """A tensor of a checkpoint without its data."""
+    """The description of a checkpoint's tensor, without its data."""
 
     name: str
     dtype: torch.dtype
@@ -159,7 +161,7 @@ class Meta:
 
 
 def entries(model: ModelConfig, layout: Layout) -> Iterator[Entry]:
-    """Every parameter of the model, embedding first, layer by layer, output last: the order of export."""
+    """Yield every parameter of the model in the order of export: embedding, layer by layer, output."""
 
     def fill(rows: Sequence[Row], layer: int, expert: int | None = None) -> Iterator[Entry]:
         for row in rows:
@@ -194,7 +196,7 @@ def _attention(model: ModelConfig) -> list[tuple[Row, ...]]:
 
 
 def ignored(model: ModelConfig, hf_name: str) -> bool:
-    """Tensors that some checkpoints carry and that are not built: copies, and layers that predict further tokens."""
+    """Return whether a tensor of a checkpoint is not built: a copy, or of a layer that predicts further tokens."""
     return (
         hf_name.endswith("rotary_emb.inv_freq")
         or (model.tie_word_embeddings and hf_name == "lm_head.weight")
@@ -203,12 +205,12 @@ def ignored(model: ModelConfig, hf_name: str) -> bool:
 
 
 def of_extra_layer(model: ModelConfig, hf_name: str) -> bool:
-    """Tensors of layers past the last, which predict further tokens: never built, and exported as they were."""
+    """Return whether a tensor belongs to a layer past the last: never built, and exported unchanged."""
     return hf_name.startswith(tuple(f"model.layers.{model.num_layers + n}." for n in range(model.extra_layers)))
 
 
 def extra_layers(model: ModelConfig, shards: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the layers past the last, from a checkpoint's files."""
+    """Yield (name, tensor) of the layers past the last from a checkpoint's files."""
     for shard in shards if model.extra_layers else ():
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
@@ -217,8 +219,10 @@ def extra_layers(model: ModelConfig, shards: Sequence[Path]) -> Iterator[tuple[s
 
 
 def hf_shapes(model: ModelConfig, entry: Entry, shape: Sequence[int], parts: int = 1) -> list[tuple[int, ...]]:
-    """Shapes of the whole Hugging Face tensors behind a Megatron parameter, one of ``parts`` that it is cut into, of
-    ``shape``; without touching data."""
+    """Return the shapes of the whole Hugging Face tensors that make a Megatron parameter, without reading data.
+
+    ``shape`` is that of one of the ``parts`` which tensor parallelism cuts the parameter into.
+    """
     if entry.kind == "qkv":
         rows = [model.num_heads * model.head_dim, *[model.num_kv_heads * model.head_dim] * 2]
         return [(count, *shape[1:]) for count in rows]
@@ -228,27 +232,27 @@ def hf_shapes(model: ModelConfig, entry: Entry, shape: Sequence[int], parts: int
 
 
 def part(entry: Entry, tensor: torch.Tensor, index: int, parts: int) -> torch.Tensor:
-    """Of a Hugging Face tensor, what part ``index`` of ``parts`` of the Megatron parameter is made of."""
+    """Return the piece of a Hugging Face tensor that makes part ``index`` of ``parts`` of the Megatron parameter."""
     return tensor if entry.cut == "whole" else tensor.chunk(parts, dim=AXIS[entry.cut])[index]
 
 
 def join(entry: Entry, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The inverse of ``part``: all parts of one Hugging Face tensor to the whole."""
+    """Join all pieces of one Hugging Face tensor to the whole; the inverse of ``part``."""
     return pieces[0] if entry.cut == "whole" or len(pieces) == 1 else torch.cat(list(pieces), dim=AXIS[entry.cut])
 
 
 def to_megatron(model: ModelConfig, kind: Kind, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Hugging Face tensors, or the parts of them that one rank has, to the Megatron parameter they make."""
+    """Merge Hugging Face tensors, or one rank's pieces of them, to the Megatron parameter that they make."""
     return _MERGE[kind](model, tensors)
 
 
 def to_hf(model: ModelConfig, kind: Kind, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The inverse of ``to_megatron``: contiguous tensors, views of the parameter where its layout allows."""
+    """Split a Megatron parameter into Hugging Face tensors, as views if possible; the inverse of ``to_megatron``."""
     return _SPLIT[kind](model, tensor)
 
 
 def write_checkpoint(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, *, shard_bytes: int) -> None:
-    """Write a folder's *.safetensors and their index, holding at most one shard in memory.
+    """Write weights as *.safetensors with an index, keeping at most one shard in memory.
 
     Shards are numbered as they fill; the index comes last, so that a folder with an index is complete.
     """
@@ -258,7 +262,7 @@ def write_checkpoint(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, 
     total = 0
 
     def flush() -> None:
-        # All shards get the long form of the name: how many there will be is not known while streaming.
+        # The usual names count all shards, but their number is not known while streaming.
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
@@ -295,7 +299,7 @@ def _split_gate_up(_: ModelConfig, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _merge_qkv(model: ModelConfig, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    # Megatron keeps each key/value head beside the query heads it serves: for every group g of grouped-query
+    # Megatron keeps each key/value head next to the query heads it serves: for every group g of grouped-query
     # attention the rows are [queries of g | key of g | value of g], so that tensor parallelism can cut by
     # group. A bias is laid out as the weight's rows are.
     groups = tensors[1].shape[0] // model.head_dim

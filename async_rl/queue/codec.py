@@ -1,7 +1,7 @@
-"""The wire format of a group: what ``wire`` carries for it. ``encode`` to one buffer, ``decode`` to views on it.
+"""The wire format of a group: ``encode`` to one buffer, ``decode`` to views on it.
 
-The table holds what is not an array: ids, prompt text and fields, rewards, row layouts. Knows ``types``, ``wire`` and
-``errors``, not the queue.
+Owns the names of a group's table entries and arrays in a ``wire`` message. The table has ids, prompt text and fields,
+rewards and routing specs. Knows ``types``, ``wire`` and ``errors``, not the queue.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ GROUP = Kind(b"ARLG", SCHEMA_VERSION, "group")
 
 
 def encode(group: Group, max_bytes: int = MAX_MESSAGE_BYTES) -> npt.NDArray[np.uint8]:
-    """The message, uint8[N]: one allocation, each array copied once.
+    """Return the message, uint8[N], made in one allocation with one copy of each array.
 
-    Raises WireError where the message would exceed ``max_bytes`` or the prompt's fields are not JSON-like.
+    Raises WireError when the message would exceed ``max_bytes`` or the prompt's fields are not JSON-like.
     """
     return pack(GROUP, f"group {group.group_id}", _table(group), dict(_arrays(group)), max_bytes)
 
 
 def decode(buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> Group:
-    """The group, validated; its arrays are read-only views that keep ``buffer`` alive.
+    """Return the validated group; its arrays are read-only views that keep ``buffer`` alive.
 
     Raises WireError for anything but a whole, intact message of this schema and at most ``max_bytes``.
     """
@@ -38,7 +38,7 @@ def decode(buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> Group:
 
 
 def prompt_table(name: str, prompt: Prompt) -> dict[str, Any]:
-    """What is not an array of the prompt of ``name``. Raises WireError where its fields are not JSON-like."""
+    """Return the table entries of the prompt of ``name``. Raises WireError unless its fields are JSON-like."""
     try:
         check_json_like(dict(prompt.fields), "fields")
     except (TypeError, RecursionError) as error:
@@ -47,7 +47,7 @@ def prompt_table(name: str, prompt: Prompt) -> dict[str, Any]:
 
 
 def build_prompt(table: dict[str, Any], token_ids: Array) -> Prompt:
-    """The prompt of ``prompt_table``. Raises WireError."""
+    """Build the prompt from the entries that ``prompt_table`` returned. Raises WireError when one is invalid."""
     fields = get(table, "fields", dict)
     try:
         check_json_like(fields, "fields")
@@ -63,7 +63,10 @@ def build_prompt(table: dict[str, Any], token_ids: Array) -> Prompt:
 
 
 def build_segments(t: int, take: Callable[[str], Array], views: dict[str, Array]) -> tuple[Segment, ...]:
-    """The segments of trajectory ``t``, with the routing of those that keep their own. Raises WireError."""
+    """Build the segments of trajectory ``t``, with the routed experts of those that have their own.
+
+    Raises WireError when the array of segments is invalid.
+    """
     rows = take(f"{t}.segments")
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int32:
         raise WireError(f"array {t}.segments is {rows.dtype}{list(rows.shape)}, expected int32[S, 3]")
@@ -74,7 +77,7 @@ def build_segments(t: int, take: Callable[[str], Array], views: dict[str, Array]
 
 
 class Response(Protocol):
-    """What the wire carries of a response, whether it is finished or in the making."""
+    """The part of a response that the wire carries, for finished trajectories and those in flight alike."""
 
     @property
     def response_ids(self) -> Int32Array: ...
@@ -89,7 +92,7 @@ class Response(Protocol):
 
 
 def response_arrays(t: int, response: Response) -> Iterator[tuple[str, Array]]:
-    """The arrays of response ``t`` under their names on the wire; ``build_segments`` reads those of its segments."""
+    """Yield (name on the wire, array) for response ``t``; ``build_segments`` reads those of its segments."""
     yield f"{t}.response_ids", response.response_ids
     yield f"{t}.logprobs", response.logprobs
     yield f"{t}.versions", response.versions
@@ -103,7 +106,7 @@ def response_arrays(t: int, response: Response) -> Iterator[tuple[str, Array]]:
 
 
 def _arrays(group: Group) -> Iterator[tuple[str, Array]]:
-    """Every array of the group under its name on the wire; ``_build_group`` asks for the same names."""
+    """Yield (name on the wire, array) for the whole group; ``_build_group`` reads the same names."""
     yield "prompt", group.prompt.token_ids
     for t, trajectory in enumerate(group.trajectories):
         yield f"{t}.prompt_ids", trajectory.prompt_ids
@@ -155,9 +158,9 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
             )
         group = Group(get(table, "group_id", str), prompt, tuple(trajectories))
     except InvalidTrajectory as error:
-        raise WireError(f"the message's checksum holds, but what it carries is invalid: {str(error)[:500]}") from None
+        raise WireError(f"the message is intact, but its contents are invalid: {str(error)[:500]}") from None
     if views:
-        raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])[:200]}")
+        raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])[:200]}")
     return group
 
 
@@ -167,7 +170,7 @@ def routing_entry(spec: RoutingSpec | None) -> list[int] | None:
 
 
 def routing_spec(value: Any) -> RoutingSpec | None:
-    """The layout of routed experts from its three sizes. Raises WireError."""
+    """Build a routing spec from the entry that ``routing_entry`` returned. Raises WireError when it is invalid."""
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):

@@ -1,14 +1,14 @@
-"""What the queue has decided, on disk: the calls that changed the broker, so that a queue that died is rebuilt.
+"""The journal of the queue's decisions, on disk: a queue that died is rebuilt from the calls in it.
 
     frame: u32 length, u32 checksum (xxh32), then msgpack
     [call id, method, arguments]       a call that the broker answered, with the id that its caller gave it
     ["", "restore", [state, answers]]  in place of everything before it; written by ``compact``
 
-A call is written down after the broker took it and before its caller hears of it. So what a caller has heard of is on
-record, and a frame that was torn by the end of the process was of a call that nobody was told about. Frames reach the
-kernel, not the disk: the journal outlives its process, and is of no use after the machine, where a checkpoint is.
+A call is written after the broker decided it and before its caller gets the answer. So every answer that a caller has
+is on record, and a frame that was torn by the end of the process belongs to a call without an answer. Frames reach the
+kernel, not the disk: the journal survives its process but not the machine, for which there are checkpoints.
 
-Knows files alone.
+Knows only files.
 """
 
 from __future__ import annotations
@@ -30,27 +30,31 @@ Event = list[Any]
 
 
 class Journal(Protocol):
-    """Where events are kept, in order."""
+    """A place where events are kept in order."""
 
     def replay(self) -> Iterator[Event]:
-        """Every event since the last ``compact``, which gave the first. Call it before ``append``."""
+        """Yield the event of the last ``compact`` and every event since. Call it before ``append``."""
         ...
 
-    def append(self, event: Event) -> None: ...
+    def append(self, event: Event) -> None:
+        """Add an event at the end."""
+        ...
 
     def compact(self, event: Event) -> None:
-        """Put one event in the place of all before it, at once or not at all."""
+        """Replace all events by one, atomically."""
         ...
 
     def size(self) -> int:
-        """Bytes."""
+        """Return the journal's size in bytes."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the file or connection."""
+        ...
 
 
 class FileJournal:
-    """One file. A single writer at a time."""
+    """A journal in one file, with a single writer at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,7 +62,7 @@ class FileJournal:
         self._bytes = os.fstat(self._file).st_size
 
     def replay(self) -> Iterator[Event]:
-        """A torn frame at the end is cut off. Raises QueueError for one that is damaged before it."""
+        """Yield all events, and cut off a torn frame at the end. Raises QueueError for a frame damaged before it."""
         data = self._path.read_bytes()
         position = 0
         while position < len(data):
@@ -96,11 +100,13 @@ class FileJournal:
 
 
 def pack(event: Event) -> bytes:
+    """Return the event in msgpack."""
     packed: bytes = msgpack.packb(event)
     return packed
 
 
 def unpack(packed: bytes) -> Event:
+    """Return the event that ``pack`` packed."""
     event: Event = msgpack.unpackb(packed, strict_map_key=False)
     return event
 

@@ -1,5 +1,4 @@
-"""What the queue says and is told: tickets, what it knows of a group, counts, one moment's state. Plain
-frozen data.
+"""The records that travel between the queue and its clients: tickets, group metadata, statistics. Plain frozen data.
 
 Knows ``types``, and the counts that ``metrics`` shows.
 """
@@ -17,38 +16,44 @@ from async_rl.types import Group, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to generate one group. version: the policy version when it was issued."""
+    """The right to generate one group."""
 
     group_id: str
     prompt: Prompt
     version: int
+    """The policy version when the ticket was issued."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupMeta:
-    """What the queue knows of a group without opening it."""
+    """What the queue knows of a group without decoding it. Journals hold the fields' values in this order."""
 
     group_id: str
     num_tokens: int
+    """Prompt and response tokens of all trajectories."""
     nbytes: int
+    """Size of the encoded group."""
     oldest_version: int
+    """The oldest policy version that sampled a token of the group."""
     newest_version: int
+    """The newest policy version that sampled a token of the group."""
     num_trajectories: int
     num_partial: int
+    """Trajectories of more than one segment."""
     lengths: tuple[int, ...] = ()
-    """Tokens of each trajectory."""
+    """Prompt and response tokens of each trajectory."""
     address: str = ""
-    """Where the encoded group is, for a backend that has addresses of its own; "" in the object store."""
+    """Address of the encoded group in a store that has addresses (Redis); "" for the object store."""
 
     @classmethod
     def from_fields(cls, fields: Sequence[Any]) -> GroupMeta:
-        """From the values of its fields in order, as ``dataclasses.astuple`` gives them."""
+        """Build the record from the values of its fields in order, as ``dataclasses.astuple`` gives them."""
         named = dict(zip((field.name for field in dataclasses.fields(cls)), fields, strict=True))
         return cls(**named | {"lengths": tuple(named["lengths"])})
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
-        """nbytes: size of the encoded group."""
+        """Describe a group whose encoded message has ``nbytes`` bytes."""
         return cls(
             group_id=group.group_id,
             num_tokens=group.num_tokens,
@@ -63,31 +68,38 @@ class GroupMeta:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """One moment of the queue, for metrics and for the watchdog's line.
-
-    window_groups: how much of window_limit is taken. held: queued and leased, which max_groups and max_bytes bound.
-    running: groups per worker. oldest_version: of what is running (when issued) or queued (its oldest token),
-    None when there is nothing. returned, dropped, failed: groups per reason. refusal: why no ticket can be
-    issued now, None if one can. exhausted: the dataset had no prompt left when last asked. take_wait_s: seconds
-    that workers have waited for tickets so far, summed over workers. pid: of the queue's process.
-    """
+    """The queue's figures at one moment, for metrics and for the watchdog."""
 
     version: int
+    """The policy version whose window is open."""
     window_limit: int
+    """Groups that the window admits."""
     window_groups: int
+    """How much of window_limit is taken: outstanding groups, and those trained since the window opened."""
     counts: GroupCounts
+    """The terms of invariant 5, since the run began."""
     queued_groups: int
     queued_bytes: int
     leased_groups: int
     held_bytes: int
+    """Encoded bytes of queued and leased groups, which max_bytes bounds."""
     max_groups: int
+    """Bound on queued and leased groups together."""
     max_bytes: int
-    running: Mapping[str, int]
+    in_flight: Mapping[str, int]
+    """{worker: groups in flight}."""
     oldest_version: int | None
+    """The oldest version of a group in flight (when it was issued) or queued (its oldest token); None without any."""
     returned: Mapping[str, int]
+    """{reason: groups} whose prompts went back into circulation; ``dropped`` are those of them that were finished."""
     dropped: Mapping[str, int]
     failed: Mapping[str, int]
+    """{reason: groups} whose prompts were given up."""
     refusal: str | None
+    """Why no ticket can be issued now; None if one can."""
     exhausted: bool
+    """Whether the dataset had no prompt left when last asked."""
     take_wait_s: float = 0.0
+    """Seconds that workers have waited for tickets so far, summed over workers."""
     pid: int = 0
+    """The queue process."""

@@ -1,15 +1,15 @@
 """Groups and the queue's journal in Redis Streams, for groups that outlive the cluster (queue.backend redis).
 
     async_rl:<run>:groups    stream: one entry per finished group, its message in wire format
-    async_rl:<run>:journal   stream: what the queue has decided (``journal``)
+    async_rl:<run>:journal   stream: the queue's decisions (``journal``)
 
-A worker adds its entry before the queue hears of the group. Who leases a group claims the entry for the consumer group
-"trainers" (XCLAIM), so that XPENDING shows who has what since when; what was trained or dropped is acknowledged and
-deleted. An entry that no group of the queue refers to is left from a crash between two such calls: ``sweep`` deletes
-it.
+A worker adds its entry before the queue hears of the group. A lease claims the entry for the consumer group
+"trainers" (XCLAIM), so that XPENDING shows each consumer's leases and their ages. Trained and dropped groups are
+acknowledged and deleted. A crash between two such calls may leave an entry that no group of the queue refers to:
+``sweep`` deletes it.
 
-Every call is made again for a while when the server cannot be reached; the journal knows a call that was written twice
-by its id. Knows redis alone; imported only where the backend is used.
+While the server cannot be reached, every call is retried for about a minute; the journal recognizes a call that was
+written twice by its id. Knows only Redis; imported only where the backend is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from async_rl.config.schema import RedisSection
 from async_rl.errors import ConfigError, QueueError
 from async_rl.queue.journal import Event, pack, unpack
 
-# About a minute in all: a server that restarts is waited for.
+# About a minute in all, enough for the server to restart.
 _RETRIES = 40
 _BACKOFF = ExponentialBackoff(cap=2.0, base=0.05)
 _TIMEOUT_S = 30.0
@@ -34,13 +34,15 @@ _PAGE = 16
 
 
 def connect(settings: RedisSection) -> redis.Redis:
-    """Raises ConfigError where the password file cannot be read."""
+    """Return a client of the server. Raises ConfigError when the password file cannot be read."""
     options: dict[str, Any] = {}
     if settings.password_file is not None:
         try:
             options["password"] = settings.password_file.read_text().strip()
         except OSError as error:
-            raise ConfigError(f"queue.redis.password_file {settings.password_file}: {error.strerror}") from None
+            raise ConfigError(
+                f"queue.redis.password_file {settings.password_file}: {error.strerror}; set it to a readable file"
+            ) from None
     if settings.username is not None:
         options["username"] = settings.username
     if settings.ca_file is not None:
@@ -57,7 +59,7 @@ def connect(settings: RedisSection) -> redis.Redis:
 
 
 def ping(settings: RedisSection, run: str = "") -> bool:
-    """Whether the server holds something of ``run``. Raises ConfigError unless it can be reached and used."""
+    """Return whether the server has data of ``run``. Raises ConfigError unless it can be reached and used."""
     probe = connect(settings)
     probe.set_retry(Retry(_BACKOFF, 3))
     try:
@@ -70,16 +72,16 @@ def ping(settings: RedisSection, run: str = "") -> bool:
 
 
 def check(settings: RedisSection, run: str, *, resume: bool) -> None:
-    """Raise ConfigError unless the server can be used, and holds no run of this name that must not be."""
+    """Raise ConfigError unless the server can be used and, without ``resume``, has no data of a run of this name."""
     if ping(settings, run) and not resume:
         raise ConfigError(
-            f"queue.redis.url {settings.url}: holds the groups of a run {run!r}; go on with it (--resume auto), give "
+            f"queue.redis.url {settings.url}: has the groups of a run {run!r}; continue it (--resume auto), set "
             f"another --name, or delete the keys {_key(run, '*')}"
         )
 
 
 class RedisGroups:
-    """The messages of finished groups. An address is the id of an entry."""
+    """The messages of finished groups in the server, each addressed by the id of its stream entry."""
 
     def __init__(self, settings: RedisSection, run: str, consumer: str) -> None:
         self._client = connect(settings)
@@ -92,35 +94,35 @@ class RedisGroups:
                 raise
 
     def add(self, group_id: str, message: Any) -> str:
-        """Returns the address."""
+        """Store a message; return its address."""
         fields: dict[Any, Any] = {"group": group_id, "message": memoryview(message).tobytes()}
         return _text(self._client.xadd(self._key, fields))
 
     def read(self, addresses: Sequence[str]) -> list[bytes]:
-        """Raises QueueError for an entry that is not there."""
+        """Return the messages at these addresses. Raises QueueError when one is missing."""
         pipeline = self._client.pipeline(transaction=False)
         for address in addresses:
             pipeline.xrange(self._key, address, address)
         messages = []
         for address, entries in zip(addresses, pipeline.execute(), strict=True):
             if not entries:
-                raise QueueError(f"redis: {self._key} has no entry {address}; was it deleted by somebody else?")
+                raise QueueError(f"redis: {self._key} has no entry {address}; another client may have deleted it")
             messages.append(entries[0][1][b"message"])
         return messages
 
     def claim(self, addresses: Sequence[str]) -> None:
-        """Leased by this consumer, whoever had them before."""
+        """Mark messages as leased by this consumer, even if another had leased them."""
         self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, list(addresses), force=True, justid=True)
 
     def forget(self, addresses: Sequence[str]) -> None:
-        """Trained or dropped."""
+        """Acknowledge and delete the messages of trained or dropped groups."""
         pipeline = self._client.pipeline(transaction=True)
         pipeline.xack(self._key, _CONSUMERS, *addresses)
         pipeline.xdel(self._key, *addresses)
         pipeline.execute()
 
     def sweep(self, keep: Collection[str]) -> set[str]:
-        """Delete every entry whose address is not to be kept; the addresses that are there."""
+        """Delete every entry that is not in ``keep``; return the addresses of those in ``keep`` that exist."""
         there: set[str] = set()
         start = "-"
         while page := self._client.xrange(self._key, start, "+", count=_PAGE):
@@ -136,7 +138,7 @@ class RedisGroups:
 
 
 class RedisJournal:
-    """The queue's ``Journal``."""
+    """The queue's journal in a stream of the server."""
 
     def __init__(self, settings: RedisSection, run: str) -> None:
         self._client = connect(settings)
@@ -175,7 +177,7 @@ class RedisJournal:
 
 
 def remove(settings: RedisSection, run: str) -> None:
-    """Delete all that there is of a run."""
+    """Delete all data of a run from the server."""
     client = connect(settings)
     client.delete(_key(run, "groups"), _key(run, "journal"), _key(run, "journal:new"))
     client.close()

@@ -4,20 +4,21 @@
     | magic   | schema | checksum | length | table bytes | 0   | table   | array | pad | array | ...
       4 bytes   u32      u64        u64      u32           u32   msgpack   raw little-endian bytes
 
-All integers are little-endian. ``magic`` says what is carried, ``schema`` is the version of everything that follows;
-``length`` is that of the whole message; ``checksum`` is xxh3_64 of every byte from ``length`` to the end, so that no
-byte is unprotected: the first eight are compared with what they must be. It detects accidents, it does not
+All integers are little-endian. ``magic`` names the kind of message, ``schema`` the version of everything that follows.
+``length`` is that of the whole message. ``checksum`` is xxh3_64 of every byte from ``length`` to the end; the first
+eight bytes are compared with their only valid values, so no byte is unprotected. It detects accidents, it does not
 authenticate.
 
-The table is a msgpack map: what is not an array, and under "arrays" one entry [name, dtype, shape, offset] per array.
+The table is a msgpack map of everything that is not an array, with one entry [name, dtype, shape, offset] per array
+under "arrays".
 Offsets count from the start of the payload, which is 64-byte-aligned (a cache line, and how Ray aligns buffers), as is
-each array in it. Arrays lie in the order of the table, each right behind the one before: a table that points outside,
+each array in it. Arrays lie in the order of the table, each directly after the one before. A table that points outside,
 overlaps or leaves a gap is refused by comparing one number. Lengths are real: nothing is padded to a maximum, only up
 to the next 64 bytes.
 
 Unpacking copies nothing and runs no code of the sender: no pickle. The size is bounded before anything is read, and
-what is wrong with a message, whatever it is, is a ``WireError``. Knows ``errors`` alone; what the table and the arrays
-mean is ``codec``'s for groups, ``rollout.in_flight``'s for groups that are not finished.
+every fault of a message is a ``WireError``. Knows only ``errors``. ``codec`` knows what table and arrays mean for
+finished groups, ``rollout.in_flight`` for groups in flight.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MAX_MESSAGE_BYTES = 2**30
 """Half of the queue's default byte bound; a group of 8 x 32k tokens with [48, 8] routing is a tenth of it."""
 
 _PREAMBLE = struct.Struct("<4sIQQII")
-_CHECKED_FROM = 16  # right behind the checksum
+_CHECKED_FROM = 16  # directly after the checksum
 _ALIGN = 64
 _DTYPES = ("<i4", "<f4", "|u1", "<u2")
 _MAX_NDIM = 3
@@ -48,26 +49,30 @@ _MAX_NDIM = 3
 Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
-_REPR = reprlib.Repr()  # it stops at a depth and a length, where repr itself would not
+_REPR = reprlib.Repr()  # bounded in depth and length, unlike repr
 _REPR.maxstring = _REPR.maxother = 80
-_MAX_DEPTH = 64  # of what a table holds
+_MAX_DEPTH = 64  # of nested values in a table
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of message. what: its name in error messages."""
+    """One kind of message."""
 
     magic: bytes
+    """The first four bytes."""
     schema: int
+    """Version of the format."""
     what: str
+    """Name of the kind in error messages."""
 
 
 def pack(
     kind: Kind, name: str, table: Mapping[str, Any], arrays: Mapping[str, Array], max_bytes: int = MAX_MESSAGE_BYTES
 ) -> npt.NDArray[np.uint8]:
-    """The message, uint8[N]: one allocation, each array copied once. ``name`` is for error messages.
+    """Return the message, uint8[N], made in one allocation with one copy of each array; errors mention ``name``.
 
-    Raises WireError where the message would exceed ``max_bytes``, or holds what msgpack or the format cannot carry.
+    Raises WireError when the message would exceed ``max_bytes``, or contains values that msgpack or the format cannot
+    carry.
     """
     entries: list[tuple[str, str, tuple[int, ...], int]] = []
     end = 0
@@ -88,10 +93,10 @@ def pack(
     message[_PREAMBLE.size : filled] = np.frombuffer(packed, dtype=np.uint8)
     for (_, dtype, shape, offset), array in zip(entries, arrays.values(), strict=True):
         start = payload + offset
-        message[filled:start] = 0  # padding is checksummed, and must not leak what lay in memory before
+        message[filled:start] = 0  # padding is checksummed, and must not leak earlier contents of the memory
         filled = start + array.nbytes
         message[start:filled].view(np.dtype(dtype)).reshape(shape)[...] = array
-    message[filled:] = 0  # where there is no array, what follows the table
+    message[filled:] = 0  # without arrays: the padding after the table
     _PREAMBLE.pack_into(message.data, 0, kind.magic, kind.schema, 0, length, len(packed), 0)
     checksum = xxhash.xxh3_64_intdigest(message[_CHECKED_FROM:].data)
     _PREAMBLE.pack_into(message.data, 0, kind.magic, kind.schema, checksum, length, len(packed), 0)
@@ -99,7 +104,7 @@ def pack(
 
 
 def unpack(kind: Kind, buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[dict[str, Any], dict[str, Array]]:
-    """(table, arrays by name); the arrays are read-only views that keep ``buffer`` alive.
+    """Return (table, {name: array}); the arrays are read-only views that keep ``buffer`` alive.
 
     Raises WireError for anything but a whole, intact message of this kind and schema and at most ``max_bytes``.
     """
@@ -147,7 +152,7 @@ def _unpack_table(packed: Array) -> dict[str, Any]:
 
 
 def _views(payload: Array, entries: list[Any], max_bytes: int) -> dict[str, Array]:
-    """Name to view, for each table entry; the entries must tile the payload, without gap or overlap."""
+    """Return {name: view}; the table's entries must tile the payload without gap or overlap."""
     views: dict[str, Array] = {}
     end = 0
     for entry in entries:
@@ -155,17 +160,17 @@ def _views(payload: Array, entries: list[Any], max_bytes: int) -> dict[str, Arra
             raise WireError(f"array entry {short(entry)}: expected [name, dtype, shape, offset]")
         name, dtype, shape, offset = entry
         if type(name) is not str or name in views:
-            raise WireError(f"array name {short(name)}: not a string, or taken by an array before")
+            raise WireError(f"array name {short(name)}: not a string, or used by an earlier array")
         if dtype not in _DTYPES:
             raise WireError(f"array {short(name)}: dtype {short(dtype)} is not one of {', '.join(_DTYPES)}")
-        # Empty arrays may have any other dimensions, but not ones whose product NumPy cannot hold.
+        # Empty arrays may have any other dimensions, as long as NumPy can represent their product.
         if (
             not isinstance(shape, list)
             or len(shape) > _MAX_NDIM
             or not all(type(n) is int and n >= 0 for n in shape)
             or math.prod(max(n, 1) for n in shape) > max_bytes
         ):
-            raise WireError(f"array {short(name)}: shape {short(shape)} is not one that a message can hold")
+            raise WireError(f"array {short(name)}: shape {short(shape)} is not one that a message can have")
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if type(offset) is not int or offset != _aligned(end) or offset + nbytes > len(payload):
             raise WireError(
@@ -180,9 +185,9 @@ def _views(payload: Array, entries: list[Any], max_bytes: int) -> dict[str, Arra
 
 
 def get(table: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
-    """The value of ``key``, of exactly that type. Raises WireError."""
+    """Return the value of ``key``. Raises WireError unless it has exactly that type."""
     value = table.get(key)
-    if type(value) is not kind:  # exactly: a bool is no int here
+    if type(value) is not kind:  # exactly: bool is a subclass of int
         raise WireError(f"the message's {key} is {short(value)}, expected {kind.__name__}")
     return value
 
@@ -192,12 +197,12 @@ def _as_bytes(buffer: Buffer) -> Array:
         message = np.frombuffer(buffer, dtype=np.uint8)
     except (ValueError, TypeError, BufferError) as error:
         raise WireError(f"a message must be one contiguous buffer of bytes: {error}") from None
-    message.flags.writeable = False  # this view's flag, inherited by every view on it; the buffer itself stays as it is
+    message.flags.writeable = False  # of this view and every view on it; the buffer itself is unchanged
     return message
 
 
 def check_json_like(value: Any, where: str, depth: int = _MAX_DEPTH) -> None:
-    """Raise TypeError unless ``value`` is what JSON can say, which is what comes back as it went."""
+    """Raise TypeError unless ``value`` is a JSON value, so that it is received exactly as it was sent."""
     if value is None or type(value) in (bool, float, str):
         return
     if type(value) is int:
@@ -223,6 +228,6 @@ def _aligned(offset: int) -> int:
 
 
 def short(value: Any) -> str:
-    """For messages: a hostile value must not become a huge error."""
+    """Return a value shortened for a message, so that a hostile value does not become a huge error."""
     text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

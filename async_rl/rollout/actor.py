@@ -12,7 +12,8 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.timeline import Timeline
-from async_rl.queue.client import Outbox, open_groups
+from async_rl.queue.client import open_groups
+from async_rl.queue.handover import Outbox
 from async_rl.rollout.worker import RolloutWorker, WorkerStats
 from async_rl.runtime import logs
 from async_rl.runtime.process import mark_semaphores

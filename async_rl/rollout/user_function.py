@@ -1,4 +1,4 @@
-"""Loads and calls a function of the user's without blocking the event loop. Not knowing what the function is for.
+"""Calls a function of the user's without blocking the event loop. Not knowing what the function is for.
 
 function          slow    runs
 plain             false   at once, on the event loop: for functions of microseconds
@@ -9,7 +9,6 @@ async def         either  on the event loop, rate-limited, with a timeout
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
@@ -17,48 +16,10 @@ from typing import Any
 
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.errors import AsyncRLError
 from async_rl.types import Prompt
 
 # Slow calls at one time per replica. Each is a thread that mostly waits; more than a few dozen gain nothing.
 MAX_THREADS = 32
-
-
-def load_function(
-    setting: str, name: str, arguments: tuple[str, ...], error_type: type[AsyncRLError]
-) -> Callable[..., Any]:
-    """Import ``module:function``, which ``setting`` names, and check that it can be called with these ``arguments``.
-
-    Raises ``error_type``, naming the setting and the mend, when it cannot be found or called so.
-    """
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise error_type(f"{setting}: {name!r} is not of the form module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise error_type(
-            f"{setting}: {name!r}: there is no module {error.name!r}; check the spelling, or put the folder that "
-            "holds it on PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise error_type(
-            f"{setting}: {name!r}: importing {module_name!r} raised {type(error).__name__}: {error}"
-        ) from error
-    function: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(function):
-        found = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise error_type(
-            f"{setting}: {name!r}: module {module_name!r} has no function {attribute!r}"
-            + (f"; it has {', '.join(found)}" if found else "")
-        )
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError as error:
-        raise error_type(f"{setting}: {name!r} cannot be called as f({', '.join(arguments)}): {error}") from None
-    except ValueError:
-        pass  # A builtin without a signature to look at: the first call will tell.
-    return function
 
 
 class UserFunctionUnavailable(Exception):

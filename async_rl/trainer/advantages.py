@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from async_rl.config.functions import load_function
 from async_rl.config.schema import LossSection
 from async_rl.errors import TrainerError
-from async_rl.rollout.user_function import load_function
 from async_rl.types import Float32Array
 
 # Keeps the quotient finite for rewards that differ by rounding only; far below any intended reward difference.

@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch.distributed.nn.functional import all_reduce
 
+from async_rl.config.functions import load_function
 from async_rl.config.schema import ImportanceSection, LossSection
 from async_rl.errors import TrainerError
-from async_rl.rollout.user_function import load_function
 
 # Bound of |log ratio| before it is exponentiated: e^20 is far beyond any clip, and its square still fits float32.
 MAX_LOG_RATIO = 20.0

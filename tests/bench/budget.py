@@ -16,6 +16,7 @@ from pathlib import Path
 
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
+from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
 from tests.support.simulation import cursor
@@ -27,8 +28,7 @@ class Subject:
     """A broker behind the actor's deciding, with or without a journal."""
 
     def __init__(self, path: Path | None) -> None:
-        broker = Broker(
-            cursor(100_000),
+        settings = BrokerSettings(
             required_groups=REQUIRED,
             window_limit=REPLICAS * PER_REPLICA + REQUIRED,
             max_staleness=4,
@@ -36,7 +36,8 @@ class Subject:
             max_bytes=10**12,
             can_rewind=True,
         )
-        self.actor = QueueActor(broker, None if path is None else lambda: FileJournal(path))
+        self.broker = Broker(cursor(100_000), settings)
+        self.actor = QueueActor(self.broker, None if path is None else lambda: FileJournal(path))
         self.calls = 0
         self.microseconds: dict[str, list[float]] = defaultdict(list)
         self.running: list[str] = []
@@ -45,7 +46,7 @@ class Subject:
     def decide(self, method: str, *arguments, groups: int = 1):
         self.calls += 1
         began = time.perf_counter()
-        answer = self.actor._decide(str(self.calls), method, *arguments)
+        answer = self.actor._decide(str(self.calls), getattr(self.broker, method), *arguments)
         self.microseconds[method].append((time.perf_counter() - began) * 1e6 / groups)
         return answer
 

@@ -22,11 +22,13 @@ import time
 import numpy as np
 import ray
 
-from async_rl.queue.actor import MAX_CONCURRENCY, QueueActor
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
+from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.client import QueueClient
 from async_rl.queue.codec import encode
 from async_rl.queue.records import GroupMeta, Ticket
+from async_rl.queue.start import MAX_CONCURRENCY
 from async_rl.types import Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
 
 BATCH, BATCHES, ROUNDS = 16, 12, 9
@@ -104,8 +106,7 @@ async def through(client: QueueClient, messages: list[np.ndarray], tickets: list
 async def measure() -> dict[str, float]:
     messages = [make_message(seed) for seed in range(BATCH)]
     groups = BATCH * BATCHES
-    broker = Broker(
-        Endless(),
+    settings = BrokerSettings(
         required_groups=BATCH,
         window_limit=groups,
         max_staleness=0,
@@ -114,7 +115,7 @@ async def measure() -> dict[str, float]:
         max_bytes=4 * BATCH * messages[0].nbytes,
     )
     actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY)(QueueActor)
-    client = QueueClient(actor_class.remote(broker))
+    client = QueueClient(actor_class.remote(Broker(Endless(), settings)))
     alone, queued = [], []
     for version in range(1, ROUNDS + 2):
         tickets = await client.take("worker", groups)

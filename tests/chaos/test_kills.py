@@ -12,7 +12,7 @@ import time
 import pytest
 
 from async_rl.config.loading import load
-from async_rl.data.prompts import DatasetCursor
+from async_rl.data.cursor import DatasetCursor
 from async_rl.queue.redis_store import RedisJournal
 from tests.support.invariants import check, dataset
 from tests.support.redis_server import PASSWORD

@@ -13,10 +13,11 @@ from ray.exceptions import ActorDiedError
 
 from async_rl.config.loading import validate
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
-from async_rl.queue.actor import start_queue
-from async_rl.queue.client import Fetcher, Outbox, QueueClient, incoming, open_groups
+from async_rl.queue.client import Fetcher, QueueClient, open_groups
 from async_rl.queue.codec import encode
+from async_rl.queue.handover import Outbox, incoming
 from async_rl.queue.records import GroupMeta
+from async_rl.queue.start import start_queue
 from async_rl.types import Group, RoutingSpec, Segment, Trajectory
 from tests.support import queue_parts
 from tests.support.queue_parts import Source

@@ -23,7 +23,7 @@ def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):
         assert store.read([store.add("0-1.0", b"abc")]) == [b"abc"]
         journal = redis_store.RedisJournal(settings, "run")
         journal.append(["a", "advance", [1]])
-        with pytest.raises(ConfigError, match="holds the groups of a run 'run'"):
+        with pytest.raises(ConfigError, match="has the groups of a run 'run'"):
             redis_store.check(settings, "run", resume=False)
         redis_store.check(settings, "run", resume=True)
         redis_store.remove(settings, "run")
@@ -48,7 +48,7 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         await actor.put("2", meta(tickets[0]))
         await actor.put("3", meta(tickets[1]))
         leased = await actor.lease("4", "t", 2)
-        await actor.decide("5", "ack", [leased[0].group_id], 1)
+        await actor.ack("5", [leased[0].group_id], 1)
         if next(made):  # a torn frame, of a call that nobody was told about
             with (tmp_path / "journal").open("ab") as file:
                 file.write(b"\x40\x00\x00\x00garbage")
@@ -58,7 +58,7 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         assert [t.group_id for t in await again.take("1", "w", 4)] == [t.group_id for t in tickets[2:]]
         assert await again.put("2", meta(tickets[0])) is True
         assert [m.group_id for m in await again.lease("4", "t", 2)] == [leased[1].group_id]
-        await again.decide("5", "ack", [leased[0].group_id], 1)
+        await again.ack("5", [leased[0].group_id], 1)
         assert again._broker.state() == actor._broker.state()
         # And once more after everything was written anew in one event.
         again._journal.compact(["", "restore", [again._broker.state(), list(again._answers.items())]])

@@ -4,9 +4,11 @@ import functools
 import json
 
 from async_rl.config.loading import load
-from async_rl.data.prompts import DatasetCursor, read_jsonl
-from async_rl.queue.actor import QueueActor, build_broker
+from async_rl.data.cursor import DatasetCursor
+from async_rl.data.dataset import read_jsonl
+from async_rl.queue.actor import QueueActor
 from async_rl.queue.journal import FileJournal
+from async_rl.queue.start import build_broker
 
 
 def check(run, tmp_path, journal=None) -> None:

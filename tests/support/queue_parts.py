@@ -5,6 +5,7 @@ from collections import deque
 import numpy as np
 
 from async_rl.queue.broker import Broker
+from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Prompt
 
@@ -40,7 +41,7 @@ class Source:
         self.circulating = deque(map(self.prompt, state["circulating"]))
 
 
-def make_broker(source=None, **settings):
+def make_broker(source=None, version=0, **settings):
     defaults = {
         "required_groups": 2,
         "window_limit": 4,
@@ -48,7 +49,7 @@ def make_broker(source=None, **settings):
         "on_stale": "mask",
         "max_bytes": 1000,
     }
-    return Broker(source or Source(), **defaults | settings)
+    return Broker(source or Source(), BrokerSettings(**defaults | settings), version=version)
 
 
 def meta(ticket, nbytes=10, oldest=None, newest=None):

@@ -11,8 +11,10 @@ from collections import Counter, deque
 
 import numpy as np
 
-from async_rl.data.prompts import Dataset, DatasetCursor, Row
+from async_rl.data.cursor import DatasetCursor
+from async_rl.data.dataset import Dataset, Row
 from async_rl.queue.broker import Broker
+from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import window_limit
 
@@ -51,8 +53,7 @@ class Fleet:
         self.deaths, self.trainer_deaths = deaths, trainer_deaths
         self.checkpoint_every, self.rows = checkpoint_every, rows
         self.limit = window_limit(required, threshold, trigger)
-        self.broker = Broker(
-            cursor(rows),
+        settings = BrokerSettings(
             required_groups=required,
             window_limit=self.limit,
             max_staleness=max_staleness,
@@ -62,6 +63,7 @@ class Fleet:
             max_attempts=3,
             can_rewind=checkpoint_every > 0,
         )
+        self.broker = Broker(cursor(rows), settings)
         self.now, self.version, self.step, self.events, self.order = 0.0, 0, 0, [], itertools.count()
         self.since_push, self.checkpoint = 0, 0
         self.idle = deque(range(replicas))  # replicas with room, which ask for more as soon as there is some

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import async_rl
+from async_rl.config import reference
 from async_rl.config.loading import default_of, leaves, load, parse_overrides, to_yaml, validate
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
@@ -53,6 +55,8 @@ def test_every_setting_has_a_sentence_and_a_default():
     assert required == ["model.path", "data.train"]
     assert default_of("queue.max_groups") == "null"
     assert default_of("data.shuffle") == "true"
+    assert default_of("metrics.loggers") == "[]"
+    assert default_of("trainer.recompute_modules") == "[core_attn]"
 
 
 def test_unknown_key_names_the_near_ones():
@@ -190,7 +194,7 @@ def test_override_below_something_that_is_no_section(tmp_path):
         ("model: [", "is not YAML"),
         ("", "expected a mapping of keys, got NoneType"),
         ("- a\n- b\n", "expected a mapping of keys, got list"),
-        ("seed: 1\nseed: 2\n", "key 'seed' comes twice"),
+        ("seed: 1\nseed: 2\n", "duplicate key 'seed'"),
         ("model: !!python/object/apply:os.getcwd []\n", "is not YAML"),
     ],
 )
@@ -218,7 +222,7 @@ def test_yaml_reads_numbers_and_words_as_people_mean_them(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"rollout": {"return_routed_experts": False}}, "R3, which replays the engine's routing, but"),
+        ({"rollout": {"return_routed_experts": False}}, "R3, which replays the experts that the engine chose, but"),
         ({"trainer": {"router_fusion": True}}, "the fused router ignores"),
         ({"trainer": {"router_fusion": True, "router_replay": "R2"}}, "router_replay is R2, but"),
         (
@@ -263,3 +267,21 @@ def test_resolved_tree_reloads_to_itself(tmp_path):
     )
     assert load(write(tmp_path, to_yaml(config))) == config
     assert isinstance(config, RunConfig)
+
+
+def test_the_settings_reference_is_fresh():
+    page = Path(async_rl.__file__).parents[1] / "docs" / "reference" / "settings.md"
+    assert page.read_text() == reference.page(), "run make generate"
+
+
+def test_the_settings_reference_has_every_setting_with_its_values():
+    page = reference.page()
+    for key, _ in leaves():
+        assert f"| `{key}` | " in page
+    assert "| `rollout.n` | integer >= 2 | `8` | Responses per prompt" in page
+    assert "| `queue.max_groups` | integer > 0 or `null` | `null` |" in page
+    assert "| `trainer.loss.policy` | `ppo`, `gspo`, `cispo`, `reinforce` or `module:function` | `ppo` |" in page
+    assert "| `metrics.loggers` | list of `tensorboard`, `wandb` | `[]` |" in page
+    assert "| `prepare` | `module:function` or `null` | `null` |" in page
+    assert "| `model.path` | path | required |" in page
+    assert "its folder is &lt;runs>/&lt;name>" in page

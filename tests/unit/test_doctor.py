@@ -92,7 +92,7 @@ def test_a_machine_that_has_everything(machine, inputs):
     assert {check.status for check in found} == {"ok"}
     assert not doctor.failed(found)
     doctor.require(config(inputs))
-    assert doctor.report(found).endswith("a run can start here\n")
+    assert doctor.report(found).endswith("a run can start on this machine\n")
 
 
 def test_without_a_config_only_the_machine_is_checked():
@@ -101,7 +101,7 @@ def test_without_a_config_only_the_machine_is_checked():
     assert names.isdisjoint({"model.path", "data.train", "metrics.port"})
 
 
-def test_report_has_a_line_per_check_and_the_mend_below():
+def test_report_has_a_line_per_check_and_the_fix_below():
     found = [
         doctor.Check("python", "ok", "3.11", "not shown"),
         doctor.Check("memory", "FAIL", "1 GB", "buy more"),
@@ -113,7 +113,7 @@ def test_report_has_a_line_per_check_and_the_mend_below():
         "              -> buy more",
         "warn  cores   2",
         "              -> use fewer",
-        "a run cannot start here: 1 to mend",
+        "this machine cannot run it: 1 check failed (see above)",
     ]
 
 
@@ -129,7 +129,7 @@ def test_missing_and_wrong_packages(monkeypatch):
 
 def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):
     monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
-    assert the(installation.torch_build(), "torchvision").mend.startswith("pip uninstall torchvision")
+    assert the(installation.torch_build(), "torchvision").fix.startswith("pip uninstall torchvision")
     monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
     assert fails(installation.torch_build()) == []
     monkeypatch.setattr(installation, "_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
@@ -140,7 +140,7 @@ def test_compiler_is_needed_unless_eager(machine, inputs):
     machine.setattr(probes.shutil, "which", lambda name: None)
     check = the(doctor.checks(config(inputs)), "C++ compiler")
     assert check.status == "FAIL"
-    assert "rollout.enforce_eager" in check.mend
+    assert "rollout.enforce_eager" in check.fix
     assert fails(doctor.checks(config(inputs, rollout={"enforce_eager": True, "max_response_tokens": 9}))) == []
 
 
@@ -268,7 +268,7 @@ def test_missing_inputs_are_made_by_prepare(machine, inputs):
         "data": {"train": str(inputs / "new.jsonl")},
     }
     found = doctor.checks(config(inputs, **made))
-    assert "made by async_rl.doctor:report at start" in the(found, "model.path").detail
+    assert "will be created by async_rl.doctor:report at start" in the(found, "model.path").detail
     assert the(found, "data.train").status == "ok"
     assert fails(found) == []
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from async_rl.data.prompts import Dataset, read_jsonl
+from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.errors import DatasetError
 from async_rl.types import Group, Prompt
 from tests.support.fuzzing import assert_readable, assert_sound, changed_bytes, fuzz

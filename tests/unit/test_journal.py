@@ -1,8 +1,10 @@
 """The queue rebuilt from its journal, wherever it died: against a twin that never does."""
 
+import base64
 import functools
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from async_rl.errors import QueueError
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
+from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
+from tests.support.queue_parts import Source, make_broker
 from tests.support.simulation import cursor
 
 
@@ -39,8 +43,7 @@ class CrashingJournal(FileJournal):
 
 
 def broker():
-    return Broker(
-        cursor(12),
+    settings = BrokerSettings(
         required_groups=2,
         window_limit=5,
         max_staleness=1,
@@ -49,6 +52,12 @@ def broker():
         max_attempts=2,
         can_rewind=True,
     )
+    return Broker(cursor(12), settings)
+
+
+def decide(actor, call, method, *arguments):
+    """Have an actor's broker decide by the name that the journal has."""
+    return actor._decide(call, getattr(actor._broker, method), *arguments)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -73,14 +82,14 @@ class QueueMachine(RuleBasedStateMachine):
         name = f"client/{self.calls}"
         CrashingJournal.crash = crash
         try:
-            answer = self.subject._decide(name, method, *arguments)
+            answer = decide(self.subject, name, method, *arguments)
         except Crash:
             self.restart()
-            answer = self.subject._decide(name, method, *arguments)
+            answer = decide(self.subject, name, method, *arguments)
         CrashingJournal.crash = None
-        assert answer == self.twin._decide(name, method, *arguments)
+        assert answer == decide(self.twin, name, method, *arguments)
         # Answered, and yet made again: the answer was on its way when the connection broke.
-        assert answer == self.subject._decide(name, method, *arguments)
+        assert answer == decide(self.subject, name, method, *arguments)
         self.look()
         return answer
 
@@ -170,3 +179,44 @@ def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
     (tmp_path / "journal").write_bytes(data)
     with pytest.raises(QueueError, match="damaged at byte 0"):
         list(journal.replay())
+
+
+OLD_JOURNAL = (
+    "c-mEwze`*}5Xbj~V3H;ff+0l$`2#%PoxdWftWpFEtCWxRz13Upxx3EpdfJHKACPx<m822Q_uk1}BX&VTP)Lz9sRB0I22$84V&{yC#%6Yy?`L<u"
+    "Gy9b>=DzQrx3>xq)@cx}&&9F;E45+;c%`ITNb@Bxyol305!~Y0<<5yk<Lvs5SgCPuorn+m7)>Z`sEtquxwICqu)+bC3X|R2B$O&_NEPb_>w<6|"
+    "u(n>rppC&KpXV~6LQRsJ)ik%-LnJn~K{xD^4o23CBt$;pj;y6Gae}>MdbZt(MuP0RYikE|l4$RSgGaAWzC0TGL2{*IylZY|!EmJ<#7`M}%+f6a"
+    ")&{zR1XS;U>O<i0@6UY#M(=>pdteBG57qZE0b|+qirNFWb3^Gl`TO{(PwIGwNA*_o#z5&USvx)JkuuT0*+sYj+M5;<W96W5a#7$I&k+1J`|Fs%"
+    "$%4nrTt%W;dX43|ncpW=ewXoB8+Si>g}RKFgBRo;vVR0k^`n}I>PAb2AJ$}VQ2TT7C2w!zZh~GzLtQ|aX#3wg)$|IPFxVp"
+)
+"""What release 0.1.0 wrote, zlib and base 85: a journal with one call of each kind, when groups in flight were called
+running in code. Journals and checkpoints of such runs must stay readable."""
+
+
+def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
+    path = tmp_path / "journal"
+    path.write_bytes(zlib.decompress(base64.b85decode(OLD_JOURNAL)))
+    settings = {"window_limit": 6, "max_attempts": 2, "can_rewind": True}
+    actor = QueueActor(make_broker(Source(9), **settings), lambda: FileJournal(path))
+    old_meta = [100, 10, 0, 0, 8, 0, (), ""]
+    expected = {
+        "version": 1,
+        "running": [["0-5.0", "0-5", 0, 0, "rollout-1"]],
+        "queued": [[["0-3.0", "0-3", 0, 0, "rollout-0"], ["0-3.0", *old_meta]]],
+        "leased": [[["0-2.0", "0-2", 0, 0, "rollout-0"], ["0-2.0", *old_meta]]],
+        "attempts": {"0-4": 1},
+        "exhausted": False,
+        "step_is_open": False,
+        "issued": 5,
+        "trained": 1,
+        "trained_in_window": 0,
+        "returned": {"timeout": 1},
+        "dropped": {},
+        "failed": {},
+        "history": [[1, "0-1", 0]],
+        "source": {"rows": 9, "row": 5, "circulating": ["0-4"]},
+    }
+    assert actor._broker.state() == expected
+    assert actor._broker.stats().in_flight == {"rollout-1": 1}
+    restored = make_broker(Source(9), **settings)
+    restored.restore(expected)  # what a checkpoint of that release holds
+    assert restored.state() == expected

@@ -140,7 +140,7 @@ def test_shards_are_those_of_the_index_and_all_must_be_there(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     (tmp_path / "1.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"lists 2\.safetensors, which the folder lacks"):
+    with pytest.raises(ModelError, match=r"lists 2\.safetensors, but the folder has no such"):
         checkpoint_shards(tmp_path)
     (tmp_path / "2.safetensors").write_bytes(b"")
     assert [p.name for p in checkpoint_shards(tmp_path)] == ["1.safetensors", "2.safetensors"]

@@ -1,4 +1,4 @@
-"""The dataset and its cursor: bad rows are named, and no row is skipped or handed out twice."""
+"""The dataset and its cursor: bad rows are named, and no row is skipped or issued twice."""
 
 import json
 import pickle
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.data.prompts import Dataset, DatasetCursor, Row, read_jsonl
+from async_rl.data.cursor import DatasetCursor
+from async_rl.data.dataset import Dataset, Row, read_jsonl
 from async_rl.errors import DatasetError
 
 
@@ -99,7 +100,7 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 def test_first_names_the_setting_that_asks_for_too_many():
     assert [p.prompt_id for p in dataset_of(3).first(2, label="eval", key="eval.n")] == ["eval-1", "eval-2"]
-    with pytest.raises(DatasetError, match=r"eval\.n asks for 4 prompts, the file has 3"):
+    with pytest.raises(DatasetError, match=r"eval\.n asks for 4 prompts, but the file has 3"):
         dataset_of(3).first(4, label="eval", key="eval.n")
 
 
@@ -136,7 +137,7 @@ def test_a_prompt_cannot_be_given_back_twice_or_before_it_was_handed_out():
     with pytest.raises(ValueError, match="0-1 was given back before"):
         cursor.give_back(prompt)
     for unseen in ("0-2", "1-1"):
-        with pytest.raises(ValueError, match=f"{unseen} was never handed out"):
+        with pytest.raises(ValueError, match=f"{unseen} was never issued"):
             cursor.give_back(dataset_of(3).rows[0].prompt(unseen))
 
 

@@ -25,9 +25,9 @@ class Called:
         def call(*arguments, **keywords):
             if method in ("close", "stats", "counts"):
                 return getattr(self.actor, method)()
-            if method in ("take", "put", "lease", "worker_lost"):
-                return getattr(self.actor, method)(str(next(self.ids)), *arguments, **keywords)
-            return self.actor.decide(str(next(self.ids)), method, *arguments)
+            if method == "ack":
+                arguments = (*arguments, 0)
+            return getattr(self.actor, method)(str(next(self.ids)), *arguments, **keywords)
 
         return call
 

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from async_rl.data.prompts import read_jsonl
+from async_rl.data.dataset import read_jsonl
 from async_rl.demo import task, warmup
 from async_rl.demo.tokenizer import CHARACTERS, EOS, TOKENS
 from async_rl.rollout.rewards.text import exact_match

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from async_rl.config.functions import load_function
 from async_rl.config.schema import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
-from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable, load_function
+from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable
 from async_rl.types import Int32Array, Prompt
 
 ARGUMENTS = ("prompt", "turns")

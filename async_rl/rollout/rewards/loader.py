@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from async_rl.config.functions import load_function
 from async_rl.errors import RewardError
-from async_rl.rollout.user_function import load_function
 from async_rl.types import Prompt
 
 RewardFunction = Callable[[Prompt, str], float] | Callable[[Prompt, str], Awaitable[float]]

@@ -1,0 +1,193 @@
+"""Combinations of settings that cannot work, or of which one would silently do nothing.
+
+Judged without looking at the machine or the model; ``doctor`` and ``models`` judge by those. Knows only the
+tree that it is given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from async_rl.config.schema import RunConfig
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Raise ValueError for settings that contradict each other, naming them, their values and what to set."""
+    _check_queue(config)
+    _check_sync(config)
+    _check_rollout(config)
+    _check_watchdog(config)
+    _check_data(config)
+    _check_replay(config)
+    _check_schedule(config)
+    _check_loss(config)
+    _check_parallel(config)
+
+
+def _check_queue(config: RunConfig) -> None:
+    queue, required = config.queue, config.required_groups
+    if queue.max_groups is not None and queue.max_groups < required:
+        raise ValueError(
+            f"queue.max_groups is {queue.max_groups}, but a training step needs {required} groups at once "
+            f"(trainer.groups_per_step x async_training.require_batches); set it to at least {required}"
+        )
+    if queue.redis.ca_file is not None and not queue.redis.url.startswith("rediss://"):
+        raise ValueError(
+            f"queue.redis.ca_file is set, but queue.redis.url ({queue.redis.url}) does not use TLS; start it with "
+            "rediss://"
+        )
+
+
+def _check_sync(config: RunConfig) -> None:
+    if config.sync.backend != "nccl":
+        return
+    if config.resources.device == "cpu":
+        raise ValueError("sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to shm")
+    if config.sync.rolling:
+        raise ValueError(
+            "sync.rolling is true, but sync.backend is nccl, whose broadcast reaches every engine at once; set "
+            "sync.rolling to false"
+        )
+
+
+def _check_rollout(config: RunConfig) -> None:
+    rollout, size = config.rollout, config.rollout.min_group_size
+    if rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        raise ValueError(
+            f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}, less than rollout.max_num_seqs "
+            f"({rollout.max_num_seqs}), but an engine step decodes one token of each sequence; set it to at least "
+            f"{rollout.max_num_seqs}"
+        )
+    if size is not None and size > rollout.n:
+        raise ValueError(
+            f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
+        )
+    if size is not None and rollout.group_timeout_s is None:
+        raise ValueError(
+            f"rollout.min_group_size is {size}, but rollout.group_timeout_s is not set, so no group would be published "
+            "incomplete; set rollout.group_timeout_s, or remove rollout.min_group_size"
+        )
+
+
+def _check_watchdog(config: RunConfig) -> None:
+    watchdog = config.watchdog
+    if watchdog.abort_s < watchdog.stall_s:
+        raise ValueError(
+            f"watchdog.abort_s ({watchdog.abort_s:g}) is less than watchdog.stall_s ({watchdog.stall_s:g}); "
+            f"set it to at least {watchdog.stall_s:g}"
+        )
+
+
+def _check_data(config: RunConfig) -> None:
+    if config.data.eval is not None and config.data.eval == config.data.train:
+        raise ValueError(
+            f"data.eval and data.train are the same file, {config.data.eval}; set data.eval to a file of other problems"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer = config.trainer.optimizer
+    if optimizer.schedule == "constant":
+        if optimizer.decay_steps is not None:
+            raise ValueError(
+                f"trainer.optimizer.decay_steps is {optimizer.decay_steps}, but trainer.optimizer.schedule is "
+                "constant; set the schedule to linear or cosine, or remove decay_steps"
+            )
+        return
+    if optimizer.decay_steps is None or optimizer.decay_steps <= optimizer.warmup_steps:
+        raise ValueError(
+            f"trainer.optimizer.schedule is {optimizer.schedule}, but decay_steps is {optimizer.decay_steps}; set "
+            f"it above warmup_steps ({optimizer.warmup_steps}), for example to the run's optimizer steps, "
+            f"{config.trainer.steps * config.async_training.require_batches}"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(
+            f"trainer.optimizer.min_lr ({optimizer.min_lr}) is above lr ({optimizer.lr}), but the learning rate falls "
+            f"from lr to min_lr; set min_lr to at most {optimizer.lr}"
+        )
+
+
+def _check_loss(config: RunConfig) -> None:
+    loss = config.trainer.loss
+    if (loss.kl != "none") != (loss.kl_coef > 0):
+        raise ValueError(
+            f"trainer.loss.kl is {loss.kl}, but kl_coef is {loss.kl_coef}: one without the other does nothing; set "
+            "kl to k3 and kl_coef above 0, or kl to none and kl_coef to 0"
+        )
+    if loss.policy == "reinforce" and loss.proximal != "behaviour":
+        raise ValueError(
+            f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is reinforce, which has no ratio and "
+            "takes its importance weights from the current policy, so proximal would be ignored; set it to behaviour"
+        )
+    if loss.dual_clip is not None and loss.policy in ("cispo", "reinforce"):
+        raise ValueError(
+            f"trainer.loss.dual_clip is {loss.dual_clip}, but trainer.loss.policy is {loss.policy}, whose loss it "
+            "does not bound; set dual_clip to null, or policy to ppo or gspo"
+        )
+    _check_importance(config)
+
+
+def _check_importance(config: RunConfig) -> None:
+    loss, importance = config.trainer.loss, config.trainer.loss.importance
+    if importance.level != "off" and loss.proximal == "behaviour" and loss.policy != "reinforce":
+        raise ValueError(
+            f"trainer.loss.importance.level is {importance.level}, but trainer.loss.proximal is behaviour: "
+            "the ratio then holds the whole difference, and every weight is 1; set proximal to recompute or "
+            "interpolate, or importance.level to off"
+        )
+    if importance.mode == "mask" and importance.low > importance.high:
+        raise ValueError(
+            f"trainer.loss.importance.low ({importance.low}) is above importance.high ({importance.high}): "
+            "no token would pass; swap the two values"
+        )
+    exact = config.async_training.partial_rollout.routing == "exact"
+    if exact and (loss.policy == "gspo" or importance.level == "sequence"):
+        raise ValueError(
+            "async_training.partial_rollout.routing is exact, which trains a response in pieces, but trainer.loss "
+            f"(policy {loss.policy}, importance.level {importance.level}) needs whole sequences; set routing "
+            "to replace, or trainer.loss.policy and importance.level to values that work token by token"
+        )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    """Raise ValueError for a layout that no model could have; ``models`` judges it by the model."""
+    sizes = config.trainer.parallel
+    dense, experts = sizes.dp * sizes.tp * sizes.cp, sizes.ep * sizes.etp
+    if dense % experts:
+        raise ValueError(
+            f"trainer.parallel: ep x etp is {experts}, which does not divide dp x tp x cp ({dense}), the ranks of "
+            "a pipeline stage, over which the experts are distributed; change one of them"
+        )
+    if sizes.vpp > 1 and sizes.pp == 1:
+        raise ValueError(
+            f"trainer.parallel.vpp is {sizes.vpp}, but pp is 1, and virtual stages need a pipeline; set vpp to 1, or "
+            "pp to at least 2"
+        )
+
+
+def _check_replay(config: RunConfig) -> None:
+    """Raise ValueError for settings under which replay would silently do nothing, or not what its name says."""
+    replay, partial = config.trainer.router_replay, config.async_training.partial_rollout
+    if replay == "R3" and not config.rollout.return_routed_experts:
+        raise ValueError(
+            "trainer.router_replay is R3, which replays the experts that the engine chose, but "
+            "rollout.return_routed_experts is false; set it to true, or trainer.router_replay to R2 or off"
+        )
+    if replay != "off" and config.trainer.router_fusion:
+        raise ValueError(
+            f"trainer.router_replay is {replay}, but trainer.router_fusion is true, and the fused router ignores "
+            "replay; set trainer.router_fusion to false, or trainer.router_replay to off"
+        )
+    if partial.routing == "exact" and replay != "R3":
+        raise ValueError(
+            f"async_training.partial_rollout.routing is exact, but trainer.router_replay is {replay}: the routed "
+            "experts of each call are kept for replay, which only R3 does; set trainer.router_replay to R3, or "
+            "async_training.partial_rollout.routing to replace"
+        )
+    if partial.routing == "exact" and partial.mode == "in_flight":
+        raise ValueError(
+            "async_training.partial_rollout.routing is exact, but its mode is in_flight: a generation that continues "
+            "on the KV cache of older weights has no context that could be trained exactly; set mode to resume, "
+            "or routing to replace"
+        )

@@ -1,0 +1,106 @@
+"""The cursor that issues the rows of a dataset as prompts, epoch after epoch.
+
+Owns which prompt comes next. Pure: it knows ``dataset``, ``types`` and ``errors``; its state is plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from async_rl.data.dataset import Dataset
+from async_rl.errors import DatasetError
+from async_rl.types import Prompt
+
+
+class DatasetCursor:
+    """Issues each row once per epoch, epoch after epoch without end, in an order drawn from (seed, epoch).
+
+    A prompt that is given back comes again before any new one, oldest first, under its old id. The position is
+    (epoch, index into the epoch's order). The order itself follows from the seed and is never stored.
+    """
+
+    def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
+        self._rows = dataset.rows
+        self._digest = dataset.digest
+        self._path = dataset.path
+        self._shuffle = shuffle
+        self._seed = seed
+        self._by_line = {row.line: row for row in dataset.rows}
+        self._returned: dict[str, Prompt] = {}  # {prompt id: prompt}, oldest first
+        self._move_to(epoch=0, index=0)
+
+    def next(self) -> Prompt:
+        """Return the next prompt; there always is one."""
+        if self._returned:
+            return self._returned.pop(next(iter(self._returned)))
+        if self._index == len(self._order):
+            self._move_to(epoch=self._epoch + 1, index=0)
+        row = self._rows[self._order[self._index]]
+        self._index += 1
+        return row.prompt(f"{self._epoch}-{row.line}")
+
+    def give_back(self, prompt: Prompt) -> None:
+        """Put a prompt that was issued, and not trained, back into circulation.
+
+        Raises ValueError for one that was never issued or was given back already: its row would be trained twice.
+        """
+        if prompt.prompt_id in self._returned:
+            raise ValueError(f"prompt {prompt.prompt_id} was given back before")
+        if not self._was_issued(prompt.prompt_id):
+            raise ValueError(f"prompt {prompt.prompt_id} was never issued")
+        self._returned[prompt.prompt_id] = prompt
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """Return the prompt that was, or will be, issued under this id."""
+        return self._by_line[_line(prompt_id)].prompt(prompt_id)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as plain data, for ``restore``. Prompts in flight are not part of it."""
+        return {
+            "digest": self._digest,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "index": self._index,
+            "returned": list(self._returned),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the position of ``state``, in its order of rows: its shuffle and seed replace this cursor's.
+
+        Raises DatasetError when the file is not the one that the state belongs to.
+        """
+        if state["digest"] != self._digest:
+            raise DatasetError(
+                f"{self._path} is not the dataset that the run started with: its contents have changed; "
+                "put the old file back, or start a run of another name"
+            )
+        self._shuffle, self._seed = state["shuffle"], state["seed"]
+        self._move_to(epoch=state["epoch"], index=state["index"])
+        self._returned = {prompt_id: self.prompt(prompt_id) for prompt_id in state["returned"]}
+
+    def _move_to(self, *, epoch: int, index: int) -> None:
+        self._epoch, self._index = epoch, index
+        self._positions: dict[int, int] | None = None  # {line: position in the epoch's order}, built when needed
+        count = len(self._rows)
+        self._order: list[int] = (
+            np.random.default_rng([self._seed, epoch]).permutation(count).tolist()
+            if self._shuffle
+            else list(range(count))
+        )
+
+    def _was_issued(self, prompt_id: str) -> bool:
+        epoch = int(prompt_id.partition("-")[0])
+        if epoch != self._epoch:
+            return epoch < self._epoch
+        if self._positions is None:
+            self._positions = {self._rows[at].line: position for position, at in enumerate(self._order)}
+        return self._positions.get(_line(prompt_id), self._index) < self._index
+
+
+def _line(prompt_id: str) -> int:
+    """Return the line of the dataset's file that a prompt id "<epoch>-<line>" names."""
+    return int(prompt_id.partition("-")[2])

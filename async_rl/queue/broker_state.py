@@ -1,0 +1,287 @@
+"""What the broker knows: its settings, its state, the state as plain data, and the figures read from it.
+
+``BrokerState`` owns the books of one run's groups and how they are saved and restored. It decides nothing: that is
+``Broker``. Knows ``records`` and the budget's arithmetic in ``staleness``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any, Protocol, TypedDict
+
+from async_rl.metrics.summary import GroupCounts
+from async_rl.queue.records import GroupMeta, QueueStats, Ticket
+from async_rl.queue.staleness import OnStale, free_slots
+from async_rl.types import Prompt
+
+
+class PromptSource(Protocol):
+    """The dataset cursor, which yields each prompt id once, and again only after it was given back."""
+
+    def next(self) -> Prompt | None:
+        """Return the next prompt, returned ones first; None when there is none left."""
+        ...
+
+    def give_back(self, prompt: Prompt) -> None:
+        """Put a prompt back into circulation."""
+        ...
+
+    def prompt(self, prompt_id: str) -> Prompt:
+        """Return the prompt that was issued under this id."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the position in the dataset as plain data."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the position that ``state`` returned."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """The settings of a run that the broker decides by."""
+
+    required_groups: int
+    """Groups that a training step consumes."""
+    window_limit: int
+    """Groups admitted per version window (``staleness.window_limit``)."""
+    max_staleness: int
+    """Hard bound: versions that a token may be older than the version that trains it."""
+    on_stale: OnStale
+    """Drop a group once one of its tokens is over the bound ("drop"), or once all are ("mask")."""
+    max_bytes: int
+    """Encoded bytes of queued and leased groups."""
+    max_groups: int | None = None
+    """Queued and leased groups; None for window_limit, which by itself never makes a worker wait."""
+    max_attempts: int = 1
+    """Issues of a prompt whose groups time out, before the prompt is given up."""
+    can_rewind: bool = False
+    """Remember which prompts were trained since the oldest checkpoint, for ``Broker.rewind``."""
+
+    @property
+    def group_capacity(self) -> int:
+        """Groups that may be queued and leased at once."""
+        return self.window_limit if self.max_groups is None else self.max_groups
+
+
+@dataclass(slots=True)
+class Issue:
+    """One issue of one prompt, from ``issue`` until its group is trained, returned or failed."""
+
+    ticket: Ticket
+    attempt: int
+    """0 for the first issue of the prompt; part of the group id."""
+    worker: str
+    """The worker that generates the group, or generated it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished group, queued or leased."""
+
+    issue: Issue
+    meta: GroupMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What ``rewind`` needs of a trained group."""
+
+    step: int
+    """The training step that took its gradient."""
+    prompt: Prompt
+    attempt: int
+
+
+IssueFields = list[Any]
+"""[group id, prompt id, version, attempt, worker]"""
+FinishedFields = list[Any]
+"""[IssueFields, the values of GroupMeta's fields in order]"""
+
+
+class PlainState(TypedDict):
+    """A ``BrokerState`` in msgpack's types. Journals and checkpoints hold it, so its keys stay as they are."""
+
+    version: int
+    running: list[IssueFields]
+    """Groups in flight. The key dates from when they were called running."""
+    queued: list[FinishedFields]
+    leased: list[FinishedFields]
+    attempts: dict[str, int]
+    exhausted: bool
+    step_is_open: bool
+    issued: int
+    trained: int
+    trained_in_window: int
+    returned: dict[str, int]
+    dropped: dict[str, int]
+    failed: dict[str, int]
+    history: list[list[Any]]
+    """[step, prompt id, attempt] of each trained group that ``rewind`` may return."""
+    source: dict[str, Any]
+    """The dataset cursor's state."""
+
+
+@dataclass(slots=True)
+class BrokerState:
+    """All that the next decision depends on, apart from the settings and the dataset cursor."""
+
+    version: int = 0
+    """The policy version whose window is open."""
+    in_flight: dict[str, Issue] = field(default_factory=dict)
+    """{group id: issue} of the groups that workers generate."""
+    queued: dict[str, Finished] = field(default_factory=dict)
+    """{group id: group}, in the order of completion."""
+    leased: dict[str, Finished] = field(default_factory=dict)
+    """{group id: group} of the groups that the trainer has."""
+    prompts: set[str] = field(default_factory=set)
+    """Ids of all outstanding prompts: in flight, queued and leased."""
+    held_bytes: int = 0
+    """Encoded bytes of queued and leased groups."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """{prompt id: its next attempt} of the prompts that were returned and not issued since."""
+    exhausted: bool = False
+    """Whether the dataset had no prompt left when last asked."""
+    step_is_open: bool = False
+    """Whether a training step that leases groups one by one has some and waits for more."""
+    issued: int = 0
+    trained: int = 0
+    trained_in_window: int = 0
+    returned: Counter[str] = field(default_factory=Counter)
+    """{reason: groups}, as ``dropped`` and ``failed``."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    history: deque[Trained] = field(default_factory=deque)
+    """Groups trained since the oldest checkpoint, in order; empty unless the broker can rewind."""
+
+    def to_plain(self, source: PromptSource) -> PlainState:
+        """Return the state with the dataset cursor's, for ``from_plain``."""
+
+        def fields(issue: Issue) -> IssueFields:
+            ticket = issue.ticket
+            return [ticket.group_id, ticket.prompt.prompt_id, ticket.version, issue.attempt, issue.worker]
+
+        def finished(groups: Iterable[Finished]) -> list[FinishedFields]:
+            return [[fields(group.issue), list(astuple(group.meta))] for group in groups]
+
+        return {
+            "version": self.version,
+            "running": [fields(issue) for issue in self.in_flight.values()],
+            "queued": finished(self.queued.values()),
+            "leased": finished(self.leased.values()),
+            "attempts": self.attempts,
+            "exhausted": self.exhausted,
+            "step_is_open": self.step_is_open,
+            "issued": self.issued,
+            "trained": self.trained,
+            "trained_in_window": self.trained_in_window,
+            "returned": dict(self.returned),
+            "dropped": dict(self.dropped),
+            "failed": dict(self.failed),
+            "history": [[trained.step, trained.prompt.prompt_id, trained.attempt] for trained in self.history],
+            "source": source.state(),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: PlainState, source: PromptSource) -> BrokerState:
+        """Rebuild the state that ``to_plain`` wrote, and restore ``source`` to the position saved with it."""
+        source.restore(plain["source"])
+
+        def issue(fields: IssueFields) -> Issue:
+            group_id, prompt_id, version, attempt, worker = fields
+            return Issue(Ticket(group_id, source.prompt(prompt_id), version), attempt, worker)
+
+        def finished(groups: list[FinishedFields]) -> dict[str, Finished]:
+            found = [Finished(issue(fields), GroupMeta.from_fields(meta)) for fields, meta in groups]
+            return {group.meta.group_id: group for group in found}
+
+        in_flight = {found.ticket.group_id: found for found in map(issue, plain["running"])}
+        queued, leased = finished(plain["queued"]), finished(plain["leased"])
+        held = [*queued.values(), *leased.values()]
+        return cls(
+            version=plain["version"],
+            in_flight=in_flight,
+            queued=queued,
+            leased=leased,
+            prompts={i.ticket.prompt.prompt_id for i in [*in_flight.values(), *(group.issue for group in held)]},
+            held_bytes=sum(group.meta.nbytes for group in held),
+            attempts=dict(plain["attempts"]),
+            exhausted=plain["exhausted"],
+            step_is_open=plain["step_is_open"],
+            issued=plain["issued"],
+            trained=plain["trained"],
+            trained_in_window=plain["trained_in_window"],
+            returned=Counter(plain["returned"]),
+            dropped=Counter(plain["dropped"]),
+            failed=Counter(plain["failed"]),
+            history=deque(Trained(step, source.prompt(p), attempt) for step, p, attempt in plain["history"]),
+        )
+
+    @property
+    def window_groups(self) -> int:
+        """How much of the window is taken: outstanding groups, and those trained since it opened."""
+        return len(self.prompts) + self.trained_in_window
+
+    def free_slots(self, settings: BrokerSettings) -> int:
+        """Return the number of groups that the budget admits now."""
+        return free_slots(settings.window_limit, len(self.prompts), self.trained_in_window)
+
+    def in_flight_by_worker(self) -> dict[str, int]:
+        """Return {worker: groups in flight}."""
+        return dict(Counter(issue.worker for issue in self.in_flight.values()))
+
+    def counts(self) -> GroupCounts:
+        """Return the terms of invariant 5."""
+        return GroupCounts(
+            issued=self.issued,
+            trained=self.trained,
+            outstanding=len(self.in_flight) + len(self.queued) + len(self.leased),
+            returned=self.returned.total(),
+            failed=self.failed.total(),
+            dropped=self.dropped.total(),
+        )
+
+    def stats(self, settings: BrokerSettings) -> QueueStats:
+        """Return the figures of this moment, for metrics and the watchdog."""
+        versions = [issue.ticket.version for issue in self.in_flight.values()]
+        versions += [group.meta.oldest_version for group in self.queued.values()]
+        return QueueStats(
+            version=self.version,
+            window_limit=settings.window_limit,
+            window_groups=self.window_groups,
+            counts=self.counts(),
+            queued_groups=len(self.queued),
+            queued_bytes=sum(group.meta.nbytes for group in self.queued.values()),
+            leased_groups=len(self.leased),
+            held_bytes=self.held_bytes,
+            max_groups=settings.group_capacity,
+            max_bytes=settings.max_bytes,
+            in_flight=self.in_flight_by_worker(),
+            oldest_version=min(versions, default=None),
+            returned=dict(self.returned),
+            dropped=dict(self.dropped),
+            failed=dict(self.failed),
+            refusal=self.refusal(settings),
+            exhausted=self.exhausted,
+        )
+
+    def refusal(self, settings: BrokerSettings) -> str | None:
+        """Return why no ticket can be issued now, naming the holders of the window's groups; None if one can."""
+        if self.free_slots(settings) > 0:
+            return "the dataset is exhausted" if self.exhausted else None
+        parts = [f"{n} in flight on worker {worker}" for worker, n in sorted(self.in_flight_by_worker().items())]
+        for n, where in (
+            (len(self.queued), "queued"),
+            (len(self.leased), "leased"),
+            (self.trained_in_window, "trained in it"),
+        ):
+            if n:
+                parts.append(f"{n} {where}")
+        return (
+            f"budget full: {self.window_groups} of {settings.window_limit} groups of window {self.version}; "
+            f"{', '.join(parts)}"
+        )

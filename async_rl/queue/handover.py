@@ -1,0 +1,104 @@
+"""How a finished group changes owner: from the rollout worker to the driver, and from there to the queue.
+
+    worker   ``Outbox.put``      encodes the group, and waits until it is accepted
+             ``Outbox.stream``   yields message and metadata as return values of a streaming call of the driver
+    driver   ``incoming``        pairs message and metadata; the driver owns the message from here on
+             ``collect``         puts each group into the queue, then tells the worker that it is accepted
+    queue    ``QueueClient``     keeps the reference until the group has ended; the queue's process sees metadata only
+
+A return value of a stream belongs to the caller of the stream. So neither the death of a worker nor the death of the
+queue loses a finished group: the driver has it as soon as the worker has let go of it.
+
+Knows Ray's streams and the queue's client; what a replica is, the driver knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from async_rl.errors import DuplicateGroup, UnknownGroup
+from async_rl.queue.client import Payload, QueueClient
+from async_rl.queue.records import GroupMeta
+from async_rl.types import Group
+
+if TYPE_CHECKING:
+    from async_rl.queue.redis_store import RedisGroups
+
+log = structlog.get_logger(__name__)
+
+
+class Outbox(QueueClient):
+    """The worker's client of the queue, whose finished groups leave in a stream that the driver reads."""
+
+    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
+        """Wrap the handle of a ``QueueActor``; ``groups`` is the message store with queue.backend redis."""
+        super().__init__(actor, groups)
+        self._ready: asyncio.Queue[tuple[GroupMeta, npt.NDArray[np.uint8]]] = asyncio.Queue()
+        self._waiting: dict[str, asyncio.Future[None]] = {}  # {group id: set once it is accepted}
+
+    async def put(self, group: Group) -> GroupMeta:
+        """Encode the group and add it to the stream; return once ``accepted`` was called for it."""
+        meta, message = await self._encoded(group)
+        accepted = self._waiting[meta.group_id] = asyncio.get_running_loop().create_future()
+        self._ready.put_nowait((meta, message))
+        try:
+            await accepted
+        finally:
+            del self._waiting[meta.group_id]
+        return meta
+
+    def accepted(self, group_id: str) -> None:
+        """Let ``put`` of this group return: the queue has decided what becomes of it."""
+        if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
+            waiting.set_result(None)
+
+    async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta]:
+        """Yield message and metadata of each group that ``work`` puts, in turn, until it ends; raise its error."""
+        working = asyncio.ensure_future(work)
+        try:
+            while True:
+                following = asyncio.ensure_future(self._ready.get())
+                await asyncio.wait({working, following}, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    following.cancel()
+                    working.result()
+                    return
+                meta, message = following.result()
+                yield message
+                yield meta
+        finally:
+            working.cancel()
+
+
+async def incoming(stream: AsyncIterator[Any]) -> AsyncIterator[tuple[GroupMeta, Payload]]:
+    """Yield the groups of a worker's ``Outbox.stream`` on the driver, each once message and metadata are here.
+
+    Raises what ended the stream, for example the worker's death. Ray puts that error in the place of the next value.
+    The message is passed on without being read, so it must not be the last value: the error could go unseen.
+    """
+    async for message in stream:
+        meta = await anext(stream, None)
+        if meta is None:
+            await message  # raises
+            return
+        yield await meta, [message]
+
+
+async def collect(queue: QueueClient, stream: AsyncIterator[Any], accepted: Callable[[str], object]) -> None:
+    """Put every group of a worker's stream into the queue, and call ``accepted`` with its id; return when it ends.
+
+    Raises what ended the stream, for example the worker's death.
+    """
+    async for meta, payload in incoming(stream):
+        try:
+            await queue.put_stored(meta, payload)
+        except (UnknownGroup, DuplicateGroup) as error:
+            # The queue owns the books: it has given this group's prompt to another worker, or ended it.
+            log.warning("untracked_group_discarded", group=meta.group_id, reason=str(error))
+        accepted(meta.group_id)
