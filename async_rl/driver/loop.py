@@ -48,6 +48,7 @@ from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
 from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
@@ -59,7 +60,6 @@ from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
-from async_rl.trainer.report import StepReport
 from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
@@ -89,14 +89,14 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
     with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
-        recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
+        recorder.record_bad_rows(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         try:
             found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             inputs.prepare_store(config, resume=resume, anew=found is None)
             if resume:
-                recorder.go_on(None if found is None else checkpoint.read_head(found))
+                recorder.restore(None if found is None else checkpoint.read_head(found))
             with ray_cluster(config):
-                recorder.ray(ray_exporters())
+                recorder.announce_ray_exporters(ray_exporters())
                 asyncio.run(until_interrupted(Pipeline(config, recorder, train_set, eval_prompts, found).run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop took over signals
             recorder.finish("interrupted")
@@ -233,11 +233,11 @@ class Pipeline:
             pushing = asyncio.ensure_future(self._push(snapshot=due))
             await asyncio.sleep(0)  # its first calls are on their way while the step is written down
             try:
-                self._recorder.step(step, version, reports, trained, step_s=step_s)
+                self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             finally:
                 state = await pushing
         else:
-            self._recorder.step(step, version, reports, trained, step_s=step_s)
+            self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             state = await self._snapshot() if due else None
         if state is not None:
             await self._checkpoint(state)

@@ -62,7 +62,7 @@ class Monitor:
         (before, since), of_step = self._doing, self._step
         self._doing, self._step = (what, time.monotonic()), step
         self._recorder.training_loop_at(what)
-        self._recorder.training_loop_was_at(before, self._doing[1] - since, of_step)
+        self._recorder.record_phase(before, self._doing[1] - since, of_step)
 
     async def run(self) -> None:
         """Raises StalledError when nothing has moved for watchdog.abort_s."""
@@ -106,7 +106,7 @@ class Monitor:
         )
         if queue is None:
             return 0.0, situation
-        return self._recorder.counted(queue, workers, situation), situation
+        return self._recorder.update_counts(queue, workers, situation), situation
 
 
 async def _in_time(call: Awaitable[Any]) -> Any:

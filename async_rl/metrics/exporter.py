@@ -36,7 +36,8 @@ from prometheus_client.registry import Collector
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
-from async_rl.metrics.declared import METRICS, MetricSpec
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import MetricSpec
 from async_rl.runtime.runfolder import ALL_TARGETS, TARGETS, write_atomically
 
 LabelValues = tuple[str, ...]

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from structlog.processors import LogfmtRenderer
 
-from async_rl.metrics.summary import StepRecord, SyncRecord, weighted_mean
+from async_rl.metrics.records import StepRecord, SyncRecord, weighted_mean
 
 _render_line = LogfmtRenderer(key_order=["event"])
 
@@ -134,12 +134,12 @@ def _rows(
             "ppo_kl",
             f"on-policy {on_policy.kl if on_policy else float('nan'):.1e}   "
             f"stale {stale if stale is not None else float('nan'):.1e}   "
-            f"clipped {record.clip_fraction:.1%}",
+            f"clipped {record.report.clip_fraction:.1%}",
         ),
         (
             "staleness",
             f"mean {mean_staleness(record):.2f}   max {max(record.token_staleness, default=0)}   "
-            f"masked {sum(record.tokens_masked.values())} tokens",
+            f"masked {sum(record.report.tokens_masked.values())} tokens",
         ),
         (
             "partial",

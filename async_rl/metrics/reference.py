@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from async_rl.metrics.declared import SECTIONS, MetricSpec
+from async_rl.metrics.declared import SECTIONS
+from async_rl.metrics.spec import MetricSpec
 
 _HEAD = """\
 # Metrics
@@ -22,7 +23,7 @@ step. `process_resident_memory_bytes` and its like are there for each process.
 def page() -> str:
     """The whole file."""
     return _HEAD + "".join(
-        f"\n## {title}\n\n| metric | kind | unit | what it is | why one looks at it |\n|---|---|---|---|---|\n"
+        f"\n## {title}\n\n| metric | kind | unit | what it is | how to read it |\n|---|---|---|---|---|\n"
         + "".join(_line(spec) for spec in specs)
         for title, specs in SECTIONS.items()
     )
@@ -33,7 +34,7 @@ def _line(spec: MetricSpec) -> str:
     if spec.labels:
         values = f"={'|'.join(spec.values)}" if spec.values else ""
         labels = "{" + ",".join(spec.labels) + values + "}"
-    cells = [f"`{spec.full_name}{labels}`", spec.kind, spec.unit, spec.help, spec.why]
+    cells = [f"`{spec.full_name}{labels}`", spec.kind, spec.unit, spec.help, spec.how_to_read]
     # A bar within a cell would end it.
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import ResourceError, RunFolderError
-from async_rl.metrics.declared import METRICS, MetricSpec
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import MetricSpec
 from async_rl.observe import history, prometheus
 from async_rl.observe.history import History
 from async_rl.observe.rows import Row

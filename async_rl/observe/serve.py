@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 
 import yaml
 
-from async_rl.metrics.declared import PREFIX
+from async_rl.metrics.spec import PREFIX
 from async_rl.observe import prometheus
 from async_rl.observe.backfill import backfill
 

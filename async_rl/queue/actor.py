@@ -32,7 +32,7 @@ import ray
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import QueueClosed, QueueError
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker import Broker, PromptSource
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.journal import FileJournal, Journal

@@ -36,7 +36,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import OnStale, free_slots, is_stale, oldest_allowed_version
 from async_rl.types import Prompt

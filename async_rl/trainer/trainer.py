@@ -19,6 +19,7 @@ import torch
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplayError
+from async_rl.metrics.records import StepReport
 from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses, packing, parallel
 from async_rl.trainer.advantages import (
@@ -33,7 +34,7 @@ from async_rl.trainer.megatron import platform
 from async_rl.trainer.packing import Microbatch, Packer, Sample, plain_sample
 from async_rl.trainer.parallel import Int64Array, Place
 from async_rl.trainer.policy_sums import PolicySums
-from async_rl.trainer.report import StepReport, step_report
+from async_rl.trainer.report import step_report
 from async_rl.trainer.step import Step
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array
 from async_rl.weights.fingerprint import WIDTH

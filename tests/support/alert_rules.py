@@ -11,8 +11,8 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from async_rl.metrics.declared import series_key
 from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.spec import series_key
 
 FOLDER = Path(__file__).parents[2] / "dashboards" / "prometheus"
 LABELS = {"run": "r", "role": "pipeline", "replica": "0"}

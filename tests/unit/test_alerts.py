@@ -8,9 +8,10 @@ import yaml
 
 from async_rl.config.loading import leaves
 from async_rl.metrics import publish
-from async_rl.metrics.declared import METRICS, PREFIX
+from async_rl.metrics.declared import METRICS
 from async_rl.metrics.exporter import Metrics
-from async_rl.metrics.summary import TokenAgreement
+from async_rl.metrics.records import TokenAgreement
+from async_rl.metrics.spec import PREFIX
 from tests.support.alert_rules import FOLDER, assert_firing, promtool
 from tests.support.step_records import step_record
 

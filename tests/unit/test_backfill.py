@@ -11,7 +11,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import ResourceError, RunFolderError
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
-from async_rl.metrics.summary import SyncRecord
+from async_rl.metrics.records import SyncRecord
 from async_rl.observe import history, prometheus
 from async_rl.observe.backfill import backfill, openmetrics
 from async_rl.runtime.runfolder import RunFolder
@@ -23,7 +23,7 @@ BEGAN = 1_800_000_000.0
 
 def record(step, **changes):
     sync = SyncRecord(policy_version=step, seconds=0.3, phases={"pause": 0.1, "transfer": 0.2}, canary=1e-7)
-    given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "updates_skipped": {"non_finite": 1}}
+    given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "skipped": {"non_finite": 1}}
     given |= {"router_fallback_rows": 2, "exact_extra_tokens": 5, "replica_versions": {0: step, 1: step - 1}}
     given |= {"step": step, "policy_version": step, "time": BEGAN + step, "reward_mean": step / 10, "last_sync": sync}
     return step_record(**given | changes)
@@ -114,7 +114,7 @@ def test_two_steps_never_share_a_millisecond(tmp_path):
 
 
 def test_counters_of_known_reasons_begin_at_0_when_the_run_does(tmp_path):
-    rows = [record(1, time=BEGAN + 9, elapsed_s=9.0, tokens_masked={"stale": 3}, updates_skipped={}).row()]
+    rows = [record(1, time=BEGAN + 9, elapsed_s=9.0, tokens_masked={"stale": 3}, skipped={}).row()]
     found = series(write(tmp_path, rows))
     assert found["async_rl_tokens_masked_total", ("reason", "stale")] == [(BEGAN, 0), (BEGAN + 9, 3)]
     assert found["async_rl_updates_skipped_total", ("reason", "non_finite")] == [(BEGAN, 0)]

@@ -16,7 +16,8 @@ import yaml
 
 import async_rl
 from async_rl.config.loading import leaves
-from async_rl.metrics.declared import METRICS, PREFIX
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import PREFIX
 from async_rl.observe import prometheus
 
 ROOT = Path(async_rl.__file__).parent.parent

@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import generate_latest
 
 from async_rl.metrics.exporter import Metrics
-from async_rl.metrics.publish import publish_start, publish_step
-from async_rl.metrics.summary import SyncRecord, TokenAgreement
+from async_rl.metrics.publish import publish_start, publish_step, step_row
+from async_rl.metrics.records import SyncRecord, TokenAgreement
 from tests.support.step_records import step_record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,11 +25,11 @@ RECORDS = {
         "policy_version": 3,
         "eval_reward_mean": 0.5,
         "router_fallback_rows": 5,
-        "exact_extra_tokens": 12,
+        "extra_positions": 12,
         "padding_ratio": 0.125,
         "rank_cost_ratio": 1.25,
         "tokens_masked": {"stale": 4, "not_sampled": 6},
-        "updates_skipped": {"non_finite": 1},
+        "skipped": {"non_finite": 1},
         "last_sync": SYNC,
         "replica_versions": {0: 3, 1: 2},
     },
@@ -38,7 +38,7 @@ RECORDS = {
         "agreement_by_staleness": {3: NOTHING},
         "agreement_by_resume_position": {},
         "temperature": None,
-        "router_disagreement_ratio": None,
+        "router_disagreement": None,
         "response_tokens": (),
         "segments": (),
         "interruptions": (),
@@ -55,7 +55,7 @@ def exposed(metrics: Metrics) -> list[str]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_row(name):
     golden = json.loads((GOLDEN / f"row_{name}.json").read_text())
-    assert json.loads(json.dumps(step_record(**RECORDS[name]).row())) == golden
+    assert json.loads(json.dumps(step_row(step_record(**RECORDS[name])))) == golden
 
 
 def test_exposition():

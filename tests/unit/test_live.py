@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from async_rl.metrics.live import LiveView, step_line, time_left
-from async_rl.metrics.summary import SyncRecord
+from async_rl.metrics.records import SyncRecord
 from tests.support.step_records import step_record
 
 SYNC = SyncRecord(policy_version=7, seconds=0.061, canary=2e-7)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from async_rl.errors import RunFolderError
+from async_rl.metrics.publish import step_row
 from async_rl.observe import figures, spans
 from async_rl.observe.report import write_report
 from async_rl.observe.trace import write_trace
@@ -26,7 +27,7 @@ def lines(path, values, end="\n"):
 def rows(count):
     return [
         {
-            **step_record(step=n, time=NOW + n, elapsed_s=float(n), reward_mean=0.01 * (n % 50)).row(),
+            **step_row(step_record(step=n, time=NOW + n, elapsed_s=float(n), reward_mean=0.01 * (n % 50))),
             "sync_seconds": SYNC,
         }
         for n in range(1, count + 1)
