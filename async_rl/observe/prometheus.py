@@ -23,6 +23,9 @@ from async_rl.errors import ResourceError
 from async_rl.runtime import runfolder
 from async_rl.runtime.process import signal_on_parent_death
 
+ASSETS = Path(__file__).parent / "assets"
+"""The alerts, the dashboard, Grafana's provisioning and the compose file, which are part of the package."""
+
 PORT = 9090
 _PORTS_TRIED = 64
 # Seconds. Grafana's own default; a worker answers in the process that hands out its tokens, so not more often.
@@ -41,7 +44,7 @@ def program(name: str = "prometheus") -> str:
     if found is None:
         raise ResourceError(
             f"{name} is not installed: apt install prometheus (Debian, Ubuntu), brew install prometheus, or "
-            "docker compose -f dashboards/compose.yaml up"
+            f"docker compose -f {ASSETS / 'compose.yaml'} up"
         )
     return found
 

@@ -1,6 +1,6 @@
 """``async-rl observe`` and ``replay-metrics``: Prometheus, and Grafana where it is installed, with everything in place.
 
-Knows the programs and the checkout's ``dashboards`` folder, which has the alerts and the dashboards.
+Knows the programs, and the package's ``assets``, which have the alerts, the dashboard and Grafana's provisioning.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import yaml
 from async_rl.metrics.spec import PREFIX
 from async_rl.observe import prometheus
 from async_rl.observe.backfill import backfill
+from async_rl.observe.prometheus import ASSETS
 
-DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
+_RULES = ASSETS / "prometheus" / "rules.yml"
 _GRAFANA_PORT = 3000
 _DATA = ".observe"
 # What Prometheus' own page shows.
@@ -38,7 +39,7 @@ def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
     Samples are kept in ``runs``/.observe. Raises ResourceError where Prometheus is missing.
     """
     prometheus.program()  # before anything is made
-    with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_rules(), port=port) as url:
+    with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_RULES, port=port) as url:
         _tell(port, url, f"watching the runs in {runs.absolute()}")
         sys.stdout.write(f"ppo_kl, reward and who waits, without Grafana: {_graph(url)}\n")
         sys.stdout.flush()
@@ -62,11 +63,6 @@ def replay(run: Path, *, port: int = prometheus.PORT) -> int:
     return 0
 
 
-def _rules() -> Path | None:
-    rules = DASHBOARDS / "prometheus" / "rules.yml"
-    return rules if rules.exists() else None
-
-
 def _tell(port: int, url: str, what: str) -> None:
     if not url.endswith(f":{port}"):
         sys.stdout.write(f"port {port} is in use; this Prometheus is on the next free one\n")
@@ -81,7 +77,7 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
     if path is None:
         sys.stdout.write(
             "Grafana is not installed: grafana.com has packages; or\n"
-            f"docker compose -f {DASHBOARDS / 'compose.yaml'} up starts both. Ctrl-C ends.\n"
+            f"docker compose -f {ASSETS / 'compose.yaml'} up starts both. Ctrl-C ends.\n"
         )
         sys.stdout.flush()
         yield
@@ -122,12 +118,12 @@ def _graph(url: str) -> str:
 
 
 def _provision(data: Path, url: str) -> Path:
-    """Grafana's folder, with the datasource at ``url`` and the checkout's dashboards."""
+    """Grafana's folder, with the datasource at ``url`` and the package's dashboard."""
     home = data.absolute()
-    sources = yaml.safe_load((DASHBOARDS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
+    sources = yaml.safe_load((ASSETS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
     for source in sources["datasources"]:
         source["url"] = url
-    provider = {"name": "async_rl", "type": "file", "options": {"path": str(DASHBOARDS / "grafana")}}
+    provider = {"name": "async_rl", "type": "file", "options": {"path": str(ASSETS / "grafana")}}
     for folder, tree in (
         ("datasources", sources),
         ("dashboards", {"apiVersion": 1, "providers": [provider]}),

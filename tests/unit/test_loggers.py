@@ -101,6 +101,7 @@ def alive(marker):
 OFFLINE = """
 import sys; from pathlib import Path; from tests.support.step_records import step_record
 from async_rl.metrics.loggers import open_loggers
+from async_rl.metrics.publish import step_row
 loggers = open_loggers(["wandb"], Path(sys.argv[1]), {"seed": 5})
 for step in (1, 2, 3):
     loggers.step(step_row(step_record(step=step, time=1.8e9 + step, reward_mean=step / 10)))
