@@ -100,7 +100,7 @@ class Recorder:
             return
         self._summary.restore(found.recorder["summary"])
         self._meter.restore(found.recorder)
-        self.event("run_restored", step=found.step)
+        self.event("run_restoring", step=found.step)
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """Undo the records of the steps after ``step``, from which the trainer resumes."""

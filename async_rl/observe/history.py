@@ -17,8 +17,12 @@ from typing import IO, Any, Protocol
 import yaml
 
 from async_rl.errors import RunFolderError
+from async_rl.metrics.events import in_words
 from async_rl.observe.rows import Row
 from async_rl.runtime import runfolder
+
+# What the log has in every line, and no part of the event's words.
+_NO_FIELDS = frozenset({"event", "run", "role", "version", "logger", "level", "timestamp", "exception"})
 
 
 class Sink(Protocol):
@@ -75,11 +79,15 @@ def _finished(stream: IO[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line of the pipeline's log. time: seconds since 1970."""
+    """A line of the driver's log."""
 
     time: float
+    """Seconds since 1970; 0.0 if the line has no valid time."""
     level: str
+    name: str
+    """The constant name of the event; prose in the logs of earlier versions."""
     text: str
+    """The event in words."""
 
 
 class _Events:
@@ -89,7 +97,9 @@ class _Events:
         self._events = events
 
     def append(self, line: dict[str, Any], /) -> None:
-        self._events.append(Event(_seconds(line.get("timestamp")), line.get("level", ""), _text(line)))
+        name = str(line.get("event", ""))
+        fields = {key: value for key, value in line.items() if key not in _NO_FIELDS}
+        self._events.append(Event(_seconds(line.get("timestamp")), line.get("level", ""), name, in_words(name, fields)))
 
     def clear(self) -> None:
         self._events.clear()
@@ -183,9 +193,3 @@ def _seconds(timestamp: Any) -> float:
         return datetime.datetime.fromisoformat(timestamp).timestamp()
     except (TypeError, ValueError):
         return 0.0
-
-
-def _text(line: dict[str, Any]) -> str:
-    known = {"event", "run", "role", "version", "logger", "level", "timestamp", "exception"}
-    rest = " ".join(f"{key}={value}" for key, value in line.items() if key not in known)
-    return f"{line.get('event', '')}{' ' if rest else ''}{rest}"

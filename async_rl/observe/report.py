@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_rl.metrics.events import RESTARTS
 from async_rl.observe import figures, gantt, history
 from async_rl.observe.figures import Series, text
 from async_rl.observe.history import Event, History
@@ -360,7 +361,8 @@ def _loudness(event: Event) -> str:
     """What kind of trouble the event is; empty for none."""
     if str(event.level).lower() not in ("", "debug", "info"):
         return str(event.level)
-    return "restart" if " died" in event.text else ""
+    # Earlier versions logged prose instead of names.
+    return "restart" if event.name in RESTARTS or " died" in event.name else ""
 
 
 def _section(title: str, good: str, parts: Sequence[str], *, grid: bool = True) -> str:

@@ -281,7 +281,11 @@ def test_a_trace_without_spans_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_the_report_of_a_run(tmp_path):
-    events = [{"event": "rollout died and is started again", "level": "info", "timestamp": "2026-11-21T10:00:00Z"}]
+    events = [
+        {"event": "rollout died and is started again", "level": "info", "timestamp": "2026-11-21T10:00:00Z"},
+        {"event": "process_died", "process": "trainer", "level": "info", "timestamp": "2026-11-21T10:01:00Z"},
+        {"event": "worker_restarted", "replica": "rollout-0", "level": "info", "timestamp": "2026-11-21T10:02:00Z"},
+    ]
     path = with_timeline(run_folder(tmp_path / "a", metrics=rows(30), events=events))
     groups = {"issued": 10, "trained": 4, "outstanding": 3, "returned": 2, "failed": 1}
     summary = {"exit_reason": "finished", "wall_s": 60.0, "eval": {"first": 0.1, "last": 0.7}, "groups": groups}
@@ -295,6 +299,9 @@ def test_the_report_of_a_run(tmp_path):
     ):
         assert said in page.text
     assert "2026-11-21 10:00:00 UTC" in page.text
+    assert source.count('class="loud"') == 2, "of an earlier version and of this one"
+    assert "trainer died and is being restarted" in page.text
+    assert "rollout-0 was restarted" in page.text
     assert source.count("<figure") == 25
     assert page.text.count("No step has a value.") == 1, "there was no canary"
     assert "steps: 9" in source.partition("<pre>")[2]
