@@ -19,7 +19,7 @@ class RunMeter:
     """The time that a run has taken, how much of it each side computed, and the latest counts of queue and workers."""
 
     def __init__(self, started: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """``started``: the clock's time at which the run was asked for, from which set-up is measured."""
+        """Measure set-up from ``started``, the clock's time at which the run was asked for."""
         self.queue: QueueStats | None = None
         """The latest counts of the queue; None before the first."""
         self._clock = clock

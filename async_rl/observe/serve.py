@@ -25,7 +25,7 @@ from async_rl.observe.prometheus import ASSETS
 _RULES = ASSETS / "prometheus" / "rules.yml"
 _GRAFANA_PORT = 3000
 _DATA = ".observe"
-# What Prometheus' own page shows.
+# The curves on Prometheus' own page.
 _CURVES = (
     f"{PREFIX}ppo_kl",
     f"{PREFIX}reward_mean",
@@ -34,7 +34,7 @@ _CURVES = (
 
 
 def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
-    """Watch every run below ``runs``, those to come as well, until Ctrl-C.
+    """Watch every run below ``runs``, later ones included, until Ctrl-C.
 
     Samples are kept in ``runs``/.observe. Raises ResourceError where Prometheus is missing.
     """
@@ -49,7 +49,7 @@ def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
 
 
 def replay(run: Path, *, port: int = prometheus.PORT) -> int:
-    """Look at a run that has ended: its metrics.jsonl in a Prometheus of its own, until Ctrl-C.
+    """Show the metrics.jsonl of a run that has ended in a Prometheus of its own, until Ctrl-C.
 
     Raises RunFolderError, and ResourceError where Prometheus is missing.
     """
@@ -72,7 +72,7 @@ def _tell(port: int, url: str, what: str) -> None:
 
 @contextlib.contextmanager
 def _grafana(data: Path, url: str) -> Iterator[None]:
-    """A Grafana with datasource and dashboards in place, where the program is installed; else how to get one."""
+    """Run a Grafana with datasource and dashboards in place; where it is not installed, print how to get one."""
     path = shutil.which("grafana") or shutil.which("grafana-server")
     if path is None:
         sys.stdout.write(
@@ -90,14 +90,14 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
         "GF_PATHS_PROVISIONING": str(home / "provisioning"),
         "GF_SERVER_HTTP_ADDR": "127.0.0.1",
         "GF_SERVER_HTTP_PORT": str(port),
-        # Whoever reaches a loopback port of this machine may look.
+        # Every user of this machine may look: the port is on the loopback interface.
         "GF_AUTH_ANONYMOUS_ENABLED": "true",
         "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
         "GF_ANALYTICS_REPORTING_ENABLED": "false",
         "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
     }
     command = [path, "server"] if Path(path).name == "grafana" else [path]
-    # Packages keep its own files here; an installation from an archive finds them beside the program.
+    # Packages keep Grafana's own files here; an installation from an archive finds them next to the program.
     homepath = Path("/usr/share/grafana")
     command += ["--homepath", str(homepath)] if homepath.is_dir() else []
     log = home / "grafana.log"
@@ -108,7 +108,7 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
 
 
 def _graph(url: str) -> str:
-    """Prometheus' own page with some curves, of the last quarter of an hour."""
+    """Return the address of Prometheus' own page with some curves of the last quarter of an hour."""
     panels = {
         f"g{number}.{key}": value
         for number, expression in enumerate(_CURVES)
@@ -118,7 +118,7 @@ def _graph(url: str) -> str:
 
 
 def _provision(data: Path, url: str) -> Path:
-    """Grafana's folder, with the datasource at ``url`` and the package's dashboard."""
+    """Write Grafana's folder, with the datasource at ``url`` and the package's dashboard. Returns it."""
     home = data.absolute()
     sources = yaml.safe_load((ASSETS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
     for source in sources["datasources"]:
@@ -137,8 +137,8 @@ def _provision(data: Path, url: str) -> Path:
 
 
 def _until_interrupted() -> None:
-    """The handlers stay: a second Ctrl-C must not cut short what ends the programs."""
-    # A pipe and no threading.Event: a signal in the first one's handler would wait for the lock that this one holds.
+    """Wait for Ctrl-C. The handlers stay, as a second Ctrl-C must not interrupt the end of the programs."""
+    # A pipe, not threading.Event: a signal during its handler would wait for a lock that the handler itself holds.
     reader, writer = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(writer, b"."))

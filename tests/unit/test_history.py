@@ -114,5 +114,5 @@ def test_damage_in_the_middle_is_named(folder):
     with (folder.path / "metrics.jsonl").open("a") as stream:
         stream.write("{]\n")
     write(folder, 2)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is no JSON object: b'\{\]'"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is not a JSON object: b'\{\]'"):
         history.read(folder.path)
