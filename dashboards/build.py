@@ -34,12 +34,12 @@ _LARGE = 9
 
 
 def render() -> str:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     return json.dumps(_dashboard(), cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def expression(text: str) -> str:
-    """A declared query with the filter by run in each of its selectors."""
+    """Return a declared query with the filter by run in each of its selectors."""
     return text.replace("{", "{" + RUN_FILTER + ", ").replace(", }", "}")
 
 
@@ -183,7 +183,7 @@ def _letter(place: int) -> str:
 
 
 def _common(drawn: Any, panel: Panel) -> Any:
-    """What panels of every kind have."""
+    """Set the properties that panels of every kind have."""
     drawn.title(panel.title).description(panel.description).datasource(SOURCE).unit(panel.unit)
     if panel.low is not None and not panel.centred:
         drawn.min(panel.low)
@@ -238,7 +238,7 @@ def _legend(calcs: list[str], *, table: bool = False) -> make.VizLegendOptions:
 
 
 def _looks(query: Query) -> Iterator[dashboard.DynamicConfigValue]:
-    """Colour and dashes of one query's series. Shades, so that two runs in it can be told apart."""
+    """Colour and dashes of one query's series. Shades distinguish two runs."""
     if query.hue is not None:
         colour = dashboard.FieldColor(mode=dashboard.FieldColorModeId.SHADES, fixed_color=query.hue)
         yield dashboard.DynamicConfigValue(id_val="color", value=colour)
