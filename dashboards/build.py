@@ -1,7 +1,7 @@
-"""Draws what ``panels`` declares as a Grafana dashboard: ``python dashboards/build.py`` writes grafana/async_rl.json.
+"""Draws what ``panels`` declares as a Grafana dashboard: ``python dashboards/build.py`` writes it into the package.
 
-``--check`` writes nothing and exits with 1 when the file is not what would be written. The same declarations always
-give the same bytes. Knows ``panels`` and Grafana's foundation SDK.
+``--check`` writes nothing and exits with 1 when the file differs from what would be written. The same declarations
+always give the same bytes. Knows ``panels`` and Grafana's foundation SDK.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat, QueryEditorMode
 from panels import MARKS, PHASES, ROWS, Band, Mark, Panel, Query
 
-PATH = Path(__file__).parent / "grafana" / "async_rl.json"
+PATH = Path(__file__).resolve().parents[1] / "async_rl" / "observe" / "assets" / "grafana" / "async_rl.json"
 UID = "async-rl"
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 RUN_FILTER = 'run=~"$run"'
@@ -34,12 +34,12 @@ _LARGE = 9
 
 
 def render() -> str:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     return json.dumps(_dashboard(), cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def expression(text: str) -> str:
-    """A declared query with the filter by run in each of its selectors."""
+    """Return a declared query with the filter by run in each of its selectors."""
     return text.replace("{", "{" + RUN_FILTER + ", ").replace(", }", "}")
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if PATH.exists() and PATH.read_text(encoding="utf-8") == wanted:
         return 0
-    sys.stderr.write(f"{PATH} is not what dashboards/panels says; run python dashboards/build.py\n")
+    sys.stderr.write(f"{PATH} differs from what dashboards/panels declares; run python dashboards/build.py\n")
     return 1
 
 
@@ -183,7 +183,7 @@ def _letter(place: int) -> str:
 
 
 def _common(drawn: Any, panel: Panel) -> Any:
-    """What panels of every kind have."""
+    """Set the properties that panels of every kind have."""
     drawn.title(panel.title).description(panel.description).datasource(SOURCE).unit(panel.unit)
     if panel.low is not None and not panel.centred:
         drawn.min(panel.low)
@@ -238,7 +238,7 @@ def _legend(calcs: list[str], *, table: bool = False) -> make.VizLegendOptions:
 
 
 def _looks(query: Query) -> Iterator[dashboard.DynamicConfigValue]:
-    """Colour and dashes of one query's series. Shades, so that two runs in it can be told apart."""
+    """Colour and dashes of one query's series. Shades distinguish two runs."""
     if query.hue is not None:
         colour = dashboard.FieldColor(mode=dashboard.FieldColorModeId.SHADES, fixed_color=query.hue)
         yield dashboard.DynamicConfigValue(id_val="color", value=colour)

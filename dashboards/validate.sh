@@ -2,14 +2,14 @@
 # Checks dashboards against Grafana's own types: the dashboard, the options and fields of each kind of panel, and the
 # queries of the Prometheus data source, which the dashboard's type leaves open. Unknown keys and values are errors.
 #
-#   dashboards/validate.sh [file.json ...]      by default dashboards/grafana/async_rl.json
+#   dashboards/validate.sh [file.json ...]      by default async_rl/observe/assets/grafana/async_rl.json
 #
 # Needs npm. The types are those of @grafana/schema and of one file of @grafana/prometheus; they are fetched once, in
 # the versions below, into ASYNC_RL_CACHE (by default ~/.cache/async-rl), and are no part of this repository. A file is
 # written out as a TypeScript literal and type-checked, because only a literal makes the compiler report unknown keys.
 set -euo pipefail
 
-GRAFANA=13.2.3   # the image of dashboards/compose.yaml
+GRAFANA=13.2.3   # the image of async_rl/observe/assets/compose.yaml
 TYPESCRIPT=5.9.3
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,7 +29,7 @@ if [[ ! -f $types/complete ]]; then
   rm -r package grafana-prometheus-*.tgz
   touch complete
   mkdir -p "$(dirname "$types")"
-  # Whoever was first wins; both are the same.
+  # The first of two concurrent runs wins; both have the same files.
   mv -T "$fresh" "$types" 2> /dev/null || [[ -f $types/complete ]]
   cd "$here"
 fi
@@ -69,10 +69,10 @@ interface Panel<Type extends string, Options, Custom>
   targets: Query[];
 }
 
-/** Whatever makes no picture has no custom fields. */
+/** A panel without a graph has no custom fields. */
 type None = Record<string, never>;
 
-/** What an interval variable has besides, which the schema leaves out. */
+/** Keys of an interval variable that the schema leaves out. */
 interface Variable extends Plain<raw.VariableModel> {
   auto?: boolean;
   auto_count?: number;
@@ -100,7 +100,7 @@ export interface Dashboard extends Omit<Plain<raw.Dashboard>, "panels" | "annota
 }
 TS
 
-[[ $# -gt 0 ]] || set -- "$here/grafana/async_rl.json"
+[[ $# -gt 0 ]] || set -- "$here/../async_rl/observe/assets/grafana/async_rl.json"
 for file in "$@"; do
   name=$(basename "$file" .json)
   { echo 'import type { Dashboard } from "./grafana"; export const dashboard: Dashboard ='; cat "$file"; } > "$work/check_$name.ts"

@@ -20,6 +20,7 @@ import ray
 from async_rl.config.schema import RunConfig
 from async_rl.driver.cluster import CoreAssignment
 from async_rl.errors import TrainerDied
+from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.engine.interface import Score
@@ -29,7 +30,6 @@ from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
-from async_rl.trainer.report import StepReport
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
 from async_rl.weights.sync import Replica
 

@@ -45,6 +45,7 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
@@ -55,7 +56,6 @@ from async_rl.runtime import logs, timeouts
 from async_rl.runtime.interrupt import first_failure
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place
-from async_rl.trainer.report import StepReport
 from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
@@ -173,11 +173,11 @@ class TrainingLoop:
             syncing = asyncio.ensure_future(self._sync_weights(snapshot=due))
             await asyncio.sleep(0)  # let it begin before the step is recorded
             try:
-                self._recorder.step(step, version, reports, trained, step_s=step_s)
+                self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             finally:
                 state = await syncing
         else:
-            self._recorder.step(step, version, reports, trained, step_s=step_s)
+            self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             state = await self._checkpointer.pause_and_take(step, version) if due else None
         if state is not None:
             await self._checkpointer.write(state)

@@ -75,7 +75,7 @@ class Monitor:
         before, since, before_step = self._phase, self._since, self._step
         self._phase, self._since, self._step = name, time.monotonic(), step
         self._recorder.training_loop_at(name)
-        self._recorder.training_loop_was_at(before, self._since - since, before_step)
+        self._recorder.record_phase(before, self._since - since, before_step)
 
     async def run(self) -> None:
         """Poll until cancelled. Raises StalledError when nothing has moved for watchdog.abort_s."""
@@ -110,7 +110,7 @@ class Monitor:
         )
         if queue is None:
             return 0.0, snapshot
-        return self._recorder.counted(queue, workers, snapshot), snapshot
+        return self._recorder.update_counts(queue, workers, snapshot), snapshot
 
     async def _abort(self, description: str) -> NoReturn:
         await _dump_stacks([self._queue.actor, *self._rollouts.actors, *self._trainers.actors])

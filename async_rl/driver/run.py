@@ -44,14 +44,14 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
     with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
-        recorder.data(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
+        recorder.record_bad_rows(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         try:
             found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             prepare_store(config, resume=resume, clear=found is None)
             if resume:
-                recorder.go_on(None if found is None else run_state.read_head(found))
+                recorder.restore(None if found is None else run_state.read_head(found))
             with ray_cluster(config):
-                recorder.ray(ray_exporters())
+                recorder.announce_ray_exporters(ray_exporters())
                 asyncio.run(until_interrupted(TrainingLoop(config, recorder, train_set, eval_prompts, found).run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
             recorder.finish("interrupted")

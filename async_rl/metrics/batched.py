@@ -1,6 +1,6 @@
-"""A histogram for what is observed thousands of times a second: observations are put aside and counted many at a time.
+"""A histogram for thousands of observations a second: they are collected first and counted many at a time.
 
-vLLM observes the time between any two tokens, on the event loop that hands them out. Knows prometheus_client only.
+vLLM observes the time between any two tokens, on the event loop that distributes them. Knows prometheus_client only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-# Observations that wait to be counted; a scrape counts them as well.
+# Most observations that wait to be counted; a scrape counts them too.
 _BATCH = 4096
 
 
 class BatchedHistogram(Collector):
-    """Of prometheus_client.Histogram what vLLM uses, and served like it."""
+    """A replacement for prometheus_client.Histogram with the methods that vLLM uses and the same exposition."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class BatchedHistogram(Collector):
         buckets: Sequence[float] = Histogram.DEFAULT_BUCKETS,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self._name = name  # by it vLLM finds what an earlier engine of this process has registered
+        self._name = name  # vLLM looks for it to unregister the metrics of an earlier engine
         self._documentation = documentation
         self._labelnames = tuple(labelnames)
         self._bounds = np.array([bound for bound in buckets if bound != np.inf], np.float64)
@@ -70,12 +70,12 @@ class _Series:
             self.counted()
 
     def counted(self) -> tuple[np.ndarray, float]:
-        """How many fell into each bucket, the last of which has no bound, and their sum."""
+        """Return the count of each bucket, the last of which has no bound, and the sum of the observations."""
         with self._lock:
-            # Of the same list, as another thread may be about to append to it.
+            # Keep the list itself: another thread may be about to append to it.
             values = self._waiting[:]
             del self._waiting[: len(values)]
-            buckets = np.searchsorted(self._bounds, values)  # a bucket has its upper bound
+            buckets = np.searchsorted(self._bounds, values)  # a bucket includes its upper bound
             self._counts = self._counts + np.bincount(buckets, minlength=len(self._counts))
             self._total += sum(values)
             return self._counts, self._total

@@ -1,102 +1,114 @@
-"""Every metric of a run, declared once: name, kind, labels, unit, help, and why somebody looks at it. Pure.
+"""Every metric of a run, declared once: name, kind, meaning, how to read it, and how a step's record gives it. Pure.
 
-Emitting something that is not declared here is an error (see ``exporter``), so this list is complete by
-construction. Names follow Prometheus' conventions: base units, counters end in ``_total``, and each gets the
-prefix ``async_rl_`` on the wire. ``metrics.jsonl`` uses the same names without it.
+To add a metric of training steps:
+
+1. Compute it. A value of the trainer is a field of ``records.StepReport``, filled in ``trainer/report.py`` (a sum over
+   tokens is one entry of ``trainer/policy_sums.SUMS``). A value that only the driver knows is a field of
+   ``records.StepRecord``, filled in ``driver/step_record.py``.
+2. Declare it here, in the section whose question it answers, with ``read``. That alone puts it into /metrics,
+   metrics.jsonl, the loggers and docs/metrics.md.
+3. Show it: a panel in ``dashboards/panels/``, then ``make generate``. A test fails for a metric without a panel.
+
+A metric without ``read`` is emitted where it is counted, by ``Metrics.set``, ``inc``, ``count_to`` or ``observe``.
+Emitting a metric that is not declared here is an error (see ``exporter``). Names follow Prometheus' conventions: base
+units, counters end in ``_total``, and each gets the prefix ``async_rl_`` on the wire. ``metrics.jsonl`` uses the names
+without the prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-PREFIX = "async_rl_"
-
-Kind = Literal["counter", "gauge", "histogram"]
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One metric. ``name`` is without the prefix.
-
-    labels: every emission gives each of them. whole: an emission without any label is allowed as well, and
-    stands for the value over all label values; only for means and extremes, which nobody sums over labels.
-    buckets: upper bounds of a histogram, ascending; +Inf is implied. values: of the only label of a counter, those that
-    are known beforehand; they start at 0, so that the first one counts as a rise.
-    """
-
-    name: str
-    kind: Kind
-    help: str
-    why: str
-    unit: str = ""
-    labels: tuple[str, ...] = ()
-    whole: bool = False
-    buckets: tuple[float, ...] = ()
-    values: tuple[str, ...] = ()
-
-    @property
-    def full_name(self) -> str:
-        return PREFIX + self.name
-
+from async_rl.metrics.records import StepRecord
+from async_rl.metrics.spec import MetricSpec, Split
 
 # Staleness is a small integer; beyond 16 versions only the fact matters, not the number.
 _STALENESS_BUCKETS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _SEGMENT_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 # Powers of two, from a one-word answer to a long chain of thought.
 _LENGTH_BUCKETS = tuple(float(2**i) for i in range(3, 16))
-# From a tiny model's 10 ms push to a cluster's minutes, about three to a decade.
+# From a tiny model's 10 ms weight sync to a cluster's minutes, about three to a decade.
 _SECONDS_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+def _by_staleness(record: StepRecord, name: str) -> Split:
+    """One number of ``TokenAgreement`` over all trained tokens and by their staleness, ascending."""
+    split = record.report.agreement_by_staleness
+    return Split(getattr(record.report.agreement, name), {age: getattr(split[age], name) for age in sorted(split)})
+
+
+def _by_resume_position(record: StepRecord, name: str) -> Mapping[str, float | None]:
+    """One number of ``TokenAgreement`` by position relative to a resume point."""
+    split = record.report.agreement_by_resume_position
+    return {position: getattr(part, name) for position, part in split.items()}
+
 
 _LEARNING = (
     MetricSpec(
         "policy_version",
         "gauge",
-        "Version of the weights; rises by one at every weight push.",
-        why="Everything else is read against it; a flat line means that nothing is learnt or pushed.",
+        "Version of the weights; rises by one at every weight sync.",
+        "Compare everything else with it; a flat line means that nothing is learnt or synced.",
+        lambda record: record.policy_version,
     ),
     MetricSpec(
         "training_steps_total",
         "counter",
         "Training steps finished.",
-        why="Progress, and with rate() the pace of the run.",
+        "Progress, and with rate() the pace of the run.",
     ),
     MetricSpec(
         "reward_mean",
         "gauge",
         "Mean reward of the trajectories of the last training step.",
-        why="The learning curve, as the policy samples.",
+        "The learning curve of the policy as it samples; it should rise.",
+        lambda record: record.reward_mean,
     ),
     MetricSpec(
         "eval_reward_mean",
         "gauge",
         "Mean greedy reward on the held-out problems, at the last evaluation.",
-        why="The learning curve that counts: fixed problems that are never trained on.",
+        "The learning curve that counts: fixed problems that are never trained on.",
+        lambda record: record.eval_reward_mean,
     ),
-    MetricSpec("loss", "gauge", "Policy loss of the last training step.", why="A jump or NaN shows a broken update."),
+    MetricSpec(
+        "loss",
+        "gauge",
+        "Policy loss of the last training step.",
+        "A jump or NaN shows a broken update.",
+        lambda record: record.report.loss,
+    ),
     MetricSpec(
         "grad_norm",
         "gauge",
         "Global gradient norm before clipping, last training step.",
-        why="Spikes precede collapse; always above the clip means the learning rate is really the clip.",
+        "Spikes precede collapse. If it is always above the clip, the clip acts as the learning rate.",
+        lambda record: record.report.grad_norm,
     ),
     MetricSpec(
         "updates_skipped_total",
         "counter",
         "Optimizer updates that were not made, by reason.",
+        "`non_finite`: a gradient was NaN or infinite. `no_tokens`: every token was over the staleness bound.",
+        lambda record: record.report.skipped,
         labels=("reason",),
         values=("non_finite", "no_tokens"),
-        why="`non_finite`: a gradient was NaN or infinite. `no_tokens`: every token was over the staleness bound.",
     ),
-    MetricSpec("learning_rate", "gauge", "Learning rate of the last optimizer step.", why="To see the warm-up end."),
+    MetricSpec(
+        "learning_rate",
+        "gauge",
+        "Learning rate of the last optimizer step.",
+        "Shows when the warm-up ends.",
+        lambda record: record.report.lr,
+    ),
     MetricSpec(
         "entropy",
         "gauge",
         "Mean entropy of the policy over trained tokens.",
+        "Falls to zero when the policy stops exploring.",
+        lambda record: record.report.entropy,
         unit="nats",
-        why="Falls to zero when the policy stops exploring.",
     ),
 )
 
@@ -105,128 +117,146 @@ _SAME_POLICY = (
         "ppo_kl",
         "gauge",
         "Mean of behaviour minus current log-prob over trained tokens, by staleness; unlabelled over all.",
+        "Staleness 0 is pure engine-versus-trainer mismatch and should be about 0; the rest is drift.",
+        lambda record: _by_staleness(record, "kl"),
         labels=("staleness",),
         whole=True,
         unit="nats",
-        why="Staleness 0 is pure engine-versus-trainer mismatch, about 0 if all is well; the rest is drift.",
     ),
     MetricSpec(
         "ppo_kl_k3",
         "gauge",
         "Low-variance, non-negative estimate (k3) of the same divergence.",
+        "Its terms cannot cancel, unlike those of the plain mean.",
+        lambda record: record.report.ppo_kl_k3,
         unit="nats",
-        why="Cannot cancel out the way the plain mean can.",
     ),
     MetricSpec(
         "rollout_logprob_abs_diff_mean",
         "gauge",
         "Mean |behaviour - current log-prob| over trained tokens, by staleness; unlabelled over all.",
+        "At staleness 0 it measures how closely engine and trainer agree when the routed experts are replayed.",
+        lambda record: _by_staleness(record, "abs_mean"),
         labels=("staleness",),
         whole=True,
         unit="nats",
-        why="At staleness 0 it measures how well replay makes engine and trainer one function.",
     ),
     MetricSpec(
         "rollout_logprob_abs_diff_max",
         "gauge",
         "Largest |behaviour - current log-prob| of a trained token, by staleness; unlabelled over all.",
+        "One wrong row of routed experts shows here long before it moves a mean.",
+        lambda record: _by_staleness(record, "abs_max"),
         labels=("staleness",),
         whole=True,
         unit="nats",
-        why="One wrong routing row shows here long before it moves a mean.",
     ),
     MetricSpec(
         "ppo_kl_by_resume_position",
         "gauge",
         "Mean of behaviour minus current log-prob over trained tokens, by position relative to a resume point.",
+        "Where `before`, `first` or `after` differ from `uninterrupted`, the routing policy causes an error.",
+        lambda record: _by_resume_position(record, "kl"),
         labels=("position",),
         unit="nats",
-        why="`before` and `first` or `after` apart from `uninterrupted`: what the routing policy gets wrong.",
     ),
     MetricSpec(
         "rollout_logprob_abs_diff_mean_by_resume_position",
         "gauge",
         "Mean |behaviour - current log-prob| over trained tokens, by position relative to a resume point.",
+        "With policy `replace`, the tokens `before` the last resume point have newer routed experts than log-probs.",
+        lambda record: _by_resume_position(record, "abs_mean"),
         labels=("position",),
         unit="nats",
-        why="With policy `replace` the tokens `before` the last resume point have newer routing than log-probs.",
     ),
     MetricSpec(
         "rollout_logprob_abs_diff_max_by_resume_position",
         "gauge",
         "Largest |behaviour - current log-prob| of a trained token, by position relative to a resume point.",
+        "A resume that went wrong shows at `first` before anywhere else.",
+        lambda record: _by_resume_position(record, "abs_max"),
         labels=("position",),
         unit="nats",
-        why="A resume that went wrong shows at `first` before anywhere else.",
     ),
     MetricSpec(
         "extreme_token_fraction",
         "gauge",
         "Share of trained tokens with |log importance ratio| > log(tau).",
+        "The correction of these tokens is mostly noise; a rise means too much staleness or a mismatch.",
+        lambda record: record.report.extreme_token_fraction,
         labels=("tau",),
+        label_value="2",
         unit="ratio",
-        why="Tokens whose correction is mostly noise; a rise means too much staleness or a mismatch.",
     ),
     MetricSpec(
         "clip_fraction",
         "gauge",
         "Share of trained tokens whose loss was clipped.",
+        "Far above 0.2, most of the batch teaches nothing: lower the staleness or the learning rate.",
+        lambda record: record.report.clip_fraction,
         unit="ratio",
-        why="Far above 0.2, most of the batch teaches nothing: lower staleness or learning rate.",
     ),
     MetricSpec(
         "effective_sample_size_ratio",
         "gauge",
         "Effective sample size of the importance weights over the number of trained tokens.",
+        "1 on policy; near 0, a few tokens carry the whole gradient.",
+        lambda record: record.report.effective_sample_size_ratio,
         unit="ratio",
-        why="1 on policy; near 0 a few tokens carry the whole gradient.",
     ),
     MetricSpec(
         "router_disagreement_ratio",
         "gauge",
         "Share of the replayed choices of an expert that the trainer's own router would not have made.",
+        "A few percent is what replay corrects. As high as for random choices, the rows belong to other tokens.",
+        lambda record: record.report.router_disagreement,
         unit="ratio",
-        why="What replay puts right: a few percent. Near that of random choices, it is not these tokens' routing.",
     ),
     MetricSpec(
         "rollout_temperature_ratio",
         "gauge",
         "Temperature behind the engine's log-probs over the trainer's, fitted to trained tokens of staleness 0.",
+        "Should be 1. Another value with a good fit: engine and trainer compute log-probs of different distributions.",
+        lambda record: record.report.temperature and record.report.temperature[0],
         unit="ratio",
-        why="1. Anything else, with a good fit: the two compute log-probs of different distributions.",
     ),
     MetricSpec(
         "rollout_temperature_explained_ratio",
         "gauge",
         "Share of the squared log-prob differences at staleness 0 that the fitted temperature explains.",
+        "Near 0 the difference, if there is one, has another cause.",
+        lambda record: record.report.temperature and record.report.temperature[1],
         unit="ratio",
-        why="Near 0 the difference, if there is one, has another cause.",
     ),
     MetricSpec(
         "router_fallback_rows_total",
         "counter",
-        "Rows without recorded routing that the native router handled.",
-        why="More than a handful means that replay is not doing its work.",
+        "Rows without recorded experts, which the trainer's own router handled.",
+        "More than a handful means that replay does not work.",
+        lambda record: record.report.router_fallback_rows,
     ),
     MetricSpec(
         "exact_extra_tokens_total",
         "counter",
         "Positions that the trainer computed again as the prefix of a later segment.",
-        why="The price of routing policy `exact`.",
+        "The price of routing policy `exact`.",
+        lambda record: record.report.extra_positions,
     ),
     MetricSpec(
         "padding_ratio",
         "gauge",
         "Share of computed positions that belong to no sequence.",
+        "The cost of the layout's multiples (tp, cp, trainer.microbatch_multiple).",
+        lambda record: record.report.padding_ratio,
         unit="ratio",
-        why="What the layout's multiples (tp, cp, trainer.microbatch_multiple) cost.",
     ),
     MetricSpec(
         "rank_cost_ratio",
         "gauge",
         "Work of the costliest data-parallel rank over the mean.",
+        "Above 1.1 the other ranks wait: use more groups per step, or fewer data-parallel ranks.",
+        lambda record: record.report.rank_cost_ratio,
         unit="ratio",
-        why="Above 1.1 the other ranks wait: more groups per step, or fewer data-parallel ranks.",
     ),
 )
 
@@ -235,25 +265,27 @@ _STALENESS = (
         "token_staleness",
         "histogram",
         "Policy version that trained a token minus the one that sampled it.",
+        "The effect of the staleness settings.",
+        lambda record: record.token_staleness,
         unit="versions",
         buckets=_STALENESS_BUCKETS,
-        why="What the staleness settings really do.",
     ),
     MetricSpec(
         "tokens_masked_total",
         "counter",
         "Response tokens kept out of the loss, by reason.",
+        "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment.",
+        lambda record: record.report.tokens_masked,
         labels=("reason",),
         values=("stale", "not_sampled"),
-        why="A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment.",
     ),
     MetricSpec(
         "groups_dropped_total",
         "counter",
         "Groups dropped and their prompts issued again, by reason.",
+        "Wasted generation, and prompts that are trained later.",
         labels=("reason",),
         values=("stale", "worker_lost", "timeout", "payload_lost"),
-        why="Generated for nothing, and prompts that come around later.",
     ),
 )
 
@@ -262,35 +294,39 @@ _PARTIAL = (
         "trajectories_total",
         "counter",
         "Trajectories trained.",
-        why="Denominator of the partial share.",
+        "Denominator of the partial share.",
+        lambda record: record.trajectories,
     ),
     MetricSpec(
         "partial_rollouts_total",
         "counter",
         "Trajectories trained that had more than one segment.",
-        why="How often pushes cut generations.",
+        "How often weight syncs cut generations.",
+        lambda record: record.partial,
     ),
     MetricSpec(
         "segments_per_trajectory",
         "histogram",
         "Segments of a trained trajectory.",
+        "Many segments mean that weight syncs come faster than long responses finish.",
+        lambda record: record.segments,
         unit="segments",
         buckets=_SEGMENT_BUCKETS,
-        why="Many segments mean pushes that come faster than long responses finish.",
     ),
     MetricSpec(
         "response_tokens",
         "histogram",
         "Response length of a trained trajectory.",
+        "The longer the tail, the more asynchrony gains.",
+        lambda record: record.response_tokens,
         unit="tokens",
         buckets=_LENGTH_BUCKETS,
-        why="The long tail is what asynchrony is for.",
     ),
     MetricSpec(
         "resumed_prefill_tokens_total",
         "counter",
         "Tokens computed again because a generation was resumed.",
-        why="The price of mode `resume`.",
+        "The price of mode `resume`.",
     ),
 )
 
@@ -299,74 +335,78 @@ _FLOW = (
         "queue_groups",
         "gauge",
         "Groups in the queue.",
-        why="Always full: trainer-bound. Always empty: rollout-bound.",
+        "Always full: the trainer is the bottleneck. Always empty: rollout is.",
+        lambda record: record.queue_groups,
     ),
     MetricSpec(
         "queue_bytes",
         "gauge",
         "Payload bytes in the queue.",
+        "Compare with queue_limit_bytes.",
+        lambda record: record.queue_bytes,
         unit="bytes",
-        why="Memory, against queue_limit_bytes.",
     ),
     MetricSpec(
         "queue_limit_groups",
         "gauge",
         "Groups that the queue holds at most, queue.max_groups.",
-        why="At it, workers wait to hand in what they have finished.",
+        "At the limit, workers wait to submit their finished groups.",
     ),
     MetricSpec(
         "queue_limit_bytes",
         "gauge",
         "Payload bytes that the queue holds at most, queue.max_bytes.",
+        "At the limit, workers wait to submit their finished groups.",
         unit="bytes",
-        why="At it, workers wait to hand in what they have finished.",
     ),
     MetricSpec(
         "groups_outstanding",
         "gauge",
         "Groups issued and neither trained, returned nor failed.",
-        why="At the admission limit, rollout waits for the next version.",
+        "At the admission limit, rollout waits for the next version.",
+        lambda record: record.groups_outstanding,
     ),
     MetricSpec(
         "groups_issued_total",
         "counter",
-        "Groups handed to rollout workers.",
-        why="Left side of conservation.",
+        "Groups issued to rollout workers.",
+        "Equals trained + outstanding + returned + failed.",
     ),
-    MetricSpec("groups_trained_total", "counter", "Groups consumed by training steps.", why="Throughput that counts."),
+    MetricSpec("groups_trained_total", "counter", "Groups consumed by training steps.", "The throughput that counts."),
     MetricSpec(
         "groups_returned_total",
         "counter",
-        "Groups whose prompt went back to the dataset, to be issued again.",
-        why="Work thrown away; drops are among them.",
+        "Groups whose prompt was returned to the dataset, to be issued again.",
+        "Discarded work, dropped groups included.",
     ),
     MetricSpec(
         "groups_cut_total",
         "counter",
-        "Groups handed in after rollout.group_timeout_s without their last responses.",
-        why="The longest responses are what is missing, so a high share teaches brevity.",
+        "Groups submitted after rollout.group_timeout_s without their last responses.",
+        "The longest responses are the missing ones, so a high share teaches brevity.",
     ),
     MetricSpec(
         "groups_failed_total",
         "counter",
-        "Groups given up for good, by reason.",
+        "Groups given up permanently, by reason.",
+        "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
         values=("reward", "environment", "timeout"),
-        why="Prompts that teach nothing: look at the reward function first.",
     ),
     MetricSpec(
         "dataset_bad_rows_total",
         "counter",
         "Dataset rows skipped, by dataset (train, eval).",
+        "Above zero, the dataset is smaller than its file.",
         labels=("dataset",),
-        why="A dataset that silently shrinks.",
     ),
-    MetricSpec("generated_tokens_total", "counter", "Response tokens sampled.", why="Rollout throughput."),
+    MetricSpec("generated_tokens_total", "counter", "Response tokens sampled.", "Rollout throughput."),
     MetricSpec(
         "trained_tokens_total",
         "counter",
         "Response tokens that contributed a gradient.",
-        why="Trainer throughput.",
+        "Trainer throughput.",
+        lambda record: record.report.agreement.tokens,
     ),
 )
 
@@ -374,100 +414,104 @@ _WAITING = (
     MetricSpec(
         "rollout_paused_seconds_total",
         "counter",
-        "How long a replica stood still for pushes and checkpoints.",
+        "Time that a replica was paused for weight syncs and checkpoints.",
+        "The price of weight syncs; with sync.rolling the replicas pay it one after the other.",
         unit="seconds",
-        why="The price of pushes; with sync.rolling the replicas pay it one after the other.",
     ),
     MetricSpec(
         "rollout_idle_ratio",
         "gauge",
         "Share of the last step's time in which rollout had nothing to run.",
+        "High: admission or the queue holds it back; raise staleness_threshold or speed up the trainer.",
+        lambda record: record.rollout_idle_ratio,
         unit="ratio",
-        why="High: admission or the queue holds it back; raise staleness_threshold or speed up the trainer.",
     ),
     MetricSpec(
         "trainer_idle_ratio",
         "gauge",
         "Share of the last step's time in which the trainer waited.",
+        "High: rollout is the bottleneck; add replicas.",
+        lambda record: record.trainer_idle_ratio,
         unit="ratio",
-        why="High: rollout is the bottleneck; add replicas.",
     ),
     MetricSpec(
         "overlap_efficiency",
         "gauge",
         "Busy time of the busier side over wall time, since the first step.",
+        "1 is perfect overlap; the one number for how well asynchrony works.",
+        lambda record: record.overlap_efficiency,
         unit="ratio",
-        why="1 is perfect overlap; the one number for how well asynchrony works.",
     ),
     MetricSpec(
         "step_seconds",
         "histogram",
         "Wall time of a training step, waiting included.",
+        "The pace of the run and its spread.",
+        lambda record: record.step_s,
         unit="seconds",
         buckets=_SECONDS_BUCKETS,
-        why="Pace and its spread.",
     ),
     MetricSpec(
         "training_loop_phase",
         "gauge",
-        "1 for what the training loop is at: waiting for groups, an update, a push, a checkpoint, ...",
+        "1 for the current phase of the training loop: waiting for groups, an update, a sync, a checkpoint, ...",
+        "Names the phase in which a run has stalled.",
         labels=("phase",),
-        why="What the run is at when it seems to stand still.",
     ),
     MetricSpec(
         "process_restarts_total",
         "counter",
-        "Processes that died and were started again, by kind.",
+        "Processes that died and were restarted, by kind.",
+        "One now and then is an accident; a steady rate points to the machine or to the settings.",
         labels=("process",),
         values=("rollout", "trainer", "queue"),
-        why="One now and then is an accident; a rate is a fault of the machine or of the settings.",
     ),
     MetricSpec(
         "checkpoints_total",
         "counter",
         "Checkpoints written.",
-        why="What a trainer that dies goes back to; flat although checkpoint.every is set: look at the log.",
+        "A restarted trainer rewinds to the last one. Flat although checkpoint.every is set: read the log.",
     ),
     MetricSpec(
         "watchdog_stalled_seconds",
         "gauge",
-        "How long nothing has moved, by what is waited for.",
+        "Time without any progress, by what the run waits for.",
+        "Above zero for minutes: the run has stalled, and the label names the place.",
         unit="seconds",
         labels=("waiting_for",),
-        why="Above zero for minutes: the run hangs, and this says where.",
     ),
 )
 
-_PUSHES = (
+_SYNCS = (
     MetricSpec(
         "sync_seconds",
         "histogram",
-        "Duration of each phase of a weight push.",
+        "Duration of each phase of a weight sync.",
+        "Generation is paused for this long.",
         unit="seconds",
         labels=("phase",),
         buckets=_SECONDS_BUCKETS,
-        why="Generation stands still meanwhile.",
     ),
     MetricSpec(
         "sync_canary_logprob_abs_diff",
         "gauge",
-        "Largest |engine - trainer| log-prob on the canary of the last push.",
+        "Largest |engine - trainer| log-prob on the canary of the last weight sync.",
+        "Proof that the weights arrived; above tolerance the run stops.",
         unit="nats",
-        why="Proof that the weights arrived; above tolerance the run stops.",
     ),
     MetricSpec(
         "sync_canary_unreached_experts",
         "gauge",
-        "Experts, of all MoE layers, that no token of the canary of the last push went to.",
-        why="The canary says nothing about their weights; routers that collapse show here too.",
+        "Experts, of all MoE layers, to which no token of the last weight sync's canary was routed.",
+        "The canary does not check their weights. Routers that collapse show here too.",
     ),
     MetricSpec(
         "sync_retries_total",
         "counter",
-        "Weight pushes made again, by reason.",
+        "Weight syncs repeated, by reason.",
+        "`canary`: weights arrived wrong; `transfer`: they did not arrive. A second failure in a row ends the run.",
         labels=("reason",),
         values=("canary", "transfer"),
-        why="`canary`: weights arrived wrong; `transfer`: they did not arrive. A second failure in a row ends the run.",
     ),
 )
 
@@ -479,17 +523,10 @@ SECTIONS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Partial rollouts": _PARTIAL,
         "Where the groups are": _FLOW,
         "Who waits": _WAITING,
-        "Weight pushes": _PUSHES,
+        "Weight syncs": _SYNCS,
     }
 )
 """Every metric, by the question that it answers."""
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType({spec.name: spec for specs in SECTIONS.values() for spec in specs})
 """Every metric by its name without prefix."""
-
-
-def series_key(name: str, labels: Mapping[str, str]) -> str:
-    """``ppo_kl{staleness="0"}``: how one series is written in logs and in ``metrics.jsonl``."""
-    if not labels:
-        return name
-    return name + "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"

@@ -1,12 +1,12 @@
-"""One process's metrics: counted in memory, served over HTTP, announced to Prometheus.
+"""The metrics of one process: counted in memory, served over HTTP, announced to Prometheus.
 
-Each process has its own registry, port and target file (no multiprocess mode: that loses labels and Info
-metrics). Values are kept here rather than in prometheus_client's own classes for three things these cannot
-do: add n equal observations at once (token staleness comes as a histogram per step), replace all labels of a
-family at once (a staleness that no longer occurs must vanish, not freeze), and have a family's whole beside
-its labelled parts. prometheus_client does the exposition format and the HTTP server.
+Each process has its own registry, port and target file (no multiprocess mode: that loses labels and Info metrics).
+Values are kept here rather than in prometheus_client's own classes, which cannot do three things: add n equal
+observations at once (token staleness comes as a histogram per step), replace all labels of a family at once (a
+staleness that no longer occurs must vanish, not freeze), and have a family's whole together with its labelled parts.
+prometheus_client does the exposition format and the HTTP server.
 
-Knows ``declared`` and ``errors``.
+Knows ``declared`` and ``errors``, not where the values come from.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from prometheus_client.registry import Collector
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
-from async_rl.metrics.declared import METRICS, MetricSpec
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import MetricSpec
 from async_rl.runtime.runfolder import ALL_TARGETS, TARGETS, write_atomically
 
 LabelValues = tuple[str, ...]
 
 MAX_SERIES = 100
-"""Of one metric in one process. Labels have a handful of values; one that takes ever new ones (a reason with an id in
-it) would fill Prometheus' memory, so whatever is beyond counts as OTHER."""
+"""Most series of one metric in one process. Labels have a handful of values. A label that takes ever new ones (a reason
+with an id in it) would fill Prometheus' memory, so further series count as OTHER."""
 
 OTHER = "other"
 
@@ -54,7 +55,7 @@ log = structlog.get_logger(__name__)
 
 
 class UndeclaredMetric(ValueError):
-    """A metric, label or operation that ``declared`` does not list: a defect of the caller."""
+    """A metric, label or operation is not in ``declared``, which is a defect of the caller."""
 
 
 class _Histogram:
@@ -66,7 +67,7 @@ class _Histogram:
 
 
 class _Store(Collector):
-    """Values of every declared metric of this process; a prometheus_client collector."""
+    """The values of every declared metric of this process; a prometheus_client collector."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -95,7 +96,7 @@ class _Store(Collector):
 
 
 class _Foreign(Collector):
-    """Metrics that a library keeps in prometheus_client's own registry."""
+    """The metrics that a library keeps in prometheus_client's own registry."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -120,7 +121,7 @@ def _add_histogram(family: Metric, spec: MetricSpec, labels: dict[str, str], cou
 class Metrics:
     """The metrics of one process of a run. Thread-safe; a call is a dictionary update.
 
-    role: "pipeline", "rollout", "queue", ...; replica tells several of one role apart.
+    role is "pipeline", "rollout", "queue", ...; replica distinguishes several processes of one role.
     """
 
     def __init__(self, role: str, run: str = "run", replica: int = 0) -> None:
@@ -134,7 +135,7 @@ class Metrics:
         self._targets: list[Path] = []
 
     def include(self, prefix: str) -> None:
-        """Serve also what a library registers by itself under names that begin so, but not when each series began."""
+        """Serve also a library's own metrics whose names begin with ``prefix``, without their creation times."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry.register(_Foreign(prefix))
 
@@ -189,10 +190,10 @@ class Metrics:
             histogram.total += value * count
 
     def serve(self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None) -> int:
-        """Serve /metrics; with ``run_dir``, write its Prometheus target files. Returns the port: ``port``, or the next
-        one that is free; 0 asks for any.
+        """Serve /metrics and, with ``run_dir``, write its Prometheus target files.
 
-        Raises ResourceError when the address cannot be had.
+        Returns the port: ``port``, or the next free one; 0 asks for any. Raises ResourceError when the address cannot
+        be used.
         """
         if self._server is not None:
             raise RuntimeError(f"metrics of {self.role} are served already")
@@ -208,7 +209,7 @@ class Metrics:
         return bound
 
     def refer(self, role: str, addresses: Sequence[str], run_dir: Path) -> None:
-        """Point Prometheus to /metrics that others serve for this run, until ``close``: replicas of ``role``."""
+        """Point Prometheus to the /metrics that other processes serve as replicas of ``role``, until ``close``."""
         for replica, address in enumerate(addresses):
             self._write_target(run_dir, role, replica, address)
 
@@ -260,7 +261,7 @@ class Metrics:
 
 
 def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Metrics:
-    """This process's /metrics, on the ``order``-th port from metrics.port, or a free one where that is 0."""
+    """Serve the process's /metrics on the ``order``-th port from metrics.port, or on a free one where that is 0."""
     metrics = Metrics(role, run=config.name, replica=replica)
     port = config.metrics.port + order if config.metrics.port else 0
     metrics.serve(config.metrics.host, port, config.run_dir)
@@ -268,10 +269,10 @@ def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Met
 
 
 def _text_of(registry: CollectorRegistry) -> Callable[[Any, Any], list[bytes]]:
-    """A WSGI application: all metrics in Prometheus' text format, whatever format is asked for, uncompressed.
+    """Return a WSGI application that serves all metrics uncompressed and in Prometheus' text format only.
 
-    It takes a quarter less time than OpenMetrics and gzip, which Prometheus asks for by default, and a rollout worker
-    answers in the process that hands out its tokens. In OpenMetrics the colons of vLLM's names would be underscores.
+    This takes a quarter less time than OpenMetrics and gzip, which Prometheus asks for by default, and a rollout worker
+    answers in the process that distributes its tokens. In OpenMetrics the colons of vLLM's names would be underscores.
     """
 
     def answer(_environ: Any, start_response: Any) -> list[bytes]:

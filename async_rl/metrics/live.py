@@ -1,7 +1,7 @@
-"""What a person sees of a run: one live table on a terminal, elsewhere one key=value line per step.
+"""The live view of a run: one table on a terminal, elsewhere one key=value line per step.
 
-Owns the terminal while it is open and gives it back on ``close``, which a ``with`` block guarantees on
-exceptions and Ctrl-C. Knows ``summary``'s records; starts no thread, so it takes no time from the run between
+Owns the terminal while it is open and restores it on ``close``, which a ``with`` block guarantees on exceptions and
+Ctrl-C. Knows the run's records and the words for its events. Starts no thread, so it takes no time from the run between
 two updates.
 """
 
@@ -20,13 +20,14 @@ from rich.table import Table
 from rich.text import Text
 from structlog.processors import LogfmtRenderer
 
-from async_rl.metrics.summary import StepRecord, SyncRecord, weighted_mean
+from async_rl.metrics.events import in_words
+from async_rl.metrics.records import StepRecord, SyncRecord, weighted_mean
 
 _render_line = LogfmtRenderer(key_order=["event"])
 
 
 class LiveView:
-    """Progress of one run, updated from the pipeline's thread."""
+    """The progress of one run, updated from the driver's thread."""
 
     def __init__(self, run: str, steps: int, stream: TextIO | None = None) -> None:
         self.run, self.steps = run, steps
@@ -38,11 +39,10 @@ class LiveView:
         self._event = "starting"
         self._event_at = time.monotonic()
         self._live: Live | None = None
-        # rich would also take FORCE_COLOR for a terminal; a cursor that moves in a log file helps nobody.
+        # rich would also take FORCE_COLOR for a terminal, and write cursor movements into a log file.
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
             console = Console(file=self._stream)
-            # Live also redirects stdout and stderr, so log lines appear above the table instead of tearing
-            # it.
+            # Live also redirects stdout and stderr, so log lines appear above the table instead of tearing it.
             self._live = Live(self._table(), console=console, auto_refresh=False, vertical_overflow="crop")
             self._live.start(refresh=True)
 
@@ -59,27 +59,24 @@ class LiveView:
             self._line(step_line(record, self.steps, self._sync))
 
     def sync(self, record: SyncRecord) -> None:
-        """Take note of a weight push; shown with the next step."""
+        """Remember a weight sync, which is shown with the next step."""
         self._sync = record
 
     def evaluated(self, reward_mean: float) -> None:
-        """Take note of an evaluation outside of a step: before the first, after the last."""
+        """Show an evaluation outside of a step: before the first, after the last."""
         self._evals.append(reward_mean)
-        self.event(f"evaluated: {reward_mean:.3f}")
+        self.event("evaluated", reward=f"{reward_mean:.3f}")
 
     def event(self, event: str, **fields: Any) -> None:
-        """Show the last thing that happened."""
-        self._event, self._event_at = (
-            " ".join([event, *(f"{key}={value}" for key, value in fields.items())]),
-            time.monotonic(),
-        )
+        """Show an event, in words on a terminal (``events``), elsewhere as one line of its name and fields."""
+        self._event, self._event_at = in_words(event, fields), time.monotonic()
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
         else:
             self._line({"event": event, **fields})
 
     def close(self) -> None:
-        """Leave the last table standing and give the terminal back. May be called twice."""
+        """Leave the last table on the terminal and restore it. May be called twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -134,12 +131,12 @@ def _rows(
             "ppo_kl",
             f"on-policy {on_policy.kl if on_policy else float('nan'):.1e}   "
             f"stale {stale if stale is not None else float('nan'):.1e}   "
-            f"clipped {record.clip_fraction:.1%}",
+            f"clipped {record.report.clip_fraction:.1%}",
         ),
         (
             "staleness",
             f"mean {mean_staleness(record):.2f}   max {max(record.token_staleness, default=0)}   "
-            f"masked {sum(record.tokens_masked.values())} tokens",
+            f"masked {sum(record.report.tokens_masked.values())} tokens",
         ),
         (
             "partial",
@@ -162,7 +159,7 @@ def _rows(
 
 
 def step_line(record: StepRecord, steps: int, sync: SyncRecord | None) -> dict[str, Any]:
-    """The fields of one step's line where there is no terminal; those that are None are left out."""
+    """Return the fields of a step's line for output without a terminal; the caller leaves out those that are None."""
     on_policy, stale = record.on_policy, record.stale_kl
     return {
         "event": "step",
@@ -185,24 +182,24 @@ def step_line(record: StepRecord, steps: int, sync: SyncRecord | None) -> dict[s
 
 
 def mean_staleness(record: StepRecord) -> float:
-    """Mean token staleness of a step; 0 for a step without trained tokens."""
+    """Return a step's mean token staleness, 0 for a step without trained tokens."""
     return weighted_mean(record.token_staleness.items()) or 0.0
 
 
 def time_left(record: StepRecord, steps: int) -> str:
-    """At the pace so far."""
+    """Return the time to the last step at the pace so far, as ``clock`` formats it."""
     return clock(record.elapsed_s / max(1, record.step) * max(0, steps - record.step))
 
 
 def clock(seconds: float) -> str:
-    """1:05, 2:00:00."""
+    """Format seconds as 1:05 or 2:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(count: float) -> str:
-    """Bytes as 512 B, 1.5 KiB, ..."""
+    """Format a number of bytes as 512 B, 1.5 KiB, ..."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

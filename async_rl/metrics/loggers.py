@@ -1,8 +1,8 @@
-"""Loggers that people already use, TensorBoard and Weights & Biases, behind one small interface. Off by default.
+"""The loggers TensorBoard and Weights & Biases behind one small interface. Off by default.
 
 They get the rows of metrics.jsonl by the same names; a split by a label becomes a folder (``ppo_kl_by_staleness/0``).
-One that fails in the middle of a run is dropped, with a warning: no run ends because of its logger. Knows the two
-packages, which are imported only where ``metrics.loggers`` names them.
+A logger that fails during a run is dropped with a warning, so no run ends because of its logger. Knows the two
+packages, which are imported only if ``metrics.loggers`` names them.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ log = structlog.get_logger(__name__)
 
 Row = Mapping[str, Any]
 
-_MEND: Mapping[LoggerName, str] = {
+_FIX: Mapping[LoggerName, str] = {
     "tensorboard": "can the run folder be written to?",
-    "wandb": "wandb login, or WANDB_MODE=offline, which asks nobody (wandb sync uploads the run later)",
+    "wandb": "wandb login, or WANDB_MODE=offline, which needs no account (wandb sync uploads the run later)",
 }
-# Seconds: who looks while it trains, or after it was killed, misses no more than this.
+# Seconds: most that is missing while the run trains, or after it was killed.
 _FLUSH_S = 5
 
 
 class Logger(Protocol):
-    """Takes note of a run. Any method may raise anything."""
+    """A logger of one run. Any method may raise anything."""
 
     def step(self, row: Row) -> None:
-        """One training step, as in metrics.jsonl."""
+        """Log one training step, a row of metrics.jsonl."""
         ...
 
-    def finish(self, summary: Row) -> None:
-        """The run has ended, with this summary.json."""
+    def finish(self, summary: Row, /) -> None:
+        """Log the summary.json of a run that has ended."""
         ...
 
     def close(self) -> None: ...
 
 
 class Loggers:
-    """All loggers of a run; never raises."""
+    """All loggers of a run. Never raises."""
 
     def __init__(self, loggers: Mapping[str, Logger]) -> None:
         self._loggers = dict(loggers)
@@ -58,7 +58,7 @@ class Loggers:
         self._each(lambda logger: logger.finish(summary))
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close every logger. May be called twice."""
         for logger in self._dropped:
             with contextlib.suppress(Exception):  # it was reported when it failed
                 logger.close()
@@ -69,15 +69,17 @@ class Loggers:
         for name, logger in list(self._loggers.items()):
             try:
                 tell(logger)
-            except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-                log.warning("a logger failed and is left out from now on", logger_name=name, reason=repr(error))
-                # Closed at the end of the run only: it has failed, and may take its time about that.
+            except Exception as error:  # noqa: BLE001 - training continues whatever it is
+                log.warning("logger_dropped", logger_name=name, reason=repr(error))
+                # Closed at the end of the run only: closing a failed logger may take long.
                 self._dropped.append(self._loggers.pop(name))
 
 
 def open_loggers(names: Sequence[LoggerName], run_dir: Path, settings: Mapping[str, Any]) -> Loggers:
-    """settings: of the run, for those that show them. Raises ConfigError where a package is missing, or does not
-    start."""
+    """Return the loggers that metrics.loggers names; those that show settings get the run's ``settings``.
+
+    Raises ConfigError when a package is missing or does not start.
+    """
     makers: dict[LoggerName, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoard(run_dir / "tensorboard"),
         "wandb": lambda: WeightsAndBiases(run_dir, settings),
@@ -91,13 +93,13 @@ def open_loggers(names: Sequence[LoggerName], run_dir: Path, settings: Mapping[s
             if isinstance(error, ImportError):
                 message = f"{name} is not installed ({error}); pip install {name}"
             else:
-                message = f"{name} does not start ({error}); {_MEND[name]}"
+                message = f"{name} does not start ({error}); {_FIX[name]}"
             raise ConfigError(f"metrics.loggers: {message}") from None
     return Loggers(loggers)
 
 
 class TensorBoard:
-    """Event files in ``folder``. By tensorboard's own writer: torch's would bring torch into the driver."""
+    """TensorBoard event files in ``folder``, by tensorboard's own writer: torch's would load torch into the driver."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -110,7 +112,7 @@ class TensorBoard:
 
     def step(self, row: Row) -> None:
         if self._last is None or row["step"] <= self._last:
-            # From here on anew: a run that went back to a checkpoint makes these steps again.
+            # A run that was rewound to a checkpoint repeats these steps: TensorBoard discards the earlier ones.
             start = self._session(status=self._session.START)
             self._writer.add_event(self._event(wall_time=row["time"], step=row["step"], session_log=start))
         self._last = row["step"]
@@ -118,7 +120,7 @@ class TensorBoard:
         summary = self._summary(value=values)
         self._writer.add_event(self._event(wall_time=row["time"], step=row["step"], summary=summary))
 
-    def finish(self, summary: Row) -> None:
+    def finish(self, _summary: Row, /) -> None:
         self._writer.flush()
 
     def close(self) -> None:
@@ -126,12 +128,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project async_rl; WANDB_MODE=offline and the like are the user's to set."""
+    """A run of the W&B project async_rl. The user may set WANDB_MODE=offline and other variables."""
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        # The same id for the same folder, so that a run that is gone on with goes on there as well.
+        # The same id for the same folder, so that a resumed run is resumed there as well.
         identity = f"{run_dir.name}-{zlib.crc32(str(run_dir.absolute()).encode()):08x}"
         self._run = wandb.init(
             project="async_rl",
@@ -140,7 +142,7 @@ class WeightsAndBiases:
             resume="allow",
             dir=run_dir,
             config=dict(settings),
-            # The terminal is the live view's.
+            # The live view owns the terminal.
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
 
@@ -155,7 +157,7 @@ class WeightsAndBiases:
 
 
 def scalars(row: Row, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row with their names; what has no value is left out."""
+    """Yield the numbers of a row with their names, without those that have no value."""
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from scalars(value, f"{prefix}{key}/")

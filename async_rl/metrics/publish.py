@@ -1,14 +1,23 @@
-"""From a record to the metrics on the wire: which field of ``summary``'s records feeds which metric."""
+"""From the records of a run to its /metrics and to the lines of metrics.jsonl.
+
+A training step's values come from the declarations (``MetricSpec.read``), so a new metric needs no code here. Weight
+syncs and group counts have few metrics, which are published by name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.exporter import Metrics
-from async_rl.metrics.summary import GroupCounts, StepRecord, SyncRecord
+from async_rl.metrics.records import GroupCounts, StepRecord, SyncRecord
+from async_rl.metrics.spec import MetricSpec, Parts, Split, Value
 
 
 def publish_start(metrics: Metrics) -> None:
-    """Before anything is counted: a counter whose reasons are known begins at 0, so that the first one is a rise."""
+    """Set every counter whose labels are known to 0, so that its first count is a rise."""
     for spec in METRICS.values():
         for value in spec.values:
             metrics.count_to(spec.name, 0, **{spec.labels[0]: value})
@@ -16,85 +25,91 @@ def publish_start(metrics: Metrics) -> None:
 
 
 def publish_step(metrics: Metrics, record: StepRecord) -> None:
-    """Everything that one training step says. Tokens generated and resumed are counted by the workers."""
-    for name in (
-        "policy_version",
-        "reward_mean",
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "entropy",
-        "ppo_kl_k3",
-        "clip_fraction",
-        "effective_sample_size_ratio",
-        "queue_groups",
-        "queue_bytes",
-        "groups_outstanding",
-        "rollout_idle_ratio",
-        "trainer_idle_ratio",
-        "overlap_efficiency",
-        "padding_ratio",
-        "rank_cost_ratio",
-    ):
-        metrics.set(name, getattr(record, name))
-    for name, value in (
-        ("eval_reward_mean", record.eval_reward_mean),
-        ("router_disagreement_ratio", record.router_disagreement_ratio),
-    ):
-        if value is not None:
-            metrics.set(name, value)
-    if record.temperature is not None:
-        ratio, explained = record.temperature
-        metrics.set("rollout_temperature_ratio", ratio)
-        metrics.set("rollout_temperature_explained_ratio", explained)
-    metrics.set("extreme_token_fraction", record.extreme_token_fraction, tau=2)
-
-    whole, split = record.agreement, record.agreement_by_staleness
-    metrics.set_all("ppo_kl", whole.kl, {age: part.kl for age, part in split.items()})
-    metrics.set_all(
-        "rollout_logprob_abs_diff_mean",
-        whole.abs_mean,
-        {age: part.abs_mean for age, part in split.items() if part.abs_mean is not None},
-    )
-    metrics.set_all(
-        "rollout_logprob_abs_diff_max",
-        whole.abs_max,
-        {age: part.abs_max for age, part in split.items() if part.abs_max is not None},
-    )
-    positions = record.agreement_by_resume_position
-    metrics.set_all("ppo_kl_by_resume_position", None, {name: part.kl for name, part in positions.items()})
-    metrics.set_all(
-        "rollout_logprob_abs_diff_mean_by_resume_position",
-        None,
-        {name: part.abs_mean for name, part in positions.items() if part.abs_mean is not None},
-    )
-    metrics.set_all(
-        "rollout_logprob_abs_diff_max_by_resume_position",
-        None,
-        {name: part.abs_max for name, part in positions.items() if part.abs_max is not None},
-    )
-    for age, tokens in record.token_staleness.items():
-        metrics.observe("token_staleness", age, count=tokens)
-
+    """Publish everything that one training step gives. Workers count the tokens that they generate and resume."""
     metrics.inc("training_steps_total")
-    metrics.inc("trained_tokens_total", whole.tokens)
-    metrics.inc("trajectories_total", record.trajectories)
-    metrics.inc("partial_rollouts_total", record.partial)
-    metrics.inc("router_fallback_rows_total", record.router_fallback_rows)
-    metrics.inc("exact_extra_tokens_total", record.exact_extra_tokens)
-    for reason, tokens in record.tokens_masked.items():
-        metrics.inc("tokens_masked_total", tokens, reason=reason)
-    for reason, updates in record.updates_skipped.items():
-        metrics.inc("updates_skipped_total", updates, reason=reason)
-    for segments in record.segments:
-        metrics.observe("segments_per_trajectory", segments)
-    for length in record.response_tokens:
-        metrics.observe("response_tokens", length)
-    metrics.observe("step_seconds", record.step_s)
+    for spec in METRICS.values():
+        if spec.read is not None:
+            _publish(metrics, spec, spec.read(record))
+
+
+def _publish(metrics: Metrics, spec: MetricSpec, value: Any) -> None:
+    """Emit a ``spec.Value``, which has the type that the metric's kind and labels ask for."""
+    if spec.kind == "gauge":
+        _set(metrics, spec, value)
+    elif spec.kind == "counter":
+        counts = value if isinstance(value, Mapping) else {None: value}
+        for label, count in counts.items():
+            metrics.inc(spec.name, count, **({} if label is None else {spec.labels[0]: label}))
+    elif isinstance(value, Mapping):
+        for observed, count in value.items():
+            metrics.observe(spec.name, observed, count=count)
+    else:
+        for observed in value if isinstance(value, tuple) else (value,):
+            metrics.observe(spec.name, observed)
+
+
+def _set(metrics: Metrics, spec: MetricSpec, value: Any) -> None:
+    if isinstance(value, Split):
+        metrics.set_all(spec.name, value.whole, _known(value.parts))
+    elif isinstance(value, Mapping):
+        metrics.set_all(spec.name, None, _known(value))
+    elif value is not None:
+        metrics.set(spec.name, value, **spec.fixed_labels)
+
+
+def _known(parts: Parts) -> dict[Any, float]:
+    return {label: value for label, value in parts.items() if value is not None}
+
+
+# Columns of a row that no metric gives: the step's time, and values that Prometheus computes itself or gets from syncs.
+_ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
+    {
+        "step": lambda record: record.step,
+        "time": lambda record: record.time,
+        "elapsed_s": lambda record: record.elapsed_s,
+        "groups": lambda record: record.groups,
+        "max_segments": lambda record: max(record.segments, default=0),
+        "response_tokens_mean": lambda record: sum(record.response_tokens) / max(1, len(record.response_tokens)),
+        "response_tokens_max": lambda record: max(record.response_tokens, default=0),
+        "on_policy_logprob_abs_diff_mean": lambda record: record.on_policy and record.on_policy.abs_mean,
+        "on_policy_logprob_abs_diff_max": lambda record: record.on_policy and record.on_policy.abs_max,
+        "trained_tokens_by_resume_position": lambda record: {
+            position: part.tokens for position, part in record.report.agreement_by_resume_position.items()
+        },
+        "sync_seconds": lambda record: (
+            record.last_sync and {"total": record.last_sync.seconds, **record.last_sync.phases}
+        ),
+        "sync_canary_logprob_abs_diff": lambda record: record.last_sync and record.last_sync.canary,
+        "replica_versions": lambda record: {str(replica): v for replica, v in record.replica_versions.items()},
+    }
+)
+
+
+def step_row(record: StepRecord) -> dict[str, Any]:
+    """Return a training step's line of metrics.jsonl: flat, except for splits by a label, which are mappings."""
+    row = {key: read(record) for key, read in _ROW.items()}
+    for spec in METRICS.values():
+        if spec.read is not None:
+            row.update(_columns(spec, spec.read(record)))
+    return row
+
+
+def _columns(spec: MetricSpec, value: Value) -> dict[str, Any]:
+    name = spec.name.removesuffix("_total")
+    if isinstance(value, Split):
+        return {name: value.whole, f"{name}_by_{spec.labels[0]}": _with_text_keys(value.parts)}
+    if isinstance(value, Mapping):
+        return {name: _with_text_keys(value)}
+    # Single observations would fill the file; _ROW has their mean and maximum.
+    return {} if isinstance(value, tuple) else {name: value}
+
+
+def _with_text_keys(parts: Parts) -> dict[str, Any]:
+    return {str(label): value for label, value in parts.items()}
 
 
 def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
-    """One weight push: its duration as a whole and by phase, and the canary."""
+    """Publish one weight sync: its duration as a whole and by phase, and the canary."""
     metrics.set("policy_version", record.policy_version)
     metrics.observe("sync_seconds", record.seconds, phase="total")
     for phase, seconds in record.phases.items():
@@ -107,7 +122,7 @@ def publish_sync(metrics: Metrics, record: SyncRecord) -> None:
 
 
 def publish_groups(metrics: Metrics, counts: GroupCounts) -> None:
-    """Where the groups are. Drops and failures carry a reason, so whoever decides them counts them."""
+    """Publish how many groups are in each state. Drops and failures have a reason and are published by the driver."""
     metrics.set("groups_outstanding", counts.outstanding)
     metrics.count_to("groups_issued_total", counts.issued)
     metrics.count_to("groups_trained_total", counts.trained)

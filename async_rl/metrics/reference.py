@@ -1,28 +1,29 @@
-"""docs/metrics.md, written from the declarations: ``python -m async_rl.metrics.reference > docs/metrics.md``."""
+"""Writes docs/metrics.md from the declarations: ``python -m async_rl.metrics.reference > docs/metrics.md``."""
 
 from __future__ import annotations
 
 import sys
 
-from async_rl.metrics.declared import SECTIONS, MetricSpec
+from async_rl.metrics.declared import SECTIONS
+from async_rl.metrics.spec import MetricSpec
 
 _HEAD = """\
 # Metrics
 
-Written by `make generate` from `async_rl/metrics/declared.py`; what is not there cannot be emitted.
+Written by `make generate` from `async_rl/metrics/declared.py`; no other metric can be emitted.
 
 Each process of a run serves its own `/metrics`, and announces it to Prometheus by a file in
 `runs/<name>/prometheus/targets/`, with labels `run`, `role` (`pipeline`, `rollout`, `trainer`) and `replica`. vLLM's
-metrics (`vllm:...`) are on the same pages as a worker's; Ray's (`ray_...`, role `ray`) are there where Ray is
-installed as `ray[default]`. `metrics.jsonl` has the same names without the prefix `async_rl_`, one line per training
-step. `process_resident_memory_bytes` and its like are there for each process.
+metrics (`vllm:...`) are on the page of each rollout worker. Ray's (`ray_...`, role `ray`) need an installation of
+`ray[default]`. `metrics.jsonl` has the same names without the prefix `async_rl_`, one line per training step. Each
+process also serves `process_resident_memory_bytes` and the like.
 """
 
 
 def page() -> str:
-    """The whole file."""
+    """Return the text of docs/metrics.md."""
     return _HEAD + "".join(
-        f"\n## {title}\n\n| metric | kind | unit | what it is | why one looks at it |\n|---|---|---|---|---|\n"
+        f"\n## {title}\n\n| metric | kind | unit | what it is | how to read it |\n|---|---|---|---|---|\n"
         + "".join(_line(spec) for spec in specs)
         for title, specs in SECTIONS.items()
     )
@@ -33,7 +34,7 @@ def _line(spec: MetricSpec) -> str:
     if spec.labels:
         values = f"={'|'.join(spec.values)}" if spec.values else ""
         labels = "{" + ",".join(spec.labels) + values + "}"
-    cells = [f"`{spec.full_name}{labels}`", spec.kind, spec.unit, spec.help, spec.why]
+    cells = [f"`{spec.full_name}{labels}`", spec.kind, spec.unit, spec.help, spec.how_to_read]
     # A bar within a cell would end it.
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

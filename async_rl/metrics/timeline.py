@@ -1,4 +1,4 @@
-"""Who did what when: spans of time of one process, as lines of JSON in the run folder, for ``async-rl report``.
+"""The spans of one process, which say what it did when, as lines of JSON in the run folder, for ``async-rl report``.
 
     timeline/<role>.jsonl     the latest spans; timeline/<role>.1.jsonl: those before, if there are more
 
@@ -6,12 +6,13 @@
     {"what": "pause", "at": 1.8e9, "s": 0.09}                                                            rollout-<i>
     {"what": "update", "at": 1.8e9, "s": 0.31, "step": 12}                                               pipeline
 
-A call is one engine call of one response, which a push ends ("abort") or the policy does ("stop", "length"); a pause is
-how long a replica stands still for a push or a checkpoint. The pipeline's spans are what its training loop is at:
-"groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", "other" between them.
+A call is one engine call of one response; a weight sync ends it ("abort"), or the policy does ("stop", "length"). A
+pause is the time that a replica is paused for a weight sync or a checkpoint. The driver's spans are the phases of its
+training loop: "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", and "other"
+between them.
 
 Files are bounded, so that a run of any length keeps its latest spans. A span reaches the file with the first one that
-ends a second later, or at the end. Knows of ``runfolder`` where the files are.
+ends a second later, or at the end. Knows ``runfolder``, which says where the files are.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ import msgspec
 from async_rl.runtime.runfolder import TIMELINE
 
 _FLUSH_S = 1.0
-# A rollout worker writes hundreds of spans a second, beside the tokens that it hands out: json takes six times as long.
+# A rollout worker writes hundreds of spans a second, in addition to its tokens: json takes six times as long.
 _to_json = msgspec.json.Encoder().encode
 
 
 class Timeline:
-    """Of one process. ``at`` is in seconds since 1970, ``s`` in seconds."""
+    """The spans of one process. ``at`` is in seconds since 1970, ``s`` in seconds."""
 
     def __init__(self, run_dir: Path, role: str, max_bytes: int) -> None:
-        """max_bytes: of both files together; 0 writes nothing."""
+        """Open the files, which together take at most ``max_bytes``; 0 writes nothing."""
         self._path = run_dir / TIMELINE / f"{role}.jsonl"
         self._limit = max_bytes // 2
         self._stream: BinaryIO | None = None
@@ -46,7 +47,7 @@ class Timeline:
             self._open()
 
     def add(self, what: str, seconds: float, **fields: Any) -> None:
-        """A span that ends now and took ``seconds``."""
+        """Add a span that ends now and took ``seconds``."""
         if self._stream is None:
             return
         now = time.time()
@@ -56,14 +57,14 @@ class Timeline:
             self._write(self._stream)
 
     def close(self) -> None:
-        """May be called twice."""
+        """Write the spans that wait and close the file. May be called twice."""
         if self._stream is not None:
             self._write(self._stream)
             self._stream.close()
             self._stream = None
 
     def _write(self, stream: BinaryIO) -> None:
-        """All that wait at once: one by one, amid other work, a line takes several times as long."""
+        """Write all waiting spans at once: one by one, amid other work, a line takes several times as long."""
         for span in self._waiting:
             self._written += stream.write(_to_json(span) + b"\n")
             if self._written > self._limit:

@@ -1,8 +1,8 @@
-"""A run's metrics.jsonl as the samples that Prometheus would have scraped: for runs that nobody watched.
+"""Converts a run's metrics.jsonl into the samples that Prometheus would have scraped, for runs that it did not scrape.
 
-A row has the metrics by their names, so most go over by name; what differs is listed here. Counters and histograms add
-up over the rows. What a row does not say (the bounds of the queue, memory, restarts) is not made up. Knows
-``declared``, rows, and promtool.
+Most columns of a row have the names of metrics; the exceptions are listed here. Counters and histograms add up over the
+rows. Metrics that no row has (the bounds of the queue, memory, restarts) are left out. Knows ``declared``, rows, and
+promtool.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import ResourceError, RunFolderError
-from async_rl.metrics.declared import METRICS, MetricSpec
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import MetricSpec
 from async_rl.observe import history, prometheus
 from async_rl.observe.history import History
 from async_rl.observe.rows import Row
@@ -27,7 +28,7 @@ _ONE_LABEL = {"extreme_token_fraction": ("tau", "2")}
 
 Labels = tuple[tuple[str, str], ...]
 Sample = tuple[int, str, Labels, float]
-"""Milliseconds since 1970, what follows the name, the bound of a bucket, value."""
+"""Milliseconds since 1970, suffix of the name, bound of a bucket, value."""
 
 
 def backfill(path: Path, data: Path) -> Path:
@@ -76,7 +77,7 @@ def openmetrics(run: History) -> Iterator[str]:
 
 
 class _Series:
-    """name -> labels -> samples in the order in which they came: of a histogram all of one step together."""
+    """The samples of a run by name and labels, in the order of its rows; those of a histogram step by step."""
 
     def __init__(self, run: History) -> None:
         self._path = run.path
@@ -88,8 +89,10 @@ class _Series:
 
     def add(self, row: Row) -> None:
         if not isinstance(row.get("time"), int | float):
-            raise RunFolderError(f"{self._path}: step {row.get('step')} has no time, so it has no place in Prometheus")
-        # Whole milliseconds are all that Prometheus tells apart, and two steps may end in one.
+            raise RunFolderError(
+                f"{self._path}: step {row.get('step')} has no time, so it cannot be put into Prometheus"
+            )
+        # Prometheus distinguishes whole milliseconds only, and two steps may end in the same one.
         time = round(row["time"] * 1000)
         if self._time is None:
             self._begin(row, time)
@@ -97,7 +100,7 @@ class _Series:
             self._time = max(time, self._time + 1)
         push = (row.get("policy_version"), row.get("sync_seconds"))
         if push == self._push:
-            # With async_training.trigger_parameter_sync_step several steps come after one push, and each names it.
+            # With async_training.trigger_parameter_sync_step several steps follow one weight sync, and each names it.
             row = {key: value for key, value in row.items() if key != "sync_seconds"}
         self._push = push
         self._count(METRICS["training_steps_total"], {}, 1.0)
@@ -110,7 +113,7 @@ class _Series:
                 self._put("policy_version", labels, float(version))
 
     def _begin(self, row: Row, time: int) -> None:
-        """Counters whose labels are known begin at 0 when the run does, so that the first one is a rise."""
+        """Start counters whose labels are known at 0 when the run starts, so that the first count is a rise."""
         self._time = time - max(1, round((row.get("elapsed_s") or 0.0) * 1000))
         for spec in filter(None, map(_spec, row)):
             if spec.kind == "counter":
@@ -177,7 +180,7 @@ class _Series:
 
 
 def _spec(key: str) -> MetricSpec | None:
-    """The metric that a row has under ``key``; None for what is of the row only."""
+    """Return the metric that a row has under ``key``, or None if the key is no metric's."""
     names = (_RENAMED.get(key, key), f"{key}_total", key.removesuffix(_BY_STALENESS))
     return next((METRICS[name] for name in names if name in METRICS), None)
 

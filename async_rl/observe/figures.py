@@ -1,62 +1,41 @@
 """Figures as SVG inside HTML: curves, stacked areas, histograms, heat maps, lanes of time.
 
-Knows numbers and labels only, and escapes every text. Colours are classes (``STYLE`` gives them for light and dark),
-chosen so that colour-blind eyes tell them apart; dashes, marks and shapes say the same once more. Values come as
-tooltips, without a script.
+Knows numbers and labels only, and escapes every text. Colours are the classes of ``drawing.STYLE``; dashes, marks and
+shapes repeat what they distinguish. Values are shown as tooltips, without a script.
 """
 
 from __future__ import annotations
 
-import datetime
-import html
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from async_rl.observe.drawing import BINS, COLOURS, Points, Scale, binned, short, text
 from async_rl.observe.rows import Number
-
-Points = list[tuple[float, float]]
 
 _W, _H = 560, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 10, 10, 38
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 3")
 _MOST_POINTS = 800
-_BINS = 400
 _COLUMNS = 56
-COLOURS = 7
-
-STYLE = """
-:root{--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b5549a;--c4:#b58900;--c5:#3aa0d8;--c6:#6b6b6b}
-@media (prefers-color-scheme:dark){:root{--c0:#56b4e9;--c1:#f08a4b;--c2:#2fc295;--c3:#d992bd;--c4:#f0e442;--c5:#3d8fd1;
---c6:#a8a8a8}}
-.s0{--s:var(--c0)}.s1{--s:var(--c1)}.s2{--s:var(--c2)}.s3{--s:var(--c3)}.s4{--s:var(--c4)}.s5{--s:var(--c5)}
-.s6{--s:var(--c6)}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{font:11px system-ui,sans-serif;fill:var(--soft);font-variant-numeric:tabular-nums}
-svg .strong{fill:var(--ink);font-weight:600}svg .small{font-size:9px}
-.grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
-.line{fill:none;stroke:var(--s);stroke-width:1.8;stroke-linejoin:round}.raw{fill:none;stroke:var(--s);stroke-width:.7;
-opacity:.35}.band{fill:var(--s);opacity:.18}.fill{fill:var(--s)}.area{fill:var(--s);fill-opacity:.75;stroke:var(--page);
-stroke-width:.8}.see{fill:transparent}.see:hover{fill:var(--soft);fill-opacity:.16}
-.push{fill:var(--c3);opacity:.16}.bar{fill:var(--s)}.bar:hover{stroke:var(--ink);stroke-width:1.2}
-.cut{fill:var(--page);stroke:var(--s);stroke-width:1.4}.tie{fill:none;stroke:var(--ink);stroke-width:1.1;
-stroke-dasharray:2 2}.mark{fill:var(--ink)}
-"""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve. xs rise; a value that is None is not drawn. colour, dash: which of the palette's; marks: few values,
-    each of which counts."""
+    """A curve."""
 
     label: str
     xs: Sequence[float]
+    """Ascending."""
     ys: Sequence[Number]
+    """A value that is None is not drawn."""
     colour: int = 0
+    """Index into the palette."""
     dash: int = 0
+    """Index into the dash patterns."""
     marks: bool = False
+    """Whether to mark each value, for curves of few values."""
 
     @property
     def points(self) -> Points:
@@ -85,86 +64,8 @@ class Lane:
     high: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Binned:
-    """Mean, smallest and largest of each bin."""
-
-    mean: Points
-    low: Points
-    high: Points
-
-
-def binned(points: Points, bins: int = _BINS) -> Binned:
-    """In bins of the same width; those without a point are left out."""
-    first, width = points[0][0], (points[-1][0] - points[0][0]) / bins or 1.0
-    found: dict[int, Points] = {}
-    for x, y in points:
-        found.setdefault(min(bins - 1, int((x - first) / width)), []).append((x, y))
-    mean, low, high = Points(), Points(), Points()
-    for part in found.values():
-        x = sum(x for x, _ in part) / len(part)
-        ys = [y for _, y in part]
-        mean.append((x, math.fsum(ys) / len(ys)))
-        low.append((x, min(ys)))
-        high.append((x, max(ys)))
-    return Binned(mean, low, high)
-
-
-def text(value: object) -> str:
-    """Of anything that a run folder says, harmless in HTML and in its attributes."""
-    return html.escape(re.sub(r"[^\t\n\x20-\ud7ff\ue000-\U0010ffff]", "\ufffd", str(value)))
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number for eyes: 0.25, 1.2k, 1e-7."""
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 0.9995e-3 or size >= 1e15:
-        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor * 0.9995:
-            return f"{float(f'{value / factor:.{digits}g}'):g}{unit}"
-    return f"{float(f'{value:.{digits}g}'):.12g}"
-
-
-class Scale:
-    """From values to pixels, and the ticks between."""
-
-    def __init__(
-        self, low: float, high: float, begin: float, end: float, *, log: bool = False, pad: bool = True
-    ) -> None:
-        self._log = log
-        low, high = (math.log10(low), math.log10(high)) if log else (low, high)
-        if high <= low:
-            margin = 0.5 if log else abs(low) * 0.1 or 1.0
-            low, high = low - margin, high + margin
-        elif pad:
-            low, high = low - (high - low) * 0.04, high + (high - low) * 0.04
-        self._low, self._high, self._begin, self._end = low, high, begin, end
-
-    def __call__(self, value: float) -> float:
-        at = math.log10(value) if self._log else value
-        return self._begin + (at - self._low) / (self._high - self._low) * (self._end - self._begin)
-
-    def ticks(self, most: int = 5) -> list[tuple[float, str]]:
-        """Values with their labels."""
-        if self._log and self._high - self._low > 1.2:
-            every = max(1, math.ceil((self._high - self._low) / most))
-            exponents = range(math.ceil(self._low), math.floor(self._high) + 1)
-            return [(10.0**e, short(10.0**e)) for e in exponents if e % every == 0]
-        low, high = (10**self._low, 10**self._high) if self._log else (self._low, self._high)
-        rough = (high - low) / most
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * 0.999)
-        values = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        digits = next((d for d in range(2, 12) if all(abs(float(f"{v:.{d}g}") - v) < step * 0.01 for v in values)), 12)
-        return [(value, short(value, digits)) for value in values]
-
-
 def curves(title: str, unit: str, series: Sequence[Series], *, log: bool | None = False, zero: bool = False) -> str:
-    """Against the training step. unit: of the values; log: None where the values decide; zero: the axis has 0."""
+    """Draw curves against the training step. log: None lets the values decide; zero: the axis includes 0."""
     drawn = [(one, points) for one in series if (points := one.points)]
     if not drawn:
         return missing(title, "No step has a value.")
@@ -172,7 +73,7 @@ def curves(title: str, unit: str, series: Sequence[Series], *, log: bool | None 
     positive = [value for value in values if value > 0]
     if log is None:
         log = len(positive) > 0.9 * len(values) and min(values) >= 0 and max(positive) > 100 * min(positive)
-    # Within a decade the ticks of a linear axis say more.
+    # Within a decade a linear axis has more useful ticks.
     log = log and bool(positive) and max(positive) > 10 * min(positive)
     floor = min(positive) if log else -math.inf
     x = Scale(*_range(px for _, points in drawn for px, _ in points), _LEFT, _W - _RIGHT, pad=False)
@@ -211,10 +112,10 @@ def curves(title: str, unit: str, series: Sequence[Series], *, log: bool | None 
 
 
 def stacked(title: str, unit: str, xs: Sequence[float], parts: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Areas on each other, the first at the bottom; means of bins where there are many values."""
+    """Draw stacked areas, the first at the bottom; means of bins where there are many values."""
     if not xs or not parts:
         return missing(title, "No step has a value.")
-    thin = [binned(list(zip(xs, ys, strict=True)), min(_BINS // 2, len(xs))).mean for _, ys in parts]
+    thin = [binned(list(zip(xs, ys, strict=True)), min(BINS // 2, len(xs))).mean for _, ys in parts]
     sums = list(zip(*(accumulate(py for _, py in column) for column in zip(*thin, strict=True)), strict=True))
     x = Scale(*_range([px for px, _ in thin[0]]), _LEFT, _W - _RIGHT, pad=False)
     y = Scale(0.0, max(sums[-1]) * 1.05 or 1.0, _H - _BOTTOM, _TOP, pad=False)
@@ -237,7 +138,7 @@ def stacked(title: str, unit: str, xs: Sequence[float], parts: Sequence[tuple[st
 
 
 def histogram(title: str, x_label: str, bars: Sequence[tuple[str, float]]) -> str:
-    """Shares of the whole, each with its label below and its percentage above."""
+    """Draw shares of the whole, each with its label below and its percentage above."""
     whole = sum(value for _, value in bars)
     if not whole:
         return missing(title, "Nothing was counted.")
@@ -258,7 +159,7 @@ def histogram(title: str, x_label: str, bars: Sequence[tuple[str, float]]) -> st
 def heat_map(
     title: str, y_label: str, spans: Sequence[tuple[float, float]], rows: Sequence[tuple[str, Sequence[float]]]
 ) -> str:
-    """Shares from 0 to 1 over training steps: a column for each of ``spans``, a row for each label, the first below."""
+    """Draw shares from 0 to 1 over training steps: a column for each of ``spans``, a row for each label."""
     if not spans or not rows:
         return missing(title, "Nothing was counted.")
     x = Scale(spans[0][0] - 0.5, spans[-1][1] + 0.5, _LEFT, _W - _RIGHT, pad=False)
@@ -292,9 +193,9 @@ def lanes(
     ties: Sequence[tuple[str, float, str, float]],
     legend: Sequence[tuple[str, int, str]],
 ) -> str:
-    """Who did what in a window of ``window`` seconds.
+    """Draw spans of time in a window of ``window`` seconds, a lane for each row.
 
-    bands: (begin, end, label) over all lanes; ties: (lane, end of one bar, lane, begin of the bar that goes on);
+    bands: (begin, end, label) over all lanes; ties: (lane, end of one bar, lane, begin of the bar that resumes it);
     legend: (label, colour, shape), the shape of a bar or "band" or "tie".
     """
     wide, left, top = 1120, 128, 24
@@ -352,12 +253,12 @@ def lanes(
 
 
 def missing(title: str, why: str) -> str:
-    """In place of a figure."""
+    """Return a note in place of a figure."""
     return f'<figure><figcaption><b>{text(title)}</b></figcaption><p class="missing">{text(why)}</p></figure>'
 
 
 def _bar(bar: Bar, left: float, right: float, top: float, height: float, *, whole: bool = True) -> str:
-    """whole: whether its end is in sight."""
+    """Draw a bar; whole: whether its end lies within the window."""
     width = max(1.5, right - left)
     inset = 0.7 if bar.shape == "cut" else 0.0
     kind = "bar cut" if bar.shape == "cut" else "bar"
@@ -395,7 +296,7 @@ def _axes(x: Scale | None, y: Scale | None, x_label: str = "training step") -> s
 
 
 def _columns(x: Scale, series: Sequence[tuple[str, Points]]) -> str:
-    """Invisible columns that say the values where the pointer is."""
+    """Draw invisible columns whose tooltips give the values at the pointer."""
     first, last = _range(px for _, points in series for px, _ in points)
     width = (last - first) / _COLUMNS or 1.0
     said: dict[int, list[str]] = {}
@@ -419,7 +320,7 @@ def _columns(x: Scale, series: Sequence[tuple[str, Points]]) -> str:
 
 
 def _running_mean(points: Points) -> Points:
-    """Over a fortieth of the points on either side together."""
+    """Return the running mean over a fortieth of the points."""
     half = len(points) // 80
     if not half:
         return points
@@ -429,7 +330,7 @@ def _running_mean(points: Points) -> Points:
 
 
 def _key(label: str, colour: int, dash: int, shape: str) -> str:
-    """An entry of a legend."""
+    """Return an entry of a legend."""
     shapes: dict[str, Callable[[], str]] = {
         "line": lambda: f'<line class="line" stroke-dasharray="{_DASHES[dash % len(_DASHES)]}" x2="26" y1="5" y2="5"/>',
         "band": lambda: '<rect class="push" x="8" width="10" height="10"/>',
@@ -456,13 +357,3 @@ def _svg(title: str, body: Iterable[str], wide: int = _W, high: int = _H) -> str
 def _range(values: Iterable[float]) -> tuple[float, float]:
     found = list(values)
     return min(found), max(found)
-
-
-def clock(seconds: float) -> str:
-    """In universal time, so that a report says the same wherever it is written."""
-    if not seconds:
-        return "at an unknown time"
-    try:
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (OverflowError, OSError, ValueError):
-        return "at an unknown time"

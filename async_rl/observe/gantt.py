@@ -1,6 +1,6 @@
-"""The report's timeline: a few training steps in which one sees generations that are cut by a push and resumed.
+"""The report's timeline: a few training steps that show how weight syncs cut generations, which are then resumed.
 
-Chooses the window and what is drawn of it; ``spans`` reads, ``figures`` draws.
+Chooses the window and its contents; ``spans`` reads, ``figures`` draws.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from async_rl.observe import figures, spans
+from async_rl.observe.drawing import clock, short
 from async_rl.observe.figures import Bar, Lane
 from async_rl.observe.history import History
 from async_rl.observe.spans import Span
@@ -22,7 +23,7 @@ _RECENT_STEPS = 200
 
 
 def timeline(run: History, title: str) -> str:
-    """Lanes of a few training steps; a note where there are no spans."""
+    """Return the lanes of a few training steps as a figure; a note where there are no spans."""
     roles = spans.roles(run.path)
     loop = list(deque(spans.read(run.path, spans.PIPELINE), maxlen=_MOST_SPANS))
     replicas = [role for role in roles if role != spans.PIPELINE]
@@ -36,7 +37,7 @@ def timeline(run: History, title: str) -> str:
         )
     ties = [tie for life in spans.lives(calls).values() for tie in spans.resumptions(life)]
     begin, end = spans.window(recent, calls, ties)
-    end += 0.06 * (end - begin)  # how calls go on that the last push cut
+    end += 0.06 * (end - begin)  # so that calls cut by the last weight sync are seen resumed
     shown = replicas[:_MOST_REPLICAS]
     lanes = _loop_lanes(spans.overlapping(recent, begin, end), begin)
     in_window = spans.overlapping(calls, begin, end)
@@ -51,15 +52,15 @@ def timeline(run: History, title: str) -> str:
         if _key(cut) in drawn and _key(next_) in drawn
     ]
     pushes = [span for span in spans.overlapping(recent, begin, end) if span.what == "push"]
-    bands = [(push.at - begin, push.end - begin, f"push, step {push.step}") for push in pushes]
+    bands = [(push.at - begin, push.end - begin, f"sync, step {push.step}") for push in pushes]
     legend = [
         ("call that ended by itself", 2, "stop"),
         ("at its length limit", 1, "length"),
-        ("cut by a push", 0, "cut"),
+        ("cut by a weight sync", 0, "cut"),
     ]
-    legend += [("resumed", 0, "tie"), ("push of weights", 3, "band"), ("pause", 6, ""), ("training loop", 5, "")]
+    legend += [("resumed", 0, "tie"), ("weight sync", 3, "band"), ("pause", 6, ""), ("training loop", 5, "")]
     left_out = f", {len(shown)} of {len(replicas)} replicas" if len(replicas) > len(shown) else ""
-    return figures.lanes(f"{title}, from {figures.clock(begin)}{left_out}", lanes, end - begin, bands, tied, legend)
+    return figures.lanes(f"{title}, from {clock(begin)}{left_out}", lanes, end - begin, bands, tied, legend)
 
 
 def _loop_lanes(loop: Sequence[Span], begin: float) -> list[Lane]:
@@ -85,7 +86,7 @@ def _loop_lanes(loop: Sequence[Span], begin: float) -> list[Lane]:
 def _replica_lanes(
     role: str, found: Sequence[Span], ties: Sequence[tuple[Span, Span]], begin: float, most: int
 ) -> list[Lane]:
-    """The pauses, then a row per trajectory, those that were cut and resumed first if there are more than ``most``."""
+    """Return a lane of pauses and one per trajectory, of which cut and resumed ones are preferred beyond ``most``."""
     resumed = {cut.trajectory for cut, _ in ties}
     lives = spans.lives(found)
     chosen = sorted(lives, key=lambda name: (name not in resumed, lives[name][0].at))[:most]
@@ -109,4 +110,4 @@ def _key(call: Span) -> str:
 
 def _told(span: Span) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in span.fields.items())
-    return f"{span.what}, {figures.short(span.seconds)} s" + (f"\n{rest}" if rest else "")
+    return f"{span.what}, {short(span.seconds)} s" + (f"\n{rest}" if rest else "")

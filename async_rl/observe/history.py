@@ -1,6 +1,6 @@
-"""What a run folder says, read while it is written or long after: settings, steps, events, and how it ended.
+"""Reads a run folder, while it is written or long after: settings, steps, events, and the summary.
 
-A line without its end is one that is being written, or was when the writer was killed: it is left for the next look.
+A line without its end is being written, or was when the writer was killed. It is left for the next ``refresh``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from typing import IO, Any, Protocol
 import yaml
 
 from async_rl.errors import RunFolderError
+from async_rl.metrics.events import in_words
 from async_rl.observe.rows import Row
 from async_rl.runtime import runfolder
 
+# What the log has in every line, and no part of the event's words.
+_NO_FIELDS = frozenset({"event", "run", "role", "version", "logger", "level", "timestamp", "exception"})
+
 
 class Sink(Protocol):
-    """What takes the lines of a file one by one: a list keeps them all."""
+    """Takes the lines of a file one by one; a list keeps them all."""
 
     def append(self, line: dict[str, Any], /) -> None: ...
     def clear(self) -> None: ...
@@ -38,10 +42,10 @@ class Lines:
         self._number = 0
 
     def read(self) -> None:
-        """Hand over the lines that were finished since the last call; or all, after a clear(), where the file is
-        another one now (training went back to a checkpoint).
+        """Append the lines that were finished since the last call to the sink.
 
-        Raises RunFolderError for a line that is no JSON object, which no interruption explains.
+        Where the file has been replaced (training was rewound to a checkpoint), clears the sink and appends all lines.
+        Raises RunFolderError for a line that is not a JSON object, which no interruption explains.
         """
         try:
             stream = self._path.open("rb")
@@ -65,7 +69,9 @@ class Lines:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise RunFolderError(f"{self._path}:{self._number} is no JSON object: {line[:60]!r}; is it damaged?")
+            raise RunFolderError(
+                f"{self._path}:{self._number} is not a JSON object: {line[:60]!r} (the file may be damaged)"
+            )
         return value
 
 
@@ -75,21 +81,27 @@ def _finished(stream: IO[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line of the pipeline's log. time: seconds since 1970."""
+    """A line of the driver's log."""
 
     time: float
+    """Seconds since 1970; 0.0 if the line has no valid time."""
     level: str
+    name: str
+    """The constant name of the event; prose in the logs of earlier versions."""
     text: str
+    """The event in words."""
 
 
 class _Events:
-    """Takes the lines of the pipeline's log."""
+    """Turns the lines of the driver's log into events."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events = events
 
     def append(self, line: dict[str, Any], /) -> None:
-        self._events.append(Event(_seconds(line.get("timestamp")), line.get("level", ""), _text(line)))
+        name = str(line.get("event", ""))
+        fields = {key: value for key, value in line.items() if key not in _NO_FIELDS}
+        self._events.append(Event(_seconds(line.get("timestamp")), line.get("level", ""), name, in_words(name, fields)))
 
     def clear(self) -> None:
         self._events.clear()
@@ -97,19 +109,19 @@ class _Events:
 
 @dataclass(slots=True)
 class History:
-    """One run, as far as it has come; ``refresh`` reads what was added."""
+    """One run so far; ``refresh`` reads what was added."""
 
     path: Path
     name: str
     settings: dict[str, Any]
     into: InitVar[Sink | None] = None
     rows: list[Row] = field(default_factory=list)
-    """All steps; none where they go into something else."""
+    """All steps; empty where ``into`` takes them."""
     events: list[Event] = field(default_factory=list)
     summary: dict[str, Any] | None = None
-    """summary.json, of a run that has ended by itself."""
+    """summary.json, once the run has ended by itself."""
     running: bool = False
-    """Whether the process that drives it lives on this machine."""
+    """Whether its driver runs on this machine."""
     _metrics: Lines = field(init=False)
     _log: Lines = field(init=False)
 
@@ -119,11 +131,11 @@ class History:
 
     @property
     def steps(self) -> int:
-        """Training steps that it is to have."""
+        """Number of training steps after which the run ends."""
         return int(self.settings["trainer"]["steps"])
 
     def refresh(self) -> None:
-        """Raises RunFolderError."""
+        """Read what was added to the folder. Raises RunFolderError."""
         running = _is_locked(self.path / runfolder.LOCK)
         self._metrics.read()
         self._log.read()
@@ -132,15 +144,16 @@ class History:
         except FileNotFoundError:
             self.summary = None
         except ValueError as error:
-            raise RunFolderError(f"{self.path / runfolder.SUMMARY} is no JSON: {error}") from None
-        # Looked at first: a run that ended in between has its summary now.
+            raise RunFolderError(f"{self.path / runfolder.SUMMARY} is not JSON: {error}") from None
+        # The lock was read first: a run that ended in between has its summary now.
         self.running = running and self.summary is None
 
 
 def read(path: Path, into: Sink | None = None) -> History:
-    """The run in the folder ``path``; into: what takes its rows, now and at each refresh, instead of ``History.rows``.
+    """Return the run in the folder ``path``.
 
-    Raises RunFolderError where there is no run, or one of another format.
+    into: takes its rows, now and at each refresh, instead of ``History.rows``. Raises RunFolderError where there is no
+    run, or one of another format.
     """
     if not path.is_dir():
         known = sorted(config.parent.name for config in path.parent.glob(f"*/{runfolder.CONFIG}"))
@@ -166,8 +179,11 @@ def read(path: Path, into: Sink | None = None) -> History:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the writer of the run holds its lock, which ends with its process. Asked of the kernel: who tries to take
-    the lock has it for a moment, in which the run could not be gone on with."""
+    """Return whether the run's driver holds its lock, which the kernel releases with the process.
+
+    Reads the kernel's list of locks: trying to take the lock would hold it for a moment, in which the run could not be
+    resumed.
+    """
     try:
         inode = str(path.stat().st_ino)
         locks = Path("/proc/locks").read_text()
@@ -183,9 +199,3 @@ def _seconds(timestamp: Any) -> float:
         return datetime.datetime.fromisoformat(timestamp).timestamp()
     except (TypeError, ValueError):
         return 0.0
-
-
-def _text(line: dict[str, Any]) -> str:
-    known = {"event", "run", "role", "version", "logger", "level", "timestamp", "exception"}
-    rest = " ".join(f"{key}={value}" for key, value in line.items() if key not in known)
-    return f"{line.get('event', '')}{' ' if rest else ''}{rest}"

@@ -1,4 +1,4 @@
-"""A Prometheus of one's own for run folders: found, configured, started on a free port, and ended with its caller.
+"""Runs a Prometheus for run folders: finds, configures and starts it on a free port, and ends it with its caller.
 
 Knows the program ``prometheus`` and the target files of run folders; not what the metrics mean.
 """
@@ -23,11 +23,14 @@ from async_rl.errors import ResourceError
 from async_rl.runtime import runfolder
 from async_rl.runtime.process import signal_on_parent_death
 
+ASSETS = Path(__file__).parent / "assets"
+"""The alerts, the dashboard, Grafana's provisioning and the compose file, which are part of the package."""
+
 PORT = 9090
 _PORTS_TRIED = 64
-# Seconds. Grafana's own default; a worker answers in the process that hands out its tokens, so not more often.
+# Seconds. Grafana's own default; a worker answers in the process that distributes its tokens, so not more often.
 SCRAPE_S = 15
-# Seconds between two looks at the target files. The first scrape of a run that begins comes within the sum of both.
+# Seconds between two reads of the target files. A new run is first scraped within the sum of both periods.
 _LOOK_S = 5
 _READY_S = 30.0
 _END_S = 10.0
@@ -36,18 +39,18 @@ _KEEP = "10y"
 
 
 def program(name: str = "prometheus") -> str:
-    """Its path. Raises ResourceError, which says how to install it."""
+    """Return the path of a program. Raises ResourceError, which says how to install it."""
     found = shutil.which(name)
     if found is None:
         raise ResourceError(
             f"{name} is not installed: apt install prometheus (Debian, Ubuntu), brew install prometheus, or "
-            "docker compose -f dashboards/compose.yaml up"
+            f"docker compose -f {ASSETS / 'compose.yaml'} up"
         )
     return found
 
 
 def free_port(first: int, tried: int = _PORTS_TRIED) -> int:
-    """The first port from ``first`` on that nobody listens on, on the loopback interface. Raises ResourceError."""
+    """Return the first free port of the loopback interface from ``first`` on. Raises ResourceError."""
     for port in range(first, min(first + tried, 65536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,7 +63,7 @@ def free_port(first: int, tried: int = _PORTS_TRIED) -> int:
 
 
 def settings(runs: Path | None, rules: Path | None, scrape_s: int = SCRAPE_S) -> str:
-    """prometheus.yml: scrape every process of every run below ``runs``, with the alerts in ``rules``."""
+    """Return a prometheus.yml that scrapes every process of every run below ``runs``, with the alerts in ``rules``."""
     tree: dict[str, object] = {"global": {"scrape_interval": f"{scrape_s}s", "evaluation_interval": f"{scrape_s}s"}}
     if rules is not None:
         tree["rule_files"] = [str(rules.absolute())]
@@ -81,9 +84,9 @@ def running(
     scrape_s: int = SCRAPE_S,
     options: Sequence[str] = (),
 ) -> Iterator[str]:
-    """A Prometheus that keeps its samples in ``data``, for the length of the block; yields its URL.
+    """Run a Prometheus that keeps its samples in ``data`` for the length of the block; yields its URL.
 
-    port: or the next one that is free. Raises ResourceError where it is not installed or does not come up.
+    It listens on ``port`` or the next free one. Raises ResourceError where it is not installed or does not start.
     """
     path = program()
     data.mkdir(parents=True, exist_ok=True)
@@ -108,8 +111,10 @@ def running(
 def program_running(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program for the length of the block, or of this process; what it says goes to ``log``. environment: beside that
-    of this process."""
+    """Run a program for the length of the block, or of this process; its output goes to ``log``.
+
+    environment: variables in addition to those of this process.
+    """
     with log.open("ab") as stream:
         process = subprocess.Popen(
             command,

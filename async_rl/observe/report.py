@@ -1,7 +1,7 @@
-"""``async-rl report``: runs as one HTML file that needs nothing else, to read, to keep and to send.
+"""``async-rl report``: writes runs as one self-contained HTML file.
 
-Owns what the report says and in which order; ``figures`` draws, ``history`` and ``spans`` read. What a run folder says
-is not trusted: every text is escaped, and the file forbids the browser to load or run anything.
+Owns the texts of the report and their order; ``figures`` draws, ``history`` and ``spans`` read. A run folder is not
+trusted: every text is escaped, and the file forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_rl.metrics.events import RESTARTS
 from async_rl.observe import figures, gantt, history
-from async_rl.observe.figures import Series, text
+from async_rl.observe.drawing import STYLE, clock, text
+from async_rl.observe.figures import Series
 from async_rl.observe.history import Event, History
 from async_rl.observe.rows import Number, Read, Row, as_number, kl_size, of, partial_share, tokens
 from async_rl.runtime import runfolder
@@ -53,7 +55,7 @@ footer{margin-top:56px;color:var(--soft);font-size:13px}
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What one line of a figure shows of a row."""
+    """One line of a figure: its label, and how a row gives its value."""
 
     label: str
     read: Read
@@ -67,7 +69,7 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
 
 
 class Report:
-    """Of one run or several."""
+    """The report of one run, or of several side by side."""
 
     def __init__(self, runs: Sequence[History]) -> None:
         self._runs = runs
@@ -87,21 +89,21 @@ class Report:
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{_PAGE}{figures.STYLE}</style></head><body><main>\n"
+            f"<title>{title}</title><style>{_PAGE}{STYLE}</style></head><body><main>\n"
             + "\n".join(parts)
-            + f"\n<footer>Written by async-rl report, {figures.clock(datetime.datetime.now().timestamp())}.</footer>"
+            + f"\n<footer>Written by async-rl report, {clock(datetime.datetime.now().timestamp())}.</footer>"
             "</main></body></html>\n"
         )
 
     # -- sections -----------------------------------------------------------------------------------------------
 
     def _header(self) -> str:
-        told = [headline(run) for run in self._runs]
+        headlines = [headline(run) for run in self._runs]
         if not self._several:
             tiles = "".join(
                 f"<div{' class=all' if label == 'Groups' else ''}><dl><dt>{text(label)}</dt>"
                 f"<dd>{text(value)}</dd></dl></div>"
-                for label, value in told[0].items()
+                for label, value in headlines[0].items()
             )
             return (
                 f'<header><h1>{text(self._names[0])}</h1><p class="good">{text(self._runs[0].path)}</p>'
@@ -109,11 +111,11 @@ class Report:
             )
         head = "".join(f"<th>{text(name)}</th>" for name in self._names)
         body = "".join(
-            f"<tr><th>{text(label)}</th>{''.join(f'<td>{text(one[label])}</td>' for one in told)}</tr>"
-            for label in told[0]
+            f"<tr><th>{text(label)}</th>{''.join(f'<td>{text(one[label])}</td>' for one in headlines)}</tr>"
+            for label in headlines[0]
         )
         return (
-            f"<header><h1>{len(told)} runs side by side</h1><table><thead><tr><th></th>{head}</tr></thead>"
+            f"<header><h1>{len(headlines)} runs side by side</h1><table><thead><tr><th></th>{head}</tr></thead>"
             f"<tbody>{body}</tbody></table></header>"
         )
 
@@ -163,7 +165,7 @@ class Report:
                 *split,
                 self._curves("On-policy difference", "|Δ log-prob|, nats", differences, log=True),
                 self._curves(
-                    "Canary of the pushes",
+                    "Canary of the weight syncs",
                     "largest |Δ log-prob|, nats",
                     [_plain("sync_canary_logprob_abs_diff")],
                     log=True,
@@ -218,9 +220,9 @@ class Report:
         pushes = [self._sync(number) for number in range(len(self._runs))]
         return _section(
             "Who waited",
-            "One side is always at work: one of the two idle shares is near zero, and overlap efficiency near 1. "
-            "A queue that is always full waits for the trainer, one that is always empty for rollout. Pushes are short "
-            "beside a step.",
+            "One side is always at work: one of the two idle shares is near zero, and overlap efficiency is near 1. "
+            "A queue that is always full waits for the trainer, one that is always empty for rollout. Weight syncs are "
+            "short compared with a step.",
             [
                 self._curves("Idle", "share of the step", idle, zero=True),
                 self._curves("Groups", "number", flow, zero=True),
@@ -235,8 +237,8 @@ class Report:
     def _partial(self) -> str:
         return _section(
             "Partial rollouts",
-            "A push cuts what is being generated, and generation goes on where it was. A share above zero says that "
-            "long responses no longer hold up a push; many segments say that pushes come faster than responses finish.",
+            "A weight sync cuts running generations, which are resumed after it. A share above zero shows that long "
+            "responses do not delay weight syncs. Many segments show that syncs come faster than responses finish.",
             [
                 self._curves(
                     "Cut and resumed", "share of the trajectories", [Curve("partial", partial_share)], zero=True
@@ -248,16 +250,18 @@ class Report:
     def _timeline(self) -> str:
         return _section(
             "Timeline",
-            "A few training steps near the end of what was recorded. Rollout goes on while the trainer updates. It "
-            "stands still in a push only, which cuts calls (outlined) that go on right after it (dotted lines).",
+            "A few training steps near the end of the recording. Rollout continues while the trainer updates. It is "
+            "paused only for a weight sync, which cuts calls (outlined) that are resumed right after it (dotted "
+            "lines).",
             [gantt.timeline(run, "Who did what" + self._suffix(number)) for number, run in enumerate(self._runs)],
         )
 
     def _events(self) -> str:
         parts = [
-            _heading(name, self._several) + _event_list(run) for name, run in zip(self._names, self._runs, strict=True)
+            _heading(name, shown=self._several) + _event_list(run)
+            for name, run in zip(self._names, self._runs, strict=True)
         ]
-        good = "Good: checkpoints and evaluations only. A restart now and then is an accident; many are a fault."
+        good = "Good: checkpoints and evaluations only. One restart now and then is an accident; many point to a fault."
         return _section("Events", good, [f"<div>{part}</div>" for part in parts], grid=False)
 
     def _settings(self) -> str:
@@ -266,7 +270,7 @@ class Report:
             content = (run.path / runfolder.CONFIG).read_text(encoding="utf-8", errors="replace")
             label = f"config.yaml of {name}" if self._several else "config.yaml"
             parts.append(f"<details><summary>{text(label)}</summary><pre>{text(content)}</pre></details>")
-        return _section("Settings", "All of them, with the defaults that the run took.", parts, grid=False)
+        return _section("Settings", "All settings, defaults included.", parts, grid=False)
 
     # -- figures ------------------------------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class Report:
         zero: bool = False,
         only: int | None = None,
     ) -> str:
-        """The curves of every run, or of one: runs differ in colour then, and the curves of one run in their dashes."""
+        """Draw curves of every run, or of one. Several runs differ in colour, the curves of one run in their dashes."""
         mixed = self._several and only is None
         series = []
         for number, run in enumerate(self._runs):
@@ -304,12 +308,12 @@ class Report:
         phases = list(dict.fromkeys(str(phase) for row in rows for phase in row["sync_seconds"] if phase != "total"))
         parts = [(phase, [as_number(row["sync_seconds"].get(phase)) or 0.0 for row in rows]) for phase in phases[:6]]
         return figures.stacked(
-            "Weight pushes by phase" + self._suffix(number), "seconds", [_step(row) for row in rows], parts
+            "Weight syncs by phase" + self._suffix(number), "seconds", [_step(row) for row in rows], parts
         )
 
 
 def headline(run: History) -> dict[str, str]:
-    """The figures that a run is told by; from its rows where it has not ended by itself."""
+    """Return the headline figures of a run, from its rows where it has no summary."""
     rows, said = run.rows, run.summary if isinstance(run.summary, dict) else {}
     last = rows[-1] if rows else {}
     evals = [value for row in rows if (value := of("eval_reward_mean")(row)) is not None]
@@ -339,9 +343,9 @@ def headline(run: History) -> dict[str, str]:
 
 
 def _event_list(run: History) -> str:
-    """The latest ones, warnings before others."""
+    """List the latest events; warnings are kept longer than others."""
     if not run.events:
-        return '<p class="missing">The pipeline has logged nothing.</p>'
+        return '<p class="missing">The driver has logged nothing.</p>'
     loud = [event for event in run.events if _loudness(event)]
     quiet = [event for event in run.events if not _loudness(event)]
     kept = loud[-_MOST_EVENTS:]
@@ -349,7 +353,7 @@ def _event_list(run: History) -> str:
     left = len(run.events) - len(kept)
     note = f'<p class="missing">{left:,} earlier ones are left out.</p>' if left else ""
     lines = [
-        f'<li class="{"loud" if _loudness(event) else ""}"><time>{figures.clock(event.time)}</time>'
+        f'<li class="{"loud" if _loudness(event) else ""}"><time>{clock(event.time)}</time>'
         f"{f'<b>{text(_loudness(event))}</b>' if _loudness(event) else ''}{text(event.text)}</li>"
         for event in kept
     ]
@@ -357,10 +361,11 @@ def _event_list(run: History) -> str:
 
 
 def _loudness(event: Event) -> str:
-    """What kind of trouble the event is; empty for none."""
+    """Return the kind of trouble that the event reports, or an empty string."""
     if str(event.level).lower() not in ("", "debug", "info"):
         return str(event.level)
-    return "restart" if " died" in event.text else ""
+    # Earlier versions logged prose instead of names.
+    return "restart" if event.name in RESTARTS or " died" in event.name else ""
 
 
 def _section(title: str, good: str, parts: Sequence[str], *, grid: bool = True) -> str:
@@ -368,11 +373,11 @@ def _section(title: str, good: str, parts: Sequence[str], *, grid: bool = True) 
     return f'<section><h2>{text(title)}</h2><p class="good">{text(good)}</p>{inside}</section>'
 
 
-def _heading(name: str, shown: bool) -> str:
+def _heading(name: str, *, shown: bool) -> str:
     return f"<h3>{text(name)}</h3>" if shown else ""
 
 
-# -- what rows say, if they say it ----------------------------------------------------------------------------------
+# -- values of rows -------------------------------------------------------------------------------------------------
 
 
 def _plain(key: str) -> Curve:
@@ -399,7 +404,7 @@ def _said(value: Number, form: str) -> str:
 
 
 def _conservation(groups: Any) -> str:
-    """Invariant 5, as numbers."""
+    """Write invariant 5, conservation, with the run's numbers."""
     names = ("issued", "trained", "outstanding", "returned", "failed")
     counts = [as_number(groups.get(name)) for name in names] if isinstance(groups, dict) else [None]
     if any(count is None for count in counts):

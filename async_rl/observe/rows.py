@@ -1,6 +1,6 @@
-"""What a row of metrics.jsonl says, if it says it: what is missing or is no number is None, and nothing raises.
+"""Reads values from a row of metrics.jsonl: a missing value, or one that is no number, is None, and nothing raises.
 
-A row is one training step (``metrics.summary.StepRecord.row``), perhaps of another version, perhaps damaged.
+A row is one training step (``metrics.publish.step_row``), perhaps of another version, perhaps damaged.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Read = Callable[[Row], Number]
 
 
 def as_number(value: Any) -> Number:
-    """The value if it is a finite number. Beyond 1e300 no scale could be drawn, nor would it mean anything."""
+    """Return the value if it is a finite number below 1e300, beyond which no scale can be drawn; else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e300 else None
 
 
 def of(*keys: str) -> Read:
-    """Reads the number that a row has under ``keys``, one mapping in the other."""
+    """Return a function that reads the number that a row has under ``keys``, one mapping in the other."""
 
     def read(row: Row) -> Number:
         value: Any = row
@@ -34,21 +34,21 @@ def of(*keys: str) -> Read:
 
 
 def split(row: Row, key: str) -> dict[str, float]:
-    """The numbers of a mapping, by name."""
+    """Return the numbers of a row's mapping by name."""
     found = row.get(key)
     known = {name: as_number(value) for name, value in found.items()} if isinstance(found, dict) else {}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def tokens(row: Row) -> dict[int, float]:
-    """Trained tokens by staleness."""
-    # What is longer is no version, and may be more digits than an int is made of.
+    """Return trained tokens by staleness."""
+    # A longer key is no version, and may have more digits than an int can be parsed from.
     ages = split(row, "token_staleness").items()
     return {int(age): count for age, count in ages if age.isdecimal() and len(age) < 10}
 
 
 def kl(row: Row, *, stale: bool) -> Number:
-    """Mean ppo_kl over the tokens of staleness 0, or of all that are older; None where there are none."""
+    """Return the mean ppo_kl over the tokens of staleness 0, or over all older ones; None if there are none."""
     values, counts = split(row, "ppo_kl_by_staleness"), tokens(row)
     parts = [(values[str(age)], counts[age]) for age in counts if (age > 0) == stale and str(age) in values]
     weight = math.fsum(count for _, count in parts)
@@ -56,7 +56,7 @@ def kl(row: Row, *, stale: bool) -> Number:
 
 
 def kl_size(*, stale: bool) -> Read:
-    """Reads how far from 0 ``kl`` is: its estimates of either sign would hide each other in a mean or on a scale."""
+    """Return a function that reads |``kl``|: estimates of either sign would cancel in a mean."""
 
     def read(row: Row) -> Number:
         value = kl(row, stale=stale)
@@ -66,6 +66,6 @@ def kl_size(*, stale: bool) -> Read:
 
 
 def partial_share(row: Row) -> Number:
-    """Of the step's trajectories, those that were cut and resumed."""
+    """Return the share of the step's trajectories that were cut and resumed."""
     partial, trajectories = as_number(row.get("partial_rollouts")), as_number(row.get("trajectories"))
     return partial / trajectories if partial is not None and trajectories else None

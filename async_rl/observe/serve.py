@@ -1,6 +1,6 @@
 """``async-rl observe`` and ``replay-metrics``: Prometheus, and Grafana where it is installed, with everything in place.
 
-Knows the programs and the checkout's ``dashboards`` folder, which has the alerts and the dashboards.
+Knows the programs, and the package's ``assets``, which have the alerts, the dashboard and Grafana's provisioning.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from urllib.parse import urlencode
 
 import yaml
 
-from async_rl.metrics.declared import PREFIX
+from async_rl.metrics.spec import PREFIX
 from async_rl.observe import prometheus
 from async_rl.observe.backfill import backfill
+from async_rl.observe.prometheus import ASSETS
 
-DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
+_RULES = ASSETS / "prometheus" / "rules.yml"
 _GRAFANA_PORT = 3000
 _DATA = ".observe"
-# What Prometheus' own page shows.
+# The curves on Prometheus' own page.
 _CURVES = (
     f"{PREFIX}ppo_kl",
     f"{PREFIX}reward_mean",
@@ -33,12 +34,12 @@ _CURVES = (
 
 
 def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
-    """Watch every run below ``runs``, those to come as well, until Ctrl-C.
+    """Watch every run below ``runs``, later ones included, until Ctrl-C.
 
     Samples are kept in ``runs``/.observe. Raises ResourceError where Prometheus is missing.
     """
     prometheus.program()  # before anything is made
-    with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_rules(), port=port) as url:
+    with prometheus.running(runs / _DATA / "prometheus", runs=runs, rules=_RULES, port=port) as url:
         _tell(port, url, f"watching the runs in {runs.absolute()}")
         sys.stdout.write(f"ppo_kl, reward and who waits, without Grafana: {_graph(url)}\n")
         sys.stdout.flush()
@@ -48,7 +49,7 @@ def observe(runs: Path, *, port: int = prometheus.PORT) -> int:
 
 
 def replay(run: Path, *, port: int = prometheus.PORT) -> int:
-    """Look at a run that has ended: its metrics.jsonl in a Prometheus of its own, until Ctrl-C.
+    """Show the metrics.jsonl of a run that has ended in a Prometheus of its own, until Ctrl-C.
 
     Raises RunFolderError, and ResourceError where Prometheus is missing.
     """
@@ -62,11 +63,6 @@ def replay(run: Path, *, port: int = prometheus.PORT) -> int:
     return 0
 
 
-def _rules() -> Path | None:
-    rules = DASHBOARDS / "prometheus" / "rules.yml"
-    return rules if rules.exists() else None
-
-
 def _tell(port: int, url: str, what: str) -> None:
     if not url.endswith(f":{port}"):
         sys.stdout.write(f"port {port} is in use; this Prometheus is on the next free one\n")
@@ -76,12 +72,12 @@ def _tell(port: int, url: str, what: str) -> None:
 
 @contextlib.contextmanager
 def _grafana(data: Path, url: str) -> Iterator[None]:
-    """A Grafana with datasource and dashboards in place, where the program is installed; else how to get one."""
+    """Run a Grafana with datasource and dashboards in place; where it is not installed, print how to get one."""
     path = shutil.which("grafana") or shutil.which("grafana-server")
     if path is None:
         sys.stdout.write(
             "Grafana is not installed: grafana.com has packages; or\n"
-            f"docker compose -f {DASHBOARDS / 'compose.yaml'} up starts both. Ctrl-C ends.\n"
+            f"docker compose -f {ASSETS / 'compose.yaml'} up starts both. Ctrl-C ends.\n"
         )
         sys.stdout.flush()
         yield
@@ -94,14 +90,14 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
         "GF_PATHS_PROVISIONING": str(home / "provisioning"),
         "GF_SERVER_HTTP_ADDR": "127.0.0.1",
         "GF_SERVER_HTTP_PORT": str(port),
-        # Whoever reaches a loopback port of this machine may look.
+        # Every user of this machine may look: the port is on the loopback interface.
         "GF_AUTH_ANONYMOUS_ENABLED": "true",
         "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
         "GF_ANALYTICS_REPORTING_ENABLED": "false",
         "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
     }
     command = [path, "server"] if Path(path).name == "grafana" else [path]
-    # Packages keep its own files here; an installation from an archive finds them beside the program.
+    # Packages keep Grafana's own files here; an installation from an archive finds them next to the program.
     homepath = Path("/usr/share/grafana")
     command += ["--homepath", str(homepath)] if homepath.is_dir() else []
     log = home / "grafana.log"
@@ -112,7 +108,7 @@ def _grafana(data: Path, url: str) -> Iterator[None]:
 
 
 def _graph(url: str) -> str:
-    """Prometheus' own page with some curves, of the last quarter of an hour."""
+    """Return the address of Prometheus' own page with some curves of the last quarter of an hour."""
     panels = {
         f"g{number}.{key}": value
         for number, expression in enumerate(_CURVES)
@@ -122,12 +118,12 @@ def _graph(url: str) -> str:
 
 
 def _provision(data: Path, url: str) -> Path:
-    """Grafana's folder, with the datasource at ``url`` and the checkout's dashboards."""
+    """Write Grafana's folder, with the datasource at ``url`` and the package's dashboard. Returns it."""
     home = data.absolute()
-    sources = yaml.safe_load((DASHBOARDS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
+    sources = yaml.safe_load((ASSETS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
     for source in sources["datasources"]:
         source["url"] = url
-    provider = {"name": "async_rl", "type": "file", "options": {"path": str(DASHBOARDS / "grafana")}}
+    provider = {"name": "async_rl", "type": "file", "options": {"path": str(ASSETS / "grafana")}}
     for folder, tree in (
         ("datasources", sources),
         ("dashboards", {"apiVersion": 1, "providers": [provider]}),
@@ -141,8 +137,8 @@ def _provision(data: Path, url: str) -> Path:
 
 
 def _until_interrupted() -> None:
-    """The handlers stay: a second Ctrl-C must not cut short what ends the programs."""
-    # A pipe and no threading.Event: a signal in the first one's handler would wait for the lock that this one holds.
+    """Wait for Ctrl-C. The handlers stay, as a second Ctrl-C must not interrupt the end of the programs."""
+    # A pipe, not threading.Event: a signal during its handler would wait for a lock that the handler itself holds.
     reader, writer = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(writer, b"."))

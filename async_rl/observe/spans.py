@@ -1,7 +1,7 @@
-"""The spans of a run's ``timeline`` folder (``metrics.timeline`` writes them), read back; and what they say together.
+"""Reads the spans of a run's ``timeline`` folder, which ``metrics.timeline`` writes, and relates them to each other.
 
-Owns the life of a trajectory: its engine calls in order, over all replicas, and which call went on where another was
-cut. A file is in the order of the ends of its spans, which lets readers stream it.
+Owns the life of a trajectory: its engine calls in order, over all replicas, and which call resumed which. A file is in
+the order of the ends of its spans, which lets readers stream it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from async_rl.runtime.runfolder import TIMELINE
 
 PIPELINE = "pipeline"
 CUT = "abort"
-"""The ``end`` of a call that a push ended."""
+"""The ``end`` of a call that a weight sync ended."""
 
 _NAME = re.compile(r"(?P<role>.+?)(\.1)?\.jsonl")
 _BEGIN = b'{"what":'
@@ -34,13 +34,18 @@ _CLOCKS_S = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """role: which process; at: its begin, in seconds since 1970; seconds: how long; fields: what else the line says."""
+    """One span of time of one process."""
 
     role: str
+    """The process."""
     what: str
+    """What the process did: "call", "pause", or a phase of the training loop."""
     at: float
+    """Begin, in seconds since 1970."""
     seconds: float
+    """Length."""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of the line."""
 
     @property
     def end(self) -> float:
@@ -52,26 +57,26 @@ class Span:
 
     @property
     def step(self) -> int | None:
-        """Training step of a span of the pipeline."""
+        """Training step of a span of the driver."""
         step = self.fields.get("step")
         return step if isinstance(step, int) else None
 
     @property
     def trajectory(self) -> str | None:
-        """Of a call."""
+        """Trajectory of a call."""
         found = self.fields.get("trajectory")
         return str(found) if self.what == "call" and found is not None else None
 
 
 def roles(path: Path) -> list[str]:
-    """Who has spans in the run folder ``path``: the pipeline first, replicas in the order of their numbers."""
+    """Return the roles that have spans in the run folder ``path``: the driver first, replicas by their numbers."""
     names = [other.name for other in (path / TIMELINE).iterdir()] if (path / TIMELINE).is_dir() else []
     found = {match["role"] for name in names if (match := _NAME.fullmatch(name))}
     return sorted(found, key=_natural)
 
 
 def read(path: Path, role: str, since: float = -math.inf) -> Iterator[Span]:
-    """The spans of one role that ended at ``since`` or later, in the order of their ends.
+    """Yield the spans of one role that ended at ``since`` or later, in the order of their ends.
 
     A last line without its end is being written, or was when its writer was killed, and is left out. Raises
     RunFolderError for damage that no killed writer explains.
@@ -85,12 +90,12 @@ def read(path: Path, role: str, since: float = -math.inf) -> Iterator[Span]:
 
 
 def overlapping(spans: Iterable[Span], begin: float, end: float) -> list[Span]:
-    """Those that have a part in the window from ``begin`` to ``end``, in seconds since 1970; by their begin."""
+    """Return the spans that overlap the window from ``begin`` to ``end``, in seconds since 1970, by their begin."""
     return sorted((span for span in spans if span.at < end and span.end > begin), key=lambda span: span.at)
 
 
 def lives(spans: Iterable[Span]) -> dict[str, list[Span]]:
-    """The calls of each trajectory in order, whichever replicas made them."""
+    """Return the calls of each trajectory in order, whichever replicas made them."""
     found: dict[str, list[Span]] = {}
     for span in spans:
         if (trajectory := span.trajectory) is not None:
@@ -101,16 +106,16 @@ def lives(spans: Iterable[Span]) -> dict[str, list[Span]]:
 
 
 def resumptions(calls: Sequence[Span]) -> list[tuple[Span, Span]]:
-    """Each cut call of a life with the one that went on where it ended."""
-    return [(cut, next_) for cut, next_ in pairwise(calls) if cut.cut and goes_on(cut.end, next_)]
+    """Return each cut call of a life with the call that resumed it."""
+    return [(cut, next_) for cut, next_ in pairwise(calls) if cut.cut and may_resume(cut.end, next_)]
 
 
 def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Span, Span]]) -> tuple[float, float]:
-    """The last few training steps with a push, and with a trajectory that was cut and resumed in them, and best without
-    an evaluation or a restart beside which all else looks short; the last ones where none has both. From and to, in
-    seconds since 1970.
+    """Choose the last few training steps that show a weight sync and a trajectory that was cut and resumed.
 
-    loop: the spans of the pipeline; ties: ``resumptions`` of the calls. Raises ValueError where there is no span.
+    Prefers steps without a long evaluation or restart, next to which all else looks short; takes the last steps where
+    none has both. Returns begin and end in seconds since 1970. loop: the spans of the driver; ties: ``resumptions`` of
+    the calls. Raises ValueError where there is no span.
     """
     begins: dict[int, float] = {}
     ends: dict[int, float] = {}
@@ -118,7 +123,7 @@ def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Spa
     for span in loop:
         if (step := span.step) is None:
             continue
-        if step < latest_step:  # training went back to a checkpoint
+        if step < latest_step:  # training was rewound to a checkpoint
             begins = {other: at for other, at in begins.items() if other < step}
         latest_step = step
         begins[step] = min(span.at, begins.get(step, math.inf))
@@ -138,7 +143,7 @@ def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Spa
         stood = max((begins[b] - ends[a] for a, b in pairwise(chosen)), default=0.0)
         pushed = bisect.bisect_left(pushes, begin) < bisect.bisect_left(pushes, end)
         after = cuts[bisect.bisect_left(cuts, (begin, 0.0)) : bisect.bisect_left(cuts, (end, 0.0))]
-        # A run that was stopped and went on the next day has steps that are a night apart.
+        # A run that was stopped and resumed the next day has steps that are a night apart.
         if pushed and stood < (end - begin) / 2 and any(resumed < end for _, resumed in after):
             if sum(span.seconds for span in overlapping(rare, begin, end)) < (end - begin) / 4:
                 return begin, end
@@ -146,8 +151,8 @@ def window(loop: Sequence[Span], calls: Sequence[Span], ties: Sequence[tuple[Spa
     return second_best or (begins[steps[-size]], ends[steps[-1]])
 
 
-def goes_on(cut_at: float, call: Span) -> bool:
-    """Whether ``call`` can be what resumed a call that was cut at ``cut_at``."""
+def may_resume(cut_at: float, call: Span) -> bool:
+    """Return whether ``call`` may have resumed a call that was cut at ``cut_at``."""
     return call.at >= cut_at - _CLOCKS_S
 
 
@@ -165,12 +170,14 @@ def _spans(path: Path, role: str) -> Iterator[Span]:
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
                 return
-            # A replica that was killed within a line is followed by its replacement, which goes on in the same line.
+            # The replacement of a replica that was killed within a line continues in the same line.
             whole = line[max(0, line.rfind(_BEGIN)) :]
             try:
                 yield _span(role, json.loads(whole))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                raise RunFolderError(f"{path}:{number} is no span: {line[:60]!r}; is it damaged?") from None
+                raise RunFolderError(
+                    f"{path}:{number} is not a span: {line[:60]!r} (the file may be damaged)"
+                ) from None
 
 
 def _span(role: str, line: dict[str, Any]) -> Span:

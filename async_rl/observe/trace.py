@@ -1,7 +1,7 @@
-"""A run's timeline as a trace that Perfetto and chrome://tracing open: the Trace Event Format, as JSON.
+"""Writes a run's timeline as a trace that Perfetto and chrome://tracing open: the Trace Event Format, as JSON.
 
 Owns how spans become its events: a process per role, lanes in which nothing overlaps, an arrow from each cut call to
-the one that resumed it. Written as it is read: memory holds the lanes and the cut calls that were not resumed yet.
+the one that resumed it. Streams: memory holds only the lanes and the cut calls that were not resumed yet.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_trace(path: Path, out: Path) -> None:
 
 
 def events(path: Path, roles: list[str]) -> Iterator[Event]:
-    """Times in whole microseconds since 1970."""
+    """Yield the events of the trace, with times in whole microseconds since 1970."""
     processes = {role: _Process(number, role) for number, role in enumerate(roles, 1)}
     cut: dict[str, tuple[float, Event]] = {}
     flows = 0
@@ -53,7 +53,7 @@ def events(path: Path, roles: list[str]) -> Iterator[Event]:
         yield event
         if (trajectory := span.trajectory) is None:
             continue
-        if (before := cut.pop(trajectory, None)) is not None and spans.goes_on(before[0], span):
+        if (before := cut.pop(trajectory, None)) is not None and spans.may_resume(before[0], span):
             flows += 1
             yield from _flow(flows, before[1], event)
         if span.cut:
@@ -61,7 +61,7 @@ def events(path: Path, roles: list[str]) -> Iterator[Event]:
 
 
 class _Process:
-    """A role and its lanes."""
+    """The lanes of one role."""
 
     def __init__(self, pid: int, role: str) -> None:
         self._pid = pid
@@ -77,11 +77,11 @@ class _Process:
         yield self._meta("process_sort_index", 0, sort_index=self._pid)
 
     def events(self, span: Span) -> list[Event]:
-        """The span's event; before it, what introduces a new lane."""
+        """Return the span's event, after those that introduce its lane if that is new."""
         begin, end = round(span.at * 1e6), round(span.end * 1e6)
         introduction: list[Event] = []
         if span.what == "call":
-            # The lane that has been free for the shortest: fewest lanes, as spans come in the order of their ends.
+            # The lane that became free last gives the fewest lanes, as spans come in the order of their ends.
             place = bisect.bisect_right(self._lanes, (begin, self._threads)) - 1
             if place >= 0:
                 _, thread = self._lanes.pop(place)
@@ -95,7 +95,7 @@ class _Process:
                 self._single[lane] = self._thread()
                 introduction = self._introduce(self._single[lane], lane)
             thread = self._single[lane]
-            # One begins where the other ends, as two clocks tell it.
+            # Spans adjoin, but start and length come from two clocks: keep them from overlapping.
             begin = max(begin, self._single_end.get(lane, begin))
             end = self._single_end[lane] = max(begin, end)
         name = span.trajectory or span.what

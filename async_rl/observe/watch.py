@@ -1,9 +1,8 @@
-"""The story of a run in a terminal, live, for those without a browser: one picture of 80 columns and 24 lines or more.
+"""Shows a run live in a terminal, as one picture of at least 80 columns and 24 lines.
 
-Owns the terminal while it shows the run (a screen of its own, so that nothing of the shell's is lost) and gives it back
-at the end, on Ctrl-C and on exceptions, with the last picture left standing. Knows ``history`` and the fields of a row;
-keeps of the rows only what it shows, so a look at a long run takes as much memory as one at a short run, and after the
-first look as much time.
+Owns the terminal while it shows the run (on a separate screen, so that nothing of the shell's is lost) and restores it
+at the end, on Ctrl-C and on exceptions; the last picture stays. Knows ``history`` and the fields of a row. Keeps only
+what it shows, so that a long run takes as much memory as a short one and, after the first picture, as much time.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
 
 
 class Curve:
-    """A value over the whole run in constant memory: means over equally many steps, coarser as the run goes on."""
+    """A value over the whole run in constant memory: means over equally many steps, coarser in a longer run."""
 
     def __init__(self) -> None:
         self.last: float | None = None
@@ -50,7 +49,7 @@ class Curve:
         self._steps_each, self._steps_in_last = 1, 1
 
     def add(self, value: float | None) -> None:
-        """The value of the next step; None leaves a gap."""
+        """Add the value of the next step; None leaves a gap."""
         if self._steps_in_last == self._steps_each:
             if len(self._sums) == _POINTS:
                 self._sums = [_added(self._sums[i : i + 2]) for i in range(0, _POINTS, 2)]
@@ -63,7 +62,7 @@ class Curve:
             self._sums[-1] = _added([self._sums[-1], (value, 1)])
 
     def means(self, most: int) -> list[float | None]:
-        """The run from its first step to its last, in at most ``most`` parts."""
+        """Return the means of the run's parts, at most ``most``, from its first step to its last."""
         parts = min(most, len(self._sums))
         edges = [i * len(self._sums) // parts for i in range(parts + 1)] if parts else [0]
         sums = [_added(self._sums[left:right]) for left, right in itertools.pairwise(edges)]
@@ -71,16 +70,16 @@ class Curve:
 
 
 class Story:
-    """What is shown of the run in a folder; its rows come by ``append`` and are taken back by ``clear``."""
+    """The shown values of the run in a folder. ``append`` adds a row; ``clear`` removes all."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RunFolderError."""
+        """Read the run so far. Raises RunFolderError."""
         self.clear()
         self.run = history.read(path, into=self)
         del self.run.events[:-_EVENTS]
 
     def refresh(self) -> None:
-        """Raises RunFolderError."""
+        """Read what was added. Raises RunFolderError."""
         self.run.refresh()
         del self.run.events[:-_EVENTS]
 
@@ -97,12 +96,12 @@ class Story:
         self.reward, self.evals, self.on_policy, self.stale = Curve(), Curve(), Curve(), Curve()
 
     def mean(self, key: str) -> float | None:
-        """Over the recent steps; None where none of them has the value."""
+        """Return the mean of a value over the recent steps; None if none of them has it."""
         values = [value for row in self.recent if (value := as_number(row.get(key))) is not None]
         return math.fsum(values) / len(values) if values else None
 
     def seconds_left(self) -> float | None:
-        """At the pace of the recent steps, with evaluations, pushes and checkpoints in between."""
+        """Return the time to the last step at the pace of the recent ones, evaluations and checkpoints included."""
         step = as_number(self.recent[-1].get("step")) if self.recent else None
         if step is None:
             return None
@@ -113,7 +112,7 @@ class Story:
         return None if each is None else each * max(0.0, self.run.steps - step)
 
     def state(self) -> tuple[str, str]:
-        """How the run is, in words; and the style to write it in."""
+        """Return the state of the run in words, and the style to write it in."""
         summary = self.run.summary
         if summary is not None:
             reason = str(summary.get("exit_reason", "-")) if isinstance(summary, dict) else "-"
@@ -121,18 +120,18 @@ class Story:
             return (reason, known[reason]) if reason in known else (f"failed: {reason}", "bold red")
         if not self.run.running:
             when = "" if self.recent else " before its first step"
-            return f"stopped{when} without a summary: killed, or driven by another machine", "bold red"
+            return f"stopped{when} without a summary: killed, or its driver runs on another machine", "bold red"
         return ("running", "bold green") if self.recent else ("starting: no step has ended yet", "bold")
 
 
 def picture(story: Story, now: float, width: int, height: int, *, blocks: bool = True) -> Panel:
-    """At most ``width`` columns and ``height - 1`` lines: the last line is left to the shell's prompt.
+    """Draw a run in at most ``width`` columns and ``height - 1`` lines; the last line is left to the shell's prompt.
 
     now: seconds since 1970. blocks: whether the terminal has Unicode's block characters; ASCII otherwise.
     """
     inner, room = max(1, width - 4), height - 3
     state, style = story.state()
-    # A failure's reason may be long, and is what one has come for.
+    # A failure's reason may be long, and is the most important part.
     lines = [Text(line, style) for line in textwrap.wrap(_printable(state), inner, max_lines=3, placeholder=" …")]
     if story.recent:
         lines += [_progress(story, now, inner), *_utilization(story, inner), *_curves(story, inner)]
@@ -150,13 +149,13 @@ def picture(story: Story, now: float, width: int, height: int, *, blocks: bool =
 
 
 def watch(path: Path, *, once: bool = False, stream: TextIO | None = None, period_s: float = 1.0) -> int:
-    """Show the run in the folder ``path`` until it ends or Ctrl-C; once, or on what is no terminal: only as it is now.
+    """Show the run in the folder ``path`` until it ends or Ctrl-C; with ``once``, or without a terminal, only once.
 
-    period_s: seconds between two looks. Returns the exit code, 0. Raises RunFolderError.
+    period_s: seconds between two pictures. Returns the exit code, 0. Raises RunFolderError.
     """
     stream = stream if stream is not None else sys.stdout
     terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    # Told, as rich would also take FORCE_COLOR for a terminal; NO_COLOR it heeds by itself.
+    # Passed explicitly: rich would also take FORCE_COLOR for a terminal. It follows NO_COLOR by itself.
     console = Console(file=stream, force_terminal=terminal, highlight=False)
     blocks = _has_blocks(stream)
 
@@ -186,7 +185,7 @@ def _progress(story: Story, now: float, inner: int) -> Text:
     row, steps = story.recent[-1], story.run.steps
     step, at = as_number(row.get("step")), as_number(row.get("time"))
     share = min(1.0, (step or 0.0) / max(1, steps))
-    # Rounded down: 100% is said of what is done.
+    # Rounded down: 100% means that the run is done.
     after = f"  {math.floor(share * 100)}%"
     if story.run.running:
         after += f"   {_clock(story.seconds_left())} left"
@@ -210,12 +209,12 @@ def _curves(story: Story, inner: int) -> Iterable[Text]:
     for label, curve in (("reward", story.reward), ("eval", story.evals)):
         means = curve.means(width)
         low, high = _range(means)
-        # Not an evaluation of the last step but the last there was; a reward that the last step lacks is not said.
+        # The latest evaluation, whichever step had it; but a reward only if the last step has one.
         value = curve.last if label == "eval" else as_number(row.get("reward_mean"))
-        # Of what is drawn, which are means of several steps in a long run.
+        # The range of the drawn values, which are means of several steps in a long run.
         note = "" if low is None else f"avg {low:.2g} to {high:.2g}"
         yield _curve(label, _sparkline(means, low, high, width), _say(value, ".3g"), note)
-    # On one scale: how far apart the two are is what to look for.
+    # On one scale: the distance between the two is what matters.
     on_policy, stale = ([_log(mean) for mean in curve.means(width)] for curve in (story.on_policy, story.stale))
     low, high = _range([value for value in on_policy + stale if value != -math.inf])
     mismatch, drift = (_say(kl(row, stale=stale), ".1e") for stale in (False, True))
@@ -253,7 +252,7 @@ def _facts(row: Row) -> Iterable[Text]:
 
 
 def _versions(row: Row, inner: int) -> Iterable[Text]:
-    """Which replicas have which version, the ones furthest behind first: those are left when there is no room."""
+    """Show the replicas by version, those furthest behind first, so that they stay when there is no room."""
     policy = as_number(row.get("policy_version"))
     at: dict[float, list[str]] = {}
     for replica, version in split(row, "replica_versions").items():
@@ -304,7 +303,7 @@ def _range(values: Iterable[float | None]) -> tuple[float | None, float | None]:
 
 
 def _log(value: float | None) -> float | None:
-    """Of a value that is not negative; 0 lies below every other."""
+    """Return the logarithm of a value that is not negative; 0 lies below every other."""
     if value is None:
         return None
     return math.log10(value) if value > 0 else -math.inf
@@ -320,7 +319,7 @@ def _say(value: float | None, form: str) -> str:
 
 
 def _printable(text: object) -> str:
-    """Without what would move the cursor: a log line may hold what a model has written."""
+    """Remove characters that would move the cursor: a log line may contain a model's output."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 

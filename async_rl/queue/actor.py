@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, TypeVarTuple
 
 from async_rl.errors import QueueClosed, QueueError
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import PlainState
 from async_rl.queue.journal import Journal

@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Collection, Container, Iterable
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker_state import (
     BrokerSettings,
     BrokerState,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol, TypedDict
 
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import OnStale, free_slots
 from async_rl.types import Prompt

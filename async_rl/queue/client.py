@@ -22,7 +22,7 @@ from ray.exceptions import RayTaskError
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import QueueError
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.broker_state import PlainState

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from async_rl.metrics.summary import GroupCounts
+from async_rl.metrics.records import GroupCounts
 from async_rl.types import Group, Prompt
 
 

@@ -1,13 +1,15 @@
-"""The sums over a batch that the metrics of the policy are made of. Pure: torch only; knows ``types`` and ``losses``.
+"""The sums over a batch from which the policy's metrics are computed. Pure: torch only; knows ``types`` and ``losses``.
 
-Sums over the tokens that count, never means: those of two microbatches, or of two ranks, add up to those of both.
-Shapes: T positions, S stalenesses, R resume positions.
+They are sums over the contributing tokens, never means: the sums of two microbatches, or of two ranks, add up to those
+of both. Shapes: T positions, N contributing tokens, S stalenesses, R resume positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -17,36 +19,66 @@ from async_rl.types import RESUME_POSITIONS
 # A token is extreme if its importance ratio lies outside [1/τ, τ].
 EXTREME_TAU = 2.0
 
-SUMS = (
-    "tokens",
-    "entropy",
-    "kl",
-    "k3",
-    "clipped",
-    "extreme",
-    "ratio",
-    "ratio_squared",
-    "abs_diff",
-    "squared_diff",
-    "sharpness_squared",
-    "diff_sharpness",
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """The contributing tokens of one microbatch, float64[N] each."""
+
+    current: torch.Tensor
+    behaviour: torch.Tensor
+    entropy: torch.Tensor
+    clipped: torch.Tensor
+    log_ratio: torch.Tensor
+    """current - behaviour."""
+    bounded: torch.Tensor
+    """log_ratio within [-MAX_LOG_RATIO, MAX_LOG_RATIO]."""
+    ratio: torch.Tensor
+    """exp(bounded), the importance ratio."""
+    sharpness: torch.Tensor
+    """current + entropy: the derivative of a log-prob by the inverse temperature."""
+
+
+SUMS: Mapping[str, Callable[[_Tokens], torch.Tensor]] = MappingProxyType(
+    {
+        "tokens": lambda t: torch.ones_like(t.log_ratio),
+        "entropy": lambda t: t.entropy,
+        "kl": lambda t: -t.log_ratio,
+        "k3": lambda t: torch.expm1(t.bounded) - t.bounded,
+        "clipped": lambda t: t.clipped,
+        "extreme": lambda t: (t.log_ratio.abs() > math.log(EXTREME_TAU)).double(),
+        "ratio": lambda t: t.ratio,
+        "ratio_squared": lambda t: t.ratio.square(),
+        "abs_diff": lambda t: t.log_ratio.abs(),
+        "squared_diff": lambda t: t.log_ratio.square(),
+        "sharpness_squared": lambda t: t.sharpness.square(),
+        "diff_sharpness": lambda t: -t.log_ratio * t.sharpness,
+    }
 )
+"""Every sum: its name and each token's contribution, [N].
+
+kl is behaviour - current, the k1 estimate of KL(behaviour || current). k3 = e^x - 1 - x with x = current - behaviour is
+its low-variance form (Schulman, "Approximating KL divergence", 2020).
+"""
+
+_COLUMN = {name: index for index, name in enumerate(SUMS)}
 
 
 @dataclass(slots=True)
 class PolicySums:
-    """Sums over contributing tokens, by token staleness and by position relative to a resume point; those of two
-    batches add up to those of both.
+    """Sums over contributing tokens, by token staleness and by position relative to a resume point.
 
-    loss float64[]; sums float64[S, R, len(SUMS)]; max_abs_diff float64[S, R], largest |behaviour - current log-prob|;
-    S = largest staleness allowed + 1, R = len(RESUME_POSITIONS). replayed_choices float64[2], of every position and
-    layer:     choices of an expert that were replayed, and those that the trainer's own router would not have made.
+    S is the largest staleness allowed + 1, and R is len(RESUME_POSITIONS).
     """
 
     loss: torch.Tensor
+    """float64[]."""
     sums: torch.Tensor
+    """float64[S, R, len(SUMS)]."""
     max_abs_diff: torch.Tensor
+    """float64[S, R], largest |behaviour - current log-prob|."""
     replayed_choices: torch.Tensor
+    """float64[2], over every position and layer: choices of an expert that were replayed, and how many of them the
+    trainer's own router would not have made."""
 
     @staticmethod
     def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
@@ -70,8 +102,8 @@ class PolicySums:
         torch.distributed.all_reduce(self.replayed_choices, group=group)
 
     def __getitem__(self, name: str) -> float:
-        """The sum over all contributing tokens."""
-        return float(self.sums[..., SUMS.index(name)].sum())
+        """Return the sum over all contributing tokens."""
+        return float(self.sums[..., _COLUMN[name]].sum())
 
     @property
     def router_disagreement(self) -> float | None:
@@ -80,8 +112,10 @@ class PolicySums:
         return float(unlike / choices) if choices else None
 
     def on_policy_temperature(self) -> tuple[float, float] | None:
-        """What the tokens of staleness 0 say about the temperature behind the behaviour log-probs: (its ratio to the
-        trainer's, share of their squared differences that it explains). None where there are no such tokens.
+        """Estimate the temperature behind the behaviour log-probs from the tokens of staleness 0.
+
+        Returns (its ratio to the trainer's, share of the squared differences that it explains), or None where there
+        are no such tokens.
 
         A log-prob changes with the inverse temperature by the token's logit minus the mean logit, which is log-prob
         plus entropy. So this is least squares of the differences on that, right to first order.
@@ -92,19 +126,19 @@ class PolicySums:
         if not sharpness:
             return None
         slope = product / sharpness
-        # So far off, first order says nothing any more.
+        # So far from 1, the first-order estimate means nothing any more.
         ratio = 1 / max(1 + slope, 0.1)
         return ratio, product**2 / (diff * sharpness) if diff else 0.0
 
     def by_staleness(self, name: str) -> list[float]:
-        return [float(value) for value in self.sums[..., SUMS.index(name)].sum(dim=1)]
+        return [float(value) for value in self.sums[..., _COLUMN[name]].sum(dim=1)]
 
     def by_resume_position(self, name: str) -> list[float]:
-        """In the order of RESUME_POSITIONS."""
-        return [float(value) for value in self.sums[..., SUMS.index(name)].sum(dim=0)]
+        """Return a sum by resume position, in the order of RESUME_POSITIONS."""
+        return [float(value) for value in self.sums[..., _COLUMN[name]].sum(dim=0)]
 
     def max_by_staleness(self) -> list[float]:
-        """Of |behaviour - current log-prob|."""
+        """Return the largest |behaviour - current log-prob| by staleness."""
         return [float(value) for value in self.max_abs_diff.amax(dim=1)]
 
     def max_by_resume_position(self) -> list[float]:
@@ -124,36 +158,29 @@ def policy_sums(
     mask: torch.Tensor,
     stalenesses: int,
 ) -> PolicySums:
-    """What one microbatch adds to the metrics. Arrays [T]; wherever mask is set, staleness int64[T] is below
-    ``stalenesses`` and resume_position int64[T] is an index into RESUME_POSITIONS.
+    """Return the sums of one microbatch.
 
-    kl is behaviour - current, the k1 estimate of KL(behaviour || current); k3 = e^x - 1 - x with x = current
-    - behaviour is its low-variance form (Schulman, "Approximating KL divergence", 2020).
+    Arrays are [T]. Wherever mask is set, staleness int64[T] must be below ``stalenesses`` and resume_position int64[T]
+    an index into RESUME_POSITIONS.
     """
-    current, behaviour, entropy = current[mask].double(), behaviour[mask].double(), entropy[mask].double()
     cell = staleness[mask] * len(RESUME_POSITIONS) + resume_position[mask]
+    current, behaviour, entropy = current[mask].double(), behaviour[mask].double(), entropy[mask].double()
     log_ratio = current - behaviour
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = torch.exp(bounded)
-    difference = log_ratio.abs()
-    sharpness = current + entropy
-    values = [
-        torch.ones_like(log_ratio),
-        entropy,
-        -log_ratio,
-        torch.expm1(bounded) - bounded,
-        clipped[mask].double(),
-        (difference > math.log(EXTREME_TAU)).double(),
-        ratio,
-        ratio.square(),
-        difference,
-        difference.square(),
-        sharpness.square(),
-        -log_ratio * sharpness,
-    ]
+    tokens = _Tokens(
+        current=current,
+        behaviour=behaviour,
+        entropy=entropy,
+        clipped=clipped[mask].double(),
+        log_ratio=log_ratio,
+        bounded=bounded,
+        ratio=torch.exp(bounded),
+        sharpness=current + entropy,
+    )
     result = PolicySums.zero(stalenesses, current.device)
     result.loss += loss
-    # Views: what is added to them is added to the sums.
-    result.sums.view(-1, len(SUMS)).index_add_(0, cell, torch.stack(values, dim=1))
-    result.max_abs_diff.view(-1).scatter_reduce_(0, cell, difference, "amax")
+    # Views: adding to them adds to the sums.
+    values = torch.stack([contribution(tokens) for contribution in SUMS.values()], dim=1)
+    result.sums.view(-1, len(SUMS)).index_add_(0, cell, values)
+    result.max_abs_diff.view(-1).scatter_reduce_(0, cell, log_ratio.abs(), "amax")
     return result

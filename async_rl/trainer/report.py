@@ -1,59 +1,21 @@
-"""What one training step did, in plain Python numbers. Pure; knows ``policy_sums`` and the records of ``metrics``."""
+"""Makes the report of an optimizer update out of its sums, and one report out of the updates of a training step. Pure.
+
+Knows ``policy_sums`` and the records of ``metrics``, of which ``StepReport`` is one; the driver reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from async_rl.metrics.summary import TokenAgreement
+from async_rl.metrics.records import StepReport, TokenAgreement
 from async_rl.types import RESUME_POSITIONS
 
-if TYPE_CHECKING:  # the driver reads reports, and has no need of torch
+if TYPE_CHECKING:  # the driver merges reports, and does not load torch
     from async_rl.trainer.megatron.optimizer import Update
     from async_rl.trainer.policy_sums import PolicySums
 
 Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One optimizer update, or several of one training step. Every data-parallel rank reports the same global
-    values, except ``seconds``, which are its own.
-
-    loss: aggregated as trainer.loss.aggregation says. skipped: updates that were not made, by why: "no_tokens" (all of
-    them masked) or "non_finite" (gradient). agreement: behaviour against current log-probs of the contributing tokens,
-    before the update; by_staleness in versions and by_resume_position (types.RESUME_POSITIONS), only those that
-    occurred. extra_positions: computed again as the prefix of a later segment (routing policy ``exact``).
-    padding_ratio: positions computed that belong to no sequence. rank_cost_ratio: the costliest data-parallel rank's
-    share over the mean. temperature, router_disagreement: as in PolicySums, whose they are. grad_norm is before
-    clipping. Means over tokens are 0.0 where no token contributed.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    skipped: Mapping[str, int]
-    version: int
-    groups: int
-    trajectories: int
-    tokens_masked: Mapping[str, int]
-    agreement: TokenAgreement
-    agreement_by_staleness: Mapping[int, TokenAgreement]
-    agreement_by_resume_position: Mapping[str, TokenAgreement]
-    ppo_kl_k3: float
-    extreme_token_fraction: float
-    clip_fraction: float
-    entropy: float
-    effective_sample_size_ratio: float
-    router_fallback_rows: int
-    extra_positions: int
-    microbatches: int
-    padding_ratio: float = 0.0
-    rank_cost_ratio: float = 1.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    temperature: tuple[float, float] | None = None
-    router_disagreement: float | None = None
 
 
 def step_report(
@@ -72,7 +34,7 @@ def step_report(
     rank_cost_ratio: float,
     seconds: dict[str, float],
 ) -> StepReport:
-    """Sums over the global batch to the means that people watch. denominator: what the loss is divided by."""
+    """Return the report of one update from its sums over the global batch. denominator: what the loss is divided by."""
     tokens = sums["tokens"]
 
     def mean(name: str) -> float:
@@ -115,8 +77,11 @@ def step_report(
 
 
 def merge_reports(reports: Sequence[StepReport]) -> StepReport:
-    """The updates of one training step as one report: means weighted by contributing tokens, the last update's
-    learning rate, the largest gradient norm."""
+    """Return the updates of one training step as one report.
+
+    Means are weighted by contributing tokens and counts are summed; the learning rate is the last update's, the
+    gradient norm the largest.
+    """
     if len(reports) == 1:
         return reports[0]
     weights = [report.agreement.tokens for report in reports]
@@ -145,7 +110,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         clip_fraction=mean(lambda report: report.clip_fraction),
         entropy=mean(lambda report: report.entropy),
         effective_sample_size_ratio=mean(lambda report: report.effective_sample_size_ratio),
-        # Of the first update: the tokens of later ones are compared with weights that it has moved.
+        # From the first update: later ones compare their tokens with weights that it has changed.
         temperature=reports[0].temperature,
         router_disagreement=reports[0].router_disagreement,
         router_fallback_rows=sum(report.router_fallback_rows for report in reports),
@@ -160,7 +125,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
 def _split(
     keys: Iterable[Key], column: Callable[[str], list[float]], largest: list[float]
 ) -> dict[Key, TokenAgreement]:
-    """One split of the sums by what ``keys`` name, those without a token left out."""
+    """Return the agreement of each of ``keys``, which name the rows of ``column``, without those that have no token."""
     rows = zip(keys, column("tokens"), column("kl"), column("abs_diff"), largest, strict=True)
     return {
         key: TokenAgreement(tokens=int(count), kl=kl / count, abs_mean=difference / count, abs_max=biggest)
@@ -170,7 +135,7 @@ def _split(
 
 
 def _merged_split(splits: Sequence[Mapping[Key, TokenAgreement]], keys: Iterable[Key]) -> dict[Key, TokenAgreement]:
-    """In the order of ``keys``, those that occurred in any of the splits."""
+    """Merge splits key by key, in the order of ``keys``; keys that occur in no split are left out."""
     parts = {key: [split[key] for split in splits if key in split] for key in keys}
     return {key: _merged(found) for key, found in parts.items() if found}
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from async_rl.config.schema import RunConfig
+from async_rl.metrics.records import StepReport
 from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses
 from async_rl.trainer.advantages import (
@@ -32,7 +33,7 @@ from async_rl.trainer.parallel import Place
 from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.probes import ModelProbe
 from async_rl.trainer.reference import ReferenceWeights
-from async_rl.trainer.report import StepReport, step_report
+from async_rl.trainer.report import step_report
 from async_rl.trainer.samples import NO_ROUTING, BoolArray, Sample, check_routed_experts, plain_sample, samples_of
 from async_rl.trainer.step import Step
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, RoutingSpec

@@ -21,7 +21,7 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array
 log = structlog.get_logger(__name__)
 
 if TYPE_CHECKING:
-    from async_rl.trainer.report import StepReport
+    from async_rl.metrics.records import StepReport
     from async_rl.weights.vllm.push import WeightPusher
 
 

@@ -31,7 +31,7 @@ import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightSyncMismatch
-from async_rl.metrics.summary import SyncRecord
+from async_rl.metrics.records import SyncRecord
 from async_rl.models.config import ModelConfig
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error, user_facing_error

@@ -1,10 +1,10 @@
-"""What the dashboard shows: rows of panels with their queries, units and advice. Pure data, which ``build`` draws.
+"""The contents of the dashboard: rows of panels with their queries, units and advice. Pure data; ``build`` draws it.
 
 In a query, ``{`` opens the label filters of a metric and is always written, even where it holds none: ``build`` puts
-the filter by ``$run`` into each, so that no panel ever mixes in a run that was not chosen. ``$window`` is the time that
-rates are taken over; the reader chooses it, because a training step takes 50 ms here and ten minutes elsewhere.
+the filter by ``$run`` into each, so that no panel ever mixes in a run that was not chosen. ``$window`` is the time over
+which rates are taken; the reader chooses it, because a training step takes 50 ms here and ten minutes elsewhere.
 
-What has one value per run carries the run in its legend, so that two runs can be laid over each other.
+A query with one value per run has the run in its legend, so that two runs can be compared in one panel.
 """
 
 from .engines import ENGINES

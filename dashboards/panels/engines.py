@@ -8,7 +8,7 @@ _ENGINE_LEGEND = "{{run}} replica {{replica}}"
 
 
 def _engine(metric: str, *, rate: bool = False) -> str:
-    """A metric of vLLM by replica; an engine with several data-parallel parts counts as one."""
+    """Return a metric of vLLM by replica; an engine with several data-parallel parts counts as one."""
     inner = f'{metric}{{replica=~"$replica"}}'
     return f"sum by (run, replica) ({f'rate({inner}[$window])' if rate else inner})"
 
@@ -22,15 +22,15 @@ ENGINES = Row(
                 TOKENS_PER_SECOND,
                 (Query(_engine("vllm:generation_tokens_total", rate=True), _ENGINE_LEGEND),),
                 "Tokens that vLLM sampled, those of evaluations and of the canary included.",
-                "level but for the pauses of pushes, and the same on all replicas.",
+                "level, except for the pauses of weight syncs, and the same on all replicas.",
                 "`rollout.max_num_seqs` up as long as the KV cache is not full; `rollout.enforce_eager` off.",
             ),
             Panel(
                 "Tokens prefilled",
                 TOKENS_PER_SECOND,
                 (Query(_engine("vllm:prompt_tokens_total", rate=True), _ENGINE_LEGEND),),
-                "Prompt tokens that vLLM took in; resumed responses are among them.",
-                "small against the tokens decoded, with a peak after each push.",
+                "Prompt tokens that vLLM computed, those of resumed responses included.",
+                "small against the tokens decoded, with a peak after each weight sync.",
                 "`async_training.partial_rollout.mode` in_flight resumes without prefill; "
                 "`rollout.max_num_batched_tokens` bounds the peak.",
             ),
@@ -52,7 +52,7 @@ ENGINES = Row(
                 "short",
                 (Query(_engine("vllm:num_requests_running"), _ENGINE_LEGEND),),
                 "Sequences that each engine decodes at once.",
-                "near `rollout.max_num_seqs`. A long slope down before each push is the tail of long responses.",
+                "near `rollout.max_num_seqs`. A long slope down before each weight sync is the tail of long responses.",
                 "`async_training.staleness_threshold` up gives the engines more to do; `rollout.max_num_seqs` is "
                 "the most.",
             ),
@@ -61,7 +61,7 @@ ENGINES = Row(
                 "short",
                 (Query(_engine("vllm:num_requests_waiting"), _ENGINE_LEGEND),),
                 "Sequences that wait for a place in an engine.",
-                "near zero. Many that wait long grow stale before they begin.",
+                "near zero. If many wait long, they are stale before they begin.",
                 "`rollout.replicas` up, `rollout.max_num_seqs` up, or `async_training.staleness_threshold` down.",
             ),
             Panel(

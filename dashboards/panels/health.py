@@ -1,4 +1,4 @@
-"""Health: processes, memory, what goes wrong."""
+"""Health: processes, memory, failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEALTH = Row(
     (
         (
             Panel(
-                "Standing still",
+                "Stalled",
                 "s",
                 (
                     Query(
@@ -17,10 +17,10 @@ HEALTH = Row(
                         "{{run}} waits for {{waiting_for}}",
                     ),
                 ),
-                "For how long nothing has moved, by what is waited for. The line is at the default of "
-                "watchdog.stall_s.",
-                "a low sawtooth. Above the line the log says who waits for whom.",
-                "`watchdog.stall_s` is when it is logged, `watchdog.abort_s` when the run ends; waits for admission: "
+                "Time without any progress, by what the run waits for. The line is at the default of watchdog.stall_s.",
+                "a low sawtooth. Above the line, the log says which process waits for which.",
+                "a stall is logged after `watchdog.stall_s` and ends the run after `watchdog.abort_s`. Waits for "
+                "admission: "
                 "`async_training.staleness_threshold` up; for generation: `rollout.group_timeout_s`.",
                 steps=((60, "red"),),
             ),
@@ -31,11 +31,12 @@ HEALTH = Row(
                     Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),
                     Query("async_rl_checkpoints_total{}", "{{run}} checkpoints", dashed=True),
                 ),
-                "Processes that died and were started again, by kind, and checkpoints written.",
-                "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope is a "
-                "fault of the machine or of the settings.",
-                "`recovery.max_restarts` within `recovery.period_s` end the run; `checkpoint.every` says how much a "
-                "trainer that dies loses.",
+                "Processes that died and were restarted, by kind, and checkpoints written.",
+                "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope "
+                "points "
+                "to the machine or to the settings.",
+                "`recovery.max_restarts` within `recovery.period_s` end the run; `checkpoint.every` bounds what "
+                "is lost when the trainer dies.",
             ),
             Panel(
                 "Memory of each process",
@@ -63,8 +64,8 @@ HEALTH = Row(
                 "Groups dropped",
                 "none",
                 (Query("sum by (run, reason) (async_rl_groups_dropped_total{})", "{{run}} {{reason}}"),),
-                "Groups generated for nothing: dropped, and their prompts issued again.",
-                "flat. A drop after a restart (worker_lost, payload_lost) is as it should be.",
+                "Wasted generation: groups dropped, and their prompts issued again.",
+                "flat. A drop after a restart (worker_lost, payload_lost) is normal.",
                 "stale: `async_training.max_staleness` up or `async_training.on_stale` mask. timeout: "
                 "`rollout.group_timeout_s` up or `rollout.min_group_size` down.",
             ),
@@ -72,8 +73,8 @@ HEALTH = Row(
                 "Groups failed",
                 "none",
                 (Query("sum by (run, reason) (async_rl_groups_failed_total{})", "{{run}} {{reason}}"),),
-                "Groups given up for good: prompts that teach nothing.",
-                "zero. Look at the reward function first.",
+                "Groups given up permanently: prompts that teach nothing.",
+                "zero. Check the reward function first.",
                 "`reward.timeout_s`, `reward.on_error`, `rollout.environment.timeout_s`; timeout: "
                 "`rollout.max_attempts` up.",
             ),
@@ -86,8 +87,8 @@ HEALTH = Row(
                         "{{run}} replica {{replica}}",
                     ),
                 ),
-                "Groups handed in after rollout.group_timeout_s without their last responses.",
-                "a small share of all groups: the longest responses are what is missing, so cutting teaches brevity.",
+                "Groups submitted after rollout.group_timeout_s without their last responses.",
+                "a small share of all groups: the longest responses are the missing ones, so cutting teaches brevity.",
                 "`rollout.group_timeout_s` up, `rollout.min_group_size` up.",
             ),
         ),
@@ -97,7 +98,7 @@ HEALTH = Row(
                 "none",
                 (Query("sum by (run, dataset) (async_rl_dataset_bad_rows_total{})", "{{run}} {{dataset}}"),),
                 "Rows of the training and the evaluation file that were skipped.",
-                "zero: a dataset that shrinks silently is another dataset.",
+                "zero. Above it, the dataset is smaller than its file.",
                 "`data.on_bad_row` fail ends the run at the first; `data.max_prompt_tokens` up where rows are too "
                 "long.",
                 kind="stat",
@@ -105,13 +106,13 @@ HEALTH = Row(
                 steps=((1, "red"),),
             ),
             Panel(
-                "Pushes made again",
+                "Weight syncs repeated",
                 "none",
                 (Query("sum by (run, reason) (async_rl_sync_retries_total{})", "{{run}} {{reason}}"),),
-                "Weight pushes made again. canary: the weights arrived wrong, and the log names the layer; transfer: "
+                "Weight syncs repeated. canary: the weights arrived wrong, and the log names the layer; transfer: "
                 "they did not arrive. A second failure ends the run.",
                 "zero.",
-                "`sync.backend` shm on one host to see whether the transfer is at fault; `sync.canary_tolerance` only "
+                "`sync.backend` shm on one host shows whether the transfer is at fault; `sync.canary_tolerance` only "
                 "with a reason.",
                 kind="stat",
                 width=6,
@@ -132,7 +133,7 @@ HEALTH = Row(
                 "percentunit",
                 (Query("async_rl_rank_cost_ratio{}"),),
                 "Work of the costliest data-parallel rank over the mean.",
-                "below 110 %. Above it the other ranks wait for one.",
+                "below 110 %. Above it, the other ranks wait for one.",
                 "`trainer.groups_per_step` up, or `trainer.parallel.dp` down.",
                 width=6,
                 low=1,
@@ -148,8 +149,8 @@ HEALTH = Row(
                     Query("sum by (run) (ray_object_store_available_memory{})", "{{run}} free", dashed=True),
                     Query('sum by (run) (ray_spill_manager_objects_bytes{State="Spilled"})', "{{run}} spilled", "red"),
                 ),
-                "Payloads of queued groups, of those in training and in flight. Ray's own metric: there is one only "
-                "where ray[default] is installed.",
+                "Payloads of queued groups, of those in training and in flight. Ray's own metric, which "
+                "needs ray[default].",
                 "used stays below free, and nothing is spilled to disk.",
                 "`queue.max_bytes` down, or `async_training.staleness_threshold` down.",
                 width=24,

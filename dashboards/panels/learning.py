@@ -12,9 +12,10 @@ LEARNING = Row(
                 "Policy version",
                 "none",
                 (Query('max by (run) (async_rl_policy_version{role="pipeline"})'),),
-                "Version of the weights; rises by one at every push.",
-                "it rises steadily. Flat: nothing is learnt or pushed; see the phase of the training loop below.",
-                "`async_training.trigger_parameter_sync_step` says how many training steps a push is apart.",
+                "Version of the weights; rises by one at every weight sync.",
+                "it rises steadily. Flat: nothing is learnt or synced; see the phase of the training loop below.",
+                "`async_training.trigger_parameter_sync_step` is the number of training steps between two weight "
+                "syncs.",
                 kind="stat",
                 width=6,
                 height=4,
@@ -64,11 +65,12 @@ LEARNING = Row(
                     Query("async_rl_reward_mean{}", "{{run}} sampled", "blue"),
                     Query("async_rl_eval_reward_mean{}", "{{run}} held out, greedy", "green"),
                 ),
-                "Mean reward of what each step trained, and on the held-out problems, which are never trained on.",
-                "both rise. Sampled reward that rises alone means that the training problems are learnt by heart.",
+                "Mean reward of the responses that each step trained, and on the held-out problems, which are never "
+                "trained on.",
+                "both rise. Sampled reward that rises alone means that the training problems are memorized.",
                 "flat from the start: `trainer.optimizer.lr` up, or `rollout.n` up where all responses of a group get "
-                "the same reward. Rises, then falls: `trainer.optimizer.lr` down, and see whether it is still the same "
-                "policy. `eval.every` sets how often the held-out problems are asked.",
+                "the same reward. Rises, then falls: `trainer.optimizer.lr` down, and check the row on the same "
+                "policy. `eval.every` sets how often the held-out problems are evaluated.",
                 width=12,
                 height=9,
                 low=None,
@@ -106,7 +108,7 @@ LEARNING = Row(
                 "none",
                 (Query("async_rl_grad_norm{}"),),
                 "Global norm before clipping. The line is at 1, the default of the clip.",
-                "of one order of magnitude, mostly below the clip.",
+                "within one order of magnitude, mostly below the clip.",
                 "always above `trainer.optimizer.clip_grad`: the clip is the real learning rate; lower "
                 "`trainer.optimizer.lr`. Spikes come before a collapse: lower `async_training.staleness_threshold`.",
                 width=6,

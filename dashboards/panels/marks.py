@@ -33,7 +33,7 @@ MARKS = (
     Mark(
         "Restarts",
         "async_rl_process_restarts_total{} - async_rl_process_restarts_total{} offset $__interval > 0",
-        "{{run}}: {{process}} started again",
+        "{{run}}: {{process}} restarted",
         "red",
     ),
 )

@@ -1,4 +1,4 @@
-"""What a row of the dashboard is made of, and the expressions that several rows share."""
+"""The parts of a row of the dashboard, and the expressions that several rows share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Hue = Literal["blue", "green", "orange", "red", "purple", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression. hue: its series are shades of this colour; none is the palette."""
+    """One expression. hue: its series are shades of this colour; None takes the palette."""
 
     expr: str
     legend: str = "{{run}}"
@@ -21,26 +21,27 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel.
-
-    about: what it shows. good: what it looks like when all is well. turn: which flag to change when it is not, in
-    backticks. low, high: ends of the axis, None leaves it to the data. steps: (from, colour) above green; coloured
-    background on a stat, lines elsewhere. centred: zero in the middle of the axis.
-    """
+    """One panel."""
 
     title: str
     unit: str
     queries: tuple[Query, ...]
     about: str
+    """What the panel shows."""
     good: str
+    """Good values."""
     turn: str
+    """Settings to change when the values are not good, in backticks."""
     kind: Kind = "timeseries"
     width: int = 8
     height: int = 7
     low: float | None = 0
+    """Lower end of the axis; None leaves it to the data."""
     high: float | None = None
     steps: tuple[tuple[float, str], ...] = ()
+    """(from, colour) above green: the background of a stat, lines elsewhere."""
     centred: bool = False
+    """Whether zero is in the middle of the axis."""
 
     @property
     def description(self) -> str:
@@ -62,7 +63,7 @@ TOKENS_PER_SECOND = "si:tok/s"
 
 
 def by_staleness(metric: str) -> tuple[Query, ...]:
-    """The whole, on-policy tokens (staleness 0) and stale ones, told apart by colour. An absent label matches ""."""
+    """Return queries for all tokens, on-policy ones (staleness 0) and stale ones. An absent label matches ""."""
     return (
         Query(f'{metric}{{staleness=""}}', "{{run}} all tokens", "blue", dashed=True),
         Query(f'{metric}{{staleness="0"}}', "{{run}} on policy (staleness 0)", "green"),
@@ -71,7 +72,7 @@ def by_staleness(metric: str) -> tuple[Query, ...]:
 
 
 def mean(histogram: str, by: str, filters: str = "") -> str:
-    """Mean of a histogram's observations in the window."""
+    """Return the mean of a histogram's observations in the window."""
     total, count = (f"sum by ({by}) (rate({histogram}_{part}{{{filters}}}[$window]))" for part in ("sum", "count"))
     return f"{total} / {count}"
 

@@ -13,9 +13,9 @@ PARTIAL = Row(
                 "short",
                 (Query("sum by (le) (increase(async_rl_token_staleness_bucket{}[$window]))", "{{le}}"),),
                 "Trained tokens by policy version that trained them minus the one that sampled them. One map for each "
-                "run that is chosen; the stronger the colour, the more tokens.",
+                "chosen run; the stronger the colour, the more tokens.",
                 "strong at 0 and 1, with a tail that ends below the bound. Its mean is about the staleness threshold.",
-                "`async_training.staleness_threshold` moves the whole, `async_training.max_staleness` cuts the tail, "
+                "`async_training.staleness_threshold` moves all of it, `async_training.max_staleness` cuts the tail, "
                 "`async_training.trigger_parameter_sync_step` makes each version longer.",
                 kind="heatmap",
                 width=24,
@@ -46,7 +46,7 @@ PARTIAL = Row(
                     ),
                 ),
                 "Trained responses with more than one segment, of all trained.",
-                "what the length of a response over the time between pushes makes of it; not bad as such, as long as "
+                "depends on the length of responses and the time between weight syncs. Not bad as such, as long as "
                 "first and before agree with uninterrupted above.",
                 "`async_training.trigger_parameter_sync_step` up for fewer; `async_training.partial_rollout.mode` "
                 "drain for none.",
@@ -59,8 +59,8 @@ PARTIAL = Row(
                     Query(mean("async_rl_segments_per_trajectory", "run"), "{{run}} mean", "blue"),
                     Query(quantile(0.95, "async_rl_segments_per_trajectory"), "{{run}} 95 % below", "orange"),
                 ),
-                "Into how many pieces pushes cut a response.",
-                "near 1; a tail of a few. Many: pushes come faster than long responses finish.",
+                "Number of pieces into which weight syncs cut a response.",
+                "near 1; a tail of a few. Many: weight syncs come faster than long responses finish.",
                 "`async_training.trigger_parameter_sync_step` up; stragglers: `rollout.group_timeout_s`.",
             ),
         ),

@@ -48,7 +48,7 @@ SAME_POLICY = Row(
                     (Query("async_rl_effective_sample_size_ratio{}"),),
                     "Effective sample size of the importance weights over the number of trained tokens.",
                     "near 100 %, which is on policy. Near zero a few tokens carry the whole gradient.",
-                    "lower `async_training.staleness_threshold`, or push more often: "
+                    "lower `async_training.staleness_threshold`, or sync more often: "
                     "`async_training.trigger_parameter_sync_step` down.",
                     kind="stat",
                     width=5,
@@ -62,10 +62,10 @@ SAME_POLICY = Row(
                 NATS,
                 by_staleness("async_rl_ppo_kl"),
                 "Mean of behaviour minus current log-prob over trained tokens. **Green, staleness 0,** is pure "
-                "mismatch of engine and trainer: both are the same version. **Orange** is drift: tokens that older "
-                "versions sampled, one line for each age, paler and darker shades. Blue, dashed, is the whole.",
+                "mismatch of engine and trainer: both have the same version. **Orange** is drift: tokens that older "
+                "versions sampled, one line for each age, in shades. Blue, dashed, is the mean over all tokens.",
                 "green is flat at zero (1e-8 in float32, some 1e-3 in bfloat16). Orange is ordered by age, bounded, "
-                "and comes back after each push.",
+                "and falls after each weight sync.",
                 "green away from zero: `trainer.router_replay` R3, `async_training.partial_rollout.routing`, "
                 "`rollout.dtype`. Orange grows: `async_training.staleness_threshold` down, "
                 "`async_training.max_staleness` down, `async_training.trigger_parameter_sync_step` down, or "
@@ -77,11 +77,12 @@ SAME_POLICY = Row(
             ),
             (
                 Panel(
-                    "Canary of the last push",
+                    "Canary of the last weight sync",
                     NATS,
                     (Query("async_rl_sync_canary_logprob_abs_diff{}"),),
-                    "Largest |engine - trainer| log-prob on a probe that is scored on both sides after every push.",
-                    "far below the tolerance: 1e-4 in float32, 0.5 in bfloat16. Above it the push is made again, and "
+                    "Largest |engine - trainer| log-prob on a probe that is scored on both sides after every weight "
+                    "sync.",
+                    "far below the tolerance: 1e-4 in float32, 0.5 in bfloat16. Above it, the sync is repeated, and "
                     "then the run ends.",
                     "`sync.canary_tolerance`, but only if you know why the two differ.",
                     kind="stat",
@@ -93,8 +94,8 @@ SAME_POLICY = Row(
                     "Experts that the canary missed",
                     "none",
                     (Query("async_rl_sync_canary_unreached_experts{}"),),
-                    "Experts of all MoE layers that no token of the canary went to.",
-                    "zero. Others were pushed without proof; a number that grows shows routers that collapse.",
+                    "Experts of all MoE layers to which no token of the canary was routed.",
+                    "zero. The canary does not check the others; a number that grows shows routers that collapse.",
                     "lower `trainer.optimizer.lr` when it grows; the canary's own width is not a setting, only its "
                     "`sync.canary_tolerance`.",
                     kind="stat",
@@ -106,8 +107,8 @@ SAME_POLICY = Row(
                     "Router fallback rows",
                     "short",
                     (Query("sum by (run) (async_rl_router_fallback_rows_total{})"),),
-                    "Rows without recorded routing, which the trainer's own router handled.",
-                    "a handful at most. More means that replay does not do its work.",
+                    "Rows without recorded experts, which the trainer's own router handled.",
+                    "a handful at most. More means that replay does not work.",
                     "`rollout.return_routed_experts` on, `trainer.router_replay` R3.",
                     kind="stat",
                     width=5,
@@ -121,7 +122,7 @@ SAME_POLICY = Row(
                 "KL, k3 estimate",
                 NATS,
                 (Query("async_rl_ppo_kl_k3{}"),),
-                "Low-variance estimate of the same divergence. It is never negative, so nothing cancels out.",
+                "Low-variance estimate of the same divergence. It is never negative, so its terms cannot cancel.",
                 "small and level. It grows while ppo_kl stays at zero: tokens move both ways.",
                 "`async_training.staleness_threshold` or `trainer.optimizer.lr` down; `trainer.loss.kl_coef` holds the "
                 "policy near the checkpoint it started from.",
@@ -130,8 +131,7 @@ SAME_POLICY = Row(
                 "|behaviour - current|, mean, by staleness",
                 NATS,
                 by_staleness("async_rl_rollout_logprob_abs_diff_mean"),
-                "Mean absolute difference of log-probs. Green, staleness 0, is how well engine and trainer are one "
-                "function.",
+                "Mean absolute difference of log-probs. Green, staleness 0, is how closely engine and trainer agree.",
                 "green at 1e-7 in float32, 5e-3 in bfloat16, and level; orange ordered by age.",
                 "green grows: `trainer.router_replay`, `rollout.dtype`, `async_training.partial_rollout.routing`. "
                 "Orange grows: `async_training.staleness_threshold` down.",
@@ -140,10 +140,11 @@ SAME_POLICY = Row(
                 "|behaviour - current|, largest, by staleness",
                 NATS,
                 by_staleness("async_rl_rollout_logprob_abs_diff_max"),
-                "The one token that differs most. A wrong row of routing shows here long before it moves a mean.",
+                "The one token that differs most. A wrong row of routed experts shows here long before it moves a "
+                "mean.",
                 "green within a small multiple of its mean.",
-                "green jumps: `trainer.router_replay` R3 and `trainer.verify_replay_steps` up, which compares experts "
-                "executed with experts asked for. Orange: `async_training.max_staleness` down.",
+                "green jumps: `trainer.router_replay` R3 and `trainer.verify_replay_steps` up, which compares executed "
+                "with requested experts. Orange: `async_training.max_staleness` down.",
             ),
         ),
         (
@@ -152,11 +153,11 @@ SAME_POLICY = Row(
                 "percentunit",
                 (Query("async_rl_router_disagreement_ratio{}"),),
                 "Share of the replayed choices of an expert that the trainer's own router would not have made: what "
-                "replay puts right.",
-                "a few percent, more with staleness. Near that of random choices, 1 - top-k / experts, what is "
-                "replayed is not the routing of these tokens.",
-                "`trainer.router_replay` R3; `trainer.verify_replay_steps` up compares experts executed with experts "
-                "asked for.",
+                "replay corrects.",
+                "a few percent, more with staleness. As high as for random choices, 1 - top-k / experts, the "
+                "replayed rows belong to other tokens.",
+                "`trainer.router_replay` R3; `trainer.verify_replay_steps` up compares executed with requested "
+                "experts.",
                 width=12,
                 high=1,
             ),
@@ -169,8 +170,10 @@ SAME_POLICY = Row(
                 ),
                 "Fitted to the log-prob differences of tokens of staleness 0: the engine's temperature over the "
                 "trainer's, and the share of the squared differences that it explains.",
-                "the ratio is 1. Off it with most explained, the engine's log-probs are of another temperature.",
-                "`rollout.temperature`, which both sides use; look for what changes logits in the engine alone.",
+                "the ratio is 1. At another value with most explained, the engine's log-probs have another "
+                "temperature.",
+                "`rollout.temperature`, which both sides use; look for a setting that changes logits in the engine "
+                "alone.",
                 width=12,
             ),
         ),
@@ -179,9 +182,10 @@ SAME_POLICY = Row(
                 "ppo_kl by resume position",
                 NATS,
                 (Query("async_rl_ppo_kl_by_resume_position{}", "{{run}} {{position}}"),),
-                "Mean of behaviour minus current log-prob, by where a token stands: before the last resume point, the "
+                "Mean of behaviour minus current log-prob, by the position of a token: before the last resume point, "
+                "the "
                 "first after it, later, or in a response that was never interrupted.",
-                "all together. before and first apart from uninterrupted is what the routing policy gets wrong.",
+                "all equal. Where before and first differ from uninterrupted, the routing policy causes an error.",
                 "`async_training.partial_rollout.routing`: exact is right everywhere, replace is cheap; "
                 "`async_training.partial_rollout.mode` drain has no resume points.",
                 low=None,
@@ -196,8 +200,9 @@ SAME_POLICY = Row(
                         "{{run}} {{position}}",
                     ),
                 ),
-                "With routing replace, the tokens before the last resume point have newer routing than log-probs.",
-                "before is of the order of uninterrupted.",
+                "With routing replace, the tokens before the last resume point have newer routed experts than "
+                "log-probs.",
+                "before is about as large as uninterrupted.",
                 "`async_training.partial_rollout.routing` to preserve or exact.",
             ),
             Panel(
@@ -211,7 +216,7 @@ SAME_POLICY = Row(
                 ),
                 "A resume that went wrong shows at first before anywhere else.",
                 "first no higher than the others.",
-                "`async_training.partial_rollout.mode` drain tells whether resuming is at fault.",
+                "`async_training.partial_rollout.mode` drain shows whether resuming is at fault.",
             ),
         ),
     ),

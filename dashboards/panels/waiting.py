@@ -7,16 +7,16 @@ from .panel import TOKENS_PER_SECOND, Panel, Query, Row, mean, per_second, quant
 PHASES = (
     ("groups", "waits for groups", "yellow"),
     ("update", "update", "green"),
-    ("push", "push", "blue"),
+    ("push", "weight sync", "blue"),
     ("checkpoint", "checkpoint", "purple"),
     ("evaluation", "evaluation", "semi-dark-blue"),
     ("restart", "restart", "red"),
 )
-"""What the training loop can be at: value of the label, text, colour. A phase that is not listed shows as "other"."""
+"""The phases of the training loop: value of the label, text, colour. A phase that is not listed shows as "other"."""
 
 
 def _phase_number() -> str:
-    """One series per run whose value is the place of its phase in PHASES, from 1; 0 is a phase that is not listed."""
+    """Return one series per run whose value is the place of its phase in PHASES, from 1; 0 if it is not listed."""
     known = [
         f'{place} * max by (run) (async_rl_training_loop_phase{{phase="{phase}"}})'
         for place, (phase, _, _) in enumerate(PHASES, start=1)
@@ -32,10 +32,10 @@ WAITING = Row(
                 "Phase of the training loop",
                 "none",
                 (Query(_phase_number()),),
-                "What the training loop was at when it was scraped. Phases shorter than the scrape interval are seen "
+                "The training loop's phase at each scrape. Phases shorter than the scrape interval are seen "
                 "by chance, in proportion to their length.",
-                "mostly update. A lot of waiting: rollout is the bottleneck. Long pushes: everybody waits.",
-                "waiting: `rollout.replicas` or `async_training.staleness_threshold` up. Pushes: "
+                "mostly update. A lot of waiting: rollout is the bottleneck. Long weight syncs: all replicas wait.",
+                "waiting: `rollout.replicas` or `async_training.staleness_threshold` up. Weight syncs: "
                 "`async_training.trigger_parameter_sync_step` up, `sync.rolling`. Checkpoints: `checkpoint.every` up.",
                 kind="phases",
                 width=24,
@@ -52,10 +52,12 @@ WAITING = Row(
                         'async_rl_policy_version{role="rollout", replica=~"$replica"}', "{{run}} replica {{replica}}"
                     ),
                 ),
-                "Which version everybody has. The colour goes by the number.",
-                "all replicas step together with the trainer; with sync.rolling one after the other. One that stays "
+                "The policy version of each process. Each version has its own colour.",
+                "all replicas step together with the trainer; with sync.rolling one after the other. A replica that "
+                "stays "
                 "behind is dead, or waits for its weights.",
-                "`sync.rolling`, `sync.timeout_s`; `async_training.trigger_parameter_sync_step` is how long one lasts.",
+                "`sync.rolling`, `sync.timeout_s`; `async_training.trigger_parameter_sync_step` sets how long a "
+                "version lasts.",
                 kind="versions",
                 width=24,
                 height=7,
@@ -70,7 +72,7 @@ WAITING = Row(
                     Query("async_rl_trainer_idle_ratio{}", "{{run}} trainer", "blue"),
                 ),
                 "Share of the last step's time in which each side had nothing to do.",
-                "one of them near zero; which one is the bottleneck.",
+                "one of them near zero: that side is the bottleneck.",
                 "rollout idle: `async_training.staleness_threshold` or `queue.max_groups` up. Trainer idle: "
                 "`rollout.replicas` up, or `rollout.max_num_seqs`.",
                 high=1,
@@ -94,7 +96,8 @@ WAITING = Row(
                     Query(quantile(0.95, "async_rl_step_seconds"), "{{run}} 95 % below", "orange"),
                 ),
                 "Wall time of a training step, waiting included.",
-                "level, and both lines near each other. A 95 % far above the mean: pushes, checkpoints or stragglers.",
+                "level, and both lines near each other. A 95 % line far above the mean: weight syncs, checkpoints or "
+                "stragglers.",
                 "`trainer.tokens_per_microbatch`, `trainer.groups_per_step`, `trainer.recompute`; stragglers: "
                 "`rollout.group_timeout_s`.",
             ),
@@ -107,7 +110,7 @@ WAITING = Row(
                     Query("async_rl_queue_groups{}", "{{run}} queued", "blue"),
                     Query("async_rl_queue_limit_groups{}", "{{run}} limit", "red", dashed=True),
                 ),
-                "Finished groups that wait to be trained, and how many fit.",
+                "Finished groups that wait to be trained, and the limit.",
                 "between empty and full. Always full: the trainer is the bottleneck. Always empty: rollout is.",
                 "`queue.max_groups`; full: `async_training.staleness_threshold` down saves staleness at no cost. "
                 "Empty: `rollout.replicas` up.",
@@ -119,8 +122,8 @@ WAITING = Row(
                     Query("async_rl_queue_bytes{}", "{{run}} queued", "blue"),
                     Query("async_rl_queue_limit_bytes{}", "{{run}} limit", "red", dashed=True),
                 ),
-                "Payload bytes in the queue, and how many fit.",
-                "well below the limit. At it, workers wait to hand in what they have finished.",
+                "Payload bytes in the queue, and the limit.",
+                "well below the limit. At it, workers wait to submit their finished groups.",
                 "`queue.max_bytes` up, or `queue.max_groups` down so that the other bound holds first.",
             ),
             Panel(
@@ -128,7 +131,8 @@ WAITING = Row(
                 "short",
                 (Query("async_rl_groups_outstanding{}"),),
                 "Groups issued and neither trained, returned nor failed: in flight, queued or leased.",
-                "rises to the admission limit only shortly before a push. At it, rollout waits for the next version.",
+                "rises to the admission limit only shortly before a weight sync. At it, rollout waits for the next "
+                "version.",
                 "`async_training.staleness_threshold` is the budget; `trainer.groups_per_step` times "
                 "`async_training.require_batches` is what a step takes of it.",
             ),
@@ -142,13 +146,13 @@ WAITING = Row(
                     Query("60 * " + per_second("async_rl_groups_trained_total"), "{{run}} trained", "green"),
                     Query("60 * " + per_second("async_rl_groups_returned_total"), "{{run}} returned", "red"),
                 ),
-                "Groups handed to rollout, groups trained, and groups whose prompt went back to be issued again.",
+                "Groups issued to rollout, groups trained, and groups whose prompt was returned to be issued again.",
                 "issued and trained on top of each other, returned at zero.",
                 "returned: `async_training.max_staleness` up or `async_training.on_stale` mask; "
                 "`rollout.group_timeout_s` up.",
             ),
             Panel(
-                "Push time by phase",
+                "Weight sync time by phase",
                 "s",
                 (
                     Query(
@@ -159,10 +163,10 @@ WAITING = Row(
                     ),
                     Query(mean("async_rl_sync_seconds", "run, phase", 'phase!="total"'), "{{run}} {{phase}}"),
                 ),
-                "Mean duration of a weight push and of each of its phases: pause, transfer, wake, canary.",
-                "transfer is most of it. Generation stands still meanwhile.",
+                "Mean duration of a weight sync and of each of its phases: pause, transfer, wake, canary.",
+                "transfer is most of it. Generation is paused for this long.",
                 "pause is long with `async_training.partial_rollout.mode` drain: use resume. Transfer: `sync.backend`. "
-                "The whole too often: `async_training.trigger_parameter_sync_step` up, `sync.rolling`.",
+                "Too frequent: `async_training.trigger_parameter_sync_step` up, `sync.rolling`.",
             ),
             Panel(
                 "Share of time that a replica is paused",
@@ -173,7 +177,7 @@ WAITING = Row(
                         "{{run}} replica {{replica}}",
                     ),
                 ),
-                "How much of the time each replica stood still for pushes and checkpoints.",
+                "Share of time in which each replica was paused for weight syncs and checkpoints.",
                 "a few percent, and the same for all.",
                 "`async_training.trigger_parameter_sync_step` up, `sync.rolling`, `checkpoint.every` up.",
                 high=1,
@@ -188,7 +192,7 @@ WAITING = Row(
                     Query(per_second("async_rl_trained_tokens_total"), "{{run}} trained", "blue"),
                 ),
                 "Response tokens sampled by all replicas, and those that contributed a gradient.",
-                "level, and together over a few steps; the gap is work thrown away or masked.",
+                "level, and together over a few steps; the gap is discarded or masked work.",
                 "`async_training.max_staleness` up or `async_training.staleness_threshold` down closes the gap.",
                 width=12,
             ),
@@ -202,7 +206,7 @@ WAITING = Row(
                     ),
                 ),
                 "Response tokens sampled by each replica.",
-                "all alike. One lower than the others is a slow machine, or has just been started again.",
+                "all alike. One lower than the others is on a slow machine, or has just been restarted.",
                 "`rollout.max_num_seqs`, `rollout.max_num_batched_tokens`; on CPU `resources.engine_threads`.",
                 width=12,
             ),

@@ -64,7 +64,7 @@ SETTINGS = {
     "eval.every": 0,
 }
 OFF = {"metrics.engine": "false", "metrics.timeline_bytes": 0, "metrics.samples_per_step": 0}
-RULES = ROOT / "dashboards" / "prometheus" / "rules.yml"
+RULES = ROOT / "async_rl" / "observe" / "assets" / "prometheus" / "rules.yml"
 WARM_UP_STEPS = 10
 SCRAPES = 20
 

@@ -18,6 +18,7 @@ import yaml
 from async_rl.config.loading import validate
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.publish import step_row
 from async_rl.observe.prometheus import SCRAPE_S
 from async_rl.runtime.runfolder import RunFolder
 from tests.support.prometheus_api import ask
@@ -70,7 +71,7 @@ def write_run(runs, steps=3):
     tree = {"name": "demo", "runs": str(runs), "model": {"path": "m"}, "data": {"train": "t"}}
     with RunFolder(validate(tree)) as folder:
         for step in range(1, steps + 1):
-            folder.write_step(step_record(step=step, time=time.time() - steps + step, reward_mean=step / 10).row())
+            folder.write_step(step_row(step_record(step=step, time=time.time() - steps + step, reward_mean=step / 10)))
     return folder.path
 
 

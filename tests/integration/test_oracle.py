@@ -372,7 +372,7 @@ async def test_faults_that_pass_the_border_show_in_a_metric_by_a_factor_of_ten_a
                     agreement=report.agreement,
                     agreement_by_staleness=report.agreement_by_staleness,
                     router_fallback_rows=report.router_fallback_rows,
-                    router_disagreement_ratio=report.router_disagreement,
+                    router_disagreement=report.router_disagreement,
                     temperature=report.temperature,
                 ),
             )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from async_rl.config.loading import validate
+from async_rl.metrics.publish import step_row
 from async_rl.observe.report import write_report
 from async_rl.runtime.runfolder import RunFolder
 from tests.support.step_records import step_record
@@ -21,7 +22,7 @@ def report(tmp_path_factory):
     config = validate(tree | {"trainer": {"steps": 50}})
     with RunFolder(config) as folder:
         for step in range(1, 51):
-            folder.write_step(step_record(step=step, time=1.8e9 + step, reward_mean=step / 50).row())
+            folder.write_step(step_row(step_record(step=step, time=1.8e9 + step, reward_mean=step / 50)))
         timeline = folder.path / "timeline"
         timeline.mkdir()
         spans = [{"what": "push", "at": 1.8e9 + step, "s": 0.2, "step": step} for step in range(45, 51)]

@@ -1,4 +1,4 @@
-"""Which alerts the rules in dashboards/prometheus raise for metrics that stay as they are: asked of promtool."""
+"""The alerts that the rules of async_rl.observe raise for metrics that do not change, as promtool finds them."""
 
 import shutil
 import subprocess
@@ -11,10 +11,11 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from async_rl.metrics.declared import series_key
 from async_rl.metrics.exporter import Metrics
+from async_rl.metrics.spec import series_key
+from async_rl.observe import prometheus
 
-FOLDER = Path(__file__).parents[2] / "dashboards" / "prometheus"
+FOLDER = prometheus.ASSETS / "prometheus"
 LABELS = {"run": "r", "role": "pipeline", "replica": "0"}
 
 

@@ -1,22 +1,23 @@
 """A plausible step, for tests that only care about one of its fields."""
 
-from async_rl.metrics.summary import StepRecord, TokenAgreement
+from dataclasses import fields
+
+from async_rl.metrics.records import StepRecord, StepReport, TokenAgreement
+
+_REPORT = {field.name for field in fields(StepReport)} - {"groups", "trajectories"}
 
 
-def step_record(**changes) -> StepRecord:
-    """100 trained tokens, 60 of staleness 0 and 40 of staleness 2; four trajectories, two of them partial."""
+def step_report(**changes) -> StepReport:
+    """100 trained tokens, 60 of staleness 0 and 40 of staleness 2."""
     values = {
-        "step": 1,
-        "policy_version": 0,
-        "time": 1_800_000_000.0,
-        "elapsed_s": 2.0,
-        "reward_mean": 0.4,
         "loss": 0.1,
         "grad_norm": 1.5,
-        "learning_rate": 1e-4,
-        "entropy": 0.9,
-        "clip_fraction": 0.05,
-        "effective_sample_size_ratio": 0.97,
+        "lr": 1e-4,
+        "skipped": {},
+        "version": 0,
+        "groups": 2,
+        "trajectories": 4,
+        "tokens_masked": {},
         "agreement": TokenAgreement(tokens=100, kl=0.004, abs_mean=0.01, abs_max=0.3),
         "agreement_by_staleness": {
             0: TokenAgreement(tokens=60, kl=1e-8, abs_mean=1e-7, abs_max=2e-6),
@@ -28,8 +29,27 @@ def step_record(**changes) -> StepRecord:
         },
         "ppo_kl_k3": 0.002,
         "extreme_token_fraction": 0.01,
+        "clip_fraction": 0.05,
+        "entropy": 0.9,
+        "effective_sample_size_ratio": 0.97,
+        "router_fallback_rows": 0,
+        "extra_positions": 0,
+        "microbatches": 1,
         "temperature": (1.001, 0.02),
-        "router_disagreement_ratio": 0.04,
+        "router_disagreement": 0.04,
+    }
+    return StepReport(**values | changes)
+
+
+def step_record(**changes) -> StepRecord:
+    """Four trajectories of two groups, two of them partial. changes: fields of the record or of its report."""
+    values = {
+        "step": 1,
+        "policy_version": 0,
+        "time": 1_800_000_000.0,
+        "elapsed_s": 2.0,
+        "report": step_report(**{name: value for name, value in changes.items() if name in _REPORT}),
+        "reward_mean": 0.4,
         "groups": 2,
         "response_tokens": (10, 20, 30, 40),
         "segments": (1, 1, 2, 3),
@@ -42,4 +62,4 @@ def step_record(**changes) -> StepRecord:
         "overlap_efficiency": 0.9,
         "step_s": 2.0,
     }
-    return StepRecord(**{**values, **changes})
+    return StepRecord(**values | {name: value for name, value in changes.items() if name not in _REPORT})

@@ -11,7 +11,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import ResourceError, RunFolderError
 from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
-from async_rl.metrics.summary import SyncRecord
+from async_rl.metrics.records import SyncRecord
 from async_rl.observe import history, prometheus
 from async_rl.observe.backfill import backfill, openmetrics
 from async_rl.runtime.runfolder import RunFolder
@@ -23,8 +23,8 @@ BEGAN = 1_800_000_000.0
 
 def record(step, **changes):
     sync = SyncRecord(policy_version=step, seconds=0.3, phases={"pause": 0.1, "transfer": 0.2}, canary=1e-7)
-    given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "updates_skipped": {"non_finite": 1}}
-    given |= {"router_fallback_rows": 2, "exact_extra_tokens": 5, "replica_versions": {0: step, 1: step - 1}}
+    given = {"tokens_masked": {"stale": 3, "not_sampled": 0}, "skipped": {"non_finite": 1}}
+    given |= {"router_fallback_rows": 2, "extra_positions": 5, "replica_versions": {0: step, 1: step - 1}}
     given |= {"step": step, "policy_version": step, "time": BEGAN + step, "reward_mean": step / 10, "last_sync": sync}
     return step_record(**given | changes)
 
@@ -55,7 +55,7 @@ def series(path):
 def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
     """Against the exporter itself: it gets the same steps, live."""
     records = [record(step) for step in (1, 2, 3)]
-    found = series(write(tmp_path, [one.row() for one in records]))
+    found = series(write(tmp_path, [publish.step_row(one) for one in records]))
     with Metrics("pipeline") as metrics:
         publish.publish_start(metrics)
         for one in records:
@@ -88,9 +88,9 @@ def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
 
 def test_samples_have_the_times_of_their_steps_and_counters_never_fall(tmp_path):
     rows = [
-        record(1).row(),
-        record(2, time=BEGAN + 1).row(),
-        record(3).row()
+        publish.step_row(record(1)),
+        publish.step_row(record(2, time=BEGAN + 1)),
+        publish.step_row(record(3))
         | {"tokens_masked": None, "entropy": None, "token_staleness": {"0": None}, "replica_versions": {"0": None}},
     ]
     found = series(write(tmp_path, rows))
@@ -106,7 +106,7 @@ def test_samples_have_the_times_of_their_steps_and_counters_never_fall(tmp_path)
 def test_two_steps_never_share_a_millisecond(tmp_path):
     # Halves of a millisecond are what rounds either way.
     times = [BEGAN + step * 0.7123 + after for step in range(1, 400) for after in (0.0005, 0.0006, 0.0015)]
-    path = write(tmp_path, [record(step, time=time).row() for step, time in enumerate(times, 1)])
+    path = write(tmp_path, [publish.step_row(record(step, time=time)) for step, time in enumerate(times, 1)])
     shown = [time for time, _ in series(path)[("async_rl_reward_mean",)]]
     assert len(set(shown)) == len(times)
     assert shown == sorted(shown)
@@ -114,7 +114,7 @@ def test_two_steps_never_share_a_millisecond(tmp_path):
 
 
 def test_counters_of_known_reasons_begin_at_0_when_the_run_does(tmp_path):
-    rows = [record(1, time=BEGAN + 9, elapsed_s=9.0, tokens_masked={"stale": 3}, updates_skipped={}).row()]
+    rows = [publish.step_row(record(1, time=BEGAN + 9, elapsed_s=9.0, tokens_masked={"stale": 3}, skipped={}))]
     found = series(write(tmp_path, rows))
     assert found["async_rl_tokens_masked_total", ("reason", "stale")] == [(BEGAN, 0), (BEGAN + 9, 3)]
     assert found["async_rl_updates_skipped_total", ("reason", "non_finite")] == [(BEGAN, 0)]
@@ -122,7 +122,7 @@ def test_counters_of_known_reasons_begin_at_0_when_the_run_does(tmp_path):
 
 def test_a_push_counts_once_however_many_steps_come_after_it(tmp_path):
     sync = SyncRecord(policy_version=1, seconds=0.3)
-    rows = [record(step, policy_version=(step + 1) // 2, last_sync=sync).row() for step in (1, 2, 3, 4)]
+    rows = [publish.step_row(record(step, policy_version=(step + 1) // 2, last_sync=sync)) for step in (1, 2, 3, 4)]
     found = series(write(tmp_path, rows))
     assert [value for _, value in found["async_rl_sync_seconds_count", ("phase", "total")]] == [1, 2]
 
@@ -130,7 +130,7 @@ def test_a_push_counts_once_however_many_steps_come_after_it(tmp_path):
 def test_it_is_openmetrics(tmp_path):
     """By a strict parser: everything but histograms at once, and these moment by moment, since of a histogram it knows
     one moment only."""
-    path = write(tmp_path, [record(step).row() for step in (1, 2, 3)])
+    path = write(tmp_path, [publish.step_row(record(step)) for step in (1, 2, 3)])
     *lines, end = openmetrics(history.read(path))
     assert end == "# EOF\n"
     of_histogram = re.compile(r"[^{]*_(bucket|count|sum){|# TYPE .* histogram")
@@ -147,7 +147,7 @@ def test_it_is_openmetrics(tmp_path):
 
 
 def test_promtool_makes_blocks_of_it(tmp_path):
-    path = write(tmp_path, [record(step).row() for step in (1, 2, 3)])
+    path = write(tmp_path, [publish.step_row(record(step)) for step in (1, 2, 3)])
     data = backfill(path, tmp_path / "data")
     assert [entry.name for entry in data.iterdir() if not (entry / "meta.json").exists()] == []
     (data / "wal").mkdir()  # dump asks for it
@@ -159,7 +159,7 @@ def test_promtool_makes_blocks_of_it(tmp_path):
 
 
 def test_prometheus_shows_it(tmp_path):
-    path = write(tmp_path, [record(step).row() for step in range(1, 200)])
+    path = write(tmp_path, [publish.step_row(record(step)) for step in range(1, 200)])
     with prometheus.running(backfill(path, tmp_path / "data"), port=19190) as url:
 
         def query(expression):
@@ -176,7 +176,7 @@ def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match="has no training step yet"):
         backfill(write(tmp_path / "a", []), tmp_path / "data")
     (tmp_path / "b").mkdir()
-    row = record(1).row()
+    row = publish.step_row(record(1))
     del row["time"]
     with pytest.raises(RunFolderError, match="step 1 has no time"):
         backfill(write(tmp_path / "b", [row]), tmp_path / "data")
@@ -186,5 +186,5 @@ def test_what_cannot_be_shown_is_said(tmp_path, monkeypatch):
 
 
 def test_hostile_names_do_not_break_the_text(tmp_path):
-    rows = [record(1, tokens_masked={'a"b\\c\nd': 1}).row()]
+    rows = [publish.step_row(record(1, tokens_masked={'a"b\\c\nd': 1}))]
     assert ("async_rl_tokens_masked_total", ("reason", 'a"b\\c\nd')) in series(write(tmp_path, rows))

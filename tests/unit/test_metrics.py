@@ -16,9 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from async_rl.errors import ResourceError
 from async_rl.metrics import publish
-from async_rl.metrics.declared import METRICS, PREFIX, series_key
+from async_rl.metrics.declared import METRICS
 from async_rl.metrics.exporter import MAX_SERIES, Metrics, UndeclaredMetric
-from async_rl.metrics.summary import GroupCounts, SyncRecord
+from async_rl.metrics.records import GroupCounts, SyncRecord
+from async_rl.metrics.spec import PREFIX, series_key
 from tests.support.step_records import step_record
 
 # The contract with dashboards: these names stay.
@@ -89,7 +90,7 @@ def test_declarations_follow_the_conventions(spec):
     assert re.fullmatch(r"[a-z][a-z0-9_]*", spec.name)
     assert spec.full_name == PREFIX + spec.name
     assert spec.help.endswith(".")
-    assert spec.why
+    assert spec.how_to_read
     assert (spec.kind == "counter") == spec.name.endswith("_total")
     assert (spec.kind == "histogram") == bool(spec.buckets)
     assert list(spec.buckets) == sorted(set(spec.buckets))
@@ -213,7 +214,7 @@ def test_publishing_a_run_emits_only_declared_metrics(metrics):
 
 def test_positions_that_exact_computes_again_are_counted(metrics):
     for _ in range(2):
-        publish.publish_step(metrics, step_record(exact_extra_tokens=12))
+        publish.publish_step(metrics, step_record(extra_positions=12))
     assert exposed(metrics)["async_rl_exact_extra_tokens_total"] == 24
 
 

@@ -15,7 +15,8 @@ from async_rl.driver import run_state
 from async_rl.driver.restarts import Restarts
 from async_rl.driver.run_state import RunState
 from async_rl.errors import CheckpointError
-from async_rl.metrics.summary import Summary, SyncRecord, Totals
+from async_rl.metrics.records import SyncRecord, Totals
+from async_rl.metrics.summary import Summary
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():

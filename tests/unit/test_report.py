@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from async_rl.metrics.summary import TokenAgreement
+from async_rl.metrics.records import StepReport, TokenAgreement
 from async_rl.trainer.megatron.optimizer import Update
 from async_rl.trainer.policy_sums import SUMS, PolicySums
-from async_rl.trainer.report import StepReport, merge_reports, step_report
+from async_rl.trainer.report import merge_reports, step_report
 from async_rl.types import RESUME_POSITIONS
 
 
@@ -101,7 +101,7 @@ def test_sums_are_reported_by_staleness_and_by_resume_position():
     ):
         cell = (age, RESUME_POSITIONS.index(position))
         for name, value in (("tokens", tokens), ("kl", kl), ("abs_diff", difference)):
-            sums.sums[(*cell, SUMS.index(name))] = value
+            sums.sums[(*cell, list(SUMS).index(name))] = value
         sums.max_abs_diff[cell] = largest
     sums.replayed_choices += torch.tensor([40.0, 10.0])
     result = reported(sums)

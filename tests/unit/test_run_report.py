@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 
 from async_rl.errors import RunFolderError
-from async_rl.observe import figures, spans
+from async_rl.metrics.publish import step_row
+from async_rl.observe import drawing, spans
 from async_rl.observe.report import write_report
 from async_rl.observe.trace import write_trace
 from tests.support.step_records import step_record
@@ -26,7 +27,7 @@ def lines(path, values, end="\n"):
 def rows(count):
     return [
         {
-            **step_record(step=n, time=NOW + n, elapsed_s=float(n), reward_mean=0.01 * (n % 50)).row(),
+            **step_row(step_record(step=n, time=NOW + n, elapsed_s=float(n), reward_mean=0.01 * (n % 50))),
             "sync_seconds": SYNC,
         }
         for n in range(1, count + 1)
@@ -280,7 +281,11 @@ def test_a_trace_without_spans_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_the_report_of_a_run(tmp_path):
-    events = [{"event": "rollout died and is started again", "level": "info", "timestamp": "2026-11-21T10:00:00Z"}]
+    events = [
+        {"event": "rollout died and is started again", "level": "info", "timestamp": "2026-11-21T10:00:00Z"},
+        {"event": "process_died", "process": "trainer", "level": "info", "timestamp": "2026-11-21T10:01:00Z"},
+        {"event": "worker_restarted", "replica": "rollout-0", "level": "info", "timestamp": "2026-11-21T10:02:00Z"},
+    ]
     path = with_timeline(run_folder(tmp_path / "a", metrics=rows(30), events=events))
     groups = {"issued": 10, "trained": 4, "outstanding": 3, "returned": 2, "failed": 1}
     summary = {"exit_reason": "finished", "wall_s": 60.0, "eval": {"first": 0.1, "last": 0.7}, "groups": groups}
@@ -294,6 +299,9 @@ def test_the_report_of_a_run(tmp_path):
     ):
         assert said in page.text
     assert "2026-11-21 10:00:00 UTC" in page.text
+    assert source.count('class="loud"') == 2, "of an earlier version and of this one"
+    assert "trainer died and is being restarted" in page.text
+    assert "rollout-0 was restarted" in page.text
     assert source.count("<figure") == 25
     assert page.text.count("No step has a value.") == 1, "there was no canary"
     assert "steps: 9" in source.partition("<pre>")[2]
@@ -423,7 +431,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_bins_keep_the_extremes():
     points = [(float(n), float(n % 10)) for n in range(10_000)]
     points[5_000] = (5_000.0, 99.0)
-    bins = figures.binned(points, 100)
+    bins = drawing.binned(points, 100)
     assert len(bins.mean) == 100
     assert max(y for _, y in bins.high) == 99.0
     assert {y for _, y in bins.low} == {0.0}
@@ -444,25 +452,25 @@ def test_bins_keep_the_extremes():
     ],
 )
 def test_numbers_are_short(value, said):
-    assert figures.short(value) == said
+    assert drawing.short(value) == said
 
 
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (3.435, 3.445), (0.999997, 1), (5, 5), (-2e-7, 9e-6), (0, 1e6), (1e16, 1e16 + 4)]
 )
 def test_ticks_lie_within_the_axis_and_differ(low, high):
-    ticks = figures.Scale(low, high, 0.0, 100.0).ticks()
+    ticks = drawing.Scale(low, high, 0.0, 100.0).ticks()
     assert 1 <= len(ticks) <= 8
-    assert all(-1 <= figures.Scale(low, high, 0.0, 100.0)(value) <= 101 for value, _ in ticks)
+    assert all(-1 <= drawing.Scale(low, high, 0.0, 100.0)(value) <= 101 for value, _ in ticks)
     assert len({label for _, label in ticks}) == len(ticks) or high > 1e15
 
 
 def test_ticks_of_decades():
-    assert [label for _, label in figures.Scale(1e-8, 1e-4, 0.0, 1.0, log=True).ticks()] == [
+    assert [label for _, label in drawing.Scale(1e-8, 1e-4, 0.0, 1.0, log=True).ticks()] == [
         "1e-8",
         "1e-7",
         "1e-6",
         "1e-5",
         "1e-4",
     ]
-    assert figures.Scale(1e-8, 1e-4, 0.0, 1.0, log=True, pad=False)(1e-6) == pytest.approx(0.5)
+    assert drawing.Scale(1e-8, 1e-4, 0.0, 1.0, log=True, pad=False)(1e-6) == pytest.approx(0.5)

@@ -6,7 +6,9 @@ import math
 import pytest
 
 from async_rl.metrics.declared import METRICS
-from async_rl.metrics.summary import GroupCounts, Summary, SyncRecord, TokenAgreement, Totals
+from async_rl.metrics.publish import step_row
+from async_rl.metrics.records import GroupCounts, SyncRecord, TokenAgreement, Totals
+from async_rl.metrics.summary import Summary
 from async_rl.runtime.runfolder import to_json
 from tests.support.step_records import step_record
 
@@ -132,9 +134,9 @@ def test_on_policy_figures_leave_stale_tokens_out():
 
 def test_differences_by_resume_position_and_extra_tokens_add_up_over_steps():
     summary = Summary()
-    summary.add_step(step_record(exact_extra_tokens=5))
+    summary.add_step(step_record(extra_positions=5))
     later = TokenAgreement(tokens=10, kl=0.0, abs_mean=0.05, abs_max=0.2)
-    summary.add_step(step_record(exact_extra_tokens=6, agreement_by_resume_position={"before": later}))
+    summary.add_step(step_record(extra_positions=6, agreement_by_resume_position={"before": later}))
     result = summary.result(TOTALS, "finished")
     before = result["logprob_abs_diff_by_resume_position"]["before"]
     assert before == pytest.approx({"tokens": 40, "mean": (30 * 0.03 + 10 * 0.05) / 40, "max": 0.3})
@@ -172,7 +174,7 @@ def test_syncs_and_evaluations():
 
 
 def test_rows_use_the_names_of_the_metrics():
-    row = step_record(tokens_masked={"stale": 3}).row()
+    row = step_row(step_record(tokens_masked={"stale": 3}))
     assert json.loads(to_json(row)) == row
     assert row["ppo_kl_by_staleness"] == {"0": 1e-8, "2": 0.01}
     assert row["token_staleness"] == {"0": 60, "2": 40}

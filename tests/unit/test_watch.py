@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from async_rl.errors import RunFolderError
+from async_rl.metrics.publish import step_row
 from async_rl.observe.watch import RECENT, Curve, Story, picture, watch
 from tests.support.step_records import step_record
 
@@ -46,7 +47,7 @@ def rows_to(last, first=1, **changes):
     made = []
     for step in range(first, last + 1):
         moment = {"step": step, "elapsed_s": 3.0 * step, "time": NOW - 7, "policy_version": step - 1}
-        made.append(step_record(**{**moment, **changes}).row())
+        made.append(step_row(step_record(**{**moment, **changes})))
     return made
 
 
@@ -79,9 +80,14 @@ def event(text, level="info", at="2027-01-15T08:01:00+00:00", **more):
     return {"event": text, "level": level, "timestamp": at, **more}
 
 
-NULLS = dict.fromkeys(step_record().row())
-SOME_NULLS = {**step_record().row(), "ppo_kl_by_staleness": {"0": None, "2": None}, "token_staleness": {"0": None}}
-SYNC_WITHOUT_TOTAL = {**step_record().row(), "sync_seconds": {}, "replica_versions": {"0": None}, "tokens_masked": None}
+NULLS = dict.fromkeys(step_row(step_record()))
+SOME_NULLS = {**step_row(step_record()), "ppo_kl_by_staleness": {"0": None, "2": None}, "token_staleness": {"0": None}}
+SYNC_WITHOUT_TOTAL = {
+    **step_row(step_record()),
+    "sync_seconds": {},
+    "replica_versions": {"0": None},
+    "tokens_masked": None,
+}
 OTHER_TYPES = {"step": "one", "ppo_kl_by_staleness": [], "replica_versions": 3, "token_staleness": {"old": 3}}
 PICTURES = {
     "no rows": [],

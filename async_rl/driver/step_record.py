@@ -1,0 +1,140 @@
+"""The clocks and counters of one run, from which each step's record and the run's totals are made.
+
+Knows the records of ``metrics`` and the statistics of queue and workers. Writes nothing down: that is ``recorder``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
+from async_rl.queue.records import QueueStats
+from async_rl.rollout.worker import WorkerStats
+from async_rl.types import Group
+
+
+class RunMeter:
+    """The time that a run has taken, how much of it each side computed, and the latest counts of queue and workers."""
+
+    def __init__(self, started: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Measure set-up from ``started``, the clock's time at which the run was asked for."""
+        self.queue: QueueStats | None = None
+        """The latest counts of the queue; None before the first."""
+        self._clock = clock
+        self._started = started
+        self._setup_s = 0.0
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._earlier_s = 0.0  # training time before the run was restored
+        self._trainer_busy_s = 0.0
+        self._rollout_busy_earlier_s = 0.0
+        self._tokens_earlier = (0, 0)
+        self._workers: list[WorkerStats] = []
+        self._busy_before = self._since = 0.0
+        self._last_sync: SyncRecord | None = None
+        self._eval_in_step: float | None = None
+
+    # -- a checkpoint's part ------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the time and work so far as plain data, for a checkpoint."""
+        totals = self.totals()
+        return {
+            "wall_s": totals.wall_s,
+            "trainer_busy_s": totals.trainer_busy_s,
+            "rollout_busy_s": totals.rollout_busy_s,
+            "tokens": [totals.tokens_generated, totals.tokens_resumed_prefill],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the ``state`` of an earlier process of the run."""
+        self._earlier_s, self._trainer_busy_s = state["wall_s"], state["trainer_busy_s"]
+        self._rollout_busy_earlier_s = self._busy_before = state["rollout_busy_s"]
+        generated, resumed = state["tokens"]
+        self._tokens_earlier = (generated, resumed)
+
+    # -- what happens -------------------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """Whether the training loop runs: set-up and the first evaluation are over, and the last step is not."""
+        return self._began is not None and self._ended is None
+
+    def begin(self) -> None:
+        """Start the wall clock of the run."""
+        self._began = self._since = self._clock()
+        self._setup_s = self._began - self._started
+
+    def end(self) -> None:
+        """Stop the wall clock of the run."""
+        self._ended = self._clock()
+
+    def count(self, queue: QueueStats, workers: Sequence[WorkerStats]) -> None:
+        """Take the latest counts of the queue and of the workers."""
+        self.queue, self._workers = queue, list(workers)
+
+    def evaluated(self, reward: float) -> None:
+        """Take the result of an evaluation within the training loop, for the record of the step that it falls into."""
+        self._eval_in_step = reward
+
+    def synced(self, record: SyncRecord) -> None:
+        """Take the latest weight sync, for the record of the next step."""
+        self._last_sync = record
+
+    # -- what it adds up to -------------------------------------------------------------------------------------
+
+    def record(
+        self, step: int, version: int, report: StepReport, groups: Sequence[Group], *, step_s: float
+    ) -> StepRecord:
+        """Return the record of the training step that ends now, which consumed ``groups``."""
+        busy_s = sum(report.seconds.values())
+        self._trainer_busy_s += busy_s
+        now, rollout_busy = self._clock(), self._rollout_busy_s()
+        elapsed = max(now - self._since, 1e-9)
+        rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
+        self._busy_before, self._since = rollout_busy, now
+        eval_reward, self._eval_in_step = self._eval_in_step, None
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        totals = self.totals()
+        return StepRecord(
+            step=step,
+            policy_version=version,
+            time=time.time(),
+            elapsed_s=totals.wall_s,
+            report=report,
+            reward_mean=sum(t.reward for t in trajectories) / len(trajectories),
+            eval_reward_mean=eval_reward,
+            last_sync=self._last_sync,
+            groups=len(groups),
+            response_tokens=tuple(len(t.response_ids) for t in trajectories),
+            segments=tuple(len(t.segments) for t in trajectories),
+            interruptions=tuple(len(t.resume_points) for t in trajectories),
+            queue_groups=self.queue.queued_groups if self.queue else 0,
+            queue_bytes=self.queue.queued_bytes if self.queue else 0,
+            groups_outstanding=totals.groups.outstanding,
+            rollout_idle_ratio=rollout_idle,
+            trainer_idle_ratio=1.0 - min(1.0, busy_s / elapsed),
+            overlap_efficiency=totals.overlap_efficiency or 0.0,
+            step_s=step_s,
+            replica_versions={worker.replica: worker.version for worker in self._workers},
+        )
+
+    def totals(self) -> Totals:
+        """Return the counters of the whole run, its earlier processes included."""
+        end = self._ended or self._clock()
+        generated, resumed = self._tokens_earlier
+        return Totals(
+            wall_s=self._earlier_s + (end - self._began if self._began is not None else 0.0),
+            setup_s=self._setup_s or end - self._started,
+            groups=self.queue.counts if self.queue else GroupCounts(),
+            tokens_generated=generated + sum(worker.generated_tokens for worker in self._workers),
+            tokens_resumed_prefill=resumed + sum(worker.resumed_prefill_tokens for worker in self._workers),
+            rollout_busy_s=self._rollout_busy_s(),
+            trainer_busy_s=self._trainer_busy_s,
+        )
+
+    def _rollout_busy_s(self) -> float:
+        mean = sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))
+        return self._rollout_busy_earlier_s + mean

@@ -1,0 +1,48 @@
+"""The words for a run's events: a table from each constant event name to a sentence for people. Pure.
+
+The live view, ``async-rl watch`` and ``async-rl report`` show these sentences. The log has the name and the fields, as
+has the output where there is no terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+from types import MappingProxyType
+from typing import Any
+
+WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "engine_trainer_agree": "engine and trainer agree to {max_abs_diff:.1e} on the checkpoint's weights",
+        "run_without_checkpoint": "there is no checkpoint to restore: the run starts from its first step",
+        "run_restoring": "restoring the run after step {step}",
+        "run_restored": "restored the run after step {step}",
+        "trainer_restarted": "the trainer was restarted after step {step}",
+        "worker_restarted": "{replica} was restarted",
+        "process_died": "{process} died and is being restarted",
+        "queue_rebuilt": "the queue died and was rebuilt from its journal",
+        "checkpoint_written": "wrote the checkpoint of step {step} in {seconds} s",
+        "evaluated": "evaluated: mean reward {reward}",
+        "watchdog_stalled": "{description}",
+        "run_finished": "finished; see {summary}",
+        "run_interrupted": "interrupted; see {summary}",
+        "run_failed": "failed: {reason}; see {summary}",
+    }
+)
+"""Event name -> format string over the event's fields. Fields that it does not use are appended."""
+
+RESTARTS = frozenset({"process_died", "queue_rebuilt"})
+"""Events that tell of a process that died."""
+
+
+def in_words(event: str, fields: Mapping[str, Any]) -> str:
+    """Return an event as a sentence, or as ``name key=value`` if it has no words or lacks a field that they use."""
+    template = WORDS.get(event)
+    if template is not None:
+        used = {name for _, name, _, _ in Formatter().parse(template) if name}
+        rest = ", ".join(f"{key}={value}" for key, value in fields.items() if key not in used and value is not None)
+        try:
+            return template.format(**fields) + (f" ({rest})" if rest else "")
+        except (KeyError, TypeError, ValueError):  # a log of another version, or a damaged one
+            pass
+    return " ".join([event, *(f"{key}={value}" for key, value in fields.items())])
