@@ -69,7 +69,7 @@ def reached(routed: Sequence[ExpertIds], spec: RoutingSpec) -> npt.NDArray[np.bo
     return result
 
 
-def worth_adding(known: npt.NDArray[np.bool_], routed: Sequence[ExpertIds], spec: RoutingSpec) -> list[int]:
+def greedy_cover(known: npt.NDArray[np.bool_], routed: Sequence[ExpertIds], spec: RoutingSpec) -> list[int]:
     """Indices of the candidates that reach an expert which is not ``known`` bool[L, E], the most useful one first.
 
     Greedy cover: each choice is the candidate that adds most to what the ones before it reach.

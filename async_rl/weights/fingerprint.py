@@ -73,7 +73,7 @@ def blame(differences: Sequence[LayerDifference], noise: float) -> list[LayerDif
     return sorted(guilty, key=lambda d: d.growth(noise), reverse=True)
 
 
-def say_layers(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
+def describe_layer_drift(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
     """The verdict on one sequence's fingerprints, for a message."""
     differences = layer_differences(engine, trainer)
     guilty = blame(differences, noise)
@@ -101,7 +101,7 @@ def routing_differences(
     return list(zip(moe_layers, shares, strict=True))
 
 
-def say_routing(differences: Sequence[tuple[int, float]], *, first: bool) -> str:
+def describe_routing_drift(differences: Sequence[tuple[int, float]], *, first: bool) -> str:
     """Layers by the share of rows routed otherwise, largest first; with ``first``, the first layer that has any."""
     differing = [(layer, share) for layer, share in differences if share > 0]
     if not differing:

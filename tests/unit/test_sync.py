@@ -356,7 +356,7 @@ async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
     monkeypatch.setattr("async_rl.weights.sync.BATCHES", 1)
     monkeypatch.setattr("async_rl.weights.sync.CANDIDATES", 2)
     # Each time, some candidate reaches what nothing reached before.
-    monkeypatch.setattr("async_rl.weights.sync.worth_adding", lambda *_: [0])
+    monkeypatch.setattr("async_rl.weights.sync.greedy_cover", lambda *_: [0])
     subject, _ = sync(Engine(reach=EXPERTS - 1))
     first, newest = [sequence.tobytes() for sequence in subject._probe], []
     for _ in range(5):
