@@ -1,7 +1,7 @@
 """The hook that puts the demo's model and datasets where a config wants them; a config names it in its ``prepare`` key.
 
 Owns when something is made again: when it is missing, incomplete, or was made by another version of this package. A
-file or folder without a record of this module belongs to the user and is left alone. Everything is built beside its
+file or folder without a record of this module belongs to the user and is left alone. Everything is built next to its
 place and then renamed, so that no reader ever sees a half-written one. Knows the other modules of this room, ``config``
 and ``errors``.
 """
@@ -26,7 +26,7 @@ from async_rl.errors import ModelError
 log = structlog.get_logger(__name__)
 
 RECORD_SUFFIX = ".made.json"
-"""What is written beside each thing that was made: the recipe, and the size of each file."""
+"""Ends the name of the record next to each thing that was made: its recipe, and the size of each file."""
 
 
 def prepare(config: RunConfig) -> None:
@@ -126,7 +126,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock beside ``path``: of two runs that start together, the second waits and then finds everything made."""
+    """Hold a lock next to ``path``, so that of two runs that start together the second finds everything made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -9,7 +9,7 @@ microbatches, and supervised steps. What they record are losses, gradient norms 
 Two runs on one machine agree to the last bit. Another processor or another build of torch may round differently, so
 compare only what one machine computed.
 
-The other commit is best checked out beside this one, and its code run with this file and this environment:
+Check the other commit out next to this one, and run its code with this file and this environment:
 
     git worktree add /tmp/before COMMIT
     cp tests/bench/proof.py /tmp/before/tests/bench/proof.py
