@@ -1,6 +1,7 @@
-"""The demo's model: a Qwen3-MoE of about two million parameters with random weights. Knows its tokenizer only.
+"""The demo's model before its warm-up: a Qwen3-MoE of about two million parameters with random weights.
 
-It is a Qwen3-MoE in everything but size, so that engine and trainer take the same paths as with the real one.
+It is a Qwen3-MoE in everything but size, so that engine and trainer take the same paths as with the real one. Knows
+only its tokenizer.
 """
 
 from __future__ import annotations

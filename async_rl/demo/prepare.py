@@ -1,43 +1,38 @@
-"""``prepare``: makes the demo's model and dataset where they are missing. A config names it in its ``prepare`` key.
+"""The hook that puts the demo's model and datasets where a config wants them; a config names it in its ``prepare`` key.
 
-Owns when something is made anew: where it is missing, incomplete, or made by another recipe than today's. What carries
-no record of this module is somebody's own and is left alone. Everything is built beside its place and then renamed, so
-that nobody ever sees half of it. Knows the other modules of ``tiny``, ``config`` and ``errors``.
+Owns when something is made again: when it is missing, incomplete, or was made by another version of this package. A
+file or folder without a record of this module belongs to the user and is left alone. Everything is built next to its
+place and then renamed, so that no reader ever sees a half-written one. Knows the other modules of this room, ``config``
+and ``errors``.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
 import structlog
+from safetensors import SafetensorError
 
 from async_rl.config.schema import RunConfig
-from async_rl.demo import task
+from async_rl.demo import checkpoint, task
 from async_rl.errors import ModelError
 
 log = structlog.get_logger(__name__)
 
-# What a made folder or file records: the recipe, and the size of each file.
 RECORD_SUFFIX = ".made.json"
-
-# Builds the model in the folder that is its last argument.
-WARMUP_COMMAND = (sys.executable, "-m", "async_rl.demo.warmup")
+"""Ends the name of the record next to each thing that was made: its recipe, and the size of each file."""
 
 
 def prepare(config: RunConfig) -> None:
     """Make model.path, data.train and data.eval unless they are there. A second call returns at once.
 
-    Raises ModelError when the warm-up fails; nothing is left half-done then.
+    Raises ModelError when the package's checkpoint is missing or damaged. Nothing is left half-done then.
     """
     recipe = _recipe()
     targets = [path for path in (config.data.train, config.data.eval) if path is not None]
@@ -48,7 +43,7 @@ def prepare(config: RunConfig) -> None:
             if not _is_current(path, recipe):
                 _make_rows(path, list(rows), recipe)
         if not _is_current(config.model.path, recipe):
-            _make_model(config, recipe)
+            _make_model(config.model.path, recipe)
 
 
 def _make_rows(path: Path, rows: list[task.Problem], recipe: str) -> None:
@@ -56,40 +51,30 @@ def _make_rows(path: Path, rows: list[task.Problem], recipe: str) -> None:
     building = _building(path)
     task.write_jsonl(building, rows)
     _put_in_place(building, path, recipe)
-    log.info("dataset written", path=str(path), rows=len(rows))
+    log.info("demo_dataset_written", path=str(path), rows=len(rows))
 
 
-def _make_model(config: RunConfig, recipe: str) -> None:
-    """Build and warm up in a process of its own: Megatron's state is global, and the run's processes start clean."""
-    path = config.model.path
+def _make_model(path: Path, recipe: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     building = _building(path)
     building.mkdir()
-    start = time.monotonic()
-    log.info("making the demo's model; a minute or two, once", path=str(path))
-    # Nothing is ever written to the pipe. It ends when this process does, however that happens, and the child with it.
-    # A session of its own keeps the terminal's Ctrl-C from it; this process hears it and stops the child.
-    command = [*WARMUP_COMMAND, str(building)]
-    # Threads that spin while they wait for each other take the cores from whatever else this machine does.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment) as child:
-        try:
-            code = child.wait()
-        except BaseException:
-            child.kill()
-            shutil.rmtree(building)
-            raise
-    if code != 0:
+    try:
+        checkpoint.unpack(building)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(building)
-        raise ModelError(f"the warm-up of the demo's model ended with exit code {code}; what it said stands above")
+        raise ModelError(
+            f"the demo's checkpoint cannot be read from the package: {error}; install the package again, or make the "
+            "checkpoint with python -m async_rl.demo.warmup"
+        ) from error
     _put_in_place(building, path, recipe)
-    log.info("model ready", path=str(path), seconds=round(time.monotonic() - start, 1))
+    log.info("demo_model_written", path=str(path))
 
 
 def _recipe() -> str:
-    """Hash of what makes model and data: the sources of this package, which hold every constant and seed."""
+    """Return a hash of what decides the model and the datasets: this room's code and the checkpoint."""
     digest = blake2b(digest_size=16)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted([*Path(__file__).parent.glob("*.py"), *checkpoint.FOLDER.glob("*")]):
+        digest.update(source.name.encode())
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -99,13 +84,13 @@ def _record_of(path: Path) -> Path:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """File name to size, for a file or a folder of files."""
+    """Map file names to sizes, for a file or a folder of files."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {file.name: file.stat().st_size for file in files}
 
 
 def _is_current(path: Path, recipe: str) -> bool:
-    """True if nothing needs making: it is there, whole and of this recipe, or is there and not ours."""
+    """Return whether ``path`` can stay: it is complete and of this recipe, or it is the user's own."""
     if not path.exists():
         return False
     try:
@@ -118,14 +103,14 @@ def _is_current(path: Path, recipe: str) -> bool:
 
 
 def _building(path: Path) -> Path:
-    """The sibling that ``path`` is built as. What an interrupted build left there is removed; the lock is held."""
+    """Return the sibling that ``path`` is built as, without what an interrupted build left there. The lock is held."""
     building = path.with_name(path.name + ".building")
     _remove(building)
     return building
 
 
 def _put_in_place(building: Path, path: Path, recipe: str) -> None:
-    """The record goes first: a crash in between leaves a record without its thing, which is then made anew."""
+    """Write the record, then rename: a crash in between leaves a record without its thing, which is then made again."""
     sizes = _sizes(building) if building.is_dir() else {path.name: building.stat().st_size}
     _remove(path)
     _record_of(path).write_text(json.dumps({"recipe": recipe, "files": sizes}))
@@ -141,7 +126,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Two runs that start together build once: the second waits here and then finds everything made."""
+    """Hold a lock next to ``path``, so that of two runs that start together the second finds everything made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The demo's task: sort the letters. Owns what a problem is, how long it is, and the two JSONL files.
+"""The demo's task, which is to sort letters. Owns what a problem is, how long it is, and the two JSONL files.
 
 ``{"prompt": "hdbca>", "answer": "abcdh"}``: the response is the prompt's letters in alphabetical order. Answers can be
 checked, take a model of two million parameters a minute of warm-up to half-learn, and are as long as the problem.
@@ -35,12 +35,14 @@ WARMUP_SEED = DATA_SEED + 1
 
 
 class Problem(NamedTuple):
+    """One row of the datasets: letters and ">", and the same letters in order."""
+
     prompt: str
     answer: str
 
 
 def problems(seed: int) -> Iterator[Problem]:
-    """Problems without end, none twice."""
+    """Yield problems without end, none of them twice."""
     rng = random.Random(seed)
     seen = set()
     while True:
@@ -52,20 +54,21 @@ def problems(seed: int) -> Iterator[Problem]:
 
 
 def train_and_eval() -> tuple[list[Problem], list[Problem]]:
-    """The two sets; disjoint, because they are two stretches of one stream."""
+    """Return the two sets, which are disjoint because they are two stretches of one stream."""
     stream = problems(DATA_SEED)
     evaluation = list(islice(stream, EVAL_ROWS))
     return list(islice(stream, TRAIN_ROWS)), evaluation
 
 
 def warmup_problems() -> Iterator[Problem]:
-    """Problems to warm up on: in neither set, so that neither evaluation nor training sees an answer it was taught."""
+    """Yield problems to warm up on, which are in neither set: no answer that was taught is evaluated or trained on."""
     train, evaluation = train_and_eval()
     known = {*train, *evaluation}
     return (problem for problem in problems(WARMUP_SEED) if problem not in known)
 
 
 def write_jsonl(path: Path, rows: list[Problem]) -> None:
+    """Write one JSON object per problem and line to ``path``."""
     path.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in rows), encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
-"""The demo's tokenizer: one character, one token. Saved as a Hugging Face fast tokenizer, so that every tool loads it
-the way it loads any other. Knows nobody.
+"""The demo's tokenizer, in which one character is one token. Knows no other module.
+
+It is saved as a Hugging Face fast tokenizer, so that every tool loads it the way it loads any other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ EOS_ID = TOKENS.index(EOS)
 
 def save_tokenizer(folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json; AutoTokenizer.from_pretrained(folder) loads them offline."""
-    # Imported here: the two take seconds, and the constants above are all that the task needs.
+    # Imported here: the two take seconds, and the task needs only the constants above.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,22 +1,24 @@
-"""Builds the demo's model folder: tokenizer, random weights, and supervised steps through the run's own trainer.
+"""The warm-up that makes the demo's checkpoint: random weights, and supervised steps through the run's own trainer.
 
-    python -m async_rl.demo.warmup FOLDER
+    python -m async_rl.demo.warmup
 
-A process of its own, because Megatron's state is global. It ends when its standard input does. Knows ``config``, the
-trainer, and the other modules of ``tiny`` but ``prepare``.
+writes the folder that the package ships; it takes minutes, and a run never calls it. Make the checkpoint again after a
+change of the model, the tokenizer, the task or the constants below: a test fails until then. Knows ``config``, the
+trainer, and the other modules of this room but ``prepare``.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
-import threading
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,8 @@ from async_rl.config.schema import (
     RunConfig,
     TrainerSection,
 )
-from async_rl.demo.model import save_random_model
+from async_rl.demo import checkpoint
+from async_rl.demo.model import SIZES, save_random_model
 from async_rl.demo.task import MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, Problem, warmup_problems
 from async_rl.demo.tokenizer import EOS_ID, TOKENS, save_tokenizer
 from async_rl.types import Int32Array
@@ -60,19 +63,37 @@ LOG_EVERY = 50
 Sequence = tuple[Int32Array, npt.NDArray[np.bool_]]
 
 
+def settings() -> dict[str, Any]:
+    """Return what decides the weights that the warm-up makes, rounding aside."""
+    # The first thousand stand for the stream: seeds, lengths and answers are all in them.
+    seen = blake2b(repr(list(islice(demonstrations(), 1000))).encode(), digest_size=8)
+    return {
+        "model": dict(SIZES),
+        "model_seed": MODEL_SEED,
+        "tokens": list(TOKENS),
+        "demonstrations": seen.hexdigest(),
+        "target_loss": TARGET_LOSS,
+        "max_steps": MAX_STEPS,
+        "window": WINDOW,
+        "batch": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "learning_rate_steps": LEARNING_RATE_STEPS,
+    }
+
+
 def sequence(problem: Problem) -> Sequence:
-    """Token ids of prompt, answer and end [N], and which of them to learn: answer and end, bool[N]."""
+    """Return the token ids of prompt, answer and end [N], and which of them to learn: answer and end, bool[N]."""
     index = {token: i for i, token in enumerate(TOKENS)}
     ids = [*(index[character] for character in problem.prompt + problem.answer), EOS_ID]
     return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(problem.prompt)
 
 
 def demonstrations() -> Iterator[Problem]:
-    """Short warm-up problems, two of three with an answer that does not end where it should, but goes all the way back.
+    """Yield short warm-up problems; two of three have an answer that does not end where it should, but runs backwards.
 
     So the policy that comes out knows how to sort, but mostly says too much. Nothing in the demonstrations tells that
-    this is wrong. Only the reward does: what reinforcement learning adds is there to see within a few dozen steps,
-    whatever the seed, and responses grow shorter as it learns.
+    this is wrong. Only the reward does: what reinforcement learning adds is visible within a few dozen steps, whatever
+    the seed, and responses grow shorter as it learns.
     """
     short = (problem for problem in warmup_problems() if len(problem.answer) <= MAX_LETTERS)
     for index, problem in enumerate(short):
@@ -80,25 +101,24 @@ def demonstrations() -> Iterator[Problem]:
 
 
 def batches() -> Iterator[list[Sequence]]:
-    """Batches of demonstrations, without end."""
+    """Yield batches of demonstrations, without end."""
     stream = demonstrations()
     while True:
         yield [sequence(next(stream)) for _ in range(BATCH)]
 
 
 def build(folder: Path, *, max_steps: int = MAX_STEPS) -> int:
-    """Write the warmed-up model to ``folder``, which exists and is empty. Returns the steps it took."""
+    """Write the warmed-up model in float32 to ``folder``, which exists and is empty. Returns the steps it took."""
     import torch
 
     from async_rl.trainer.trainer import Trainer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    # Inside the folder, so that whoever cleans up after an interrupted build removes both at once.
     random_model = folder / "random"
     random_model.mkdir()
     save_tokenizer(random_model)
     save_random_model(random_model, MODEL_SEED)
-    trainer = Trainer(_settings(random_model))
+    trainer = Trainer(_config(random_model))
     try:
         steps = _warm_up(trainer, max_steps)
         trainer.save_hf(folder)
@@ -115,14 +135,14 @@ def _warm_up(trainer: Trainer, max_steps: int) -> int:
         loss = sum(recent) / len(recent)
         done = step == max_steps or (step >= WINDOW and loss <= TARGET_LOSS)
         if done or step % LOG_EVERY == 0:
-            log.info("warm-up", step=step, loss=round(loss, 3), target=TARGET_LOSS)
+            log.info("warmup_step", step=step, loss=round(loss, 3), target=TARGET_LOSS)
         if done:
             return step
     raise AssertionError("batches() has no end")
 
 
-def _settings(model: Path) -> RunConfig:
-    """The trainer as the warm-up needs it: on the CPU, which every machine has."""
+def _config(model: Path) -> RunConfig:
+    """Return the trainer's settings for the warm-up: on the CPU, which every machine has."""
     optimizer = OptimizerSection(lr=LEARNING_RATE, warmup_steps=LEARNING_RATE_STEPS)
     return RunConfig(
         model=ModelSection(path=model, dtype="float32"),
@@ -133,22 +153,14 @@ def _settings(model: Path) -> RunConfig:
     )
 
 
-def _end_with_parent() -> None:
-    """Nobody writes to standard input; it ends when the process that holds its other end does."""
-
-    def wait() -> None:
-        # Not sys.stdin: a thread that waits inside it holds its lock, and Python then aborts at exit.
-        os.read(sys.stdin.fileno(), 1)
-        os._exit(1)
-
-    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
-
-
 def main() -> None:
-    _end_with_parent()
-    # What Megatron says about optional packages is of no use to somebody who waits for the demo to start.
+    # Megatron warns about optional packages that the warm-up has no use for.
     warnings.filterwarnings("ignore", module="megatron")
-    build(Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary)
+        steps = build(model)
+        checkpoint.pack(model, checkpoint.FOLDER, {"steps": steps, "settings": settings()})
+    log.info("checkpoint_written", folder=str(checkpoint.FOLDER), steps=steps)
 
 
 if __name__ == "__main__":

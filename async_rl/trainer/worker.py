@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 if TYPE_CHECKING:
     from async_rl.metrics.records import StepReport
-    from async_rl.weights.vllm.push import WeightPusher
+    from async_rl.weights.vllm.sender import WeightSender
 
 
 class TrainerWorker:
@@ -37,7 +37,7 @@ class TrainerWorker:
         self._rank = rank
         self._init_method = init_method
         self._fetcher = Fetcher(config)
-        self._pusher: WeightPusher | None = None
+        self._sender: WeightSender | None = None
 
     def start(self, checkpoint: Path | None = None) -> None:
         """Build the model, and load ``checkpoint`` where one is given. Blocks until every rank has started."""
@@ -51,12 +51,12 @@ class TrainerWorker:
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
         """Set up weight transfer to these rollout actors, in place of earlier ones."""
-        from async_rl.weights.vllm.push import WeightPusher
+        from async_rl.weights.vllm.sender import WeightSender
 
-        if self._pusher is not None:
-            self._pusher.close()
-            self._pusher = None
-        self._pusher = WeightPusher(
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        self._sender = WeightSender(
             self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
         )
 
@@ -84,10 +84,10 @@ class TrainerWorker:
 
         Returns the seconds that it took.
         """
-        if self._pusher is None:
+        if self._sender is None:
             raise RuntimeError("connect() must be called before send_weights()")
         start = time.monotonic()
-        self._pusher.push(version, only)
+        self._sender.send(version, only)
         logs.bind(version=version)
         return time.monotonic() - start
 
@@ -122,6 +122,6 @@ class TrainerWorker:
         self._trainer.save_hf(folder)
 
     def shutdown(self) -> None:
-        if self._pusher is not None:
-            self._pusher.close()
+        if self._sender is not None:
+            self._sender.close()
         self._trainer.close()

@@ -1,11 +1,12 @@
-"""Which layer is to blame when engine and trainer disagree: fingerprints of the residual stream, compared. Pure.
+"""Fingerprints of the residual stream, which name the layer to blame when engine and trainer disagree. Pure.
 
-A fingerprint is the stream after a layer times a fixed random matrix: a few numbers per token in place of the hidden
-size, so that it can travel, and linear, so that what a layer added can be told from what it was given. Fingerprints of
+A fingerprint is the stream after a layer times a fixed random matrix. It has a few numbers per token in place of the
+hidden size, so it can travel, and it is linear, so a layer's contribution can be told from its input. Fingerprints of
 one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as config.json
-numbers it; the last token of a sequence has none, for it never enters the trainer's forward pass.
+numbers it. The last token of a sequence has none, because it never enters the trainer's forward pass.
 
-Who computes them: ``vllm_fingerprint`` in the engine, ``trainer.fingerprint`` in the trainer. Knows neither.
+They are computed by ``vllm.fingerprint`` in the engine and ``trainer.fingerprint`` in the trainer; this module knows
+neither.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import numpy.typing as npt
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 # Numbers per token and layer. Norms over the tokens of a sequence are estimated from them: 30 tokens of 8 numbers each
-# are off by about a tenth, and what is looked for differs by orders of magnitude.
+# are off by about a tenth, while the differences of interest span orders of magnitude.
 WIDTH = 8
 
-# Relative difference of what one layer adds that numerics alone explain. float32: kernels that add in another order,
-# 1e-6 is seen. bfloat16: 2^-8 per operation, over the handful that a layer consists of.
+# Relative difference of one layer's contribution that numerics alone explain. float32: kernels that add in another
+# order; 1e-6 was measured. bfloat16: 2^-8 per operation, over the handful that a layer consists of.
 NOISE = {"float32": 1e-5, "bfloat16": 3e-2}
 
-# A layer whose contribution differs by so many times more than its input does is at fault itself. A layer that is
-# right passes a difference on about as large as it came, now and then several times as large.
+# A layer whose contribution differs by this many times more than its input is at fault itself. A correct layer passes a
+# difference on at about its size, now and then at several times its size.
 GROWTH = 10.0
 
-# Layers that a message names.
+# How many layers a message names.
 _NAMED = 3
 
 
 def projection(hidden_size: int) -> Float32Array:
-    """float32[H, WIDTH] of +-1/sqrt(H), the same on both sides."""
+    """Return the matrix float32[H, WIDTH] of +-1/sqrt(H), which is the same on both sides."""
     signs = np.random.default_rng(0xF1A6).integers(0, 2, size=(hidden_size, WIDTH)) * 2 - 1
     matrix: Float32Array = (signs / np.sqrt(hidden_size)).astype(np.float32)
     return matrix
@@ -43,22 +44,21 @@ def projection(hidden_size: int) -> Float32Array:
 
 @dataclass(frozen=True, slots=True)
 class LayerDifference:
-    """How far the two sides are apart at one layer, relative to the trainer's own scale there.
-
-    own: what the layer adds to the stream; given: the stream that it gets, 0 for the embeddings.
-    """
+    """How far the two sides are apart at one layer, relative to the trainer's own scale there."""
 
     name: str
     own: float
+    """Difference of the layer's contribution to the stream."""
     given: float
+    """Difference of its input; 0 for the embeddings."""
 
     def growth(self, noise: float) -> float:
-        """How much larger its own difference is than the one that it was given."""
+        """Return how much larger the difference of the contribution is than that of the input."""
         return self.own / (self.given + noise)
 
 
 def layer_differences(engine: Float32Array, trainer: Float32Array) -> list[LayerDifference]:
-    """Of the embeddings and each layer, from the fingerprints [L+1, N-1, WIDTH] of one sequence on both sides."""
+    """Compare one sequence's fingerprints [L+1, N-1, WIDTH] of both sides: the embeddings, then layer by layer."""
     a, b = engine.astype(np.float64), trainer.astype(np.float64)
     result = [LayerDifference("embeddings", _relative(a[0], b[0]), 0.0)]
     for layer in range(len(b) - 1):
@@ -68,13 +68,13 @@ def layer_differences(engine: Float32Array, trainer: Float32Array) -> list[Layer
 
 
 def blame(differences: Sequence[LayerDifference], noise: float) -> list[LayerDifference]:
-    """The layers that are at fault themselves, the worst first; empty when every layer agrees."""
+    """Return the layers that are at fault themselves, the worst first; none when every layer agrees."""
     guilty = [d for d in differences if d.own > noise and d.growth(noise) > GROWTH]
     return sorted(guilty, key=lambda d: d.growth(noise), reverse=True)
 
 
-def say_layers(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
-    """The verdict on one sequence's fingerprints, for a message."""
+def describe_layer_drift(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
+    """Return in words, for an error, which layers one sequence's fingerprints blame."""
     differences = layer_differences(engine, trainer)
     guilty = blame(differences, noise)
     if guilty:
@@ -94,28 +94,30 @@ def say_layers(engine: Float32Array, trainer: Float32Array, noise: float) -> str
 def routing_differences(
     engine: Sequence[ExpertIds], trainer: Sequence[ExpertIds | Int32Array], moe_layers: Sequence[int]
 ) -> list[tuple[int, float]]:
-    """(layer as in config.json, share of rows in which the two chose other experts), layer by layer, from the routing
-    [N-1, L, K] of the same sequences."""
+    """Return (layer as in config.json, share of rows in which the two chose different experts) for each MoE layer.
+
+    Both arguments are the routed experts [N-1, L, K] of the same sequences.
+    """
     a, b = np.sort(np.concatenate(list(engine)), axis=-1), np.sort(np.concatenate(list(trainer)), axis=-1)
     shares = (a != b).any(axis=-1).mean(axis=0).tolist()
     return list(zip(moe_layers, shares, strict=True))
 
 
-def say_routing(differences: Sequence[tuple[int, float]], *, first: bool) -> str:
-    """Layers by the share of rows routed otherwise, largest first; with ``first``, the first layer that has any."""
+def describe_routing_drift(differences: Sequence[tuple[int, float]], *, first: bool) -> str:
+    """Return in words which layers route most rows differently; with ``first``, the first layer that routes any so."""
     differing = [(layer, share) for layer, share in differences if share > 0]
     if not differing:
         return "both sides choose the same experts in every layer"
     if first:
         layer, share = differing[0]
-        return f"the first layer in which the two choose other experts is layer {layer} ({share:.0%} of rows)"
+        return f"the first layer in which the two choose different experts is layer {layer} ({share:.0%} of rows)"
     worst = sorted(differing, key=lambda pair: pair[1], reverse=True)
     listed = ", ".join(f"layer {layer} ({share:.0%} of rows)" for layer, share in worst[:_NAMED])
     return f"their own choice of experts differs most in {listed}"
 
 
 def _relative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    """|a - b| over |b|; what is not finite is infinitely far."""
+    """Return |a - b| over |b|, or infinity when either is not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         distance = float(np.linalg.norm(a - b))
     scale = float(np.linalg.norm(b))

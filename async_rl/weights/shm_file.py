@@ -1,7 +1,7 @@
 """The file that carries one host's weights from the trainer to its engines: layout, writing, verification.
 
-An anonymous memory file (memfd): it has no name in /dev/shm, so nothing is left behind whoever dies. Readers open it as
-/proc/<pid>/fd/<fd> of the writer. Knows torch, xxhash and safetensors; neither vLLM nor Megatron.
+It is an anonymous memory file (memfd) without a name in /dev/shm, so nothing is left behind when a process dies.
+Readers open it as /proc/<pid>/fd/<fd> of the writer. Knows torch, xxhash and safetensors, but not vLLM or Megatron.
 
     head     magic, format version, round, size of the file, size of the table, checksum of table and digests
     table    msgpack: [name, dtype, shape, offset, bytes] of each tensor
@@ -32,26 +32,28 @@ from async_rl.errors import WeightSyncError
 MAGIC = b"ARLWGHTS"
 FORMAT_VERSION = 1
 HEAD = struct.Struct("<8sIIQQQ")
-ALIGNMENT = 64  # of a cache line, and more than any dtype needs
+ALIGNMENT = 64  # The size of a cache line, and more than any dtype needs.
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """One entry of the name table. dtype as torch spells it, without "torch."."""
+    """One entry of the name table."""
 
     name: str
     dtype: str
+    """As torch spells it, without the leading "torch."."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor's elements."""
         size: int = _dtype(self.name, self.dtype).itemsize
         return math.prod(self.shape) * size
 
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What the writer tells the readers of one round: where the file is, and which round it must hold."""
+    """The writer's message to the readers of one round: where the file is, and which round it must hold."""
 
     pid: int
     fd: int
@@ -60,11 +62,11 @@ class Announcement:
 
 
 class WeightFile:
-    """The writer's end. One file for the life of the trainer, written anew each round."""
+    """The writer's end: one file for the life of the trainer, overwritten in each round."""
 
     def __init__(self, metas: Sequence[TensorMeta]) -> None:
         self._metas = list(metas)
-        self._offsets: list[int] = []  # from the first tensor on, since the table that holds them comes before it
+        self._offsets: list[int] = []  # From the first tensor: the table that holds them comes before it.
         position = 0
         for meta in self._metas:
             self._offsets.append(position)
@@ -85,7 +87,10 @@ class WeightFile:
         self._map = mmap.mmap(self._fd, self._nbytes)
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
-        """Write one round. Raises WeightSyncError when ``tensors`` are not those of the name table, in its order."""
+        """Write one round and return its announcement.
+
+        Raises WeightSyncError when ``tensors`` are not those of the name table, in its order.
+        """
         self._round += 1
         self._put_head(0, 0)
         digests = []
@@ -112,7 +117,7 @@ class WeightFile:
         return Announcement(os.getpid(), self._fd, self._nbytes, self._round)
 
     def close(self) -> None:
-        """Give the memory back; readers that still map it keep it until they are done."""
+        """Free the memory; readers that still map it keep it until they are done."""
         if self._fd >= 0:
             self._map.close()
             os.close(self._fd)
@@ -123,9 +128,10 @@ class WeightFile:
 
 
 def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tuple[str, torch.Tensor]]:
-    """Map the announced round and verify all of it; then the tensors, as views on the mapping, in the table's order.
+    """Map the announced round, verify all of it, and return its tensors as views on the mapping, in the table's order.
 
-    The views are valid until the writer's next round: copy what must last. Raises WeightSyncError naming what is off.
+    The views are valid until the writer's next round: copy what must last. Raises WeightSyncError, which names the
+    field or tensor, when the file is not the announced one, is damaged, or has another name table than ``expected``.
     """
     data = _map(announcement)
     if len(data) < HEAD.size:
@@ -167,11 +173,11 @@ def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tup
 
 
 def check_against_checkpoint(table: Sequence[TensorMeta], folder: Path, *, ignored: Callable[[str], bool]) -> None:
-    """Raise WeightSyncError unless ``table`` has the tensors of the checkpoint that the engine was loaded from, those
-    aside whose names are ``ignored``: the trainer does not build them.
+    """Compare ``table`` with the tensors of the checkpoint that the engine was loaded from, in ``folder``.
 
-    vLLM loads what it is given and keeps the old values of the rest, so a tensor that is missing or misnamed
-    would go unnoticed. Skipped for a checkpoint that is not in safetensors.
+    vLLM loads the tensors that it is given and keeps the old values of the rest, so a missing or misnamed tensor would
+    go unnoticed. Names that are ``ignored`` may be absent on either side: the trainer does not build them. A
+    checkpoint that is not in safetensors is not checked. Raises WeightSyncError when the two differ.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -225,7 +231,7 @@ def _aligned(position: int) -> int:
 def _dtype(name: str, dtype: str) -> torch.dtype:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
-        raise WeightSyncError(f"tensor {name}: {dtype!r} is no dtype of torch")
+        raise WeightSyncError(f"tensor {name}: {dtype!r} is not a dtype of torch")
     return kind
 
 

@@ -45,14 +45,14 @@ from async_rl.weights.canary import (
     candidates,
     coarser_dtype,
     compare,
+    greedy_cover,
     make_probe,
     mismatch,
     reached,
     tolerance,
-    worth_adding,
     wrong_numbering,
 )
-from async_rl.weights.fingerprint import NOISE, routing_differences, say_layers, say_routing
+from async_rl.weights.fingerprint import NOISE, describe_layer_drift, describe_routing_drift, routing_differences
 
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
@@ -333,7 +333,7 @@ class WeightSync:
         (engine,) = await self.on(replica, lambda worker: worker.fingerprints(sequence))
         if engine is not None:
             (trainer,) = await self._trainer.fingerprints(sequence, rows)
-            return say_layers(engine, trainer, NOISE[coarser_dtype(self._config)])
+            return describe_layer_drift(engine, trainer, NOISE[coarser_dtype(self._config)])
         if routed_experts is not None:
             return await self._routing_verdict(routed_experts, first=True)
         return "the engine provides no fingerprints of its layers"
@@ -341,7 +341,7 @@ class WeightSync:
     async def _routing_verdict(self, routed_experts: list[ExpertIds], *, first: bool) -> str:
         """Describe where the engine's experts differ from those that the trainer's own routers choose."""
         native = await self._trainer.native_routing(self._probe)
-        return say_routing(routing_differences(routed_experts, native, self._model.moe_layers), first=first)
+        return describe_routing_drift(routing_differences(routed_experts, native, self._model.moe_layers), first=first)
 
     # -- the probe ----------------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ class WeightSync:
             tried = candidates(self._config.seed, self._batches, self._model.vocab_size, max_tokens=self._max_tokens)
             self._batches += 1
             routed = await self._routed(tried)
-            chosen = worth_adding(known, routed, spec)
+            chosen = greedy_cover(known, routed, spec)
             self._probe += [tried[index] for index in chosen]
             # Routers move as long as a run lasts, and the probe must stay bounded: the oldest additions are dropped.
             surplus = len(self._probe) - SEQUENCES - BATCHES * CANDIDATES

@@ -1,12 +1,13 @@
-"""What a decision of the budget and the broker costs with 1,000 replicas, with and without the journal.
+"""The cost of one decision of the budget and the broker with 1,000 replicas, with and without the journal.
 
     python -m tests.bench.budget
 
 Every replica has its groups in flight, the window is full or nearly so, and the queue holds a training step. Timed are
 whole rounds of issue, put, lease, ack and advance, each call on its own; the two brokers take turns within a round. The
-ratio is to the cheapest thing that could stand in its place: a dictionary that is given and relieved of one entry.
+ratio is to the cheapest possible replacement: adding an entry to a dictionary and deleting it.
 """
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -25,7 +26,7 @@ REPLICAS, PER_REPLICA, REQUIRED, ROUNDS = 1000, 8, 4000, 12
 
 
 class Subject:
-    """A broker behind the actor's deciding, with or without a journal."""
+    """A broker behind the queue actor's method that decides, with or without a journal."""
 
     def __init__(self, path: Path | None) -> None:
         settings = BrokerSettings(
@@ -66,7 +67,7 @@ class Subject:
 
 
 def one_entry() -> float:
-    """Microseconds to add an entry to a dictionary of as many groups and take it away again."""
+    """Return the microseconds to add an entry to a dictionary of as many groups and delete it."""
     entries = {f"0-{i}.0": i for i in range(REPLICAS * PER_REPLICA)}
     began = time.perf_counter()
     for i in range(10_000):
@@ -76,6 +77,7 @@ def one_entry() -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bare, journaled = Subject(None), Subject(Path(folder) / "journal")
         entry = []

@@ -1,4 +1,4 @@
-"""What encoding and decoding a group costs, against copying the same bytes.
+"""The cost of encoding and decoding a group, against copying the same bytes.
 
 One trajectory of 2,048 tokens (512 prompt, 1,536 response) of a 48-layer MoE with top-8 of 128 experts. The
 groups are different ones in turn, together more than a cache holds, as they would come from an engine. Encoding
@@ -13,6 +13,7 @@ and copying alternate; each figure is a median. The last line of stdout is one J
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -51,7 +52,7 @@ def make_group(rng: np.random.Generator, trajectories: int) -> Group:
 
 
 def array_bytes(group: Group) -> int:
-    """What has to travel: the arrays of the trajectories, and the prompt's ids once more."""
+    """Return the bytes that have to travel: the arrays of the trajectories, and the prompt's ids once more."""
     arrays = [group.prompt.token_ids]
     for t in group.trajectories:
         arrays += [t.prompt_ids, t.response_ids, t.logprobs, t.versions]
@@ -87,6 +88,7 @@ def measure(trajectories: int, groups: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     result = measure(trajectories=1, groups=64, rounds=20)
     result |= {f"group8_{key}": value for key, value in measure(trajectories=8, groups=12, rounds=10).items()}
     print(json.dumps(result))

@@ -1,8 +1,8 @@
-"""What the queue costs: put, lease and ack through the actor, against bare ``ray.put`` and ``ray.get``.
+"""The throughput of put, lease and ack through the queue's actor, against bare ``ray.put`` and ``ray.get``.
 
 Both ways move the same encoded groups (one trajectory of 2,048 tokens with [2047, 48, 8] routing each) into the
-object store and out of it in batches of 16, a training step's worth, from one process. The queue's way hands each
-group in, leases it, and acknowledges it; its producers and its consumer run side by side, as workers and trainer
+object store and out of it in batches of 16, a training step's worth, from one process. The queue's way puts each
+group, leases it, and acknowledges it; its producers and its consumer run side by side, as workers and trainer
 do. The two ways take turns; each round gives one ratio, and the median counts. The last line of stdout is one JSON
 object:
 
@@ -14,6 +14,7 @@ object:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
@@ -47,7 +48,7 @@ class Endless:
         return Prompt(f"0-{self.row}", self.row, "", np.zeros(1, dtype=np.int32))
 
     def give_back(self, prompt: Prompt) -> None:
-        raise AssertionError("nothing is given back here")
+        raise AssertionError(f"nothing is given back here, but {prompt.prompt_id} was")
 
 
 def make_message(seed: int) -> np.ndarray:
@@ -74,7 +75,7 @@ def make_message(seed: int) -> np.ndarray:
 
 
 def bare(messages: list[np.ndarray]) -> float:
-    """Groups per second of ray.put and ray.get alone."""
+    """Return groups per second of ray.put and ray.get alone."""
     began = time.perf_counter()
     for _ in range(BATCHES):
         ray.get([ray.put(message) for message in messages])
@@ -82,7 +83,7 @@ def bare(messages: list[np.ndarray]) -> float:
 
 
 async def through(client: QueueClient, messages: list[np.ndarray], tickets: list[Ticket]) -> float:
-    """Groups per second of put, lease, get and ack."""
+    """Return groups per second of put, lease, get and ack."""
 
     async def put(ticket: Ticket, message: np.ndarray) -> None:
         meta = GroupMeta(ticket.group_id, 2048, message.nbytes, ticket.version, ticket.version, 1, 0)
@@ -132,6 +133,7 @@ async def measure() -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**30, logging_level="error")
     try:
         result = asyncio.run(measure())

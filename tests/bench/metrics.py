@@ -1,16 +1,18 @@
-"""What being watched costs: pairs of equal runs side by side, one with everything on and one with everything off, of
-which one is stopped (SIGSTOP) while the other goes on, in turns of a quarter of a second.
+"""The cost of observability, measured on pairs of equal runs, one with everything on and one with everything off.
 
-On: vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts. Off: none of
-them. Nothing is learned, all prompts are of one length and no response ends before its limit, so that all steps cost
-the same. A step is timed on its run's own clock, which stands while the run is stopped. A machine that others use too
-is faster in one moment than in the next, by more than what is to be measured; short turns give both runs the same share
-of it. What is left is chance of a run as a whole: where libraries and tables come to lie in its processes, and the seed
-of Python's hashes, are drawn anew for each, and one draw computes by a per cent faster than another for as long as it
-lives (Mytkowicz et al., "Producing wrong data without doing anything obviously wrong", ASPLOS 2009). So there are many
-pairs rather than long ones, and how far they differ is told.
-The parts are timed by themselves too: what the driver does for a step, and what a scrape takes the processes of a run.
-Printed last, one JSON line:
+The two runs of a pair work in turns of a quarter of a second: one is stopped (SIGSTOP) while the other works. On means
+vLLM's own metrics, the timeline, and a Prometheus that scrapes every process and evaluates the alerts; off means none
+of them. Nothing is learned, all prompts have one length and no response ends before its limit, so that all steps cost
+the same. A step is timed on its run's own clock, which stops with the run.
+
+A shared machine changes its speed from moment to moment by more than the difference to be measured; short turns give
+both runs the same share of that. Chance remains in each run as a whole: the memory layout of its processes and the seed
+of Python's hashes differ from run to run, and can make one run a per cent faster than another for its whole life
+(Mytkowicz et al., "Producing wrong data without doing anything obviously wrong", ASPLOS 2009). So the benchmark takes
+many pairs rather than long ones, and reports their spread.
+
+The parts are also timed alone: the driver's work for a step, and a scrape of all processes of a run. Printed last is
+one JSON line:
 
     step_ratio_on_over_off     seconds per step, on over off: geometric mean of the pairs
     step_ratio_error           its standard error, by the spread of the pairs;  step_ratios: of each pair
@@ -23,8 +25,8 @@ Printed last, one JSON line:
     .venv/bin/python -m tests.bench.metrics [--pairs 20] [--minutes 1.5] [--turn 0.25] [--config configs/tiny_moe.yaml]
                                             [--control]
 
---minutes: for each pair, besides the minute and a half that it takes to start and end one. --control: all runs with
-everything off; how far from 1 the ratios come then is what this method cannot tell.
+--minutes: for each pair, in addition to the minute and a half that it takes to start and end one. --control: all runs
+have everything off; the distance of the ratios from 1 is then the resolution of this method.
 """
 
 from __future__ import annotations
@@ -71,12 +73,14 @@ SCRAPES = 20
 
 @dataclass(frozen=True)
 class Cost:
-    """Of so many steps of one run, on its own clock; cpu: seconds of the processor by process."""
+    """The cost of a number of steps of one run."""
 
     steps: int
     tokens: float
     seconds: float
+    """On the run's own clock."""
     cpu: dict[str, float]
+    """Seconds of the processor by process."""
 
     @property
     def seconds_per_step(self) -> float:
@@ -89,20 +93,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pair:
-    """scrape_s: in which all processes of the run that is watched serve one scrape."""
+    """The costs of two runs that took turns."""
 
     on: Cost
     off: Cost
     scrape_s: float
+    """Seconds in which all processes of the run with everything on serve one scrape."""
 
 
 class SideRun:
-    """A run of the pipeline that can be stopped and let go on, with every process below it and those in ``beside``."""
+    """A real run that can be stopped and continued, with all of its processes and those in ``attached``."""
 
     def __init__(self, config: Path, runs: Path, settings: dict[str, object]) -> None:
         self.runs = runs
-        self.beside: list[psutil.Process] = []
-        # On its own clock, in seconds: when each step ended, and when each turn, with what each process had taken.
+        self.attached: list[psutil.Process] = []
+        # On its own clock, in seconds: the end of each step, and of each turn with the processor time used by then.
         self.steps: list[float] = []
         self.turns: list[tuple[float, collections.Counter[str]]] = []
         self.tokens = 0
@@ -114,7 +119,7 @@ class SideRun:
         self._stopped_at = 0.0
 
     def read_steps(self) -> None:
-        """Those that were written since the last call."""
+        """Read the steps that were written since the last call."""
         if self._process.poll() is not None:
             sys.exit(f"the run in {self.runs} ended early")
         if not self._rows.exists():
@@ -129,8 +134,8 @@ class SideRun:
             self.tokens += row["trained_tokens"]
 
     def turn(self, seconds: float) -> None:
-        """Let it go on for so long."""
-        self.go_on()
+        """Continue the run for ``seconds``."""
+        self.resume()
         time.sleep(seconds)
         self.stop()
         self.turns.append((self._own_time(self._stopped_at), _cpu_seconds(self._stopped)))
@@ -141,7 +146,7 @@ class SideRun:
         _signal(self._stopped, signal.SIGSTOP)
         self._stopped_at = time.time()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         if self._stopped:
             self._pauses.append((self._stopped_at, time.time()))
         _signal(self._stopped, signal.SIGCONT)
@@ -151,7 +156,7 @@ class SideRun:
         return moment - sum(min(end, moment) - begin for begin, end in self._pauses if begin < moment)
 
     def cost(self) -> Cost:
-        """From the end of the first step after the first turn to that of the last step before the end of the last."""
+        """Return the cost from the first step's end after the first turn to the last one within the last turn."""
         ends = [end for end, _ in self.turns]
         first, last = np.searchsorted(self.steps, [ends[0], ends[-1]]) - [0, 1]
         if last <= first:
@@ -165,7 +170,7 @@ class SideRun:
         return Cost(steps, steps * self.tokens / len(self.steps), ended - began, cpu)
 
     def scrape_seconds(self) -> float:
-        """In which its processes, one after the other, serve a scrape each; waiting for their turn is among it."""
+        """Return the seconds in which its processes, one after the other, serve one scrape each, waiting included."""
         files = (self.runs / ".prometheus").glob("*.json")
         targets = [json.loads(path.read_text())[0]["targets"][0] for path in files]
         took = []
@@ -178,22 +183,22 @@ class SideRun:
         return statistics.median(took)
 
     def close(self) -> None:
-        self.go_on()
+        self.resume()
         self._process.terminate()
         self._process.wait()
 
     def _processes(self) -> list[psutil.Process]:
         top = psutil.Process(self._process.pid)
-        return [top, *top.children(recursive=True), *self.beside]
+        return [top, *top.children(recursive=True), *self.attached]
 
 
 def _cpu_seconds(processes: Iterable[psutil.Process]) -> collections.Counter[str]:
-    """By what the processes are for."""
+    """Return seconds of the processor by the purpose of the processes."""
     used: collections.Counter[str] = collections.Counter()
     for process in processes:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
-            # Ray and vLLM write what a process is for over its command line.
+            # Ray and vLLM overwrite a process's command line with its purpose.
             title = process.cmdline()[0].split(".")[0].strip()
             name = title.removeprefix("ray::") if "::" in title else process.name()
             used[name] += times.user + times.system
@@ -207,7 +212,7 @@ def _signal(processes: Iterable[psutil.Process], number: int) -> None:
 
 
 def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> None:
-    """Turns of both, each first in every other pair."""
+    """Give both runs turns for ``seconds``, each the first in every other pair of turns."""
     on.stop()
     off.stop()
     end = time.monotonic() + seconds
@@ -219,7 +224,7 @@ def alternate(on: SideRun, off: SideRun, seconds: float, turn: float) -> None:
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None, list[float]]:
-    """On over off: the geometric mean of the pairs, its standard error, and that of each pair."""
+    """Return on over off: the geometric mean of the pairs, its standard error, and the ratio of each pair."""
     each = [on / off for on, off in pairs]
     logs = np.log(each)
     mean = float(np.exp(logs.mean()))
@@ -228,15 +233,17 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None, li
 
 
 def per_process(costs: Sequence[Cost]) -> dict[str, float]:
-    """Microseconds of the processor per token."""
+    """Return microseconds of the processor per token by process."""
     used = sum((collections.Counter(cost.cpu) for cost in costs), collections.Counter[str]())
     tokens = sum(cost.tokens for cost in costs)
     return {name: round(seconds / tokens * 1e6, 2) for name, seconds in used.most_common()}
 
 
 def even_inputs(config: Path, folder: Path) -> dict[str, object]:
-    """Settings that make all steps alike: the model of ``config`` without a token that ends a response, and of its
-    prompts those of one length, the mean."""
+    """Return settings that make all steps alike.
+
+    They name copies of the config's model, without a token that ends a response, and of its prompts of mean length.
+    """
     settings = loading.load(config)
     prepare(settings)
     model, prompts = folder / "model", folder / "train.jsonl"
@@ -254,9 +261,9 @@ def even_inputs(config: Path, folder: Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def prometheus_beside(runs: Path) -> Iterator[list[psutil.Process]]:
-    """A Prometheus on the runs in ``runs``, to be stopped and let go on with a run."""
+    """Start a Prometheus on the runs in ``runs`` and yield its processes, to be stopped and continued with a run."""
     before = set(psutil.Process().children())
-    # Half of the time it is stopped, so that it would scrape twice as often as it does beside a run that is not.
+    # It is stopped half of the time: twice the interval on the clock is the usual one per second of the run's work.
     with prometheus.running(
         runs.parent / f"{runs.name}-data", runs=runs, rules=RULES, scrape_s=2 * prometheus.SCRAPE_S
     ):
@@ -264,7 +271,7 @@ def prometheus_beside(runs: Path) -> Iterator[list[psutil.Process]]:
 
 
 def publishing(rounds: int = 200) -> float:
-    """Seconds that the driver takes to publish one step and to write out one scrape."""
+    """Return the seconds that the driver takes to publish one step and to write out one scrape."""
     record = step_record(response_tokens=tuple(range(64)), segments=(1, 2) * 32, interruptions=(0, 1) * 32)
     with Metrics("pipeline") as metrics:
         publish.publish_start(metrics)
@@ -278,7 +285,7 @@ def publishing(rounds: int = 200) -> float:
 
 
 def measure(arguments: argparse.Namespace, runs: Path, *, on_first: bool) -> Pair:
-    """One pair of runs, from their start to their end."""
+    """Start one pair of runs, alternate between them, end them, and return their costs."""
     even = even_inputs(arguments.config, runs)
     settings = {"on": even | (OFF if arguments.control else {}), "off": even | OFF}
     with contextlib.ExitStack() as stack:
@@ -292,11 +299,11 @@ def measure(arguments: argparse.Namespace, runs: Path, *, on_first: bool) -> Pai
                 time.sleep(0.5)
                 run.read_steps()
         if not arguments.control:
-            on.beside = stack.enter_context(prometheus_beside(on.runs))
+            on.attached = stack.enter_context(prometheus_beside(on.runs))
         alternate(on, off, arguments.minutes * 60, arguments.turn)
-        on.go_on()
+        on.resume()
         scrape = on.scrape_seconds()
-        off.go_on()
+        off.resume()
         return Pair(on.cost(), off.cost(), scrape)
 
 
@@ -308,7 +315,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_moe.yaml")
     parser.add_argument("--control", action="store_true")
     arguments = parser.parse_args()
-    # An end from outside takes the runs along, also the one that is stopped.
+    # When this process is terminated, so are its runs, also the one that is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     pairs = []
     for number in range(arguments.pairs):

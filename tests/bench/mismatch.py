@@ -1,8 +1,8 @@
-"""What routing replay is worth: a bfloat16 engine against a float32 trainer, with R3, R2 and without replay.
+"""The benefit of routing replay: a bfloat16 engine against a float32 trainer, with R3, R2 and without replay.
 
-One training step's groups are recorded from the real pipeline, all of them sampled by the checkpoint's own weights.
-Then a fresh trainer on the same weights takes the same step in each mode, so what differs is numerics and routing, and
-nothing else. Printed last, one JSON line: engine dtype -> mode -> abs_mean, abs_max of |behaviour - trainer log-prob|,
+One training step's groups are recorded from a real run, all of them sampled by the checkpoint's own weights.
+Then a fresh trainer on the same weights takes the same step in each mode, so only numerics and routing differ. Printed
+last is one JSON line: engine dtype -> mode -> abs_mean, abs_max of |behaviour - trainer log-prob|,
 k3, and extreme_token_fraction (importance ratio outside of [1/2, 2]).
 
     .venv/bin/python -m tests.bench.mismatch [--groups 32] [--config configs/tiny_moe.yaml]
@@ -23,7 +23,7 @@ MODES = ("R3", "R2", "off")
 
 
 def record(config: Path, dtype: str, groups: int, folder: Path) -> list[Path]:
-    """The groups of the first step of a run, as wire-format files."""
+    """Return the groups of the first step of a run, as wire-format files."""
     settings = {
         "rollout.dtype": dtype,
         "trainer.steps": 1,
@@ -35,7 +35,7 @@ def record(config: Path, dtype: str, groups: int, folder: Path) -> list[Path]:
 
 
 def step(config: Path, mode: str, files: list[Path]) -> dict[str, float]:
-    """One step of a fresh trainer on these groups; in a process of its own, for Megatron's state is global."""
+    """Train one step with a fresh trainer on these groups, in a process of its own: Megatron's state is global."""
     from async_rl.config.loading import load
     from async_rl.queue import codec
     from async_rl.trainer.trainer import Trainer

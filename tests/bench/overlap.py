@@ -1,10 +1,10 @@
-"""How much time asynchrony saves: the same number of groups three ways, in turns, in one call.
+"""The time that asynchrony saves: the same number of groups trained three ways, in turns, in one call.
 
     async       engine on one core, trainer on the other, at the same time
     sync        the same split, one after the other: staleness_threshold = 0 and mode drain
     colocated   synchronous too, with both cores for each phase
 
-Each run is the real pipeline in processes of its own. Printed last, one JSON line:
+Each run is a real one in processes of its own. Printed last, one JSON line:
 wall_ratio_sync_over_async; ideal_ratio, what perfect overlap of the synchronous run's own phases would give (their sum
 over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time.
 

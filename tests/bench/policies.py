@@ -36,7 +36,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#0
 
 
 def run(config: Path, name: str, settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics.jsonl; it is run unless it has finished before."""
+    """Return the rows of the run's metrics.jsonl; it is run unless it has finished before."""
     path = folder / name.replace(", ", "-")
     summary = path / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["exit_reason"] != "finished":
@@ -45,7 +45,7 @@ def run(config: Path, name: str, settings: dict[str, Any], folder: Path) -> list
 
 
 def mean(pairs: list[tuple[float | None, int]]) -> float | None:
-    """Of values with weights, those that there are."""
+    """Return the weighted mean of the values that are not None, or None without any."""
     known = [(value, weight) for value, weight in pairs if value is not None and weight]
     return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
 

@@ -1,18 +1,19 @@
-"""How long training stands still when a process is killed, and generation for a push and for a checkpoint.
+"""How long training stalls after a process is killed, and how long generation pauses for a weight sync or a checkpoint.
 
     python -m tests.bench.recovery
 
-Real runs of the tests' small recipe. Of each kind a process is killed several times; the time is that from SIGKILL to
-the first training step after the process is back, of which the start of its replacement is nearly all. Generation's
-standstill is what each replica counts from the pause to the resume of a push, per push, in runs that differ in one
-setting. The last line of stdout is one JSON object:
+Real runs of the tests' small recipe. A process of each kind is killed several times; the time is that from SIGKILL to
+the first training step after the process is back, and nearly all of it is the start of the replacement. The standstill
+of generation is the time that each replica counts from the pause to the resume of a weight sync, in runs that differ in
+one setting. The last line of stdout is one JSON object:
 
     recovery_s            by kind: median of the kills
-    standstill_s          per push, mean over the replicas: "push"; "checkpoint" with a checkpoint at each push;
+    standstill_s          per weight sync, mean over the replicas: "push"; "checkpoint" with a checkpoint at each push;
                           "rolling" one replica after the other, of two; "together" the same two at once
-    checkpoint_over_push  standstill of a push with a checkpoint over that of one without
+    checkpoint_over_push  standstill of a weight sync with a checkpoint over that of one without
 """
 
+import argparse
 import json
 import os
 import re
@@ -88,7 +89,7 @@ def recovery(recipe: Path, folder: Path) -> dict[str, float]:
 
 
 def standstill(recipe: Path, folder: Path, replicas: int = 1, **settings) -> float:
-    """Seconds per push for which a replica generates nothing."""
+    """Return the seconds per weight sync for which a replica generates nothing."""
     folder.mkdir()
     run = Run(recipe, folder, rollout__replicas=replicas, **SETTINGS | settings)
     run.wait_for_step(5)
@@ -109,6 +110,7 @@ def paused(run: Run, replicas: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         for part in ("model", "recipe", "kills"):

@@ -1,12 +1,12 @@
-"""What routing replay costs: in the trainer, on the wire, in the engine, and for the policy ``exact`` in extra tokens.
+"""The cost of routing replay in the trainer, on the wire and in the engine, and the extra tokens of policy ``exact``.
 
-The groups are real ones, recorded from a short run of the pipeline with routing policy ``exact``. What is compared runs
-in turns, one process of its own for each side, and only one of them works at a time. Printed last, one JSON line:
+The groups are real ones, recorded from a short run with routing policy ``exact``. The two sides of a comparison run in
+turns in one process each, and only one of them works at a time. Printed last is one JSON line:
 
     step_ratio_r3_over_off          a training step with R3 over one without replay, the same batches; median of rounds
     wire_bytes_ratio                bytes that routing adds to a message, over rows x layers x top-k x size of an id:
-                                    some 65 tokens, 4 layers and top 2, a few hundred bytes beside which the field
-                                    table and the alignment to 64 bytes count
+                                    some 65 tokens, 4 layers and top 2 are a few hundred bytes, so the field table
+                                    and the alignment to 64 bytes matter
     wire_bytes_ratio_large          the same of 2,048 made-up tokens of a model with 48 MoE layers and top 8
     engine_ratio_with_over_without  tokens/s of the engine returning routing, over those of one that does not
     exact_extra_token_fraction      positions that ``exact`` computes beyond one pass over each trajectory, as a share
@@ -41,7 +41,7 @@ PROMPTS, MAX_TOKENS = 64, 150
 
 
 def record(config: Path, folder: Path) -> list[Path]:
-    """The groups of a run's last steps, as wire-format files."""
+    """Return the groups of a run's last steps, as wire-format files."""
     settings = {
         "async_training.partial_rollout.routing": "exact",
         "trainer.steps": STEPS,
@@ -71,7 +71,7 @@ def open_trainer(config: Path, mode: str, files: list[Path]) -> None:
 
 
 def step(index: int) -> float:
-    """Seconds of one training step on the ``index``-th batch."""
+    """Return the seconds of one training step on the ``index``-th batch."""
     trainer, groups = _worker
     batches = len(groups) // GROUPS_PER_STEP
     start = index % batches * GROUPS_PER_STEP
@@ -83,12 +83,12 @@ def step(index: int) -> float:
 # ---- the engine's side ----
 
 
-def open_engine(config: Path, returns_routing: bool) -> None:
+def open_engine(config: Path, side: str) -> None:
     global _worker
     from async_rl.config.loading import load
     from async_rl.rollout.engine.vllm.engine import VllmEngine
 
-    settings = {"rollout.return_routed_experts": returns_routing, "trainer.router_replay": "R2"}
+    settings = {"rollout.return_routed_experts": side == "with", "trainer.router_replay": "R2"}
     loop = asyncio.new_event_loop()
     engine = VllmEngine(load(config, settings), 0)
     loop.run_until_complete(engine.start())
@@ -96,7 +96,7 @@ def open_engine(config: Path, returns_routing: bool) -> None:
 
 
 def generate(seed: int) -> float:
-    """Tokens per second over a batch of prompts."""
+    """Return the tokens per second over a batch of prompts."""
     from async_rl.rollout.engine.interface import Sampling
 
     loop, engine = _worker
@@ -122,7 +122,7 @@ def close_engine() -> None:
 
 
 def without_own_routing(trajectory: Trajectory) -> Trajectory:
-    """As policy ``replace`` has it: the last call's rows only."""
+    """Return the trajectory as policy ``replace`` has it, with the last call's rows only."""
     return replace(trajectory, segments=tuple(replace(s, routed_experts=None) for s in trajectory.segments))
 
 
@@ -174,7 +174,7 @@ def extra_fraction(trajectories: list[Trajectory]) -> float:
 
 
 def alternately(sides: dict[str, Any], function: Any, rounds: int) -> dict[str, list[float]]:
-    """The first call of each side is not counted: it compiles and allocates."""
+    """Call ``function`` on each side in turns; the first call of each does not count, because it compiles."""
     values: dict[str, list[float]] = {side: [] for side in sides}
     for index in range(rounds + 1):
         for side in sides if index % 2 else reversed(sides):
@@ -211,7 +211,7 @@ def main() -> None:
     with ProcessPoolExecutor(1, spawn) as with_routing, ProcessPoolExecutor(1, spawn) as without:
         pools = {"with": with_routing, "without": without}
         for side, pool in pools.items():
-            pool.submit(open_engine, arguments.config, side == "with").result()
+            pool.submit(open_engine, arguments.config, side).result()
         rates = alternately(pools, generate, arguments.rounds)
         for pool in pools.values():
             pool.submit(close_engine).result()

@@ -1,4 +1,4 @@
-"""A real run of the pipeline, as the benchmarks start it; one that fails ends the benchmark."""
+"""Real runs as the benchmarks start them; a run that fails ends its benchmark."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(config: Path, runs: Path, name: str, settings: Mapping[str, object]) -> Path:
-    """``async-rl train`` to its end; the run folder ``runs``/``name``."""
+    """Run ``async-rl train`` to its end and return the run folder ``runs``/``name``."""
     command = _command(config, runs, name, settings)
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -18,7 +18,7 @@ def train(config: Path, runs: Path, name: str, settings: Mapping[str, object]) -
 
 
 def start(config: Path, runs: Path, name: str, settings: Mapping[str, object]) -> subprocess.Popen[bytes]:
-    """``async-rl train``, under way."""
+    """Start ``async-rl train`` and return its process."""
     command = _command(config, runs, name, settings)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -1,10 +1,10 @@
-"""What the two knobs of staleness buy and cost, over a fleet in virtual time around the real broker.
+"""The effect of the two staleness settings, over a fleet in virtual time around the real broker.
 
     python -m tests.bench.staleness [--figure docs/figures/staleness.svg]
 
 16 replicas of 6 groups each, 32 groups per training step of about one second. A group takes a second in the median and
-five in the 95th percentile (log-normal), which is what long-tailed responses look like. No machine is measured: these
-are the budget's own consequences. The last line of stdout is one JSON object: by staleness_threshold, the share of the
+five in the 95th percentile (log-normal), like long-tailed responses. No machine is measured: these are consequences of
+the budget alone. The last line of stdout is one JSON object: by staleness_threshold, the share of the
 time in which the trainer works, and of the trained groups the mean and the largest staleness of the oldest token.
 """
 
@@ -42,7 +42,7 @@ def measure(threshold: float, trigger: int, max_staleness: int, on_stale: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path)
     figure = parser.parse_args().figure
     by_trigger = {t: {str(x): measure(x, t, 100, "mask") for x in THRESHOLDS} for t in TRIGGERS}

@@ -54,8 +54,8 @@ def make_groups(count: int, seed: int) -> list[Group]:
     return groups
 
 
-def resident_bytes(peak: bool) -> int:
-    """Of this process, now or at most so far."""
+def resident_bytes(*, peak: bool) -> int:
+    """Return the resident memory of this process now, or its ``peak`` so far."""
     name = "VmHWM" if peak else "VmRSS"
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
@@ -79,7 +79,7 @@ def open_side(side: str, folder: Path, tokens: int) -> None:
 
 
 def step(groups: list[Group]) -> tuple[float, float]:
-    """(seconds, share of computed positions that are padding)."""
+    """Train one step; return (seconds, share of computed positions that are padding)."""
     began = time.perf_counter()
     padding = _side.step(groups)
     return time.perf_counter() - began, padding

@@ -435,7 +435,7 @@ async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine,
     await engine.start_weight_update()
     with pytest.raises(WeightSyncError, match="it was not finished"):
         await engine.resume()
-    with pytest.raises(WeightSyncError, match="a push ended without weights"):
+    with pytest.raises(WeightSyncError, match="finished, but no weights were received"):
         await engine.finish_weight_update()
     announced = trainer.sender._file.write(weights.items())
     trainer.version += 1

@@ -15,11 +15,11 @@ from async_rl.weights.canary import (
     TOKENS,
     agrees,
     compare,
+    greedy_cover,
     make_probe,
     mismatch,
     reached,
     tolerance,
-    worth_adding,
 )
 
 
@@ -117,8 +117,8 @@ def test_experts_are_reached_by_layer():
 def test_only_sequences_that_reach_more_are_added_the_most_useful_first():
     known = reached([routing([0, 1])], SPEC)
     candidates = [routing([0, 1]), routing([2, 0]), routing([2, 3], [3, 4]), routing([5, 4])]
-    assert worth_adding(known, candidates, SPEC) == [2, 3]
-    assert worth_adding(np.ones((2, 6), bool), candidates, SPEC) == []
+    assert greedy_cover(known, candidates, SPEC) == [2, 3]
+    assert greedy_cover(np.ones((2, 6), bool), candidates, SPEC) == []
 
 
 @given(st.integers(0, 50))
@@ -126,7 +126,7 @@ def test_what_is_added_reaches_all_that_the_candidates_reach(seed):
     rng = np.random.default_rng(seed)
     routed = [rng.integers(0, 6, (3, 2, 2)).astype(np.uint8) for _ in range(8)]
     known = rng.random((2, 6)) < 0.3
-    chosen = worth_adding(known, routed, SPEC)
+    chosen = greedy_cover(known, routed, SPEC)
     assert len(set(chosen)) == len(chosen)
     np.testing.assert_array_equal(known | reached([routed[i] for i in chosen], SPEC), known | reached(routed, SPEC))
 

@@ -7,11 +7,11 @@ from async_rl.weights.fingerprint import (
     NOISE,
     WIDTH,
     blame,
+    describe_layer_drift,
+    describe_routing_drift,
     layer_differences,
     projection,
     routing_differences,
-    say_layers,
-    say_routing,
 )
 
 HIDDEN, TOKENS, LAYERS = 64, 40, 6
@@ -39,7 +39,7 @@ def stream(fault=None, size=0.1, noise=0.0, embedding_fault=0.0, contribution=1.
 def test_the_layer_whose_weights_are_off_is_named_and_no_other(layer, size):
     differences = layer_differences(stream(layer, size), stream())
     assert [d.name for d in blame(differences, NOISE["float32"])] == [f"layer {layer}"]
-    assert f"differs most in layer {layer} " in say_layers(stream(layer, size), stream(), NOISE["float32"])
+    assert f"differs most in layer {layer} " in describe_layer_drift(stream(layer, size), stream(), NOISE["float32"])
 
 
 def test_a_layer_that_adds_little_is_named_all_the_same():
@@ -56,7 +56,7 @@ def test_other_embeddings_are_named_and_not_the_layers_after_them():
 
 def test_rounding_blames_nobody():
     assert blame(layer_differences(stream(noise=1e-7), stream()), NOISE["float32"]) == []
-    assert "the final norm or the output layer" in say_layers(stream(), stream(), NOISE["float32"])
+    assert "the final norm or the output layer" in describe_layer_drift(stream(), stream(), NOISE["float32"])
 
 
 def test_a_stream_that_is_not_finite_is_infinitely_far():
@@ -75,9 +75,11 @@ def test_routing_that_differs_is_told_by_layer_whatever_the_order_of_experts():
     ours = [np.array([[[0, 1], [2, 3]], [[4, 5], [1, 0]]], np.uint8)]
     same = [ours[0][..., ::-1].copy()]
     assert routing_differences(ours, same, (0, 3)) == [(0, 0.0), (3, 0.0)]
-    assert "same experts in every layer" in say_routing([(0, 0.0), (3, 0.0)], first=True)
+    assert "same experts in every layer" in describe_routing_drift([(0, 0.0), (3, 0.0)], first=True)
     theirs = [ours[0].copy()]
     theirs[0][1, 1] = [2, 3]
     assert routing_differences(ours, theirs, (0, 3)) == [(0, 0.0), (3, 0.5)]
-    assert say_routing([(0, 0.1), (3, 0.5)], first=True).endswith("is layer 0 (10% of rows)")
-    assert say_routing([(0, 0.1), (3, 0.5)], first=False).endswith("in layer 3 (50% of rows), layer 0 (10% of rows)")
+    assert describe_routing_drift([(0, 0.1), (3, 0.5)], first=True).endswith("is layer 0 (10% of rows)")
+    assert describe_routing_drift([(0, 0.1), (3, 0.5)], first=False).endswith(
+        "in layer 3 (50% of rows), layer 0 (10% of rows)"
+    )

@@ -193,7 +193,7 @@ async def test_in_flight_generations_cannot_be_undone_so_nothing_is_tried_again(
 async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3_only():
     subject, _ = sync(Engine(renumber=1))
     with pytest.raises(
-        WeightSyncMismatch, match=r"another numbering.*differs most in layer 0 \(100% of rows\), layer 2"
+        WeightSyncMismatch, match=r"number experts.*differently.*differs most in layer 0 \(100% of rows\), layer 2"
     ):
         await subject.begin()
     subject, _ = sync(Engine(renumber=1), trainer={"router_replay": "R2"})
@@ -354,7 +354,7 @@ async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
     monkeypatch.setattr("async_rl.weights.sync.BATCHES", 1)
     monkeypatch.setattr("async_rl.weights.sync.CANDIDATES", 2)
     # Each time, some candidate reaches what nothing reached before.
-    monkeypatch.setattr("async_rl.weights.sync.worth_adding", lambda *_: [0])
+    monkeypatch.setattr("async_rl.weights.sync.greedy_cover", lambda *_: [0])
     subject, _ = sync(Engine(reach=EXPERTS - 1))
     first, newest = [sequence.tobytes() for sequence in subject._probe], []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""What vLLM's worker class is extended with (``worker_extension_cls``); runs in the process that holds the model."""
+"""The extension of vLLM's worker class (``worker_extension_cls``), which runs in the process that holds the model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from async_rl.weights.vllm.fingerprint import FingerprintExtension
 
 
 class WorkerExtension(FingerprintExtension):
-    """Methods for ``AsyncLLM.collective_rpc``. Their names must not be any of vLLM's worker class."""
+    """Methods for ``AsyncLLM.collective_rpc``. Their names must differ from those of vLLM's worker class."""
 
     def abandon_weight_update(self) -> None:
-        """End an update that its sender, dead by now, did not finish, so that another one can begin.
+        """End an update whose sender died before it was finished, so that another one can begin.
 
-        What it left of the weights must be overwritten before the engine computes again. vLLM 0.30 has no way to do
-        this: it refuses a new update while one is active, and an update that received nothing cannot be finished.
+        The weights may be half overwritten: send them again before the engine computes. vLLM 0.30 has no way to do
+        this itself: it refuses a new update while one is active, and cannot finish one that received nothing.
         """
         worker: Any = self
         if worker._weight_update_active:

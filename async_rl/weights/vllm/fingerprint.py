@@ -1,9 +1,9 @@
-"""Fingerprints of the engine's residual stream, taken by the ``vllm_extension`` of vLLM's worker class.
+"""Fingerprints of the engine's residual stream, taken by the ``extension`` of vLLM's worker class.
 
-Runs in the process that holds the model. Hooks are on the model between ``begin_fingerprints`` and
-``end_fingerprints`` only, that is while a canary that disagreed is looked into. Knows the layout that vLLM 0.30 gives
-the supported architectures: ``model.model.embed_tokens``, and ``model.model.layers`` that return (what they add last,
-the stream before it). In a compiled graph no hook fires, and there are no fingerprints then.
+Runs in the process that holds the model. The model has hooks only between ``begin_fingerprints`` and
+``end_fingerprints``, that is while a canary that disagreed is diagnosed. Knows the layout that vLLM 0.30 gives the
+supported architectures: ``model.model.embed_tokens``, and ``model.model.layers``, each of which returns (its last
+contribution, the stream before it). In a compiled graph no hook fires, and there are no fingerprints then.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ class FingerprintExtension:
     """Methods for ``AsyncLLM.collective_rpc``. Their names must not be any of vLLM's worker class."""
 
     def begin_fingerprints(self, sequences: list[list[int]]) -> None:
-        """Watch for these token sequences, each computed in one go from its first token."""
+        """Start to watch for these token sequences, each computed in one pass from its first token."""
         worker: Any = self
         worker.async_rl_recorder = _Recorder(worker.get_model(), sequences)
 
     def end_fingerprints(self) -> list[Any]:
-        """[L+1][N][WIDTH] of each sequence as nested lists, which vLLM's wire format takes; None where one was not seen
-        whole. Takes the hooks off."""
+        """Remove the hooks; return fingerprints [L+1][N][WIDTH] by sequence, or None for one that was not seen whole.
+
+        They are nested lists, because that is what vLLM's wire format takes.
+        """
         worker: Any = self
         recorder: _Recorder = worker.async_rl_recorder
         del worker.async_rl_recorder
@@ -35,12 +37,12 @@ class FingerprintExtension:
 
 
 class _Recorder:
-    """Finds the rows of the sequences in each forward pass, among those of whatever else the engine computes."""
+    """Finds the rows of the sequences in each forward pass, among the rows of other requests."""
 
     def __init__(self, model: Any, sequences: Sequence[list[int]]) -> None:
         self._sequences = sequences
         self.rows: list[list[Any]] = [[] for _ in sequences]
-        self._where: dict[int, slice] = {}  # sequence -> its rows in the pass under way
+        self._where: dict[int, slice] = {}  # sequence -> its rows in the current pass
         layers = list(model.model.layers)
         self.entries = len(layers) + 1
         self._projection: torch.Tensor | None = None
@@ -48,7 +50,7 @@ class _Recorder:
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.model.embed_tokens.register_forward_hook(lambda _m, _i, output: self._record(output)),
             *(
-                # Summed here and now: the next layer's norm adds in place.
+                # Summed at once: the next layer's norm adds in place.
                 layer.register_forward_hook(lambda _m, _i, output: self._record(output[0].float() + output[1].float()))
                 for layer in layers
             ),

@@ -2,8 +2,8 @@
 
 The expert weights of a CPU engine are packed for its kernel when they are first loaded. ``UnquantizedFusedMoEMethod``
 packs only while its ``moe_kernel`` is unset, so a second load copies plain weights into storage that the kernel reads
-as packed: pushing a model's own weights moved log-probs by 0.04 on average. With the kernel forgotten beforehand a
-reload takes the path of the first load, and is exact to the bit.
+as packed: sending a model its own weights moved log-probs by 0.04 on average. Without a kernel, a reload takes the
+path of the first load and is exact to the bit.
 
 Only CPU engines are touched: elsewhere CUDA graphs hold the addresses that the kernel was built with. The test
 ``test_vllm_still_skips_packing_on_reload`` fails once vLLM packs on its own, and then this file can go.
@@ -22,11 +22,17 @@ VLLM_VERSION = "0.30."
 
 
 def forget_moe_kernels(model: torch.nn.Module) -> int:
-    """Call before each reload. Returns how many layers it reset; raises WeightSyncError for an unknown vLLM."""
+    """Reset the kernel of each MoE layer; call it before each reload. Returns the number of layers.
+
+    Raises WeightSyncError for a version of vLLM that it was not written for.
+    """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return 0
     if not vllm.__version__.startswith(VLLM_VERSION):
-        raise WeightSyncError(f"reloading MoE weights on CPU is known for vLLM {VLLM_VERSION}x, not {vllm.__version__}")
+        raise WeightSyncError(
+            f"MoE weights can be reloaded on the CPU with vLLM {VLLM_VERSION}x, but vLLM is {vllm.__version__}; "
+            f"install vLLM {VLLM_VERSION}x"
+        )
     count = 0
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)

@@ -1,4 +1,4 @@
-"""What vLLM loads in each of its processes: our weight-transfer backends, and the tie to the parent's life.
+"""The plugin that vLLM loads in each of its processes: registers the transfer backends, ends engines with their parent.
 
 The entry point is declared in pyproject.toml under ``vllm.general_plugins``. Knows vLLM's two factories and ``shm``.
 """
@@ -14,13 +14,13 @@ from async_rl.runtime.process import signal_on_parent_death
 
 log = logging.getLogger(__name__)
 
-# Names that vLLM gives to the processes that it starts. Only they are tied to their parent: this module is loaded
-# in the parent too, which is the user's process and none of our business.
+# Names that vLLM gives to the processes that it starts. Only these end with their parent: this module is loaded in the
+# parent too, which is the user's process.
 ENGINE_PROCESSES = ("EngineCore", "VllmWorker")
 
 
 def register() -> None:
-    """Register the backends on both sides, and die with the parent if this is an engine process. Idempotent."""
+    """Register the backends of both sides; an engine process also ends with its parent from now on. Idempotent."""
     from vllm.distributed.weight_transfer.factory import (
         WeightTransferEngineFactory,
         WeightTransferTrainerFactory,
@@ -38,10 +38,10 @@ def register() -> None:
 
 
 def _allow_amx() -> None:
-    """Ask the kernel for the use of AMX, which it grants by process.
+    """Ask the kernel for permission to use AMX, which it grants per process.
 
-    The CPU attention of vLLM 0.30 uses it in bfloat16 wherever the processor has it, and does not ask: the engine core
-    dies of an illegal instruction.
+    The CPU attention of vLLM 0.30 uses AMX in bfloat16 on every processor that has it, without asking: the engine core
+    then dies of an illegal instruction.
     """
     import torch
 
@@ -52,15 +52,15 @@ def _allow_amx() -> None:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, even by SIGKILL; exit now if it is dead already.
 
-    Without it an engine whose parent is killed lives on: vLLM's own watch on its parent is a signal handler there.
-    The kernel sends the signal when the *thread* that started this process ends, so an engine must be started
-    from a thread that lives as long as the engine.
+    Otherwise an engine would outlive a killed parent, because vLLM relies on a signal handler in the parent. The kernel
+    sends the signal when the *thread* that started this process ends, so an engine must be started from a thread that
+    lives as long as the engine.
     """
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         return
     signal_on_parent_death(signal.SIGKILL)
-    # The parent may have died before the call above; then nobody will send the signal.
+    # The parent may have died before the call above; then no signal will come.
     if os.getppid() != parent.pid:
-        log.error("parent %d is gone, so this engine process ends", parent.pid)
+        log.error("engine_parent_died parent=%d", parent.pid)  # The standard library's logger: it takes no fields.
         os._exit(1)

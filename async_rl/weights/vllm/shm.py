@@ -1,8 +1,8 @@
 """The ``shm`` weight-transfer backend of vLLM: trainer and engine on one host, weights through ``shm_file``.
 
-Two classes that vLLM's factories know by ``vllm_plugin``. The trainer's end runs on every trainer rank (gathering a
-parameter may take them all), and rank 0 writes and announces; the engine's end verifies everything before it touches
-the model, so that a push that is refused leaves the weights as they were.
+Owns the two classes that ``plugin`` registers with vLLM's factories. The trainer's end runs on every trainer rank,
+because gathering a parameter may take them all; rank 0 writes and announces. The engine's end verifies everything
+before it touches the model, so that a transfer that is refused leaves the weights as they were.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from async_rl.weights.vllm.moe_repack import forget_moe_kernels
 
 @dataclass
 class ShmInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not followed
-    """The name table that every push will have: [name, dtype, shape] of each tensor."""
+    """The name table of every transfer: [name, dtype, shape] of each tensor."""
 
     table: list[list[Any]]
 
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is not followed
-    """One round; the fields of ``shm_file.Announcement``."""
+    """The announcement of one round, with the fields of ``shm_file.Announcement``."""
 
     pid: int
     fd: int
@@ -49,13 +49,13 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is 
 
 @dataclass
 class ShmTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
-    """Nothing besides the trainer's rank: the memory file has no address to agree on."""
+    """The trainer's rank alone: the memory file has no address to agree on."""
 
     backend: ClassVar[str] = "shm"
 
 
 class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):  # type: ignore[misc]
-    """The trainer's end."""
+    """The trainer's end, which gathers the weights, writes them to the file and announces each round."""
 
     init_info_cls = ShmTrainerInitInfo
 
@@ -75,7 +75,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         source: WeightSource | None = None,
     ) -> Self:
         if source is None:
-            raise WeightSyncError("the shm backend pushes whole models: it needs a WeightSource")
+            raise WeightSyncError("the shm backend transfers whole models: it needs a WeightSource")
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
     def send_weights(self) -> None:
@@ -95,7 +95,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):  # type: ignore[misc]
-    """The engine's end, in the process that holds the model."""
+    """The engine's end, in the process that holds the model; it verifies a round and then loads it."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -107,8 +107,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         super().__init__(*args)
         self._table: list[TensorMeta] | None = None
         self._received = False
-        # It warns of each layer that was given no weights, at each push: of the rotary embedding, which has none.
-        # That nothing is missing is known from the name table.
+        # At each transfer it warns of every layer that received no weights: of the rotary embedding, which has none.
+        # The name table already proves that nothing is missing.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
@@ -119,7 +119,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self._table = table
 
     def start_weight_update(self) -> None:
-        # Layerwise reloading would take the model apart here, before anything was verified; see receive_weights.
+        # Layerwise reloading would take the model apart here, before anything is verified; see receive_weights.
         self._received = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         )
 
         if self._table is None:
-            raise WeightSyncError("a push came before init_weight_transfer_engine")
+            raise WeightSyncError("update_weights was called before init_weight_transfer_engine")
         tensors = read(Announcement(**vars(update_info)), self._table)
         with torch.no_grad():
             forget_moe_kernels(self.model)
@@ -144,7 +144,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         if not self._received:
-            raise WeightSyncError("a push ended without weights")
+            raise WeightSyncError("the weight transfer was finished, but no weights were received")
 
     def shutdown(self) -> None:
-        """Nothing is held between two pushes."""
+        """Do nothing: no resource is held between two transfers."""

@@ -1,4 +1,4 @@
-"""The trainer's weights as vLLM's weight transfer wants them: a WeightSource over a stream of named tensors.
+"""The trainer's weights in the form that vLLM's weight transfer takes: a WeightSource over a stream of named tensors.
 
 Knows vLLM's weight-transfer base class, not Megatron. Importing this module imports part of vLLM (about 3.5 s and
 270 MiB without an engine), so the trainer does so only when asked for a source.
@@ -16,7 +16,7 @@ from async_rl.models.names import Meta
 
 
 class NamedWeights(Protocol):
-    """What ``trainer.export.Weights`` is: metadata, and the tensors in its order, on the sending rank at least."""
+    """A stream of named tensors in the order of its metadata, such as ``trainer.export.Weights``."""
 
     def metadata(self) -> list[Meta]: ...
 
@@ -24,14 +24,16 @@ class NamedWeights(Protocol):
 
 
 class StreamedSource(WeightSource):  # type: ignore[misc]  # vLLM is not followed
-    """Streams ``weights``, tensor by tensor. Every trainer rank has one and iterates in step with the others; ranks
-    that do not send get None for a tensor, and have no use for one."""
+    """Streams ``weights``, tensor by tensor; every trainer rank has one and iterates in step with the others.
+
+    Ranks that do not send get None in place of each tensor.
+    """
 
     def __init__(self, weights: NamedWeights) -> None:
         self._weights = weights
 
     def metadata(self) -> list[ParamMeta]:
-        """Name, dtype and shape of everything that iteration yields, in the same order."""
+        """Return name, dtype and shape of each tensor that iteration yields, in the same order."""
         return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in self._weights.metadata()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:

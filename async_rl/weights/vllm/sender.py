@@ -1,4 +1,4 @@
-"""The trainer's end of a weight push: vLLM's transfer backend, and the client that reaches the rollout actors.
+"""The trainer's end of a weight transfer: vLLM's transfer backend, and the client that reaches the rollout actors.
 
 Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processes import this module.
 """
@@ -23,21 +23,21 @@ from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
     """vLLM's client for Ray actors, which also names the policy version when an update is finished.
 
-    vLLM's trainer engines finish an update without a version (``send_weights`` takes no argument), so the
-    version of the push under way is kept here.
+    vLLM's trainer engines finish an update without a version (``send_weights`` takes no argument), so the version of
+    the transfer in progress is kept here.
     """
 
     def __init__(self, rollout_workers: Sequence[Any]) -> None:
         super().__init__(list(rollout_workers))
-        self.everyone = list(rollout_workers)
+        self.all_handles = list(rollout_workers)
         self.version = 0
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         super().finish_weight_update(weight_version or str(self.version))
 
 
-class WeightPusher:
-    """Sends ``source`` to the rollout actors at each ``push``. Every trainer rank holds one and calls it in step."""
+class WeightSender:
+    """Transfers ``source`` to the rollout actors at each ``send``; every trainer rank has one and calls it in step."""
 
     def __init__(self, config: RunConfig, rank: int, *, source: WeightSource, rollout_workers: Sequence[Any]) -> None:
         register()
@@ -46,14 +46,15 @@ class WeightPusher:
             _init_info(config, rank), client=self._client, source=source
         )
 
-    def push(self, version: int, only: int | None = None) -> None:
-        """``only``: the place of one rollout actor among them, which is sent to alone."""
-        everyone = self._client.everyone
-        self._client.handles = everyone if only is None else [everyone[only]]
+    def send(self, version: int, only: int | None = None) -> None:
+        """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""
+        handles = self._client.all_handles
+        self._client.handles = handles if only is None else [handles[only]]
         self._client.version = version
         self._engine.send_weights()
 
     def close(self) -> None:
+        """Release what the backend holds, such as its shared memory."""
         self._engine.shutdown()
 
 
