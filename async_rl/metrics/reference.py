@@ -1,4 +1,4 @@
-"""docs/metrics.md, written from the declarations: ``python -m async_rl.metrics.reference > docs/metrics.md``."""
+"""docs/reference/metrics.md, written from the declarations: ``python -m async_rl.metrics.reference > docs/metrics.md``."""
 
 from __future__ import annotations
 
