@@ -1,7 +1,7 @@
 """Each model family against transformers: log-probs, gradients with routing forced equal, and the way there and back;
 alone and spread over ranks. Real Megatron, float32, CPU.
 
-`pytest -s` prints the table that docs/trainer.md quotes.
+`pytest -s` prints the table that docs/evidence/trainer.md quotes.
 """
 
 import shutil

@@ -1,7 +1,7 @@
 """Every parallel layout computes what one rank computes: loss, gradient norm, parameters after three updates,
 log-probs, the routing that is recorded, fingerprints, exported weights. Real Megatron over gloo, float32.
 
-`pytest -s` prints the table that docs/trainer.md quotes.
+`pytest -s` prints the table that docs/evidence/trainer.md quotes.
 """
 
 import numpy as np
