@@ -31,13 +31,13 @@ SOURCES = ("async_rl", "tests", "dashboards", "docs/examples")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMANDS = re.compile(r"-m ((?:async_rl|tests)(?:\.\w+)+)")
+COMMANDS = re.compile(r"-m ((?:async_rl|tests)(?:\.[a-z_]\w*)+)\b")
 TEST_FILES = re.compile(r"\btests/[\w/]+\.py\b")
 FILE = re.compile(
     r"^((?:[\w.-]+/)*[\w.-]+\.(?:py|md|ya?ml|toml|sh|txt|svg|png|json|Dockerfile))(?::([A-Za-z_][\w.]*))?$"
 )
 FOLDER = re.compile(r"^((?:[\w.-]+/)+)$")
-MODULE = re.compile(r"^((?:async_rl|tests)(?:\.\w+)+)(?::(\w+))?(?:\(.*\))?$")
+MODULE = re.compile(r"^((?:async_rl|tests)(?:\.[a-z_]\w*)+)(?::(\w+))?(?:\(.*\))?$")
 METHOD = re.compile(r"^([A-Z]\w+)((?:\.\w+)+)(?:\(.*\))?$")
 CLASS = re.compile(r"^[A-Z][a-z0-9]+(?:[A-Z][a-z0-9]*)+$")
 DOTTED = re.compile(r"^([a-z_]+)((?:\.[a-z_0-9]+)+)(?:[ :=].*)?$")
@@ -78,6 +78,7 @@ def names_in(body: list[ast.stmt]) -> dict[str, ast.stmt]:
     return found
 
 
+@functools.cache
 def attributes_of(node: ast.ClassDef) -> set[str]:
     """Methods, fields and what is assigned to self; also those of its bases, as far as they are ours."""
     found = set(names_in(node.body))
@@ -131,8 +132,9 @@ def claims_to_exist(name: str) -> bool:
     return first not in (".cache", ".venv", "dist", "runs") and any((base / first).is_dir() for base in (ROOT, PACKAGE))
 
 
-def settings() -> set[str]:
-    return {key for key, _ in leaves()}
+@functools.cache
+def settings() -> frozenset[str]:
+    return frozenset(key for key, _ in leaves())
 
 
 def span_fault(text: str, document: Path) -> str | None:
