@@ -96,7 +96,7 @@ def attributes_of(node: ast.ClassDef) -> set[str]:
 def classes() -> dict[str, list[ast.ClassDef]]:
     found: dict[str, list[ast.ClassDef]] = {}
     for path in python_files():
-        for node in ast.walk(tree(path)):
+        for node in tree(path).body:
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(node)
     return found
