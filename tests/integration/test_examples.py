@@ -1,23 +1,17 @@
 """Each example of docs/examples runs: two training steps for real, on the tiny random model."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import yaml
 
 from async_rl.config.loading import load
-from tests.support.real_run import ROOT
+from tests.support.real_run import ROOT, Run
 
 EXAMPLES = sorted(path.parent for path in (ROOT / "docs" / "examples").glob("*/config.yaml"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_a_config_a_readme_and_code(example):
-    config = load(example / "config.yaml", {})
-    assert config.name == example.name
+    assert load(example / "config.yaml", {}).name == example.name
     assert f"docs/examples/{example.name}/config.yaml" in (example / "README.md").read_text()
     assert list(example.glob("*.py"))
 
@@ -25,29 +19,26 @@ def test_an_example_is_a_config_a_readme_and_code(example):
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_trains(example, recipe, tmp_path):
-    settings = yaml.safe_load(Path(recipe).read_text())
-    overrides = {
-        "model.path": settings["model"]["path"],
-        "data.train": settings["data"]["train"],
-        "data.eval": settings["data"]["eval"],
-        "runs": str(tmp_path / "runs"),
-        "prepare": "null",
-        "trainer.steps": "2",
-        "trainer.groups_per_step": "2",
-        "rollout.n": "2",
-        "rollout.max_num_seqs": "8",
-        "eval.n": "4",
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "async_rl.cli", "train", str(example / "config.yaml")]
-        + [f"--{key}={value}" for key, value in overrides.items()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(example)])},
-        timeout=600,
+def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(example))
+    tiny = yaml.safe_load(recipe.read_text())
+    run = Run(
+        example / "config.yaml",
+        tmp_path,
+        name="run",
+        prepare="null",
+        model__path=tiny["model"]["path"],
+        data__train=tiny["data"]["train"],
+        data__eval=tiny["data"]["eval"],
+        trainer__steps=2,
+        trainer__groups_per_step=2,
+        rollout__n=2,
+        rollout__max_num_seqs=8,
+        eval__n=4,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    lines = (tmp_path / "runs" / example.name / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    try:
+        assert run.wait() == 0, run.output
+        assert run.summary["exit_reason"] == "finished"
+        assert len(run.rows) == 2
+    finally:
+        run.close()
