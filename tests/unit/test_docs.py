@@ -32,7 +32,8 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMANDS = re.compile(r"-m ((?:async_rl|tests)(?:\.[a-z_]\w*)+)\b")
-TEST_FILES = re.compile(r"\btests/[\w/]+\.py\b")
+FILES = re.compile(r"\b(?:async_rl|configs|dashboards|docs|launch|tests)/[\w/.-]+\.(?:py|ya?ml|sh|json|md)\b")
+TARGETS = re.compile(r"(?:^    |`)make ([a-z][\w-]*)", re.M)
 FILE = re.compile(
     r"^((?:[\w.-]+/)*[\w.-]+\.(?:py|md|ya?ml|toml|sh|txt|svg|png|json|Dockerfile))(?::([A-Za-z_][\w.]*))?$"
 )
@@ -197,13 +198,20 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@functools.cache
+def make_targets() -> frozenset[str]:
+    rules = re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), re.M)
+    return frozenset(name for rule in rules for name in rule.split())
+
+
 def faults(document: Path) -> list[str]:
     text = document.read_text()
     prose = "\n".join(line for line in FENCE.sub("", text).splitlines() if not line.startswith("    "))
     found = [link_fault(target, document) for target in LINK.findall(prose)]
     found += [span_fault(span, document) for span in SPAN.findall(prose)]
     found += [module_fault(module, None) for module in COMMANDS.findall(text)]
-    found += [f"no such file: {name}" for name in TEST_FILES.findall(text) if not (ROOT / name).exists()]
+    found += [f"no such file: {name}" for name in FILES.findall(text) if not ((ROOT / name).exists() or "/my_" in name)]
+    found += [f"no such target: make {name}" for name in TARGETS.findall(text) if name not in make_targets()]
     return sorted({fault for fault in found if fault is not None})
 
 
