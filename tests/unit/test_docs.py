@@ -220,6 +220,53 @@ def test_everything_that_a_document_names_exists(name):
     assert not faults(ROOT / name)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Trainer.resume",
+        "NoSuchClass",
+        "NoSuchClass.method",
+        "trainer/nowhere.py",
+        "trainer/losses.py:nothing",
+        "trainer/losses.py:Tokens.nothing",
+        "docs/nowhere/",
+        "async_rl.nowhere",
+        "async_rl.errors:nothing",
+        "trainer.los",
+        "rollout.enviroment.function",
+        'ppo_kl_of_nothing{staleness="0"}',
+    ],
+)
+def test_a_wrong_name_is_found(text):
+    assert span_fault(text, ROOT / "README.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Trainer.load",
+        "WeightSyncMismatch",
+        "trainer/losses.py:Tokens.select",
+        "docs/concepts/",
+        "async_rl.errors:ConfigError",
+        "async_rl.rollout.rewards.code.isolation()",
+        "trainer.loss",
+        "checkpoint.every N",
+        'ppo_kl{staleness="0"}',
+        "queue.journal",
+        "checkpoints/step-.../",
+    ],
+)
+def test_a_right_name_is_not(text):
+    assert span_fault(text, ROOT / "README.md") is None
+
+
+def test_a_broken_link_is_found():
+    assert link_fault("docs/nowhere.md", ROOT / "README.md")
+    assert link_fault("docs/index.md#nowhere", ROOT / "README.md")
+    assert link_fault("docs/index.md#concepts-how-it-works", ROOT / "README.md") is None
+
+
 def test_every_document_is_linked_from_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
     linked = {(ROOT / "docs" / target.partition("#")[0]).resolve() for target in LINK.findall(index)}
