@@ -296,7 +296,7 @@ def tour_rows() -> list[tuple[str, list[str]]]:
     return [(name, SPAN.findall(symbols)) for name, symbols in rows]
 
 
-def test_the_tour_is_eight_files_that_one_can_read_in_a_sitting():
+def test_the_tour_is_a_few_files_that_one_can_read_in_an_afternoon():
     rows = tour_rows()
     lines = {name: len((PACKAGE / name).read_text().splitlines()) for name, _ in rows if (PACKAGE / name).exists()}
     assert 5 <= len(rows) <= MAX_TOUR_FILES
