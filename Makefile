@@ -17,7 +17,7 @@ help:
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"
 	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
 	@echo "make lint    ruff and mypy alone"
-	@echo "make generate  what is written from code: docs/metrics.md, the dashboards"
+	@echo "make generate  what is written from code: docs/reference/metrics.md, the dashboards"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
 setup: $(STAMP)
@@ -34,7 +34,7 @@ observe: $(STAMP)
 	$(BIN)/async-rl observe runs
 
 generate: $(STAMP)
-	$(BIN)/python -m async_rl.metrics.reference > docs/metrics.md
+	$(BIN)/python -m async_rl.metrics.reference > docs/reference/metrics.md
 	$(BIN)/python -m async_rl.config.reference > docs/reference/settings.md
 	$(BIN)/python dashboards/build.py
 

@@ -58,7 +58,7 @@ class ResourceError(AsyncRLError):
 
 
 class InvalidTrajectory(AsyncRLError):
-    """A trajectory or group breaks an invariant (docs/architecture.md); the message names it."""
+    """A trajectory or group breaks an invariant (docs/concepts/architecture.md); the message names it."""
 
 
 class WireError(AsyncRLError):

@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the declarations: ``python -m async_rl.metrics.reference > docs/metrics.md``."""
+"""Writes docs/reference/metrics.md from the declarations of all metrics, to standard output."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from async_rl.data.prompts import read_jsonl
 from safetensors.numpy import load_file
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import RunConfig
+from async_rl.data.dataset import read_jsonl
 from async_rl.demo import checkpoint, task, warmup
 from async_rl.demo import prepare as preparing
 from async_rl.demo.tokenizer import CHARACTERS, EOS, EOS_ID, TOKENS, UNKNOWN

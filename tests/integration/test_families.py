@@ -3,7 +3,7 @@
 Compared are log-probs, gradients with routing forced equal, and weights loaded and exported again. Real Megatron,
 float32, CPU.
 
-`pytest -s` prints the table that docs/trainer.md quotes.
+`pytest -s` prints the table that docs/evidence/trainer.md quotes.
 """
 
 import shutil

@@ -3,7 +3,7 @@
 Compared are loss, gradient norm, parameters after three updates, log-probs, recorded routing, fingerprints and exported
 weights. Real Megatron over gloo, float32.
 
-`pytest -s` prints the table that docs/trainer.md quotes.
+`pytest -s` prints the table that docs/evidence/trainer.md quotes.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Engine and trainer compute the same function: against each other, against transformers, after interruptions, and with
 every fault that must be seen. One real engine and one process for the real trainer serve the module; float32, CPU.
 
-`pytest -s` prints the tables that docs/routing-replay.md quotes.
+`pytest -s` prints the tables that docs/evidence/routing-replay.md quotes.
 """
 
 from __future__ import annotations

@@ -33,5 +33,5 @@ def test_what_is_declared_is_emitted_somewhere(name, named):
 
 
 def test_the_reference_is_fresh():
-    page = PACKAGE.parent / "docs" / "metrics.md"
+    page = PACKAGE.parent / "docs" / "reference" / "metrics.md"
     assert page.read_text() == reference.page(), "make generate"

@@ -7,9 +7,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from async_rl.data.dataset import read_jsonl
 from safetensors.numpy import load_file, save_file
 
+from async_rl.data.dataset import read_jsonl
 from async_rl.demo import checkpoint, task, warmup
 from async_rl.demo.model import SIZES
 from async_rl.demo.tokenizer import CHARACTERS, EOS, TOKENS

@@ -1,0 +1,44 @@
+"""Each example of docs/examples runs: two training steps for real, on the tiny random model."""
+
+import pytest
+import yaml
+
+from async_rl.config.loading import load
+from tests.support.real_run import ROOT, Run
+
+EXAMPLES = sorted(path.parent for path in (ROOT / "docs" / "examples").glob("*/config.yaml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_a_config_a_readme_and_code(example):
+    assert load(example / "config.yaml", {}).name == example.name
+    assert f"docs/examples/{example.name}/config.yaml" in (example / "README.md").read_text()
+    assert list(example.glob("*.py"))
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(example))
+    tiny = yaml.safe_load(recipe.read_text())
+    run = Run(
+        example / "config.yaml",
+        tmp_path,
+        name="run",
+        prepare="null",
+        model__path=tiny["model"]["path"],
+        data__train=tiny["data"]["train"],
+        data__eval=tiny["data"]["eval"],
+        trainer__steps=2,
+        trainer__groups_per_step=2,
+        rollout__n=2,
+        rollout__max_num_seqs=8,
+        eval__n=4,
+    )
+    try:
+        assert run.wait() == 0, run.output
+        assert run.summary["exit_reason"] == "finished"
+        assert len(run.rows) == 2
+    finally:
+        run.close()
