@@ -1,4 +1,4 @@
-# make train | test | lint: each sets up what it needs first; a second call starts working within seconds.
+# make train | check | test | test-all: each sets up what it needs first; a second call starts working within seconds.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -6,18 +6,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train observe generate test test-unit test-gpu chaos soak lint bench clean
+.PHONY: help setup train observe generate lint check test test-all test-unit test-gpu chaos soak bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
-	@echo "make test    lint, types and every test that CI runs"
+	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
+	@echo "make test    check, and the integration tests that CI runs (12 minutes)"
+	@echo "make test-all  every test there is, chaos included (an hour)"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"
 	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
-	@echo "make lint    ruff and mypy alone"
-	@echo "make generate  what is written from code: docs/reference/metrics.md, the dashboards"
+	@echo "make lint    ruff, mypy and the borders between the rooms alone"
+	@echo "make generate  what is written from code: metrics and settings in docs/reference, the dashboards"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
 setup: $(STAMP)
@@ -38,11 +40,12 @@ generate: $(STAMP)
 	$(BIN)/python -m async_rl.config.reference > docs/reference/settings.md
 	$(BIN)/python dashboards/build.py
 
-test: lint
-	$(BIN)/python -m pytest -m "not long" --durations=30 tests/unit tests/integration tests/chaos tests/gpu
+# What each tier runs, and within which time, is in tests/support/tiers.py.
+lint check test test-all: $(STAMP)
+	$(BIN)/python -m tests.support.tiers $@
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu
@@ -52,11 +55,6 @@ chaos: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.chaos.soak
-
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.codec

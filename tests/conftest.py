@@ -1,11 +1,19 @@
-"""What tests share: of whole runs a tiny random model, a dataset, and a recipe; of fuzzing a folder."""
+"""Fixtures that several folders share: whole runs with a tiny random model, a Redis server, a folder to fuzz."""
 
+import functools
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.real_run import Run, make_model, make_recipe
 from tests.support.redis_server import RedisServer
+
+# How long an example takes says what else the machine does, so no property fails for it.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +41,18 @@ def start_run(recipe, tmp_path):
         runs.append(Run(recipe, tmp_path, **settings))
         return runs[-1]
 
-    def resume(**settings) -> Run:
-        """Start the same run again, to go on."""
-        return start(resume=True, **settings)
-
-    start.again = resume
     yield start
     for run in runs:
         run.close()
 
 
+@pytest.fixture
+def resume_run(start_run):
+    """resume_run(section__key=value, ...) -> Run; starts the run that ended again, from its latest valid checkpoint."""
+    return functools.partial(start_run, resume=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """For a file that each example of a fuzz test writes anew; Hypothesis refuses a folder of one test's own."""
+    """Return a folder for a file that each example rewrites. Hypothesis refuses a folder per test function."""
     return tmp_path_factory.mktemp("fuzz")

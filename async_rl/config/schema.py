@@ -35,6 +35,7 @@ RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+EngineName = Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")]
 
 
 class Section(BaseModel):
@@ -139,6 +140,8 @@ class RolloutSection(Section):
 
     replicas: Positive = 1
     """Number of replicas, each a rollout engine with its worker."""
+    engine: EngineName = "vllm"
+    """The engine that samples: vllm, or module:Class of one that has the methods of RolloutEngine."""
     dtype: Dtype | None = None
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
     return_routed_experts: bool = True

@@ -15,6 +15,7 @@ from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.doctor.check import Check, refused
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
 from async_rl.models.config import check_run, checkpoint_shards, read_model_config
+from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.rewards.loader import load_reward
 
@@ -115,6 +116,8 @@ def _encode(path: Path) -> Encode:
 def functions(config: RunConfig) -> Iterator[Check]:
     """Check that the functions named by settings can be imported and called with their arguments."""
     yield _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    if config.rollout.engine != "vllm":
+        yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
     environment = config.rollout.environment.function
     if environment is not None:
         yield _try("rollout.environment.function", environment, lambda: load_environment(environment))

@@ -23,14 +23,14 @@ class RolloutActor(RolloutWorker):
     """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
-        from async_rl.rollout.engine.vllm.engine import VllmEngine
+        from async_rl.rollout.engine.loader import load_engine
         from async_rl.rollout.environments.turns import Environment
         from async_rl.rollout.rewards.runner import RewardRunner
 
         logs.configure(config.run_dir, f"rollout-{replica}", console=False)
         mark_semaphores()  # vLLM's
         tokenizer = load_tokenizer(config)
-        engine = VllmEngine(config, replica, cores=cores)
+        engine = load_engine(config.rollout.engine)(config, replica, cores=cores)
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
         self._outbox = Outbox(queue, open_groups(config, f"rollout-{replica}"))

@@ -105,7 +105,7 @@ def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
     survive(run, schedule(chance, KILLS // 2, NAMES), tmp_path, seed)
 
 
-def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_run, tmp_path, seed):
+def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_run, resume_run, tmp_path, seed):
     """Step by step: synchronous training takes the dataset's prompts in their order, four at a time."""
     steps = 10
     settings = SETTINGS | {"async_training__staleness_threshold": 0, "trainer__steps": steps}
@@ -117,7 +117,7 @@ def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_
     run.assert_nothing_left()
     killed_after = len(run.trained)
     assert 3 <= killed_after < steps, "it was killed too late to prove anything"
-    run = start_run.again(**settings)
+    run = resume_run(**settings)
     assert run.wait() == 0, run.output
     run.assert_nothing_left()
     check(run, tmp_path)
@@ -130,7 +130,7 @@ def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_
 
 
 @pytest.mark.long
-def test_groups_in_redis_outlive_every_process(start_run, tmp_path, redis_server):
+def test_groups_in_redis_outlive_every_process(start_run, resume_run, tmp_path, redis_server):
     """Also what came after the last checkpoint: the queue's books and its groups are the server's. Pushes roll."""
     connection = redis_server.settings["redis"]
     settings = SETTINGS | {
@@ -150,7 +150,7 @@ def test_groups_in_redis_outlive_every_process(start_run, tmp_path, redis_server
     assert run.wait() == 137
     run.assert_nothing_left()
     last = run.trained[-1]
-    run = start_run.again(**settings)
+    run = resume_run(**settings)
     run.wait_for_step(last["step"] + 4)
     assert run.rows[-1]["policy_version"] > last["policy_version"], "versions only rise, also over the death of all"
     run.process.terminate()
@@ -195,7 +195,7 @@ def test_a_run_that_stands_still_ends_with_every_stack(start_run):
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["resume", "in_flight"])
-def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mode):
+def test_the_driver_is_killed_and_the_run_resumed(start_run, resume_run, tmp_path, seed, mode):
     """In each phase; then the run is let go on and stopped in good order."""
     chance = random.Random(seed)
     settings = SETTINGS | {"async_training__partial_rollout__mode": mode}
@@ -209,7 +209,7 @@ def test_the_driver_is_killed_and_the_run_resumed(start_run, tmp_path, seed, mod
         os.kill(run.driver, 9)
         assert run.wait() == 137
         run.assert_nothing_left()
-        run = start_run.again(**settings)
+        run = resume_run(**settings)
     run.wait_for_step(len(run.trained) + 4)
     run.process.terminate()
     assert run.wait() == 130, run.output

@@ -7,7 +7,8 @@ import pytest
 
 from async_rl.errors import EngineError, RewardError
 from async_rl.types import Prompt
-from tests.unit.test_rollout_worker import ListQueue, ScriptedEngine, sampled, worker
+from tests.support.scripted_engine import ScriptedEngine
+from tests.unit.test_rollout_worker import ListQueue, sampled, scripted, worker
 
 PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) for n in range(3)]
 
@@ -15,14 +16,16 @@ PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) fo
 class Uneven(ScriptedEngine):
     """The responses to the three problems have 4, 5 and 6 tokens. Notes how it was asked to sample."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
         self.samplings = []
 
     async def generate(self, request_id, token_ids, sampling, max_tokens, first_row=0):
         self.samplings.append(sampling)
-        self.length = 4 + int(request_id.split("/")[1][-1])
         return await super().generate(request_id, token_ids, sampling, max_tokens, first_row)
+
+    def last_position(self, trajectory_id, response):
+        return 3 + int(trajectory_id.split("/")[1][-1])
 
 
 def evaluator(engine, failing=(), on_error="skip"):
@@ -40,7 +43,7 @@ def evaluator(engine, failing=(), on_error="skip"):
 
 
 async def test_the_mean_over_the_problems_at_the_version_of_the_weights():
-    engine = Uneven()
+    engine = scripted(kind=Uneven)
     engine.version = 7
     result = await evaluator(engine).evaluate(PROMPTS)
     assert (result.version, result.n, result.reward_mean, result.response_tokens_mean) == (7, 3, 5.0, 5.0)
@@ -48,19 +51,19 @@ async def test_the_mean_over_the_problems_at_the_version_of_the_weights():
 
 
 async def test_a_problem_on_which_the_reward_fails_is_left_out():
-    result = await evaluator(Uneven(), failing=[2]).evaluate(PROMPTS)
+    result = await evaluator(scripted(kind=Uneven), failing=[2]).evaluate(PROMPTS)
     assert (result.n, result.reward_mean, result.response_tokens_mean) == (2, 4.5, 4.5)
 
 
 async def test_a_reward_that_fails_ends_the_run_where_it_is_to_or_on_all_problems():
     with pytest.raises(RewardError, match="prompt eval-1: returned nan"):
-        await evaluator(Uneven(), failing=[1], on_error="fail").evaluate(PROMPTS)
+        await evaluator(scripted(kind=Uneven), failing=[1], on_error="fail").evaluate(PROMPTS)
     with pytest.raises(RewardError, match="each of 3 evaluation problems failed"):
-        await evaluator(Uneven(), failing=[0, 1, 2]).evaluate(PROMPTS)
+        await evaluator(scripted(kind=Uneven), failing=[0, 1, 2]).evaluate(PROMPTS)
 
 
 async def test_weights_that_change_meanwhile_are_noticed():
-    engine = Uneven()
+    engine = scripted(kind=Uneven)
     evaluation = asyncio.create_task(evaluator(engine).evaluate(PROMPTS))
     await sampled(engine, 3)
     engine.version += 1
@@ -69,7 +72,7 @@ async def test_weights_that_change_meanwhile_are_noticed():
 
 
 async def test_an_evaluation_that_is_cut_is_no_result():
-    engine = Uneven()
+    engine = scripted(kind=Uneven)
     evaluation = asyncio.create_task(evaluator(engine).evaluate(PROMPTS))
     await sampled(engine, 3)
     await engine.pause("abort")

@@ -14,82 +14,28 @@ from async_rl.queue.records import Ticket
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Prompt, RoutingSpec
+from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
 EOS = 0
 ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=4)
 
 
-class ScriptedEngine:
-    """Samples ``length`` tokens, one per event-loop turn; token i of a response is i + 1, the last one EOS.
+LAYOUT = Layout(ROUTING, frozenset({EOS}), vocab_size=10_000)
 
-    A row of routing tells the version that computed it: experts [v % 4, (v + 1) % 4] in each layer.
+
+def scripted(length: int = 12, kind: type[ScriptedEngine] = ScriptedEngine, max_response_tokens: int = 40):
+    """An engine that samples one token per turn of the event loop: 1, 2, 3, ... and EOS as the last of ``length``.
+
+    The log-prob of a token names the version that sampled it, as the routing does.
     """
-
-    routing_spec = ROUTING
-    stop_token_ids = frozenset({EOS})
-
-    def __init__(self, length: int = 12) -> None:
-        self.version = 0
-        self.length = length
-        self.aborting = False
-        self.running = asyncio.Event()
-        self.running.set()
-        self.requests: list[tuple[str, int, int]] = []
-        self.sampled = 0
-        self.dead = self.hangs = False
-
-    async def generate(self, request_id, token_ids, sampling, max_tokens, first_row=0) -> EngineOutput:
-        prompt = 3
-        done = len(token_ids) - prompt
-        self.requests.append((request_id, len(token_ids), max_tokens))
-        tokens, versions, reason = [], [], "length"
-        last = self.last_position(token_ids[prompt:])
-        await self.running.wait()
-        while len(tokens) < max_tokens:
-            await asyncio.sleep(0)
-            if self.aborting:
-                reason = "abort"
-                break
-            await self.running.wait()
-            position = done + len(tokens)
-            tokens.append(EOS if position == last else position + 1)
-            versions.append(self.version)
-            self.sampled += 1
-            if tokens[-1] == EOS:
-                reason = "stop"
-                break
-        rows = len(token_ids) + len(tokens) - 1
-        row = np.array([self.version % 4, (self.version + 1) % 4], dtype=np.uint8)
-        return EngineOutput(
-            token_ids=np.array(tokens, dtype=np.int32),
-            logprobs=np.full(len(tokens), -0.5 - self.version, dtype=np.float32),
-            versions=np.array(versions, dtype=np.int32),
-            routed_experts=np.broadcast_to(row, (rows - first_row, 2, 2)).copy() if tokens else None,
-            finish_reason=reason,
-        )
-
-    def last_position(self, response) -> int:
-        """Where the response, of which these tokens are there, ends."""
-        return self.length - 1
-
-    def check_alive(self) -> None:
-        if self.dead:
-            raise EngineError("replica 0: the engine died")
-
-    async def ping(self) -> None:
-        if self.hangs:
-            await asyncio.sleep(3600)
-
-    async def pause(self, mode) -> None:
-        if mode == "abort":
-            self.aborting = True
-        self.running.clear()
-        for _ in range(3):
-            await asyncio.sleep(0)
-
-    async def resume(self) -> None:
-        self.aborting = False
-        self.running.set()
+    config = validate(
+        {
+            "model": {"path": "model"},
+            "data": {"train": "train.jsonl"},
+            "rollout": {"max_response_tokens": max_response_tokens},
+        }
+    )
+    return kind(config, script=Script(length=length, logprob=lambda version: -0.5 - version, layout=LAYOUT))
 
 
 class ListQueue:
@@ -169,7 +115,7 @@ async def sampled(engine, more: int) -> None:
 
 
 async def test_all_groups_are_published_complete():
-    engine, queue = ScriptedEngine(), ListQueue(5)
+    engine, queue = scripted(), ListQueue(5)
     subject, _ = worker(engine, queue)
     await subject.run()
     assert len(queue.groups) == 5
@@ -179,7 +125,7 @@ async def test_all_groups_are_published_complete():
 
 @pytest.mark.parametrize("cuts", [1, 2, 4])
 async def test_invariant_2_and_7_interrupted_generations_resume_with_true_stamps(cuts):
-    engine, queue = ScriptedEngine(length=30), ListQueue(2)
+    engine, queue = scripted(length=30), ListQueue(2)
     subject, _ = worker(engine, queue)
     run = asyncio.create_task(subject.run())
     for _ in range(cuts):
@@ -200,7 +146,7 @@ async def test_invariant_2_and_7_interrupted_generations_resume_with_true_stamps
 
 
 async def test_drain_finishes_what_runs_before_the_push():
-    engine, queue = ScriptedEngine(length=20), ListQueue(2)
+    engine, queue = scripted(length=20), ListQueue(2)
     subject, _ = worker(engine, queue, mode="drain")
     run = asyncio.create_task(subject.run())
     await sampled(engine, 8)
@@ -231,14 +177,14 @@ class Answers:
 class TurnEngine(ScriptedEngine):
     """Ends each turn after four tokens, whatever was said before."""
 
-    def last_position(self, response):
+    def last_position(self, trajectory_id, response):
         answered = [i for i, token in enumerate(response) if token == 91]
         return (answered[-1] + 1 if answered else 0) + 3
 
 
 @pytest.mark.parametrize(("routing", "cuts"), [("replace", 0), ("replace", 3), ("preserve", 3), ("exact", 3)])
 async def test_an_environment_answers_each_turn_and_interruptions_do_not_matter(routing, cuts):
-    engine, queue, environment = TurnEngine(), ListQueue(2), Answers(turns=2)
+    engine, queue, environment = scripted(kind=TurnEngine), ListQueue(2), Answers(turns=2)
     partial = {"partial_rollout": {"routing": routing}}
     subject, _ = worker(engine, queue, environment=environment, async_training=partial)
     run = asyncio.create_task(subject.run())
@@ -256,7 +202,7 @@ async def test_an_environment_answers_each_turn_and_interruptions_do_not_matter(
 
 
 async def test_the_last_turn_is_not_answered():
-    engine, queue, environment = TurnEngine(), ListQueue(1), Answers(turns=100)
+    engine, queue, environment = scripted(kind=TurnEngine, max_response_tokens=400), ListQueue(1), Answers(turns=100)
     limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 400, "environment": {"max_turns": 3}}
     subject, _ = worker(engine, queue, environment=environment, rollout=limits)
     await subject.run()
@@ -267,7 +213,7 @@ async def test_the_last_turn_is_not_answered():
 
 async def test_environment_failure_ends_the_run_or_the_group_as_configured():
     for on_error in ("fail", "skip"):
-        engine, queue, environment = TurnEngine(), ListQueue(2), Answers(turns=1)
+        engine, queue, environment = scripted(kind=TurnEngine), ListQueue(2), Answers(turns=1)
         environment.error = EnvironmentFailure("environment f: prompt 0-1: raised KeyError")
         limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40, "environment": {"on_error": on_error}}
         subject, _ = worker(engine, queue, environment=environment, rollout=limits)
@@ -280,7 +226,7 @@ async def test_environment_failure_ends_the_run_or_the_group_as_configured():
 
 
 async def test_nothing_is_begun_while_paused():
-    engine, queue = ScriptedEngine(), ListQueue(2)
+    engine, queue = scripted(), ListQueue(2)
     subject, _ = worker(engine, queue)
     await subject.pause()
     run = asyncio.create_task(subject.run())
@@ -295,14 +241,14 @@ async def test_nothing_is_begun_while_paused():
 
 
 async def test_reward_failure_ends_the_run_or_the_group_as_configured():
-    engine, queue = ScriptedEngine(), ListQueue(2)
+    engine, queue = scripted(), ListQueue(2)
     subject, digits = worker(engine, queue)
     digits.error = RewardError("reward f: prompt 0-1: returned nan")
     with pytest.raises(RewardError, match="returned nan"):
         await subject.run()
     assert queue.groups == []
 
-    engine, queue = ScriptedEngine(), ListQueue(2)
+    engine, queue = scripted(), ListQueue(2)
     subject, digits = worker(engine, queue, reward={"on_error": "skip"})
     digits.error = RewardError("reward f: prompt 0-1: returned nan")
     await subject.run()
@@ -310,7 +256,7 @@ async def test_reward_failure_ends_the_run_or_the_group_as_configured():
 
 
 async def test_stop_gives_up_what_runs():
-    engine, queue = ScriptedEngine(length=1000), ListQueue(2)
+    engine, queue = scripted(length=1000, max_response_tokens=2000), ListQueue(2)
     subject, _ = worker(engine, queue, rollout={"n": 2, "max_num_seqs": 4, "max_response_tokens": 2000})
     run = asyncio.create_task(subject.run())
     await sampled(engine, 8)
@@ -321,7 +267,7 @@ async def test_stop_gives_up_what_runs():
 
 async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
     monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
-    engine, queue = ScriptedEngine(length=1000), ListQueue(2)
+    engine, queue = scripted(length=1000, max_response_tokens=2000), ListQueue(2)
     subject, _ = worker(engine, queue, rollout={"n": 2, "max_num_seqs": 4, "max_response_tokens": 2000})
     run = asyncio.create_task(subject.run())
     await sampled(engine, 8)
@@ -332,7 +278,7 @@ async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
 
 
 async def test_counts_tokens_and_busy_time():
-    engine, queue = ScriptedEngine(length=12), ListQueue(3)
+    engine, queue = scripted(length=12), ListQueue(3)
     subject, _ = worker(engine, queue)
     run = asyncio.create_task(subject.run())
     await sampled(engine, 8)
@@ -354,7 +300,7 @@ LONG = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
 async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     """Invariants 1, 2, 3 and 7 across a hand-over in the middle of responses."""
     partial = {"async_training": {"partial_rollout": {"routing": routing}}}
-    engine, queue = ScriptedEngine(length=30), ListQueue(3)
+    engine, queue = scripted(length=30), ListQueue(3)
     subject, _ = worker(engine, queue, **partial)
     run = asyncio.create_task(subject.run())
     await sampled(engine, 20)
@@ -366,7 +312,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     sampled_before = engine.sampled
     handed_in = len(queue.groups)
 
-    other, heir = ScriptedEngine(length=30), ListQueue(0)
+    other, heir = scripted(length=30), ListQueue(0)
     other.version = 2
     successor, _ = worker(other, heir, **partial)
     adopted = successor.adopt(messages)
@@ -382,7 +328,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
 
 
 async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
-    engine, queue = ScriptedEngine(length=8), ListQueue(1)
+    engine, queue = scripted(length=8), ListQueue(1)
     subject, _ = worker(engine, queue)
     queue.put = lambda group: asyncio.sleep(3600)  # the queue is full
     run = asyncio.create_task(subject.run())
@@ -391,7 +337,7 @@ async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
     message = subject.snapshot()
     run.cancel()
 
-    other, heir = ScriptedEngine(), ListQueue(0)
+    other, heir = scripted(), ListQueue(0)
     successor, strict = worker(other, heir)
     strict.error = RewardError("asked again")
     successor.adopt(message)
@@ -401,7 +347,7 @@ async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
 
 
 async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
-    engine, queue = ScriptedEngine(length=30), ListQueue(2)
+    engine, queue = scripted(length=30), ListQueue(2)
     subject, _ = worker(engine, queue)
     run = asyncio.create_task(subject.run())
     await sampled(engine, 20)
@@ -413,11 +359,11 @@ async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
         {"rollout": LONG | {"max_response_tokens": 2}},
         {"async_training": {"partial_rollout": {"routing": "exact"}}},
     ):
-        successor, _ = worker(ScriptedEngine(), ListQueue(0), **changed)
+        successor, _ = worker(scripted(), ListQueue(0), **changed)
         assert successor.adopt(messages) == []
     one, other = messages
     messages[one][-1] ^= 1
-    successor, _ = worker(ScriptedEngine(), ListQueue(0))
+    successor, _ = worker(scripted(), ListQueue(0))
     assert successor.adopt(messages) == [other]
 
 
@@ -434,7 +380,7 @@ class Straggler(ScriptedEngine):
 
 @pytest.mark.parametrize(("needed", "handed_in"), [(2, True), (3, False), (None, False)])
 async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(needed, handed_in):
-    engine, queue = Straggler(), ListQueue(2)
+    engine, queue = scripted(kind=Straggler), ListQueue(2)
     engine.stuck = ("0-0.0/1",)
     settings = {"n": 3, "max_num_seqs": 6, "max_response_tokens": 40, "group_timeout_s": 0.05}
     subject, _ = worker(engine, queue, rollout=settings | ({"min_group_size": needed} if needed else {}))
@@ -448,7 +394,7 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
 
 async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
     monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
-    engine, queue = Straggler(), ListQueue(2)
+    engine, queue = scripted(kind=Straggler), ListQueue(2)
     engine.stuck = "0-"
     subject, _ = worker(engine, queue, watchdog={"stall_s": 0.05})
     run = asyncio.create_task(subject.run())

@@ -1,0 +1,111 @@
+"""The test tiers: what each runs, in which order, within which budget.
+
+    python -m tests.support.tiers lint|check|test|test-all
+
+A tier stops at its first step that fails. At the end it prints the budget, the time of each step, and the twenty
+slowest tests. A tier over its budget says so and does not fail: times depend on what else the machine does.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build" / "tiers"
+SLOWEST = 20
+
+
+class Step(NamedTuple):
+    name: str
+    command: tuple[str, ...]
+    tests: bool = False
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Steps that run one after the other, and the seconds that they may take on two idle cores."""
+
+    budget_s: float
+    steps: tuple[Step, ...]
+
+
+def tests(name: str, *arguments: str) -> Step:
+    """Return the step that runs pytest with these arguments."""
+    return Step(name, (sys.executable, "-m", "pytest", "-q", *arguments), tests=True)
+
+
+def program(name: str, *arguments: str) -> Step:
+    """Return the step that runs a program of the virtual environment."""
+    return Step(" ".join((name, *arguments)), (str(Path(sys.executable).parent / name), *arguments))
+
+
+LINT = (
+    program("ruff", "check", "."),
+    program("ruff", "format", "--check", "."),
+    program("mypy"),
+    program("lint-imports", "--no-cache"),
+)
+# One file's tests stay in one process, for their module's fixtures.
+UNIT = tests("unit", "-n", "2", "--dist", "loadfile", "tests/unit")
+REAL = ("tests/integration", "tests/chaos", "tests/gpu")
+
+TIERS = {
+    "lint": Tier(60, LINT),
+    "check": Tier(4 * 60, (*LINT, UNIT)),
+    "test": Tier(12 * 60, (*LINT, UNIT, tests("integration", "-m", "not slow and not long", *REAL))),
+    "test-all": Tier(60 * 60, (*LINT, UNIT, tests("everything else", *REAL))),
+}
+
+
+class Timing(NamedTuple):
+    seconds: float
+    name: str
+
+
+def read_timings(report: Path) -> list[Timing]:
+    """Return how long each test of a JUnit report took, with its fixtures."""
+    cases = ElementTree.parse(report).iter("testcase")
+    return [Timing(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
+
+
+def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing]) -> str:
+    """Return the report of one tier: budget, steps, slowest tests."""
+    took, budget = sum(step.seconds for step in steps), TIERS[tier].budget_s
+    slowest = sorted(timings, reverse=True)[:SLOWEST]
+    verdict = "within budget" if took <= budget else "OVER BUDGET"
+    lines = [f"make {tier}: took {took:.0f} s of {budget:.0f} s ({verdict})"]
+    lines += [f"{step.seconds:8.1f} s  {step.name}" for step in steps]
+    if slowest:
+        lines += [f"the {len(slowest)} slowest tests:", *(f"{test.seconds:8.1f} s  {test.name}" for test in slowest)]
+    return "\n".join(lines)
+
+
+def run(tier: str) -> int:
+    """Run one tier and print its report; return the exit code of the step that failed, or 0."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    steps: list[Timing] = []
+    timings: list[Timing] = []
+    code = 0
+    for step in TIERS[tier].steps:
+        report = RESULTS / f"{tier}-{step.name.replace(' ', '-')}.xml"
+        report.unlink(missing_ok=True)
+        began = time.monotonic()
+        code = subprocess.run([*step.command, *([f"--junitxml={report}"] if step.tests else [])], cwd=ROOT).returncode
+        steps.append(Timing(time.monotonic() - began, step.name + (f" (exit code {code})" if code else "")))
+        if report.exists():
+            timings += read_timings(report)
+        if code:
+            break
+    print(f"\n{describe(tier, steps, timings)}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in TIERS:
+        sys.exit(f"usage: python -m tests.support.tiers {'|'.join(TIERS)}")
+    sys.exit(run(sys.argv[1]))

@@ -1,0 +1,50 @@
+"""The tiers cover every test, and report what they took."""
+
+import sys
+
+import pytest
+
+from tests.support import tiers
+from tests.support.tiers import ROOT, TIERS, Step, Tier, Timing, describe, read_timings, run
+
+
+def test_everything_runs_in_test_all():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    steps = [step.command for step in TIERS["test-all"].steps if step.tests]
+    assert folders == {argument for command in steps for argument in command if argument.startswith("tests/")}
+    assert all("-k" not in command and command.count("-m") == 1 for command in steps), "a step that leaves tests out"
+
+
+def test_each_tier_has_the_steps_of_the_one_below():
+    lint, check, test, everything = (TIERS[name].steps for name in ("lint", "check", "test", "test-all"))
+    assert check[: len(lint)] == lint
+    assert test[: len(check)] == everything[: len(check)] == check
+
+
+def test_the_report_names_the_budget_and_the_twenty_slowest():
+    timings = [Timing(index, f"test_{index}") for index in range(30)]
+    lines = describe("check", [Timing(10, "mypy"), Timing(20.04, "unit")], timings).splitlines()
+    assert lines[0] == "make check: took 30 s of 240 s (within budget)"
+    assert lines[1:3] == ["    10.0 s  mypy", "    20.0 s  unit"]
+    assert len(lines) == 4 + 20
+    assert lines[4] == "    29.0 s  test_29"
+    assert lines[-1] == "    10.0 s  test_10"
+
+
+def test_a_tier_over_its_budget_says_so():
+    assert "OVER BUDGET" in describe("check", [Timing(241, "unit")], [])
+
+
+@pytest.mark.parametrize(("first", "code", "ran"), [("raise SystemExit(3)", 3, 1), ("", 0, 2)])
+def test_a_tier_ends_at_the_first_step_that_fails(monkeypatch, tmp_path, capsys, first, code, ran):
+    steps = (Step("first", (sys.executable, "-c", first)), Step("second", (sys.executable, "-c", "")))
+    monkeypatch.setattr(tiers, "RESULTS", tmp_path)
+    monkeypatch.setitem(TIERS, "check", Tier(10, steps))
+    assert run("check") == code
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + ran
+
+
+def test_times_are_read_from_the_report_of_pytest(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text('<testsuites><testsuite><testcase classname="a.b" name="c" time="1.5"/></testsuite></testsuites>')
+    assert read_timings(report) == [Timing(1.5, "a.b::c")]
