@@ -1,7 +1,7 @@
 """Functions that a setting names: ``module:function`` to the function itself.
 
 Owns where functions have moved to, so that configs and run folders of the release before stay usable. Knows only
-``errors``; what a function is for, its caller knows.
+``errors``; callers know the purpose of a function.
 """
 
 from __future__ import annotations

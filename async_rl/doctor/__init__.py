@@ -1,4 +1,4 @@
-"""Checks of machine, installation and inputs before a run starts; ``observe`` and the watchdog look at running ones.
+"""Checks of machine, installation and inputs before a run starts; ``observe`` and the watchdog read running ones.
 
 Small functions, each of which returns one or a few ``Check``s. ``async-rl doctor`` prints them; the driver calls
 ``require``, which raises the first FAIL. Imports neither torch nor Ray nor vLLM: versions come from package metadata,

@@ -165,7 +165,7 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
 
 
 def routing_entry(spec: RoutingSpec | None) -> list[int] | None:
-    """Return what the table holds of a routing spec, under the key ``routing`` of schema 1."""
+    """Return the table entry of a routing spec, under the key ``routing`` of schema 1."""
     return None if spec is None else [spec.num_moe_layers, spec.top_k, spec.num_experts]
 
 

@@ -9,7 +9,7 @@
 A return value of a stream belongs to the caller of the stream. So neither the death of a worker nor the death of the
 queue loses a finished group: the driver has it as soon as the worker has let go of it.
 
-Knows Ray's streams and the queue's client; what a replica is, the driver knows.
+Knows Ray's streams and the queue's client; only the driver knows replicas.
 """
 
 from __future__ import annotations

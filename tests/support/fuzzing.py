@@ -1,6 +1,8 @@
-"""What the fuzz tests share. Input that nobody vouches for (messages, settings, datasets) is refused with the package's
-own errors and nothing else: no crash, no hang, no huge allocation, no huge message, and nothing that is accepted and
-then cannot be used."""
+"""Helpers of the fuzz tests, which feed untrusted input (messages, settings, datasets).
+
+The package must refuse it with its own errors and nothing else: no crash, no hang, no huge allocation, no huge message,
+and no input that is accepted and then cannot be used.
+"""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from async_rl.queue.codec import decode, encode
 from async_rl.types import Group
 
 LONGEST_LINE = 1000
-"""Of an error message: whatever the input says, somebody has to read it."""
+"""Longest line of an error message, whatever the input is."""
 
 
 def fuzz(max_examples):
@@ -25,7 +27,7 @@ def assert_readable(message):
 
 @st.composite
 def changed_bytes(draw, original):
-    """``original`` after a few accidents: flips, cuts, insertions, and slices that come twice or elsewhere."""
+    """Return ``original`` after a few accidents: flips, cuts, insertions, and slices that are repeated or moved."""
     data = bytearray(original)
     for _ in range(draw(st.integers(1, 4))):
         start, stop = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))
@@ -50,8 +52,8 @@ def changed_bytes(draw, original):
     return bytes(data)
 
 
-def assert_sound(group):
-    """A group that was accepted can be sent on, and arrives as it is; compared by bytes, for fields may hold NaN."""
+def assert_usable(group):
+    """Assert that an accepted group survives another trip; compared by bytes, because fields may be NaN."""
     assert isinstance(group, Group)
     message = encode(group)
     assert encode(decode(message)).tobytes() == message.tobytes()

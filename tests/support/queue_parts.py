@@ -1,4 +1,4 @@
-"""What tests of the queue put in the place of the dataset's cursor and of finished groups; and a small broker."""
+"""Stand-ins for the dataset's cursor and finished groups in tests of the queue, and a small broker."""
 
 from collections import deque
 
@@ -11,7 +11,7 @@ from async_rl.types import Prompt
 
 
 class Source:
-    """Prompts "0-1" to "0-<rows>", those given back first."""
+    """A source of the prompts "0-1" to "0-<rows>", those given back first."""
 
     def __init__(self, rows=10**6):
         self.rows = rows

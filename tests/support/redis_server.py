@@ -1,4 +1,4 @@
-"""A real redis-server on a free loopback port, with a folder of its own; with a password, and TLS where asked for."""
+"""A real redis-server on a free loopback port, with a folder and password of its own, and TLS on request."""
 
 import shutil
 import socket
@@ -13,7 +13,7 @@ PASSWORD = "not a secret"
 
 
 class RedisServer:
-    """Data outlives ``restart`` (append-only file)."""
+    """A server process whose data outlives ``restart`` (append-only file)."""
 
     def __init__(self, tls: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="redis-"))

@@ -1,6 +1,6 @@
-"""A whole fleet in virtual time: replicas, a trainer, pushes and deaths around the real broker and dataset cursor.
+"""A fleet in virtual time: replicas, a trainer, weight syncs and deaths around the real broker and dataset cursor.
 
-No clock, no process: events on a heap. ``Fleet.run`` raises AssertionError where an invariant breaks, and where nothing
+No clock, no process: events on a heap. ``Fleet.run`` raises AssertionError when an invariant breaks, or when nothing
 can happen any more before the last step (a deadlock).
 """
 
@@ -27,7 +27,7 @@ def cursor(rows: int, seed: int = 0) -> DatasetCursor:
 
 
 class Fleet:
-    """``replicas`` of ``capacity`` groups each, a trainer of ``required`` groups a step, a push every ``trigger``."""
+    """``replicas`` of ``capacity`` groups each, a trainer of ``required`` groups, a sync every ``trigger`` steps."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Fleet:
         )
         self.broker = Broker(cursor(rows), settings)
         self.now, self.version, self.step, self.events, self.order = 0.0, 0, 0, [], itertools.count()
-        self.since_push, self.checkpoint = 0, 0
+        self.since_sync, self.checkpoint = 0, 0
         self.idle = deque(range(replicas))  # replicas with room, which ask for more as soon as there is some
         self.is_idle = set(self.idle)
         self.room = dict.fromkeys(range(replicas), capacity)
@@ -88,10 +88,10 @@ class Fleet:
     def at(self, delay: float, event, *arguments) -> None:
         heapq.heappush(self.events, (self.now + delay, next(self.order), event, arguments))
 
-    # What everybody does as soon as it can
+    # What replicas and trainer do as soon as they can
 
     def settle(self) -> None:
-        while self.full and self.hand_in(*self.full[0]):
+        while self.full and self.publish(*self.full[0]):
             self.full.popleft()
         while self.idle and self.broker.free_slots:
             replica = self.idle.popleft()
@@ -130,12 +130,12 @@ class Fleet:
         if self.lives[replica] != life:
             return
         meta = GroupMeta(ticket.group_id, 100, 1000, began, self.version, 8, 0)
-        if not self.hand_in(replica, life, meta):
+        if not self.publish(replica, life, meta):
             self.full.append((replica, life, meta))
 
-    def hand_in(self, replica: int, life: int, meta) -> bool:
+    def publish(self, replica: int, life: int, meta) -> bool:
         if self.lives[replica] != life:
-            return True  # it died with what it had not handed in
+            return True  # the replica died before it published the group
         if self.broker.full_for(meta.nbytes):
             return False
         self.broker.put(meta)
@@ -165,7 +165,7 @@ class Fleet:
         oldest_allowed = self.version - self.max_staleness
         if self.chance.random() < self.trainer_deaths:
             self.broker.release([meta.group_id for meta in leased])
-            self.go_back()
+            self.rewind()
             return
         self.step += 1
         self.broker.ack([meta.group_id for meta in leased], self.step)
@@ -173,31 +173,31 @@ class Fleet:
             prompt = meta.group_id.rpartition(".")[0]
             assert prompt not in self.trained, f"prompt {prompt} was trained twice"
             self.trained[prompt] = self.step
-            # Invariant 4: of what is leased, some token at least may be trained; with drop, all of them.
+            # Invariant 4: at least one token of a leased group may be trained; with drop, all of them.
             version = meta.oldest_version if self.on_stale == "drop" else meta.newest_version
             assert version >= oldest_allowed
             self.ages[self.version - meta.oldest_version] += 1
-        self.since_push += 1
+        self.since_sync += 1
         if self.checkpoint_every and self.step % self.checkpoint_every == 0:
             self.checkpoint = self.step
             self.broker.checkpointed(self.step)
-        if self.since_push == self.trigger:
-            self.push()
+        if self.since_sync == self.trigger:
+            self.sync_weights()
         self.training = False
         if self.step % 16 == 0:
             self.check()
 
-    def go_back(self) -> None:
-        """The trainer dies, and goes on from its checkpoint."""
+    def rewind(self) -> None:
+        """Restart the trainer from its checkpoint."""
         for prompt in self.broker.rewind(self.checkpoint):
             del self.trained[prompt]
         self.step = self.checkpoint
-        self.push()
+        self.sync_weights()
         self.training = False
 
-    def push(self) -> None:
+    def sync_weights(self) -> None:
         self.version += 1
-        self.since_push = 0
+        self.since_sync = 0
         self.broker.advance(self.version)
 
     def check(self) -> None:
@@ -207,7 +207,7 @@ class Fleet:
         assert counts.add_up
         assert counts.trained == len(self.trained)
         assert counts.outstanding <= stats.window_groups <= self.limit
-        assert stats.queued_groups + stats.leased_groups <= (self.broker._max_groups)
+        assert stats.queued_groups + stats.leased_groups <= stats.max_groups
         state = self.broker.state()
         outstanding = [fields[1] for fields in state["running"]]
         outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]

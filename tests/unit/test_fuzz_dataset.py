@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.errors import DatasetError
 from async_rl.types import Group, Prompt
-from tests.support.fuzzing import assert_readable, assert_sound, changed_bytes, fuzz
+from tests.support.fuzzing import assert_readable, assert_usable, changed_bytes, fuzz
 from tests.unit.test_codec import small_group
 
 
@@ -149,4 +149,4 @@ def test_a_row_that_is_accepted_can_be_encoded_and_carried(folder, lines):
         assert isinstance(prompt, Prompt)
         assert prompt.token_ids.dtype == np.int32
         group = small_group()
-        assert_sound(Group("0-1.0", prompt, group.trajectories))
+        assert_usable(Group("0-1.0", prompt, group.trajectories))
