@@ -17,7 +17,7 @@ publishes the actors' counters. The first one that raises ends the run.
     weight sync       generations in flight (mode drain only)      their end
     restarted worker  current weights                              the next weight sync, which the driver starts early
 
-What can die, and what follows: docs/reliability.md. Checkpoints: ``driver.checkpoint``.
+What can die, and what follows: docs/concepts/reliability.md. Checkpoints: ``driver.checkpoint``.
 """
 
 from __future__ import annotations

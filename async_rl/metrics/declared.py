@@ -6,7 +6,7 @@ To add a metric of training steps:
    tokens is one entry of ``trainer/policy_sums.SUMS``). A value that only the driver knows is a field of
    ``records.StepRecord``, filled in ``driver/step_record.py``.
 2. Declare it here, in the section whose question it answers, with ``read``. That alone puts it into /metrics,
-   metrics.jsonl, the loggers and docs/metrics.md.
+   metrics.jsonl, the loggers and docs/reference/metrics.md.
 3. Show it: a panel in ``dashboards/panels/``, then ``make generate``. A test fails for a metric without a panel.
 
 A metric without ``read`` is emitted where it is counted, by ``Metrics.set``, ``inc``, ``count_to`` or ``observe``.

@@ -16,7 +16,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "engine_trainer_agree": "engine and trainer agree to {max_abs_diff:.1e} on the checkpoint's weights",
         "run_without_checkpoint": "there is no checkpoint to restore: the run starts from its first step",
         "run_restoring": "restoring the run after step {step}",
-        "run_restored": "restored the run after step {step}",
+        "work_restored": "restored the run after step {step}: {queued} groups queued, {resumed} in flight",
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",
         "process_died": "{process} died and is being restarted",

@@ -21,7 +21,7 @@ process also serves `process_resident_memory_bytes` and the like.
 
 
 def page() -> str:
-    """Return the text of docs/metrics.md."""
+    """Return the text of docs/reference/metrics.md."""
     return _HEAD + "".join(
         f"\n## {title}\n\n| metric | kind | unit | what it is | how to read it |\n|---|---|---|---|---|\n"
         + "".join(_line(spec) for spec in specs)

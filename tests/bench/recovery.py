@@ -73,13 +73,13 @@ def recovery(recipe: Path, folder: Path) -> dict[str, float]:
             seconds.setdefault(kind, []).append(time.monotonic() - began)
             run.wait_for_step(lines(run) + 4)
     for _ in range(KILLS):
-        before = logged(run, "run_restored")
+        before = logged(run, "work_restored")
         began = time.monotonic()
         os.kill(run.driver, 9)
         run.wait()
         run.close()
         run = Run(recipe, folder, resume=True, **settings)
-        until(lambda: logged(run, "run_restored") > before, run)  # noqa: B023
+        until(lambda: logged(run, "work_restored") > before, run)  # noqa: B023
         steps = lines(run)
         until(lambda: lines(run) > steps, run)  # noqa: B023
         seconds.setdefault("driver", []).append(time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""The whole pipeline for real: vLLM, Ray, Megatron. Invariants by their number in docs/architecture.md."""
+"""The whole pipeline for real: vLLM, Ray, Megatron. Invariants by their number in docs/concepts/architecture.md."""
 
 import itertools
 import json

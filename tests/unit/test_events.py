@@ -31,7 +31,11 @@ def test_restarts_are_events():
 @pytest.mark.parametrize(
     ("event", "fields", "words"),
     [
-        ("run_restored", {"step": 5}, "restored the run after step 5"),
+        (
+            "work_restored",
+            {"step": 5, "queued": 3, "resumed": 2},
+            "restored the run after step 5: 3 groups queued, 2 in flight",
+        ),
         (
             "engine_trainer_agree",
             {"max_abs_diff": 1.234e-7, "unreached_experts": 2},
@@ -41,7 +45,7 @@ def test_restarts_are_events():
         ("process_died", {"process": "trainer", "step": None}, "trainer died and is being restarted"),
         ("no_such_event", {"n": 3, "of": "a"}, "no_such_event n=3 of=a"),
         ("rollout-0 is back", {}, "rollout-0 is back"),
-        ("run_restored", {}, "run_restored"),
+        ("work_restored", {}, "work_restored"),
         ("engine_trainer_agree", {"max_abs_diff": "small"}, "engine_trainer_agree max_abs_diff=small"),
         ("{step}", {"step": 5}, "{step} step=5"),
     ],
