@@ -4,7 +4,7 @@ Pure. Shapes: n rows, A all decoder layers, L MoE layers, K experts per token; P
 
 An interrupted generation is resumed under newer weights, and its prefix is computed again. From then on the prefix has
 two routings: that under which its tokens were sampled, and that under which it was read when the later tokens were
-sampled. The three policies are three answers to which of them the trainer replays; docs/concepts/routing-replay.md has figures.
+sampled. The three policies are three answers to which of them the trainer replays: docs/concepts/routing-replay.md.
 """
 
 from __future__ import annotations
