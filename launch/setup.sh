@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of this checkout from requirements/cpu.txt. Called by make; see `make setup`.
+# Makes the virtual environment of this checkout from requirements/cpu.txt. `make setup` calls it, and only when one of
+# the files that it installs from has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -13,7 +14,7 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
     exit 1
 }
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-# For the test that scrapes Ray: see the file.
+# Needed only by the test that scrapes Ray; requirements/ray-metrics.txt says why it is apart.
 [ requirements/ray-metrics.txt -ot "$VENV/ray-metrics" ] || {
     rm -rf "$VENV/ray-metrics"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$VENV/ray-metrics" \
@@ -23,8 +24,8 @@ command -v "$PYTHON" >/dev/null || { echo "setup: $PYTHON not found; install Pyt
     }
 }
 
-# Programs that tests start: the server of queue.backend redis, Prometheus with promtool for alerts and dashboards, and a
-# browser for the report. A run itself needs none of them.
+# Programs that only tests start: the server of queue.backend redis, Prometheus with promtool for alerts and dashboards,
+# and a browser for the report.
 MISSING=()
 for program in redis-server prometheus chromium; do
     command -v "$program" >/dev/null || MISSING+=("$program")

@@ -1,4 +1,4 @@
-"""A whole run on GPUs whose weights are pushed over NCCL, from one trainer rank and from several."""
+"""A whole run on GPUs whose weights travel over NCCL, from one trainer rank and from several."""
 
 import json
 import subprocess

@@ -69,6 +69,7 @@ def test_the_policy_starts_from_the_reward_of_its_warmup(made):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)  # More would spin on a busy machine, and gain nothing with so small a model.
     tokenizer = AutoTokenizer.from_pretrained(made.model.path, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(made.model.path, local_files_only=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
