@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from async_rl.driver.actors import RolloutHandle, RolloutWorkers
+from async_rl.driver.actors import RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
@@ -68,7 +68,8 @@ class ReplicaSupervisor:
         """Submit the groups that a replica finishes; replace its worker when the worker or its engine dies."""
         while True:
             try:
-                await self._collect(self._rollouts.workers[replica])
+                worker = self._rollouts.workers[replica]
+                await collect(self._queue, worker.groups(), worker.accepted)
             except Exception as error:
                 if not is_worker_lost(error):
                     raise
@@ -76,9 +77,6 @@ class ReplicaSupervisor:
             else:
                 # The dataset has no end, so that a worker never runs out of work.
                 raise AsyncRLError(f"{worker_id(replica)} stopped before the last training step")
-
-    async def _collect(self, worker: RolloutHandle) -> None:
-        await collect(self._queue, worker.groups(), worker.accepted)
 
     async def _replace(self, replica: int, error: BaseException) -> None:
         """Start another worker, hand it the groups in flight that could be saved, and wait until it has weights."""

@@ -29,6 +29,9 @@ class Worker:
         for item in ():
             yield item
 
+    def accepted(self, group_id):
+        raise AssertionError("its stream has no groups")
+
     async def snapshot(self):
         if self.dead:
             raise ActorDiedError()
