@@ -18,7 +18,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.driver.cluster import Placement
 from async_rl.errors import TrainerDied
 from async_rl.rollout.actor import RolloutActor
-from async_rl.rollout.worker import WorkerStats
+from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size

@@ -53,7 +53,7 @@ from async_rl.queue.actor import start_queue
 from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, first_failure, until_interrupted

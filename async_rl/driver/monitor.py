@@ -17,7 +17,7 @@ from async_rl.driver.stacks import dump_stacks
 from async_rl.driver.watchdog import Situation, account
 from async_rl.errors import StalledError
 from async_rl.queue.client import QueueClient
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)

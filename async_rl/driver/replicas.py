@@ -18,7 +18,7 @@ from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
 from async_rl.errors import AsyncRLError, DuplicateGroup, EngineError, ReplicaFailed, UnknownGroup
 from async_rl.queue.client import QueueClient, incoming
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
