@@ -25,7 +25,7 @@ from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.engine.interface import Score
 from async_rl.rollout.evaluation import EvalResult
-from async_rl.rollout.worker import WorkerStats
+from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
 from async_rl.trainer.actor import TrainerActor

@@ -26,7 +26,7 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed
 from async_rl.queue.client import QueueClient
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs
 from async_rl.weights.sync import WeightSync
 

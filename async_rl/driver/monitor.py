@@ -25,7 +25,7 @@ from async_rl.driver.recorder import Recorder
 from async_rl.driver.watchdog import RunSnapshot, describe_stall
 from async_rl.errors import StalledError
 from async_rl.queue.client import QueueClient
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime import timeouts
 from async_rl.runtime.process import DUMP_STACKS
 from async_rl.weights.sync import WeightSync

@@ -28,7 +28,7 @@ from async_rl.queue import codec
 from async_rl.queue.client import Fetcher, Payload
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.evaluation import EvalResult
-from async_rl.rollout.worker import WorkerStats
+from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime.runfolder import RunFolder
 from async_rl.trainer.report import merge_reports
 from async_rl.types import Group, Trajectory

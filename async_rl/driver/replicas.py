@@ -19,7 +19,7 @@ from async_rl.driver.restarts import Recovery
 from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
 from async_rl.queue.client import QueueClient
 from async_rl.queue.handover import collect
-from async_rl.rollout.worker import worker_id
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync

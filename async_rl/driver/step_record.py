@@ -11,7 +11,7 @@ from typing import Any
 
 from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
 from async_rl.queue.records import QueueStats
-from async_rl.rollout.worker import WorkerStats
+from async_rl.rollout.stats import WorkerStats
 from async_rl.types import Group
 
 

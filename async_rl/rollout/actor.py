@@ -1,56 +1,236 @@
-"""RolloutActor: RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics.
+"""The actor of one replica: what the driver and vLLM's weight-transfer client call on it.
 
-Made a Ray actor by ``driver.actors``.
+``RolloutReplica`` ties an engine to its worker and takes them through a weight sync; it needs no Ray. ``RolloutActor``
+is that with the parts of a real run; ``driver.actors`` makes it a Ray actor. The names of the public methods are called
+from other processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.timeline import Timeline
-from async_rl.queue.client import open_groups
+from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
-from async_rl.rollout.worker import RolloutWorker, WorkerStats
+from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score
+from async_rl.rollout.environments.turns import Environment
+from async_rl.rollout.evaluation import EvalResult, evaluate
+from async_rl.rollout.gate import Gate
+from async_rl.rollout.responses import Responses
+from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.routing_policies import check_probe
+from async_rl.rollout.stats import WorkerStats, worker_id
+from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs
 from async_rl.runtime.process import mark_semaphores
+from async_rl.types import Float32Array, Int32Array, Prompt
+
+log = structlog.get_logger(__name__)
+
+# What the engine does with calls under way at a weight sync, by async_training.partial_rollout.mode.
+PAUSE_MODE: dict[str, PauseMode] = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
 
 
-class RolloutActor(RolloutWorker):
-    """RolloutWorker in a process of its own, with the real engine, tokenizer, reward, logs and metrics."""
+class RolloutReplica:
+    """One engine and its worker. The caller makes the engine, so that tests can bring their own."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        replica: int,
+        queue: QueueClient,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        rewards: RewardRunner,
+        environment: Environment | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._config = config
+        self._replica = replica
+        self._engine = engine
+        self._gate = Gate()
+        self._responses = Responses(config, engine, tokenizer, rewards, environment)
+        self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline)
+        self._timeline = timeline
+        self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine. Raises EngineError when it does not come up."""
+        began = time.monotonic()
+        await self._engine.start()
+        log.info("engine_ready", seconds=round(time.monotonic() - began, 1))
+
+    async def run(self) -> None:
+        """Sample until ``stop``; see ``RolloutWorker.run``."""
+        await self._worker.run()
+
+    async def stop(self) -> None:
+        """Begin no more work and end what is under way; see ``RolloutWorker.stop``."""
+        await self._worker.stop()
+
+    async def shutdown(self) -> None:
+        """End the work, and the engine with its processes, whatever they are doing."""
+        self._worker.close()
+        await self._engine.shutdown()
+        if self._timeline is not None:
+            self._timeline.close()
+
+    def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
+        """Return the groups in flight, encoded, by id; see ``RolloutWorker.snapshot``."""
+        return self._worker.snapshot()
+
+    def adopt(self, messages: Mapping[str, Any]) -> list[str]:
+        """Take groups of another replica's ``snapshot``; see ``RolloutWorker.adopt``."""
+        return self._worker.adopt(messages)
+
+    def stats(self) -> WorkerStats:
+        """Return the worker's counters."""
+        return self._worker.stats()
+
+    # -- pause and resume ---------------------------------------------------------------------------------------
+
+    async def pause(self, *, end_calls: bool = False) -> None:
+        """Begin no engine call, and stop the engine as partial_rollout.mode says.
+
+        ``end_calls`` ends calls that "in_flight" would freeze, as "resume" does: a ``snapshot`` then has their tokens.
+        """
+        self._gate.close()
+        mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
+        if end_calls and mode == "keep":
+            mode = "abort"
+        if mode == "wait":
+            # The engine computes while it drains: that time is generation, not pause.
+            await self._gate.wait_quiet()
+        self._gate.start_pause()
+        with self._waiting_for("pause"):
+            await self._engine.pause(mode)
+        if mode != "keep":
+            await self._gate.wait_quiet()
+
+    async def wake(self) -> None:
+        """Let the engine compute again, for the canary and for evaluation; rollouts still wait."""
+        with self._waiting_for("resume"):
+            await self._engine.resume()
+
+    async def resume(self) -> None:
+        """Resume interrupted generations, and take new work."""
+        paused = self._gate.open()
+        if self._timeline is not None and paused:
+            self._timeline.add("pause", paused)
+
+    async def unanswered(self) -> str | None:
+        """Return the engine call of a weight sync that has no answer yet; None if there is none.
+
+        Raises EngineDied.
+        """
+        self._engine.check_alive()
+        return self._pending_engine_call
+
+    @contextlib.contextmanager
+    def _waiting_for(self, engine_call: str) -> Iterator[None]:
+        self._pending_engine_call = engine_call
+        try:
+            yield
+        finally:
+            self._pending_engine_call = None
+
+    # -- weight transfer, as vLLM's RayVLLMWeightSyncClient calls it ----------------------------------------------
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        """Agree with the sender on how weights travel."""
+        if "rank_offset" in request.init_info:
+            # NCCL: the sender is rank 0, and each replica's ranks follow those of the one before it.
+            request.init_info["rank_offset"] += self._replica * self._config.rollout.tensor_parallel_size
+        with self._waiting_for("init_weight_transfer_engine"):
+            await self._engine.init_weight_transfer_engine(request)
+
+    async def start_weight_update(self) -> None:
+        """Prepare the engine for new weights."""
+        with self._waiting_for("start_weight_update"):
+            await self._engine.start_weight_update()
+
+    async def update_weights(self, request: Any) -> None:
+        """Receive weights."""
+        with self._waiting_for("update_weights"):
+            await self._engine.update_weights(request)
+
+    async def finish_weight_update(self) -> None:
+        """Finish what ``start_weight_update`` began."""
+        with self._waiting_for("finish_weight_update"):
+            await self._engine.finish_weight_update()
+
+    async def update_weight_version(self, version: str) -> None:
+        """Set the policy version that the engine stamps on tokens from now on."""
+        with self._waiting_for("update_weight_version"):
+            await self._engine.update_weight_version(version)
+        logs.bind(version=self._engine.version)
+
+    # -- canary and evaluation ----------------------------------------------------------------------------------
+
+    async def score(self, sequences: Sequence[Int32Array]) -> list[Score]:
+        """Score fixed token sequences under the engine's weights, for the canary.
+
+        Raises InvalidTrajectory when their routed experts cannot be those of the model.
+        """
+        with self._waiting_for("score"):
+            scores = await self._engine.score(list(sequences))
+        routed_experts = [score.routed_experts for score in scores if score.routed_experts is not None]
+        if self._engine.routing_spec is not None and scores:
+            check_probe(routed_experts, [len(sequence) for sequence in sequences], self._engine.routing_spec)
+        return scores
+
+    async def fingerprints(self, sequences: Sequence[Int32Array]) -> list[Float32Array | None]:
+        """Fingerprint the engine's residual stream layer by layer, to find the layer at fault after a mismatch."""
+        return await self._engine.fingerprints(list(sequences))
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> EvalResult:
+        """Answer ``prompts`` greedily and return the mean reward. The weights must not change meanwhile."""
+        return await evaluate(prompts, self._engine, self._responses)
+
+
+class RolloutActor(RolloutReplica):
+    """A replica in a process of its own, with a real engine, tokenizer, reward, logs and metrics."""
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
         from async_rl.rollout.engine.loader import load_engine
-        from async_rl.rollout.environments.turns import Environment
-        from async_rl.rollout.rewards.runner import RewardRunner
 
-        logs.configure(config.run_dir, f"rollout-{replica}", console=False)
-        mark_semaphores()  # vLLM's
+        name = worker_id(replica)
+        logs.configure(config.run_dir, name, console=False)
+        mark_semaphores()  # those of vLLM
         tokenizer = load_tokenizer(config)
         engine = load_engine(config.rollout.engine)(config, replica, cores=cores)
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
-        self._outbox = Outbox(queue, open_groups(config, f"rollout-{replica}"))
-        timeline = Timeline(config.run_dir, f"rollout-{replica}", config.metrics.timeline_bytes)
+        self._outbox = Outbox(queue, open_groups(config, name))
+        timeline = Timeline(config.run_dir, name, config.metrics.timeline_bytes)
         rewards = RewardRunner(config.reward)
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
 
     async def groups(self) -> AsyncIterator[Any]:
-        """The stream of what ``run`` finishes, message and meta in turn: for the driver, which hands it in."""
+        """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
         async for item in self._outbox.stream(self.run()):
             yield item
 
     async def accepted(self, group_id: str) -> None:
-        """The queue has a group of the stream."""
+        """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
 
     def stats(self) -> WorkerStats:
-        """The counters; the driver asks every second, and /metrics shows what it was told."""
+        """Return the counters, and publish them on /metrics. The driver calls this every second."""
         stats = super().stats()
         self._metrics.set("policy_version", stats.version)
         self._metrics.count_to("generated_tokens_total", stats.generated_tokens)
@@ -60,5 +240,6 @@ class RolloutActor(RolloutWorker):
         return stats
 
     async def shutdown(self) -> None:
+        """Stop serving metrics, then end the replica."""
         self._metrics.close()
         await super().shutdown()

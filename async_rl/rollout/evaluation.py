@@ -22,7 +22,7 @@ GREEDY = Sampling(temperature=1.0, top_p=1.0, greedy=True)
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """At one policy version: mean reward over n problems, mean response length in tokens."""
+    """The result of one replica at one policy version: means over ``n`` problems, lengths in tokens."""
 
     version: int
     reward_mean: float
@@ -31,14 +31,15 @@ class EvalResult:
 
 
 async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: Responses) -> EvalResult:
-    """Of the problems on which no function of the user's failed.
+    """Answer ``prompts`` greedily and score the answers; problems on which reward or environment fail are left out.
 
-    Raises RewardError where it failed on all, or its on_error is "fail"; EngineError where the weights changed.
+    Raises RewardError when they failed on all problems, or on one with on_error "fail"; EngineError when the weights
+    changed meanwhile.
     """
     version = engine.version
 
     async def likeliest(partial: PartialRollout, request_id: str) -> PartialRollout:
-        """One engine call; pushes wait for an evaluation, so none interrupts it."""
+        """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
         token_ids, max_tokens, first_row = partial.next_request()
         output = await engine.generate(request_id, token_ids, GREEDY, max_tokens, first_row)
         if output.finish_reason == "abort":
@@ -56,7 +57,7 @@ async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: 
 
 
 async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[float, int] | None:
-    """(reward, response tokens); None where the user's function failed and its on_error is skip."""
+    """Return reward and response tokens; None if the user's function failed and its on_error is skip."""
     try:
         start = responses.begin(f"eval/{prompt.prompt_id}", prompt)
         response = await responses.complete(start, prompt, likeliest)
@@ -64,5 +65,5 @@ async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[f
     except (RewardError, EnvironmentFailure) as error:
         if responses.is_fatal(error):
             raise
-        log.warning("evaluation problem left out", prompt=prompt.prompt_id, reason=str(error))
+        log.warning("eval_problem_failed", prompt=prompt.prompt_id, reason=str(error))
         return None

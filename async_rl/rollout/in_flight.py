@@ -1,7 +1,7 @@
-"""Groups that are not finished, as they stand: what a worker hands over so that another one goes on with them.
+"""Groups in flight, and the message in which they travel to the worker that adopts them.
 
-Taken for a checkpoint, and from a worker whose engine died. Pure: knows ``partial``, ``types`` and the wire format,
-neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs, versions and routing travel as they are.
+Encoded for a checkpoint, and after an engine died. Pure: it knows ``partial``, ``types`` and the wire format, but
+neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs, versions and routed experts do not change.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
 
 @dataclass(slots=True)
 class InFlight:
-    """One group in the making.
-
-    partials: what there is of each of its n responses, None before the first token was asked for. rewards: of those
-    that are scored, None for the others.
-    """
+    """One group that is being sampled."""
 
     ticket: Ticket
     partials: list[PartialRollout | None]
+    """The partial rollout of each of its n responses; None before the first engine call."""
     rewards: list[float | None] = field(default_factory=list)
+    """The reward of each response; None until it is scored."""
 
     @classmethod
     def begin(cls, ticket: Ticket, n: int) -> InFlight:
+        """Begin the group of a ticket, with no token yet."""
         return cls(ticket, [None] * n, [None] * n)
 
     @property
@@ -53,12 +52,12 @@ class InFlight:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens that there are."""
+        """Response tokens so far, over all responses."""
         return sum(len(partial.response_ids) for partial in self.partials if partial is not None)
 
 
 def encode(group: InFlight) -> npt.NDArray[np.uint8]:
-    """One message of the wire format. Raises WireError as ``wire.pack`` does."""
+    """Return the group as one message of the wire format. Raises WireError as ``wire.pack`` does."""
     name = f"group {group.group_id} in flight"
     prompt = group.ticket.prompt
     table = {
@@ -72,12 +71,12 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
 
 
 def decode(
-    buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], policy: RoutingPolicy
+    buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], routing_policy: RoutingPolicy
 ) -> InFlight:
-    """The group as it stood, to be gone on with under these settings; its arrays are copies.
+    """Return the group of a message, to be resumed under these settings. Its arrays are copies.
 
-    Raises WireError for anything but such a message, and for a group that does not fit the settings: of another number
-    of responses than ``n``, with one longer than ``max_response_tokens``, or kept under another routing ``policy``.
+    Raises WireError for anything but such a message, and for a group that does not fit the settings: with other than
+    ``n`` responses, with one longer than ``max_response_tokens``, or kept under another ``routing_policy``.
     """
     table, views = unpack(IN_FLIGHT, buffer)
 
@@ -98,8 +97,10 @@ def decode(
         if entry is None:
             partials.append(None)
             continue
-        if not isinstance(entry, dict) or entry.get("policy") != policy:
-            raise WireError(f"group {ticket.group_id}: response {t} is {short(entry)}, not one kept under {policy}")
+        if not isinstance(entry, dict) or entry.get("policy") != routing_policy:
+            raise WireError(
+                f"group {ticket.group_id}: response {t} is {short(entry)}, not one of {routing_policy} routing"
+            )
         if entry.get("finish_reason") not in (None, "stop", "length"):
             raise WireError(f"group {ticket.group_id}: response {t} ended by {short(entry['finish_reason'])}")
         partial = PartialRollout(
@@ -108,7 +109,7 @@ def decode(
             max_response_tokens=max_response_tokens,
             stop_token_ids=stop_token_ids,
             routing_spec=routing_spec(entry.get("routing")),
-            policy=policy,
+            routing_policy=routing_policy,
             response_ids=take(f"{t}.response_ids"),
             logprobs=take(f"{t}.logprobs"),
             versions=take(f"{t}.versions"),
@@ -125,7 +126,7 @@ def decode(
         if reward is not None and (each is None or not each.finished):
             raise WireError(f"group {ticket.group_id}: a response that has not ended has a reward")
     if views:
-        raise WireError(f"the message has arrays that belong to nothing: {', '.join(list(views)[:3])}")
+        raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])}")
     return InFlight(ticket, partials, rewards)
 
 
@@ -134,7 +135,7 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
         return None
     return {
         "trajectory_id": partial.trajectory_id,
-        "policy": partial.policy,
+        "policy": partial.routing_policy,
         "finish_reason": partial.finish_reason,
         "routing": routing_entry(partial.routing_spec),
     }

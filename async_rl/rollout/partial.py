@@ -1,9 +1,9 @@
-"""A response in the making: what an interrupted generation keeps, and what its next engine call is given.
+"""A partial rollout: what an interrupted generation keeps, and what its next engine call is given.
 
-Pure: no engine, no clock. Knows ``types``, ``routing``, and what an engine returns.
+Pure: no engine, no clock. It knows ``types``, ``routing_policies``, and what an engine returns.
 
-Invariants: one token has one log-prob and one version (1), an interruption anywhere leaves that so (2), and what was
-recorded when a token was sampled is never touched again (3): arrays only grow, by a new array.
+Invariants: one token has one log-prob and one version (1), an interruption at any point keeps this true (2), and what
+was recorded when a token was sampled never changes (3): arrays only grow, and each growth makes a new array.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from async_rl.types import (
 
 
 class Request(NamedTuple):
-    """What the next engine call is given.
-
-    token_ids: int32[P+G], the prompt and all that came after it. max_tokens: how many may be sampled. first_row: the
-    first row of routing that is missing; the call returns those from there on.
-    """
+    """The arguments of the next engine call."""
 
     token_ids: Int32Array
+    """int32[P+G]: the prompt and the response so far."""
     max_tokens: int
+    """How many tokens may be sampled."""
     first_row: int
+    """The first row of routed experts that is missing; the call returns the rows from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,8 @@ class PartialRollout:
     """A trajectory between engine calls.
 
     prompt_ids int32[P]; response_ids int32[G], logprobs float32[G], versions int32[G] of the tokens so far, of which
-    segments cover the sampled ones; routed_experts [n, L, K], what ``policy`` keeps of the calls so far, of all tokens
-    but the last one sampled and what follows it. finish_reason is None until the response has ended.
+    segments cover the sampled ones; routed_experts [n, L, K], the rows that ``routing_policy`` keeps of the calls so
+    far, for all tokens before the last sampled one. finish_reason is None until the response has ended.
     """
 
     trajectory_id: str
@@ -59,7 +58,7 @@ class PartialRollout:
     max_response_tokens: int
     stop_token_ids: frozenset[int]
     routing_spec: RoutingSpec | None
-    policy: RoutingPolicy = "replace"
+    routing_policy: RoutingPolicy = "replace"
     response_ids: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     logprobs: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     versions: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
@@ -76,18 +75,19 @@ class PartialRollout:
         max_response_tokens: int,
         eos_token_id: int | Collection[int] | None,
         routing_spec: RoutingSpec | None,
-        policy: RoutingPolicy = "replace",
+        routing_policy: RoutingPolicy = "replace",
     ) -> PartialRollout:
-        """A response without a token.
+        """Begin a response, which has no token yet.
 
-        ``eos_token_id``: the token or tokens that end it; ``routing_spec``: None where the engine returns none.
+        ``eos_token_id`` is the token or tokens that end it. ``routing_spec`` is None if the engine returns no routed
+        experts.
         """
         if max_response_tokens <= 0:
             raise InvalidTrajectory(
                 f"trajectory {trajectory_id}: max_response_tokens is {max_response_tokens}, must be > 0"
             )
         stop = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
-        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing_spec, policy)
+        return cls(trajectory_id, prompt_ids, max_response_tokens, frozenset(stop), routing_spec, routing_policy)
 
     @property
     def finished(self) -> bool:
@@ -95,17 +95,17 @@ class PartialRollout:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the next call goes on in the middle of a turn, computing again what an earlier call had computed."""
+        """Whether the next call resumes in the middle of a turn, and so computes again what earlier calls computed."""
         return bool(self.segments) and self.segments[-1].stop == len(self.response_ids)
 
     @property
     def turns(self) -> tuple[Int32Array, ...]:
-        """The response so far, cut where policy and environment follow one another; the policy's turn is first."""
+        """The response so far, split into the turns of policy and environment; the policy's turn is first."""
         sampled = self.versions != NOT_SAMPLED
         return tuple(np.split(self.response_ids, np.flatnonzero(sampled[1:] != sampled[:-1]) + 1))
 
     def check(self) -> None:
-        """Raise InvalidTrajectory unless this is a state that calls can lead to: for one that was kept elsewhere."""
+        """Raise InvalidTrajectory unless engine calls can lead to this state. For a state that came from elsewhere."""
         name, count = f"trajectory {self.trajectory_id}", len(self.response_ids)
         arrays = (self.response_ids, np.int32), (self.logprobs, np.float32), (self.versions, np.int32)
         if any(array.shape != (count,) or array.dtype != dtype for array, dtype in arrays):
@@ -116,26 +116,29 @@ class PartialRollout:
         if count > self.max_response_tokens:
             raise InvalidTrajectory(f"{name}: {count} response tokens, more than {self.max_response_tokens} allowed")
         if count and (not self.segments or self.segments[0].start != 0):
-            raise InvalidTrajectory(f"{name}: a response in the making whose first token nobody sampled")
+            raise InvalidTrajectory(f"{name}: a partial rollout whose first token was not sampled")
         check_segments(name, self.segments, self.versions)
         if (self.routed_experts is None) != (self.routing_spec is None or not self.segments):
-            raise InvalidTrajectory(f"{name}: a response in the making with routing where none can be, or without")
+            raise InvalidTrajectory(
+                f"{name}: a partial rollout has routed experts without a sampled MoE token, or lacks them"
+            )
         if self.routed_experts is not None and self.routing_spec is not None:
             known = len(self.prompt_ids) + self.segments[-1].stop - 1
             check_routing(name, self.routed_experts, rows=known, spec=self.routing_spec)
 
     def next_request(self) -> Request:
+        """Return the arguments of the next engine call. Raises InvalidTrajectory when the response has ended."""
         if self.finished:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: it has ended ({self.finish_reason})")
         known = 0 if self.routed_experts is None else len(self.routed_experts)
         return Request(
             np.concatenate([self.prompt_ids, self.response_ids]),
             self.max_response_tokens - len(self.response_ids),
-            routing_policies.first_row(self.policy, known),
+            routing_policies.first_row(self.routing_policy, known),
         )
 
     def absorb(self, output: EngineOutput) -> PartialRollout:
-        """The state after one more call. Raises InvalidTrajectory when the output cannot be of this trajectory."""
+        """Return the state after one more call. Raises InvalidTrajectory if the output cannot be of this trajectory."""
         request = self.next_request()
         budget = request.max_tokens
         name = f"trajectory {self.trajectory_id}"
@@ -161,11 +164,11 @@ class PartialRollout:
             finish_reason=self._finish_reason_after(output),
         )
 
-    def go_on(self, token_ids: Int32Array) -> PartialRollout:
-        """The state after a turn that has stopped was answered with int32[n] tokens that nobody sampled.
+    def append_turn(self, token_ids: Int32Array) -> PartialRollout:
+        """Return the state after the environment's turn, int32[n], which follows a turn of the policy that stopped.
 
-        They have no behaviour log-prob and no version, and their routing comes with the next call, which reads them.
-        Where they leave no room for another token the response ends as it is, for its length.
+        These tokens have no behaviour log-prob and no version. Their routed experts come with the next call, which
+        reads them. If they leave no room for another token, the response ends without them, as of finish_reason length.
         """
         name = f"trajectory {self.trajectory_id}"
         if self.finish_reason != "stop":
@@ -184,7 +187,7 @@ class PartialRollout:
         )
 
     def to_trajectory(self, reward: float) -> Trajectory:
-        """The finished trajectory, validated. Raises InvalidTrajectory while the response goes on."""
+        """Return the finished trajectory, validated. Raises InvalidTrajectory if the response has not ended."""
         if self.finish_reason is None:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: the response has not ended")
         return Trajectory(
@@ -203,19 +206,23 @@ class PartialRollout:
     def _merged(
         self, name: str, request: Request, output: EngineOutput
     ) -> tuple[tuple[Segment, ...], ExpertIds | None]:
-        """The segments so far, and the routing kept, with this call's rows checked and merged in."""
+        """Return the segments so far and the routed experts kept, after this call's rows were checked and merged in."""
         if self.routing_spec is None:
             if output.routed_experts is not None:
-                raise InvalidTrajectory(f"{name}: a call returned routing, and the model has no MoE layer")
+                raise InvalidTrajectory(f"{name}: a call returned routed experts, and the model has no MoE layer")
             return self.segments, None
         if output.routed_experts is None:
-            raise InvalidTrajectory(f"{name}: a call returned {len(output.token_ids)} tokens without their routing")
+            raise InvalidTrajectory(
+                f"{name}: a call returned {len(output.token_ids)} tokens without their routed experts"
+            )
         total = len(request.token_ids) + len(output.token_ids) - 1
         routing_policies.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing_spec)
-        return routing_policies.MERGE_POLICIES[self.policy](self.segments, self.routed_experts, output.routed_experts)
+        return routing_policies.MERGE_POLICIES[self.routing_policy](
+            self.segments, self.routed_experts, output.routed_experts
+        )
 
     def _finish_reason_after(self, output: EngineOutput) -> FinishReason | None:
-        """A call may be aborted in the very step that ended the response; what counts is the tokens."""
+        """Return why the response ended, by its tokens: a call may be aborted in the very step that ended it."""
         if output.finish_reason != "abort":
             return output.finish_reason
         if int(output.token_ids[-1]) in self.stop_token_ids:
@@ -226,6 +233,6 @@ class PartialRollout:
 
 
 def _segments(versions: Int32Array, start: int) -> tuple[Segment, ...]:
-    """One segment per run of one version: several in one call if weights were pushed while it was frozen."""
+    """Return one segment per run of one version: several if the call was frozen during a weight sync."""
     cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
     return tuple(Segment(start + a, start + b, int(versions[a])) for a, b in itertools.pairwise(cuts))

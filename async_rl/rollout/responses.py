@@ -1,6 +1,6 @@
 """A response from its beginning to its reward: as many engine calls as its interruptions and turns take.
 
-Who makes a call, and when, is the caller's to say: the worker for training, ``evaluation`` for greedy ones.
+The caller supplies the engine call: ``worker`` one that samples, ``evaluation`` one that is greedy.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Int32Array, Prompt
 
-# (what there is of a response, request id) -> the same after one more engine call.
+# (partial rollout, request id) -> the partial rollout after one more engine call.
 Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
 Keep = Callable[[PartialRollout], None]
 
 
 class Responses:
-    """What all responses of a run have in common: their budget, and the user's environment and reward."""
+    """Completes responses: it holds what all of them share, their limit and the user's environment and reward."""
 
     def __init__(
         self,
@@ -40,20 +40,20 @@ class Responses:
         self._environment = environment
 
     def begin(self, name: str, prompt: Prompt) -> PartialRollout:
-        """A response of which nothing is there yet."""
+        """Begin the response to a prompt; ``name`` becomes its trajectory id."""
         return PartialRollout.begin(
             name,
             prompt.token_ids,
             max_response_tokens=self._config.rollout.max_response_tokens,
             eos_token_id=self._engine.stop_token_ids,
             routing_spec=self._engine.routing_spec,
-            policy=self._config.async_training.partial_rollout.routing,
+            routing_policy=self._config.async_training.partial_rollout.routing,
         )
 
     async def complete(
         self, partial: PartialRollout, prompt: Prompt, call: Call, keep: Keep = lambda _: None
     ) -> PartialRollout:
-        """The whole response that ``partial`` becomes; ``keep`` is told of each state. Raises EnvironmentFailure."""
+        """Complete ``partial`` and return it. ``keep`` is called with each state. Raises EnvironmentFailure."""
         calls = itertools.count()
         while True:
             while not partial.finished:
@@ -62,27 +62,27 @@ class Responses:
             answer = await self._answer(prompt, partial)
             if answer is None:
                 return partial
-            partial = partial.go_on(answer)
+            partial = partial.append_turn(answer)
             keep(partial)
 
     async def reward(self, prompt: Prompt, response: PartialRollout) -> float:
-        """Raises RewardError."""
+        """Return the reward of a finished response. Raises RewardError."""
         text = self._tokenizer.decode(response.response_ids, skip_special_tokens=True)
         return await self._rewards.score(prompt, text)
 
     def is_fatal(self, error: RewardError | EnvironmentFailure) -> bool:
-        """Whether a failure of the user's function ends the run, or costs what it was called for only."""
+        """Return whether a failure of the user's function ends the run; else it costs only the group or the problem."""
         section = self._config.reward if isinstance(error, RewardError) else self._config.rollout.environment
         return section.on_error == "fail"
 
     def close(self) -> None:
-        """Call the user's functions no more."""
+        """Stop calling the user's functions."""
         self._rewards.close()
         if self._environment is not None:
             self._environment.close()
 
     async def _answer(self, prompt: Prompt, partial: PartialRollout) -> Int32Array | None:
-        """What the environment says to a turn that has just ended; None when the response ends with it."""
+        """Return the environment's turn after a turn of the policy; None when the response ends with that."""
         if self._environment is None or partial.finish_reason != "stop":
             return None
         turns = partial.turns

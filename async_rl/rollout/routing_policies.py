@@ -1,10 +1,10 @@
-"""Routed experts at the border: columns of MoE layers, what a resumed call does to earlier rows, what is refused.
+"""Routed experts as engines return them: which columns and rows are kept, and which arrays are refused.
 
 Pure. Shapes: n rows, A all decoder layers, L MoE layers, K experts per token; P prompt tokens, G response tokens.
 
-An interrupted generation is resumed under newer weights, and its prefix is computed again. From then on the prefix has
-two routings: that under which its tokens were sampled, and that under which it was read when the later tokens were
-sampled. The three policies are three answers to which of them the trainer replays: docs/concepts/routing-replay.md.
+An interrupted generation is resumed under newer weights, and its prefix is computed again. From then on each row of
+the prefix exists twice: as it was when its token was sampled, and as it was when the later tokens were sampled. The
+three routing policies choose differently which of them the trainer replays: docs/concepts/routing-replay.md.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from async_rl.errors import InvalidTrajectory
 from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
 
 # From this many rows on, a layer of zeros, and on the probe's unlike tokens one that always picks the same experts in
-# the same order, is taken for an array that nobody filled in: routers settle on one choice for a few tokens, not for so
-# many.
+# the same order, counts as an array that was never filled in: routers settle on one choice for a few tokens, not for
+# so many.
 CONSTANT_LAYER_ROWS = 256
 
 
 class MergedRouting(NamedTuple):
-    """What a policy keeps of all calls so far: the segments before the last call, and rows [P+G-1, L, K]."""
+    """What a routing policy keeps of all calls so far: segments before the last call, and rows [P+G-1, L, K]."""
 
     segments: tuple[Segment, ...]
     routed_experts: ExpertIds
@@ -37,7 +37,7 @@ Merge = Callable[[tuple[Segment, ...], ExpertIds | None, ExpertIds], MergedRouti
 
 
 def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
-    """The last call's rows, which are of the full sequence, take the place of all earlier ones.
+    """Keep the last call's rows, which are of the full sequence, in place of all earlier ones.
 
     Right for what the last call sampled: its tokens attended to a prefix computed under its own weights, with this
     routing. The tokens before the resume point are replayed with experts that newer weights chose for them, while
@@ -48,11 +48,11 @@ def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: 
 
 
 def preserve(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
-    """Earlier rows stay, and the call adds those of the tokens that had none: it was asked for no others.
+    """Keep earlier rows, and append the call's rows, which are of the tokens that had none.
 
     Right for what was sampled before the resume point: each row is that of the call which first computed it. The
-    tokens after it attended to a prefix computed again, with routing that is not kept. The rows add up because the call
-    returns them from ``first_row`` on; to append a full array is refused by its length.
+    tokens after it attended to a prefix computed again, with rows that are not kept. The rows add up because the call
+    returns them from ``first_row`` on; a full array would be refused by its length.
     """
     return MergedRouting(
         segments, returned if earlier is None else cast(ExpertIds, np.concatenate([earlier, returned]))
@@ -60,10 +60,10 @@ def preserve(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned:
 
 
 def exact(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
-    """Every segment keeps the rows of its own call, to be trained in the context in which it was sampled.
+    """Keep for every segment the rows of its own call, to be trained in the context in which it was sampled.
 
-    Right for all tokens, at the price of computing a prefix once per segment. The rows of the last call are the
-    trajectory's own; those that were, until now, are handed to the segments that they belong to.
+    Right for all tokens, at the price of computing a prefix once per segment. The rows of the last call become the
+    trajectory's own; the rows that were its own until now move to the segments that they belong to.
     """
     if earlier is None:
         return MergedRouting(segments, returned)
@@ -83,34 +83,34 @@ def exact(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: Ex
 MERGE_POLICIES: dict[RoutingPolicy, Merge] = {"replace": replace, "preserve": preserve, "exact": exact}
 
 
-def first_row(policy: RoutingPolicy, known_rows: int) -> int:
-    """The first row that a call is asked for, when ``known_rows`` are there: what is kept need not be sent again."""
-    return known_rows if policy == "preserve" else 0
+def first_row(routing_policy: RoutingPolicy, known_rows: int) -> int:
+    """Return the first row that the next call must return, after ``known_rows`` rows: kept rows need not come again."""
+    return known_rows if routing_policy == "preserve" else 0
 
 
 def moe_columns(routed: ExpertIds, *, num_layers: int, moe_layers: Sequence[int]) -> ExpertIds:
-    """[n, A, K] to [n, L, K]: engines return a column for every layer, dense ones included.
+    """Select the MoE layers: [n, A, K] to [n, L, K]. Engines return a column for every layer, dense ones included.
 
-    Raises InvalidTrajectory where the columns are neither of all layers nor of the MoE layers: which is which could
-    only be guessed.
+    Raises InvalidTrajectory when there is neither one column per layer nor one per MoE layer: which column belongs to
+    which layer could only be guessed.
     """
     columns = routed.shape[1]
     if columns == num_layers and len(moe_layers) < num_layers:
         return cast(ExpertIds, np.ascontiguousarray(routed[:, list(moe_layers)]))
     if columns != len(moe_layers):
         raise InvalidTrajectory(
-            f"the engine returned routing for {columns} layers; the model has {num_layers}, "
+            f"the engine returned routed experts of {columns} layers; the model has {num_layers}, "
             f"of which {len(moe_layers)} are MoE layers"
         )
     return routed
 
 
 def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None:
-    """Raise InvalidTrajectory unless ``routed`` can be the routing of ``rows`` tokens that a router really chose.
+    """Raise InvalidTrajectory unless ``routed`` can be what routers chose for ``rows`` tokens.
 
-    Besides shape, type and range: an expert twice in one row, and a layer of zeros over a long sequence, which is what
-    an array holds that was never filled in. Any other constant may be true: a policy that has come to repeat itself, or
-    a router that has collapsed, sends all tokens of a response to the same experts.
+    Refused are a wrong shape, type or range, an expert twice in one row, and a layer of zeros over a long sequence: an
+    array that was never filled in has these. Any other constant may be true: a policy that repeats itself, or a router
+    that has collapsed, sends all tokens of a response to the same experts.
     """
     check_routing(name, routed, rows=rows, spec=spec)
     if spec.top_k > 1:
@@ -126,9 +126,10 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None
 
 
 def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: RoutingSpec) -> None:
-    """Judge the routing of scored sequences of ``lengths`` tokens, [n - 1, L, K] each, one by one and as one.
+    """Check the routed experts of scored sequences of ``lengths`` tokens, [n - 1, L, K] each, one by one and together.
 
-    Together they are many rows of unlike tokens, so that a layer which is constant over short responses shows here.
+    Together they are many rows of unlike tokens: a layer that is constant over them all is an error.
+    Raises InvalidTrajectory.
     """
     for index, (rows, length) in enumerate(zip(routed, lengths, strict=True)):
         check(f"probe sequence {index}", rows, rows=length - 1, spec=spec)
@@ -138,10 +139,10 @@ def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: Routi
 
 
 def _refuse_constant(name: str, routed: ExpertIds, constant: npt.NDArray[np.bool_]) -> None:
-    """``constant`` bool[L]: the layers that are, whichever way that is judged."""
+    """Raise InvalidTrajectory if there are many rows and a layer is constant, as ``constant`` bool[L] says."""
     if len(routed) >= CONSTANT_LAYER_ROWS and constant.any():
         layer = int(np.flatnonzero(constant)[0])
         raise InvalidTrajectory(
             f"{name}: MoE layer {layer} has the same experts {routed[0, layer].tolist()} in all {len(routed)} rows; "
-            "the engine did not record its routing (is the layer a dense one?)"
+            "the engine did not record its routed experts (is the layer a dense one?)"
         )

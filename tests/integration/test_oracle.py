@@ -21,9 +21,9 @@ from async_rl.metrics import publish
 from async_rl.metrics.exporter import Metrics
 from async_rl.models.config import read_model_config
 from async_rl.rollout import routing_policies
+from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Group, Prompt
 from async_rl.weights.sync import WeightSync
 from tests.support import trainer_process
@@ -117,7 +117,12 @@ def prompt(seed, length=17):
 async def respond(engine, name, token_ids, limit, policy="replace", sampling=RANDOM):
     """One response, gone on with whenever a push has interrupted it."""
     partial = PartialRollout.begin(
-        name, token_ids, max_response_tokens=limit, eos_token_id=None, routing_spec=engine.routing_spec, policy=policy
+        name,
+        token_ids,
+        max_response_tokens=limit,
+        eos_token_id=None,
+        routing_spec=engine.routing_spec,
+        routing_policy=policy,
     )
     call = 0
     while not partial.finished:
@@ -441,7 +446,7 @@ class TrainerSide:
         return await self._trainer(trainer_process.ask, "native_routing", sequences)
 
 
-def weight_sync(config, folders, engine, trainer, pusher, pushed, worker_type=RolloutWorker):
+def weight_sync(config, folders, engine, trainer, pusher, pushed, worker_type=RolloutReplica):
     side = TrainerSide(trainer, pusher, pushed)
     worker = worker_type(config, 0, None, engine, None, None)
     sync = WeightSync(config, read_model_config(folders[0]), side)
@@ -506,7 +511,7 @@ async def test_invariant_10_what_is_stale_outside_of_the_layers_is_named_too(
 
 
 async def test_experts_in_another_numbering_are_refused_at_the_start(config, engine, pusher, trainer, folders, weights):
-    class Renumbered(RolloutWorker):
+    class Renumbered(RolloutReplica):
         async def score(self, sequences):
             scores = await super().score(sequences)
             return [replace(score, routed_experts=(score.routed_experts + 1) % 8) for score in scores]

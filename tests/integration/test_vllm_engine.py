@@ -116,7 +116,12 @@ def token_logprobs(logits, sequence):
 async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, policy="replace"):
     """One greedy response, aborted and resumed whenever it has sampled as many more tokens as ``cuts`` says."""
     partial = PartialRollout.begin(
-        f"r{cuts}", prompt, max_response_tokens=limit, eos_token_id=EOS, routing_spec=engine.routing_spec, policy=policy
+        f"r{cuts}",
+        prompt,
+        max_response_tokens=limit,
+        eos_token_id=EOS,
+        routing_spec=engine.routing_spec,
+        routing_policy=policy,
     )
     for cut in [*cuts, None]:
         if partial.finished:
@@ -157,7 +162,7 @@ async def cut_after(engine, cut, policy):
         max_response_tokens=48,
         eos_token_id=EOS,
         routing_spec=engine.routing_spec,
-        policy=policy,
+        routing_policy=policy,
     )
     tokens, _, first_row = partial.next_request()
     first = await engine.generate(f"c{cut}/0", tokens, GREEDY, cut, first_row)

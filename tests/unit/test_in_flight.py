@@ -48,7 +48,7 @@ def group(seed, n=3, policy="replace", dense=False):
             max_response_tokens=LIMIT,
             eos_token_id=STOP,
             routing_spec=None if dense else ROUTING,
-            policy=policy,
+            routing_policy=policy,
         )
         for call in range(calls):
             end = "stop" if call == calls - 1 and rng.random() < 0.5 else "abort"
@@ -61,13 +61,13 @@ def group(seed, n=3, policy="replace", dense=False):
         if partial.finished and rng.random() < 0.5:
             made.rewards[index] = float(rng.normal())
         elif partial.finished and rng.random() < 0.5:
-            partial = partial.go_on(np.array([5, 6], dtype=np.int32))
+            partial = partial.append_turn(np.array([5, 6], dtype=np.int32))
         made.partials[index] = partial
     return made
 
 
 def decode(message, n=3, policy="replace"):
-    return in_flight.decode(message, n=n, max_response_tokens=LIMIT, stop_token_ids=STOP, policy=policy)
+    return in_flight.decode(message, n=n, max_response_tokens=LIMIT, stop_token_ids=STOP, routing_policy=policy)
 
 
 @given(
@@ -145,7 +145,7 @@ def test_what_the_settings_of_now_do_not_allow_is_refused():
     with pytest.raises(WireError, match="not one kept under exact"):
         decode(message, policy="exact")
     with pytest.raises(WireError, match="response tokens, more than 1 allowed"):
-        in_flight.decode(message, n=3, max_response_tokens=1, stop_token_ids=STOP, policy="replace")
+        in_flight.decode(message, n=3, max_response_tokens=1, stop_token_ids=STOP, routing_policy="replace")
     with pytest.raises(WireError, match="not a group in flight"):
         decode(b"ARLG" + message.tobytes()[4:])
 

@@ -167,7 +167,7 @@ def test_any_of_several_stop_tokens_ends_a_response():
 
 def test_an_answer_between_two_turns_has_no_logprob_no_version_and_its_routing_from_the_next_call():
     first = begin().absorb(call(PROMPT, [3, EOS], 2, [4, 4], finish="stop"))
-    asked = first.go_on(np.array([30, 31, 32], dtype=np.int32))
+    asked = first.append_turn(np.array([30, 31, 32], dtype=np.int32))
     assert not asked.finished
     assert not asked.interrupted
     sent, budget, _ = asked.next_request()
@@ -186,8 +186,8 @@ def test_an_answer_between_two_turns_has_no_logprob_no_version_and_its_routing_f
 
 def test_an_answer_that_leaves_no_room_ends_the_response():
     first = begin(limit=5).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
-    assert first.go_on(np.array([30, 31], dtype=np.int32)).next_request().max_tokens == 1
-    ended = first.go_on(np.array([30, 31, 32], dtype=np.int32))
+    assert first.append_turn(np.array([30, 31], dtype=np.int32)).next_request().max_tokens == 1
+    ended = first.append_turn(np.array([30, 31, 32], dtype=np.int32))
     assert ended.finish_reason == "length"
     assert ended.to_trajectory(0.0).response_ids.tolist() == [3, EOS]
 
@@ -196,14 +196,14 @@ def test_only_a_turn_that_stopped_can_be_answered_and_only_with_tokens():
     answer = np.array([30], dtype=np.int32)
     for state in (begin(), begin(limit=2).absorb(call(PROMPT, [3, 4], 2, [0, 0]))):
         with pytest.raises(InvalidTrajectory, match="takes no answer"):
-            state.go_on(answer)
+            state.append_turn(answer)
     stopped = begin().absorb(call(PROMPT, [EOS], 1, [0], finish="stop"))
     with pytest.raises(InvalidTrajectory, match="answered without a token"):
-        stopped.go_on(answer[:0])
+        stopped.append_turn(answer[:0])
 
 
 def test_routing_for_a_dense_model_is_refused():
-    with pytest.raises(InvalidTrajectory, match="returned routing, and the model has no MoE layer"):
+    with pytest.raises(InvalidTrajectory, match="returned routed experts, and the model has no MoE layer"):
         begin(routing_spec=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], finish="stop"))
 
 
@@ -234,7 +234,7 @@ def test_concatenated_routing_is_refused():
     [
         ({"logprobs": np.zeros(1, np.float32)}, "returned 2 tokens, 1 logprobs"),
         ({"versions": np.zeros(3, np.int32)}, ", 3 stamps"),
-        ({"routed_experts": None}, "without their routing"),
+        ({"routed_experts": None}, "without their routed experts"),
         ({"finish_reason": "stop", "token_ids": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32),
           "versions": np.zeros(0, np.int32)}, "without a token"),
     ],

@@ -1,4 +1,4 @@
-"""RolloutWorker against a scripted engine and queue: interruption, resumption, stamps, completeness of groups.
+"""A replica with a scripted engine and queue: interruption, resumption, stamps, completeness of groups.
 
 The same paths with the real engine and queue are in tests/integration/test_pipeline.py.
 """
@@ -11,8 +11,8 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
+from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import EngineOutput
-from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
@@ -91,7 +91,7 @@ def worker(engine, queue, mode="resume", environment=None, **settings):
         **settings,
     }
     digits = Digits()
-    return RolloutWorker(validate(tree), 0, queue, engine, digits, digits, environment), digits
+    return RolloutReplica(validate(tree), 0, queue, engine, digits, digits, environment), digits
 
 
 async def push(worker, engine) -> None:
@@ -400,11 +400,11 @@ async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monk
     run = asyncio.create_task(subject.run())
     await asyncio.sleep(0.2)
     assert not run.done()
-    subject._open.clear()  # what a push begins with
+    subject._gate.close()  # what a push begins with
     engine.hangs = True
     await asyncio.sleep(0.2)
     assert not run.done(), "loading weights takes its time"
-    subject._open.set()
+    subject._gate.open()
     with pytest.raises(EngineDied, match="has not answered for"):
         await asyncio.wait_for(run, 5)
     assert len(subject.snapshot()) == 2, "what is in flight can be handed over"

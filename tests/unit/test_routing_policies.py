@@ -68,7 +68,7 @@ turns = st.lists(
 def play(engine, policy, plan):
     """The finished trajectory, and (call, tokens in all when it ended) of each call that sampled something."""
     partial = PartialRollout.begin(
-        "g.0/0", PROMPT, max_response_tokens=200, eos_token_id=EOS, routing_spec=engine.spec, policy=policy
+        "g.0/0", PROMPT, max_response_tokens=200, eos_token_id=EOS, routing_spec=engine.spec, routing_policy=policy
     )
     calls, number = [], 0
     for turn, (counts, answer) in enumerate(plan):
@@ -80,7 +80,7 @@ def play(engine, policy, plan):
                 calls.append((number, len(PROMPT) + len(partial.response_ids)))
             number += 1
         if turn < len(plan) - 1:
-            partial = partial.go_on(np.full(answer, 60, dtype=np.int32))
+            partial = partial.append_turn(np.full(answer, 60, dtype=np.int32))
     return partial.to_trajectory(1.0), calls
 
 
@@ -158,7 +158,7 @@ def test_exact_gives_each_segment_of_a_call_no_more_rows_than_its_own_tokens_nee
 def test_a_full_array_where_only_new_rows_were_asked_for_is_refused_and_so_is_the_reverse(policy):
     engine = Engine(3, (1, 2), 8, 2)
     begin = PartialRollout.begin(
-        "g.0/0", PROMPT, max_response_tokens=50, eos_token_id=EOS, routing_spec=engine.spec, policy=policy
+        "g.0/0", PROMPT, max_response_tokens=50, eos_token_id=EOS, routing_spec=engine.spec, routing_policy=policy
     )
     first = begin.absorb(engine.call(0, begin.next_request(), [20, 21], "abort"))
     request = first.next_request()
