@@ -74,7 +74,10 @@ def _described(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (list, tuple):
         return f"list of {_described(arguments[0], [])}"
-    if annotation is str and any(r":\w" in pattern for pattern in _found("pattern", metadata)):
+    patterns = _found("pattern", metadata)
+    if annotation is str and any("vllm|" in pattern for pattern in patterns):
+        return "`vllm` or `module:Class`"
+    if annotation is str and any(r":\w" in pattern for pattern in patterns):
         return "`module:function`"
     bounds = [f"{sign} {bound}" for key, sign in _BOUNDS for bound in _found(key, metadata) if bound != _INT64]
     return " ".join([_NAMES[annotation], " and ".join(bounds)]).rstrip()

@@ -134,7 +134,7 @@ class TrainingLoop:
         agreement = await self._sync.begin()
         self._recorder.event(
             "engine_trainer_agree",
-            max_abs_diff=agreement.report.max_abs_diff,
+            max_abs_diff=float(f"{agreement.report.max_abs_diff:.1e}"),
             unreached_experts=agreement.unreached_experts,
         )
 

@@ -39,7 +39,7 @@ class Parts:
         self.calls.append(f"{worker} is lost")
 
     async def stats(self):
-        return SimpleNamespace(version=self.version, running={"rollout-7": 1}, queued_groups=1)
+        return SimpleNamespace(version=self.version, in_flight={"rollout-7": 1}, queued_groups=1)
 
     async def advance(self, version):
         self.calls.append(f"advance {version}")

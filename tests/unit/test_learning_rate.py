@@ -33,7 +33,7 @@ def test_it_falls_in_a_line_or_along_a_cosine_to_its_least_and_stays_there():
             {"schedule": "linear", "warmup_steps": 5, "decay_steps": 5},
             "decay_steps is 5; set it above warmup_steps (5)",
         ),
-        ({"decay_steps": 5}, "the schedule is constant"),
+        ({"decay_steps": 5}, "schedule is constant"),
         ({"schedule": "linear", "decay_steps": 5, "lr": 1e-6, "min_lr": 1e-5}, "min_lr .* is above lr"),
     ],
 )
