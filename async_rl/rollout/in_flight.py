@@ -99,7 +99,7 @@ def decode(
             continue
         if not isinstance(entry, dict) or entry.get("policy") != routing_policy:
             raise WireError(
-                f"group {ticket.group_id}: response {t} is {short(entry)}, not one of {routing_policy} routing"
+                f"group {ticket.group_id}: response {t} is {short(entry)}, not one kept under {routing_policy}"
             )
         if entry.get("finish_reason") not in (None, "stop", "length"):
             raise WireError(f"group {ticket.group_id}: response {t} ended by {short(entry['finish_reason'])}")

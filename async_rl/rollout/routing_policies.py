@@ -36,7 +36,7 @@ class MergedRouting(NamedTuple):
 Merge = Callable[[tuple[Segment, ...], ExpertIds | None, ExpertIds], MergedRouting]
 
 
-def replace(segments: tuple[Segment, ...], earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
+def replace(segments: tuple[Segment, ...], _earlier: ExpertIds | None, returned: ExpertIds) -> MergedRouting:
     """Keep the last call's rows, which are of the full sequence, in place of all earlier ones.
 
     Right for what the last call sampled: its tokens attended to a prefix computed under its own weights, with this

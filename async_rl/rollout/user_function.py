@@ -1,4 +1,4 @@
-"""Calls a function of the user's without blocking the event loop. Not knowing what the function is for.
+"""Calls a user's function without blocking the event loop. It does not know what the function is for.
 
 function          slow    runs
 plain             false   at once, on the event loop: for functions of microseconds
@@ -49,11 +49,11 @@ class UserFunction:
         self._closed = False
 
     def close(self) -> None:
-        """Take no more calls. Nothing is waited for: threads that still run are daemons and end with the process."""
+        """Refuse further calls, without waiting: threads that still run are daemons and end with the process."""
         self._closed = True
 
     async def __call__(self, prompt: Prompt, argument: Any) -> Any:
-        """What the function returned. Raises what it raised, TimeoutError, or UserFunctionUnavailable."""
+        """Return what the function returned. Raises what it raised, TimeoutError, or UserFunctionUnavailable."""
         if self._closed:
             raise UserFunctionUnavailable("not called, because the worker is shutting down")
         if not (self._slow or self._is_async):
@@ -68,8 +68,10 @@ class UserFunction:
             return await self._in_thread(prompt, argument)
 
     async def _in_thread(self, prompt: Prompt, argument: Any) -> Any:
-        """Call the function in a daemon thread: one that hangs can be neither stopped nor allowed to hold up the exit
-        of the process, which is what a thread pool's workers would do. So it is abandoned, and counted."""
+        """Call the function in a daemon thread. A call that hangs is abandoned, and counted.
+
+        A thread cannot be stopped, and the workers of a thread pool would hold up the exit of the process.
+        """
         if self._abandoned >= MAX_THREADS:
             raise UserFunctionUnavailable(
                 f"{self._abandoned} earlier calls are past {self._setting}.timeout_s and still run; it seems to hang"

@@ -325,7 +325,7 @@ async def test_invariant_10_a_corrupted_push_is_refused_before_it_touches_the_mo
     ):
         await trainer.send(perturbed(weights))
     assert engine.version == version
-    with pytest.raises(WeightSyncError, match="the last push failed"):
+    with pytest.raises(WeightSyncError, match="the last weight sync failed"):
         await engine.resume()
     # The weights are as before, and a good push makes the engine whole.
     await trainer.send(weights)
@@ -335,7 +335,7 @@ async def test_invariant_10_a_corrupted_push_is_refused_before_it_touches_the_mo
 
 
 async def test_a_push_needs_a_paused_engine(engine):
-    with pytest.raises(WeightSyncError, match="pause the engine before a push"):
+    with pytest.raises(WeightSyncError, match="pause the engine before a weight sync"):
         await engine.start_weight_update()
     with pytest.raises(WeightSyncError, match="was not paused"):
         await engine.update_weight_version("7")

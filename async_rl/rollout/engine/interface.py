@@ -1,4 +1,4 @@
-"""What a rollout engine is, for everybody who uses one. Knows ``types``; neither vLLM nor Ray.
+"""The interface of a rollout engine, which ``rollout.engine`` selects. It knows ``types``, neither vLLM nor Ray.
 
 Shapes: P tokens sent, g tokens sampled by one call, N tokens of a scored sequence, L MoE layers, K experts per token.
 """
@@ -16,7 +16,7 @@ CallEnd = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. ``greedy`` takes the likeliest token, and temperature and top_p are then of no effect."""
+    """How tokens are drawn. With ``greedy`` the likeliest token is taken, and temperature and top_p have no effect."""
 
     temperature: float
     top_p: float
@@ -25,42 +25,45 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What one call sampled, and nothing of what was sent to it.
-
-    token_ids int32[g]; logprobs float32[g], of the distribution really sampled from; versions int32[g], the policy
-    version that the engine had when it sampled each token: one version, unless weights were pushed while the call was
-    kept; routed_experts [P+g-1 - first_row, L, K], the rows of the *full* sequence from the one asked for on, None when
-    g is 0 and for an engine without ``routing``; finish_reason "abort" when a pause ended the call, which may be before
-    its first token.
-    """
+    """What one call sampled, without what was sent to it."""
 
     token_ids: Int32Array
+    """int32[g]"""
     logprobs: Float32Array
+    """float32[g], of the distribution really sampled from."""
     versions: Int32Array
+    """int32[g], the policy version with which each token was sampled. There are several after a sync that froze the
+    call."""
     routed_experts: ExpertIds | None
+    """[P+g-1 - first_row, L, K], the rows of the *full* sequence from ``first_row`` on. None when g is 0, and for an
+    engine without ``routing_spec``."""
     finish_reason: CallEnd
+    """Is "abort" when a pause ended the call, which may be before its first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A fixed sequence under the engine's weights: logprobs float32[N-1] of tokens 1.., of the unscaled distribution;
-    routed_experts [N-1, L, K], None for a dense model."""
+    """A fixed sequence of N tokens under the engine's weights."""
 
     logprobs: Float32Array
+    """float32[N-1], of the tokens after the first, of the distribution at temperature 1."""
     routed_experts: ExpertIds | None
+    """[N-1, L, K]; None for a dense model."""
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
     """One replica of the policy that samples.
 
-    A push is: ``pause``, then the weight-transfer methods as vLLM's clients call them on an actor, then ``resume``.
-    ``version`` changes only in ``update_weight_version``, while the engine is paused.
+    It is created as ``Class(config, replica, cores=cores)``: ``cores`` are the CPUs it should compute on, or None.
+
+    A weight sync is: ``pause``, then the weight-transfer methods as vLLM's clients call them on an actor, then
+    ``resume``. ``version`` changes only in ``update_weight_version``, while the engine is paused.
     """
 
     @property
     def routing_spec(self) -> RoutingSpec | None:
-        """Layout of routed experts; None for a dense model, and where rollout.return_routed_experts is off."""
+        """Layout of routed experts; None for a dense model, and if rollout.return_routed_experts is off."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -71,35 +74,40 @@ class RolloutEngine(Protocol):
         """The policy version of the weights in the engine."""
 
     async def start(self) -> None:
-        """Load the model and be ready. Raises EngineError."""
+        """Load the model and get ready to sample. Raises EngineError."""
 
     async def generate(
         self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
     ) -> EngineOutput:
-        """Sample up to ``max_tokens`` tokens after ``token_ids`` int32[P]; routing is returned from ``first_row`` on.
+        """Sample up to ``max_tokens`` tokens after ``token_ids`` int32[P]; return routed experts from ``first_row`` on.
 
         Raises EngineError.
         """
 
     def check_alive(self) -> None:
-        """Raises EngineDied when a process of the engine has died; calls under way may then never return."""
+        """Raise EngineDied when a process of the engine has died. Calls under way may then never return."""
 
     async def ping(self) -> None:
-        """Returns when the engine has answered, between two of its steps. One that hangs never does."""
+        """Wait until the engine has answered, between two of its steps. If it hangs, this never returns."""
 
     async def pause(self, mode: PauseMode) -> None:
-        """Stop computing: end running calls with what they have ("abort"), freeze them in place ("keep"), or let
-        them finish ("wait"). Calls begun while paused wait for ``resume``."""
+        """Stop computing. Calls begun while paused wait for ``resume``.
+
+        Calls under way end with the tokens they have ("abort"), are frozen in place ("keep"), or finish first ("wait").
+        """
 
     async def resume(self) -> None:
-        """Compute again. Prefixes cached under earlier weights are not used."""
+        """Compute again. Prefixes cached under earlier weights are not reused."""
 
     async def score(self, sequences: list[Int32Array]) -> list[Score]:
-        """Log-probs of fixed sequences under the current weights. The engine must not be paused."""
+        """Score fixed sequences under the current weights. The engine must not be paused."""
 
     async def fingerprints(self, sequences: list[Int32Array]) -> list[Float32Array | None]:
-        """Of the residual stream, float32[layers + 1, N-1, WIDTH] of each sequence as in ``weights.fingerprint``; None
-        where the engine cannot tell. Slow; for the search after a fault. The engine must not be paused."""
+        """Fingerprint the residual stream of each sequence, float32[layers + 1, N-1, WIDTH].
+
+        ``weights.fingerprint`` says how; None for an engine that cannot. Slow; for the search after a fault. The engine
+        must not be paused.
+        """
 
     async def init_weight_transfer_engine(self, request: Any) -> None: ...
 
@@ -112,4 +120,4 @@ class RolloutEngine(Protocol):
     async def update_weight_version(self, version: str) -> None: ...
 
     async def shutdown(self) -> None:
-        """End the engine and every process of it. May be called twice."""
+        """End the engine and all of its processes. May be called twice."""

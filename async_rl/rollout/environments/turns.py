@@ -1,4 +1,4 @@
-"""What answers the policy between two turns of one response: a tool, a user, a game. Knows ``config``'s section for it.
+"""The environment of a multi-turn response, which answers each turn of the policy: a tool, a user, a game.
 
 Token in, token out: the environment's text is tokenized once, alone, and appended to the tokens there are. What the
 policy sampled is never turned into text and back, which can give other tokens than were sampled.
@@ -27,7 +27,7 @@ def load_environment(name: str) -> Callable[..., Any]:
 
 
 class Environment:
-    """Asks ``rollout.environment.function`` for what follows a turn; a plain function runs in a thread."""
+    """Calls ``rollout.environment.function`` for what follows a turn. A plain function runs in a thread."""
 
     def __init__(self, settings: EnvironmentSection, tokenizer: Any) -> None:
         assert settings.function is not None
@@ -38,13 +38,13 @@ class Environment:
         )
 
     def close(self) -> None:
-        """Take no more calls."""
+        """Refuse further calls."""
         self._call.close()
 
     async def answer(self, prompt: Prompt, turns: tuple[Int32Array, ...]) -> Int32Array | None:
-        """The tokens that follow, or None where the response ends.
+        """Return the tokens of the next turn, or None if the response ends.
 
-        turns: the response so far, its turns in alternation: the policy's, the environment's, ..., the policy's.
+        ``turns`` is the response so far, in alternation: the policy's turn, the environment's, ..., the policy's.
         Raises EnvironmentFailure naming the function, the row and what it did.
         """
         texts = tuple(self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns)

@@ -189,8 +189,10 @@ async def run_python(code: str, stdin: str = "", limits: Limits = DEFAULT_LIMITS
 
 
 async def passes_tests(code: str, tests: Sequence[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> float:
-    """Share of the pairs (stdin, expected stdout) for which ``code`` exits with 0 and prints what is expected, white
-    space at the end of each line and of the whole aside. ValueError without pairs; RewardError as ``run_python``.
+    """Return the share of the pairs (stdin, expected stdout) for which ``code`` exits with 0 and prints as expected.
+
+    White space at the end of each line and of the whole is ignored. Raises ValueError when there are no pairs, and
+    RewardError as ``run_python`` does.
     """
     if not tests:
         raise ValueError("there are no tests to pass")
@@ -203,7 +205,7 @@ async def passes_tests(code: str, tests: Sequence[tuple[str, str]], limits: Limi
 
 
 async def unit_tests(prompt: Prompt, response: str) -> float:
-    """Reward: the share of the row's ``tests``, a list of {"stdin", "stdout"}, that the response's program passes.
+    """Return the share of the row's ``tests``, a list of {"stdin", "stdout"}, that the response's program passes.
 
     The program is the last ```python block, or the whole response if there is none. ``reward.timeout_s`` must cover the
     wait for a place: at worst, all tests of all responses scored at a time x 5 s / MAX_SANDBOXES. Raises ValueError if
@@ -221,7 +223,7 @@ async def unit_tests(prompt: Prompt, response: str) -> float:
 
 @functools.cache
 def isolation() -> str:
-    """What this host grants, in words, as a program in a sandbox finds it. Blocks for some 0.2 s the first time.
+    """Describe the isolation that this host grants a program in a sandbox. Blocks for some 0.2 s the first time.
 
     Raises RewardError as ``run_python``, or if that program fails.
     """

@@ -1,4 +1,4 @@
-"""From ``reward.function`` to the function. Knows ``types`` and ``errors``; runs nothing but the module's import."""
+"""Finds the function that ``reward.function`` names. It runs nothing but the import of its module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RewardFunction = Callable[[Prompt, str], float] | Callable[[Prompt, str], Awaita
 def load_reward(name: str) -> RewardFunction:
     """Import the function that ``reward.function`` names and check that it takes (prompt, response).
 
-    Raises RewardError, naming the setting and the mend, when it cannot be found or called so.
+    Raises RewardError, naming the setting and the fix, when it cannot be found or called so.
     """
     reward: RewardFunction = load_function("reward.function", name, ("prompt", "response"), RewardError)
     return reward

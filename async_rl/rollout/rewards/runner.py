@@ -37,11 +37,14 @@ class RewardRunner:
         )
 
     def close(self) -> None:
-        """Take no more calls."""
+        """Refuse further calls."""
         self._call.close()
 
     async def score(self, prompt: Prompt, response: str) -> float:
-        """The reward of one response, a finite float; else RewardError naming function, row and what it did."""
+        """Return the reward of one response, a finite float.
+
+        Raises RewardError, naming function, row and what it did, when there is none.
+        """
         try:
             return _finite(await self._call(prompt, response))
         except asyncio.CancelledError:

@@ -7,12 +7,12 @@ from async_rl.types import Prompt
 
 
 def exact_match(prompt: Prompt, response: str) -> float:
-    """1.0 if the response is the answer, white space at both ends aside; else 0.0."""
+    """Return 1.0 if the response is the answer, ignoring white space at both ends; else 0.0."""
     return float(response.strip() == _answer(prompt))
 
 
 def partial_credit(prompt: Prompt, response: str) -> float:
-    """Share of positions that are right: |{i : response[i] = answer[i]}| / max(|response|, |answer|).
+    """Return the share of positions that are right: |{i : response[i] = answer[i]}| / max(|response|, |answer|).
 
     White space at both ends is left out of both. 1.0 exactly when ``exact_match`` is; an answer and a response that
     are both empty agree. A response that is too long or too short loses the positions by which it is off.

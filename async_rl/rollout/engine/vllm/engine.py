@@ -72,7 +72,7 @@ class VllmEngine:
         self._calls: dict[str, _Call] = {}
         self._version = 0
         self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
-        self._push_failed: str | None = None
+        self._sync_failed: str | None = None
 
     @property
     def routing_spec(self) -> RoutingSpec | None:
@@ -116,7 +116,7 @@ class VllmEngine:
         gc.set_threshold(_COLLECTED_AFTER, *gc.get_threshold()[1:])
 
     async def _warm_up(self) -> None:
-        """The first call of each kind, now: where vLLM compiles its sampler, it does so in that call, for seconds."""
+        """Make the first call of each kind: if vLLM compiles its sampler, that call takes seconds."""
         prompt = np.zeros(2, dtype=np.int32)
         for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0, greedy=True)):
             for calls in (1, 3):  # compiled for one row, then for any number
@@ -125,7 +125,7 @@ class VllmEngine:
 
     async def shutdown(self) -> None:
         llm, self._llm = self._llm, None
-        self._running.set()  # calls that wait for a resume go on, and find the engine gone
+        self._running.set()  # calls that wait for a resume continue, and find the engine gone
         if llm is None:
             return
         # It would warn that it had to kill, which is what is wanted: see SHUTDOWN_GRACE_S.
@@ -183,7 +183,7 @@ class VllmEngine:
         )
 
     async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
-        """Submit one request and wait for its final output; its call is on record while it runs."""
+        """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""
         from vllm.inputs.engine import tokens_input
 
         llm = self._engine
@@ -244,7 +244,7 @@ class VllmEngine:
             return None
         if routed is None:
             raise EngineError(
-                f"replica {self._replica}: the engine returned no routing; to train without, set "
+                f"replica {self._replica}: the engine returned no routed experts; to train without, set "
                 "rollout.return_routed_experts to false and trainer.router_replay to R2 or off"
             )
         return moe_columns(routed, num_layers=self._model.num_layers, moe_layers=self._model.moe_layers)[:rows]
@@ -270,9 +270,9 @@ class VllmEngine:
                 await self._take_back_unstarted()
 
     async def resume(self) -> None:
-        if self._push_failed is not None:
+        if self._sync_failed is not None:
             raise WeightSyncError(
-                f"replica {self._replica}: the last push failed, and its weights are unsure: {self._push_failed}"
+                f"replica {self._replica}: the last weight sync failed, so the weights are unknown: {self._sync_failed}"
             )
         with self._errors("resume"):
             await self._engine.resume_generation()
@@ -306,22 +306,22 @@ class VllmEngine:
     # -- weight transfer, as vLLM's clients call it on an actor ---------------------------------------------------
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
-        await self._push(self._engine.init_weight_transfer_engine(request))
+        await self._transfer(self._engine.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
         if self._running.is_set():
-            raise WeightSyncError(f"replica {self._replica}: pause the engine before a push")
-        if self._push_failed is not None:
-            # By a trainer that died, say; what it left of the weights is overwritten, or never used.
-            await self._push(self._engine.collective_rpc("abandon_weight_update"))
-        self._push_failed = "it was not finished"
-        await self._push(self._engine.start_weight_update())
+            raise WeightSyncError(f"replica {self._replica}: pause the engine before a weight sync")
+        if self._sync_failed is not None:
+            # By a trainer that died, for example. The weights that it left half-written are overwritten or never used.
+            await self._transfer(self._engine.collective_rpc("abandon_weight_update"))
+        self._sync_failed = "it was not finished"
+        await self._transfer(self._engine.start_weight_update())
 
     async def update_weights(self, request: Any) -> None:
-        await self._push(self._engine.update_weights(request))
+        await self._transfer(self._engine.update_weights(request))
 
     async def finish_weight_update(self) -> None:
-        await self._push(self._engine.finish_weight_update())
+        await self._transfer(self._engine.finish_weight_update())
 
     async def update_weight_version(self, version: str) -> None:
         if self._running.is_set():
@@ -329,16 +329,16 @@ class VllmEngine:
         for call in self._calls.values():
             sampled = self._sampled(call)
             call.boundaries.append((np.iinfo(np.int32).max if sampled is None else sampled, self._version))
-        await self._push(self._engine.update_weight_version(version))
+        await self._transfer(self._engine.update_weight_version(version))
         self._version = int(version)
-        self._push_failed = None
+        self._sync_failed = None
 
-    async def _push(self, step: Awaitable[None]) -> None:
+    async def _transfer(self, step: Awaitable[None]) -> None:
         try:
             await step
         except Exception as error:
             # vLLM hands the engine core's exception over as text.
-            self._push_failed = str(error)
+            self._sync_failed = str(error)
             self.check_alive()
             raise WeightSyncError(f"replica {self._replica}: {error}") from error
 
@@ -356,5 +356,5 @@ class VllmEngine:
 
 
 def _logprobs(flat: Any) -> Float32Array:
-    """vLLM's flat log-probs, one per position, to float32[n]; the first prompt token has none and no entry."""
+    """Convert vLLM's flat log-probs to float32[n], one per position; the first prompt token has no entry."""
     return np.asarray(flat.logprobs, dtype=np.float32)

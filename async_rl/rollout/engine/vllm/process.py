@@ -68,7 +68,7 @@ def _eager(config: RunConfig, model: ModelConfig) -> bool:
 
 
 def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
-    """Raises EngineError when another version of vLLM is installed."""
+    """Return the arguments of the vLLM engine. Raises EngineError when another version of vLLM is installed."""
     import vllm
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -136,7 +136,7 @@ def check_layout(hf_config: Any, model: ModelConfig) -> None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """The tokens that end a response: generation_config.json, or config.json where there is none. Raises ModelError."""
+    """Return the tokens that end a response, from generation_config.json or else config.json. Raises ModelError."""
     for name in ("generation_config.json", "config.json"):
         try:
             eos = json.loads((folder / name).read_text()).get("eos_token_id")

@@ -1,8 +1,8 @@
-"""vLLM's own metrics at less cost: it counts each token and records each iteration of the engine on the event loop
-that hands out its tokens.
+"""Collects vLLM's own metrics at less cost than vLLM does.
 
-Knows vLLM's PrometheusStatLogger, what it is given, and the OutputProcessor that fills it in; imports vLLM, so it is
-imported in rollout workers only.
+vLLM counts each token and records each iteration of the engine on the event loop that hands out its tokens. This module
+knows vLLM's PrometheusStatLogger, what that is given, and the OutputProcessor that fills it in. It imports vLLM, so
+only rollout workers import it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class IterationCounter:
         return int(self._counted.prompt_token_stats.computed + self._counted.num_generation_tokens)
 
     def take(self) -> Any:
-        """The IterationStats of all iterations since the last call."""
+        """Return the IterationStats of all iterations since the last call."""
         counted, self._counted = self._counted, IterationStats()
         return counted
 
@@ -187,7 +187,7 @@ def install_counter(llm: AsyncLLM) -> None:
 
 
 def _latest(schedulers: Sequence[Any]) -> Any:
-    """The gauges of the last, and what all counted in the prefix cache."""
+    """Merge scheduler statistics: the gauges of the last, and the sums of the prefix cache's counters."""
     if not schedulers:
         return None
     whole = copy.copy(schedulers[-1])
