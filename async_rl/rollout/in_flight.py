@@ -70,7 +70,7 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
 
-def decode(
+def decode(  # noqa: C901 - a validator: each branch is a message
     buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], routing_policy: RoutingPolicy
 ) -> InFlight:
     """Return the group of a message, to be resumed under these settings. Its arrays are copies.

@@ -182,7 +182,8 @@ async def run_python(code: str, stdin: str = "", limits: Limits = DEFAULT_LIMITS
     async with _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(MAX_SANDBOXES)):
         folder = tempfile.TemporaryDirectory(prefix="async_rl_code_", ignore_cleanup_errors=True)
         try:
-            Path(folder.name, "program.py").write_bytes(code.encode("utf-8", "surrogatepass"))
+            program = code.encode("utf-8", "surrogatepass")
+            Path(folder.name, "program.py").write_bytes(program)  # noqa: ASYNC240 - a few KiB
             return await _run(folder.name, stdin.encode("utf-8", "surrogatepass"), limits)
         finally:
             await asyncio.to_thread(folder.cleanup)  # The code may have left any number of files.

@@ -73,7 +73,7 @@ class IterationCounter:
         counted, self._counted = self._counted, IterationStats()
         return counted
 
-    def count_for(self, processor: Any) -> None:
+    def count_for(self, processor: Any) -> None:  # noqa: C901 - one call for each output, see the class
         """From now on the OutputProcessor counts here, and not in the IterationStats that it is given."""
         process, count_by_vllm = processor.process_outputs, processor._update_stats_from_output
         nans = envs.VLLM_COMPUTE_NANS_IN_LOGITS
