@@ -1,12 +1,12 @@
 """Fingerprints of the residual stream, which name the layer to blame when engine and trainer disagree. Pure.
 
 A fingerprint is the stream after a layer times a fixed random matrix. It has a few numbers per token in place of the
-hidden size, so it can travel, and it is linear, so a layer's contribution can be told from its input. Fingerprints of
-one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as config.json
+hidden size, so it can travel, and it is linear, so a layer's contribution can be separated from its input.
+Fingerprints of one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as config.json
 numbers it. The last token of a sequence has none, because it never enters the trainer's forward pass.
 
-They are computed by ``vllm.fingerprint`` in the engine and ``trainer.fingerprint`` in the trainer; this module knows
-neither.
+They are computed by ``weights.vllm.fingerprint`` in the engine and ``trainer.megatron.fingerprint`` in the trainer.
+This module knows neither.
 """
 
 from __future__ import annotations

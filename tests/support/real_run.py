@@ -1,4 +1,4 @@
-"""``async-rl train`` in a process of its own, watched from outside: what it writes, runs below it, and leaves."""
+"""Runs ``async-rl train`` in a process of its own, and watches its files, its processes, and what remains of it."""
 
 import json
 import os
@@ -13,14 +13,15 @@ from pathlib import Path
 import psutil
 import yaml
 
-# README promises that nothing is left this long after any exit.
-CLEAN_WITHIN_S = 15
-RUN_LIMIT_S = 300
+# The README promises that nothing is left 15 s after any exit. A busy machine may need longer, but a process that was
+# forgotten stays. Both limits end a test that hangs, and judge no time.
+CLEAN_WITHIN_S = 60
+RUN_LIMIT_S = 900
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_model(folder: Path) -> Path:
-    """The demo's model and tokenizer with random weights: the same shapes, without the warm-up."""
+    """Write the demo's model and tokenizer with random weights: the same shapes, without the warm-up."""
     # In a process of its own: transformers and torch would stay loaded in this one.
     script = (
         "import sys; from pathlib import Path; from async_rl.demo.model import save_random_model;"
@@ -32,7 +33,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_recipe(folder: Path, model: Path) -> Path:
-    """A small config: 4 groups of 4 per step, responses of up to 120 tokens, pushes after every step."""
+    """Write a small config: 4 groups of 4 per step, responses of up to 120 tokens, weight syncs after every step."""
     subprocess.run([sys.executable, "-m", "async_rl.demo.task", str(folder)], check=True, capture_output=True)
     tree = {
         "name": "run",
@@ -99,16 +100,16 @@ class Run:
 
     @property
     def trained(self) -> list[dict]:
-        """Of each training step: its groups."""
+        """The groups of each training step."""
         return [json.loads(line) for line in (self.folder / "trained.jsonl").read_text().splitlines()]
 
     @property
     def log(self) -> list[dict]:
-        """What the driver logged, of all starts."""
+        """The driver's log lines, of all starts."""
         return [json.loads(line) for line in (self.folder / "logs" / "pipeline.jsonl").read_text().splitlines()]
 
     def one(self, name: str) -> psutil.Process:
-        """The newest process of that name; not a fork of one, which has its name too."""
+        """Return the newest process of that name. Forks, which have the same name, do not count."""
         found = self.descendants(name)
         pids = {process.pid for process in found}
         found = [process for process in found if process.ppid() not in pids]
@@ -116,7 +117,7 @@ class Run:
         return max(found, key=lambda process: process.create_time())
 
     def metrics(self, process: str) -> str:
-        """What /metrics of "pipeline", "rollout", "rollout-1", "trainer", ... says; "" while nobody answers."""
+        """Return /metrics of "pipeline", "rollout", "rollout-1", "trainer", ...; "" while it is not served."""
         try:
             (target,) = json.loads((self.folder / "prometheus" / "targets" / f"{process}.json").read_text())
             with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=5) as response:
@@ -125,13 +126,13 @@ class Run:
             return ""
 
     def phase(self) -> str | None:
-        """What the training loop is at; None while nobody says."""
+        """Return the phase of the training loop; None while it is not served."""
         lines = self.metrics("pipeline").splitlines()
         found = [line for line in lines if line.startswith("async_rl_training_loop_phase{")]
         return found[0].partition('phase="')[2].partition('"')[0] if found else None
 
     def wait_for_phase(self, phase: str) -> None:
-        """Until the training loop is at it, as far as looking every few milliseconds tells."""
+        """Wait until the training loop is in this phase, polling every few milliseconds."""
         deadline = time.monotonic() + RUN_LIMIT_S
         while self.phase() != phase:
             assert self.process.poll() is None, f"the run ended early:\n{self.output}"
@@ -140,7 +141,7 @@ class Run:
 
     @property
     def driver(self) -> int:
-        """The child of the supervisor."""
+        """The pid of the driver, which is the supervisor's child."""
         (child,) = psutil.Process(self.process.pid).children()
         return child.pid
 
@@ -182,7 +183,7 @@ class Run:
         self._output.close()
 
     def _watch(self) -> None:
-        """Every process ever seen below the run, so that one that escapes is still known."""
+        """Record every process below the run, so that one that escapes is still known."""
         supervisor = psutil.Process(self.process.pid)
         while self.process.poll() is None:
             try:
@@ -194,7 +195,7 @@ class Run:
 
 
 def in_use(names: set[str]) -> set[str]:
-    """Files in /dev/shm that some process has mapped: of this run's there is none any more, so they are another's."""
+    """Return the files in /dev/shm that a process has mapped: they belong to another run, as this one has ended."""
     inodes = {str(os.stat(f"/dev/shm/{name}").st_ino): name for name in names if os.path.exists(f"/dev/shm/{name}")}
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps") if inodes else ():

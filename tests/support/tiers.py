@@ -49,6 +49,7 @@ LINT = (
     program("ruff", "format", "--check", "."),
     program("mypy"),
     program("lint-imports", "--no-cache"),
+    Step("plain prose", (sys.executable, "-m", "tests.support.prose")),
 )
 # One file's tests stay in one process, for their module's fixtures.
 UNIT = tests("unit", "-n", "2", "--dist", "loadfile", "tests/unit")
