@@ -2,8 +2,8 @@
 
 A fingerprint is the stream after a layer times a fixed random matrix. It has a few numbers per token in place of the
 hidden size, so it can travel, and it is linear, so a layer's contribution can be separated from its input.
-Fingerprints of one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as config.json
-numbers it. The last token of a sequence has none, because it never enters the trainer's forward pass.
+Fingerprints of one sequence are float32 [L+1, N-1, WIDTH]: entry 0 after the embeddings, entry i + 1 after layer i as
+config.json numbers it. The last token of a sequence has none, because it never enters the trainer's forward pass.
 
 They are computed by ``weights.vllm.fingerprint`` in the engine and ``trainer.megatron.fingerprint`` in the trainer.
 This module knows neither.
