@@ -19,7 +19,12 @@ from tests.support.ranks import run_config
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Mixtral", "DeepSeek-V3", "GLM-4 MoE"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3", pytest.param("Mixtral", marks=SLOW), "DeepSeek-V3", pytest.param("GLM-4 MoE", marks=SLOW)]
+)
 def test_an_export_computes_the_same_in_vllm(ranks, tmp_path, monkeypatch, name):
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     rng = np.random.default_rng(5)

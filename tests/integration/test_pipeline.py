@@ -115,8 +115,7 @@ def test_drain_without_staleness_is_synchronous(start_run):
     assert summary["groups"]["issued"] == summary["groups"]["trained"] + summary["groups"]["outstanding"]
 
 
-# A group of one version only is dropped under either setting, so masking needs an engine
-# whose responses last over weight syncs.
+# A group of one version only is dropped under either setting: masking needs responses that last over weight syncs.
 @pytest.mark.parametrize(
     ("on_stale", "engine"),
     [
