@@ -106,6 +106,7 @@ def test_training_survives_many_kills(start_run, tmp_path, seed, replicas):
     survive(run, schedule(chance, KILLS // 2, NAMES), tmp_path, seed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_trains_exactly_the_prompts_of_an_uninterrupted_one(start_run, resume_run, tmp_path, seed):
     """Step by step: synchronous training takes the dataset's prompts in their order, four at a time."""
     settings = SETTINGS | {"async_training__staleness_threshold": 0}

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.engine_checkpoint import engine_config, make_checkpoint
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 # Started as a script: vLLM spawns its engine core, which imports the main module again.
 PARENT = """

@@ -18,6 +18,9 @@ from tests.support.ranks import run_config
 pytestmark = pytest.mark.megatron
 
 TOLERANCE = 1e-5
+# `make test` has a family of each kind of attention, `make test-all` every one.
+QUICK = ("Qwen3-MoE", "DeepSeek-V3")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 LAYOUTS = {
     "alone": {},
@@ -84,7 +87,7 @@ def largest(found, expected):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_family_computes_what_transformers_computes(ranks, folders, references, name, layout):
     expected, ids = references[name], sequences()
     sizes = {f"trainer__parallel__{key}": size for key, size in LAYOUTS[layout].items()}
@@ -111,7 +114,7 @@ def export(trainer, folder):
 
 
 @pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_bit_exact(ranks, folders, tmp_path, name, layout):
     from safetensors.numpy import load_file
 

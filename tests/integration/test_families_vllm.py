@@ -16,15 +16,10 @@ from tests.support.engine_checkpoint import engine_config, running
 from tests.support.model_families import DENSE, VOCAB
 from tests.support.ranks import run_config
 
-pytestmark = [pytest.mark.engine, pytest.mark.megatron]
+pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow]
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "name", ["Qwen3", pytest.param("Mixtral", marks=SLOW), "DeepSeek-V3", pytest.param("GLM-4 MoE", marks=SLOW)]
-)
+@pytest.mark.parametrize("name", ["Qwen3", "Mixtral", "DeepSeek-V3", "GLM-4 MoE"])
 def test_an_export_computes_the_same_in_vllm(ranks, tmp_path, monkeypatch, name):
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     rng = np.random.default_rng(5)

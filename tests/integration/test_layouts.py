@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.layouts import (
     LAYOUTS,
+    QUICK,
     TOLERANCE,
     VOCAB,
     config_of,
@@ -24,6 +25,12 @@ from tests.support.layouts import (
 pytestmark = pytest.mark.megatron
 
 UPDATES = 3
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(name, recompute, marks=() if name in QUICK and recompute == "full" else SLOW)
+    for name in LAYOUTS
+    for recompute in ("none", "full")
+]
 
 
 def probes():
@@ -58,8 +65,7 @@ def alone(ranks, checkpoint, batches):
     return result
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "recompute"), CASES)
 def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, alone, name, recompute):
     layout = LAYOUTS[name]
     updates = [shared_out(batch, layout.get("dp", 1)) for batch in batches]
@@ -92,6 +98,7 @@ def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, al
         assert all(tensor is None for tensor in other[1].values()), "only rank 0 gathers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [["moe"], ["core_attn", "mlp"]])
 @pytest.mark.parametrize("name", ["EP2", "VPP2", "TP2 x EP2 x PP2"])
 def test_selective_recomputation_changes_nothing(ranks, checkpoint, batches, alone, name, modules):
@@ -139,6 +146,7 @@ def alone_with(ranks, checkpoint, batches):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["DP2", "CP2", "TP2 x EP2 x PP2"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_the_same_in_every_layout(ranks, checkpoint, batches, alone_with, name, layout):
@@ -158,6 +166,7 @@ def test_the_losses_differ(alone, alone_with):
     assert len({tuple(np.round(norm, 4)) for norm in norms}) == len(norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [60, 1000])
 def test_a_loss_does_not_depend_on_microbatches(ranks, checkpoint, batches, alone_with, microbatch):
     name = "decoupled, KL, REINFORCE++"
@@ -196,7 +205,7 @@ def test_a_streamed_step_is_the_unstreamed_one_bit_for_bit(ranks, checkpoint, ba
             np.testing.assert_array_equal(weight, whole[2][name])
 
 
-@pytest.mark.parametrize("layout", ["EP2", "TP2 x EP2 x PP2"])
+@pytest.mark.parametrize("layout", [pytest.param("EP2", marks=SLOW), "TP2 x EP2 x PP2"])
 def test_a_streamed_step_in_a_layout(ranks, checkpoint, batches, alone, layout):
     """Ranks fill different numbers of microbatches in each call."""
     updates = [shared_out(batch, LAYOUTS[layout].get("dp", 1)) for batch in batches]

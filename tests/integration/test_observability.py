@@ -22,7 +22,7 @@ DASHBOARD = FOLDER.parent / "grafana" / "async_rl.json"
 WATCHED_S = 80
 VARIABLES = {"$__rate_interval": "60s", "$__interval": "15s", "$__range": "80s", "$window": "60s"}
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def substituted(expression):

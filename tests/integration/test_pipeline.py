@@ -185,6 +185,7 @@ def assert_failed(run) -> None:
     assert "Traceback" not in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["TrainerActor", "QueueProcess"])
 def test_a_killed_actor_ends_the_run(start_run, victim):
     run = start_run(trainer__steps=10_000, recovery__max_restarts=0, **SCRIPTED)
@@ -193,6 +194,7 @@ def test_a_killed_actor_ends_the_run(start_run, victim):
     assert_failed(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["driver", "supervisor"])
 def test_a_killed_parent_ends_the_run(start_run, victim):
     run = start_run(trainer__steps=10_000, recovery__max_restarts=0, **SCRIPTED)
@@ -224,6 +226,7 @@ def test_a_reward_that_raises_can_cost_its_group_only(start_run):
     assert summary["groups"]["failed"] > 0
 
 
+@pytest.mark.slow
 def test_memory_of_the_queue_is_bounded(start_run):
     """Invariant 6: with room for one step's groups only, rollouts wait instead of piling up."""
     run = start_run(queue__max_groups=4, async_training__staleness_threshold=3.0, trainer__steps=4, **SCRIPTED)

@@ -78,7 +78,13 @@ def saved(ranks, checkpoint, batches, tmp_path_factory):
     return folder, ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
 
 
-@pytest.mark.parametrize("layout", ["alone", "DP2", "EP2", "VPP2", "TP2, ETP2", "TP2 x PP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "alone",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("DP2", "EP2", "VPP2", "TP2, ETP2", "TP2 x PP2")),
+    ],
+)
 def test_saved_in_tp2_x_pp2_and_restored_in_another_layout(ranks, checkpoint, batches, saved, layout):
     folder, (weights, reports, final) = saved
     sizes = {"alone": {}, "TP2 x PP2": {"tp": 2, "pp": 2}}.get(layout) or LAYOUTS.get(layout, {})

@@ -14,6 +14,9 @@ VOCAB = 64
 # The largest difference between layouts: float32 sums in another order.
 TOLERANCE = 1e-5
 
+# What `make test` runs of the layouts: every kind of parallelism but virtual stages. The others are in `make test-all`.
+QUICK = ("TP2 x EP2 x PP2", "CP2")
+
 LAYOUTS = {
     "DP2": {"dp": 2},
     "TP2": {"tp": 2},
