@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm
 # g++: vLLM and torch compile kernels at start. make: the Makefile is how everything is called.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git make && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /work
+WORKDIR /app
 # Where pip finds torch==2.13.0+cpu, if the default index has none.
 ARG PIP_EXTRA_INDEX_URL=
 COPY requirements requirements

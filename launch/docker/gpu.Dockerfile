@@ -7,7 +7,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ git make so
     && apt-get install -y --no-install-recommends python3.11 python3.11-dev python3.11-venv \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /work
+WORKDIR /app
 RUN python3.11 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY . .
