@@ -170,7 +170,7 @@ class RolloutHandle:
         return _typed(self.actor.start.remote())
 
     def groups(self) -> AsyncIterator[Any]:
-        """Run the worker, and stream what it finishes; see ``queue.client.incoming``."""
+        """Run the worker, and stream what it finishes; see ``queue.handover``."""
         stream: AsyncIterator[Any] = self.actor.groups.options(num_returns="streaming").remote()
         return stream
 
