@@ -64,6 +64,7 @@ def test_transformers_loads_model_and_tokenizer_offline(made):
     assert not loading["unexpected_keys"]
 
 
+@pytest.mark.slow
 def test_the_policy_starts_from_the_reward_of_its_warmup(made):
     """0.256 in float32 before it was packed. Weights that are not those of their names would show here."""
     import torch
@@ -158,6 +159,7 @@ def warm_up(folder: Path) -> int:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.megatron
 def test_the_warmup_makes_a_folder_like_the_shipped_one(ranks, tmp_path):
     """Two steps, not until the loss is low enough: only what the folder looks like is compared."""

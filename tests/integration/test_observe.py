@@ -75,6 +75,7 @@ def write_run(runs, steps=3):
     return folder.path
 
 
+@pytest.mark.slow
 def test_runs_that_begin_later_are_watched_on_the_next_free_port(started, tmp_path):
     runs = tmp_path / "runs"
     with socket.create_server(("127.0.0.1", PORT)):
@@ -136,6 +137,7 @@ def test_without_prometheus_it_says_how_to_get_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_signals_close_together_end_it():
     """At whatever distance: with a lock in the handler, a seventh of these hung."""
     waits = "from async_rl.observe import serve; print('waits', flush=True); serve._until_interrupted()"

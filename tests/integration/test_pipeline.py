@@ -116,10 +116,11 @@ def test_drain_without_staleness_is_synchronous(start_run):
 
 
 # A group of one version only is dropped under either setting: masking needs responses that last over weight syncs.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on_stale", "engine"),
     [
-        pytest.param("mask", "vllm", marks=pytest.mark.slow),
+        ("mask", "vllm"),
         ("drop", "tests.support.scripted_scenarios:InstantEngine"),
     ],
 )
@@ -145,6 +146,7 @@ def test_two_data_parallel_ranks_with_r2(start_run):
     assert summary["groups"]["trained"] == 3 * 2 * 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_summary_and_nothing_else(start_run):
     run = start_run(trainer__steps=10_000, **SCRIPTED)
     run.wait_for_step(2)
@@ -214,6 +216,7 @@ def test_a_reward_that_raises_fails_the_run_and_names_itself(start_run):
     assert "too long for me" in run.summary["exit_reason"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_can_cost_its_group_only(start_run):
     run = start_run(
         reward__function="tests.support.user_rewards:fails_on_long_prompts",

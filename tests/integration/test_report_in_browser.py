@@ -14,6 +14,8 @@ from async_rl.observe.report import write_report
 from async_rl.runtime.runfolder import RunFolder
 from tests.support.step_records import step_record
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.real_run import Run, make_model, make_recipe
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ENGINE = "tests.support.scripted_engine:ScriptedEngine"
 STEPS = 3

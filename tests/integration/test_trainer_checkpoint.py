@@ -24,7 +24,7 @@ from tests.support.layouts import (
 )
 from tests.support.ranks import run_config
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,9 @@ async def test_invariant_2_nothing_changes_when_nothing_changes_at_every_cut(eng
         assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize("policy", ["replace", "preserve", "exact"])
+@pytest.mark.parametrize(
+    "policy", ["replace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("preserve", "exact"))]
+)
 async def test_invariant_2_nothing_changes_when_nothing_changes_and_it_is_aborted(engine, policy):
     """For real, under the same weights: before the first token, while it runs, at the limit."""
     whole = await rollout(engine, ())

@@ -79,7 +79,7 @@ def test_the_command_line_works(unpacked):
 
 def test_the_reference_of_the_metrics_is_the_one_in_the_docs(unpacked):
     page = run(unpacked, "-m", "async_rl.metrics.reference")
-    assert page == (ROOT / "docs" / "metrics.md").read_text()
+    assert page == (ROOT / "docs" / "reference" / "metrics.md").read_text()
 
 
 def test_types_and_recipes_are_in_it(wheel):
