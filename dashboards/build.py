@@ -19,6 +19,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat, QueryEditorMode
+
 from panels import MARKS, PHASES, ROWS, Band, Mark, Panel, Query
 
 PATH = Path(__file__).resolve().parents[1] / "async_rl" / "observe" / "assets" / "grafana" / "async_rl.json"
