@@ -39,7 +39,9 @@ def test_moe_columns_of_a_model_without_dense_layers_are_all():
 @pytest.mark.parametrize("columns", [1, 2, 4, 6])
 def test_columns_of_neither_all_layers_nor_the_moe_layers_are_refused(columns):
     everything = np.zeros((3, columns, 2), dtype=np.uint8)
-    with pytest.raises(InvalidTrajectory, match=rf"routing for {columns} layers; the model has 5, of which 3 are MoE"):
+    with pytest.raises(
+        InvalidTrajectory, match=rf"routed experts of {columns} layers; the model has 5, of which 3 are MoE"
+    ):
         routing_policies.moe_columns(everything, num_layers=5, moe_layers=(1, 3, 4))
 
 
