@@ -29,7 +29,7 @@ class RunSnapshot:
     """What each process of a run does at one poll."""
 
     phase: str
-    """Of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
+    """Phase of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
     "evaluation", "restart"."""
     phase_s: float
     """For how long the training loop has been in this phase, in seconds."""

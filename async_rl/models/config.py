@@ -57,7 +57,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of the dense MLPs."""
+    """Width of the dense MLPs."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -85,7 +85,7 @@ class ModelConfig:
     top_k: int = 0
     """Experts per token."""
     moe_intermediate_size: int = 0
-    """Of one routed expert."""
+    """Width of one routed expert."""
     norm_topk_prob: bool = False
     """Whether the weights of a token's experts are normalized to 1."""
     score_function: ScoreFunction = "softmax"
@@ -99,7 +99,7 @@ class ModelConfig:
     scaling: float = 1.0
     """Factor on the weights of routed experts."""
     shared_intermediate_size: int = 0
-    """Of all shared experts together, which every token goes to."""
+    """Width of all shared experts together, which every token goes to."""
 
     def sequence_cost(self, positions: int) -> float:
         """Return the FLOPs of a forward pass over one sequence.
