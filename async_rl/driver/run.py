@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -25,8 +27,18 @@ from async_rl.errors import ConfigError
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, until_interrupted
+from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it can begin; ``decode`` turns token ids into text."""
+
+    decode: Callable[[Any], str]
+    train_set: Dataset
+    eval_prompts: Sequence[Prompt]
+    bad_rows: Mapping[str, int]
 
 
 def run(config: RunConfig, *, resume: bool = False) -> int:
@@ -39,12 +51,16 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     doctor.require(config)
     prepare(config)
     config = resolved(config, resume=resume)
-    tokenizer = load_tokenizer(config)
-    train_set, eval_set = read_data(config, tokenizer)
-    eval_prompts = [] if eval_set is None else list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
-    with Recorder(config, started, tokenizer.decode, resume=resume) as recorder:
+    # Transformers takes seconds to import, and Ray to start: side by side.
+    with ThreadPoolExecutor(1) as background:
+        inputs = background.submit(read_inputs, config)
+        return _record(config, started, inputs, resume=resume)
+
+
+def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume: bool) -> int:
+    """Start Ray, run the training loop, record how it ended. See ``run``."""
+    with Recorder(config, started, lambda token_ids: inputs.result().decode(token_ids), resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
-        recorder.record_bad_rows(train=len(train_set.bad_rows), eval=0 if eval_set is None else len(eval_set.bad_rows))
         try:
             found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             prepare_store(config, resume=resume, clear=found is None)
@@ -52,7 +68,10 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
                 recorder.restore(None if found is None else run_state.read_head(found))
             with ray_cluster(config):
                 recorder.announce_ray_exporters(ray_exporters())
-                asyncio.run(until_interrupted(TrainingLoop(config, recorder, train_set, eval_prompts, found).run()))
+                read = inputs.result()
+                recorder.record_bad_rows(**read.bad_rows)
+                loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
+                asyncio.run(until_interrupted(loop.run()))
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
             recorder.finish("interrupted")
             return 130
@@ -87,8 +106,12 @@ def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     return candidate
 
 
-def read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Read and tokenize the rows for training and evaluation. Bad rows are handled as data.on_bad_row says."""
+def read_inputs(config: RunConfig) -> Inputs:
+    """Load the tokenizer; read and tokenize the rows for training and evaluation.
+
+    Bad rows are handled as data.on_bad_row says. Raises ModelError and DatasetError.
+    """
+    tokenizer = load_tokenizer(config)
 
     def read(path: Path) -> Dataset:
         dataset = read_jsonl(
@@ -102,7 +125,12 @@ def read_data(config: RunConfig, tokenizer: Any) -> tuple[Dataset, Dataset | Non
             log.warning("rows_skipped", report=report)
         return dataset
 
-    return read(config.data.train), None if config.data.eval is None else read(config.data.eval)
+    train_set, eval_prompts, bad_rows = read(config.data.train), [], 0
+    if config.data.eval is not None:
+        eval_set = read(config.data.eval)
+        eval_prompts = list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
+        bad_rows = len(eval_set.bad_rows)
+    return Inputs(tokenizer.decode, train_set, eval_prompts, {"train": len(train_set.bad_rows), "eval": bad_rows})
 
 
 def prepare_store(config: RunConfig, *, resume: bool, clear: bool) -> None:
