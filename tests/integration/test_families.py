@@ -6,6 +6,7 @@ float32, CPU.
 `pytest -s` prints the table that docs/evidence/trainer.md quotes.
 """
 
+import itertools
 import shutil
 
 import numpy as np
@@ -18,24 +19,42 @@ from tests.support.ranks import run_config
 pytestmark = pytest.mark.megatron
 
 TOLERANCE = 1e-5
-# `make test` has a family of each kind of attention, `make test-all` every one.
-QUICK = ("Qwen3-MoE", "DeepSeek-V3")
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-
 LAYOUTS = {
     "alone": {},
     "TP2": {"tp": 2},
     "CP2": {"cp": 2},
     "TP2 x EP2 x PP2": {"tp": 2, "ep": 2, "pp": 2},
 }
+# `make test` has a family of each kind of attention, and each of the two once; `make test-all` has everything.
+QUICK = {("Qwen3-MoE", "TP2 x EP2 x PP2"), ("DeepSeek-V3", "alone")}
+
+
+def cases(layouts):
+    """Every family in every one of these layouts."""
+    pairs = itertools.product(FAMILIES, layouts)
+    return [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in pairs]
+
+
+class MadeOnce(dict):
+    """Makes what is asked for by name, when it is first asked for."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __missing__(self, name):
+        self[name] = self.make(name)
+        return self[name]
 
 
 @pytest.fixture(scope="module")
 def folders(ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
+
+    def make(name):
         ranks.call(model_families.make, name, root / name)
-    yield {name: root / name for name in FAMILIES}
+        return root / name
+
+    yield MadeOnce(make)
     shutil.rmtree(root)
 
 
@@ -47,7 +66,7 @@ def sequences():
 
 @pytest.fixture(scope="module")
 def references(ranks, folders):
-    return {name: ranks.call(model_families.reference, folder, sequences()) for name, folder in folders.items()}
+    return MadeOnce(lambda name: ranks.call(model_families.reference, folders[name], sequences()))
 
 
 def look(trainer, ids, routing, weights):
@@ -86,8 +105,7 @@ def largest(found, expected):
     return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True) if a.size)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), cases(LAYOUTS))
 def test_a_family_computes_what_transformers_computes(ranks, folders, references, name, layout):
     expected, ids = references[name], sequences()
     sizes = {f"trainer__parallel__{key}": size for key, size in LAYOUTS[layout].items()}
@@ -113,8 +131,7 @@ def export(trainer, folder):
     trainer.save_hf(folder)
 
 
-@pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), cases(["alone", "TP2 x EP2 x PP2"]))
 def test_there_and_back_is_bit_exact(ranks, folders, tmp_path, name, layout):
     from safetensors.numpy import load_file
 

@@ -161,6 +161,7 @@ def test_a_loss_is_the_same_in_every_layout(ranks, checkpoint, batches, alone_wi
     assert max(relative(weights[key], expected_weights[key]) for key in weights) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_losses_differ(alone, alone_with):
     norms = [[r.grad_norm for r in result[0]] for result in (alone, *map(alone_with, LOSSES))]
     assert len({tuple(np.round(norm, 4)) for norm in norms}) == len(norms)

@@ -151,6 +151,7 @@ def what_megatron_lacks():
     }
 
 
+@pytest.mark.slow
 def test_every_patch_of_the_device_seam_is_still_needed():
     """Fail once torch or Megatron no longer need one of the patches: then remove it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:

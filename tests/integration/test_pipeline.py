@@ -42,8 +42,11 @@ def trained_groups(run):
     return [codec.decode(path.read_bytes()) for path in sorted((run.folder / "trajectories").iterdir())]
 
 
-def test_resume_with_two_replicas(start_run):
-    run = start_run(rollout__replicas=2, debug__dump_trajectories=64, metrics__samples_per_step=3, trainer__steps=STEPS)
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resume_continues_generations_after_pushes(start_run, replicas):
+    run = start_run(
+        rollout__replicas=replicas, debug__dump_trajectories=64, metrics__samples_per_step=3, trainer__steps=STEPS
+    )
     summary = finished(run)
 
     assert summary["trajectories"]["partial"] > 0
@@ -66,9 +69,8 @@ def test_resume_with_two_replicas(start_run):
 
     samples = (run.folder / "samples.jsonl").read_text().splitlines()
     assert len(samples) == STEPS * 3
-    assert {"pipeline", "rollout-0", "rollout-1", "trainer-0"} <= {
-        path.stem for path in (run.folder / "logs").iterdir()
-    }
+    roles = {"pipeline", "trainer-0", *(f"rollout-{replica}" for replica in range(replicas))}
+    assert roles <= {path.stem for path in (run.folder / "logs").iterdir()}
     assert list((run.folder / "prometheus" / "targets").iterdir()) == []  # withdrawn at the end
 
 
@@ -207,6 +209,7 @@ def test_a_killed_parent_ends_the_run(start_run, victim):
     assert code not in (0, 130)
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_fails_the_run_and_names_itself(start_run):
     run = start_run(reward__function="tests.support.user_rewards:fails_on_long_prompts", **SCRIPTED)
     assert run.wait() == 1, run.output

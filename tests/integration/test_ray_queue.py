@@ -32,7 +32,7 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.slow)])
 def backend(request):
     """Settings of the queue's backend; the durable one has a server of its own."""
     return {} if request.param == "memory" else request.getfixturevalue("redis_server").settings

@@ -51,9 +51,11 @@ LINT = (
     program("lint-imports", "--no-cache"),
     Step("plain prose", (sys.executable, "-m", "tests.support.prose")),
 )
-# One file's tests stay in one process, for their module's fixtures.
-UNIT = tests("unit", "-n", "2", "--dist", "loadfile", "tests/unit")
-REAL = ("tests/integration", "tests/chaos", "tests/gpu")
+# Two files at a time, in the order of their names, so that a long one does not begin last. One file's tests stay in one
+# process, for their module's fixtures.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+UNIT = tests("unit", *TWO_AT_A_TIME, "tests/unit")
+REAL = (*TWO_AT_A_TIME, "tests/integration", "tests/chaos", "tests/gpu")
 
 TIERS = {
     "lint": Tier(60, LINT),

@@ -51,6 +51,8 @@ def test_the_tests_notice_when_an_alert_is_missing(alert, tmp_path):
     rules = [rule for rule in GROUP["rules"] if rule.get("alert") != alert]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [GROUP | {"rules": rules}]}))
     cases = yaml.safe_load(CASES.read_text()) | {"rule_files": ["rules.yml"]}
+    # The other cases cannot notice it, and together they take seconds.
+    cases["tests"] = [case for case in cases["tests"] if alert in yaml.safe_dump(case)]
     (tmp_path / "rules_test.yml").write_text(yaml.safe_dump(cases))
     tested = promtool("test", "rules", tmp_path / "rules_test.yml")
     assert tested.returncode != 0
