@@ -18,7 +18,7 @@ from async_rl.queue import codec
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 12
+STEPS = 8
 # For what asserts nothing about vLLM: broker, Ray, driver and trainer are real.
 SCRIPTED = {"rollout__engine": "tests.support.scripted_engine:ScriptedEngine"}
 
