@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from async_rl.config.schema import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
-from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
+from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing, repeated_expert
 
 # From this many rows on, a layer of zeros, and on the probe's unlike tokens one that always picks the same experts in
 # the same order, counts as an array that was never filled in: routers settle on one choice for a few tokens, not for
@@ -113,16 +113,12 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None
     that has collapsed, sends all tokens of a response to the same experts.
     """
     check_routing(name, routed, rows=rows, spec=spec)
-    if spec.top_k > 1:
-        ordered = np.sort(routed, axis=-1)
-        twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
-        if twice.any():
-            row, layer = (int(i) for i in np.argwhere(twice)[0])
-            raise InvalidTrajectory(
-                f"{name}: routed_experts[{row}, {layer}] names an expert twice: {routed[row, layer].tolist()}"
-            )
+    if (place := repeated_expert(routed)) is not None:
+        raise InvalidTrajectory(
+            f"{name}: routed_experts[{place[0]}, {place[1]}] names an expert twice: {routed[place].tolist()}"
+        )
     if spec.top_k < spec.num_experts:
-        _refuse_constant(name, routed, (routed == 0).all(axis=(0, 2)))
+        _refuse_constant(name, routed, ~routed.any(axis=0).any(axis=-1))
 
 
 def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: RoutingSpec) -> None:

@@ -24,6 +24,7 @@ from async_rl.types import (
     RoutingSpec,
     Segment,
     Trajectory,
+    repeated_expert,
 )
 
 BoolArray = npt.NDArray[np.bool_]
@@ -172,18 +173,20 @@ def check_routed_experts(sample: Sample, spec: RoutingSpec | None) -> None:
         raise ReplayError(f"{name}: routed_experts has shape {routed_experts.shape}, the model needs {expected}")
     if routed_experts.size == 0:
         return
-    absent = (routed_experts == NO_ROUTING).all(axis=-1)
-    outside = ((routed_experts < 0) | (routed_experts >= spec.num_experts)).any(axis=-1) & ~absent
-    if outside.any():
-        row, layer = (int(i) for i in np.argwhere(outside)[0])
-        raise ReplayError(
-            f"{name}: row {row}, MoE layer {layer}: experts {routed_experts[row, layer].tolist()}, "
-            f"the model has 0 to {spec.num_experts - 1}"
-        )
-    ordered = np.sort(routed_experts, axis=-1)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~absent
-    if repeated.any():
-        row, layer = (int(i) for i in np.argwhere(repeated)[0])
+    chosen = routed_experts
+    if int(routed_experts.min()) < 0 or int(routed_experts.max()) >= spec.num_experts:
+        absent = (routed_experts == NO_ROUTING).all(axis=-1)
+        outside = ((routed_experts < 0) | (routed_experts >= spec.num_experts)).any(axis=-1) & ~absent
+        if outside.any():
+            row, layer = (int(i) for i in np.argwhere(outside)[0])
+            raise ReplayError(
+                f"{name}: row {row}, MoE layer {layer}: experts {routed_experts[row, layer].tolist()}, "
+                f"the model has 0 to {spec.num_experts - 1}"
+            )
+        # Any distinct experts do in place of a row without routing, which would count as a repetition.
+        chosen = np.where(absent[..., None], np.arange(spec.top_k, dtype=routed_experts.dtype), routed_experts)
+    if (place := repeated_expert(chosen)) is not None:
+        row, layer = place
         raise ReplayError(
             f"{name}: row {row}, MoE layer {layer}: expert repeated in {routed_experts[row, layer].tolist()}; "
             "padding or a prefix without routed experts was taken for routed experts"
