@@ -6,10 +6,11 @@ of them. Takes no decision.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import structlog
 
@@ -24,16 +25,24 @@ from async_rl.metrics.publish import publish_groups, publish_start, publish_step
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.metrics.summary import Summary
 from async_rl.metrics.timeline import Timeline
-from async_rl.queue import codec
 from async_rl.queue.client import Fetcher, Payload
-from async_rl.queue.records import GroupMeta, QueueStats
+from async_rl.queue.records import Excerpt, GroupMeta, QueueStats
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime.runfolder import RunFolder
 from async_rl.trainer.report import merge_reports
-from async_rl.types import Group, Trajectory
 
 log = structlog.get_logger(__name__)
+
+Leased = Sequence[tuple[GroupMeta, Payload]]
+
+
+class Samples(NamedTuple):
+    """What is kept of a step's groups to be looked at."""
+
+    excerpts: list[Excerpt]
+    messages: dict[str, Any]
+    """{group id: encoded group} of those that debug.dump_trajectories keeps."""
 
 
 class Recorder:
@@ -191,23 +200,25 @@ class Recorder:
             self._metrics.count_to("groups_failed_total", count, reason=reason)
         return stalled
 
-    def fetch(self, leased: Sequence[tuple[GroupMeta, Payload]]) -> list[tuple[GroupMeta, Any]]:
-        """Return leased groups with their messages in place of their payloads, which may vanish once acknowledged."""
-        messages = self._fetcher.messages([payload for _, payload in leased])
-        return [(meta, message) for (meta, _), message in zip(leased, messages, strict=True)]
+    def described(self, leased: Leased) -> list[GroupMeta]:
+        """Return the metadata of leased groups; where release 0.1 wrote it, completed from the groups themselves."""
+        old = [payload for meta, payload in leased if not meta.rewards]
+        groups = iter(self._fetcher.groups(old) if old else [])
+        return [
+            meta if meta.rewards else dataclasses.replace(GroupMeta.of(next(groups), meta.nbytes), address=meta.address)
+            for meta, _ in leased
+        ]
 
     def record_step(
         self,
         step: int,
         version: int,
         reports: Sequence[StepReport],
-        trained: Sequence[tuple[GroupMeta, Any]],
+        groups: Sequence[GroupMeta],
         *,
         step_s: float,
     ) -> None:
-        """Record a training step: its updates' reports, and the groups that it consumed, as ``fetch`` returns them."""
-        payloads = [message for _, message in trained]
-        groups = [codec.decode(payload) for payload in payloads]
+        """Record a training step: its updates' reports, and the groups that it consumed."""
         record = self._meter.record(step, version, merge_reports(reports), groups, step_s=step_s)
         self._summary.add_step(record)
         publish_step(self._metrics, record)
@@ -215,12 +226,32 @@ class Recorder:
         self._folder.write_step(row)
         self._loggers.step(row)
         self._folder.write_trained(
-            {"step": step, "policy_version": version, "groups": [m.group_id for m, _ in trained]}
+            {"step": step, "policy_version": version, "groups": [meta.group_id for meta in groups]}
         )
-        self._write_samples(step, version, groups)
-        for group, payload in zip(groups, payloads, strict=True):
-            self._folder.write_group(memoryview(payload), group.group_id)
         self._live.update(record)
+
+    def read_samples(self, leased: Leased) -> Samples:
+        """Read what ``write_samples`` writes of a step's groups: a few responses, and messages that are to be dumped.
+
+        Where the store forgets acknowledged groups, call it before.
+        """
+        number = self._config.metrics.samples_per_step
+        responses = [(payload, index) for meta, payload in leased for index in range(meta.num_trajectories)]
+        # Spread over the step's groups, so that n samples show n prompts.
+        stride = max(1, len(responses) // max(1, number))
+        dumped = leased[max(0, len(leased) - self._config.debug.dump_trajectories) :]
+        messages = self._fetcher.messages([payload for _, payload in dumped])
+        return Samples(
+            self._fetcher.excerpts(responses[::stride][:number]),
+            {meta.group_id: message for (meta, _), message in zip(dumped, messages, strict=True)},
+        )
+
+    def write_samples(self, step: int, version: int, samples: Samples) -> None:
+        """Write the samples of a step to samples.jsonl, and the dumped groups to trajectories/."""
+        for excerpt in samples.excerpts:
+            self._folder.write_sample({"step": step, "policy_version": version, **self._readable(excerpt)})
+        for group_id, message in samples.messages.items():
+            self._folder.write_group(memoryview(message), group_id)
 
     def finish(self, exit_reason: str) -> None:
         """Write summary.json; only the first call counts. exit_reason: "finished", "interrupted" or "failed: ..."."""
@@ -235,22 +266,15 @@ class Recorder:
             f"run_{ended}", **({"reason": why} if why else {}), summary=self._config.run_dir / "summary.json"
         )
 
-    def _write_samples(self, step: int, version: int, groups: Sequence[Group]) -> None:
-        samples = [(group, t) for group in groups for t in group.trajectories]
-        # Spread over the step's groups, so that n samples show n prompts.
-        stride = max(1, len(samples) // max(1, self._config.metrics.samples_per_step))
-        for group, trajectory in samples[::stride][: self._config.metrics.samples_per_step]:
-            self._folder.write_sample({"step": step, "policy_version": version, **self._readable(group, trajectory)})
-
-    def _readable(self, group: Group, trajectory: Trajectory) -> Mapping[str, Any]:
+    def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
         return {
-            "trajectory": trajectory.trajectory_id,
-            "prompt": group.prompt.text,
-            "response": self._decode(trajectory.response_ids),
-            "reward": trajectory.reward,
-            "finish_reason": trajectory.finish_reason,
+            "trajectory": excerpt.trajectory_id,
+            "prompt": excerpt.prompt,
+            "response": self._decode(excerpt.response_ids),
+            "reward": excerpt.reward,
+            "finish_reason": excerpt.finish_reason,
             "segments": [
-                {"version": s.version, "text": self._decode(trajectory.response_ids[s.start : s.stop])}
-                for s in trajectory.segments
+                {"version": version, "text": self._decode(excerpt.response_ids[start:stop])}
+                for start, stop, version in excerpt.segments
             ],
         }

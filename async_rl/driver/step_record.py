@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
-from async_rl.queue.records import QueueStats
+from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.stats import WorkerStats
-from async_rl.types import Group
 
 
 class RunMeter:
@@ -86,7 +85,7 @@ class RunMeter:
     # -- what it adds up to -------------------------------------------------------------------------------------
 
     def record(
-        self, step: int, version: int, report: StepReport, groups: Sequence[Group], *, step_s: float
+        self, step: int, version: int, report: StepReport, groups: Sequence[GroupMeta], *, step_s: float
     ) -> StepRecord:
         """Return the record of the training step that ends now, which consumed ``groups``."""
         busy_s = sum(report.seconds.values())
@@ -96,7 +95,7 @@ class RunMeter:
         rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
         self._busy_before, self._since = rollout_busy, now
         eval_reward, self._eval_in_step = self._eval_in_step, None
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        rewards = [reward for group in groups for reward in group.rewards]
         totals = self.totals()
         return StepRecord(
             step=step,
@@ -104,13 +103,13 @@ class RunMeter:
             time=time.time(),
             elapsed_s=totals.wall_s,
             report=report,
-            reward_mean=sum(t.reward for t in trajectories) / len(trajectories),
+            reward_mean=sum(rewards) / len(rewards),
             eval_reward_mean=eval_reward,
             last_sync=self._last_sync,
             groups=len(groups),
-            response_tokens=tuple(len(t.response_ids) for t in trajectories),
-            segments=tuple(len(t.segments) for t in trajectories),
-            interruptions=tuple(len(t.resume_points) for t in trajectories),
+            response_tokens=tuple(n for group in groups for n in group.response_tokens),
+            segments=tuple(n for group in groups for n in group.segments),
+            interruptions=tuple(n for group in groups for n in group.interruptions),
             queue_groups=self.queue.queued_groups if self.queue else 0,
             queue_bytes=self.queue.queued_bytes if self.queue else 0,
             groups_outstanding=totals.groups.outstanding,

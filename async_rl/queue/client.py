@@ -27,7 +27,7 @@ from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.broker_state import PlainState
 from async_rl.queue.codec import decode, encode
-from async_rl.queue.records import GroupMeta, QueueStats, Ticket
+from async_rl.queue.records import Excerpt, GroupMeta, QueueStats, Ticket
 from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
@@ -69,11 +69,27 @@ class Fetcher:
         """Return the decoded groups; their arrays are views on the messages."""
         return [decode(message) for message in self.messages(payloads)]
 
+    def excerpts(self, chosen: Sequence[tuple[Payload, int]]) -> list[Excerpt]:
+        """Return the trajectories at these indices of these groups, to be shown.
+
+        Groups in the object store are read on a host that has them: their messages, up to gigabytes, stay there.
+        """
+        read = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
+        local = iter(ray.get([read.remote(payload[0], i) for payload, i in chosen if not isinstance(payload, str)]))
+        return [
+            Excerpt.of(decode(*self.messages([payload])), index) if isinstance(payload, str) else next(local)
+            for payload, index in chosen
+        ]
+
     def _redis(self) -> RedisGroups:
         if self._groups is None:
             self._groups = open_groups(self._config, "reader")
         assert self._groups is not None
         return self._groups
+
+
+def _excerpt(message: Any, index: int) -> Excerpt:
+    return Excerpt.of(decode(message), index)
 
 
 class QueueClient:

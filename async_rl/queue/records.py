@@ -5,13 +5,12 @@ Knows ``types``, and the counts that ``metrics`` shows.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from async_rl.metrics.records import GroupCounts
-from async_rl.types import Group, Prompt
+from async_rl.types import FinishReason, Group, Int32Array, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,23 @@ class GroupMeta:
     """Prompt and response tokens of each trajectory."""
     address: str = ""
     """Address of the encoded group in a store that has addresses (Redis); "" for the object store."""
+    rewards: tuple[float, ...] = ()
+    """Reward of each trajectory; this and the fields below are empty in journals and checkpoints of release 0.1."""
+    response_tokens: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
+    """Number of segments of each trajectory."""
+    interruptions: tuple[int, ...] = ()
+    """Number of resume points of each trajectory."""
+    finish_reasons: tuple[FinishReason, ...] = ()
 
     @classmethod
     def from_fields(cls, fields: Sequence[Any]) -> GroupMeta:
-        """Build the record from the values of its fields in order, as ``dataclasses.astuple`` gives them."""
-        named = dict(zip((field.name for field in dataclasses.fields(cls)), fields, strict=True))
-        return cls(**named | {"lengths": tuple(named["lengths"])})
+        """Build the record from the values of its fields in order, as ``dataclasses.astuple`` gives them.
+
+        The last ones may be missing: journals of earlier releases lack them.
+        """
+        values: Sequence[Any] = [tuple(value) if isinstance(value, list) else value for value in fields]
+        return cls(*values)
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
@@ -63,6 +73,38 @@ class GroupMeta:
             num_trajectories=len(group.trajectories),
             num_partial=sum(t.is_partial for t in group.trajectories),
             lengths=tuple(t.num_tokens for t in group.trajectories),
+            rewards=tuple(float(t.reward) for t in group.trajectories),
+            response_tokens=tuple(len(t.response_ids) for t in group.trajectories),
+            segments=tuple(len(t.segments) for t in group.trajectories),
+            interruptions=tuple(len(t.resume_points) for t in group.trajectories),
+            finish_reasons=tuple(t.finish_reason for t in group.trajectories),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """One response of a group, to be shown: its text and where it was resumed, without log-probs and routed experts."""
+
+    trajectory_id: str
+    prompt: str
+    response_ids: Int32Array
+    """int32[G]."""
+    segments: tuple[tuple[int, int, int], ...]
+    """(start, stop, policy version) of each segment."""
+    reward: float
+    finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, group: Group, index: int) -> Excerpt:
+        """Return the excerpt of one trajectory of a group; it shares no memory with the group."""
+        trajectory = group.trajectories[index]
+        return cls(
+            trajectory.trajectory_id,
+            group.prompt.text,
+            trajectory.response_ids.copy(),
+            tuple((segment.start, segment.stop, segment.version) for segment in trajectory.segments),
+            trajectory.reward,
+            trajectory.finish_reason,
         )
 
 

@@ -118,7 +118,7 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None
             f"{name}: routed_experts[{place[0]}, {place[1]}] names an expert twice: {routed[place].tolist()}"
         )
     if spec.top_k < spec.num_experts:
-        _refuse_constant(name, routed, ~routed.any(axis=0).any(axis=-1))
+        _refuse_constant(name, routed, np.logical_not(routed.any(axis=0).any(axis=-1)))
 
 
 def check_probe(routed: Sequence[ExpertIds], lengths: Sequence[int], spec: RoutingSpec) -> None:

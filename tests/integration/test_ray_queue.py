@@ -109,6 +109,10 @@ async def test_groups_travel_by_reference_and_arrive_intact(start, fetcher):
         group = by_id[received.group_id]
         assert encode(received).tobytes() == encode(group).tobytes()
         assert not received.trajectories[0].routed_experts.flags.owndata
+    (excerpt,) = fetcher.excerpts([(leased[1][1], 0)])
+    shown = by_id[leased[1][0].group_id].trajectories[0]
+    assert excerpt.trajectory_id == shown.trajectory_id
+    np.testing.assert_array_equal(excerpt.response_ids, shown.response_ids)
     stats = await client.stats()
     assert (stats.queued_groups, stats.leased_groups) == (2, 2)
     assert stats.held_bytes == sum(m.nbytes for m in metas)

@@ -17,15 +17,9 @@ class Clock:
         return self.now
 
 
-def trajectory(reward, tokens, segments=1):
-    return SimpleNamespace(
-        reward=reward, response_ids=range(tokens), segments=range(segments), resume_points=range(segments - 1)
-    )
-
-
 GROUPS = [
-    SimpleNamespace(trajectories=[trajectory(1.0, 10), trajectory(0.0, 30, segments=3)]),
-    SimpleNamespace(trajectories=[trajectory(0.5, 20)]),
+    SimpleNamespace(rewards=(1.0, 0.0), response_tokens=(10, 30), segments=(1, 3), interruptions=(0, 2)),
+    SimpleNamespace(rewards=(0.5,), response_tokens=(20,), segments=(1,), interruptions=(0,)),
 ]
 
 

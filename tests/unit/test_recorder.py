@@ -1,0 +1,127 @@
+"""What the driver reads of the groups that it trains: metadata, and of messages only what it writes down."""
+
+import json
+import time
+from dataclasses import astuple
+
+import msgpack
+import numpy as np
+import pytest
+
+from async_rl.config.loading import validate
+from async_rl.driver import recorder as recorder_module
+from async_rl.driver.recorder import Recorder
+from async_rl.queue import codec
+from async_rl.queue.records import Excerpt, GroupMeta
+from async_rl.types import Group, Prompt, Segment, Trajectory
+from tests.support.step_records import step_report
+
+
+def trajectory(name, reward, stops=(3,)):
+    starts = (0, *stops[:-1])
+    return Trajectory(
+        trajectory_id=name,
+        prompt_ids=np.array([1, 2], np.int32),
+        response_ids=np.arange(stops[-1], dtype=np.int32),
+        logprobs=np.zeros(stops[-1], np.float32),
+        versions=np.repeat(np.arange(len(stops)), np.diff([0, *stops])).astype(np.int32),
+        segments=tuple(Segment(a, b, version) for version, (a, b) in enumerate(zip(starts, stops, strict=True))),
+        reward=reward,
+        finish_reason="stop",
+    )
+
+
+def group(number):
+    prompt = Prompt(f"0-{number}", number + 1, f"prompt {number}", np.array([1, 2], np.int32))
+    name = f"0-{number}.0"
+    return Group(name, prompt, (trajectory(f"{name}/0", number / 10), trajectory(f"{name}/1", 0.5, (2, 5))))
+
+
+class Store:
+    """Stands in for the Fetcher: a payload is a number of a group."""
+
+    def __init__(self, _config):
+        self.messages_read, self.excerpts_read = [], []
+
+    def messages(self, payloads):
+        self.messages_read += payloads
+        return [codec.encode(group(number)) for number in payloads]
+
+    def groups(self, payloads):
+        return [codec.decode(message) for message in self.messages(payloads)]
+
+    def excerpts(self, chosen):
+        self.excerpts_read += chosen
+        return [Excerpt.of(group(number), index) for number, index in chosen]
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    def make(**settings):
+        monkeypatch.setattr(recorder_module, "Fetcher", Store)
+        tree = {
+            "name": "run",
+            "runs": str(tmp_path),
+            "model": {"path": "model"},
+            "data": {"train": "train.jsonl"},
+            "metrics": {"samples_per_step": settings.pop("samples", 2)},
+            "debug": {"dump_trajectories": settings.pop("dumped", 0)},
+        }
+        made.append(Recorder(validate(tree), time.monotonic(), lambda ids: "".join(map(str, ids))))
+        return made[-1]
+
+    made = []
+    yield make
+    for each in made:
+        each.__exit__()
+
+
+def leased(count):
+    return [(GroupMeta.of(group(number), 100), number) for number in range(count)]
+
+
+def test_metadata_says_what_a_step_record_says_and_survives_the_journal():
+    meta = GroupMeta.of(group(3), 100)
+    assert (meta.rewards, meta.response_tokens, meta.lengths) == ((0.3, 0.5), (3, 5), (5, 7))
+    assert (meta.segments, meta.interruptions, meta.finish_reasons) == ((1, 2), (0, 1), ("stop", "stop"))
+    fields = msgpack.unpackb(msgpack.packb(astuple(meta)))
+    assert GroupMeta.from_fields(fields) == meta
+    assert GroupMeta.from_fields(fields[:9]).rewards == ()  # as release 0.1 wrote it
+
+
+def test_a_step_is_recorded_without_any_message(recorder):
+    one = recorder()
+    one.training_begins()
+    one.record_step(1, 0, [step_report()], one.described(leased(3)), step_s=1.0)
+    (row,) = [json.loads(line) for line in (one.checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
+    assert row["reward_mean"] == pytest.approx((0.0 + 0.1 + 0.2 + 3 * 0.5) / 6)
+    assert one._fetcher.messages_read == one._fetcher.excerpts_read == []
+
+
+def test_metadata_of_the_last_release_is_completed_from_the_groups(recorder):
+    one = recorder()
+    whole = leased(3)
+    old = [(GroupMeta.from_fields(astuple(meta)[:9]), number) for meta, number in whole[:2]]
+    assert one.described([*old, whole[2]]) == [meta for meta, _ in whole]
+    assert one._fetcher.messages_read == [0, 1]
+
+
+def test_samples_are_spread_over_the_prompts_and_only_dumped_groups_are_read_whole(recorder):
+    one = recorder(samples=2, dumped=1)
+    samples = one.read_samples(leased(4))
+    assert one._fetcher.excerpts_read == [(0, 0), (2, 0)]
+    assert one._fetcher.messages_read == [3]
+    one.write_samples(7, 5, samples)
+    folder = one.checkpoints.parent
+    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["trajectory"], line["response"]) for line in written] == [
+        (7, "0-0.0/0", "012"),
+        (7, "0-2.0/0", "012"),
+    ]
+    assert codec.decode((folder / "trajectories" / "0-3.0.group").read_bytes()).group_id == "0-3.0"
+
+
+def test_an_excerpt_shows_where_a_response_was_resumed():
+    excerpt = Excerpt.of(group(1), 1)
+    assert excerpt.segments == ((0, 2, 0), (2, 5, 1))
+    assert excerpt.prompt == "prompt 1"
