@@ -245,7 +245,7 @@ class QueueClient:
 
     async def _encoded(self, group: Group) -> tuple[GroupMeta, npt.NDArray[np.uint8]]:
         """Encode a group; where messages are stored in Redis, store this one and return an empty one in its place."""
-        message = encode(group)
+        message = await asyncio.to_thread(encode, group)
         meta = GroupMeta.of(group, message.nbytes)
         if self._groups is None:
             return meta, message

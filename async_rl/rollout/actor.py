@@ -87,9 +87,9 @@ class RolloutReplica:
         if self._timeline is not None:
             self._timeline.close()
 
-    def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
+    async def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
         """Return the groups in flight, encoded, by id; see ``RolloutWorker.snapshot``."""
-        return self._worker.snapshot()
+        return await self._worker.snapshot()
 
     def adopt(self, messages: Mapping[str, Any]) -> list[str]:
         """Take groups of another replica's ``snapshot``; see ``RolloutWorker.adopt``."""

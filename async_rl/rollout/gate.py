@@ -10,6 +10,30 @@ import asyncio
 from async_rl.rollout.stats import Stopwatch
 
 
+class Outstanding:
+    """How many things have begun and not ended."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        """Count one more."""
+        self.count += 1
+        self._none.clear()
+
+    def end(self) -> None:
+        """Count one less."""
+        self.count -= 1
+        if self.count == 0:
+            self._none.set()
+
+    async def wait_none(self) -> None:
+        """Return once there is none."""
+        await self._none.wait()
+
+
 class Gate:
     """Admits engine calls while it is open, and counts those that have not ended.
 
@@ -19,9 +43,7 @@ class Gate:
     def __init__(self) -> None:
         self._gate_open = asyncio.Event()
         self._gate_open.set()
-        self._no_calls = asyncio.Event()
-        self._no_calls.set()
-        self._calls = 0
+        self._calls = Outstanding()
         self._busy, self._paused = Stopwatch(), Stopwatch()
 
     @property
@@ -31,7 +53,7 @@ class Gate:
     @property
     def calls(self) -> int:
         """Calls that entered and have not left."""
-        return self._calls
+        return self._calls.count
 
     @property
     def busy_s(self) -> float:
@@ -55,25 +77,23 @@ class Gate:
     def open(self) -> float:
         """Admit calls again. Returns the seconds of the pause that ends; 0 if there was none."""
         paused = self._paused.set(running=False)
-        self._busy.set(running=self._calls > 0)
+        self._busy.set(running=self._calls.count > 0)
         self._gate_open.set()
         return paused
 
     async def enter(self) -> None:
         """Wait until the gate is open, then count one more call. Pair it with ``leave``."""
         await self._gate_open.wait()
-        self._calls += 1
-        self._no_calls.clear()
-        if self._calls == 1:
+        self._calls.begin()
+        if self._calls.count == 1:
             self._busy.set(running=True)
 
     def leave(self) -> None:
         """Count one call less."""
-        self._calls -= 1
-        if self._calls == 0:
-            self._no_calls.set()
+        self._calls.end()
+        if self._calls.count == 0:
             self._busy.set(running=False)
 
     async def wait_quiet(self) -> None:
         """Return once no call is under way."""
-        await self._no_calls.wait()
+        await self._calls.wait_none()

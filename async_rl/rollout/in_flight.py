@@ -46,6 +46,10 @@ class InFlight:
         """Begin the group of a ticket, with no token yet."""
         return cls(ticket, [None] * n, [None] * n)
 
+    def copy(self) -> InFlight:
+        """Return the group as it is now; what it is made of never changes."""
+        return InFlight(self.ticket, list(self.partials), list(self.rewards))
+
     @property
     def group_id(self) -> str:
         return self.ticket.group_id

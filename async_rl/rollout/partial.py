@@ -216,7 +216,14 @@ class PartialRollout:
                 f"{name}: a call returned {len(output.token_ids)} tokens without their routed experts"
             )
         total = len(request.token_ids) + len(output.token_ids) - 1
-        routing_policies.check(name, output.routed_experts, rows=total - request.first_row, spec=self.routing_spec)
+        known = 0 if self.routed_experts is None else len(self.routed_experts)
+        routing_policies.check(
+            name,
+            output.routed_experts,
+            rows=total - request.first_row,
+            spec=self.routing_spec,
+            known=max(0, known - request.first_row),
+        )
         return routing_policies.MERGE_POLICIES[self.routing_policy](
             self.segments, self.routed_experts, output.routed_experts
         )

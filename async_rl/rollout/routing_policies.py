@@ -26,6 +26,10 @@ from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing, repea
 CONSTANT_LAYER_ROWS = 256
 
 
+# One row in so many is checked again when a resumed call returns the rows of its prefix.
+_SAMPLED = 16
+
+
 class MergedRouting(NamedTuple):
     """What a routing policy keeps of all calls so far: segments before the last call, and rows [P+G-1, L, K]."""
 
@@ -105,15 +109,23 @@ def moe_columns(routed: ExpertIds, *, num_layers: int, moe_layers: Sequence[int]
     return routed
 
 
-def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec) -> None:
+def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec, known: int = 0) -> None:
     """Raise InvalidTrajectory unless ``routed`` can be what routers chose for ``rows`` tokens.
+
+    The first ``known`` rows are of tokens that an earlier call returned rows for: of these only one in _SAMPLED is
+    searched for repeated experts, or a response that is resumed ten times would be searched ten times.
 
     Refused are a wrong shape, type or range, an expert twice in one row, and a layer of zeros over a long sequence: an
     array that was never filled in has these. Any other constant may be true: a policy that repeats itself, or a router
     that has collapsed, sends all tokens of a response to the same experts.
     """
     check_routing(name, routed, rows=rows, spec=spec)
-    if (place := repeated_expert(routed)) is not None:
+    place = repeated_expert(routed[:known:_SAMPLED])
+    if place is not None:
+        place = (_SAMPLED * place[0], place[1])
+    elif (place := repeated_expert(routed[known:])) is not None:
+        place = (known + place[0], place[1])
+    if place is not None:
         raise InvalidTrajectory(
             f"{name}: routed_experts[{place[0]}, {place[1]}] names an expert twice: {routed[place].tolist()}"
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +22,31 @@ from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
-from async_rl.rollout.engine.interface import RolloutEngine, Sampling
-from async_rl.rollout.gate import Gate
+from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
+from async_rl.rollout.gate import Gate, Outstanding
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.stats import WorkerStats, worker_id
-from async_rl.types import Group, Trajectory
+from async_rl.types import ExpertIds, Group, Trajectory
 
 log = structlog.get_logger(__name__)
 
 _WATCH_PERIOD_S = 1.0
+# Routed experts up to this size are checked and copied on the event loop, within 0.1 ms, which is what a thread costs.
+_SMALL_BYTES = 64 * 2**10
+
+_T = TypeVar("_T")
+
+
+async def _aside(routed_experts: ExpertIds | None, work: Callable[[], _T]) -> _T:
+    """Do work that looks through ``routed_experts``: in a thread unless they are few.
+
+    At real size a token has 400 bytes of them, and a weight sync ends hundreds of calls of thousands of tokens at once.
+    """
+    if routed_experts is None or routed_experts.nbytes <= _SMALL_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 class RolloutWorker:
@@ -53,6 +67,7 @@ class RolloutWorker:
         self._queue = queue
         self._engine = engine
         self._gate = gate
+        self._unabsorbed = Outstanding()  # answers of the engine that are not part of a partial rollout yet
         self._responses = responses
         self._timeline = timeline
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
@@ -152,13 +167,14 @@ class RolloutWorker:
         self._cancel_work()
         self._responses.close()
 
-    def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
+    async def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
         """Return every group in flight, encoded, by id: another worker can ``adopt`` them.
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        waiting = {group.group_id: group for group in self._adopted}
-        return {name: in_flight.encode(group) for name, group in (waiting | self._in_flight).items()}
+        await self._unabsorbed.wait_none()
+        groups = [group.copy() for group in (*self._adopted, *self._in_flight.values())]
+        return await asyncio.to_thread(lambda: {group.group_id: in_flight.encode(group) for group in groups})
 
     def adopt(self, messages: Mapping[str, Any]) -> list[str]:
         """Take groups of another worker's ``snapshot``, to resume them when ``run`` is called.
@@ -264,7 +280,7 @@ class RolloutWorker:
         reward = group.rewards[index]
         if reward is None:
             reward = group.rewards[index] = await self._responses.reward(prompt, partial)
-        return partial.to_trajectory(reward)
+        return await _aside(partial.routed_experts, lambda: partial.to_trajectory(reward))
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
@@ -273,17 +289,25 @@ class RolloutWorker:
         began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
+            self._unabsorbed.begin()
         finally:
             self._gate.leave()
+        try:
+            self._count(partial, len(token_ids), output, time.monotonic() - began)
+            return await _aside(output.routed_experts, lambda: partial.absorb(output))
+        finally:
+            self._unabsorbed.end()
+
+    def _count(self, partial: PartialRollout, context: int, output: EngineOutput, seconds: float) -> None:
+        """Count an engine call that was given ``context`` tokens."""
         if self._timeline is not None:
             self._timeline.add(
                 "call",
-                time.monotonic() - began,
+                seconds,
                 trajectory=partial.trajectory_id,
                 tokens=len(output.token_ids),
                 end=output.finish_reason,
             )
         self._stats.generated_tokens += len(output.token_ids)
         if partial.interrupted and len(output.token_ids):
-            self._stats.resumed_prefill_tokens += len(token_ids)
-        return partial.absorb(output)
+            self._stats.resumed_prefill_tokens += context

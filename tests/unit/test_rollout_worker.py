@@ -4,6 +4,7 @@ The same paths with the real engine and queue are in tests/integration/test_pipe
 """
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError
 from async_rl.queue.records import Ticket
+from async_rl.rollout import in_flight, routing_policies
+from async_rl.rollout import worker as worker_module
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.types import Prompt, RoutingSpec
@@ -307,7 +310,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     await push(subject, engine)
     await sampled(engine, 20)
     await subject.pause()
-    messages = subject.snapshot()
+    messages = await subject.snapshot()
     run.cancel()
     sampled_before = engine.sampled
     handed_in = len(queue.groups)
@@ -334,7 +337,7 @@ async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
     run = asyncio.create_task(subject.run())
     await sampled(engine, 16)
     await turns(20)
-    message = subject.snapshot()
+    message = await subject.snapshot()
     run.cancel()
 
     other, heir = scripted(), ListQueue(0)
@@ -352,7 +355,7 @@ async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
     run = asyncio.create_task(subject.run())
     await sampled(engine, 20)
     await subject.pause()
-    messages = subject.snapshot()
+    messages = await subject.snapshot()
     run.cancel()
     for changed in (
         {"rollout": LONG | {"n": 4, "max_num_seqs": 4}},
@@ -388,7 +391,7 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
     sizes = {group.group_id: len(group.trajectories) for group in queue.groups}
     assert sizes == ({"0-1.0": 3, "0-0.0": 2} if handed_in else {"0-1.0": 3})
     assert queue.returned == ([] if handed_in else [("0-0.0", "timeout")])
-    assert subject.snapshot() == {}
+    assert (await subject.snapshot()) == {}
     assert subject.stats().cut_groups == handed_in
 
 
@@ -407,4 +410,32 @@ async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monk
     subject._gate.open()
     with pytest.raises(EngineDied, match="has not answered for"):
         await asyncio.wait_for(run, 5)
-    assert len(subject.snapshot()) == 2, "what is in flight can be handed over"
+    assert len(await subject.snapshot()) == 2, "what is in flight can be handed over"
+
+
+async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapshot_does(monkeypatch):
+    monkeypatch.setattr(worker_module, "_SMALL_BYTES", 0)
+    may_check, check = threading.Event(), routing_policies.check
+
+    def slow_check(*arguments, **keywords):
+        may_check.wait(5)
+        check(*arguments, **keywords)
+
+    monkeypatch.setattr(routing_policies, "check", slow_check)
+    engine, queue = scripted(length=30), ListQueue(2)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await subject.pause()
+    saving = asyncio.create_task(subject.snapshot())
+    await turns(20)
+    assert not may_check.is_set()
+    assert not saving.done()
+    may_check.set()
+    settings = {"n": 2, "max_response_tokens": 40, "stop_token_ids": frozenset({EOS}), "routing_policy": "replace"}
+    saved = [in_flight.decode(message, **settings) for message in (await saving).values()]
+    assert sum(group.num_tokens for group in saved) == engine.sampled
+    await subject.wake()
+    await subject.resume()
+    await run
+    assert len(queue.groups) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -97,3 +99,11 @@ def _with(rows, where, value):
     rows = rows.copy()
     rows[where] = value
     return rows
+
+
+def test_of_rows_that_were_checked_before_one_in_sixteen_is_checked_again():
+    known = random_rows(300)
+    new = _with(known, (299, 1), 3)
+    for spoilt, found in ((new, True), (_with(known, (32, 0), 3), True), (_with(known, (33, 0), 3), False)):
+        with pytest.raises(InvalidTrajectory, match="twice") if found else nullcontext():
+            routing_policies.check("trajectory t1", spoilt, rows=300, spec=SPEC, known=290)
