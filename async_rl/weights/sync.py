@@ -259,7 +259,8 @@ class WeightSync:
 
     async def _raise_failed_replica(self) -> None:
         """Raise ReplicaFailed if a member is dead, hangs, or its engine has not answered a call."""
-        for replica in {**self._connected, **self.members}:
+        # Not those that were connected and have died since: their deaths are known, and the fault is another one.
+        for replica in list(self.members):
             try:
                 async with asyncio.timeout(timeouts.ANSWER_S):
                     unanswered = await self.on(replica, lambda worker: worker.unanswered())

@@ -297,6 +297,17 @@ async def test_a_transfer_that_is_cut_is_retried_over_a_new_connection():
         await subject.run(3)
 
 
+async def test_a_lasting_fault_of_the_trainer_is_named_although_a_replica_died_before():
+    subject, trainer, _ = fleet(3)
+    await subject.run(1)
+    del subject.members[2]
+    always = {"connect": True}
+    trainer.fails = type("Always", (), {"pop": lambda _, key, default: always.get(key, default)})()
+    with pytest.raises(WeightSyncError, match="cut in the middle") as failed:
+        await subject.run(2)
+    assert not isinstance(failed.value, ReplicaFailed)
+
+
 async def test_the_trainer_is_connected_when_the_members_change_and_only_then():
     subject, trainer, engines = fleet(2)
     for version in (1, 2):
