@@ -24,6 +24,7 @@
     │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a transfer
     │   └── ReplicaFailed      one replica cannot take part in a weight sync
     ├── ProcessLost            a process of the run died more often than allowed
+    ├── TooManyFailures        more groups were given up than rollout.max_failed_ratio allows
     └── StalledError           nothing moved for longer than allowed
 
 Each message names the setting or id, the offending value and the fix, and is written for the user: the command line
@@ -134,6 +135,10 @@ class ReplicaFailed(WeightSyncError):
 
 class ProcessLost(AsyncRLError):
     """A process of the run died more often than recovery.max_restarts allows; the message names it and the cause."""
+
+
+class TooManyFailures(AsyncRLError):
+    """More of the last groups were given up than rollout.max_failed_ratio allows; the message has the reasons."""
 
 
 class StalledError(AsyncRLError):

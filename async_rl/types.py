@@ -27,10 +27,6 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
 # Version of a response token that no policy sampled: the text of an environment between two turns.
 NOT_SAMPLED = -1
 
-# Rows of routed experts that are checked at a time. Their transposed copy, 128 KiB for 8 experts below 256, must fit
-# into a core's cache: whole arrays take three times as long.
-_ROWS_PER_BLOCK = 1 << 14
-
 # The position of a sampled token relative to the last resume point of its trajectory (see Trajectory.resume_points):
 # there is none, before it, the first token after it, later.
 RESUME_POSITIONS: tuple[str, ...] = ("uninterrupted", "before", "first", "after")
@@ -247,24 +243,6 @@ def check_routing(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec)
             f"{name}: routed_experts[{row}, {layer}, {slot}] is {routed[row, layer, slot]}, "
             f"the model has {spec.num_experts} experts"
         )
-
-
-def repeated_expert(routed: ExpertIds | Int32Array) -> tuple[int, ...] | None:
-    """Return the index of the first row of ``routed`` [..., K] that names an expert twice; None if there is none.
-
-    Compares the K columns with each other, in blocks that stay in the cache: for K = 8 in a tenth to a thirtieth of the
-    time that sorting the rows takes (``tests.bench.scale``).
-    """
-    top_k = routed.shape[-1]
-    rows = routed.reshape(-1, top_k)
-    for start in range(0, len(rows), _ROWS_PER_BLOCK):
-        block = rows[start : start + _ROWS_PER_BLOCK]
-        columns = np.ascontiguousarray(block.T)
-        if any((columns[apart:] == columns[:-apart]).any() for apart in range(1, top_k)):
-            ordered = np.sort(block, axis=-1)
-            row = start + int(np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=-1))[0])
-            return tuple(int(index) for index in np.unravel_index(row, routed.shape[:-1]))
-    return None
 
 
 def _check_array(name: str, what: str, array: npt.NDArray[Any], dtype: type, ndim: int) -> None:

@@ -173,6 +173,9 @@ class RolloutSection(Section):
     """Finished responses with which a group may be published after rollout.group_timeout_s; null for all n."""
     max_attempts: Positive = 3
     """Issues of a prompt whose groups exceed rollout.group_timeout_s, before the prompt is given up."""
+    max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the last groups to end that may be given up (by reward, environment, engine or time-out) before the run
+    fails; 1 for any."""
     environment: EnvironmentSection = EnvironmentSection()
 
 

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
 from async_rl.data.cursor import DatasetCursor
@@ -41,7 +40,7 @@ from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.cluster import assign_cores
 from async_rl.driver.monitor import Monitor
-from async_rl.driver.recorder import Recorder, Samples
+from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
@@ -88,7 +87,6 @@ class TrainingLoop:
         self._attempted = self._version  # the last version that a weight sync was begun with
         self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
-        self._samples: asyncio.Future[None] | None = None  # the writing of the last step's samples
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         cores = assign_cores(config, sorted(os.sched_getaffinity(0)))
         recorder.journal.unlink(missing_ok=True)
@@ -121,7 +119,7 @@ class TrainingLoop:
             await self._replicas.stop()
             await self._monitor.poll()
             self._recorder.training_ended()
-            await self._samples_written()
+            await self._recorder.samples.finished()
             await self._evaluate()
             await self._trainers.export(self._recorder.final_model)
         finally:
@@ -165,8 +163,7 @@ class TrainingLoop:
             raise
         step, version = self._step + 1, self._version
         trained = await asyncio.to_thread(self._recorder.described, leased)
-        forgets = self._config.queue.backend == "redis"  # at the ack; in memory, ``leased`` holds the groups
-        samples = await asyncio.to_thread(self._recorder.read_samples, leased) if forgets else None
+        await self._recorder.samples.before_ack(leased)
         await self._queue.ack([meta.group_id for meta, _ in leased], step)
         self._step = step
         step_s = time.monotonic() - began
@@ -184,22 +181,9 @@ class TrainingLoop:
         else:
             self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             state = await self._checkpointer.pause_and_take(step, version) if due else None
-        await self._samples_written()
-        self._samples = asyncio.ensure_future(asyncio.to_thread(self._write_samples, step, version, leased, samples))
+        await self._recorder.samples.begin(step, version, leased)
         if state is not None:
             await self._checkpointer.write(state)
-
-    def _write_samples(self, step: int, version: int, leased: Leased, samples: Samples | None) -> None:
-        """Write some of the step's responses to the run folder, in a thread, once the engines have resumed."""
-        try:
-            self._recorder.write_samples(step, version, samples or self._recorder.read_samples(leased))
-        except RayError as error:
-            log.warning("samples_not_read", step=step, reason=str(error).splitlines()[0])
-
-    async def _samples_written(self) -> None:
-        """Return once the samples of the last step are in the run folder."""
-        if self._samples is not None:
-            await self._samples
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """Wait for all groups of a training step, then do its updates. Returns a report for each update."""
@@ -326,7 +310,7 @@ class TrainingLoop:
                     self._trainers.replace()
                     await self._trainers.start(found)
                     reissued = await self._queue.rewind(state.step)
-                    await self._samples_written()
+                    await self._recorder.samples.finished()
                     self._recorder.rewind(state.step, state.recorder)
                     self._step = state.step
                     self._sync.reconnect()

@@ -22,8 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from async_rl.config.schema import RunConfig
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.recorder import Recorder
-from async_rl.driver.watchdog import RunSnapshot, describe_stall
-from async_rl.errors import StalledError
+from async_rl.driver.watchdog import FailureRate, RunSnapshot, describe_stall
+from async_rl.errors import StalledError, TooManyFailures
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import timeouts
@@ -35,6 +35,10 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _PERIOD_S = 1.0
+# rollout.max_failed_ratio is of the groups of so many training steps, and of at least so many groups: an outage of a
+# minute must not end a run, nor the first prompts of a dataset.
+_WINDOW_STEPS = 4
+_LEAST_WINDOW = 100
 # vLLM's name for the engine's own process, which is a child of its worker's.
 _ENGINE = "EngineCore"
 _STACKS_WRITTEN_S = 2.0
@@ -58,6 +62,7 @@ class Monitor:
         self._trainers = trainers
         self._sync = sync
         self._recorder = recorder
+        self._failures = FailureRate(max(_LEAST_WINDOW, _WINDOW_STEPS * config.required_groups))
         self._phase, self._since = "other", time.monotonic()
         self._step = 0
 
@@ -78,7 +83,10 @@ class Monitor:
         self._recorder.record_phase(before, self._since - since, before_step)
 
     async def run(self) -> None:
-        """Poll until cancelled. Raises StalledError when nothing has moved for watchdog.abort_s."""
+        """Poll until cancelled.
+
+        Raises StalledError when nothing has moved for watchdog.abort_s, and TooManyFailures.
+        """
         settings, logged = self._config.watchdog, False
         while True:
             await asyncio.sleep(_PERIOD_S)
@@ -92,6 +100,7 @@ class Monitor:
                 self._recorder.event("watchdog_stalled", stalled_s=round(stalled_s), description=description)
             if stalled_s >= settings.abort_s:
                 await self._abort(describe_stall(snapshot, stalled_s))
+            self._check_failures()
 
     async def poll(self) -> tuple[float, RunSnapshot]:
         """Publish all counters. Returns the seconds for which nothing has moved, and what each process does."""
@@ -111,6 +120,16 @@ class Monitor:
         if queue is None:
             return 0.0, snapshot
         return self._recorder.update_counts(queue, workers, snapshot), snapshot
+
+    def _check_failures(self) -> None:
+        queue, limit = self._recorder.queue, self._config.rollout.max_failed_ratio
+        if queue is None or self._failures.look(queue.counts.trained, queue.counts.failed) <= limit:
+            return
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(queue.failed.items()))
+        raise TooManyFailures(
+            f"more than rollout.max_failed_ratio = {limit:g} of the last groups failed (in all {reasons}); the reason "
+            f"of each is a line `group_failed` in {self._config.run_dir / 'logs'}/rollout-*.jsonl"
+        )
 
     async def _abort(self, description: str) -> NoReturn:
         await _dump_stacks([self._queue.actor, *self._rollouts.actors, *self._trainers.actors])

@@ -10,12 +10,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.run_state import RunState
+from async_rl.driver.samples import Leased, SampleWriter
 from async_rl.driver.step_record import RunMeter
 from async_rl.driver.watchdog import RunSnapshot, Watchdog, waiting_for
 from async_rl.metrics.exporter import serve_metrics
@@ -25,24 +26,14 @@ from async_rl.metrics.publish import publish_groups, publish_start, publish_step
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.metrics.summary import Summary
 from async_rl.metrics.timeline import Timeline
-from async_rl.queue.client import Fetcher, Payload
-from async_rl.queue.records import Excerpt, GroupMeta, QueueStats
+from async_rl.queue.client import Fetcher
+from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime.runfolder import RunFolder
 from async_rl.trainer.report import merge_reports
 
 log = structlog.get_logger(__name__)
-
-Leased = Sequence[tuple[GroupMeta, Payload]]
-
-
-class Samples(NamedTuple):
-    """What is kept of a step's groups to be looked at."""
-
-    excerpts: list[Excerpt]
-    messages: dict[str, Any]
-    """{group id: encoded group} of those that debug.dump_trajectories keeps."""
 
 
 class Recorder:
@@ -57,9 +48,9 @@ class Recorder:
         to text, for samples.jsonl. ``resume``: continue the run that the folder holds.
         """
         self._config = config
-        self._decode = decode
         self._folder = RunFolder(config, resume=resume)
         self._fetcher = Fetcher(config)
+        self.samples = SampleWriter(config, self._folder, self._fetcher, decode)
         self._summary = Summary()
         self._meter = RunMeter(started)
         self._metrics = serve_metrics(config, "pipeline", 0, order=0)
@@ -230,29 +221,6 @@ class Recorder:
         )
         self._live.update(record)
 
-    def read_samples(self, leased: Leased) -> Samples:
-        """Read what ``write_samples`` writes of a step's groups: a few responses, and messages that are to be dumped.
-
-        Where the store forgets acknowledged groups, call it before.
-        """
-        number = self._config.metrics.samples_per_step
-        responses = [(payload, index) for meta, payload in leased for index in range(meta.num_trajectories)]
-        # Spread over the step's groups, so that n samples show n prompts.
-        stride = max(1, len(responses) // max(1, number))
-        dumped = leased[max(0, len(leased) - self._config.debug.dump_trajectories) :]
-        messages = self._fetcher.messages([payload for _, payload in dumped])
-        return Samples(
-            self._fetcher.excerpts(responses[::stride][:number]),
-            {meta.group_id: message for (meta, _), message in zip(dumped, messages, strict=True)},
-        )
-
-    def write_samples(self, step: int, version: int, samples: Samples) -> None:
-        """Write the samples of a step to samples.jsonl, and the dumped groups to trajectories/."""
-        for excerpt in samples.excerpts:
-            self._folder.write_sample({"step": step, "policy_version": version, **self._readable(excerpt)})
-        for group_id, message in samples.messages.items():
-            self._folder.write_group(memoryview(message), group_id)
-
     def finish(self, exit_reason: str) -> None:
         """Write summary.json; only the first call counts. exit_reason: "finished", "interrupted" or "failed: ..."."""
         if self._finished:
@@ -265,16 +233,3 @@ class Recorder:
         self._live.event(
             f"run_{ended}", **({"reason": why} if why else {}), summary=self._config.run_dir / "summary.json"
         )
-
-    def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
-        return {
-            "trajectory": excerpt.trajectory_id,
-            "prompt": excerpt.prompt,
-            "response": self._decode(excerpt.response_ids),
-            "reward": excerpt.reward,
-            "finish_reason": excerpt.finish_reason,
-            "segments": [
-                {"version": version, "text": self._decode(excerpt.response_ids[start:stop])}
-                for start, stop, version in excerpt.segments
-            ],
-        }

@@ -1,4 +1,4 @@
-"""How long nothing has moved in a run, and what waits for what. Pure: time is passed in.
+"""How long nothing has moved in a run, what waits for what, and how many groups fail. Pure: time is passed in.
 
 ``driver.monitor`` feeds it. A run that stalls shows it within a second in ``watchdog_stalled_seconds``. After
 watchdog.stall_s it is logged, and after watchdog.abort_s the run ends.
@@ -6,6 +6,7 @@ watchdog.stall_s it is logged, and after watchdog.abort_s the run ends.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,28 @@ class Watchdog:
         if counted != self._seen:
             self._seen, self._since = counted, now
         return now - self._since
+
+
+class FailureRate:
+    """The share of the last ``window`` groups to end that were given up rather than trained."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._polls: deque[tuple[int, int]] = deque([(0, 0)])  # (ended, failed) at polls, the oldest before the window
+
+    def look(self, trained: int, failed: int) -> float:
+        """Return the share, given the groups trained and given up so far.
+
+        Before ``window`` groups have ended the others count as trained: a run does not end by its first few groups.
+        """
+        ended = trained + failed
+        if ended < self._polls[-1][0]:  # the trainer went back to a checkpoint
+            self._polls.clear()
+        self._polls.append((ended, failed))
+        while len(self._polls) > 1 and self._polls[1][0] <= ended - self._window:
+            self._polls.popleft()
+        since_ended, since_failed = self._polls[0]
+        return (failed - since_failed) / max(self._window, ended - since_ended)
 
 
 @dataclass(frozen=True, slots=True)

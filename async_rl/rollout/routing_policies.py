@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from async_rl.config.schema import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
-from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing, repeated_expert
+from async_rl.models.routing import repeated_expert
+from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
 
 # From this many rows on, a layer of zeros, and on the probe's unlike tokens one that always picks the same experts in
 # the same order, counts as an array that was never filled in: routers settle on one choice for a few tokens, not for

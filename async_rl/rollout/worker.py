@@ -17,7 +17,14 @@ import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import EngineDied, EnvironmentFailure, RewardError, WireError
+from async_rl.errors import (
+    EngineDied,
+    EngineError,
+    EnvironmentFailure,
+    InvalidTrajectory,
+    RewardError,
+    WireError,
+)
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
@@ -35,6 +42,9 @@ log = structlog.get_logger(__name__)
 _WATCH_PERIOD_S = 1.0
 # Routed experts up to this size are checked and copied on the event loop, within 0.1 ms, which is what a thread costs.
 _SMALL_BYTES = 64 * 2**10
+
+# The reason under which a failed group is counted: the engine's, unless it was the user's function.
+_FAILED_BY: dict[type[Exception], str] = {RewardError: "reward", EnvironmentFailure: "environment"}
 
 _T = TypeVar("_T")
 
@@ -222,15 +232,17 @@ class RolloutWorker:
             self._work.cancel()
 
     async def _sample_and_publish(self, group: InFlight) -> None:
-        """Complete a group and publish it, or fail it when its reward or environment fails and on_error is skip."""
+        """Complete a group and publish it, or fail it alone where only its requests, reward or environment failed."""
         group_id = group.group_id
         try:
             trajectories = await self._trajectories(group)
-        except (RewardError, EnvironmentFailure) as error:
-            if self._responses.is_fatal(error):
+        except (RewardError, EnvironmentFailure, EngineError, InvalidTrajectory) as error:
+            if isinstance(error, EngineDied):
+                raise
+            if isinstance(error, RewardError | EnvironmentFailure) and self._responses.is_fatal(error):
                 raise
             log.warning("group_failed", group=group_id, reason=str(error))
-            await self._queue.fail(group_id, "reward" if isinstance(error, RewardError) else "environment")
+            await self._queue.fail(group_id, _FAILED_BY.get(type(error), "engine"))
         else:
             if trajectories is None:
                 await self._queue.return_group(group_id, TIMEOUT)

@@ -1,4 +1,4 @@
-"""Makes the samples that a trajectory is trained as. Pure: NumPy only; knows ``types`` and ``errors``.
+"""Makes the samples that a trajectory is trained as. Pure: NumPy only; knows ``types``, ``errors`` and ``models``.
 
 A sample of N tokens has N - 1 positions: position t reads token t and predicts token t + 1. The last token is only
 ever a label and never enters the forward pass, so that positions and rows of routed experts (P+G-1 of them) match one
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_rl.errors import ReplayError
+from async_rl.models.routing import repeated_expert
 from async_rl.types import (
     RESUME_POSITIONS,
     ExpertIds,
@@ -24,7 +25,6 @@ from async_rl.types import (
     RoutingSpec,
     Segment,
     Trajectory,
-    repeated_expert,
 )
 
 BoolArray = npt.NDArray[np.bool_]

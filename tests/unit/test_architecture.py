@@ -27,6 +27,7 @@ PURE = {
     "async_rl.metrics.records",
     "async_rl.metrics.spec",
     "async_rl.metrics.summary",
+    "async_rl.models.routing",
     "async_rl.observe.rows",
     "async_rl.queue.broker",
     "async_rl.queue.broker_state",

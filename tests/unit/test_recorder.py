@@ -108,10 +108,10 @@ def test_metadata_of_the_last_release_is_completed_from_the_groups(recorder):
 
 def test_samples_are_spread_over_the_prompts_and_only_dumped_groups_are_read_whole(recorder):
     one = recorder(samples=2, dumped=1)
-    samples = one.read_samples(leased(4))
+    samples = one.samples.read(leased(4))
     assert one._fetcher.excerpts_read == [(0, 0), (2, 0)]
     assert one._fetcher.messages_read == [3]
-    one.write_samples(7, 5, samples)
+    one.samples.write(7, 5, samples)
     folder = one.checkpoints.parent
     written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["trajectory"], line["response"]) for line in written] == [

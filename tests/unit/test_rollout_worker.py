@@ -439,3 +439,36 @@ async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapsho
     await subject.resume()
     await run
     assert len(queue.groups) == 2
+
+
+async def test_a_request_that_the_engine_refuses_costs_its_group_only():
+    engine, queue = scripted(), ListQueue(5)
+    subject, _ = worker(engine, queue)
+    generate = engine.generate
+
+    async def refuses_one(request_id, *arguments):
+        if request_id.startswith("0-3.0/1"):
+            raise EngineError("replica 0: this request cannot be")
+        return await generate(request_id, *arguments)
+
+    engine.generate = refuses_one
+    await subject.run()
+    assert sorted(group.group_id for group in queue.groups) == ["0-0.0", "0-1.0", "0-2.0", "0-4.0"]
+    assert queue.failed == [("0-3.0", "engine")]
+
+
+async def test_an_answer_that_breaks_an_invariant_costs_its_group_only():
+    engine, queue = scripted(), ListQueue(3)
+    subject, _ = worker(engine, queue)
+    generate = engine.generate
+
+    async def spoils_one(request_id, *arguments):
+        output = await generate(request_id, *arguments)
+        if request_id.startswith("0-1.0/0"):
+            output.logprobs[0] = np.nan
+        return output
+
+    engine.generate = spoils_one
+    await subject.run()
+    assert len(queue.groups) == 2
+    assert queue.failed == [("0-1.0", "engine")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import InvalidTrajectory
+from async_rl.models.routing import repeated_expert
 from async_rl.rollout import routing_policies
 from async_rl.types import RoutingSpec
 
@@ -107,3 +109,19 @@ def test_of_rows_that_were_checked_before_one_in_sixteen_is_checked_again():
     for spoilt, found in ((new, True), (_with(known, (32, 0), 3), True), (_with(known, (33, 0), 3), False)):
         with pytest.raises(InvalidTrajectory, match="twice") if found else nullcontext():
             routing_policies.check("trajectory t1", spoilt, rows=300, spec=SPEC, known=290)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8])
+def test_the_first_row_that_names_an_expert_twice_is_found_wherever_it_is(dtype, top_k):
+    rng = np.random.default_rng(top_k)
+    rows, layers = 4000, 9  # several blocks, the last one of other size
+    distinct = np.argsort(rng.random((rows, layers, 12)), axis=-1)[..., :top_k].astype(dtype)
+    assert repeated_expert(distinct) is None
+    assert repeated_expert(distinct[:0]) is None
+    for one, other in itertools.combinations(range(top_k), 2):
+        routed = distinct.copy()
+        places = sorted((int(rng.integers(rows)), int(rng.integers(layers))) for _ in range(2))
+        for row, layer in places:
+            routed[row, layer, other] = routed[row, layer, one]
+        assert repeated_expert(routed) == places[0]

@@ -1,13 +1,12 @@
 """What a Trajectory refuses: segments, stamps, log-probs and routing that do not fit one another."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from async_rl.errors import InvalidTrajectory
-from async_rl.types import NOT_SAMPLED, RoutingSpec, Segment, Trajectory, repeated_expert
+from async_rl.types import NOT_SAMPLED, RoutingSpec, Segment, Trajectory
 
 SPEC = RoutingSpec(num_moe_layers=2, top_k=1, num_experts=4)
 
@@ -79,19 +78,3 @@ def changed(name, index, value):
 def test_invariant_1_what_does_not_fit_is_refused_by_name(changes, message):
     with pytest.raises(InvalidTrajectory, match=f"trajectory t: .*{message}"):
         replace(trajectory(), **changes)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8])
-def test_the_first_row_that_names_an_expert_twice_is_found_wherever_it_is(dtype, top_k):
-    rng = np.random.default_rng(top_k)
-    rows, layers = 4000, 9  # several blocks, the last one of other size
-    distinct = np.argsort(rng.random((rows, layers, 12)), axis=-1)[..., :top_k].astype(dtype)
-    assert repeated_expert(distinct) is None
-    assert repeated_expert(distinct[:0]) is None
-    for one, other in itertools.combinations(range(top_k), 2):
-        routed = distinct.copy()
-        places = sorted((int(rng.integers(rows)), int(rng.integers(layers))) for _ in range(2))
-        for row, layer in places:
-            routed[row, layer, other] = routed[row, layer, one]
-        assert repeated_expert(routed) == places[0]

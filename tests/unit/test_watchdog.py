@@ -2,7 +2,7 @@
 
 import pytest
 
-from async_rl.driver.watchdog import RunSnapshot, Watchdog, describe_stall, waiting_for
+from async_rl.driver.watchdog import FailureRate, RunSnapshot, Watchdog, describe_stall, waiting_for
 
 
 def snapshot(**fields):
@@ -50,3 +50,13 @@ def test_the_description_names_what_waits_for_what_and_for_how_long():
     line = describe_stall(snapshot(phase="push", unresponsive=("rollout-2",)), 61.0)
     assert "training loop has been in `push` for 40 s" in line
     assert line.endswith("no response from: rollout-2")
+
+
+def test_the_failure_rate_is_of_the_last_groups_only():
+    rate = FailureRate(100)
+    assert rate.look(0, 50) == 0.5  # the fifty that have not ended count as trained
+    assert rate.look(50, 50) == 0.5
+    assert rate.look(100, 50) == 0.0
+    assert rate.look(150, 120) == pytest.approx(70 / 120)  # since the last poll before the window
+    assert rate.look(100, 120) == 0.0  # the trainer went back to a checkpoint: counted anew
+    assert rate.look(100, 121) == 0.01

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
-from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.routing_policies import moe_columns
 from async_rl.runtime.process import starting_on
@@ -37,9 +38,18 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+log = structlog.get_logger(__name__)
+
 # How long the engine core may take to end by itself before it is killed. It holds nothing that must be saved, and on
 # CPU it never makes it: with the model in its process, the garbage collection at its end hangs.
 SHUTDOWN_GRACE_S = 0.5
+
+# How vLLM's finish reasons count here. A repetitive pattern was detected: the response was cut, it did not stop.
+_CALL_END: dict[str, CallEnd] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
+
+# vLLM calls its finish reason "error" retryable: a KV block that could not be loaded, for example.
+_MAX_FAILURES = 4
+_BACKOFF_S = 0.1
 
 # So many more objects than at the last collection begin the next one. Python's 700 are those of one iteration, which
 # end with it: collections took a fifteenth of the frontend's time per token.
@@ -166,21 +176,32 @@ class VllmEngine:
             # Not DELTA, which loses routed experts when the consumer lags; and nobody reads tokens one by one.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        failures = 0
         while True:
             await self._running.wait()
             with self._errors(request_id):
                 call, output = await self._run(request_id, token_ids, params)
-            if not (call.restart and not output.outputs[0].token_ids):
+            completion = output.outputs[0]
+            if completion.finish_reason == "error":
+                failures += 1
+                await self._back_off(request_id, failures)
+            elif not (call.restart and not completion.token_ids):
                 break
-        completion = output.outputs[0]
         sampled = np.asarray(completion.token_ids, dtype=np.int32)
         return EngineOutput(
             token_ids=sampled,
             logprobs=_logprobs(completion.logprobs),
             versions=self._stamps(call, len(sampled)),
             routed_experts=self._columns(completion.routed_experts) if len(sampled) else None,
-            finish_reason=completion.finish_reason,
+            finish_reason=_CALL_END[completion.finish_reason],
         )
+
+    async def _back_off(self, request_id: str, failures: int) -> None:
+        """Wait before a call is repeated that failed inside the engine. Raises EngineError after _MAX_FAILURES."""
+        log.warning("engine_call_failed", request=request_id, failures=failures)
+        if failures == _MAX_FAILURES:
+            raise EngineError(f"replica {self._replica}: {request_id}: the engine failed the call {failures} times")
+        await asyncio.sleep(_BACKOFF_S * 2**failures)
 
     async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
         """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""

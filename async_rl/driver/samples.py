@@ -1,0 +1,101 @@
+"""Writes down what is kept of a step's groups to be looked at: some responses, and messages for debugging.
+
+The driver reads nothing else of a group than its metadata. What this reads of messages is read in a thread, once the
+engines have resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import structlog
+from ray.exceptions import RayError
+
+from async_rl.config.schema import RunConfig
+from async_rl.queue.client import Fetcher, Payload
+from async_rl.queue.records import Excerpt, GroupMeta
+from async_rl.runtime.runfolder import RunFolder
+
+log = structlog.get_logger(__name__)
+
+Leased = Sequence[tuple[GroupMeta, Payload]]
+
+
+class Samples(NamedTuple):
+    """What was read of a step's groups."""
+
+    excerpts: list[Excerpt]
+    messages: dict[str, Any]
+    """{group id: encoded group} of those that debug.dump_trajectories keeps."""
+
+
+class SampleWriter:
+    """Writes samples.jsonl and trajectories/ of one run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, fetcher: Fetcher, decode: Callable[[Any], str]) -> None:
+        """``decode``: token ids to text."""
+        self._config = config
+        self._folder = folder
+        self._fetcher = fetcher
+        self._decode = decode
+        self._read_early: Samples | None = None
+        self._writing: asyncio.Future[None] | None = None
+
+    async def before_ack(self, leased: Leased) -> None:
+        """Read what the store forgets when the groups are acknowledged. Groups in memory live as long as ``leased``."""
+        if self._config.queue.backend == "redis":
+            self._read_early = await asyncio.to_thread(self.read, leased)
+
+    async def begin(self, step: int, version: int, leased: Leased) -> None:
+        """Begin to write the samples of a step; those of the step before are written first."""
+        await self.finished()
+        early, self._read_early = self._read_early, None
+        self._writing = asyncio.ensure_future(asyncio.to_thread(self._read_and_write, step, version, leased, early))
+
+    async def finished(self) -> None:
+        """Return once everything is written that was begun."""
+        if self._writing is not None:
+            await self._writing
+
+    def read(self, leased: Leased) -> Samples:
+        """Read the samples of a step's groups."""
+        number = self._config.metrics.samples_per_step
+        responses = [(payload, index) for meta, payload in leased for index in range(meta.num_trajectories)]
+        # Spread over the step's groups, so that n samples show n prompts.
+        stride = max(1, len(responses) // max(1, number))
+        dumped = leased[max(0, len(leased) - self._config.debug.dump_trajectories) :]
+        messages = self._fetcher.messages([payload for _, payload in dumped])
+        return Samples(
+            self._fetcher.excerpts(responses[::stride][:number]),
+            {meta.group_id: message for (meta, _), message in zip(dumped, messages, strict=True)},
+        )
+
+    def write(self, step: int, version: int, samples: Samples) -> None:
+        """Write the samples of a step to the run folder."""
+        for excerpt in samples.excerpts:
+            self._folder.write_sample({"step": step, "policy_version": version, **self._readable(excerpt)})
+        for group_id, message in samples.messages.items():
+            self._folder.write_group(memoryview(message), group_id)
+
+    def _read_and_write(self, step: int, version: int, leased: Leased, early: Samples | None) -> None:
+        try:
+            samples = early or self.read(leased)
+        except RayError as error:  # their host died, for example: the groups were trained all the same
+            log.warning("samples_not_read", step=step, reason=str(error).partition("\n")[0])
+        else:
+            self.write(step, version, samples)
+
+    def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
+        return {
+            "trajectory": excerpt.trajectory_id,
+            "prompt": excerpt.prompt,
+            "response": self._decode(excerpt.response_ids),
+            "reward": excerpt.reward,
+            "finish_reason": excerpt.finish_reason,
+            "segments": [
+                {"version": version, "text": self._decode(excerpt.response_ids[start:stop])}
+                for start, stop, version in excerpt.segments
+            ],
+        }
