@@ -81,9 +81,13 @@ class Gate:
         self._gate_open.set()
         return paused
 
+    async def wait_open(self) -> None:
+        """Return once the gate is open."""
+        await self._gate_open.wait()
+
     async def enter(self) -> None:
         """Wait until the gate is open, then count one more call. Pair it with ``leave``."""
-        await self._gate_open.wait()
+        await self.wait_open()
         self._calls.begin()
         if self._calls.count == 1:
             self._busy.set(running=True)

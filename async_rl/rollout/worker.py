@@ -47,6 +47,7 @@ _SMALL_BYTES = 64 * 2**10
 _FAILED_BY: dict[type[Exception], str] = {RewardError: "reward", EnvironmentFailure: "environment"}
 
 _T = TypeVar("_T")
+_DoneAndLate = tuple[set[asyncio.Task[Trajectory]], set[asyncio.Task[Trajectory]]]
 
 
 async def _aside(routed_experts: ExpertIds | None, work: Callable[[], _T]) -> _T:
@@ -260,9 +261,7 @@ class RolloutWorker:
         settings = self._config.rollout
         tasks = [asyncio.create_task(self._trajectory(group, index)) for index in range(settings.n)]
         try:
-            done, late = await asyncio.wait(
-                tasks, timeout=settings.group_timeout_s, return_when=asyncio.FIRST_EXCEPTION
-            )
+            done, late = await self._wait_in_time(tasks)
             finished = tuple(task.result() for task in tasks if task in done)
         finally:
             for task in tasks:
@@ -276,6 +275,19 @@ class RolloutWorker:
             return None
         self._stats.cut_groups += 1
         return finished
+
+    async def _wait_in_time(self, tasks: list[asyncio.Task[Trajectory]]) -> _DoneAndLate:
+        """Wait for tasks until rollout.group_timeout_s is over, in which pauses of the engine do not count."""
+        limit = self._config.rollout.group_timeout_s
+        began, paused_before, left = time.monotonic(), self._gate.paused_s, limit
+        while True:
+            done, late = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
+            if limit is None or not late or any(task.cancelled() or task.exception() for task in done):
+                return done, late
+            await self._gate.wait_open()
+            left = limit + (self._gate.paused_s - paused_before) - (time.monotonic() - began)
+            if left <= 0:
+                return done, late
 
     async def _trajectory(self, group: InFlight, index: int) -> Trajectory:
         prompt = group.ticket.prompt

@@ -395,6 +395,20 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
     assert subject.stats().cut_groups == handed_in
 
 
+async def test_time_for_which_the_engine_is_paused_is_not_the_groups_time():
+    engine, queue = scripted(length=30), ListQueue(2)
+    subject, _ = worker(engine, queue, rollout={"n": 2, "max_response_tokens": 40, "group_timeout_s": 1.0})
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await subject.pause()
+    await asyncio.sleep(1.3)
+    await subject.wake()
+    await subject.resume()
+    await run
+    assert len(queue.groups) == 2
+    assert queue.returned == []
+
+
 async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
     monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
     engine, queue = scripted(kind=Straggler), ListQueue(2)
