@@ -30,7 +30,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(source, **settings):
-        (tmp_path / "my_environment.py").write_text(f"import time\n{source}")
+        (tmp_path / "my_environment.py").write_text(f"import asyncio, time\n{source}")
         sys.modules.pop("my_environment", None)
         return Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters())
 
@@ -55,7 +55,10 @@ async def test_none_ends_the_response(environment):
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
         ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
-        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "did not return within 0.05 s"),
+        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "timeout_s = 0.05 s"),
+        ("def answer(prompt, turns): raise SystemExit(3)", {}, "raised SystemExit: 3"),
+        ("def answer(prompt, turns): raise StopIteration", {}, "raised StopIteration"),
+        ("async def answer(prompt, turns): raise asyncio.CancelledError", {}, "raised CancelledError"),
     ],
 )
 async def test_a_failure_names_function_row_and_what_it_did(environment, source, settings, message):

@@ -110,6 +110,40 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("define", ["def", "async def"])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "asyncio.CancelledError",
+        "StopIteration",
+        "SystemExit",
+        "KeyboardInterrupt",
+        "GeneratorExit",
+        "TimeoutError",
+        "Unusual",  # FunctionTimedOut of the package func_timeout is such a one
+    ],
+)
+async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_other_calls(
+    rewards, monkeypatch, slow, define, raised
+):
+    monkeypatch.setattr("async_rl.rollout.user_function.MAX_THREADS", 2)
+    source = f"class Unusual(BaseException): pass\n{define} reward(prompt, response): raise {raised}\n"
+    runner = rewards(source, slow=slow, timeout_s=600)
+    name = raised.removeprefix("asyncio.")
+    if define == "async def" and name == "StopIteration":
+        name = "RuntimeError: coroutine raised StopIteration"  # Python's own doing
+    for _ in range(5):
+        with pytest.raises(RewardError, match=rf"my_rewards:reward, prompt 0-17 .dataset row 17.: raised {name}$"):
+            await runner.score(prompt(), "a")
+
+
+async def test_an_async_reward_that_cancels_its_own_task_fails(rewards):
+    runner = rewards("async def reward(p, r):\n asyncio.current_task().cancel()\n await asyncio.sleep(600)\n")
+    with pytest.raises(RewardError, match="raised CancelledError"):
+        await runner.score(prompt(), "a")
+
+
 async def test_a_slow_reward_leaves_the_event_loop_free(rewards):
     """The reward waits for an event that only the loop sets: were it on the loop, this would time out."""
     runner = rewards("gate = threading.Event()\ndef reward(prompt, response): return float(gate.wait(30))\n", slow=True)
@@ -131,6 +165,21 @@ async def test_a_reward_that_hangs_times_out(rewards, define):
     runner = rewards(define, slow=True, timeout_s=0.05)
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
         await runner.score(prompt(), "a")
+
+
+async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewards, monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.user_function.CLEAN_UP_S", 0.01)
+    source = (
+        "ended = asyncio.Event()\n"
+        "async def reward(prompt, response):\n"
+        "    while not ended.is_set():\n"
+        "        try: await ended.wait()\n"
+        "        except asyncio.CancelledError: pass\n"
+    )
+    runner = rewards(source, timeout_s=0.01)
+    with pytest.raises(RewardError, match="did not return within"):
+        await runner.score(prompt(), "a")
+    importlib.import_module("my_rewards").ended.set()
 
 
 async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch):
@@ -168,6 +217,25 @@ async def test_cancelling_a_score_is_not_a_reward_error(rewards):
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scoring
+
+
+async def test_cancelling_a_score_waits_until_the_function_has_cleaned_up(rewards):
+    source = (
+        "steps = []\n"
+        "async def reward(prompt, response):\n"
+        "    try: await asyncio.sleep(600)\n"
+        "    finally:\n"
+        "        await asyncio.sleep(0)\n"
+        "        steps.append('cleaned up')\n"
+    )
+    runner = rewards(source, timeout_s=600)
+    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    scoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+    assert importlib.import_module("my_rewards").steps == ["cleaned up"]
 
 
 async def test_a_closed_runner_takes_no_calls(rewards):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from typing import Any, SupportsFloat
@@ -13,7 +12,7 @@ from asyncio_throttle.throttler import Throttler
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import load_reward
-from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable
+from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Prompt
 
 
@@ -47,15 +46,10 @@ class RewardRunner:
         """
         try:
             return _finite(await self._call(prompt, response))
-        except asyncio.CancelledError:
-            raise
-        except TimeoutError:
-            did = f"did not return within reward.timeout_s = {self._settings.timeout_s:g} s"
-            raise RewardError(self._failure(prompt, did)) from None
-        except (RewardError, UserFunctionUnavailable) as error:
-            raise RewardError(self._failure(prompt, str(error))) from error
-        except Exception as error:
-            raise RewardError(self._failure(prompt, f"raised {type(error).__name__}: {error}")) from error
+        except UserFunctionFailed as error:
+            raise RewardError(self._failure(prompt, str(error))) from error.__cause__
+        except ValueError as error:
+            raise RewardError(self._failure(prompt, str(error))) from None
 
     def _failure(self, prompt: Prompt, what: str) -> str:
         where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
@@ -65,8 +59,8 @@ class RewardRunner:
 def _finite(value: SupportsFloat | Any) -> float:
     # NumPy's scalars other than float64 are no subclasses of Python's numbers.
     if not isinstance(value, int | float | np.number | np.bool_):
-        raise RewardError(f"returned {value!r} of type {type(value).__name__}; it must be a finite number")
+        raise ValueError(f"returned {value!r} of type {type(value).__name__}; it must be a finite number")
     number = float(value)
     if not math.isfinite(number):
-        raise RewardError(f"returned {number}; it must be a finite number")
+        raise ValueError(f"returned {number}; it must be a finite number")
     return number
