@@ -85,7 +85,7 @@ class RewardSection(Section):
     timeout_s: PositiveFloat = 30.0
     """Seconds that a call of a slow or async reward may take; see reward.on_error for what happens then."""
     rate_limit: NonNegative = 0
-    """Calls of a slow or async reward per reward.rate_period_s and replica; 0 for no limit."""
+    """Calls of the reward per reward.rate_period_s and replica; 0 for no limit."""
     rate_period_s: PositiveFloat = 1.0
     """Period of reward.rate_limit, in seconds."""
     on_error: Literal["fail", "skip"] = "fail"

@@ -2,8 +2,10 @@
 
 function          slow    runs
 plain             false   at once, on the event loop: for functions of microseconds
-plain             true    in a daemon thread, rate-limited, with a timeout
-async def         either  on the event loop, rate-limited, with a timeout
+plain             true    in a daemon thread, with a timeout
+async def         either  on the event loop, with a timeout
+
+Whatever function returns an awaitable has it awaited on the event loop, within what is left of the timeout.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +69,7 @@ class UserFunction:
     ) -> None:
         self._function = function
         self._setting = setting
-        self._is_async = inspect.iscoroutinefunction(function)
-        self._slow = slow
+        self._needs_thread = slow and not _is_async(function)
         self._timeout_s = timeout_s
         self._throttler = throttler
         self._slots = asyncio.Semaphore(MAX_THREADS)
@@ -87,24 +89,28 @@ class UserFunction:
         """
         if self._closed:
             raise UserFunctionFailed("not called, because the worker is shutting down")
-        if not (self._slow or self._is_async):
-            return _call(self._function, prompt, argument).result()
         if self._throttler is not None:
             async with self._throttler:  # Waits here; leaving does nothing: what is limited is how often calls begin.
                 pass
-        if self._is_async:
-            return (await self._awaited(self._function(prompt, argument))).result()
-        async with self._slots:
-            return (await self._in_thread(prompt, argument)).result()
+        if self._needs_thread:
+            async with self._slots:
+                began = time.monotonic()
+                value = (await self._in_thread(prompt, argument)).result()
+        else:
+            began = time.monotonic()
+            value = _call(self._function, prompt, argument).result()
+        if not inspect.isawaitable(value):
+            return value
+        return (await self._awaited(value, self._timeout_s - (time.monotonic() - began))).result()
 
-    async def _awaited(self, awaitable: Awaitable[Any]) -> _Outcome:
+    async def _awaited(self, awaitable: Awaitable[Any], seconds: float) -> _Outcome:
         """Await in a task of its own: a CancelledError that the function raises is then no cancellation of the caller.
 
         What is still not over some time after it was cancelled is left behind.
         """
         task = asyncio.create_task(_await(awaitable))
         try:
-            await asyncio.wait({task}, timeout=self._timeout_s)
+            await asyncio.wait({task}, timeout=seconds)
             if task.done():
                 return task.result()
         finally:
@@ -151,6 +157,11 @@ class UserFunction:
 
     def _too_late(self) -> UserFunctionFailed:
         return UserFunctionFailed(f"did not return within {self._setting}.timeout_s = {self._timeout_s:g} s")
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Return whether calling the function only makes a coroutine, for which no thread is needed."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> _Outcome:

@@ -45,6 +45,11 @@ async def test_it_is_given_the_turns_as_text_and_answers_in_tokens(environment, 
     assert (await subject.answer(PROMPT, TURNS)).dtype == np.int32
 
 
+async def test_an_object_with_an_async_call_is_an_environment(environment):
+    source = "class Game:\n    async def __call__(self, prompt, turns): return 'ab'\nanswer = Game()"
+    assert (await environment(source).answer(PROMPT, TURNS)).tolist() == [1, 2]
+
+
 async def test_none_ends_the_response(environment):
     assert await environment("def answer(prompt, turns): return None").answer(PROMPT, TURNS) is None
 

@@ -138,6 +138,27 @@ async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_othe
             await runner.score(prompt(), "a")
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    "define",
+    [
+        "class Judge:\n    async def __call__(self, prompt, response): {}\nreward = Judge()\n",
+        "async def judge(prompt, response): {}\ndef reward(prompt, response): return judge(prompt, response)\n",
+    ],
+)
+async def test_what_a_reward_returns_is_awaited_whatever_the_reward_is(rewards, define, slow):
+    """On the event loop, as the thread's identity shows, and within reward.timeout_s."""
+    runner = rewards(define.format("await asyncio.sleep(0); return threading.get_ident()"), slow=slow)
+    assert await runner.score(prompt(), "a") == float(threading.get_ident())
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_an_awaitable_that_hangs_times_out(rewards, slow):
+    runner = rewards("def reward(p, r): return asyncio.sleep(600)\n", slow=slow, timeout_s=0.05)
+    with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
+        await runner.score(prompt(), "a")
+
+
 async def test_an_async_reward_that_cancels_its_own_task_fails(rewards):
     runner = rewards("async def reward(p, r):\n asyncio.current_task().cancel()\n await asyncio.sleep(600)\n")
     with pytest.raises(RewardError, match="raised CancelledError"):
@@ -197,17 +218,14 @@ async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch
     assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places"
 
 
-async def test_slow_rewards_are_rate_limited(rewards):
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("define", ["def", "async def"])
+async def test_rewards_of_every_kind_are_rate_limited(rewards, define, slow):
     """Five calls at two per period take two full periods at least."""
-    runner = rewards("async def reward(prompt, response): return 1.0\n", rate_limit=2, rate_period_s=0.1)
+    runner = rewards(f"{define} reward(prompt, response): return 1.0\n", slow=slow, rate_limit=2, rate_period_s=0.1)
     started = time.monotonic()
     assert await asyncio.gather(*[runner.score(prompt(), "a") for _ in range(5)]) == [1.0] * 5
     assert time.monotonic() - started >= 0.2
-
-
-def test_a_rate_limit_that_would_not_hold_is_refused(rewards):
-    with pytest.raises(RewardError, match=r"reward\.rate_limit is 5.*set reward\.slow to true"):
-        rewards("def reward(prompt, response): return 1.0\n", rate_limit=5)
 
 
 async def test_cancelling_a_score_is_not_a_reward_error(rewards):

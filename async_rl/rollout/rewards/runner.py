@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, SupportsFloat
 
@@ -19,20 +18,18 @@ from async_rl.types import Prompt
 class RewardRunner:
     """Scores responses with the function that ``reward.function`` names.
 
-    Raises RewardError when built if the function cannot be loaded or the settings do not fit it.
+    Raises RewardError when built if the function cannot be loaded.
     """
 
     def __init__(self, settings: RewardSection) -> None:
         self._settings = settings
-        function = load_reward(settings.function)
-        if settings.rate_limit and not (settings.slow or inspect.iscoroutinefunction(function)):
-            raise RewardError(
-                f"reward.rate_limit is {settings.rate_limit}, but {settings.function} runs at once, on the event loop, "
-                "where nothing limits it; set reward.slow to true or reward.rate_limit to 0"
-            )
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
         self._call = UserFunction(
-            function, "reward", slow=settings.slow, timeout_s=settings.timeout_s, throttler=throttler
+            load_reward(settings.function),
+            "reward",
+            slow=settings.slow,
+            timeout_s=settings.timeout_s,
+            throttler=throttler,
         )
 
     def close(self) -> None:
