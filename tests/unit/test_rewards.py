@@ -83,11 +83,56 @@ def test_a_module_that_fails_to_import_says_why(rewards):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("value", ["1", "True", "0.5", "__import__('numpy').float32(0.5)"])
-async def test_any_number_is_a_reward(rewards, slow, value):
-    score = await rewards(f"def reward(prompt, response): return {value}\n", slow=slow).score(prompt(), "a")
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1",
+        "True",
+        "0.5",
+        "fractions.Fraction(1, 2)",
+        "numpy.float32(0.5)",
+        "numpy.longdouble(0.5)",
+        "numpy.uint8(1)",
+        "numpy.bool_(True)",
+        "numpy.array(0.5)",
+        "numpy.array(True)",
+        "torch.tensor(0.5)",
+        "torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)",
+        "torch.ones(3).mean()",
+        "torch.tensor(True)",
+    ],
+)
+async def test_any_real_number_is_a_reward(rewards, slow, value):
+    source = "import fractions, numpy, torch\ndef reward(prompt, response): return "
+    score = await rewards(source + value, slow=slow).score(prompt(), "a")
     assert type(score) is float
     assert score in (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("None", "returned None of type NoneType; expected one finite real number: every response needs a reward"),
+        ("1 + 0j", "returned (1+0j) of type complex; expected one finite real number"),
+        ("numpy.complex64(1)", "of type complex64; expected"),
+        ("torch.tensor(1 + 0j)", "returned tensor(1.+0.j) of type Tensor; expected"),
+        ("{'score': 1.0}", "returned {'score': 1.0} of type dict; expected"),
+        ("[1.0]", "returned [1.0] of type list; expected"),
+        ("numpy.array([1.0])", "returned array([1.]) of type ndarray; expected"),
+        ("torch.ones(1)", "returned tensor([1.]) of type Tensor; expected"),
+        ("numpy.array('1')", "of type ndarray; expected"),
+        ("numpy.array(None)", "of type ndarray; expected"),
+        ("torch.tensor(1.0, device='meta')", "of type Tensor; expected"),
+        ("numpy.float32('inf')", "returned np.float32(inf); expected"),
+        ("torch.tensor(float('nan'))", "returned tensor(nan); expected"),
+        ("10**400", f"returned 1{199 * '0'}; expected"),
+    ],
+)
+async def test_what_is_no_real_number_is_refused_by_name(rewards, value, message):
+    runner = rewards(f"import numpy, torch\ndef reward(prompt, response): return {value}\n")
+    with pytest.raises(RewardError) as error:
+        await runner.score(prompt(), "a")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -95,7 +140,7 @@ async def test_any_number_is_a_reward(rewards, slow, value):
     ("body", "message"),
     [
         ("raise KeyError('level')", "raised KeyError: 'level'"),
-        ("return math.nan", "returned nan; it must be a finite number"),
+        ("return math.nan", "returned nan; expected one finite real number"),
         ("return -math.inf", "returned -inf"),
         ("return None", "returned None of type NoneType"),
         ("return '1'", "returned '1' of type str"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, SupportsFloat
+import numbers
+from typing import Any
 
-import numpy as np
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
@@ -13,6 +13,9 @@ from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Prompt
+
+# A group's responses are compared by their rewards, so that there is no place for a response without one.
+_EXPECTED = "one finite real number: every response needs a reward"
 
 
 class RewardRunner:
@@ -53,11 +56,28 @@ class RewardRunner:
         return f"reward.function {self._settings.function}, {where}: {what}"
 
 
-def _finite(value: SupportsFloat | Any) -> float:
-    # NumPy's scalars other than float64 are no subclasses of Python's numbers.
-    if not isinstance(value, int | float | np.number | np.bool_):
-        raise ValueError(f"returned {value!r} of type {type(value).__name__}; it must be a finite number")
-    number = float(value)
+def _finite(value: Any) -> float:
+    """Return a real number as a float: Python's, and the scalars and arrays without axes of NumPy and torch.
+
+    Raises ValueError, saying what was returned and what is expected, for all else.
+    """
+    number = _item(value)
+    if not isinstance(number, numbers.Real):
+        raise ValueError(f"returned {value!r:.200} of type {type(value).__name__}; expected {_EXPECTED}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"returned {number}; it must be a finite number")
+        raise ValueError(f"returned {value!r:.200}; expected {_EXPECTED}")
     return number
+
+
+def _item(value: Any) -> Any:
+    """Return the number in an array without axes, which NumPy's scalars and torch's tensors can be; else ``value``."""
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:  # noqa: BLE001 - a tensor of the meta device, for example, has none
+        return value
