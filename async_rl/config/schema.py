@@ -84,6 +84,8 @@ class RewardSection(Section):
     """Whether to run the reward in a thread; set it for rewards that wait for a service or compute for long."""
     timeout_s: PositiveFloat = 30.0
     """Seconds that a call of a slow or async reward may take; see reward.on_error for what happens then."""
+    workers: Positive = 32
+    """Calls of a slow reward that run at one time per replica; further ones wait, which does not count as theirs."""
     rate_limit: NonNegative = 0
     """Calls of the reward per reward.rate_period_s and replica; 0 for no limit."""
     rate_period_s: PositiveFloat = 1.0
@@ -130,6 +132,9 @@ class EnvironmentSection(Section):
     """Turns of the policy in one response, which ends with the last of them."""
     timeout_s: PositiveFloat = 30.0
     """Seconds that a call of the environment may take; see rollout.environment.on_error for what happens then."""
+    workers: Positive = 32
+    """Calls of an environment that is no async function which run at one time per replica; further ones wait, which
+    does not count as theirs."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when the environment raises, times out or returns no text: fail the run, or skip the group
     (counted)."""

@@ -15,6 +15,7 @@ import inspect
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,6 @@ from asyncio_throttle.throttler import Throttler
 
 from async_rl.errors import AsyncRLError
 from async_rl.types import Prompt
-
-# Slow calls at one time per replica. Each is a thread that mostly waits; more than a few dozen gain nothing.
-MAX_THREADS = 32
 
 # Seconds for a coroutine that is cancelled to clean up; the sandbox of a code reward takes up to four to end a program.
 CLEAN_UP_S = 5.0
@@ -56,7 +54,10 @@ class _Outcome:
 
 
 class UserFunction:
-    """``function(prompt, argument)``; ``setting`` is the config section that messages name, "reward" for example."""
+    """``function(prompt, argument)``; ``setting`` is the config section that messages name, "reward" for example.
+
+    workers: calls that may be in threads at one time, those not counted that are past their time limit.
+    """
 
     def __init__(
         self,
@@ -65,15 +66,14 @@ class UserFunction:
         *,
         slow: bool,
         timeout_s: float,
+        workers: int,
         throttler: Throttler | None = None,
     ) -> None:
         self._function = function
         self._setting = setting
-        self._needs_thread = slow and not _is_async(function)
+        self._threads = _Threads(setting, workers, timeout_s) if slow and not _is_async(function) else None
         self._timeout_s = timeout_s
         self._throttler = throttler
-        self._slots = asyncio.Semaphore(MAX_THREADS)
-        self._abandoned = 0
         self._left_behind: set[asyncio.Task[_Outcome]] = set()  # The event loop itself keeps weak references only.
         self._closed = False
 
@@ -92,71 +92,101 @@ class UserFunction:
         if self._throttler is not None:
             async with self._throttler:  # Waits here; leaving does nothing: what is limited is how often calls begin.
                 pass
-        if self._needs_thread:
-            async with self._slots:
-                began = time.monotonic()
-                value = (await self._in_thread(prompt, argument)).result()
-        else:
+        if self._threads is None:
             began = time.monotonic()
-            value = _call(self._function, prompt, argument).result()
+            outcome: _Outcome | None = _call(self._function, prompt, argument)
+        else:
+            await self._threads.place()
+            began = time.monotonic()
+            outcome = await self._threads.call(self._function, prompt, argument)
+        value = self._value(outcome)
         if not inspect.isawaitable(value):
             return value
-        return (await self._awaited(value, self._timeout_s - (time.monotonic() - began))).result()
+        return self._value(await self._awaited(value, self._timeout_s - (time.monotonic() - began)))
 
-    async def _awaited(self, awaitable: Awaitable[Any], seconds: float) -> _Outcome:
-        """Await in a task of its own: a CancelledError that the function raises is then no cancellation of the caller.
+    def _value(self, outcome: _Outcome | None) -> Any:
+        if outcome is None:
+            raise UserFunctionFailed(f"did not return within {self._setting}.timeout_s = {self._timeout_s:g} s")
+        return outcome.result()
 
-        What is still not over some time after it was cancelled is left behind.
+    async def _awaited(self, awaitable: Awaitable[Any], seconds: float) -> _Outcome | None:
+        """Return how the awaitable ended, or None if it took too long.
+
+        It has a task of its own: a CancelledError that the function raises is then no cancellation of the caller. What
+        is still not over some time after it was cancelled is left behind.
         """
         task = asyncio.create_task(_await(awaitable))
         try:
             await asyncio.wait({task}, timeout=seconds)
-            if task.done():
-                return task.result()
+            return task.result() if task.done() else None
         finally:
             if not task.done():
                 task.cancel()
                 self._left_behind.add(task)
                 task.add_done_callback(self._left_behind.discard)
                 await asyncio.wait({task}, timeout=CLEAN_UP_S)
-        raise self._too_late()
 
-    async def _in_thread(self, prompt: Prompt, argument: Any) -> _Outcome:
-        """Call the function in a daemon thread. A call that hangs is abandoned, and counted.
 
-        A thread cannot be stopped, and the workers of a thread pool would hold up the exit of the process.
-        """
-        if self._abandoned >= MAX_THREADS:
-            raise UserFunctionFailed(
-                f"{self._abandoned} earlier calls are past {self._setting}.timeout_s and still run; it seems to hang"
-            )
+class _Threads:
+    """Daemon threads for calls that block, each for one call: the pool's own would hold up the exit of the process.
+
+    A thread cannot be stopped, so the place that a call takes is its thread's and not its caller's, until the thread
+    ends or the call is past its time limit. As many threads again may be past it; then no more calls are made.
+    """
+
+    def __init__(self, setting: str, workers: int, timeout_s: float) -> None:
+        self._setting = setting
+        self._workers = workers
+        self._timeout_s = timeout_s
+        self._places = asyncio.Semaphore(workers)
+        self._late = 0  # threads whose calls are past their time limit
+
+    async def place(self) -> None:
+        """Wait for a place. Raises UserFunctionFailed when too many calls hang."""
+        await self._places.acquire()
+        if self._late < self._workers:
+            return
+        self._places.release()
+        raise UserFunctionFailed(
+            f"not called, because {self._late} earlier calls are past {self._setting}.timeout_s and still run, as many "
+            f"as {self._setting}.workers; it seems to hang"
+        )
+
+    async def call(self, function: Callable[..., Any], prompt: Prompt, argument: Any) -> _Outcome | None:
+        """Use a place for one call, and return how it ended, or None if it took too long."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[_Outcome] = loop.create_future()
+        done: asyncio.Future[_Outcome | None] = loop.create_future()
+        is_late = False
 
-        def deliver(outcome: _Outcome) -> None:
-            if done.done():  # The caller gave up waiting.
-                self._abandoned -= 1
-            else:
+        def free(outcome: _Outcome | None) -> None:
+            self._places.release()
+            if not done.done():  # It is when the caller was cancelled.
                 done.set_result(outcome)
 
+        def expire() -> None:
+            nonlocal is_late
+            is_late = True
+            self._late += 1
+            free(None)
+
+        def end(outcome: _Outcome) -> None:
+            if is_late:
+                self._late -= 1
+            else:
+                timer.cancel()
+                free(outcome)
+
         def run() -> None:
-            outcome = _call(self._function, prompt, argument)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(deliver, outcome)
+            outcome = _call(function, prompt, argument)
+            with suppress(RuntimeError):  # The loop is closed.
+                loop.call_soon_threadsafe(end, outcome)
 
-        threading.Thread(target=run, name=f"{self._setting} {prompt.prompt_id}", daemon=True).start()
+        timer = loop.call_later(self._timeout_s, expire)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await done
-        except TimeoutError:
-            self._abandoned += 1
-            raise self._too_late() from None
-        except asyncio.CancelledError:
-            self._abandoned += 1
-            raise
-
-    def _too_late(self) -> UserFunctionFailed:
-        return UserFunctionFailed(f"did not return within {self._setting}.timeout_s = {self._timeout_s:g} s")
+            threading.Thread(target=run, name=f"{self._setting} {prompt.prompt_id}", daemon=True).start()
+        except RuntimeError as error:  # The system grants no more threads.
+            end(_Outcome(raised=error))
+        return await done
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -1,5 +1,6 @@
 """The user's environment: called with texts, answered in tokens, and every way in which it can fail."""
 
+import asyncio
 import sys
 
 import numpy as np
@@ -30,7 +31,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(source, **settings):
-        (tmp_path / "my_environment.py").write_text(f"import asyncio, time\n{source}")
+        (tmp_path / "my_environment.py").write_text(f"import asyncio, threading, time\n{source}")
         sys.modules.pop("my_environment", None)
         return Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters())
 
@@ -48,6 +49,14 @@ async def test_it_is_given_the_turns_as_text_and_answers_in_tokens(environment, 
 async def test_an_object_with_an_async_call_is_an_environment(environment):
     source = "class Game:\n    async def __call__(self, prompt, turns): return 'ab'\nanswer = Game()"
     assert (await environment(source).answer(PROMPT, TURNS)).tolist() == [1, 2]
+
+
+async def test_as_many_calls_run_at_one_time_as_there_are_workers(environment):
+    """Each waits for all of them to be there."""
+    source = "together = threading.Barrier(40)\ndef answer(prompt, turns): return 'a' * (together.wait(60) >= 0)"
+    subject = environment(source, workers=40)
+    answers = await asyncio.gather(*(subject.answer(PROMPT, TURNS) for _ in range(40)))
+    assert [answer.tolist() for answer in answers] == [[1]] * 40
 
 
 async def test_none_ends_the_response(environment):

@@ -169,12 +169,9 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body
         "Unusual",  # FunctionTimedOut of the package func_timeout is such a one
     ],
 )
-async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_other_calls(
-    rewards, monkeypatch, slow, define, raised
-):
-    monkeypatch.setattr("async_rl.rollout.user_function.MAX_THREADS", 2)
+async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_other_calls(rewards, slow, define, raised):
     source = f"class Unusual(BaseException): pass\n{define} reward(prompt, response): raise {raised}\n"
-    runner = rewards(source, slow=slow, timeout_s=600)
+    runner = rewards(source, slow=slow, timeout_s=600, workers=2)
     name = raised.removeprefix("asyncio.")
     if define == "async def" and name == "StopIteration":
         name = "RuntimeError: coroutine raised StopIteration"  # Python's own doing
@@ -248,19 +245,71 @@ async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewa
     importlib.import_module("my_rewards").ended.set()
 
 
-async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.user_function.MAX_THREADS", 2)
-    source = "gate = threading.Event()\ndef reward(prompt, response): gate.wait(30); return 1.0\n"
-    runner = rewards(source, slow=True, timeout_s=0.05)
-    for expected in ("did not return", "did not return", "2 earlier calls"):
-        with pytest.raises(RewardError, match=expected):
-            await runner.score(prompt(), "a")
+HANGING = """
+gate = threading.Event()
+def reward(prompt, response):
+    if response == "hangs":
+        gate.wait(600)
+        raise SystemExit
+    return 1.0
+"""
+
+
+async def open_gate() -> None:
+    """Let the calls of HANGING end, and wait until their threads have."""
     importlib.import_module("my_rewards").gate.set()
-    for _ in range(500):
-        if not [thread for thread in threading.enumerate() if thread.name == "reward 0-17"]:
-            break
-        await asyncio.sleep(0.01)
-    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places"
+    while any(thread.name == "reward 0-17" for thread in threading.enumerate()):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)  # Each told the event loop before.
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, cancel):
+    """Whether their callers have waited for the end of their time or not."""
+    runner = rewards(HANGING, slow=True, timeout_s=0.05, workers=2)
+    for _ in range(2):
+        call = asyncio.create_task(runner.score(prompt(), "hangs"))
+        await asyncio.wait({call}, timeout=0 if cancel else None)
+        call.cancel()
+    runner._call._threads._timeout_s = 600  # for the calls that follow
+    refused = ""
+    while not refused:  # Others are called until the time of those that were cancelled is over.
+        try:
+            assert await runner.score(prompt(), "a") == 1.0
+        except RewardError as error:
+            refused = str(error)
+    assert "not called, because 2 earlier calls are past reward.timeout_s and still run" in refused
+    await open_gate()
+    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places, whatever they raise"
+
+
+async def test_cancelled_calls_do_not_make_others_fail(rewards):
+    """As when a group times out: its calls still hold their places, and others wait for these."""
+    runner = rewards(HANGING, slow=True, timeout_s=600, workers=2)
+    cancelled = [asyncio.create_task(runner.score(prompt(), "hangs")) for _ in range(3)]
+    await asyncio.sleep(0)
+    for call in cancelled:
+        call.cancel()
+    others = [asyncio.create_task(runner.score(prompt(), "a")) for _ in range(5)]
+    assert not (await asyncio.wait(others, timeout=0.01))[0]
+    await open_gate()
+    assert await asyncio.gather(*others) == [1.0] * 5
+
+
+async def test_as_many_slow_calls_run_at_one_time_as_there_are_workers(rewards):
+    """Each waits for all of them to be there."""
+    source = "together = threading.Barrier(40)\ndef reward(prompt, response): return float(together.wait(60) >= 0)\n"
+    runner = rewards(source, slow=True, workers=40)
+    assert await asyncio.gather(*(runner.score(prompt(), "a") for _ in range(40))) == [1.0] * 40
+
+
+async def test_a_thread_that_cannot_start_is_a_failure_and_frees_its_place(rewards, monkeypatch):
+    runner = rewards("def reward(prompt, response): return 1.0\n", slow=True, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("threading._start_new_thread", lambda *_: exec("raise RuntimeError('no more threads')"))
+        with pytest.raises(RewardError, match="no more threads"):
+            await runner.score(prompt(), "a")
+    assert await runner.score(prompt(), "a") == 1.0
 
 
 @pytest.mark.parametrize("slow", [False, True])

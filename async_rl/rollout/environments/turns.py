@@ -33,7 +33,11 @@ class Environment:
         self._settings = settings
         self._tokenizer = tokenizer
         self._call = UserFunction(
-            load_environment(settings.function), "rollout.environment", slow=True, timeout_s=settings.timeout_s
+            load_environment(settings.function),
+            "rollout.environment",
+            slow=True,
+            timeout_s=settings.timeout_s,
+            workers=settings.workers,
         )
 
     def close(self) -> None:

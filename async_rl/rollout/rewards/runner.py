@@ -32,6 +32,7 @@ class RewardRunner:
             "reward",
             slow=settings.slow,
             timeout_s=settings.timeout_s,
+            workers=settings.workers,
             throttler=throttler,
         )
 
