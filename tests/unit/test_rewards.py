@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
@@ -320,6 +321,23 @@ async def test_rewards_of_every_kind_are_rate_limited(rewards, define, slow):
     started = time.monotonic()
     assert await asyncio.gather(*[runner.score(prompt(), "a") for _ in range(5)]) == [1.0] * 5
     assert time.monotonic() - started >= 0.2
+
+
+async def test_one_call_at_a_time_polls_the_rate_limit(rewards, monkeypatch):
+    """However many wait, in the order of their calls, and past one that is cancelled."""
+    flush, polls = Throttler.flush, []
+    monkeypatch.setattr(Throttler, "flush", lambda throttler: (polls.append(1), flush(throttler))[1])
+    source = "calls = []\ndef reward(prompt, response): calls.append(response); return 1.0\n"
+    runner = rewards(source, rate_limit=1, rate_period_s=600)
+    waiting = [asyncio.create_task(runner.score(prompt(), str(n))) for n in range(100)]
+    await waiting[0]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(polls) == 2, "one has passed, one stands at the throttler"
+    waiting[1].cancel()
+    runner._call._throttler.rate_limit = 100
+    await asyncio.wait(waiting)
+    assert importlib.import_module("my_rewards").calls == ["0", *(str(n) for n in range(2, 100))]
 
 
 async def test_cancelling_a_score_is_not_a_reward_error(rewards):
