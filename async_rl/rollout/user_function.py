@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from asyncio_throttle.throttler import Throttler
 
@@ -26,6 +27,18 @@ from async_rl.types import Prompt
 
 # Seconds for a coroutine that is cancelled to clean up; the sandbox of a code reward takes up to four to end a program.
 CLEAN_UP_S = 5.0
+
+_LIMITS_OWN_TIME = "limits_own_time"
+_AsyncFunction = TypeVar("_AsyncFunction", bound=Callable[..., Awaitable[Any]])
+
+
+def limits_own_time(function: _AsyncFunction) -> _AsyncFunction:
+    """Mark an async function each of whose calls ends by itself, so that no time limit of the settings holds for it.
+
+    It is meant for a function that waits for a place before it works: under load, the wait would end the call.
+    """
+    setattr(function, _LIMITS_OWN_TIME, True)
+    return function
 
 
 class UserFunctionFailed(Exception):
@@ -72,7 +85,7 @@ class UserFunction:
         self._function = function
         self._setting = setting
         self._threads = _Threads(setting, workers, timeout_s) if slow and not _is_async(function) else None
-        self._timeout_s = timeout_s
+        self._timeout_s = math.inf if hasattr(function, _LIMITS_OWN_TIME) else timeout_s
         self._throttler = throttler
         self._next_at_throttler = asyncio.Lock()
         self._left_behind: set[asyncio.Task[_Outcome]] = set()  # The event loop itself keeps weak references only.
@@ -120,7 +133,7 @@ class UserFunction:
         """
         task = asyncio.create_task(_await(awaitable))
         try:
-            await asyncio.wait({task}, timeout=seconds)
+            await asyncio.wait({task}, timeout=seconds if math.isfinite(seconds) else None)
             return task.result() if task.done() else None
         finally:
             if not task.done():

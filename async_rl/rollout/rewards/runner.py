@@ -10,12 +10,16 @@ from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
+from async_rl.rollout.rewards.code import limit_sandboxes
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Prompt
 
 # A group's responses are compared by their rewards, so that there is no place for a response without one.
 _EXPECTED = "one finite real number: every response needs a reward"
+
+# Slow calls at one time, unless reward.workers says. Each thread mostly waits; more than a few dozen gain little.
+_THREADS = 32
 
 
 class RewardRunner:
@@ -26,13 +30,14 @@ class RewardRunner:
 
     def __init__(self, settings: RewardSection) -> None:
         self._settings = settings
+        limit_sandboxes(settings.workers)
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
         self._call = UserFunction(
             load_reward(settings.function),
             "reward",
             slow=settings.slow,
             timeout_s=settings.timeout_s,
-            workers=settings.workers,
+            workers=settings.workers or _THREADS,
             throttler=throttler,
         )
 
