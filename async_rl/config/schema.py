@@ -83,9 +83,13 @@ class RewardSection(Section):
     slow: bool = False
     """Whether to run the reward in a thread; set it for rewards that wait for a service or compute for long."""
     timeout_s: PositiveFloat = 30.0
-    """Seconds that a call of a slow or async reward may take; see reward.on_error for what happens then."""
+    """Seconds that a call of a slow or async reward may take; see reward.on_error for what happens then. The reward
+    rewards.code:unit_tests has a time limit for each program instead."""
+    workers: Positive | None = None
+    """Calls of a slow reward, and programs of rewards.code, that run at one time per replica; further ones wait, which
+    does not count towards their time limits. null for 32 calls, and for one program per core, at most 8."""
     rate_limit: NonNegative = 0
-    """Calls of a slow or async reward per reward.rate_period_s and replica; 0 for no limit."""
+    """Calls of the reward per reward.rate_period_s and replica; 0 for no limit."""
     rate_period_s: PositiveFloat = 1.0
     """Period of reward.rate_limit, in seconds."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -130,6 +134,9 @@ class EnvironmentSection(Section):
     """Turns of the policy in one response, which ends with the last of them."""
     timeout_s: PositiveFloat = 30.0
     """Seconds that a call of the environment may take; see rollout.environment.on_error for what happens then."""
+    workers: Positive = 32
+    """Calls that run at one time per replica if the environment is a plain function; further ones wait, which does not
+    count towards their time limit."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when the environment raises, times out or returns no text: fail the run, or skip the group
     (counted)."""

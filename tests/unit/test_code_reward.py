@@ -22,7 +22,7 @@ import pytest
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import code as code_reward
-from async_rl.rollout.rewards.code import Limits, isolation, passes_tests, run_python, unit_tests
+from async_rl.rollout.rewards.code import Limits, isolation, limit_sandboxes, passes_tests, run_python, unit_tests
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Prompt
 
@@ -60,6 +60,7 @@ def sandboxes(request, tmp_path, monkeypatch):
     if request.param == "no namespaces":
         monkeypatch.setattr(code_reward, "_NAMESPACES", 1)
     yield
+    limit_sandboxes(None)
     assert sandboxed() == []
     assert list(folder.iterdir()) == []
 
@@ -338,8 +339,8 @@ async def test_the_program_ends_with_the_worker(tmp_path):
         shutil.rmtree(folder)  # Nobody is left to do it.
 
 
-async def test_places_are_limited(monkeypatch):
-    monkeypatch.setattr(code_reward, "MAX_SANDBOXES", 1)
+async def test_as_many_programs_run_at_one_time_as_there_are_workers():
+    RewardRunner(RewardSection(function="async_rl.rollout.rewards.code:unit_tests", workers=1))
     code = "import time; print(time.monotonic()); time.sleep(0.1); print(time.monotonic())"
     outcomes = await asyncio.gather(*(run_python(code) for _ in range(3)))
     spans = sorted([float(t) for t in outcome.stdout.split()] for outcome in outcomes)
@@ -371,6 +372,7 @@ async def test_share_of_tests_passed():
     assert await passes_tests(code, right) == 1.0
     assert await passes_tests(code, wrong) == 0.0
     assert await passes_tests(code, right + wrong) == 0.3
+    assert await passes_tests(code, wrong[:1] + right) == 0.0, "those after the first that fails do not count"
 
 
 async def test_output_cut_short_is_not_right():
@@ -402,6 +404,23 @@ async def test_unit_tests_as_the_reward_function(response, reward):
     runner = RewardRunner(RewardSection(function="async_rl.rollout.rewards.code:unit_tests"))
     row = prompt(tests=[{"stdin": "1\n", "stdout": "2\n"}, {"stdin": "4", "stdout": "5"}])
     assert await runner.score(row, response) == reward
+
+
+async def test_responses_that_loop_for_ever_get_a_reward_however_long_they_wait(monkeypatch):
+    """Each runs once, for its own time: neither for each of its tests nor within reward.timeout_s."""
+    monkeypatch.setattr(passes_tests, "__defaults__", (SHORT,))
+    programs = []
+
+    async def counted(*arguments):
+        programs.append(arguments)
+        return await run_python(*arguments)
+
+    monkeypatch.setattr(code_reward, "run_python", counted)
+    function = "async_rl.rollout.rewards.code:unit_tests"
+    runner = RewardRunner(RewardSection(function=function, timeout_s=0.001, workers=1))
+    row = prompt(tests=[{"stdin": "", "stdout": "1"}] * 5)
+    assert await asyncio.gather(*(runner.score(row, "while True: pass") for _ in range(4))) == [0.0] * 4
+    assert len(programs) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The user's environment: called with texts, answered in tokens, and every way in which it can fail."""
 
+import asyncio
 import sys
 
 import numpy as np
@@ -30,7 +31,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(source, **settings):
-        (tmp_path / "my_environment.py").write_text(f"import time\n{source}")
+        (tmp_path / "my_environment.py").write_text(f"import asyncio, threading, time\n{source}")
         sys.modules.pop("my_environment", None)
         return Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters())
 
@@ -45,6 +46,19 @@ async def test_it_is_given_the_turns_as_text_and_answers_in_tokens(environment, 
     assert (await subject.answer(PROMPT, TURNS)).dtype == np.int32
 
 
+async def test_an_object_with_an_async_call_is_an_environment(environment):
+    source = "class Game:\n    async def __call__(self, prompt, turns): return 'ab'\nanswer = Game()"
+    assert (await environment(source).answer(PROMPT, TURNS)).tolist() == [1, 2]
+
+
+async def test_as_many_calls_run_at_one_time_as_there_are_workers(environment):
+    """Each waits for all of them to be there."""
+    source = "together = threading.Barrier(40)\ndef answer(prompt, turns): return 'a' * (together.wait(60) >= 0)"
+    subject = environment(source, workers=40)
+    answers = await asyncio.gather(*(subject.answer(PROMPT, TURNS) for _ in range(40)))
+    assert [answer.tolist() for answer in answers] == [[1]] * 40
+
+
 async def test_none_ends_the_response(environment):
     assert await environment("def answer(prompt, turns): return None").answer(PROMPT, TURNS) is None
 
@@ -55,7 +69,10 @@ async def test_none_ends_the_response(environment):
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
         ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
-        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "did not return within 0.05 s"),
+        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "timeout_s = 0.05 s"),
+        ("def answer(prompt, turns): raise SystemExit(3)", {}, "raised SystemExit: 3"),
+        ("def answer(prompt, turns): raise StopIteration", {}, "raised StopIteration"),
+        ("async def answer(prompt, turns): raise asyncio.CancelledError", {}, "raised CancelledError"),
     ],
 )
 async def test_a_failure_names_function_row_and_what_it_did(environment, source, settings, message):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
@@ -83,11 +84,56 @@ def test_a_module_that_fails_to_import_says_why(rewards):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("value", ["1", "True", "0.5", "__import__('numpy').float32(0.5)"])
-async def test_any_number_is_a_reward(rewards, slow, value):
-    score = await rewards(f"def reward(prompt, response): return {value}\n", slow=slow).score(prompt(), "a")
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1",
+        "True",
+        "0.5",
+        "fractions.Fraction(1, 2)",
+        "numpy.float32(0.5)",
+        "numpy.longdouble(0.5)",
+        "numpy.uint8(1)",
+        "numpy.bool_(True)",
+        "numpy.array(0.5)",
+        "numpy.array(True)",
+        "torch.tensor(0.5)",
+        "torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)",
+        "torch.ones(3).mean()",
+        "torch.tensor(True)",
+    ],
+)
+async def test_any_real_number_is_a_reward(rewards, slow, value):
+    source = "import fractions, numpy, torch\ndef reward(prompt, response): return "
+    score = await rewards(source + value, slow=slow).score(prompt(), "a")
     assert type(score) is float
     assert score in (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("None", "returned None of type NoneType; expected one finite real number: every response needs a reward"),
+        ("1 + 0j", "returned (1+0j) of type complex; expected one finite real number"),
+        ("numpy.complex64(1)", "of type complex64; expected"),
+        ("torch.tensor(1 + 0j)", "returned tensor(1.+0.j) of type Tensor; expected"),
+        ("{'score': 1.0}", "returned {'score': 1.0} of type dict; expected"),
+        ("[1.0]", "returned [1.0] of type list; expected"),
+        ("numpy.array([1.0])", "returned array([1.]) of type ndarray; expected"),
+        ("torch.ones(1)", "returned tensor([1.]) of type Tensor; expected"),
+        ("numpy.array('1')", "of type ndarray; expected"),
+        ("numpy.array(None)", "of type ndarray; expected"),
+        ("torch.tensor(1.0, device='meta')", "of type Tensor; expected"),
+        ("numpy.float32('inf')", "returned np.float32(inf); expected"),
+        ("torch.tensor(float('nan'))", "returned tensor(nan); expected"),
+        ("10**400", f"returned 1{199 * '0'}; expected"),
+    ],
+)
+async def test_what_is_no_real_number_is_refused_by_name(rewards, value, message):
+    runner = rewards(f"import numpy, torch\ndef reward(prompt, response): return {value}\n")
+    with pytest.raises(RewardError) as error:
+        await runner.score(prompt(), "a")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -95,7 +141,7 @@ async def test_any_number_is_a_reward(rewards, slow, value):
     ("body", "message"),
     [
         ("raise KeyError('level')", "raised KeyError: 'level'"),
-        ("return math.nan", "returned nan; it must be a finite number"),
+        ("return math.nan", "returned nan; expected one finite real number"),
         ("return -math.inf", "returned -inf"),
         ("return None", "returned None of type NoneType"),
         ("return '1'", "returned '1' of type str"),
@@ -108,6 +154,58 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body
         await runner.score(prompt(), "a")
     assert str(error.value).startswith("reward.function my_rewards:reward, prompt 0-17 (dataset row 17): ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("define", ["def", "async def"])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "asyncio.CancelledError",
+        "StopIteration",
+        "SystemExit",
+        "KeyboardInterrupt",
+        "GeneratorExit",
+        "TimeoutError",
+        "Unusual",  # FunctionTimedOut of the package func_timeout is such a one
+    ],
+)
+async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_other_calls(rewards, slow, define, raised):
+    source = f"class Unusual(BaseException): pass\n{define} reward(prompt, response): raise {raised}\n"
+    runner = rewards(source, slow=slow, timeout_s=600, workers=2)
+    name = raised.removeprefix("asyncio.")
+    if define == "async def" and name == "StopIteration":
+        name = "RuntimeError: coroutine raised StopIteration"  # Python's own doing
+    for _ in range(5):
+        with pytest.raises(RewardError, match=rf"my_rewards:reward, prompt 0-17 .dataset row 17.: raised {name}$"):
+            await runner.score(prompt(), "a")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    "define",
+    [
+        "class Judge:\n    async def __call__(self, prompt, response): {}\nreward = Judge()\n",
+        "async def judge(prompt, response): {}\ndef reward(prompt, response): return judge(prompt, response)\n",
+    ],
+)
+async def test_what_a_reward_returns_is_awaited_whatever_the_reward_is(rewards, define, slow):
+    """On the event loop, as the thread's identity shows, and within reward.timeout_s."""
+    runner = rewards(define.format("await asyncio.sleep(0); return threading.get_ident()"), slow=slow)
+    assert await runner.score(prompt(), "a") == float(threading.get_ident())
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_an_awaitable_that_hangs_times_out(rewards, slow):
+    runner = rewards("def reward(p, r): return asyncio.sleep(600)\n", slow=slow, timeout_s=0.05)
+    with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
+        await runner.score(prompt(), "a")
+
+
+async def test_an_async_reward_that_cancels_its_own_task_fails(rewards):
+    runner = rewards("async def reward(p, r):\n asyncio.current_task().cancel()\n await asyncio.sleep(600)\n")
+    with pytest.raises(RewardError, match="raised CancelledError"):
+        await runner.score(prompt(), "a")
 
 
 async def test_a_slow_reward_leaves_the_event_loop_free(rewards):
@@ -133,32 +231,113 @@ async def test_a_reward_that_hangs_times_out(rewards, define):
         await runner.score(prompt(), "a")
 
 
-async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.user_function.MAX_THREADS", 2)
-    source = "gate = threading.Event()\ndef reward(prompt, response): gate.wait(30); return 1.0\n"
-    runner = rewards(source, slow=True, timeout_s=0.05)
-    for expected in ("did not return", "did not return", "2 earlier calls"):
-        with pytest.raises(RewardError, match=expected):
-            await runner.score(prompt(), "a")
+async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewards, monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.user_function.CLEAN_UP_S", 0.01)
+    source = (
+        "ended = asyncio.Event()\n"
+        "async def reward(prompt, response):\n"
+        "    while not ended.is_set():\n"
+        "        try: await ended.wait()\n"
+        "        except asyncio.CancelledError: pass\n"
+    )
+    runner = rewards(source, timeout_s=0.01)
+    with pytest.raises(RewardError, match="did not return within"):
+        await runner.score(prompt(), "a")
+    importlib.import_module("my_rewards").ended.set()
+
+
+HANGING = """
+gate = threading.Event()
+def reward(prompt, response):
+    if response == "hangs":
+        gate.wait(600)
+        raise SystemExit
+    return 1.0
+"""
+
+
+async def open_gate() -> None:
+    """Let the calls of HANGING end, and wait until their threads have."""
     importlib.import_module("my_rewards").gate.set()
-    for _ in range(500):
-        if not [thread for thread in threading.enumerate() if thread.name == "reward 0-17"]:
-            break
-        await asyncio.sleep(0.01)
-    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places"
+    while any(thread.name == "reward 0-17" for thread in threading.enumerate()):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)  # Each told the event loop before.
 
 
-async def test_slow_rewards_are_rate_limited(rewards):
+@pytest.mark.parametrize("cancel", [False, True])
+async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, cancel):
+    """Whether their callers have waited for the end of their time or not."""
+    runner = rewards(HANGING, slow=True, timeout_s=0.05, workers=2)
+    for _ in range(2):
+        call = asyncio.create_task(runner.score(prompt(), "hangs"))
+        await asyncio.wait({call}, timeout=0 if cancel else None)
+        call.cancel()
+    runner._call._threads._timeout_s = 600  # for the calls that follow
+    refused = ""
+    while not refused:  # Others are called until the time of those that were cancelled is over.
+        try:
+            assert await runner.score(prompt(), "a") == 1.0
+        except RewardError as error:
+            refused = str(error)
+    assert "not called, because 2 earlier calls are past reward.timeout_s and still run" in refused
+    await open_gate()
+    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places, whatever they raise"
+
+
+async def test_cancelled_calls_do_not_make_others_fail(rewards):
+    """As when a group times out: its calls still hold their places, and others wait for these."""
+    runner = rewards(HANGING, slow=True, timeout_s=600, workers=2)
+    cancelled = [asyncio.create_task(runner.score(prompt(), "hangs")) for _ in range(3)]
+    await asyncio.sleep(0)
+    for call in cancelled:
+        call.cancel()
+    others = [asyncio.create_task(runner.score(prompt(), "a")) for _ in range(5)]
+    assert not (await asyncio.wait(others, timeout=0.01))[0]
+    await open_gate()
+    assert await asyncio.gather(*others) == [1.0] * 5
+
+
+async def test_as_many_slow_calls_run_at_one_time_as_there_are_workers(rewards):
+    """Each waits for all of them to be there."""
+    source = "together = threading.Barrier(40)\ndef reward(prompt, response): return float(together.wait(60) >= 0)\n"
+    runner = rewards(source, slow=True, workers=40)
+    assert await asyncio.gather(*(runner.score(prompt(), "a") for _ in range(40))) == [1.0] * 40
+
+
+async def test_a_thread_that_cannot_start_is_a_failure_and_frees_its_place(rewards, monkeypatch):
+    runner = rewards("def reward(prompt, response): return 1.0\n", slow=True, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("threading._start_new_thread", lambda *_: exec("raise RuntimeError('no more threads')"))
+        with pytest.raises(RewardError, match="no more threads"):
+            await runner.score(prompt(), "a")
+    assert await runner.score(prompt(), "a") == 1.0
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("define", ["def", "async def"])
+async def test_rewards_of_every_kind_are_rate_limited(rewards, define, slow):
     """Five calls at two per period take two full periods at least."""
-    runner = rewards("async def reward(prompt, response): return 1.0\n", rate_limit=2, rate_period_s=0.1)
+    runner = rewards(f"{define} reward(prompt, response): return 1.0\n", slow=slow, rate_limit=2, rate_period_s=0.1)
     started = time.monotonic()
     assert await asyncio.gather(*[runner.score(prompt(), "a") for _ in range(5)]) == [1.0] * 5
     assert time.monotonic() - started >= 0.2
 
 
-def test_a_rate_limit_that_would_not_hold_is_refused(rewards):
-    with pytest.raises(RewardError, match=r"reward\.rate_limit is 5.*set reward\.slow to true"):
-        rewards("def reward(prompt, response): return 1.0\n", rate_limit=5)
+async def test_one_call_at_a_time_polls_the_rate_limit(rewards, monkeypatch):
+    """However many wait, in the order of their calls, and past one that is cancelled."""
+    flush, polls = Throttler.flush, []
+    monkeypatch.setattr(Throttler, "flush", lambda throttler: (polls.append(1), flush(throttler))[1])
+    source = "calls = []\ndef reward(prompt, response): calls.append(response); return 1.0\n"
+    runner = rewards(source, rate_limit=1, rate_period_s=600)
+    waiting = [asyncio.create_task(runner.score(prompt(), str(n))) for n in range(100)]
+    await waiting[0]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(polls) == 2, "one has passed, one stands at the throttler"
+    waiting[1].cancel()
+    runner._call._throttler.rate_limit = 100
+    await asyncio.wait(waiting)
+    assert importlib.import_module("my_rewards").calls == ["0", *(str(n) for n in range(2, 100))]
 
 
 async def test_cancelling_a_score_is_not_a_reward_error(rewards):
@@ -168,6 +347,25 @@ async def test_cancelling_a_score_is_not_a_reward_error(rewards):
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scoring
+
+
+async def test_cancelling_a_score_waits_until_the_function_has_cleaned_up(rewards):
+    source = (
+        "steps = []\n"
+        "async def reward(prompt, response):\n"
+        "    try: await asyncio.sleep(600)\n"
+        "    finally:\n"
+        "        await asyncio.sleep(0)\n"
+        "        steps.append('cleaned up')\n"
+    )
+    runner = rewards(source, timeout_s=600)
+    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    scoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+    assert importlib.import_module("my_rewards").steps == ["cleaned up"]
 
 
 async def test_a_closed_runner_takes_no_calls(rewards):

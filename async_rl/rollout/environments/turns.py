@@ -6,7 +6,6 @@ policy sampled is never turned into text and back, which can give other tokens t
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from async_rl.config.functions import load_function
 from async_rl.config.schema import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
-from async_rl.rollout.user_function import UserFunction, UserFunctionUnavailable
+from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Int32Array, Prompt
 
 ARGUMENTS = ("prompt", "turns")
@@ -34,7 +33,11 @@ class Environment:
         self._settings = settings
         self._tokenizer = tokenizer
         self._call = UserFunction(
-            load_environment(settings.function), "rollout.environment", slow=True, timeout_s=settings.timeout_s
+            load_environment(settings.function),
+            "rollout.environment",
+            slow=True,
+            timeout_s=settings.timeout_s,
+            workers=settings.workers,
         )
 
     def close(self) -> None:
@@ -50,14 +53,8 @@ class Environment:
         texts = tuple(self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns)
         try:
             text = await self._call(prompt, texts)
-        except asyncio.CancelledError:
-            raise
-        except TimeoutError:
-            raise self._failure(prompt, f"did not return within {self._settings.timeout_s:g} s") from None
-        except UserFunctionUnavailable as error:
-            raise self._failure(prompt, str(error)) from error
-        except Exception as error:
-            raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
+        except UserFunctionFailed as error:
+            raise self._failure(prompt, str(error)) from error.__cause__
         if text is None:
             return None
         if not isinstance(text, str):

@@ -1,4 +1,6 @@
-"""Rewards that run code which a model wrote, each time in a process of its own. Knows only ``types`` and ``errors``.
+"""Rewards that run code which a model wrote, each time in a process of its own.
+
+Knows only ``types`` and ``errors``, and of ``user_function`` how to say that a function limits its own time.
 
 Always limited: time, memory of a process, size of a file, output kept, environment and open files inherited; the code
 has the standard library only, and its folder goes in the end. Where the kernel grants new namespaces (``isolation``
@@ -33,11 +35,14 @@ from weakref import WeakKeyDictionary
 import psutil
 
 from async_rl.errors import RewardError
+from async_rl.rollout.user_function import limits_own_time
 from async_rl.types import Prompt
 
-# At one time per event loop, of which a process has one as a rule. Each may keep a core busy: with more than there are
-# cores, a program's time would run out because of its neighbours. Eight take 4 GiB at their default memory.
+# Programs at one time, unless reward.workers says. Each may keep a core busy: with more than there are cores, the time
+# of one would run out because of its neighbours. Eight take 4 GiB at their default memory.
 MAX_SANDBOXES = min(8, len(os.sched_getaffinity(0)))
+
+_sandboxes = MAX_SANDBOXES
 _places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 # Seconds for Python to start, 0.05 on an idle machine; they do not count as the code's. Seconds for what was killed to
@@ -174,12 +179,22 @@ class Outcome:
     truncated: bool = False
 
 
+def limit_sandboxes(number: int | None) -> None:
+    """Let this many programs run at one time per event loop, of which a process has one as a rule; None: MAX_SANDBOXES.
+
+    It does not count programs that have begun before.
+    """
+    global _sandboxes
+    _sandboxes = number or MAX_SANDBOXES
+    _places.clear()
+
+
 async def run_python(code: str, stdin: str = "", limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Run ``code`` as a program, after a wait for one of MAX_SANDBOXES places; ends it when cancelled.
+    """Run ``code`` as a program, after a wait for a place; ends it when cancelled.
 
     Raises RewardError, with the reason, if a sandbox cannot be set up; never because of the code.
     """
-    async with _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(MAX_SANDBOXES)):
+    async with _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_sandboxes)):
         folder = tempfile.TemporaryDirectory(prefix="async_rl_code_", ignore_cleanup_errors=True)
         try:
             program = code.encode("utf-8", "surrogatepass")
@@ -190,27 +205,29 @@ async def run_python(code: str, stdin: str = "", limits: Limits = DEFAULT_LIMITS
 
 
 async def passes_tests(code: str, tests: Sequence[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> float:
-    """Return the share of the pairs (stdin, expected stdout) for which ``code`` exits with 0 and prints as expected.
+    """Return the share of the pairs (stdin, expected stdout) that ``code`` passes, in their order, before one it fails.
 
-    White space at the end of each line and of the whole is ignored. Raises ValueError when there are no pairs, and
-    RewardError as ``run_python`` does.
+    It passes a pair if it exits with 0 and prints as expected, but for white space at the end of each line and of the
+    whole. Raises ValueError when there are no pairs, and RewardError as ``run_python`` does.
     """
     if not tests:
         raise ValueError("there are no tests to pass")
-    outcomes = await asyncio.gather(*(run_python(code, stdin, limits) for stdin, _ in tests))
-    passed = [
-        outcome.status == "ok" and not outcome.truncated and _lines(outcome.stdout) == _lines(expected)
-        for outcome, (_, expected) in zip(outcomes, tests, strict=True)
-    ]
-    return sum(passed) / len(passed)
+    for passed, (stdin, expected) in enumerate(tests):
+        outcome = await run_python(code, stdin, limits)
+        # A program that loops for ever takes all of its time: for one test, not for each of them.
+        if outcome.status != "ok" or outcome.truncated or _lines(outcome.stdout) != _lines(expected):
+            return passed / len(tests)
+    return 1.0
 
 
+@limits_own_time
 async def unit_tests(prompt: Prompt, response: str) -> float:
-    """Return the share of the row's ``tests``, a list of {"stdin", "stdout"}, that the response's program passes.
+    """Return the share of the row's ``tests`` that the response's program passes before the first that it fails.
 
-    The program is the last ```python block, or the whole response if there is none. ``reward.timeout_s`` must cover the
-    wait for a place: at worst, all tests of all responses scored at a time x 5 s / MAX_SANDBOXES. Raises ValueError if
-    the row has no such field, RewardError as ``run_python``.
+    ``tests`` is a list of {"stdin", "stdout"}; the program is the last ```python block, or the whole response if there
+    is none. Each run has the time of ``Limits``, which begins after the wait for a place; ``reward.timeout_s`` does not
+    hold, so that programs that loop cost time but end nothing. Raises ValueError if the row has no such field,
+    RewardError as ``run_python``.
     """
     tests = prompt.fields.get("tests")
     if not (isinstance(tests, Sequence) and tests and all(map(_is_test, tests))):
