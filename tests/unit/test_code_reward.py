@@ -372,7 +372,6 @@ async def test_share_of_tests_passed():
     assert await passes_tests(code, right) == 1.0
     assert await passes_tests(code, wrong) == 0.0
     assert await passes_tests(code, right + wrong) == 0.3
-    assert await passes_tests(code, wrong[:1] + right) == 0.0, "those after the first that fails do not count"
 
 
 async def test_output_cut_short_is_not_right():
@@ -407,20 +406,12 @@ async def test_unit_tests_as_the_reward_function(response, reward):
 
 
 async def test_responses_that_loop_for_ever_get_a_reward_however_long_they_wait(monkeypatch):
-    """Each runs once, for its own time: neither for each of its tests nor within reward.timeout_s."""
+    """Each test has its own time, which begins when it has a place: reward.timeout_s does not hold."""
     monkeypatch.setattr(passes_tests, "__defaults__", (SHORT,))
-    programs = []
-
-    async def counted(*arguments):
-        programs.append(arguments)
-        return await run_python(*arguments)
-
-    monkeypatch.setattr(code_reward, "run_python", counted)
     function = "async_rl.rollout.rewards.code:unit_tests"
     runner = RewardRunner(RewardSection(function=function, timeout_s=0.001, workers=1))
-    row = prompt(tests=[{"stdin": "", "stdout": "1"}] * 5)
-    assert await asyncio.gather(*(runner.score(row, "while True: pass") for _ in range(4))) == [0.0] * 4
-    assert len(programs) == 4
+    row = prompt(tests=[{"stdin": "", "stdout": "1"}] * 2)
+    assert await asyncio.gather(*(runner.score(row, "while True: pass") for _ in range(3))) == [0.0] * 3
 
 
 @pytest.mark.parametrize(

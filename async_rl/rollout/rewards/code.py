@@ -205,29 +205,28 @@ async def run_python(code: str, stdin: str = "", limits: Limits = DEFAULT_LIMITS
 
 
 async def passes_tests(code: str, tests: Sequence[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> float:
-    """Return the share of the pairs (stdin, expected stdout) that ``code`` passes, in their order, before one it fails.
+    """Return the share of the pairs (stdin, expected stdout) for which ``code`` exits with 0 and prints as expected.
 
-    It passes a pair if it exits with 0 and prints as expected, but for white space at the end of each line and of the
-    whole. Raises ValueError when there are no pairs, and RewardError as ``run_python`` does.
+    White space at the end of each line and of the whole is ignored. Raises ValueError when there are no pairs, and
+    RewardError as ``run_python`` does.
     """
     if not tests:
         raise ValueError("there are no tests to pass")
-    for passed, (stdin, expected) in enumerate(tests):
-        outcome = await run_python(code, stdin, limits)
-        # A program that loops for ever takes all of its time: for one test, not for each of them.
-        if outcome.status != "ok" or outcome.truncated or _lines(outcome.stdout) != _lines(expected):
-            return passed / len(tests)
-    return 1.0
+    outcomes = await asyncio.gather(*(run_python(code, stdin, limits) for stdin, _ in tests))
+    passed = [
+        outcome.status == "ok" and not outcome.truncated and _lines(outcome.stdout) == _lines(expected)
+        for outcome, (_, expected) in zip(outcomes, tests, strict=True)
+    ]
+    return sum(passed) / len(passed)
 
 
 @limits_own_time
 async def unit_tests(prompt: Prompt, response: str) -> float:
-    """Return the share of the row's ``tests`` that the response's program passes before the first that it fails.
+    """Return the share of the row's ``tests``, a list of {"stdin", "stdout"}, that the response's program passes.
 
-    ``tests`` is a list of {"stdin", "stdout"}; the program is the last ```python block, or the whole response if there
-    is none. Each run has the time of ``Limits``, which begins after the wait for a place; ``reward.timeout_s`` does not
-    hold, so that programs that loop cost time but end nothing. Raises ValueError if the row has no such field,
-    RewardError as ``run_python``.
+    The program is the last ```python block, or the whole response if there is none. Each run has the time of
+    ``Limits``, which begins after the wait for a place; ``reward.timeout_s`` does not hold, so that programs that loop
+    cost time but end nothing. Raises ValueError if the row has no such field, RewardError as ``run_python``.
     """
     tests = prompt.fields.get("tests")
     if not (isinstance(tests, Sequence) and tests and all(map(_is_test, tests))):
