@@ -30,7 +30,7 @@ from async_rl.errors import QueueClosed, QueueError
 from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import PlainState
-from async_rl.queue.journal import Journal
+from async_rl.queue.journal import Event, Journal
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 
 _REMEMBERED = 8192
@@ -57,6 +57,7 @@ class QueueActor:
         self._broker = broker
         self._answers: dict[str, Answer] = {}  # of the last calls, by call id
         self._journal = None if open_journal is None else open_journal()
+        self._journal_fault: Exception | None = None
         if self._journal is not None:
             self._rebuild(self._journal)
         self._closed = False
@@ -191,17 +192,29 @@ class QueueActor:
         """Make a decision of the broker, once per call id, and write it to the journal."""
         if call in self._answers:
             return self._answers[call]
+        if self._journal_fault is not None:
+            raise QueueError(f"the queue lost a decision, and makes no more: {self._journal_fault}")
         method, answer = decide.__name__, _plain_answer(decide(*arguments))
         if method == "issue" and not answer:
             return answer  # nothing was decided: a prompt may come back, and the call waits for it
         if self._journal is not None:
             plain = [list(dataclasses.astuple(a)) if isinstance(a, GroupMeta) else a for a in arguments]
-            self._journal.append([call, method, plain])
-            if self._journal.size() > _COMPACT_BYTES:
-                self._remember(call, answer)
-                self._journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+            self._write(self._journal, [call, method, plain])
         self._remember(call, answer)
+        if self._journal is not None and self._journal.size() > _COMPACT_BYTES:
+            self._journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
         return answer
+
+    def _write(self, journal: Journal, event: Event) -> None:
+        """Write a decision down; after a failure, the last one.
+
+        The broker has decided by now, and cannot take it back. Decisions after it would be replayed without it.
+        """
+        try:
+            journal.append(event)
+        except Exception as error:
+            self._journal_fault = error
+            raise
 
     def _remember(self, call: str, answer: Answer) -> None:
         self._answers[call] = answer

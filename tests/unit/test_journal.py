@@ -1,9 +1,11 @@
 """The queue rebuilt from its journal, wherever it died: against a twin that never does."""
 
 import base64
+import contextlib
 import copy
 import functools
 import os
+import resource
 import tempfile
 import zlib
 from pathlib import Path
@@ -180,6 +182,48 @@ def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
     (tmp_path / "journal").write_bytes(data)
     with pytest.raises(QueueError, match="damaged at byte 0"):
         list(journal.replay())
+
+
+@contextlib.contextmanager
+def room_for(nbytes):
+    """Let no file grow beyond this size: the kernel takes a part of a write, then refuses, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_event_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(tmp_path):
+    path = tmp_path / "journal"
+    journal = FileJournal(path)
+    events = [["a", "issue", ["w", 1]], ["b", "issue", ["w", 2]]]
+    journal.append(events[0])
+    before = path.read_bytes()
+    with room_for(len(before) + 5):
+        with pytest.raises(QueueError, match=rf"{path}: File too large after 5 of the \d+ bytes .* has \d+ bytes free"):
+            journal.append(events[1])
+        with pytest.raises(QueueError, match=rf"{path}\.tmp: File too large after"):
+            journal.compact(["", "restore", ["x" * len(before) * 2, []]])
+    assert path.read_bytes() == before
+    assert journal.size() == len(before)
+    assert list(tmp_path.iterdir()) == [path]
+    journal.append(events[1])  # there is room again
+    assert list(FileJournal(path).replay()) == events
+
+
+def test_a_queue_that_could_not_write_a_decision_makes_no_more_of_them(tmp_path):
+    path = tmp_path / "journal"
+    actor = QueueActor(broker(), functools.partial(FileJournal, path))
+    (answered,) = decide(actor, "a", "issue", "w", 1)
+    with room_for(path.stat().st_size + 5), pytest.raises(QueueError, match=r"bytes free; make room there"):
+        decide(actor, "b", "issue", "w", 1)
+    with pytest.raises(QueueError, match=r"makes no more: .*journal: File too large"):
+        decide(actor, "c", "fail", answered, "reward")
+    assert decide(actor, "a", "issue", "w", 1) == [answered]  # what is on record can be repeated
+    again = QueueActor(broker(), functools.partial(FileJournal, path))
+    assert [fields[0] for fields in again._broker.state()["running"]] == [answered]
 
 
 OLD_JOURNAL = (
