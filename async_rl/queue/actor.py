@@ -37,7 +37,10 @@ _REMEMBERED = 8192
 """Answers kept for repeated calls: more than can be unanswered when the actor dies."""
 
 _COMPACT_BYTES = 16 * 2**20
-"""Size at which the journal is compacted: some tens of thousands of groups, replayed within a second."""
+"""Size below which the journal is not compacted: some tens of thousands of groups, replayed within a second.
+
+Where the state alone is about as large or larger, the journal may grow to twice what a compaction left. So each byte of
+the state that is written again stands for a byte of decisions."""
 
 _T = TypeVar("_T")
 _Arguments = TypeVarTuple("_Arguments")
@@ -58,6 +61,7 @@ class QueueActor:
         self._answers: dict[str, Answer] = {}  # of the last calls, by call id
         self._journal = None if open_journal is None else open_journal()
         self._journal_fault: Exception | None = None
+        self._compact_at = _COMPACT_BYTES
         if self._journal is not None:
             self._rebuild(self._journal)
         self._closed = False
@@ -201,8 +205,8 @@ class QueueActor:
             plain = [list(dataclasses.astuple(a)) if isinstance(a, GroupMeta) else a for a in arguments]
             self._write(self._journal, [call, method, plain])
         self._remember(call, answer)
-        if self._journal is not None and self._journal.size() > _COMPACT_BYTES:
-            self._journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+        if self._journal is not None and self._journal.size() > self._compact_at:
+            self._compact(self._journal)
         return answer
 
     def _write(self, journal: Journal, event: Event) -> None:
@@ -249,8 +253,15 @@ class QueueActor:
                 self._answers = dict(answers)
             else:
                 self._remember(call, _plain_answer(decisions[method](*arguments)))
-        if empty:  # the state that the broker starts with is not in the calls
-            journal.compact(["", "restore", [broker.state(), []]])
+        # The state that the broker starts with is not in the calls. And how large the state is within a large journal
+        # shows only once it is compacted.
+        if empty or journal.size() > _COMPACT_BYTES:
+            self._compact(journal)
+
+    def _compact(self, journal: Journal) -> None:
+        """Replace the journal's events by the state that they led to, and decide when to do so again."""
+        journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+        self._compact_at = max(_COMPACT_BYTES, 2 * journal.size())
 
     async def _until(self, attempt: Callable[[], _T | None]) -> _T:
         """Repeat an attempt at every change until it returns a result."""

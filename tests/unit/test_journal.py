@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from async_rl.errors import QueueError
+from async_rl.queue import actor as queue_actor
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
@@ -224,6 +225,58 @@ def test_a_queue_that_could_not_write_a_decision_makes_no_more_of_them(tmp_path)
     assert decide(actor, "a", "issue", "w", 1) == [answered]  # what is on record can be repeated
     again = QueueActor(broker(), functools.partial(FileJournal, path))
     assert [fields[0] for fields in again._broker.state()["running"]] == [answered]
+
+
+class CountedJournal(FileJournal):
+    """Notes the size of the journal before and after each compaction."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.compactions = []
+
+    def compact(self, event):
+        before = self.size()
+        super().compact(event)
+        self.compactions.append((before, self.size()))
+
+
+def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
+
+    def start():
+        return QueueActor(make_broker(window_limit=200), lambda: CountedJournal(tmp_path / "journal"))
+
+    def decide_often(actor, name):
+        for call in range(500):
+            decide(actor, f"{name}/{call}", "adopt", "w", ["0-1.0"])
+
+    first = start()
+    decide(first, "issue", "issue", "w", 200)
+    decide_often(first, "first")
+    (_, begun), (grown, state), *later = first._journal.compactions
+    assert begun < 2_000 < grown < state  # the limit was reached, and the state alone is larger
+    assert later
+    for before, after in later:
+        assert before > 2 * state
+        assert after == pytest.approx(state, rel=0.1)
+    # The next process does not know how much of its journal is the state: it compacts, and the same holds again.
+    second = start()
+    decide_often(second, "second")
+    _, *later = second._journal.compactions
+    assert later
+    assert all(before > 2 * state for before, _ in later)
+
+
+def test_a_journal_is_compacted_at_the_limit_where_the_state_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
+    actor = QueueActor(make_broker(), lambda: CountedJournal(tmp_path / "journal"))
+    for version in range(1, 300):
+        decide(actor, str(version), "advance", version)
+        assert actor._journal.size() <= 2_000
+    assert all(after < 1_000 for _, after in actor._journal.compactions)
+    assert len(actor._journal.compactions) < 10
 
 
 OLD_JOURNAL = (
