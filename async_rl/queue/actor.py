@@ -11,7 +11,8 @@ state wakes the first taker, the first putter and the consumer, which then try a
 
 The actor may die. Ray then restarts it and repeats the calls that it had not answered. Each call has an id. The
 journal holds the calls that were decided: the new actor rebuilds the broker from them, and answers a call that it finds
-there as it was answered before. So each call takes effect exactly once.
+there as it was answered before. So each call takes effect exactly once. The first actor finds a journal too, which
+``begin`` wrote; an actor without one refuses to start, since it cannot know what was issued before it.
 
 Knows the broker and the journal; neither Ray nor engine nor trainer.
 """
@@ -56,7 +57,10 @@ class QueueActor:
     """
 
     def __init__(self, broker: Broker, open_journal: Callable[[], Journal] | None = None) -> None:
-        """Take over the broker, and bring it to the state that the journal holds, if it holds one."""
+        """Take over the broker, and bring it to the state that the journal holds.
+
+        Raises QueueError when the journal is missing, empty or damaged.
+        """
         self._broker = broker
         self._answers: dict[str, Answer] = {}  # of the last calls, by call id
         self._journal = None if open_journal is None else open_journal()
@@ -253,9 +257,12 @@ class QueueActor:
                 self._answers = dict(answers)
             else:
                 self._remember(call, _plain_answer(decisions[method](*arguments)))
-        # The state that the broker starts with is not in the calls. And how large the state is within a large journal
-        # shows only once it is compacted.
-        if empty or journal.size() > _COMPACT_BYTES:
+        if empty:
+            raise QueueError(
+                f"{journal}: the queue's journal is empty, so the queue cannot be rebuilt; continue the run from its "
+                "last checkpoint with --resume auto"
+            )
+        if journal.size() > _COMPACT_BYTES:  # how much of it is the state shows only once it is compacted
             self._compact(journal)
 
     def _compact(self, journal: Journal) -> None:
@@ -307,6 +314,12 @@ class QueueActor:
                 return None
         leased: list[str] = self._decide(call, self._broker.lease, n, consumer, at_least)
         return leased
+
+
+def begin(journal: Journal, broker: Broker) -> None:
+    """Write the state that the broker starts with as the journal's first event, unless the journal has events."""
+    if next(journal.replay(), None) is None:
+        journal.compact(["", "restore", [broker.state(), []]])
 
 
 def _plain_answer(answer: object) -> Answer:

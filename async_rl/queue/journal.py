@@ -4,6 +4,9 @@
     [call id, method, arguments]       a call that the broker answered, with the id that its caller gave it
     ["", "restore", [state, answers]]  in place of everything before it; written by ``compact``
 
+The driver begins a journal, with the state that the queue starts with as its first event. So a queue process that finds
+no journal, or an empty one, knows that decisions were lost, and does not begin the run again.
+
 A call is written after the broker decided it and before its caller gets the answer. So every answer that a caller has
 is on record, and a frame that was torn by the end of the process belongs to a call without an answer. A frame that the
 disk has no room for is cut off again, and the call fails. Frames reach the kernel, not the disk: the journal
@@ -59,10 +62,20 @@ class Journal(Protocol):
 class FileJournal:
     """A journal in one file, with a single writer at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        """Open a journal. Raises QueueError where there is none, unless ``create``."""
         self._path = path
-        self._file = os.open(path, _FLAGS | os.O_CREAT, 0o600)
+        try:
+            self._file = os.open(path, _FLAGS | (os.O_CREAT if create else 0), 0o600)
+        except FileNotFoundError:
+            raise QueueError(
+                f"{path}: the queue's journal is missing, so the queue cannot be rebuilt; the file was deleted, or is "
+                "on the disk of another host; continue the run from its last checkpoint with --resume auto"
+            ) from None
         self._bytes = os.fstat(self._file).st_size
+
+    def __str__(self) -> str:
+        return str(self._path)
 
     def replay(self) -> Iterator[Event]:
         """Yield all events, and cut off a torn frame at the end. Raises QueueError for a frame damaged before it."""

@@ -1,11 +1,15 @@
 """Stand-ins for the dataset's cursor and finished groups in tests of the queue, and a small broker."""
 
+import contextlib
+import functools
 from collections import deque
 
 import numpy as np
 
+from async_rl.queue.actor import begin
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
+from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Prompt
 
@@ -50,6 +54,13 @@ def make_broker(source=None, version=0, **settings):
         "max_bytes": 1000,
     }
     return Broker(source or Source(), BrokerSettings(**defaults | settings), version=version)
+
+
+def begin_journal(path, broker, kind=FileJournal):
+    """Begin the journal of a queue, as the driver does; return what opens it."""
+    with contextlib.closing(FileJournal(path, create=True)) as journal:
+        begin(journal, broker)
+    return functools.partial(kind, path)
 
 
 def meta(ticket, nbytes=10, oldest=None, newest=None):

@@ -22,7 +22,7 @@ from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
-from tests.support.queue_parts import Source, make_broker
+from tests.support.queue_parts import Source, begin_journal, make_broker
 from tests.support.simulation import cursor
 
 
@@ -70,7 +70,7 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.folder = tempfile.TemporaryDirectory()
-        self.open = functools.partial(CrashingJournal, Path(self.folder.name) / "journal")
+        self.open = begin_journal(Path(self.folder.name) / "journal", broker(), CrashingJournal)
         self.subject, self.twin = QueueActor(broker(), self.open), QueueActor(broker())
         self.calls = self.version = self.step = 0
         self.running, self.queued, self.leased = [], [], []
@@ -175,7 +175,7 @@ test_invariant_5_wherever_the_queue_dies = QueueMachine.TestCase
 
 
 def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
-    journal = FileJournal(tmp_path / "journal")
+    journal = FileJournal(tmp_path / "journal", create=True)
     for version in (1, 2, 3):
         journal.append([str(version), "advance", [version]])
     data = bytearray((tmp_path / "journal").read_bytes())
@@ -198,7 +198,7 @@ def room_for(nbytes):
 
 def test_an_event_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(tmp_path):
     path = tmp_path / "journal"
-    journal = FileJournal(path)
+    journal = FileJournal(path, create=True)
     events = [["a", "issue", ["w", 1]], ["b", "issue", ["w", 2]]]
     journal.append(events[0])
     before = path.read_bytes()
@@ -216,7 +216,7 @@ def test_an_event_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(tmp
 
 def test_a_queue_that_could_not_write_a_decision_makes_no_more_of_them(tmp_path):
     path = tmp_path / "journal"
-    actor = QueueActor(broker(), functools.partial(FileJournal, path))
+    actor = QueueActor(broker(), begin_journal(path, broker()))
     (answered,) = decide(actor, "a", "issue", "w", 1)
     with room_for(path.stat().st_size + 5), pytest.raises(QueueError, match=r"bytes free; make room there"):
         decide(actor, "b", "issue", "w", 1)
@@ -225,6 +225,40 @@ def test_a_queue_that_could_not_write_a_decision_makes_no_more_of_them(tmp_path)
     assert decide(actor, "a", "issue", "w", 1) == [answered]  # what is on record can be repeated
     again = QueueActor(broker(), functools.partial(FileJournal, path))
     assert [fields[0] for fields in again._broker.state()["running"]] == [answered]
+
+
+def test_a_queue_that_starts_again_without_its_journal_does_not_begin_the_run_again(tmp_path):
+    path = tmp_path / "journal"
+    open_journal = begin_journal(path, broker())
+    first = QueueActor(broker(), open_journal)
+    decide(first, "a", "issue", "w", 3)
+    again = QueueActor(broker(), open_journal)
+    assert again._broker.counts().issued == 3
+
+    written = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(QueueError, match=rf"{path}: the queue's journal is empty, .* --resume auto"):
+        QueueActor(broker(), open_journal)
+    path.write_bytes(written[:20])  # as empty: a torn first frame
+    with pytest.raises(QueueError, match="the queue's journal is empty"):
+        QueueActor(broker(), open_journal)
+    path.unlink()
+    with pytest.raises(QueueError, match=rf"{path}: the queue's journal is missing, .* --resume auto"):
+        QueueActor(broker(), open_journal)
+    assert not path.exists()  # so that the next try is refused, too
+
+
+def test_a_journal_begins_with_the_state_of_a_checkpoint_and_is_begun_once(tmp_path):
+    before = broker()
+    before.issue("w", 3)
+    restored = broker()
+    restored.restore(before.state())
+    open_journal = begin_journal(tmp_path / "journal", restored)
+    actor = QueueActor(broker(), open_journal)
+    assert actor._broker.state() == before.state()
+    decide(actor, "a", "issue", "w", 1)
+    begin_journal(tmp_path / "journal", restored)  # where the journal outlived the run
+    assert QueueActor(broker(), open_journal)._broker.counts().issued == 4
 
 
 class CountedJournal(FileJournal):
@@ -244,8 +278,10 @@ def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp
     monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
     monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
 
+    open_journal = begin_journal(tmp_path / "journal", make_broker(window_limit=200), CountedJournal)
+
     def start():
-        return QueueActor(make_broker(window_limit=200), lambda: CountedJournal(tmp_path / "journal"))
+        return QueueActor(make_broker(window_limit=200), open_journal)
 
     def decide_often(actor, name):
         for call in range(500):
@@ -254,8 +290,8 @@ def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp
     first = start()
     decide(first, "issue", "issue", "w", 200)
     decide_often(first, "first")
-    (_, begun), (grown, state), *later = first._journal.compactions
-    assert begun < 2_000 < grown < state  # the limit was reached, and the state alone is larger
+    (grown, state), *later = first._journal.compactions
+    assert 2_000 < grown < state  # the limit was reached, and the state alone is larger
     assert later
     for before, after in later:
         assert before > 2 * state
@@ -263,7 +299,8 @@ def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp
     # The next process does not know how much of its journal is the state: it compacts, and the same holds again.
     second = start()
     decide_often(second, "second")
-    _, *later = second._journal.compactions
+    (_, again), *later = second._journal.compactions
+    assert again == pytest.approx(state, rel=0.1)
     assert later
     assert all(before > 2 * state for before, _ in later)
 
@@ -271,7 +308,7 @@ def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp
 def test_a_journal_is_compacted_at_the_limit_where_the_state_is_small(tmp_path, monkeypatch):
     monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
     monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
-    actor = QueueActor(make_broker(), lambda: CountedJournal(tmp_path / "journal"))
+    actor = QueueActor(make_broker(), begin_journal(tmp_path / "journal", make_broker(), CountedJournal))
     for version in range(1, 300):
         decide(actor, str(version), "advance", version)
         assert actor._journal.size() <= 2_000
