@@ -172,7 +172,7 @@ class RolloutSection(Section):
     min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
     """Finished responses with which a group may be published after rollout.group_timeout_s; null for all n."""
     max_attempts: Positive = 3
-    """Issues of a prompt whose groups exceed rollout.group_timeout_s, before the prompt is given up."""
+    """How many groups of one prompt may exceed rollout.group_timeout_s before the prompt is given up."""
     environment: EnvironmentSection = EnvironmentSection()
 
 

@@ -68,6 +68,8 @@ class QueueActor:
         self._compact_at = _COMPACT_BYTES
         if self._journal is not None:
             self._rebuild(self._journal)
+        if broker.use_current_rules() and self._journal is not None:
+            self._compact(self._journal)  # replayed, the calls from now on must not be decided by earlier rules
         self._closed = False
         self._changed = asyncio.Event()
         # asyncio's locks are fair: one caller waits for the state, the rest for their turn.

@@ -15,34 +15,37 @@ from async_rl.types import Prompt
 
 
 class Source:
-    """A source of the prompts "0-1" to "0-<rows>", those given back first."""
+    """A source of the prompts "0-1" to "0-<rows>", those given back first and the deferred ones last."""
 
     def __init__(self, rows=10**6):
         self.rows = rows
         self.row = 0
         self.circulating = deque()
+        self.deferred = deque()
 
     def next(self):
         if self.circulating:
             return self.circulating.popleft()
         if self.row == self.rows:
-            return None
+            return self.deferred.popleft() if self.deferred else None
         self.row += 1
         return Prompt(f"0-{self.row}", self.row, "", np.array([1], dtype=np.int32))
 
-    def give_back(self, prompt):
-        self.circulating.append(prompt)
+    def give_back(self, prompt, *, defer=False):
+        (self.deferred if defer else self.circulating).append(prompt)
 
     def prompt(self, prompt_id):
         row = int(prompt_id.partition("-")[2])
         return Prompt(prompt_id, row, "", np.array([1], dtype=np.int32))
 
     def state(self):
-        return {"rows": self.rows, "row": self.row, "circulating": [prompt.prompt_id for prompt in self.circulating]}
+        circulating, deferred = ([p.prompt_id for p in prompts] for prompts in (self.circulating, self.deferred))
+        return {"rows": self.rows, "row": self.row, "circulating": circulating, "deferred": deferred}
 
     def restore(self, state):
         self.rows, self.row = state["rows"], state["row"]
         self.circulating = deque(map(self.prompt, state["circulating"]))
+        self.deferred = deque(map(self.prompt, state.get("deferred", ())))
 
 
 def make_broker(source=None, version=0, **settings):

@@ -211,8 +211,8 @@ class Fleet:
         state = self.broker.state()
         outstanding = [fields[1] for fields in state["running"]]
         outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
-        everywhere = [*self.trained, *outstanding, *state["source"]["returned"]]
-        assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         source = state["source"]
+        everywhere = [*self.trained, *outstanding, *source["returned"], *source["deferred"]]
+        assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         passed = source["epoch"] * self.rows + source["index"]
         assert passed == len(everywhere) + counts.failed, "a prompt is nowhere"

@@ -336,10 +336,11 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
     unknown = [()] * 5  # rewards, lengths, segments, resume points and finish reasons came later
     expected = {
         "version": 1,
-        "running": [["0-5.0", "0-5", 0, 0, "rollout-1"]],
-        "queued": [[["0-3.0", "0-3", 0, 0, "rollout-0"], ["0-3.0", *old_meta, *unknown]]],
-        "leased": [[["0-2.0", "0-2", 0, 0, "rollout-0"], ["0-2.0", *old_meta, *unknown]]],
-        "attempts": {"0-4": 1},
+        "rules": 2,
+        "running": [["0-5.0", "0-5", 0, [0, 0, 0], "rollout-1"]],
+        "queued": [[["0-3.0", "0-3", 0, [0, 0, 0], "rollout-0"], ["0-3.0", *old_meta, *unknown]]],
+        "leased": [[["0-2.0", "0-2", 0, [0, 0, 0], "rollout-0"], ["0-2.0", *old_meta, *unknown]]],
+        "attempts": {"0-4": [1, 1, 0]},
         "exhausted": False,
         "step_is_open": False,
         "issued": 5,
@@ -349,13 +350,56 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
         "dropped": {},
         "failed": {},
         "history": [[1, "0-1", 0]],
-        "source": {"rows": 9, "row": 5, "circulating": ["0-4"]},
+        "source": {"rows": 9, "row": 5, "circulating": ["0-4"], "deferred": []},
     }
     assert actor._broker.state() == expected
     assert actor._broker.stats().in_flight == {"rollout-1": 1}
     checkpointed = copy.deepcopy(expected)  # what a checkpoint of that release holds
     for section in ("queued", "leased"):
         checkpointed[section][0][1] = checkpointed[section][0][1][: -len(unknown)]
+    without_attempts(checkpointed)
     restored = make_broker(Source(9), **settings)
     restored.restore(checkpointed)
+    QueueActor(restored)
+    expected["attempts"]["0-4"] = [1, 0, 0]  # such a state does not say how they ended
     assert restored.state() == expected
+
+
+def without_attempts(state):
+    """Make a state what release 0.1 wrote: a prompt's groups are counted, whatever became of them."""
+    del state["rules"], state["source"]["deferred"]
+    for fields in [*state["running"], *(fields for fields, _ in state["queued"] + state["leased"])]:
+        fields[3] = fields[3][0]
+    state["attempts"] = {prompt: issued for prompt, (issued, _, _) in state["attempts"].items()}
+
+
+def test_a_journal_is_replayed_by_the_rules_that_it_was_written_under(tmp_path):
+    """Release 0.1 gave a prompt up by its issues, and issued a stale one again at once; later calls rest on that."""
+    path = tmp_path / "journal"
+    state = make_broker(Source(9)).state()
+    without_attempts(state)
+    journal = FileJournal(path, create=True)
+    calls = [
+        ["issue", ["w", 1]],
+        ["worker_lost", ["w", []]],
+        ["issue", ["w", 1]],
+        ["return_group", ["0-1.1", "timeout"]],  # the second issue: given up
+        ["advance", [5]],
+    ]
+    for attempt in range(3):  # each time first in line
+        calls += [["issue", ["w", 1]], ["put", [[f"0-2.{attempt}", 100, 10, 0, 0, 8, 0]]]]
+    calls += [["issue", ["w", 2]]]
+    journal.append(["", "restore", [state, []]])
+    for number, (method, arguments) in enumerate(calls):
+        journal.append([str(number), method, arguments])
+
+    def start():
+        return QueueActor(make_broker(Source(9), max_attempts=2, max_stale_drops=3), lambda: FileJournal(path))
+
+    actor = start()
+    assert [fields[0] for fields in actor._broker.state()["running"]] == ["0-2.3", "0-3.0"]
+    assert actor._broker.stats().failed == {"timeout": 1}
+    # From here on by the rules of today, also when the journal is replayed once more.
+    decide(actor, "a", "put", GroupMeta("0-2.3", 100, 10, 0, 0, 8, 0))
+    assert actor._broker.stats().failed == {"timeout": 1, "stale": 1}
+    assert start()._broker.state() == actor._broker.state()
