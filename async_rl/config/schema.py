@@ -327,7 +327,8 @@ class QueueSection(Section):
     max_groups: Positive | None = None
     """Most groups that are queued and leased; null for as many as the staleness budget admits."""
     max_bytes: Positive = 2 * 2**30
-    """Most payload bytes of queued and leased groups."""
+    """Payload bytes of queued and leased groups above which workers wait; the groups of one training step are admitted
+    whatever their size."""
 
 
 class SyncSection(Section):

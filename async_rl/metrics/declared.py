@@ -355,7 +355,7 @@ _FLOW = (
     MetricSpec(
         "queue_limit_bytes",
         "gauge",
-        "Payload bytes that the queue holds at most, queue.max_bytes.",
+        "Payload bytes above which the queue holds no more groups than a training step needs, queue.max_bytes.",
         "At the limit, workers wait to submit their finished groups.",
         unit="bytes",
     ),

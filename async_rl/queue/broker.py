@@ -14,12 +14,15 @@ The queue's part of invariant 4: a group over the hard bound leaves the queue at
 when the version rises, so no such group can be leased. A lease held across ``advance`` is not touched: the trainer
 masks its tokens by the version that it trains under.
 
-Invariant 6: queued and leased groups, whose payloads are kept alive, stay within ``max_groups`` and
-``max_bytes``. Outstanding groups stay within the window's limit. Nothing is remembered per finished prompt:
-``put`` accepts only a group that is in flight, so a duplicate is refused without a list of the past. A
-prompt in circulation again carries what became of its groups until it is trained. The outcomes of the last few groups
-are kept for error messages only. Where the trainer keeps checkpoints, the prompts trained since the oldest of them
-are remembered too: ``rewind`` returns those whose gradients were lost with the trainer's process.
+Invariant 6: queued and leased groups, whose payloads are kept alive, stay within ``max_groups``. Their bytes stay
+within ``max_bytes`` or those of one training step's groups, whichever is more: a step that does not fit would never
+be trained, and no room would come. The size of a group is bounded by the limits of prompts and responses. So where
+these grow, the queue holds fewer groups ahead, down to one step, and the run goes on. Outstanding groups stay within
+the window's limit. Nothing is remembered per finished prompt: ``put`` accepts only a group that is in flight, so a
+duplicate is refused without a list of the past. A prompt in circulation again carries what became of its groups until
+it is trained. The outcomes of the last few groups are kept for error messages only. Where the trainer keeps
+checkpoints, the prompts trained since the oldest of them are remembered too: ``rewind`` returns those whose gradients
+were lost with the trainer's process.
 
 Every decision follows from the state and the arguments of the call. So the calls that were made, or ``state`` and the
 calls since, rebuild a broker that was lost (``journal``).
@@ -29,7 +32,6 @@ Knows no Ray, no clock and no I/O, and of a group no more than its ``GroupMeta``
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Container, Iterable
 
@@ -98,36 +100,21 @@ class Broker:
 
     def check_put(self, meta: GroupMeta) -> None:
         """Raise what ``put`` would raise for any reason but a lack of room, so that no caller waits in vain."""
-        state, settings = self._state, self._settings
+        state = self._state
         if meta.group_id in state.queued or meta.group_id in state.leased:
             raise DuplicateGroup(f"group {meta.group_id}: was put before, and is in the queue")
         if meta.group_id not in state.in_flight:
             raise self._wrong_state(meta.group_id, "in flight")
-        if not 0 < meta.nbytes <= settings.max_bytes:
-            raise QueueError(
-                f"group {meta.group_id}: {meta.nbytes} bytes, and queue.max_bytes is {settings.max_bytes}; "
-                f"for a training step of {settings.required_groups} such groups set it to at least "
-                f"{settings.required_groups * meta.nbytes}"
-            )
+        if meta.nbytes <= 0:
+            raise QueueError(f"group {meta.group_id}: its message has {meta.nbytes} bytes")
 
     def full_for(self, nbytes: int) -> bool:
-        """Return whether a group of that size has to wait.
-
-        Raises QueueError when the wait would never end: fewer groups than a training step needs use up the bytes, and
-        no lease can complete, so none is acknowledged and no room appears.
-        """
+        """Return whether a group of that size has to wait. As many groups as a training step needs never wait."""
         state, settings = self._state, self._settings
         held = len(state.queued) + len(state.leased)
-        if state.held_bytes + nbytes <= settings.max_bytes:
-            return held >= settings.group_capacity
-        if (state.step_is_open or not state.leased) and held < settings.required_groups:
-            needed = math.ceil((state.held_bytes + nbytes) / (held + 1) * settings.required_groups)
-            raise QueueError(
-                f"queue.max_bytes: {settings.max_bytes} is too small for the {settings.required_groups} groups of a "
-                f"training step: {held} use {state.held_bytes} bytes, the next has {nbytes}; "
-                f"set it to at least {needed}"
-            )
-        return True
+        if held < settings.required_groups:
+            return False
+        return held >= settings.group_capacity or state.held_bytes + nbytes > settings.max_bytes
 
     def put(self, meta: GroupMeta) -> bool:
         """Move a group from IN FLIGHT to QUEUED; return False if it was over the hard bound, and was RETURNED."""

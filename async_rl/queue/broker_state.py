@@ -60,7 +60,7 @@ class BrokerSettings:
     on_stale: OnStale
     """Drop a group once one of its tokens is over the bound ("drop"), or once all are ("mask")."""
     max_bytes: int
-    """Encoded bytes of queued and leased groups."""
+    """Encoded bytes of queued and leased groups, where that is more than a training step's groups have."""
     max_groups: int | None = None
     """Queued and leased groups; None for window_limit, which by itself never makes a worker wait."""
     max_attempts: int = 1

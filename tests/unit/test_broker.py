@@ -103,24 +103,17 @@ class BrokerMachine(RuleBasedStateMachine):
         self.window += len(tickets)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), nbytes=st.integers(1, 50), age=st.integers(0, 4), span=st.integers(0, 4))
+    @rule(data=st.data(), nbytes=st.integers(1, 150), age=st.integers(0, 4), span=st.integers(0, 4))
     def put(self, data, nbytes, age, span):
         ticket = self.running[data.draw(st.sampled_from(sorted(self.running)))]
         oldest = max(0, self.version - age)
         group = meta(ticket, nbytes, oldest, min(self.version, oldest + span))
         held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
         fits = sum(held) + nbytes <= self.max_bytes and len(held) < self.max_groups
-        try:
-            full = self.broker.full_for(nbytes)
-        except QueueError:
-            assert not fits
-            assert self.waits_for_more or not self.leased
-            assert len(held) < self.required
-            return
-        assert full is not fits
+        full = not fits and len(held) >= self.required  # a training step's groups always fit
+        assert self.broker.full_for(nbytes) is full
         if full:
-            # One that is larger than the whole queue is told so, room or not.
-            with pytest.raises(QueueError, match="full" if nbytes <= self.max_bytes else "queue.max_bytes is"):
+            with pytest.raises(QueueError, match="full"):
                 self.broker.put(group)
             return
         del self.running[ticket.group_id]
@@ -279,7 +272,8 @@ class BrokerMachine(RuleBasedStateMachine):
     def invariant_6_bounded(self):
         stats = self.broker.stats()
         held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
-        assert stats.held_bytes == sum(held) <= self.max_bytes
+        assert stats.held_bytes == sum(held)
+        assert sum(held) <= self.max_bytes or len(held) <= self.required
         assert stats.queued_groups + stats.leased_groups == len(held) <= self.max_groups
         assert stats.counts.outstanding <= stats.window_groups == self.window <= self.limit
         # Nothing is remembered of finished groups but a few outcomes, and attempts of circulating prompts.
@@ -481,24 +475,35 @@ def test_ack_is_all_or_nothing():
     broker.ack([order[0]])
 
 
-def test_bytes_that_cannot_hold_one_step_are_an_error_that_names_the_key():
-    broker = make_broker(max_bytes=25, required_groups=3)
-    finish(broker, 2)
-    (ticket,) = broker.issue("w", 1)
-    with pytest.raises(QueueError, match=r"queue\.max_bytes: 25 .* 3 groups .* set it to at least 30"):
-        broker.put(meta(ticket))
-
+def test_the_groups_of_a_training_step_are_admitted_whatever_their_size():
     broker = make_broker(max_bytes=25, required_groups=2)
-    finish(broker, 2)
-    broker.lease(2, "t")
-    assert broker.full_for(10)  # a whole step is leased: room will come
+    tickets = broker.issue("w", 4)
+    broker.put(meta(tickets[0], nbytes=26))  # larger than the bound alone
+    assert not broker.full_for(10**9)
+    broker.put(meta(tickets[1], nbytes=10**9))
+    assert broker.full_for(1)  # no more than the step needs
+    leased = ids(broker.lease(2, "t"))
+    assert broker.full_for(1)  # in training, payloads are kept
+    broker.ack(leased)
+    broker.put(meta(tickets[2], nbytes=30))
 
 
-def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
-    broker = make_broker(max_bytes=25)
+def test_a_step_that_leases_groups_as_they_come_gets_the_rest_of_them():
+    broker = make_broker(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
+    finish(broker, 2, nbytes=60)
+    leased = ids(broker.lease(3, "t", at_least=1))
+    assert len(leased) == 2
+    leased += finish(broker, 1, nbytes=60)
+    assert broker.full_for(60)
+    assert len(broker.lease(1, "t")) == 1
+    broker.ack(leased)
+
+
+def test_a_group_without_bytes_is_refused():
+    broker = make_broker()
     (ticket,) = broker.issue("w", 1)
-    with pytest.raises(QueueError, match=r"26 bytes, and queue\.max_bytes is 25; .* 2 such groups .* at least 52"):
-        broker.put(meta(ticket, nbytes=26))
+    with pytest.raises(QueueError, match="its message has 0 bytes"):
+        broker.put(meta(ticket, nbytes=0))
     assert broker.counts().outstanding == 1
 
 
@@ -566,14 +571,6 @@ def test_a_dataset_that_repeats_an_outstanding_prompt_is_refused():
     with pytest.raises(QueueError, match="prompt 0-1"):
         broker.issue("w", 2)
     assert broker.counts().issued == 0
-
-
-def test_a_step_that_leases_groups_as_they_come_is_told_when_the_rest_has_no_room():
-    broker = make_broker(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
-    finish(broker, 2, nbytes=50)
-    assert len(broker.lease(3, "t", at_least=1)) == 2
-    with pytest.raises(QueueError, match=r"queue\.max_bytes: 100 is too small for the 3 groups .* at least 150"):
-        broker.full_for(50)
 
 
 def test_what_is_leased_does_not_count_as_what_may_still_come():

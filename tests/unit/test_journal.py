@@ -119,12 +119,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data(), nbytes=st.integers(1, 300), crash=crashes)
     def put(self, data, nbytes, crash):
         meta = GroupMeta(data.draw(st.sampled_from(self.running)), 9, nbytes, self.version, self.version, 2, 0, (4, 5))
-        try:
-            if self.twin._broker.full_for(nbytes):
-                return
-        except QueueError:
-            return
-        self.call("put", meta, crash=crash)
+        if not self.twin._broker.full_for(nbytes):
+            self.call("put", meta, crash=crash)
 
     @precondition(lambda self: self.queued)
     @rule(data=st.data(), crash=crashes)
