@@ -179,10 +179,10 @@ class RolloutSection(Section):
     min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
     """Finished responses with which a group may be published after rollout.group_timeout_s; null for all n."""
     max_attempts: Positive = 3
-    """Issues of a prompt whose groups exceed rollout.group_timeout_s, before the prompt is given up."""
+    """How many groups of one prompt may exceed rollout.group_timeout_s before the prompt is given up."""
     max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the last groups to end that may be given up (by reward, environment, engine or time-out) before the run
-    fails; 1 for any."""
+    """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
+    before the run fails; 1 for any."""
     environment: EnvironmentSection = EnvironmentSection()
 
 
@@ -337,7 +337,8 @@ class QueueSection(Section):
     max_groups: Positive | None = None
     """Most groups that are queued and leased; null for as many as the staleness budget admits."""
     max_bytes: Positive = 2 * 2**30
-    """Most payload bytes of queued and leased groups."""
+    """Payload bytes of queued and leased groups above which workers wait; the groups of one training step are admitted
+    whatever their size."""
 
 
 class SyncSection(Section):

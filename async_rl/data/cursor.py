@@ -18,8 +18,9 @@ from async_rl.types import Prompt
 class DatasetCursor:
     """Issues each row once per epoch, epoch after epoch without end, in an order drawn from (seed, epoch).
 
-    A prompt that is given back comes again before any new one, oldest first, under its old id. The position is
-    (epoch, index into the epoch's order). The order itself follows from the seed and is never stored.
+    A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
+    comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
+    from the seed and is never stored.
     """
 
     def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
@@ -30,6 +31,7 @@ class DatasetCursor:
         self._seed = seed
         self._by_line = {row.line: row for row in dataset.rows}
         self._returned: dict[str, Prompt] = {}  # {prompt id: prompt}, oldest first
+        self._deferred: dict[str, Prompt] = {}  # the same, of those that wait for the end of the epoch
         self._move_to(epoch=0, index=0)
 
     def next(self) -> Prompt:
@@ -37,21 +39,23 @@ class DatasetCursor:
         if self._returned:
             return self._returned.pop(next(iter(self._returned)))
         if self._index == len(self._order):
+            if self._deferred:
+                return self._deferred.pop(next(iter(self._deferred)))
             self._move_to(epoch=self._epoch + 1, index=0)
         row = self._rows[self._order[self._index]]
         self._index += 1
         return row.prompt(f"{self._epoch}-{row.line}")
 
-    def give_back(self, prompt: Prompt) -> None:
-        """Put a prompt that was issued, and not trained, back into circulation.
+    def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
+        """Put a prompt that was issued, and not trained, back into circulation; with ``defer`` behind all new ones.
 
         Raises ValueError for one that was never issued or was given back already: its row would be trained twice.
         """
-        if prompt.prompt_id in self._returned:
+        if prompt.prompt_id in self._returned or prompt.prompt_id in self._deferred:
             raise ValueError(f"prompt {prompt.prompt_id} was given back before")
         if not self._was_issued(prompt.prompt_id):
             raise ValueError(f"prompt {prompt.prompt_id} was never issued")
-        self._returned[prompt.prompt_id] = prompt
+        (self._deferred if defer else self._returned)[prompt.prompt_id] = prompt
 
     def prompt(self, prompt_id: str) -> Prompt:
         """Return the prompt that was, or will be, issued under this id."""
@@ -66,6 +70,7 @@ class DatasetCursor:
             "epoch": self._epoch,
             "index": self._index,
             "returned": list(self._returned),
+            "deferred": list(self._deferred),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -81,6 +86,7 @@ class DatasetCursor:
         self._shuffle, self._seed = state["shuffle"], state["seed"]
         self._move_to(epoch=state["epoch"], index=state["index"])
         self._returned = {prompt_id: self.prompt(prompt_id) for prompt_id in state["returned"]}
+        self._deferred = {prompt_id: self.prompt(prompt_id) for prompt_id in state.get("deferred", ())}  # since 0.2
 
     def _move_to(self, *, epoch: int, index: int) -> None:
         self._epoch, self._index = epoch, index

@@ -355,7 +355,7 @@ _FLOW = (
     MetricSpec(
         "queue_limit_bytes",
         "gauge",
-        "Payload bytes that the queue holds at most, queue.max_bytes.",
+        "Payload bytes above which the queue holds no more groups than a training step needs, queue.max_bytes.",
         "At the limit, workers wait to submit their finished groups.",
         unit="bytes",
     ),
@@ -391,7 +391,7 @@ _FLOW = (
         "Groups given up permanently, by reason.",
         "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
-        values=("reward", "environment", "engine", "timeout"),
+        values=("reward", "environment", "engine", "timeout", "stale"),
     ),
     MetricSpec(
         "dataset_bad_rows_total",

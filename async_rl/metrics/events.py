@@ -21,6 +21,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "worker_restarted": "{replica} was restarted",
         "process_died": "{process} died and is being restarted",
         "queue_rebuilt": "the queue died and was rebuilt from its journal",
+        "queue_bytes_exceeded": "queue.max_bytes is {max_bytes}, less than {groups} groups of a training step have: "
+        "they are admitted, and workers wait with more; to queue further ahead, set it to {enough}",
         "checkpoint_written": "wrote the checkpoint of step {step} in {seconds} s",
         "evaluated": "evaluated: mean reward {reward}",
         "watchdog_stalled": "{description}",

@@ -11,7 +11,8 @@ state wakes the first taker, the first putter and the consumer, which then try a
 
 The actor may die. Ray then restarts it and repeats the calls that it had not answered. Each call has an id. The
 journal holds the calls that were decided: the new actor rebuilds the broker from them, and answers a call that it finds
-there as it was answered before. So each call takes effect exactly once.
+there as it was answered before. So each call takes effect exactly once. The first actor finds a journal too, which
+``begin`` wrote; an actor without one refuses to start, since it cannot know what was issued before it.
 
 Knows the broker and the journal; neither Ray nor engine nor trainer.
 """
@@ -30,14 +31,17 @@ from async_rl.errors import QueueClosed, QueueError
 from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import PlainState
-from async_rl.queue.journal import Journal
+from async_rl.queue.journal import Event, Journal
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 
 _REMEMBERED = 8192
 """Answers kept for repeated calls: more than can be unanswered when the actor dies."""
 
 _COMPACT_BYTES = 16 * 2**20
-"""Size at which the journal is compacted: some tens of thousands of groups, replayed within a second."""
+"""Size below which the journal is not compacted: some tens of thousands of groups, replayed within a second.
+
+Where the state alone is about as large or larger, the journal may grow to twice what a compaction left. So each byte of
+the state that is written again stands for a byte of decisions."""
 
 _T = TypeVar("_T")
 _Arguments = TypeVarTuple("_Arguments")
@@ -53,12 +57,19 @@ class QueueActor:
     """
 
     def __init__(self, broker: Broker, open_journal: Callable[[], Journal] | None = None) -> None:
-        """Take over the broker, and bring it to the state that the journal holds, if it holds one."""
+        """Take over the broker, and bring it to the state that the journal holds.
+
+        Raises QueueError when the journal is missing, empty or damaged.
+        """
         self._broker = broker
         self._answers: dict[str, Answer] = {}  # of the last calls, by call id
         self._journal = None if open_journal is None else open_journal()
+        self._journal_fault: Exception | None = None
+        self._compact_at = _COMPACT_BYTES
         if self._journal is not None:
             self._rebuild(self._journal)
+        if broker.use_current_rules() and self._journal is not None:
+            self._compact(self._journal)  # replayed, the calls from now on must not be decided by earlier rules
         self._closed = False
         self._changed = asyncio.Event()
         # asyncio's locks are fair: one caller waits for the state, the rest for their turn.
@@ -191,17 +202,29 @@ class QueueActor:
         """Make a decision of the broker, once per call id, and write it to the journal."""
         if call in self._answers:
             return self._answers[call]
+        if self._journal_fault is not None:
+            raise QueueError(f"the queue lost a decision, and makes no more: {self._journal_fault}")
         method, answer = decide.__name__, _plain_answer(decide(*arguments))
         if method == "issue" and not answer:
             return answer  # nothing was decided: a prompt may come back, and the call waits for it
         if self._journal is not None:
             plain = [list(dataclasses.astuple(a)) if isinstance(a, GroupMeta) else a for a in arguments]
-            self._journal.append([call, method, plain])
-            if self._journal.size() > _COMPACT_BYTES:
-                self._remember(call, answer)
-                self._journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+            self._write(self._journal, [call, method, plain])
         self._remember(call, answer)
+        if self._journal is not None and self._journal.size() > self._compact_at:
+            self._compact(self._journal)
         return answer
+
+    def _write(self, journal: Journal, event: Event) -> None:
+        """Write a decision down; after a failure, the last one.
+
+        The broker has decided by now, and cannot take it back. Decisions after it would be replayed without it.
+        """
+        try:
+            journal.append(event)
+        except Exception as error:
+            self._journal_fault = error
+            raise
 
     def _remember(self, call: str, answer: Answer) -> None:
         self._answers[call] = answer
@@ -236,8 +259,18 @@ class QueueActor:
                 self._answers = dict(answers)
             else:
                 self._remember(call, _plain_answer(decisions[method](*arguments)))
-        if empty:  # the state that the broker starts with is not in the calls
-            journal.compact(["", "restore", [broker.state(), []]])
+        if empty:
+            raise QueueError(
+                f"{journal}: the queue's journal is empty, so the queue cannot be rebuilt; continue the run from its "
+                "last checkpoint with --resume auto"
+            )
+        if journal.size() > _COMPACT_BYTES:  # how much of it is the state shows only once it is compacted
+            self._compact(journal)
+
+    def _compact(self, journal: Journal) -> None:
+        """Replace the journal's events by the state that they led to, and decide when to do so again."""
+        journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+        self._compact_at = max(_COMPACT_BYTES, 2 * journal.size())
 
     async def _until(self, attempt: Callable[[], _T | None]) -> _T:
         """Repeat an attempt at every change until it returns a result."""
@@ -283,6 +316,12 @@ class QueueActor:
                 return None
         leased: list[str] = self._decide(call, self._broker.lease, n, consumer, at_least)
         return leased
+
+
+def begin(journal: Journal, broker: Broker) -> None:
+    """Write the state that the broker starts with as the journal's first event, unless the journal has events."""
+    if next(journal.replay(), None) is None:
+        journal.compact(["", "restore", [broker.state(), []]])
 
 
 def _plain_answer(answer: object) -> Answer:

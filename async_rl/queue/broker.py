@@ -14,12 +14,15 @@ The queue's part of invariant 4: a group over the hard bound leaves the queue at
 when the version rises, so no such group can be leased. A lease held across ``advance`` is not touched: the trainer
 masks its tokens by the version that it trains under.
 
-Invariant 6: queued and leased groups, whose payloads are kept alive, stay within ``max_groups`` and
-``max_bytes``. Outstanding groups stay within the window's limit. Nothing is remembered per finished prompt:
-``put`` accepts only a group that is in flight, so a duplicate is refused without a list of the past. A
-prompt in circulation again carries its attempt number until it is issued. The outcomes of the last few groups
-are kept for error messages only. Where the trainer keeps checkpoints, the prompts trained since the oldest of them
-are remembered too: ``rewind`` returns those whose gradients were lost with the trainer's process.
+Invariant 6: queued and leased groups, whose payloads are kept alive, stay within ``max_groups``. Their bytes stay
+within ``max_bytes`` or those of one training step's groups, whichever is more: a step that does not fit would never
+be trained, and no room would come. The size of a group is bounded by the limits of prompts and responses. So where
+these grow, the queue holds fewer groups ahead, down to one step, and the run goes on. Outstanding groups stay within
+the window's limit. Nothing is remembered per finished prompt: ``put`` accepts only a group that is in flight, so a
+duplicate is refused without a list of the past. A prompt in circulation again carries what became of its groups until
+it is trained. The outcomes of the last few groups are kept for error messages only. Where the trainer keeps
+checkpoints, the prompts trained since the oldest of them are remembered too: ``rewind`` returns those whose gradients
+were lost with the trainer's process.
 
 Every decision follows from the state and the arguments of the call. So the calls that were made, or ``state`` and the
 calls since, rebuild a broker that was lost (``journal``).
@@ -29,13 +32,14 @@ Knows no Ray, no clock and no I/O, and of a group no more than its ``GroupMeta``
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Container, Iterable
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
 from async_rl.metrics.records import GroupCounts
 from async_rl.queue.broker_state import (
+    RULES,
+    Attempts,
     BrokerSettings,
     BrokerState,
     Finished,
@@ -96,36 +100,21 @@ class Broker:
 
     def check_put(self, meta: GroupMeta) -> None:
         """Raise what ``put`` would raise for any reason but a lack of room, so that no caller waits in vain."""
-        state, settings = self._state, self._settings
+        state = self._state
         if meta.group_id in state.queued or meta.group_id in state.leased:
             raise DuplicateGroup(f"group {meta.group_id}: was put before, and is in the queue")
         if meta.group_id not in state.in_flight:
             raise self._wrong_state(meta.group_id, "in flight")
-        if not 0 < meta.nbytes <= settings.max_bytes:
-            raise QueueError(
-                f"group {meta.group_id}: {meta.nbytes} bytes, and queue.max_bytes is {settings.max_bytes}; "
-                f"for a training step of {settings.required_groups} such groups set it to at least "
-                f"{settings.required_groups * meta.nbytes}"
-            )
+        if meta.nbytes <= 0:
+            raise QueueError(f"group {meta.group_id}: its message has {meta.nbytes} bytes")
 
     def full_for(self, nbytes: int) -> bool:
-        """Return whether a group of that size has to wait.
-
-        Raises QueueError when the wait would never end: fewer groups than a training step needs use up the bytes, and
-        no lease can complete, so none is acknowledged and no room appears.
-        """
+        """Return whether a group of that size has to wait. As many groups as a training step needs never wait."""
         state, settings = self._state, self._settings
         held = len(state.queued) + len(state.leased)
-        if state.held_bytes + nbytes <= settings.max_bytes:
-            return held >= settings.group_capacity
-        if (state.step_is_open or not state.leased) and held < settings.required_groups:
-            needed = math.ceil((state.held_bytes + nbytes) / (held + 1) * settings.required_groups)
-            raise QueueError(
-                f"queue.max_bytes: {settings.max_bytes} is too small for the {settings.required_groups} groups of a "
-                f"training step: {held} use {state.held_bytes} bytes, the next has {nbytes}; "
-                f"set it to at least {needed}"
-            )
-        return True
+        if held < settings.required_groups:
+            return False
+        return held >= settings.group_capacity or state.held_bytes + nbytes > settings.max_bytes
 
     def put(self, meta: GroupMeta) -> bool:
         """Move a group from IN FLIGHT to QUEUED; return False if it was over the hard bound, and was RETURNED."""
@@ -185,7 +174,7 @@ class Broker:
             state.trained += 1
             state.trained_in_window += 1
             if self._settings.can_rewind:
-                state.history.append(Trained(step, issue.ticket.prompt, issue.attempt))
+                state.history.append(Trained(step, issue.ticket.prompt, issue.attempts.issued))
 
     def release(self, group_ids: Iterable[str]) -> list[str]:
         """Move groups from LEASED to the front of the queue, in their order; return the ids dropped as stale."""
@@ -225,7 +214,7 @@ class Broker:
             raise QueueError("trained groups are not remembered, so no step can be rewound; set checkpoint.every")
         lost = [trained for trained in state.history if trained.step > step]
         for trained in lost:
-            state.attempts[trained.prompt.prompt_id] = trained.attempt + 1
+            state.attempts[trained.prompt.prompt_id] = Attempts(trained.attempt + 1)
             self._source.give_back(trained.prompt)
             state.returned[REWOUND] += 1
         state.trained -= len(lost)
@@ -238,19 +227,27 @@ class Broker:
     def return_group(self, group_id: str, reason: str) -> None:
         """Give the prompt back to the dataset; for a finished group that is counted as a drop.
 
-        A prompt that has timed out ``max_attempts`` times fails instead.
+        A prompt of which ``max_attempts`` groups timed out, or ``max_stale_drops`` went stale, fails instead. From its
+        second stale drop on it comes again behind all others, so that a few such prompts do not fill the window.
         """
-        state = self._state
-        in_flight = state.in_flight.get(group_id)
-        if reason == TIMEOUT and in_flight is not None and in_flight.attempt + 1 >= self._settings.max_attempts:
+        state, settings = self._state, self._settings
+        finished = group_id not in state.in_flight
+        earlier = self._outstanding(group_id).attempts
+        attempts = earlier.and_one(timed_out=reason == TIMEOUT, stale=reason == STALE)
+        timed_out, stale = attempts.timed_out, attempts.stale
+        if state.rules == 1:
+            timed_out, stale = attempts.issued, 0
+        if (reason == TIMEOUT and timed_out >= settings.max_attempts) or (
+            reason == STALE and stale >= settings.max_stale_drops
+        ):
             self.fail(group_id, reason)
             return
-        issue = self._end(group_id, f"returned ({reason})")
-        state.attempts[issue.ticket.prompt.prompt_id] = issue.attempt + 1
-        self._source.give_back(issue.ticket.prompt)
+        prompt = self._end(group_id, f"returned ({reason})").ticket.prompt
+        state.attempts[prompt.prompt_id] = attempts
+        self._source.give_back(prompt, defer=reason == STALE and stale > 1)
         state.exhausted = False
         state.returned[reason] += 1
-        if in_flight is None:
+        if finished:
             state.dropped[reason] += 1
 
     def fail(self, group_id: str, reason: str) -> None:
@@ -267,6 +264,12 @@ class Broker:
     def restore(self, state: PlainState) -> None:
         """Replace the state by one that ``state`` returned; the settings stay this broker's own."""
         self._state = BrokerState.from_plain(state, self._source)
+
+    def use_current_rules(self) -> bool:
+        """Decide by the rules of this release from now on; return whether the state was under earlier ones."""
+        earlier = self._state.rules != RULES
+        self._state.rules = RULES
+        return earlier
 
     def counts(self) -> GroupCounts:
         """Return the terms of invariant 5."""
@@ -316,9 +319,9 @@ class Broker:
 
     def _start(self, prompt: Prompt, worker: str) -> Ticket:
         state = self._state
-        attempt = state.attempts.pop(prompt.prompt_id, 0)
-        ticket = Ticket(f"{prompt.prompt_id}.{attempt}", prompt, state.version)
-        state.in_flight[ticket.group_id] = Issue(ticket, attempt, worker)
+        attempts = state.attempts.pop(prompt.prompt_id, Attempts())
+        ticket = Ticket(f"{prompt.prompt_id}.{attempts.issued}", prompt, state.version)
+        state.in_flight[ticket.group_id] = Issue(ticket, attempts, worker)
         state.issued += 1
         return ticket
 
@@ -334,16 +337,21 @@ class Broker:
 
     def _end(self, group_id: str, outcome: str) -> Issue:
         """Take an outstanding group off the books."""
-        state = self._state
-        group = state.queued.pop(group_id, None) or state.leased.pop(group_id, None)
-        issue = group.issue if group else state.in_flight.pop(group_id, None)
-        if issue is None:
-            raise self._wrong_state(group_id, "outstanding")
-        if group:
+        state, issue = self._state, self._outstanding(group_id)
+        state.in_flight.pop(group_id, None)
+        if group := state.queued.pop(group_id, None) or state.leased.pop(group_id, None):
             state.held_bytes -= group.meta.nbytes
         state.prompts.remove(issue.ticket.prompt.prompt_id)
         self._outcomes.append((group_id, outcome))
         return issue
+
+    def _outstanding(self, group_id: str) -> Issue:
+        state = self._state
+        if group := state.queued.get(group_id) or state.leased.get(group_id):
+            return group.issue
+        if group_id not in state.in_flight:
+            raise self._wrong_state(group_id, "outstanding")
+        return state.in_flight[group_id]
 
     def _all_leased(self, group_ids: Iterable[str]) -> list[str]:
         ids = list(group_ids)

@@ -9,23 +9,29 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from async_rl.metrics.records import GroupCounts
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import OnStale, free_slots
 from async_rl.types import Prompt
 
+RULES = 2
+"""Version of the rules by which the broker decides. A journal must be replayed by those under which it was written.
+
+1, that of release 0.1: a prompt that times out is given up by the number of its issues, whatever became of them, and
+one whose groups go stale comes again at once, without end."""
+
 
 class PromptSource(Protocol):
     """The dataset cursor, which yields each prompt id once, and again only after it was given back."""
 
     def next(self) -> Prompt | None:
-        """Return the next prompt, returned ones first; None when there is none left."""
+        """Return the next prompt, those given back first; None when there is none left."""
         ...
 
-    def give_back(self, prompt: Prompt) -> None:
-        """Put a prompt back into circulation."""
+    def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
+        """Put a prompt back into circulation; with ``defer`` behind all new ones of the epoch."""
         ...
 
     def prompt(self, prompt_id: str) -> Prompt:
@@ -54,11 +60,16 @@ class BrokerSettings:
     on_stale: OnStale
     """Drop a group once one of its tokens is over the bound ("drop"), or once all are ("mask")."""
     max_bytes: int
-    """Encoded bytes of queued and leased groups."""
+    """Encoded bytes of queued and leased groups, where that is more than a training step's groups have."""
     max_groups: int | None = None
     """Queued and leased groups; None for window_limit, which by itself never makes a worker wait."""
     max_attempts: int = 1
-    """Issues of a prompt whose groups time out, before the prompt is given up."""
+    """Groups of a prompt that time out before the prompt is given up."""
+    max_stale_drops: int = 8
+    """Finished groups of a prompt that are dropped as stale before the prompt is given up.
+
+    With ``on_stale`` "drop", a response that always outlives the bound would be sampled again and again. Where chance
+    alone drops a third of all groups, one prompt in 6,000 loses as many."""
     can_rewind: bool = False
     """Remember which prompts were trained since the oldest checkpoint, for ``Broker.rewind``."""
 
@@ -68,13 +79,33 @@ class BrokerSettings:
         return self.window_limit if self.max_groups is None else self.max_groups
 
 
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """What became of a prompt's earlier groups, none of which was trained."""
+
+    issued: int = 0
+    """Number of them; part of the id of the next."""
+    timed_out: int = 0
+    stale: int = 0
+    """Number of them that were dropped as stale when they were finished."""
+
+    def and_one(self, *, timed_out: bool, stale: bool) -> Attempts:
+        """Return the attempts including one more group that was not trained."""
+        return Attempts(self.issued + 1, self.timed_out + timed_out, self.stale + stale)
+
+    @classmethod
+    def from_plain(cls, plain: int | list[int]) -> Attempts:
+        """Build the record from its fields' values; release 0.1 has the first field alone."""
+        return cls(plain) if isinstance(plain, int) else cls(*plain)
+
+
 @dataclass(slots=True)
 class Issue:
     """One issue of one prompt, from ``issue`` until its group is trained, returned or failed."""
 
     ticket: Ticket
-    attempt: int
-    """0 for the first issue of the prompt; part of the group id."""
+    attempts: Attempts
+    """What became of the prompt before this issue."""
     worker: str
     """The worker that generates the group, or generated it."""
 
@@ -98,7 +129,7 @@ class Trained:
 
 
 IssueFields = list[Any]
-"""[group id, prompt id, version, attempt, worker]"""
+"""[group id, prompt id, version, the values of Attempts' fields, worker]"""
 FinishedFields = list[Any]
 """[IssueFields, the values of GroupMeta's fields in order]"""
 
@@ -106,12 +137,15 @@ FinishedFields = list[Any]
 class PlainState(TypedDict):
     """A ``BrokerState`` in msgpack's types. Journals and checkpoints hold it, so its keys stay as they are."""
 
+    rules: NotRequired[int]
+    """``RULES`` of the broker that had this state; missing in those of release 0.1."""
     version: int
     running: list[IssueFields]
     """Groups in flight. The key dates from when they were called running."""
     queued: list[FinishedFields]
     leased: list[FinishedFields]
-    attempts: dict[str, int]
+    attempts: dict[str, Any]
+    """{prompt id: the values of Attempts' fields}."""
     exhausted: bool
     step_is_open: bool
     issued: int
@@ -130,6 +164,7 @@ class PlainState(TypedDict):
 class BrokerState:
     """All that the next decision depends on, apart from the settings and the dataset cursor."""
 
+    rules: int = RULES
     version: int = 0
     """The policy version whose window is open."""
     in_flight: dict[str, Issue] = field(default_factory=dict)
@@ -142,8 +177,8 @@ class BrokerState:
     """Ids of all outstanding prompts: in flight, queued and leased."""
     held_bytes: int = 0
     """Encoded bytes of queued and leased groups."""
-    attempts: dict[str, int] = field(default_factory=dict)
-    """{prompt id: its next attempt} of the prompts that were returned and not issued since."""
+    attempts: dict[str, Attempts] = field(default_factory=dict)
+    """{prompt id: what became of it} of the prompts that were returned and not issued since."""
     exhausted: bool = False
     """Whether the dataset had no prompt left when last asked."""
     step_is_open: bool = False
@@ -163,17 +198,19 @@ class BrokerState:
 
         def fields(issue: Issue) -> IssueFields:
             ticket = issue.ticket
-            return [ticket.group_id, ticket.prompt.prompt_id, ticket.version, issue.attempt, issue.worker]
+            attempts = list(astuple(issue.attempts))
+            return [ticket.group_id, ticket.prompt.prompt_id, ticket.version, attempts, issue.worker]
 
         def finished(groups: Iterable[Finished]) -> list[FinishedFields]:
             return [[fields(group.issue), list(astuple(group.meta))] for group in groups]
 
         return {
+            "rules": self.rules,
             "version": self.version,
             "running": [fields(issue) for issue in self.in_flight.values()],
             "queued": finished(self.queued.values()),
             "leased": finished(self.leased.values()),
-            "attempts": self.attempts,
+            "attempts": {prompt_id: list(astuple(attempts)) for prompt_id, attempts in self.attempts.items()},
             "exhausted": self.exhausted,
             "step_is_open": self.step_is_open,
             "issued": self.issued,
@@ -192,8 +229,8 @@ class BrokerState:
         source.restore(plain["source"])
 
         def issue(fields: IssueFields) -> Issue:
-            group_id, prompt_id, version, attempt, worker = fields
-            return Issue(Ticket(group_id, source.prompt(prompt_id), version), attempt, worker)
+            group_id, prompt_id, version, attempts, worker = fields
+            return Issue(Ticket(group_id, source.prompt(prompt_id), version), Attempts.from_plain(attempts), worker)
 
         def finished(groups: list[FinishedFields]) -> dict[str, Finished]:
             found = [Finished(issue(fields), GroupMeta.from_fields(meta)) for fields, meta in groups]
@@ -203,13 +240,14 @@ class BrokerState:
         queued, leased = finished(plain["queued"]), finished(plain["leased"])
         held = [*queued.values(), *leased.values()]
         return cls(
+            rules=plain.get("rules", 1),
             version=plain["version"],
             in_flight=in_flight,
             queued=queued,
             leased=leased,
             prompts={i.ticket.prompt.prompt_id for i in [*in_flight.values(), *(group.issue for group in held)]},
             held_bytes=sum(group.meta.nbytes for group in held),
-            attempts=dict(plain["attempts"]),
+            attempts={prompt_id: Attempts.from_plain(plain) for prompt_id, plain in plain["attempts"].items()},
             exhausted=plain["exhausted"],
             step_is_open=plain["step_is_open"],
             issued=plain["issued"],

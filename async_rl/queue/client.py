@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
+import structlog
 from ray.exceptions import RayTaskError
 
 from async_rl.config.schema import RunConfig
@@ -33,6 +35,8 @@ from async_rl.types import Group
 
 if TYPE_CHECKING:
     from async_rl.queue.redis_store import RedisGroups
+
+log = structlog.get_logger(__name__)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -110,6 +114,7 @@ class QueueClient:
         self._outbox: list[tuple[str, GroupMeta]] = []
         self._gathering: asyncio.Task[list[bool | QueueError]] | None = None
         self._sending = asyncio.Lock()
+        self._warned = False
 
     def __reduce__(self) -> tuple[type[QueueClient], tuple[Any]]:
         return QueueClient, (self.actor,)
@@ -236,8 +241,14 @@ class QueueClient:
         return await self._call(QueueActor.counts)
 
     async def stats(self) -> QueueStats:
-        """Return the queue's figures at this moment."""
-        return await self._call(QueueActor.stats)
+        """Return the queue's figures at this moment. Warn once when its groups exceed queue.max_bytes."""
+        stats = await self._call(QueueActor.stats)
+        if stats.held_bytes > stats.max_bytes and not self._warned:
+            self._warned = True
+            groups = stats.queued_groups + stats.leased_groups
+            enough = math.ceil(stats.held_bytes / groups * stats.max_groups)
+            log.warning("queue_bytes_exceeded", max_bytes=stats.max_bytes, groups=groups, enough=enough)
+        return stats
 
     async def state(self) -> PlainState:
         """Return the broker's state, for a checkpoint."""

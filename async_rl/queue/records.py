@@ -124,7 +124,7 @@ class QueueStats:
     queued_bytes: int
     leased_groups: int
     held_bytes: int
-    """Encoded bytes of queued and leased groups, which max_bytes bounds."""
+    """Encoded bytes of queued and leased groups. Above max_bytes, there are no more than a training step needs."""
     max_groups: int
     """Bound on queued and leased groups together."""
     max_bytes: int

@@ -145,6 +145,9 @@ class RedisJournal:
         self._key = _key(run, "journal")
         self._bytes = 0
 
+    def __str__(self) -> str:
+        return f"Redis stream {self._key}"
+
     def replay(self) -> Iterator[Event]:
         start = "-"
         while page := self._client.xrange(self._key, start, "+", count=1000):

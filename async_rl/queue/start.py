@@ -5,15 +5,17 @@ Knows the settings, Ray, and every part of the queue; no part of the queue knows
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
-from async_rl.queue.actor import QueueActor
+from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings, PlainState, PromptSource
 from async_rl.queue.client import QueueClient, open_groups
@@ -53,22 +55,34 @@ def start_queue(
     first death is final. With queue.backend redis the journal is in Redis, and the actor starts from what it holds.
     state: what ``QueueClient.state`` gave for a checkpoint, to start from where the journal is empty.
     """
+    broker = build_broker(config, source)
+    if state is not None:
+        broker.restore(cast(PlainState, state))
     open_journal: Callable[[], Journal] | None = None
+    options: dict[str, Any] = {}
     if config.queue.backend == "redis":
         from async_rl.queue.redis_store import RedisJournal
 
         open_journal = functools.partial(RedisJournal, config.queue.redis, config.name)
+        _begin(open_journal(), broker)
     elif journal is not None:
         open_journal = functools.partial(FileJournal, journal)
-    broker = build_broker(config, source)
-    if state is not None:
-        broker.restore(cast(PlainState, state))
-    restarts = {} if open_journal is None else {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
-    actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **restarts)(_QueueProcess)
+        _begin(FileJournal(journal, create=True), broker)
+        # On the host that has the file. That is the driver's, without which there is no run to rebuild the queue for.
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    if open_journal is not None:
+        options |= {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
+    actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **options)(_QueueProcess)
     # The broker holds the dataset. Ray does not keep a large argument until the actor restarts, and complains of any
     # reference among the arguments. A pickled reference keeps its object for as long as this process lives.
     actor = actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), open_journal)
     return QueueClient(actor, open_groups(config, "driver"))
+
+
+def _begin(journal: Journal, broker: Broker) -> None:
+    with contextlib.closing(journal):
+        begin(journal, broker)
 
 
 class _QueueProcess(QueueActor):

@@ -37,8 +37,11 @@ import xxhash
 
 from async_rl.errors import WireError
 
-MAX_MESSAGE_BYTES = 2**30
-"""Half of the queue's default byte bound; a group of 8 x 32k tokens with [48, 8] routing is a tenth of it."""
+MAX_MESSAGE_BYTES = 2**40
+"""More than any group has: 64 responses of a million tokens, at 1.5 kB of routed experts a token, are a tenth of it.
+
+It only keeps sizes within what NumPy can count. No memory is allocated for what a message says of itself: the length is
+that of the buffer, and arrays are views on it. How many messages are held at once is bounded by queue.max_bytes."""
 
 _PREAMBLE = struct.Struct("<4sIQQII")
 _CHECKED_FROM = 16  # directly after the checksum

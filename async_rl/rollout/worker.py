@@ -30,6 +30,7 @@ from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout import in_flight
 from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
+from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate, Outstanding
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
@@ -39,7 +40,6 @@ from async_rl.types import ExpertIds, Group, Trajectory
 
 log = structlog.get_logger(__name__)
 
-_WATCH_PERIOD_S = 1.0
 # Routed experts up to this size are checked and copied on the event loop, within 0.1 ms, which is what a thread costs.
 _SMALL_BYTES = 64 * 2**10
 
@@ -99,7 +99,8 @@ class RolloutWorker:
     async def run(self) -> None:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
-        watch = asyncio.create_task(self._watch_engine())
+        limit = self._config.watchdog.stall_s
+        watch = asyncio.create_task(watch_engine(self._name, self._engine, self._gate, limit))
         try:
             await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done() and not self._stopping:
@@ -113,30 +114,6 @@ class RolloutWorker:
         finally:
             watch.cancel()
             self._work.cancel()
-
-    async def _watch_engine(self) -> None:
-        """Raise EngineDied soon after the engine died, or when it has not answered for watchdog.stall_s.
-
-        During a weight sync there may be no call that would notice a death. The time of a sync itself does not count:
-        sync.timeout_s limits that.
-        """
-        limit = self._config.watchdog.stall_s
-        ping = asyncio.ensure_future(self._engine.ping())
-        waited = 0.0
-        try:
-            while True:
-                await asyncio.sleep(_WATCH_PERIOD_S)
-                self._engine.check_alive()
-                if ping.done():
-                    ping.result()
-                    ping = asyncio.ensure_future(self._engine.ping())
-                    waited = 0.0
-                elif self._gate.is_open:
-                    waited += _WATCH_PERIOD_S
-                if waited > limit:
-                    raise EngineDied(f"{self._name}: the engine has not answered for {limit:g} s (watchdog.stall_s)")
-        finally:
-            ping.cancel()
 
     async def _keep_engine_full(self) -> None:
         async with asyncio.TaskGroup() as groups:

@@ -18,8 +18,8 @@ from pathlib import Path
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
-from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
+from tests.support.queue_parts import begin_journal
 from tests.support.simulation import cursor
 
 REPLICAS, PER_REPLICA, REQUIRED, ROUNDS = 1000, 8, 4000, 12
@@ -38,7 +38,7 @@ class Subject:
             can_rewind=True,
         )
         self.broker = Broker(cursor(100_000), settings)
-        self.actor = QueueActor(self.broker, None if path is None else lambda: FileJournal(path))
+        self.actor = QueueActor(self.broker, None if path is None else begin_journal(path, self.broker))
         self.calls = 0
         self.microseconds: dict[str, list[float]] = defaultdict(list)
         self.running: list[str] = []

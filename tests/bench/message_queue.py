@@ -47,7 +47,7 @@ class Endless:
         self.row += 1
         return Prompt(f"0-{self.row}", self.row, "", np.zeros(1, dtype=np.int32))
 
-    def give_back(self, prompt: Prompt) -> None:
+    def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
         raise AssertionError(f"nothing is given back here, but {prompt.prompt_id} was")
 
 

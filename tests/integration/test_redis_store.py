@@ -9,7 +9,7 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
 from async_rl.queue import redis_store
-from async_rl.queue.actor import QueueActor
+from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.journal import FileJournal
 from tests.support.queue_parts import Source, make_broker, meta
 from tests.support.redis_server import RedisServer
@@ -41,8 +41,9 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
     name = f"run-{uuid.uuid4().hex[:8]}"
     for open_journal in (
         functools.partial(redis_store.RedisJournal, settings, name),
-        functools.partial(FileJournal, tmp_path / "journal"),
+        functools.partial(FileJournal, tmp_path / "journal", create=True),
     ):
+        begin(open_journal(), make_broker(Source(50)))
         actor = QueueActor(make_broker(Source(50)), open_journal)
         tickets = await actor.take("1", "w", 4)
         await actor.put("2", meta(tickets[0]))

@@ -33,7 +33,8 @@ def check(run, tmp_path, journal=None) -> None:
     state = rebuilt(config, journal)
     outstanding = [fields[1] for fields in state["running"]]
     outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
-    circulating, failed = state["source"]["returned"], sum(state["failed"].values())
+    circulating = state["source"]["returned"] + state["source"]["deferred"]
+    failed = sum(state["failed"].values())
     assert state["trained"] == len(trained)
     assert state["issued"] == len(trained) + len(outstanding) + sum(state["returned"].values()) + failed
     everywhere = trained + outstanding + circulating

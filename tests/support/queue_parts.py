@@ -1,44 +1,51 @@
 """Stand-ins for the dataset's cursor and finished groups in tests of the queue, and a small broker."""
 
+import contextlib
+import functools
 from collections import deque
 
 import numpy as np
 
+from async_rl.queue.actor import begin
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
+from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
 from async_rl.types import Prompt
 
 
 class Source:
-    """A source of the prompts "0-1" to "0-<rows>", those given back first."""
+    """A source of the prompts "0-1" to "0-<rows>", those given back first and the deferred ones last."""
 
     def __init__(self, rows=10**6):
         self.rows = rows
         self.row = 0
         self.circulating = deque()
+        self.deferred = deque()
 
     def next(self):
         if self.circulating:
             return self.circulating.popleft()
         if self.row == self.rows:
-            return None
+            return self.deferred.popleft() if self.deferred else None
         self.row += 1
         return Prompt(f"0-{self.row}", self.row, "", np.array([1], dtype=np.int32))
 
-    def give_back(self, prompt):
-        self.circulating.append(prompt)
+    def give_back(self, prompt, *, defer=False):
+        (self.deferred if defer else self.circulating).append(prompt)
 
     def prompt(self, prompt_id):
         row = int(prompt_id.partition("-")[2])
         return Prompt(prompt_id, row, "", np.array([1], dtype=np.int32))
 
     def state(self):
-        return {"rows": self.rows, "row": self.row, "circulating": [prompt.prompt_id for prompt in self.circulating]}
+        circulating, deferred = ([p.prompt_id for p in prompts] for prompts in (self.circulating, self.deferred))
+        return {"rows": self.rows, "row": self.row, "circulating": circulating, "deferred": deferred}
 
     def restore(self, state):
         self.rows, self.row = state["rows"], state["row"]
         self.circulating = deque(map(self.prompt, state["circulating"]))
+        self.deferred = deque(map(self.prompt, state.get("deferred", ())))
 
 
 def make_broker(source=None, version=0, **settings):
@@ -50,6 +57,13 @@ def make_broker(source=None, version=0, **settings):
         "max_bytes": 1000,
     }
     return Broker(source or Source(), BrokerSettings(**defaults | settings), version=version)
+
+
+def begin_journal(path, broker, kind=FileJournal):
+    """Begin the journal of a queue, as the driver does; return what opens it."""
+    with contextlib.closing(FileJournal(path, create=True)) as journal:
+        begin(journal, broker)
+    return functools.partial(kind, path)
 
 
 def meta(ticket, nbytes=10, oldest=None, newest=None):

@@ -40,6 +40,7 @@ class Fleet:
         max_staleness=4,
         on_stale="mask",
         max_groups=None,
+        max_bytes=10**12,
         checkpoint_every=0,
         rows=10_000,
         seed=0,
@@ -58,7 +59,7 @@ class Fleet:
             window_limit=self.limit,
             max_staleness=max_staleness,
             on_stale=on_stale,
-            max_bytes=10**12,
+            max_bytes=max_bytes,
             max_groups=max_groups,
             max_attempts=3,
             can_rewind=checkpoint_every > 0,
@@ -129,7 +130,8 @@ class Fleet:
     def finish(self, replica: int, life: int, ticket, began: int) -> None:
         if self.lives[replica] != life:
             return
-        meta = GroupMeta(ticket.group_id, 100, 1000, began, self.version, 8, 0)
+        nbytes = int(1000 * (1 + self.version / 10) * self.chance.uniform(0.1, 2))  # responses grow as the run goes on
+        meta = GroupMeta(ticket.group_id, 100, nbytes, began, self.version, 8, 0)
         if not self.publish(replica, life, meta):
             self.full.append((replica, life, meta))
 
@@ -207,12 +209,14 @@ class Fleet:
         assert counts.add_up
         assert counts.trained == len(self.trained)
         assert counts.outstanding <= stats.window_groups <= self.limit
-        assert stats.queued_groups + stats.leased_groups <= stats.max_groups
+        held = stats.queued_groups + stats.leased_groups
+        assert held <= stats.max_groups
+        assert stats.held_bytes <= stats.max_bytes or held <= self.required
         state = self.broker.state()
         outstanding = [fields[1] for fields in state["running"]]
         outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
-        everywhere = [*self.trained, *outstanding, *state["source"]["returned"]]
-        assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         source = state["source"]
+        everywhere = [*self.trained, *outstanding, *source["returned"], *source["deferred"]]
+        assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         passed = source["epoch"] * self.rows + source["index"]
         assert passed == len(everywhere) + counts.failed, "a prompt is nowhere"

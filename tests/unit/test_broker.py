@@ -1,5 +1,7 @@
 """The broker: a state machine under arbitrary calls, and its edges one by one."""
 
+from collections import Counter
+
 import msgpack
 import pytest
 from hypothesis import settings
@@ -48,6 +50,7 @@ class BrokerMachine(RuleBasedStateMachine):
             "max_staleness": max_staleness,
             "on_stale": on_stale,
             "max_attempts": 2,
+            "max_stale_drops": 3,
             "can_rewind": True,
         }
         self.broker = make_broker(self.source, **self.settings)
@@ -58,7 +61,15 @@ class BrokerMachine(RuleBasedStateMachine):
         self.workers, self.prompts, self.trained, self.past = {}, {}, [], []
         self.step, self.checkpoint = 0, 0
         self.trained_at = {}  # prompt id: step, of what can be taken back
+        self.timeouts, self.stale = Counter(), Counter()  # prompt id: groups since it was last trained
         self.issued = self.returned = self.failed = self.dropped = 0
+
+    def book_fail(self, group_id):
+        for state in (self.running, self.queued, self.leased):
+            state.pop(group_id, None)
+        self.failed += 1
+        self.window -= 1
+        self.past.append(group_id)
 
     def book_return(self, group_id):
         for state in (self.running, self.queued, self.leased):
@@ -72,11 +83,13 @@ class BrokerMachine(RuleBasedStateMachine):
         for group_id, m in list(self.queued.items()):
             version = m.oldest_version if self.on_stale == "drop" else m.newest_version
             if self.version - version > self.max_staleness:
-                self.book_return(group_id)
+                prompt = self.prompts[group_id]
+                self.stale[prompt] += 1
+                (self.book_fail if self.stale[prompt] == 3 else self.book_return)(group_id)
 
     @rule(worker=st.sampled_from("abc"), limit=st.integers(0, 6))
     def issue(self, worker, limit):
-        available = self.source.rows - self.source.row + len(self.source.circulating)
+        available = self.source.rows - self.source.row + len(self.source.circulating) + len(self.source.deferred)
         tickets = self.broker.issue(worker, limit)
         assert len(tickets) == min(limit, max(0, self.limit - self.window), available)
         for ticket in tickets:
@@ -90,31 +103,23 @@ class BrokerMachine(RuleBasedStateMachine):
         self.window += len(tickets)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), nbytes=st.integers(1, 50), age=st.integers(0, 4), span=st.integers(0, 4))
+    @rule(data=st.data(), nbytes=st.integers(1, 150), age=st.integers(0, 4), span=st.integers(0, 4))
     def put(self, data, nbytes, age, span):
         ticket = self.running[data.draw(st.sampled_from(sorted(self.running)))]
         oldest = max(0, self.version - age)
         group = meta(ticket, nbytes, oldest, min(self.version, oldest + span))
         held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
         fits = sum(held) + nbytes <= self.max_bytes and len(held) < self.max_groups
-        try:
-            full = self.broker.full_for(nbytes)
-        except QueueError:
-            assert not fits
-            assert self.waits_for_more or not self.leased
-            assert len(held) < self.required
-            return
-        assert full is not fits
+        full = not fits and len(held) >= self.required  # a training step's groups always fit
+        assert self.broker.full_for(nbytes) is full
         if full:
-            # One that is larger than the whole queue is told so, room or not.
-            with pytest.raises(QueueError, match="full" if nbytes <= self.max_bytes else "queue.max_bytes is"):
+            with pytest.raises(QueueError, match="full"):
                 self.broker.put(group)
             return
-        dropped = self.dropped
         del self.running[ticket.group_id]
         self.queued[ticket.group_id] = group
         self.book_stale()
-        assert self.broker.put(group) is (dropped == self.dropped)
+        assert self.broker.put(group) is (group.group_id in self.queued)
 
     @rule(n=st.integers(1, 4), data=st.data())
     def lease(self, n, data):
@@ -144,6 +149,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for group_id in chosen:
             del self.leased[group_id]
             self.trained.append(self.prompts[group_id])
+            del self.timeouts[self.prompts[group_id]], self.stale[self.prompts[group_id]]
             self.trained_at[self.prompts[group_id]] = self.step
             self.past.append(group_id)
 
@@ -191,13 +197,9 @@ class BrokerMachine(RuleBasedStateMachine):
     def times_out(self, data):
         group_id = data.draw(st.sampled_from(sorted(self.running)))
         self.broker.return_group(group_id, "timeout")
-        if int(group_id.rpartition(".")[2]) == 0:
-            self.book_return(group_id)
-        else:  # the second time
-            del self.running[group_id]
-            self.failed += 1
-            self.window -= 1
-            self.past.append(group_id)
+        prompt = self.prompts[group_id]
+        self.timeouts[prompt] += 1
+        (self.book_fail if self.timeouts[prompt] == 2 else self.book_return)(group_id)
 
     @precondition(lambda self: self.running or self.past)
     @rule(worker=st.sampled_from("abc"), data=st.data())
@@ -214,11 +216,7 @@ class BrokerMachine(RuleBasedStateMachine):
         group_id = data.draw(st.sampled_from(sorted(self.running | self.queued | self.leased)))
         if fail:
             self.broker.fail(group_id, "reward")
-            for state in (self.running, self.queued, self.leased):
-                state.pop(group_id, None)
-            self.failed += 1
-            self.window -= 1
-            self.past.append(group_id)
+            self.book_fail(group_id)
         else:
             self.broker.return_group(group_id, "interrupted")
             self.book_return(group_id)
@@ -267,18 +265,21 @@ class BrokerMachine(RuleBasedStateMachine):
         assert (counts.issued, counts.trained) == (self.issued, len(self.trained))
         assert (counts.returned, counts.failed, counts.dropped) == (self.returned, self.failed, self.dropped)
         # No prompt is skipped: whatever the cursor passed is outstanding, trained, failed or in circulation.
-        assert self.source.row == outstanding + len(self.trained) + self.failed + len(self.source.circulating)
+        circulating = len(self.source.circulating) + len(self.source.deferred)
+        assert self.source.row == outstanding + len(self.trained) + self.failed + circulating
 
     @invariant()
     def invariant_6_bounded(self):
         stats = self.broker.stats()
         held = [m.nbytes for m in [*self.queued.values(), *self.leased.values()]]
-        assert stats.held_bytes == sum(held) <= self.max_bytes
+        assert stats.held_bytes == sum(held)
+        assert sum(held) <= self.max_bytes or len(held) <= self.required
         assert stats.queued_groups + stats.leased_groups == len(held) <= self.max_groups
         assert stats.counts.outstanding <= stats.window_groups == self.window <= self.limit
         # Nothing is remembered of finished groups but a few outcomes, and attempts of circulating prompts.
         assert len(self.broker._outcomes) <= 2 * self.limit
-        assert set(self.broker._state.attempts) == {p.prompt_id for p in self.source.circulating}
+        circulating = [*self.source.circulating, *self.source.deferred]
+        assert set(self.broker._state.attempts) == {p.prompt_id for p in circulating}
 
 
 BrokerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -318,6 +319,68 @@ def test_invariant_4_at_max_staleness_0_everything_goes_stale_at_once():
     assert stats.dropped == {"stale": 3}
     assert (stats.queued_groups, stats.held_bytes) == (0, 0)
     assert [ticket.group_id for ticket in broker.issue("w", 9)] == ["0-1.1", "0-2.1", "0-3.1", "0-4.0"]
+
+
+def test_a_prompt_is_given_up_by_its_time_outs_and_not_by_other_losses():
+    broker = make_broker(Source(rows=1), max_attempts=2, on_stale="drop")
+    for version in (1, 2):
+        broker.issue("w", 1)
+        broker.worker_lost("w")
+        (stale,) = finish(broker, oldest=0)
+        broker.return_group(stale, "payload_lost")
+        broker.advance(version)
+    (first,) = broker.issue("w", 1)
+    broker.return_group(first.group_id, "timeout")
+    (second,) = broker.issue("w", 1)
+    assert second.group_id == "0-1.5"
+    broker.restore(msgpack.unpackb(msgpack.packb(broker.state())))  # its time-outs are part of the state
+    broker.return_group(second.group_id, "timeout")
+    assert broker.stats().failed == {"timeout": 1}
+    assert broker.issue("w", 1) == []
+
+
+def go_stale(broker, ticket):
+    """Put a group that outlived the bound."""
+    broker.advance(broker.version + 2)
+    assert not broker.put(meta(ticket, oldest=broker.version - 2, newest=broker.version))
+
+
+def test_a_prompt_whose_groups_go_stale_again_and_again_comes_last_and_not_forever():
+    source = Source(rows=4)
+    broker = make_broker(source, on_stale="drop", max_stale_drops=4)
+    (ticket,) = broker.issue("w", 1)
+    go_stale(broker, ticket)
+    (ticket,) = broker.issue("w", 1)
+    assert ticket.group_id == "0-1.1"  # once may be chance: it comes first
+    go_stale(broker, ticket)
+    others = broker.issue("w", 3)
+    assert [other.prompt.prompt_id for other in others] == ["0-2", "0-3", "0-4"]
+    (ticket,) = broker.issue("w", 1)
+    assert ticket.group_id == "0-1.2"
+    go_stale(broker, ticket)
+    broker.restore(msgpack.unpackb(msgpack.packb(broker.state())))  # its drops are part of the state
+    (ticket,) = broker.issue("w", 1)
+    assert ticket.group_id == "0-1.3"
+    go_stale(broker, ticket)
+    stats = broker.stats()
+    assert (stats.dropped, stats.failed) == ({"stale": 3}, {"stale": 1})
+    assert stats.counts.add_up
+    assert broker.issue("w", 1) == []
+
+
+def test_training_clears_what_a_prompts_groups_met_before():
+    broker = make_broker(Source(rows=1), max_attempts=2, can_rewind=True)
+    (ticket,) = broker.issue("w", 1)
+    broker.return_group(ticket.group_id, "timeout")
+    (trained,) = finish(broker)
+    broker.lease(1, "t")
+    broker.ack([trained], 1)
+    broker.rewind(0)
+    broker.advance(1)
+    (again,) = broker.issue("w", 1)
+    assert again.group_id == "0-1.2"
+    broker.return_group(again.group_id, "timeout")
+    assert broker.stats().failed == {}
 
 
 def test_mask_keeps_a_group_with_one_fresh_token_and_drops_one_without():
@@ -412,24 +475,35 @@ def test_ack_is_all_or_nothing():
     broker.ack([order[0]])
 
 
-def test_bytes_that_cannot_hold_one_step_are_an_error_that_names_the_key():
-    broker = make_broker(max_bytes=25, required_groups=3)
-    finish(broker, 2)
-    (ticket,) = broker.issue("w", 1)
-    with pytest.raises(QueueError, match=r"queue\.max_bytes: 25 .* 3 groups .* set it to at least 30"):
-        broker.put(meta(ticket))
-
+def test_the_groups_of_a_training_step_are_admitted_whatever_their_size():
     broker = make_broker(max_bytes=25, required_groups=2)
-    finish(broker, 2)
-    broker.lease(2, "t")
-    assert broker.full_for(10)  # a whole step is leased: room will come
+    tickets = broker.issue("w", 4)
+    broker.put(meta(tickets[0], nbytes=26))  # larger than the bound alone
+    assert not broker.full_for(10**9)
+    broker.put(meta(tickets[1], nbytes=10**9))
+    assert broker.full_for(1)  # no more than the step needs
+    leased = ids(broker.lease(2, "t"))
+    assert broker.full_for(1)  # in training, payloads are kept
+    broker.ack(leased)
+    broker.put(meta(tickets[2], nbytes=30))
 
 
-def test_a_group_larger_than_the_bound_is_an_error_that_names_the_key():
-    broker = make_broker(max_bytes=25)
+def test_a_step_that_leases_groups_as_they_come_gets_the_rest_of_them():
+    broker = make_broker(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
+    finish(broker, 2, nbytes=60)
+    leased = ids(broker.lease(3, "t", at_least=1))
+    assert len(leased) == 2
+    leased += finish(broker, 1, nbytes=60)
+    assert broker.full_for(60)
+    assert len(broker.lease(1, "t")) == 1
+    broker.ack(leased)
+
+
+def test_a_group_without_bytes_is_refused():
+    broker = make_broker()
     (ticket,) = broker.issue("w", 1)
-    with pytest.raises(QueueError, match=r"26 bytes, and queue\.max_bytes is 25; .* 2 such groups .* at least 52"):
-        broker.put(meta(ticket, nbytes=26))
+    with pytest.raises(QueueError, match="its message has 0 bytes"):
+        broker.put(meta(ticket, nbytes=0))
     assert broker.counts().outstanding == 1
 
 
@@ -497,14 +571,6 @@ def test_a_dataset_that_repeats_an_outstanding_prompt_is_refused():
     with pytest.raises(QueueError, match="prompt 0-1"):
         broker.issue("w", 2)
     assert broker.counts().issued == 0
-
-
-def test_a_step_that_leases_groups_as_they_come_is_told_when_the_rest_has_no_room():
-    broker = make_broker(Source(9), required_groups=3, window_limit=6, max_groups=6, max_bytes=100)
-    finish(broker, 2, nbytes=50)
-    assert len(broker.lease(3, "t", at_least=1)) == 2
-    with pytest.raises(QueueError, match=r"queue\.max_bytes: 100 is too small for the 3 groups .* at least 150"):
-        broker.full_for(50)
 
 
 def test_what_is_leased_does_not_count_as_what_may_still_come():

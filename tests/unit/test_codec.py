@@ -2,6 +2,7 @@
 
 import dataclasses
 import struct
+import tracemalloc
 from types import MappingProxyType
 
 import msgpack
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from async_rl.errors import WireError
 from async_rl.queue.codec import SCHEMA_VERSION, decode, encode
+from async_rl.queue.wire import MAX_MESSAGE_BYTES
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
 JSON = st.recursive(
@@ -180,7 +182,33 @@ def test_oversized_is_refused_on_both_sides_before_anything_is_read():
     assert_same(decode(message, max_bytes=len(message)), small_group())
 
 
+def test_no_group_of_long_responses_is_too_large():
+    tokens, routing_and_tokens = 64 * 42_000, 400  # a token of 48 layers with 8 experts, with its id and log-prob
+    assert tokens * routing_and_tokens > 2**30
+    assert tokens * routing_and_tokens * 100 < MAX_MESSAGE_BYTES
+    assert MAX_MESSAGE_BYTES * 4 < 2**63  # what NumPy can count, in values of four bytes
+
+
 # Malformed messages
+
+
+def test_what_a_message_says_of_its_size_is_refused_before_memory_is_allocated():
+    message = encode(small_group()).tobytes()
+    length, table = bytearray(message), bytearray(message)
+    struct.pack_into("<Q", length, 16, MAX_MESSAGE_BYTES)
+    struct.pack_into("<I", table, 24, 2**32 - 1)
+    huge = [resealed(lambda table, shape=shape: entry(table, "prompt").__setitem__(2, shape)) for shape in HUGE]
+    tracemalloc.start()
+    try:
+        for damaged in (length, table, *huge):
+            with pytest.raises(WireError, match=r"truncated|states a table|bytes at offset|is not one that"):
+                decode(damaged)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = ([2**38], [2**20, 2**20], [2**40, 2], [2**62, 2**62, 2**62], [0, 2**40], [0, 2**62])
 
 
 def test_a_message_truncated_anywhere_is_refused():

@@ -16,6 +16,7 @@ from tests.support.simulation import Fleet
     max_staleness=st.integers(0, 3),
     on_stale=st.sampled_from(["mask", "drop"]),
     room=st.integers(0, 4),
+    max_bytes=st.sampled_from([1, 3000, 10**12]),
     checkpoint_every=st.integers(1, 3),
     deaths=st.sampled_from([0.0, 0.1]),
     trainer_deaths=st.sampled_from([0.0, 0.1]),
@@ -45,6 +46,14 @@ def test_no_deadlock_at_the_edges(settings):
         assert set(fleet.ages) == {0}
     if settings.get("threshold") == 0.0 and "trigger" not in settings:
         assert set(fleet.ages) == {0}, "synchronous training"
+
+
+def test_responses_that_outgrow_the_queues_bytes_slow_a_run_down_and_do_not_end_it():
+    """At first there is room for three steps' groups; at the end a step's have many times as many bytes."""
+    fleet = Fleet(replicas=4, capacity=8, required=8, threshold=2.0, max_bytes=24_000)
+    fleet.run(200)
+    assert fleet.version > 100
+    assert fleet.broker.stats().counts.trained == 8 * 200
 
 
 def test_a_group_that_never_finishes_is_given_up():

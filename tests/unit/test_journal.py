@@ -1,9 +1,11 @@
 """The queue rebuilt from its journal, wherever it died: against a twin that never does."""
 
 import base64
+import contextlib
 import copy
 import functools
 import os
+import resource
 import tempfile
 import zlib
 from pathlib import Path
@@ -14,12 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from async_rl.errors import QueueError
+from async_rl.queue import actor as queue_actor
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
-from tests.support.queue_parts import Source, make_broker
+from tests.support.queue_parts import Source, begin_journal, make_broker
 from tests.support.simulation import cursor
 
 
@@ -67,7 +70,7 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.folder = tempfile.TemporaryDirectory()
-        self.open = functools.partial(CrashingJournal, Path(self.folder.name) / "journal")
+        self.open = begin_journal(Path(self.folder.name) / "journal", broker(), CrashingJournal)
         self.subject, self.twin = QueueActor(broker(), self.open), QueueActor(broker())
         self.calls = self.version = self.step = 0
         self.running, self.queued, self.leased = [], [], []
@@ -116,12 +119,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data(), nbytes=st.integers(1, 300), crash=crashes)
     def put(self, data, nbytes, crash):
         meta = GroupMeta(data.draw(st.sampled_from(self.running)), 9, nbytes, self.version, self.version, 2, 0, (4, 5))
-        try:
-            if self.twin._broker.full_for(nbytes):
-                return
-        except QueueError:
-            return
-        self.call("put", meta, crash=crash)
+        if not self.twin._broker.full_for(nbytes):
+            self.call("put", meta, crash=crash)
 
     @precondition(lambda self: self.queued)
     @rule(data=st.data(), crash=crashes)
@@ -172,7 +171,7 @@ test_invariant_5_wherever_the_queue_dies = QueueMachine.TestCase
 
 
 def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
-    journal = FileJournal(tmp_path / "journal")
+    journal = FileJournal(tmp_path / "journal", create=True)
     for version in (1, 2, 3):
         journal.append([str(version), "advance", [version]])
     data = bytearray((tmp_path / "journal").read_bytes())
@@ -180,6 +179,137 @@ def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
     (tmp_path / "journal").write_bytes(data)
     with pytest.raises(QueueError, match="damaged at byte 0"):
         list(journal.replay())
+
+
+@contextlib.contextmanager
+def room_for(nbytes):
+    """Let no file grow beyond this size: the kernel takes a part of a write, then refuses, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_event_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(tmp_path):
+    path = tmp_path / "journal"
+    journal = FileJournal(path, create=True)
+    events = [["a", "issue", ["w", 1]], ["b", "issue", ["w", 2]]]
+    journal.append(events[0])
+    before = path.read_bytes()
+    with room_for(len(before) + 5):
+        with pytest.raises(QueueError, match=rf"{path}: File too large after 5 of the \d+ bytes .* has \d+ bytes free"):
+            journal.append(events[1])
+        with pytest.raises(QueueError, match=rf"{path}\.tmp: File too large after"):
+            journal.compact(["", "restore", ["x" * len(before) * 2, []]])
+    assert path.read_bytes() == before
+    assert journal.size() == len(before)
+    assert list(tmp_path.iterdir()) == [path]
+    journal.append(events[1])  # there is room again
+    assert list(FileJournal(path).replay()) == events
+
+
+def test_a_queue_that_could_not_write_a_decision_makes_no_more_of_them(tmp_path):
+    path = tmp_path / "journal"
+    actor = QueueActor(broker(), begin_journal(path, broker()))
+    (answered,) = decide(actor, "a", "issue", "w", 1)
+    with room_for(path.stat().st_size + 5), pytest.raises(QueueError, match=r"bytes free; make room there"):
+        decide(actor, "b", "issue", "w", 1)
+    with pytest.raises(QueueError, match=r"makes no more: .*journal: File too large"):
+        decide(actor, "c", "fail", answered, "reward")
+    assert decide(actor, "a", "issue", "w", 1) == [answered]  # what is on record can be repeated
+    again = QueueActor(broker(), functools.partial(FileJournal, path))
+    assert [fields[0] for fields in again._broker.state()["running"]] == [answered]
+
+
+def test_a_queue_that_starts_again_without_its_journal_does_not_begin_the_run_again(tmp_path):
+    path = tmp_path / "journal"
+    open_journal = begin_journal(path, broker())
+    first = QueueActor(broker(), open_journal)
+    decide(first, "a", "issue", "w", 3)
+    again = QueueActor(broker(), open_journal)
+    assert again._broker.counts().issued == 3
+
+    written = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(QueueError, match=rf"{path}: the queue's journal is empty, .* --resume auto"):
+        QueueActor(broker(), open_journal)
+    path.write_bytes(written[:20])  # as empty: a torn first frame
+    with pytest.raises(QueueError, match="the queue's journal is empty"):
+        QueueActor(broker(), open_journal)
+    path.unlink()
+    with pytest.raises(QueueError, match=rf"{path}: the queue's journal is missing, .* --resume auto"):
+        QueueActor(broker(), open_journal)
+    assert not path.exists()  # so that the next try is refused, too
+
+
+def test_a_journal_begins_with_the_state_of_a_checkpoint_and_is_begun_once(tmp_path):
+    before = broker()
+    before.issue("w", 3)
+    restored = broker()
+    restored.restore(before.state())
+    open_journal = begin_journal(tmp_path / "journal", restored)
+    actor = QueueActor(broker(), open_journal)
+    assert actor._broker.state() == before.state()
+    decide(actor, "a", "issue", "w", 1)
+    begin_journal(tmp_path / "journal", restored)  # where the journal outlived the run
+    assert QueueActor(broker(), open_journal)._broker.counts().issued == 4
+
+
+class CountedJournal(FileJournal):
+    """Notes the size of the journal before and after each compaction."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.compactions = []
+
+    def compact(self, event):
+        before = self.size()
+        super().compact(event)
+        self.compactions.append((before, self.size()))
+
+
+def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
+
+    open_journal = begin_journal(tmp_path / "journal", make_broker(window_limit=200), CountedJournal)
+
+    def start():
+        return QueueActor(make_broker(window_limit=200), open_journal)
+
+    def decide_often(actor, name):
+        for call in range(500):
+            decide(actor, f"{name}/{call}", "adopt", "w", ["0-1.0"])
+
+    first = start()
+    decide(first, "issue", "issue", "w", 200)
+    decide_often(first, "first")
+    (grown, state), *later = first._journal.compactions
+    assert 2_000 < grown < state  # the limit was reached, and the state alone is larger
+    assert later
+    for before, after in later:
+        assert before > 2 * state
+        assert after == pytest.approx(state, rel=0.1)
+    # The next process does not know how much of its journal is the state: it compacts, and the same holds again.
+    second = start()
+    decide_often(second, "second")
+    (_, again), *later = second._journal.compactions
+    assert again == pytest.approx(state, rel=0.1)
+    assert later
+    assert all(before > 2 * state for before, _ in later)
+
+
+def test_a_journal_is_compacted_at_the_limit_where_the_state_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
+    actor = QueueActor(make_broker(), begin_journal(tmp_path / "journal", make_broker(), CountedJournal))
+    for version in range(1, 300):
+        decide(actor, str(version), "advance", version)
+        assert actor._journal.size() <= 2_000
+    assert all(after < 1_000 for _, after in actor._journal.compactions)
+    assert len(actor._journal.compactions) < 10
 
 
 OLD_JOURNAL = (
@@ -202,10 +332,11 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
     unknown = [()] * 5  # rewards, lengths, segments, resume points and finish reasons came later
     expected = {
         "version": 1,
-        "running": [["0-5.0", "0-5", 0, 0, "rollout-1"]],
-        "queued": [[["0-3.0", "0-3", 0, 0, "rollout-0"], ["0-3.0", *old_meta, *unknown]]],
-        "leased": [[["0-2.0", "0-2", 0, 0, "rollout-0"], ["0-2.0", *old_meta, *unknown]]],
-        "attempts": {"0-4": 1},
+        "rules": 2,
+        "running": [["0-5.0", "0-5", 0, [0, 0, 0], "rollout-1"]],
+        "queued": [[["0-3.0", "0-3", 0, [0, 0, 0], "rollout-0"], ["0-3.0", *old_meta, *unknown]]],
+        "leased": [[["0-2.0", "0-2", 0, [0, 0, 0], "rollout-0"], ["0-2.0", *old_meta, *unknown]]],
+        "attempts": {"0-4": [1, 1, 0]},
         "exhausted": False,
         "step_is_open": False,
         "issued": 5,
@@ -215,13 +346,56 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
         "dropped": {},
         "failed": {},
         "history": [[1, "0-1", 0]],
-        "source": {"rows": 9, "row": 5, "circulating": ["0-4"]},
+        "source": {"rows": 9, "row": 5, "circulating": ["0-4"], "deferred": []},
     }
     assert actor._broker.state() == expected
     assert actor._broker.stats().in_flight == {"rollout-1": 1}
     checkpointed = copy.deepcopy(expected)  # what a checkpoint of that release holds
     for section in ("queued", "leased"):
         checkpointed[section][0][1] = checkpointed[section][0][1][: -len(unknown)]
+    without_attempts(checkpointed)
     restored = make_broker(Source(9), **settings)
     restored.restore(checkpointed)
+    QueueActor(restored)
+    expected["attempts"]["0-4"] = [1, 0, 0]  # such a state does not say how they ended
     assert restored.state() == expected
+
+
+def without_attempts(state):
+    """Make a state what release 0.1 wrote: a prompt's groups are counted, whatever became of them."""
+    del state["rules"], state["source"]["deferred"]
+    for fields in [*state["running"], *(fields for fields, _ in state["queued"] + state["leased"])]:
+        fields[3] = fields[3][0]
+    state["attempts"] = {prompt: issued for prompt, (issued, _, _) in state["attempts"].items()}
+
+
+def test_a_journal_is_replayed_by_the_rules_that_it_was_written_under(tmp_path):
+    """Release 0.1 gave a prompt up by its issues, and issued a stale one again at once; later calls rest on that."""
+    path = tmp_path / "journal"
+    state = make_broker(Source(9)).state()
+    without_attempts(state)
+    journal = FileJournal(path, create=True)
+    calls = [
+        ["issue", ["w", 1]],
+        ["worker_lost", ["w", []]],
+        ["issue", ["w", 1]],
+        ["return_group", ["0-1.1", "timeout"]],  # the second issue: given up
+        ["advance", [5]],
+    ]
+    for attempt in range(3):  # each time first in line
+        calls += [["issue", ["w", 1]], ["put", [[f"0-2.{attempt}", 100, 10, 0, 0, 8, 0]]]]
+    calls += [["issue", ["w", 2]]]
+    journal.append(["", "restore", [state, []]])
+    for number, (method, arguments) in enumerate(calls):
+        journal.append([str(number), method, arguments])
+
+    def start():
+        return QueueActor(make_broker(Source(9), max_attempts=2, max_stale_drops=3), lambda: FileJournal(path))
+
+    actor = start()
+    assert [fields[0] for fields in actor._broker.state()["running"]] == ["0-2.3", "0-3.0"]
+    assert actor._broker.stats().failed == {"timeout": 1}
+    # From here on by the rules of today, also when the journal is replayed once more.
+    decide(actor, "a", "put", GroupMeta("0-2.3", 100, 10, 0, 0, 8, 0))
+    assert actor._broker.stats().failed == {"timeout": 1, "stale": 1}
+    assert start()._broker.state() == actor._broker.state()

@@ -130,6 +130,22 @@ def test_what_was_given_back_comes_again_first_and_oldest_first():
     assert [cursor.next().prompt_id for _ in range(3)] == ["0-2", "0-1", "0-3"]
 
 
+def test_what_was_deferred_comes_again_at_the_end_of_the_epoch_and_oldest_first():
+    cursor = DatasetCursor(dataset_of(4), shuffle=False, seed=0)
+    first, second, third = (cursor.next() for _ in range(3))
+    cursor.give_back(second, defer=True)
+    cursor.give_back(first, defer=True)
+    cursor.give_back(third)
+    state = cursor.state()
+    assert [cursor.next().prompt_id for _ in range(5)] == ["0-3", "0-4", "0-2", "0-1", "1-1"]
+    cursor.restore(state)
+    with pytest.raises(ValueError, match="0-2 was given back before"):
+        cursor.give_back(second)
+    del state["deferred"]  # as release 0.1 wrote it
+    cursor.restore(state)
+    assert [cursor.next().prompt_id for _ in range(3)] == ["0-3", "0-4", "1-1"]
+
+
 def test_a_prompt_cannot_be_given_back_twice_or_before_it_was_handed_out():
     cursor = DatasetCursor(dataset_of(3), shuffle=False, seed=0)
     prompt = cursor.next()
@@ -145,7 +161,7 @@ def test_a_prompt_cannot_be_given_back_twice_or_before_it_was_handed_out():
     rows=st.integers(1, 6),
     shuffle=st.booleans(),
     seed=st.integers(0, 5),
-    moves=st.lists(st.sampled_from(["next", "train", "give_back", "restart"]), max_size=80),
+    moves=st.lists(st.sampled_from(["next", "train", "give_back", "defer", "restart"]), max_size=80),
     pick=st.randoms(use_true_random=False),
 )
 def test_invariant_5_conservation_under_give_back_and_restart(rows, shuffle, seed, moves, pick):
@@ -172,12 +188,12 @@ def test_invariant_5_conservation_under_give_back_and_restart(rows, shuffle, see
             if move == "train":
                 trained.add(prompt.prompt_id)
             else:
-                cursor.give_back(prompt)
-        back = cursor.state()["returned"]
+                cursor.give_back(prompt, defer=move == "defer")
+        back = cursor.state()["returned"] + cursor.state()["deferred"]
         assert Counter([*trained, *(p.prompt_id for p in in_flight), *back]) == Counter(issued)
     # Finish the epoch that was begun: every row of every epoch so far is trained once, none is missing.
     trained.update(p.prompt_id for p in in_flight)
-    while len(trained) % rows or cursor.state()["returned"]:
+    while len(trained) % rows or cursor.state()["returned"] or cursor.state()["deferred"]:
         trained.add(cursor.next().prompt_id)
     epochs = len(trained) // rows
     assert trained == {f"{epoch}-{line}" for epoch in range(epochs) for line in range(1, rows + 1)}

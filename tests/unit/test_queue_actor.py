@@ -3,11 +3,15 @@
 import asyncio
 import contextlib
 import itertools
+import types
 
 import pytest
+import structlog
 
-from async_rl.errors import QueueClosed, QueueError, UnknownGroup
+from async_rl.errors import QueueClosed, UnknownGroup
+from async_rl.metrics.events import in_words
 from async_rl.queue.actor import QueueActor
+from async_rl.queue.client import QueueClient
 from tests.support.queue_parts import Source, make_broker, meta
 
 
@@ -133,13 +137,46 @@ async def test_a_small_group_does_not_overtake_a_large_one_that_waits():
         assert (await actor.stats()).held_bytes == 80  # there is room for the small one, but not its turn
 
 
-async def test_a_put_that_waits_in_vain_is_an_error_and_not_a_stall():
+async def test_responses_that_outgrow_the_bound_fill_one_training_step_and_no_more():
     actor = make_actor(max_bytes=100, required_groups=2)
-    tickets = await actor.take("w", 3)
-    await actor.put(meta(tickets[0], 60))
-    async with asyncio.timeout(5):
-        with pytest.raises(QueueError, match=r"queue\.max_bytes"):
-            await actor.put(meta(tickets[1], 60))
+    tickets = await actor.take("w", 4)
+    await actor.put(meta(tickets[0], 101))
+    await actor.put(meta(tickets[1], 101))
+    async with waiting(actor.put(meta(tickets[2], 101))) as (put,):
+        leased = await actor.lease("t", 2)
+        await settle()
+        assert not put.done()
+        await actor.ack([group.group_id for group in leased])
+    assert put.done()
+
+
+class Handle:
+    """What Ray's handle of an actor offers, without Ray."""
+
+    def __init__(self, actor):
+        self.actor = actor
+
+    def __getattr__(self, method):
+        return types.SimpleNamespace(remote=getattr(self.actor, method))
+
+
+async def test_groups_beyond_the_bound_are_one_warning_that_names_what_would_be_enough():
+    actor = make_actor(window_limit=8, max_bytes=100, required_groups=2)
+    client = QueueClient(Handle(actor.actor))
+    tickets = await actor.take("w", 4)
+    with structlog.testing.capture_logs() as logs:
+        await actor.put(meta(tickets[0], 90))
+        await client.stats()
+        assert logs == []
+        await actor.put(meta(tickets[1], 60))
+        await client.stats()
+        await client.stats()
+    (warning,) = logs
+    expected = {"event": "queue_bytes_exceeded", "log_level": "warning", "max_bytes": 100, "groups": 2, "enough": 600}
+    assert warning == expected  # eight groups of 75 bytes
+    words = in_words(warning.pop("event"), warning)
+    assert words.startswith("queue.max_bytes is 100, less than 2 groups of a training step have")
+    assert "set it to 600" in words
 
 
 async def test_a_group_returned_while_its_put_waits_is_refused():

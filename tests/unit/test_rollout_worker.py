@@ -269,7 +269,7 @@ async def test_stop_gives_up_what_runs():
 
 
 async def test_an_engine_that_dies_during_a_push_ends_the_run(monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr("async_rl.rollout.engine.liveness._PERIOD_S", 0.01)
     engine, queue = scripted(length=1000, max_response_tokens=2000), ListQueue(2)
     subject, _ = worker(engine, queue, rollout={"n": 2, "max_num_seqs": 4, "max_response_tokens": 2000})
     run = asyncio.create_task(subject.run())
@@ -410,7 +410,7 @@ async def test_time_for_which_the_engine_is_paused_is_not_the_groups_time():
 
 
 async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.worker._WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr("async_rl.rollout.engine.liveness._PERIOD_S", 0.01)
     engine, queue = scripted(kind=Straggler), ListQueue(2)
     engine.stuck = "0-"
     subject, _ = worker(engine, queue, watchdog={"stall_s": 0.05})
