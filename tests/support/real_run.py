@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,8 @@ class Run:
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
         new = set(os.listdir("/dev/shm")) - self._shm_before
+        # Another run, which has had a process killed, removes its semaphores when it ends.
+        new -= {name for name in new if re.match(rf"sem\.async_rl-(?!{self.process.pid}-)", name)}
         left = new - in_use(new)
         left &= set(os.listdir("/dev/shm"))  # others come and go meanwhile
         assert not left, f"left in /dev/shm: {left}"
