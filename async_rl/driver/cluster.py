@@ -6,6 +6,7 @@ against each other, and an engine client in the trainer's process would share it
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -93,6 +94,12 @@ def ray_exporters() -> list[str]:
     # Without those packages the port is -1.
     nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+
+
+async def free_resources() -> str:
+    """Return the CPUs and GPUs that no actor has taken, for example ``1 CPU, 0 GPU``."""
+    free = await asyncio.to_thread(ray.available_resources)
+    return ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
 
 
 def _object_store_bytes(config: RunConfig) -> int:

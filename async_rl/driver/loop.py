@@ -38,12 +38,13 @@ from async_rl.data.dataset import Dataset
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
-from async_rl.driver.cluster import assign_cores
+from async_rl.driver.cluster import assign_cores, free_resources
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
+from async_rl.driver.starting import wait_started
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
@@ -52,6 +53,7 @@ from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
 from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs, timeouts
 from async_rl.runtime.interrupt import first_failure
 from async_rl.trainer.packing import split_over_ranks
@@ -128,7 +130,9 @@ class TrainingLoop:
     async def _start(self) -> None:
         """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
         workers = self._rollouts.workers
-        await asyncio.gather(self._trainers.start(self._found), *(worker.start() for worker in workers.values()))
+        starting: dict[str, Awaitable[None]] = {"trainer": self._trainers.start(self._found)}
+        starting |= {worker_id(replica): worker.start() for replica, worker in workers.items()}
+        await wait_started(starting, self._config.watchdog, self._recorder.event, free_resources)
         self._sync.members = dict(workers)
         if self._found is not None:
             self._version = await self._checkpointer.restore(self._found)

@@ -14,6 +14,7 @@ from typing import Any
 WORDS: Mapping[str, str] = MappingProxyType(
     {
         "engine_trainer_agree": "engine and trainer agree to {max_abs_diff:.1e} on the checkpoint's weights",
+        "start_takes_long": "waiting for {missing} to start, for {waited_s} s; the cluster has {free} left",
         "run_without_checkpoint": "there is no checkpoint to restore: the run starts from its first step",
         "run_restoring": "restoring the run after step {step}",
         "work_restored": "restored the run after step {step}: {queued} groups queued, {resumed} in flight",

@@ -76,14 +76,21 @@ class Fetcher:
     def excerpts(self, chosen: Sequence[tuple[Payload, int]]) -> list[Excerpt]:
         """Return the trajectories at these indices of these groups, to be shown.
 
-        Groups in the object store are read on a host that has them: their messages, up to gigabytes, stay there.
+        Groups in the object store of another host are read there: their messages, up to gigabytes, stay where they are.
         """
-        read = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
-        local = iter(ray.get([read.remote(payload[0], i) for payload, i in chosen if not isinstance(payload, str)]))
-        return [
-            Excerpt.of(decode(*self.messages([payload])), index) if isinstance(payload, str) else next(local)
-            for payload, index in chosen
-        ]
+        references = [payload[0] for payload, _ in chosen if not isinstance(payload, str)]
+        found = ray.experimental.get_object_locations(references) if references else {}
+        here = ray.get_runtime_context().get_node_id()
+        there = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
+
+        def read(payload: Payload, index: int) -> Excerpt:
+            if isinstance(payload, str) or here in found[payload[0]]["node_ids"]:
+                return _excerpt(self.messages([payload])[0], index)
+            excerpt: Excerpt = ray.get(there.remote(payload[0], index))
+            return excerpt
+
+        # One after the other: for tasks at one time Ray would start as many processes.
+        return [read(payload, index) for payload, index in chosen]
 
     def _redis(self) -> RedisGroups:
         if self._groups is None:

@@ -19,6 +19,9 @@ class WorkerStats:
     version: int = 0
     """Policy version of the engine's weights."""
     generated_tokens: int = 0
+    """Tokens of ended calls for rollouts."""
+    sampled_tokens: int = 0
+    """Tokens of all calls, those under way and those of evaluations included."""
     resumed_prefill_tokens: int = 0
     """Tokens that calls had to compute again because an interruption had ended the call before them."""
     partial_rollouts: int = 0

@@ -45,7 +45,6 @@ _SMALL_BYTES = 64 * 2**10
 
 # The reason under which a failed group is counted: the engine's, unless it was the user's function.
 _FAILED_BY: dict[type[Exception], str] = {RewardError: "reward", EnvironmentFailure: "environment"}
-
 _T = TypeVar("_T")
 _DoneAndLate = tuple[set[asyncio.Task[Trajectory]], set[asyncio.Task[Trajectory]]]
 
@@ -99,8 +98,7 @@ class RolloutWorker:
     async def run(self) -> None:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
-        limit = self._config.watchdog.stall_s
-        watch = asyncio.create_task(watch_engine(self._name, self._engine, self._gate, limit))
+        watch = asyncio.create_task(watch_engine(self._config, self._name, self._engine, self._gate))
         try:
             await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done() and not self._stopping:
@@ -188,6 +186,7 @@ class RolloutWorker:
     def stats(self) -> WorkerStats:
         """Return the counters, brought up to date."""
         self._stats.version = self._engine.version
+        self._stats.sampled_tokens = self._engine.sampled_tokens
         self._stats.running_trajectories = self._gate.calls
         self._stats.busy_s, self._stats.paused_s = self._gate.busy_s, self._gate.paused_s
         return self._stats

@@ -2,7 +2,8 @@
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+# `make smoke` runs it by its name, and `make test` has a kill in test_pipeline.
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_a_run_survives_a_kill_of_its_queue(start_run):

@@ -118,6 +118,10 @@ class ScriptedEngine:
     def stop_token_ids(self) -> frozenset[int]:
         return self._layout.stop_token_ids
 
+    @property
+    def sampled_tokens(self) -> int:
+        return self.sampled
+
     async def start(self) -> None:
         if self.script.layout is None:
             self._scorer = await asyncio.to_thread(_Scorer, self._config.model.path)

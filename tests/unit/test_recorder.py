@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import astuple
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
@@ -13,7 +14,9 @@ from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
 from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
+from async_rl.rollout.stats import WorkerStats
 from async_rl.types import Group, Prompt, Segment, Trajectory
+from tests.support.queue_parts import make_broker
 from tests.support.step_records import step_report
 
 
@@ -125,3 +128,12 @@ def test_an_excerpt_shows_where_a_response_was_resumed():
     excerpt = Excerpt.of(group(1), 1)
     assert excerpt.segments == ((0, 2, 0), (2, 5, 1))
     assert excerpt.prompt == "prompt 1"
+
+
+def test_a_long_response_or_evaluation_is_no_standstill(recorder, monkeypatch):
+    now = iter((0.0, 100.0, 250.0, 300.0))
+    one = recorder()
+    monkeypatch.setattr(recorder_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    queue, snapshot = make_broker().stats(), SimpleNamespace(phase="evaluation", unresponsive=())
+    stalled = [one.update_counts(queue, [WorkerStats(0, sampled_tokens=n)], snapshot) for n in (10, 20, 20, 30)]
+    assert stalled == [0.0, 0.0, 150.0, 0.0]

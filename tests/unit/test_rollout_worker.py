@@ -486,3 +486,16 @@ async def test_an_answer_that_breaks_an_invariant_costs_its_group_only():
     await subject.run()
     assert len(queue.groups) == 2
     assert queue.failed == [("0-1.0", "engine")]
+
+
+async def test_tokens_of_calls_under_way_are_progress():
+    engine, queue = scripted(length=40), ListQueue(1)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    seen = []
+    for _ in range(3):
+        await sampled(engine, 2)
+        seen.append((subject.stats().sampled_tokens, subject.stats().generated_tokens))
+    assert seen == sorted(set(seen)), "they grow"
+    assert {generated for _, generated in seen} == {0}, "although no call has ended"
+    await run

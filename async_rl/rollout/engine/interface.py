@@ -73,6 +73,10 @@ class RolloutEngine(Protocol):
     def version(self) -> int:
         """The policy version of the weights in the engine."""
 
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens sampled since the start, those of calls under way included; the watchdog takes them for progress."""
+
     async def start(self) -> None:
         """Load the model and get ready to sample. Raises EngineError."""
 

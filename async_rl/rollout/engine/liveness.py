@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NoReturn
 
+from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.gate import Gate
@@ -12,12 +13,13 @@ from async_rl.rollout.gate import Gate
 _PERIOD_S = 1.0
 
 
-async def watch_engine(name: str, engine: RolloutEngine, gate: Gate, limit_s: float) -> NoReturn:
-    """Raise EngineDied soon after the engine of worker ``name`` died, or when it has not answered for ``limit_s``.
+async def watch_engine(config: RunConfig, name: str, engine: RolloutEngine, gate: Gate) -> NoReturn:
+    """Raise EngineDied soon after the engine of worker ``name`` died, or when it is silent for watchdog.stall_s.
 
     During a weight sync there may be no call that would notice a death. The time of a sync itself does not count:
     sync.timeout_s limits that.
     """
+    limit_s = config.watchdog.stall_s
     ping = asyncio.ensure_future(engine.ping())
     waited = 0.0
     try:

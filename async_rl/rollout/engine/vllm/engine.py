@@ -80,6 +80,7 @@ class VllmEngine:
         self._stop_token_ids = vllm_process.stop_token_ids(config.model.path)
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
+        self._ended_tokens = 0  # sampled by calls that have ended
         self._version = 0
         self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
         self._sync_failed: str | None = None
@@ -95,6 +96,12 @@ class VllmEngine:
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def sampled_tokens(self) -> int:
+        if self._llm is None:
+            return self._ended_tokens
+        return self._ended_tokens + sum(self._sampled(call) or 0 for call in self._calls.values())
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class VllmEngine:
             elif not (call.restart and not completion.token_ids):
                 break
         sampled = np.asarray(completion.token_ids, dtype=np.int32)
+        self._ended_tokens += len(sampled)
         return EngineOutput(
             token_ids=sampled,
             logprobs=_logprobs(completion.logprobs),
