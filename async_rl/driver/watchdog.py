@@ -38,7 +38,7 @@ class FailureRate:
         Before ``window`` groups have ended the others count as trained: a run does not end by its first few groups.
         """
         ended = trained + failed
-        if ended < self._polls[-1][0]:  # the trainer went back to a checkpoint
+        if ended < self._polls[-1][0]:  # a rewind
             self._polls.clear()
         self._polls.append((ended, failed))
         while len(self._polls) > 1 and self._polls[1][0] <= ended - self._window:

@@ -24,7 +24,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, TypeVarTuple
 
 from async_rl.errors import QueueClosed, QueueError
@@ -68,8 +68,11 @@ class QueueActor:
         self._compact_at = _COMPACT_BYTES
         if self._journal is not None:
             self._rebuild(self._journal)
-        if broker.use_current_rules() and self._journal is not None:
-            self._compact(self._journal)  # replayed, the calls from now on must not be decided by earlier rules
+        outdated = broker.use_current_rules()
+        # Replayed, the calls from now on must not be decided by earlier rules. And how much of a long journal is the
+        # state shows only once it is compacted.
+        if self._journal is not None and (outdated or self._journal.size() > _COMPACT_BYTES):
+            self._compact(self._journal)
         self._closed = False
         self._changed = asyncio.Event()
         # asyncio's locks are fair: one caller waits for the state, the rest for their turn.
@@ -264,12 +267,10 @@ class QueueActor:
                 f"{journal}: the queue's journal is empty, so the queue cannot be rebuilt; continue the run from its "
                 "last checkpoint with --resume auto"
             )
-        if journal.size() > _COMPACT_BYTES:  # how much of it is the state shows only once it is compacted
-            self._compact(journal)
 
     def _compact(self, journal: Journal) -> None:
         """Replace the journal's events by the state that they led to, and decide when to do so again."""
-        journal.compact(["", "restore", [self._broker.state(), list(self._answers.items())]])
+        journal.compact(_restore_event(self._broker, self._answers))
         self._compact_at = max(_COMPACT_BYTES, 2 * journal.size())
 
     async def _until(self, attempt: Callable[[], _T | None]) -> _T:
@@ -321,7 +322,12 @@ class QueueActor:
 def begin(journal: Journal, broker: Broker) -> None:
     """Write the state that the broker starts with as the journal's first event, unless the journal has events."""
     if next(journal.replay(), None) is None:
-        journal.compact(["", "restore", [broker.state(), []]])
+        journal.compact(_restore_event(broker, {}))
+
+
+def _restore_event(broker: Broker, answers: Mapping[str, Answer]) -> Event:
+    """Return the event that stands for all before it: the broker's state, and the answers to repeated calls."""
+    return ["", "restore", [broker.state(), list(answers.items())]]
 
 
 def _plain_answer(answer: object) -> Answer:

@@ -26,7 +26,6 @@ from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing
 # so many.
 CONSTANT_LAYER_ROWS = 256
 
-
 # One row in so many is checked again when a resumed call returns the rows of its prefix.
 _SAMPLED = 16
 
@@ -121,15 +120,12 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec, known: 
     that has collapsed, sends all tokens of a response to the same experts.
     """
     check_routing(name, routed, rows=rows, spec=spec)
-    place = repeated_expert(routed[:known:_SAMPLED])
-    if place is not None:
-        place = (_SAMPLED * place[0], place[1])
-    elif (place := repeated_expert(routed[known:])) is not None:
-        place = (known + place[0], place[1])
-    if place is not None:
-        raise InvalidTrajectory(
-            f"{name}: routed_experts[{place[0]}, {place[1]}] names an expert twice: {routed[place].tolist()}"
-        )
+    for searched in (slice(0, known, _SAMPLED), slice(known, rows, 1)):
+        if (place := repeated_expert(routed[searched])) is not None:
+            row, layer = searched.start + searched.step * place[0], place[1]
+            raise InvalidTrajectory(
+                f"{name}: routed_experts[{row}, {layer}] names an expert twice: {routed[row, layer].tolist()}"
+            )
     if spec.top_k < spec.num_experts:
         _refuse_constant(name, routed, np.logical_not(routed.any(axis=0).any(axis=-1)))
 

@@ -68,7 +68,7 @@ class Engine(ScriptedEngine):
 
 
 class Endless:
-    """A queue with a ticket for everyone, which nothing is put into."""
+    """A queue that always has tickets, and that nothing is put into."""
 
     def __init__(self) -> None:
         self.issued = 0

@@ -25,6 +25,7 @@ from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm.process import stop_token_ids
+from async_rl.rollout.gate import Outstanding
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 
 Length = int | Sequence[int] | Callable[[str], int]
@@ -101,9 +102,7 @@ class ScriptedEngine:
         self._moving = asyncio.Event()  # set while calls under way may move on, be it to their end
         self._moving.set()
         self._aborting = False
-        self._calls = 0
-        self._no_calls = asyncio.Event()
-        self._no_calls.set()
+        self._calls = Outstanding()
         self.version = 0
         self.dead = False
         self.hangs = False
@@ -132,14 +131,11 @@ class ScriptedEngine:
         del sampling
         self.requests.append((request_id, len(token_ids), max_tokens))
         await self._running.wait()
-        self._calls += 1
-        self._no_calls.clear()
+        self._calls.begin()
         try:
             return await self._sample(request_id, token_ids, max_tokens, first_row)
         finally:
-            self._calls -= 1
-            if self._calls == 0:
-                self._no_calls.set()
+            self._calls.end()
 
     async def _sample(self, request_id: str, token_ids: Int32Array, max_tokens: int, first_row: int) -> EngineOutput:
         # The worker asks for what is left of a response, so that says how much of it there is.
@@ -237,12 +233,12 @@ class ScriptedEngine:
 
     async def pause(self, mode: PauseMode) -> None:
         if mode == "wait":
-            await self._no_calls.wait()
+            await self._calls.wait_none()
         self._running.clear()
         self._aborting = mode == "abort"
         if self._aborting:
             self._moving.set()
-            await self._no_calls.wait()
+            await self._calls.wait_none()
         else:
             self._moving.clear()
 

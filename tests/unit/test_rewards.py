@@ -170,7 +170,9 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body
         "Unusual",  # FunctionTimedOut of the package func_timeout is such a one
     ],
 )
-async def test_whatever_a_reward_raises_is_told_at_once_and_leaves_room_for_other_calls(rewards, slow, define, raised):
+async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_other_calls(
+    rewards, slow, define, raised
+):
     source = f"class Unusual(BaseException): pass\n{define} reward(prompt, response): raise {raised}\n"
     runner = rewards(source, slow=slow, timeout_s=600, workers=2)
     name = raised.removeprefix("asyncio.")
@@ -261,7 +263,7 @@ async def open_gate() -> None:
     importlib.import_module("my_rewards").gate.set()
     while any(thread.name == "reward 0-17" for thread in threading.enumerate()):
         await asyncio.sleep(0.001)
-    await asyncio.sleep(0)  # Each told the event loop before.
+    await asyncio.sleep(0)  # Each thread had informed the event loop before.
 
 
 @pytest.mark.parametrize("cancel", [False, True])

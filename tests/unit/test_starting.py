@@ -1,4 +1,4 @@
-"""Processes that do not start are named, and a run does not wait for them for ever."""
+"""Processes that do not start are named, and a run waits for them no longer than watchdog.abort_s."""
 
 import asyncio
 import time

@@ -58,5 +58,5 @@ def test_the_failure_rate_is_of_the_last_groups_only():
     assert rate.look(50, 50) == 0.5
     assert rate.look(100, 50) == 0.0
     assert rate.look(150, 120) == pytest.approx(70 / 120)  # since the last poll before the window
-    assert rate.look(100, 120) == 0.0  # the trainer went back to a checkpoint: counted anew
+    assert rate.look(100, 120) == 0.0  # after a rewind the count begins again
     assert rate.look(100, 121) == 0.01
