@@ -1,13 +1,17 @@
 """A real redis-server on a free loopback port, with a folder and password of its own, and TLS on request."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import redis
+
+from async_rl.runtime.process import signal_on_parent_death
 
 PASSWORD = "not a secret"
 
@@ -44,7 +48,13 @@ class RedisServer:
             port += ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "cert.pem"]
             port += ["--tls-auth-clients", "no"]
         command = ["redis-server", "--bind", "127.0.0.1", *port, "--requirepass", PASSWORD, "--appendonly", "yes"]
-        self.process = subprocess.Popen([*command, "--save", ""], cwd=self.folder, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [*command, "--save", ""],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            # A test process that is killed ends no fixture.
+            preexec_fn=partial(signal_on_parent_death, signal.SIGKILL),
+        )
         deadline = time.monotonic() + 20
         while True:
             try:
