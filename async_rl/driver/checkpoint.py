@@ -66,7 +66,7 @@ class Checkpointer:
                     await self._sync.while_paused(functools.partial(self.add_in_flight, in_flight))
                     break
                 except ReplicaFailed as error:
-                    await self._replicas.evict(error)
+                    self._replicas.evict(error)
         return await self.take(step, version, in_flight, synced=False)
 
     async def add_in_flight(self, in_flight: dict[str, Any], replica: int) -> None:

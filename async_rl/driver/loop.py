@@ -15,7 +15,7 @@ publishes the actors' counters. The first one that raises ends the run.
     training loop     groups_per_step × require_batches groups     a finished group
                       (trainer.streaming: one, or one per rank)
     weight sync       generations in flight (mode drain only)      their end
-    restarted worker  current weights                              the next weight sync, which the driver starts early
+    restarted worker  current weights                              the training loop, while it waits for groups
 
 What can die, and what follows: docs/concepts/reliability.md. Checkpoints: ``driver.checkpoint``.
 """
@@ -87,6 +87,7 @@ class TrainingLoop:
         self._step = 0 if restored is None else restored.step
         self._version = 0 if restored is None else restored.version
         self._attempted = self._version  # the last version that a weight sync was begun with
+        self._synced_step = self._step  # the step whose weights are those of the policy version
         self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
@@ -148,11 +149,9 @@ class TrainingLoop:
     async def _train(self) -> None:
         while self._step < self._config.trainer.steps:
             try:
-                if self._replicas.sync_requested:
-                    await self._sync_weights()
                 await self._train_step()
-            except _SyncRequested:
-                continue
+            except _NoReplica:
+                await self._sync_weights()
             except TrainerDied as error:
                 await self._restart_trainer(error)
 
@@ -162,7 +161,7 @@ class TrainingLoop:
         try:
             with self._monitor.phase("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
-        except (TrainerDied, _SyncRequested):
+        except (TrainerDied, _NoReplica):
             await self._queue.release([meta.group_id for meta, _ in leased])
             raise
         step, version = self._step + 1, self._version
@@ -216,16 +215,18 @@ class TrainingLoop:
         return [report]
 
     async def _lease(self, n: int, at_least: int) -> Leased:
-        """Lease up to ``n`` groups once ``at_least`` are queued.
+        """Lease up to ``n`` groups once ``at_least`` are queued. Restarted workers get the current weights meanwhile.
 
-        Raises _SyncRequested if a restarted worker waits for weights meanwhile.
+        Raises _NoReplica if no worker has weights, and those of the policy version are gone.
         """
         while True:
+            if synced := self._step == self._synced_step:
+                await self._replicas.admit(self._version)
             leased = await self._queue.lease("trainer", n, timeout_s=_LEASE_POLL_S, at_least=at_least)
             if leased:
                 return leased
-            if self._replicas.sync_requested:
-                raise _SyncRequested
+            if not (synced or self._sync.members):
+                raise _NoReplica
 
     def _versions(self) -> tuple[int, int]:
         """Return the version that trains on tokens now, and the oldest that may have sampled them."""
@@ -263,8 +264,8 @@ class TrainingLoop:
                     record = await self._sync.run(version, paused=paused, end_calls=snapshot)
                     break
                 except ReplicaFailed as error:
-                    await self._replicas.evict(error)
-        self._version = version
+                    self._replicas.evict(error)
+        self._version, self._synced_step = version, self._step
         logs.bind(version=version)
         every = self._config.eval.every
         if every and self._version % every == 0:
@@ -288,7 +289,7 @@ class TrainingLoop:
                         *(self._evaluate_on(replica, share) for replica, share in shares.items() if share)
                     )
             except ReplicaFailed as error:
-                await self._replicas.evict(error)
+                self._replicas.evict(error)
                 continue
             self._recorder.evaluation(results)
             return
@@ -333,5 +334,5 @@ class TrainingLoop:
             log.warning("shutdown_timed_out", seconds=timeouts.SHUTDOWN_S)  # Ray kills the processes that are left
 
 
-class _SyncRequested(Exception):
-    """A restarted worker waits for weights while the training loop waits for groups."""
+class _NoReplica(Exception):
+    """No worker generates, and the trainer has newer weights than those of the policy version: a sync is needed."""

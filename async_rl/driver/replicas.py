@@ -1,8 +1,10 @@
 """The rollout workers at work: submits the groups that they finish to the queue, and replaces a worker that dies.
 
 A worker is a *member* (``WeightSync.members``) while it has the current weights. Weight syncs and evaluations go to
-members. A restarted worker waits for a weight sync, which makes it a member and which the training loop starts as soon
-as it can. Does not know the training loop.
+members. A restarted worker waits until the training loop brings it to the current version, or to the next one.
+
+A worker's end has one owner, its ``supervise``: whatever else finds a replica that does not respond only evicts it.
+Does not know the training loop.
 """
 
 from __future__ import annotations
@@ -38,21 +40,30 @@ class ReplicaSupervisor:
         self._sync = sync
         self._recovery = recovery
         self._recorder = recorder
-        self._waiting: dict[int, asyncio.Future[None]] = {}  # restarted replicas, until a weight sync made them members
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # restarted replicas, until they have weights
         self._new_waiting = asyncio.Event()
-        self._saved: dict[int, dict[str, Any]] = {}  # groups in flight of evicted replicas, encoded, by id
+        self._evicted: dict[int, asyncio.Future[ReplicaFailed]] = {}  # read by ``supervise`` of the replica
 
-    @property
-    def sync_requested(self) -> bool:
-        """Whether a restarted worker waits for weights."""
-        return bool(self._waiting)
+    async def admit(self, version: int) -> None:
+        """Bring the workers that wait to ``version``, which the members have. No member is paused for it."""
+        while self._waiting:
+            replica = next(iter(self._waiting))
+            self._sync.members[replica] = self._rollouts.workers[replica]
+            try:
+                await self._sync.join(replica, version)
+            except ReplicaFailed as error:
+                self.evict(error)
+            else:
+                self._has_weights(replica)
 
     def on_sync_done(self) -> None:
         """Note that a weight sync is over: restarted workers that took part have weights."""
-        for replica, joined in list(self._waiting.items()):
+        for replica in list(self._waiting):
             if replica in self._sync.members:
-                del self._waiting[replica]
-                joined.set_result(None)
+                self._has_weights(replica)
+
+    def _has_weights(self, replica: int) -> None:
+        self._waiting.pop(replica).set_result(None)
 
     async def stop(self) -> None:
         """End all rollouts, because training is over. The engines can still evaluate."""
@@ -62,31 +73,44 @@ class ReplicaSupervisor:
         try:
             await self._sync.on(replica, lambda worker: worker.stop())
         except ReplicaFailed as error:
-            await self.evict(error)
+            self.evict(error)
 
     async def supervise(self, replica: int) -> None:
         """Submit the groups that a replica finishes; replace its worker when the worker or its engine dies."""
         while True:
-            try:
-                worker = self._rollouts.workers[replica]
-                await collect(self._queue, worker.groups(), worker.accepted)
-            except Exception as error:
-                if not is_worker_lost(error):
-                    raise
-                await self._replace(replica, error)
-            else:
-                # The dataset has no end, so that a worker never runs out of work.
-                raise AsyncRLError(f"{worker_id(replica)} stopped before the last training step")
+            error, saved = await self._until_lost(replica)
+            await self._replace(replica, error, saved)
 
-    async def _replace(self, replica: int, error: BaseException) -> None:
+    async def _until_lost(self, replica: int) -> tuple[BaseException, dict[str, Any]]:
+        """Submit the groups of a replica until it is lost. Returns the reason, and its groups in flight by id."""
+        worker, evicted = self._rollouts.workers[replica], self._eviction(replica)
+        groups = asyncio.ensure_future(collect(self._queue, worker.groups(), worker.accepted))
+        saved: dict[str, Any] = {}
+        try:
+            await asyncio.wait({groups, evicted}, return_when=asyncio.FIRST_COMPLETED)
+            if not groups.done() or ((error := groups.exception()) is not None and is_worker_lost(error)):
+                self._sync.members.pop(replica, None)
+                saved = await self._salvage(replica)
+                self._rollouts.kill(replica)
+            # To its end: groups that it had finished are the queue's before its successor gets the others.
+            await groups
+        except Exception as error:
+            if not is_worker_lost(error):
+                raise
+            return evicted.result() if evicted.done() else error, saved
+        finally:
+            groups.cancel()
+            self._evicted.pop(replica, None)
+        # The dataset has no end, so that a worker never runs out of work.
+        raise AsyncRLError(f"{worker_id(replica)} stopped before the last training step")
+
+    def _eviction(self, replica: int) -> asyncio.Future[ReplicaFailed]:
+        return self._evicted.setdefault(replica, asyncio.get_running_loop().create_future())
+
+    async def _replace(self, replica: int, error: BaseException, saved: dict[str, Any]) -> None:
         """Start another worker, hand it the groups in flight that could be saved, and wait until it has weights."""
         name = worker_id(replica)
-        self._sync.members.pop(replica, None)
-        saved = self._saved.pop(replica, None)
-        if saved is None:
-            saved = await self._salvage(replica)
         while True:
-            self._rollouts.kill(replica)
             lost = await self._queue.worker_lost(name, keep=list(saved))
             await self._recovery.wait(name, error, reissued=len(lost), resumed=len(saved))
             try:
@@ -104,7 +128,7 @@ class ReplicaSupervisor:
                 if not (is_worker_lost(next_error) or isinstance(cause, ReplicaFailed | EngineError)):
                     raise
                 error = next_error
-                saved = self._saved.pop(replica, saved)
+                self._rollouts.kill(replica)
 
     async def hand_over(self, replica: int, groups: dict[str, Any]) -> list[str]:
         """Have a worker resume groups in flight once it runs. Returns the ids of those that it will resume.
@@ -129,14 +153,14 @@ class ReplicaSupervisor:
             log.info("salvage_failed", worker=worker_id(replica), reason=str(error).partition("\n")[0])
             return {}
 
-    async def evict(self, failed: ReplicaFailed) -> None:
-        """End a replica that could not take part in a weight sync, so that ``supervise`` replaces it."""
-        log.warning("replica_evicted", replica=worker_id(failed.replica), reason=str(failed))
-        if self._sync.members.pop(failed.replica, None) is not None:
-            self._saved[failed.replica] = await self._salvage(failed.replica)
-            self._rollouts.kill(failed.replica)
+    def evict(self, failed: ReplicaFailed) -> None:
+        """Take a replica that failed out of the members; its ``supervise`` ends and replaces it."""
+        member = self._sync.members.pop(failed.replica, None)
         if (joined := self._waiting.pop(failed.replica, None)) is not None:
             joined.set_exception(failed)
+        elif member is not None and not (evicted := self._eviction(failed.replica)).done():
+            evicted.set_result(failed)
+        log.warning("replica_evicted", replica=worker_id(failed.replica), reason=str(failed))
 
     async def add_waiting_members(self) -> None:
         """Make restarted workers members of the weight sync; wait until it has at least one member."""

@@ -169,6 +169,25 @@ class WeightSync:
             retries=retries,
         )
 
+    async def join(self, replica: int, version: int) -> None:
+        """Bring one member that has just started to ``version``, which the others have, and let it resume.
+
+        The others generate meanwhile. Raises ReplicaFailed, also for a canary that disagrees: the weights are those
+        that the others were checked with, so that the fault is the replica's.
+        """
+        try:
+            async with asyncio.timeout(self._config.sync.timeout_s):
+                await self._turn(version, [replica], {}, Counter(), end_calls=False)
+                await self._all([replica], lambda worker: worker.resume())
+        except ReplicaFailed:
+            raise
+        except WeightSyncError as error:
+            raise ReplicaFailed(replica, str(error)) from error
+        except TimeoutError:
+            raise ReplicaFailed(
+                replica, f"had no weights within sync.timeout_s = {self._config.sync.timeout_s:g} s"
+            ) from None
+
     async def resume(self) -> None:
         """Let every member resume its rollouts. A failure here is found by the stream of the replica's groups."""
         await asyncio.gather(*(worker.resume() for worker in self.members.values()), return_exceptions=True)

@@ -1,7 +1,6 @@
 """ReplicaSupervisor against scripted workers: what is saved of one that dies, and when its successor has weights."""
 
 import asyncio
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,14 +15,16 @@ class Worker:
 
     def __init__(self, error=None, groups=(), dead=False):
         self.error, self.in_flight, self.dead = error, groups, dead
-        self.adopted, self.started = {}, False
+        self.adopted, self.started, self.snapshots = {}, False, 0
+        self.killed = asyncio.Event()
 
     async def start(self):
         self.started = True
 
     async def groups(self):
         if self.error is None:
-            await asyncio.sleep(3600)
+            await self.killed.wait()
+            raise ActorDiedError()
         elif isinstance(self.error, BaseException):
             raise self.error
         for item in ():
@@ -33,8 +34,10 @@ class Worker:
         raise AssertionError("its stream has no groups")
 
     async def snapshot(self):
+        self.snapshots += 1
         if self.dead:
             raise ActorDiedError()
+        await asyncio.sleep(0.01)
         return {group: np.zeros(1, np.uint8) for group in self.in_flight}
 
     async def adopt(self, groups):
@@ -49,6 +52,7 @@ class Rollouts:
 
     def kill(self, replica):
         self.killed.append(replica)
+        self.workers[replica].killed.set()
 
     def replace(self, replica):
         self.workers[replica] = Worker()
@@ -85,9 +89,23 @@ class Recovery:
         self.waits.append((process, consequence))
 
 
+class Sync:
+    """Has every worker as a member; ``fails`` are the replicas that fail to join."""
+
+    def __init__(self, rollouts):
+        self.members = dict(rollouts.workers)
+        self.joined, self.fails = [], []
+
+    async def join(self, replica, version):
+        if replica in self.fails:
+            self.fails.remove(replica)
+            raise ReplicaFailed(replica, "its canary disagrees")
+        self.joined.append((replica, version))
+
+
 def supervisor(*workers):
     rollouts, queue, recovery, recorder = Rollouts(*workers), Queue(), Recovery(), Recorder()
-    sync = SimpleNamespace(members=dict(rollouts.workers))
+    sync = Sync(rollouts)
     return ReplicaSupervisor(rollouts, queue, sync, recovery, recorder), rollouts, sync, recovery, recorder
 
 
@@ -99,48 +117,94 @@ async def until(condition):
     raise AssertionError("it did not happen")
 
 
-async def test_a_worker_whose_engine_died_hands_its_groups_to_its_successor():
-    subject, rollouts, sync, recovery, recorder = supervisor(Worker(EngineDied("it crashed"), groups=("a", "gone")))
+async def test_a_worker_whose_engine_died_hands_its_groups_to_its_successor_which_joins_at_the_current_version():
+    subject, rollouts, sync, recovery, recorder = supervisor(
+        Worker(EngineDied("it crashed"), groups=("a", "gone")), Worker()
+    )
     task = asyncio.ensure_future(subject.supervise(0))
-    await until(lambda: subject.sync_requested)
+    await until(lambda: rollouts.workers[0].adopted)
     assert 0 not in sync.members, "it has no weights yet"
     assert rollouts.workers[0].started
     assert list(rollouts.workers[0].adopted) == ["a"], "the queue has ended the other one"
     assert recovery.waits == [("rollout-0", {"reissued": 1, "resumed": 2})]
     assert recorder.events == []
-    await subject.add_waiting_members()
-    assert sync.members == {0: rollouts.workers[0]}
-    subject.on_sync_done()
+    await subject.admit(7)
+    assert sync.joined == [(0, 7)], "the other one has version 7 and is not paused for it"
+    assert sync.members[0] is rollouts.workers[0]
     await until(lambda: recorder.events)
     assert recorder.events == [("worker_restarted", {"replica": "rollout-0"})]
-    assert not subject.sync_requested
+    await subject.admit(7)
+    assert sync.joined == [(0, 7)], "it waits no longer"
+    task.cancel()
+
+
+async def test_a_restarted_worker_takes_part_in_a_sync_that_comes_first():
+    subject, rollouts, sync, _, recorder = supervisor(Worker(ActorDiedError(), dead=True), Worker())
+    task = asyncio.ensure_future(subject.supervise(0))
+    await until(lambda: rollouts.workers[0].started)
+    await until(lambda: subject._waiting)
+    await subject.add_waiting_members()
+    assert sync.members[0] is rollouts.workers[0]
+    subject.on_sync_done()
+    await until(lambda: recorder.events)
+    assert sync.joined == []
     task.cancel()
 
 
 async def test_of_a_worker_that_is_dead_itself_nothing_is_resumed():
     subject, rollouts, _, recovery, _ = supervisor(Worker(ActorDiedError(), groups=("a",), dead=True))
     task = asyncio.ensure_future(subject.supervise(0))
-    await until(lambda: subject.sync_requested)
+    await until(lambda: rollouts.workers[0].started)
     assert rollouts.workers[0].adopted == {}
     assert recovery.waits == [("rollout-0", {"reissued": 2, "resumed": 0})]
     task.cancel()
 
 
-async def test_an_evicted_replica_is_ended_and_its_groups_are_kept_for_its_successor():
+async def test_an_evicted_replica_is_ended_once_and_its_groups_are_kept_for_its_successor():
     subject, rollouts, sync, recovery, _ = supervisor(Worker(groups=("a", "b")), Worker())
-    await subject.evict(ReplicaFailed(0, "it hangs"))
-    assert rollouts.killed == [0]
-    assert list(sync.members) == [1]
-    rollouts.workers[0].error, rollouts.workers[0].dead = ActorDiedError(), True
+    first = rollouts.workers[0]
     task = asyncio.ensure_future(subject.supervise(0))
-    await until(lambda: subject.sync_requested)
+    await asyncio.sleep(0)
+    subject.evict(ReplicaFailed(0, "it hangs"))
+    subject.evict(ReplicaFailed(0, "it hangs"))  # found twice
+    assert list(sync.members) == [1]
+    await until(lambda: rollouts.workers[0].adopted)
     assert list(rollouts.workers[0].adopted) == ["a", "b"]
+    assert first.snapshots == 1
+    assert rollouts.killed == [0]
     assert recovery.waits == [("rollout-0", {"reissued": 0, "resumed": 2})]
-    # It fails again in the sync that was to give it weights.
-    await subject.add_waiting_members()
-    await subject.evict(ReplicaFailed(0, "it hangs again"))
+    # It fails again as it joins.
+    sync.fails = [0]
+    await until(lambda: subject._waiting)
+    await subject.admit(3)
     await until(lambda: len(recovery.waits) == 2)
-    await until(lambda: subject.sync_requested)
+    await until(lambda: subject._waiting)
+    assert list(rollouts.workers[0].adopted) == ["a", "b"]
+    assert rollouts.killed == [0, 0]
+    await subject.admit(3)
+    assert sync.joined == [(0, 3)]
+    task.cancel()
+
+
+async def test_a_replica_that_was_evicted_while_nothing_supervised_it_is_replaced():
+    subject, rollouts, _, recovery, _ = supervisor(Worker(groups=("a",)))
+    subject.evict(ReplicaFailed(0, "it hangs"))  # in the first evaluation
+    task = asyncio.ensure_future(subject.supervise(0))
+    await until(lambda: rollouts.workers[0].adopted)
+    assert recovery.waits == [("rollout-0", {"reissued": 1, "resumed": 1})]
+    task.cancel()
+
+
+async def test_an_engine_that_dies_while_it_is_evicted_is_replaced_once():
+    worker = Worker(groups=("a",))
+    subject, rollouts, _, recovery, _ = supervisor(worker)
+    task = asyncio.ensure_future(subject.supervise(0))
+    await asyncio.sleep(0)
+    subject.evict(ReplicaFailed(0, "it hangs"))
+    worker.killed.set()  # its stream ends while its groups are saved
+    await until(lambda: rollouts.workers[0].adopted)
+    await asyncio.sleep(0.05)
+    assert (worker.snapshots, rollouts.killed, len(recovery.waits)) == (1, [0], 1)
     task.cancel()
 
 
