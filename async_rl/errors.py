@@ -18,7 +18,7 @@
     │   └── EngineDied         its process is dead, or does not answer
     ├── ReplayError            routed experts that cannot be replayed as configured
     ├── TrainerError           the trainer cannot continue
-    │   ├── TrainerDied        a rank's process is dead
+    │   ├── TrainerDied        a rank's process is dead, or failed in a way that a restart may cure
     │   └── CheckpointError    a checkpoint that is damaged, missing, or of another model
     ├── WeightSyncError        a weight sync failed
     │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a transfer
@@ -107,7 +107,7 @@ class TrainerError(AsyncRLError):
 
 
 class TrainerDied(TrainerError):
-    """The process of a trainer rank is dead; the steps since the last checkpoint are lost with it."""
+    """A trainer rank is dead, or ran out of memory or peers; the steps since the last checkpoint are lost."""
 
 
 class CheckpointError(TrainerError):

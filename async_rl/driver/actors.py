@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import ray
+from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.cluster import CoreAssignment
-from async_rl.errors import TrainerDied
+from async_rl.errors import AsyncRLError, TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
@@ -27,7 +28,7 @@ from async_rl.rollout.engine.interface import Score
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
-from async_rl.runtime.failures import is_process_death, is_worker_lost, user_facing_error
+from async_rl.runtime.failures import is_process_death, is_worker_lost, unwrap_ray_error, user_facing_error
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
@@ -40,6 +41,10 @@ _MAX_CONCURRENT_CALLS = 1000
 # engine grows by 300 MiB within minutes. More than one step needs is useless, because shapes hardly ever recur.
 _ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
+# PyTorch raises RuntimeErrors, also for memory that is short and for collectives whose peer is gone. A ValueError or a
+# TypeError is a fault of the program, which a restart does not change.
+_MACHINE_FAULTS = (RuntimeError, MemoryError, OSError, RayError)
+
 T = TypeVar("T")
 
 
@@ -48,7 +53,8 @@ class TrainerRanks:
 
     Each method calls the method of ``TrainerWorker`` that has its name on every rank at once. ``shares`` hold one entry
     per rank. Methods with a result return that of rank 0, because the ranks compute it together. Each method raises
-    TrainerDied when the process of a rank is gone, else what a rank raised.
+    TrainerDied when the process of a rank is gone, else what a rank raised. Those that train also raise TrainerDied
+    for what a machine's faults raise in a library: memory that is short, a peer that is gone.
     """
 
     def __init__(self, config: RunConfig, cores: CoreAssignment) -> None:
@@ -72,7 +78,7 @@ class TrainerRanks:
     ) -> list[StepReport]:
         """Do one optimizer update per mini-batch; a share is a rank's groups of each mini-batch."""
         calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
-        return await self._together("train_step", calls)
+        return await self._trained("train_step", calls)
 
     async def accumulate(
         self, shares: Sequence[Sequence[Payload]], version: int, oldest_version: int, *, first: bool
@@ -81,11 +87,11 @@ class TrainerRanks:
         calls = [
             rank.accumulate.remote(share, version, oldest_version, first=first) for rank, share in self._with(shares)
         ]
-        await self._together("accumulate", calls)
+        await self._trained("accumulate", calls)
 
     async def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
-        return await self._together("finish_step", [rank.finish_step.remote() for rank in self._ranks])
+        return await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks])
 
     async def connect(self, replicas: Sequence[Replica]) -> None:
         """Set up weight transfer to these replicas, in place of earlier ones."""
@@ -137,6 +143,18 @@ class TrainerRanks:
 
     def _with(self, shares: Sequence[T]) -> list[tuple[Any, T]]:
         return list(zip(self._ranks, shares, strict=True))
+
+    async def _trained(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
+        """Await the calls of all ranks as ``_together`` does; a machine's fault in one of them is a TrainerDied."""
+        try:
+            return await self._together(method, calls)
+        except Exception as error:
+            cause = unwrap_ray_error(error)
+            if isinstance(cause, AsyncRLError) or not isinstance(cause, _MACHINE_FAULTS):
+                raise
+            # The other ranks wait for one that has left the step, or have done other parts of it.
+            reason = str(cause).strip().partition("\n")[0]
+            raise TrainerDied(f"the trainer failed in {method}: {type(cause).__name__}: {reason}") from error
 
     async def _together(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
         """Await the calls of all ranks and return the result of rank 0."""

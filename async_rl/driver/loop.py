@@ -45,6 +45,7 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
 from async_rl.driver.starting import wait_started
+from async_rl.driver.trainer_recovery import TrainerRecovery
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
@@ -111,6 +112,14 @@ class TrainingLoop:
             monitor=self._monitor,
             recorder=recorder,
         )
+        self._trainer_recovery = TrainerRecovery(
+            config,
+            queue=self._queue,
+            trainers=self._trainers,
+            checkpointer=self._checkpointer,
+            recovery=self._recovery,
+            recorder=recorder,
+        )
 
     async def run(self) -> None:
         try:
@@ -161,8 +170,8 @@ class TrainingLoop:
         try:
             with self._monitor.phase("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
-        except (TrainerDied, _NoReplica):
-            await self._queue.release([meta.group_id for meta, _ in leased])
+        except (TrainerDied, _NoReplica) as error:
+            await self._give_back([meta.group_id for meta, _ in leased], error)
             raise
         step, version = self._step + 1, self._version
         trained = await asyncio.to_thread(self._recorder.described, leased)
@@ -299,28 +308,21 @@ class TrainingLoop:
 
     # -- failures -----------------------------------------------------------------------------------------------
 
+    async def _give_back(self, group_ids: list[str], error: Exception) -> None:
+        """Put the groups of a step that was not done back into the queue."""
+        if isinstance(error, TrainerDied):
+            group_ids = await self._trainer_recovery.set_aside(group_ids, error)
+        await self._queue.release(group_ids)
+
     async def _restart_trainer(self, error: TrainerDied) -> None:
-        """Restart the trainer from the latest valid checkpoint; groups that it trained since are issued again."""
+        """Return to the step of the latest valid checkpoint, with a restarted trainer."""
         while True:
-            found = await self._checkpointer.latest()
-            if found is None:
-                raise TrainerDied(
-                    f"{error}, and there is no checkpoint to restart it from; set checkpoint.every to have some "
-                    f"(logs: {self._config.run_dir / 'logs'})"
-                ) from error
-            state = await asyncio.to_thread(run_state.read_head, found)
             with self._monitor.phase("restart", self._step):
-                await self._recovery.wait("trainer", error, step=state.step)
                 try:
-                    self._trainers.replace()
-                    await self._trainers.start(found)
-                    reissued = await self._queue.rewind(state.step)
-                    await self._recorder.samples.finished()
-                    self._recorder.rewind(state.step, state.recorder)
-                    self._step = state.step
+                    self._step, reissued = await self._trainer_recovery.restart(error)
                     self._sync.reconnect()
                     await self._sync_weights()
-                    self._recorder.event("trainer_restarted", step=state.step, reissued=len(reissued))
+                    self._recorder.event("trainer_restarted", step=self._step, reissued=reissued)
                     return
                 except TrainerDied as next_error:
                     error = next_error

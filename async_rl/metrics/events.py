@@ -18,6 +18,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "run_without_checkpoint": "there is no checkpoint to restore: the run starts from its first step",
         "run_restoring": "restoring the run after step {step}",
         "work_restored": "restored the run after step {step}: {queued} groups queued, {resumed} in flight",
+        "batch_set_aside": "the trainer failed on these groups twice, they are left out: {groups} ({reason})",
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",
         "process_died": "{process} died and is being restarted",

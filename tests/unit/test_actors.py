@@ -4,7 +4,8 @@ import asyncio
 import inspect
 
 import pytest
-from ray.exceptions import ActorDiedError
+import torch
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
 from async_rl.driver.actors import RolloutHandle, TrainerRanks
 from async_rl.errors import TrainerDied
@@ -118,3 +119,24 @@ async def test_what_a_rank_raised_is_raised_when_none_died(monkeypatch):
     monkeypatch.setattr(timeouts, "RANK_DEATH_S", 0.01)
     with pytest.raises(ValueError, match="no number"):
         await ranks(Recorded(waits), Recorded(failed)).finish_step()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory\nfor a tensor"),
+        RuntimeError("connection reset by peer"),
+        ObjectLostError("1", None, ""),
+    ],
+)
+async def test_a_fault_of_the_machine_in_training_is_a_death(monkeypatch, error):
+    monkeypatch.setattr(timeouts, "RANK_DEATH_S", 0.01)
+
+    async def faulty():
+        raise RayTaskError("finish_step", "traceback", error)
+
+    trainer = ranks(Recorded(faulty), Recorded(waits))
+    with pytest.raises(TrainerDied, match=f"the trainer failed in finish_step: {type(error).__name__}"):
+        await trainer.finish_step()
+    with pytest.raises(RayTaskError):
+        await trainer.save(None)

@@ -1,0 +1,86 @@
+"""What follows when the trainer fails: which groups are left out, and from where it is restarted."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from async_rl.driver import run_state
+from async_rl.driver.run_state import RunState
+from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
+from async_rl.errors import TrainerDied, TrainerError
+
+DIED = TrainerDied("the trainer failed in finish_step: OutOfMemoryError: no memory")
+
+
+def test_groups_are_left_out_at_the_second_failure_in_a_row():
+    suspects = Suspects()
+    assert suspects.blame(["a", "b"]) == []
+    assert suspects.blame(["b", "c"]) == ["b"]
+    assert suspects.blame(["a", "c"]) == ["c"], "a was in no later failure until now"
+    assert suspects.blame(["b"]) == []
+
+
+class Parts:
+    """Queue, trainer, checkpointer, recovery and recorder in one, which note what they are asked."""
+
+    def __init__(self, found=None):
+        self.found, self.calls = found, []
+        self.samples = self
+
+    def __getattr__(self, name):
+        async def call(*args, **fields):
+            self.calls.append((name, *args))
+            return ["0-1.0", "0-2.0"] if name == "rewind" else None
+
+        return call
+
+    async def latest(self):
+        return self.found
+
+    def replace(self):
+        self.calls.append(("replace",))
+
+    def event(self, name, **fields):
+        self.calls.append((name, fields["groups"]))
+
+
+class Records(Parts):
+    def rewind(self, step, state):
+        self.calls.append(("records rewound", step))
+
+
+def recovery(tmp_path, found=None):
+    parts, records = Parts(found), Records(found)
+    records.calls = parts.calls
+    subject = TrainerRecovery(
+        SimpleNamespace(run_dir=tmp_path),
+        queue=parts,
+        trainers=parts,
+        checkpointer=parts,
+        recovery=parts,
+        recorder=records,
+    )
+    return subject, parts.calls
+
+
+async def test_a_batch_that_fails_twice_is_given_up_and_named(tmp_path):
+    subject, calls = recovery(tmp_path)
+    assert await subject.set_aside(["a", "b"], DIED) == ["a", "b"]
+    assert calls == []
+    assert await subject.set_aside(["a", "b", "c"], DIED) == ["c"]
+    assert calls == [("fail", "a", "trainer"), ("fail", "b", "trainer"), ("batch_set_aside", "a b")]
+
+
+async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_since_is_issued_again(tmp_path):
+    state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
+    run_state.write(tmp_path, state)
+    subject, calls = recovery(tmp_path, found=tmp_path)
+    assert await subject.restart(DIED) == (7, 2)
+    assert [name for name, *_ in calls] == ["wait", "replace", "start", "rewind", "finished", "records rewound"]
+
+
+async def test_without_a_checkpoint_the_failure_is_final(tmp_path):
+    subject, calls = recovery(tmp_path)
+    with pytest.raises(TrainerError, match=r"no memory, and there is no checkpoint.*checkpoint\.every"):
+        await subject.restart(DIED)
+    assert calls == []
