@@ -39,11 +39,13 @@ from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.cluster import assign_cores, free_resources
+from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
+from async_rl.driver.shares import rank_shares
 from async_rl.driver.starting import wait_started
 from async_rl.driver.trainer_recovery import TrainerRecovery
 from async_rl.errors import ReplicaFailed, TrainerDied
@@ -53,12 +55,9 @@ from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
-from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs, timeouts
 from async_rl.runtime.interrupt import first_failure
-from async_rl.trainer.packing import split_over_ranks
-from async_rl.trainer.parallel import Place
 from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
@@ -89,7 +88,6 @@ class TrainingLoop:
         self._version = 0 if restored is None else restored.version
         self._attempted = self._version  # the last version that a weight sync was begun with
         self._synced_step = self._step  # the step whose weights are those of the policy version
-        self._eval_prompts = eval_prompts
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         cores = assign_cores(config, sorted(os.sched_getaffinity(0)))
@@ -102,6 +100,9 @@ class TrainingLoop:
         self._sync = WeightSync(config, self._model, self._trainers)
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
+        self._evaluator = Evaluator(
+            eval_prompts, sync=self._sync, replicas=self._replicas, monitor=self._monitor, recorder=recorder
+        )
         self._checkpointer = Checkpointer(
             config,
             queue=self._queue,
@@ -124,7 +125,7 @@ class TrainingLoop:
     async def run(self) -> None:
         try:
             await self._start()
-            await self._evaluate()
+            await self._evaluator.evaluate(self._step)
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             await first_failure(self._train(), self._monitor.run(), *supervised)
@@ -132,7 +133,7 @@ class TrainingLoop:
             await self._monitor.poll()
             self._recorder.training_ended()
             await self._recorder.samples.finished()
-            await self._evaluate()
+            await self._evaluator.evaluate(self._step)
             await self._trainers.export(self._recorder.final_model)
         finally:
             await self._shut_down()
@@ -242,19 +243,7 @@ class TrainingLoop:
         return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
 
     def _shares(self, batch: Leased, loads: list[float] | None = None) -> list[list[Payload]]:
-        """Return the groups of each rank, balanced by cost over the data-parallel ranks.
-
-        ``loads`` are the costs that each data-parallel rank has already; those of ``batch`` are added.
-        """
-        sizes = self._config.trainer.parallel
-        costs = [sum(self._model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
-        by_replica = split_over_ranks(costs, sizes.dp, loads or ())
-        if loads is not None:
-            for replica, indices in enumerate(by_replica):
-                loads[replica] += sum(costs[index] for index in indices)
-        return [
-            [batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]] for rank in range(len(self._trainers))
-        ]
+        return rank_shares(batch, self._config.trainer.parallel, self._model, loads)
 
     async def _sync_weights(self, *, snapshot: bool = False) -> RunState | None:
         """Bring the trainer's weights to every replica as version v+1, and let the queue admit groups for it.
@@ -278,7 +267,7 @@ class TrainingLoop:
         logs.bind(version=version)
         every = self._config.eval.every
         if every and self._version % every == 0:
-            await self._evaluate()
+            await self._evaluator.evaluate(self._step)
         # Before the queue admits more groups: those are not in ``in_flight``.
         state = await self._checkpointer.take(self._step, version, in_flight, synced=True) if snapshot else None
         await self._queue.advance(self._version)
@@ -286,25 +275,6 @@ class TrainingLoop:
         await self._sync.resume()
         self._replicas.on_sync_done()
         return state
-
-    async def _evaluate(self) -> None:
-        """Evaluate greedily at the current version, with the problems spread over the replicas."""
-        while self._eval_prompts and self._sync.members:
-            replicas = list(self._sync.members)
-            shares = {replica: self._eval_prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
-            try:
-                with self._monitor.phase("evaluation", self._step):
-                    results = await asyncio.gather(
-                        *(self._evaluate_on(replica, share) for replica, share in shares.items() if share)
-                    )
-            except ReplicaFailed as error:
-                self._replicas.evict(error)
-                continue
-            self._recorder.evaluation(results)
-            return
-
-    def _evaluate_on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
-        return self._sync.on(replica, lambda worker: worker.evaluate(prompts))
 
     # -- failures -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,52 @@
+"""Greedy evaluation of a run's current weights on its held-out prompts, spread over the replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+
+from async_rl.driver.monitor import Monitor
+from async_rl.driver.recorder import Recorder
+from async_rl.driver.replicas import ReplicaSupervisor
+from async_rl.errors import ReplicaFailed
+from async_rl.rollout.evaluation import EvalResult
+from async_rl.types import Prompt
+from async_rl.weights.sync import WeightSync
+
+
+class Evaluator:
+    """Evaluates on ``prompts``; without any it does nothing."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sync: WeightSync,
+        replicas: ReplicaSupervisor,
+        monitor: Monitor,
+        recorder: Recorder,
+    ) -> None:
+        self._prompts = prompts
+        self._sync = sync
+        self._replicas = replicas
+        self._monitor = monitor
+        self._recorder = recorder
+
+    async def evaluate(self, step: int) -> None:
+        """Evaluate after training step ``step``, again from the beginning if a replica fails, and record the result."""
+        while self._prompts and self._sync.members:
+            replicas = list(self._sync.members)
+            shares = {replica: self._prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
+            try:
+                with self._monitor.phase("evaluation", step):
+                    results = await asyncio.gather(
+                        *(self._on(replica, share) for replica, share in shares.items() if share)
+                    )
+            except ReplicaFailed as error:
+                self._replicas.evict(error)
+                continue
+            self._recorder.evaluation(results)
+            return
+
+    def _on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
+        return self._sync.on(replica, lambda worker: worker.evaluate(prompts))

@@ -1,0 +1,31 @@
+"""Which groups of a batch each trainer rank gets. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from async_rl.config.schema import ParallelSection
+from async_rl.models.config import ModelConfig
+from async_rl.queue.client import Payload
+from async_rl.queue.records import GroupMeta
+from async_rl.trainer.packing import split_over_ranks
+from async_rl.trainer.parallel import Place, world_size
+
+
+def rank_shares(
+    batch: Sequence[tuple[GroupMeta, Payload]],
+    sizes: ParallelSection,
+    model: ModelConfig,
+    loads: list[float] | None = None,
+) -> list[list[Payload]]:
+    """Return the groups of each rank, balanced by cost over the data-parallel ranks.
+
+    ``loads`` are the costs that each data-parallel rank has already; those of ``batch`` are added.
+    """
+    costs = [sum(model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
+    by_replica = split_over_ranks(costs, sizes.dp, loads or ())
+    if loads is not None:
+        for replica, indices in enumerate(by_replica):
+            loads[replica] += sum(costs[index] for index in indices)
+    ranks = range(world_size(sizes))
+    return [[batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]] for rank in ranks]
