@@ -17,6 +17,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_queue(config)
     _check_sync(config)
     _check_rollout(config)
+    _check_recovery(config)
     _check_watchdog(config)
     _check_data(config)
     _check_replay(config)
@@ -67,6 +68,14 @@ def _check_rollout(config: RunConfig) -> None:
         raise ValueError(
             f"rollout.min_group_size is {size}, but rollout.group_timeout_s is not set, so no group would be published "
             "incomplete; set rollout.group_timeout_s, or remove rollout.min_group_size"
+        )
+
+
+def _check_recovery(config: RunConfig) -> None:
+    needed, replicas = config.recovery.min_replicas, config.rollout.replicas
+    if needed > replicas:
+        raise ValueError(
+            f"recovery.min_replicas is {needed}, but rollout.replicas is {replicas}; set it to {replicas} at most"
         )
 
 

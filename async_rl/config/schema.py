@@ -360,17 +360,29 @@ class CheckpointSection(Section):
     """The trainer's checkpoints."""
 
     every: NonNegative = 0
-    """Training steps between checkpoints of the trainer; 0 for none but the exported model at the end."""
+    """Training steps between checkpoints; 0 for none by steps. Without any, only the model is exported at the end."""
+    every_s: NonNegativeFloat = 0.0
+    """Seconds between checkpoints, each at the end of a step; 0 for none by time."""
+    on_sigterm_s: NonNegativeFloat = 20.0
+    """Seconds that a run with checkpoints has for one more after SIGTERM, before it ends without; 0 for none."""
     keep: Positive = 2
     """Number of newest checkpoints to keep."""
+
+    @property
+    def periodic(self) -> bool:
+        """Whether checkpoints are written without being asked for."""
+        return bool(self.every or self.every_s)
 
 
 class RecoverySection(Section):
     """Restarts of processes that died."""
 
     max_restarts: NonNegative = 3
-    """How many restarts to allow per process type (rollout worker, queue, trainer) within recovery.period_s before the
-    run fails."""
+    """How many restarts to allow per process (each rollout worker, queue, trainer) within recovery.period_s. After them
+    the run fails, or continues without the rollout worker as recovery.min_replicas says."""
+    min_replicas: Positive = 1
+    """Rollout workers without which a run fails. While at least so many have restarts left, a worker that has none is
+    tried again only once its first restart is recovery.period_s ago."""
     period_s: PositiveFloat = 3600.0
     """Period of recovery.max_restarts, in seconds; the queue's restarts are counted over the whole run."""
     backoff_s: NonNegativeFloat = 1.0

@@ -20,6 +20,7 @@ import ray
 from async_rl.config.schema import RunConfig
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
+from async_rl.driver.checkpoint_schedule import CheckpointSchedule
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
@@ -47,6 +48,9 @@ class Checkpointer:
         recorder: Recorder,
     ) -> None:
         self._keep = config.checkpoint.keep
+        self._schedule = CheckpointSchedule(config.checkpoint, time.monotonic())
+        self.latest_step = 0
+        """The step of the checkpoint that was written or restored last; 0 before the first."""
         self._queue = queue
         self._rollouts = rollouts
         self._trainers = trainers
@@ -55,10 +59,23 @@ class Checkpointer:
         self._monitor = monitor
         self._recorder = recorder
 
+    # -- due ----------------------------------------------------------------------------------------------------
+
+    def request(self) -> None:
+        """Have a checkpoint written at the end of the current training step."""
+        self._schedule.request()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint of ``step``, which has just ended, is to be written."""
+        return self._schedule.due(step, time.monotonic())
+
     # -- taken --------------------------------------------------------------------------------------------------
 
-    async def pause_and_take(self, step: int, version: int) -> RunState:
-        """Take the run's state after a step without a weight sync, for which the replicas are paused."""
+    async def pause_and_take(self, step: int, version: int, *, synced: bool) -> RunState:
+        """Take the run's state without a weight sync, for which the replicas are paused.
+
+        ``synced``: whether the weights of ``step`` are those of ``version``.
+        """
         in_flight: dict[str, Any] = {}
         with self._monitor.phase("checkpoint", step):
             while True:
@@ -67,7 +84,7 @@ class Checkpointer:
                     break
                 except ReplicaFailed as error:
                     self._replicas.evict(error)
-        return await self.take(step, version, in_flight, synced=False)
+        return await self.take(step, version, in_flight, synced=synced)
 
     async def add_in_flight(self, in_flight: dict[str, Any], replica: int) -> None:
         """Add the groups in flight of a paused replica to ``in_flight``, encoded, by id."""
@@ -98,13 +115,16 @@ class Checkpointer:
             await self._trainers.save(partial)
             await asyncio.to_thread(checkpoint_folder.commit, partial, keep=self._keep)
         await self._queue.checkpointed(checkpoint_folder.oldest_step(folder))
+        self.latest_step = state.step
         self._recorder.checkpointed(state.step, time.monotonic() - began)
 
     # -- restored -----------------------------------------------------------------------------------------------
 
     async def latest(self) -> Path | None:
         """Return the folder of the latest valid checkpoint; None if there is no checkpoint."""
-        return await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
+        found = await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
+        self.latest_step = 0 if found is None else checkpoint_folder.step_of(found)
+        return found
 
     async def restore(self, found: Path) -> int:
         """Restore queued groups, groups in flight and weights of a run that ended; the trainer has loaded ``found``.
@@ -112,6 +132,7 @@ class Checkpointer:
         Returns the policy version that every replica has now.
         """
         state = await asyncio.to_thread(run_state.read, found)
+        self.latest_step = state.step
         for group_id, message in state.queued.items():
             self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
         newest = await self._queue.recover(state.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 
+from async_rl.config.schema import RunConfig
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
@@ -19,6 +20,7 @@ class Evaluator:
 
     def __init__(
         self,
+        config: RunConfig,
         prompts: Sequence[Prompt],
         *,
         sync: WeightSync,
@@ -26,11 +28,17 @@ class Evaluator:
         monitor: Monitor,
         recorder: Recorder,
     ) -> None:
+        self._every = config.eval.every
         self._prompts = prompts
         self._sync = sync
         self._replicas = replicas
         self._monitor = monitor
         self._recorder = recorder
+
+    async def evaluate_if_due(self, version: int, step: int) -> None:
+        """Evaluate at the versions that eval.every says."""
+        if self._every and version % self._every == 0:
+            await self.evaluate(step)
 
     async def evaluate(self, step: int) -> None:
         """Evaluate after training step ``step``, again from the beginning if a replica fails, and record the result."""

@@ -88,6 +88,7 @@ class TrainingLoop:
         self._version = 0 if restored is None else restored.version
         self._attempted = self._version  # the last version that a weight sync was begun with
         self._synced_step = self._step  # the step whose weights are those of the policy version
+        self._training = self._stopping = False
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         cores = assign_cores(config, sorted(os.sched_getaffinity(0)))
@@ -101,7 +102,7 @@ class TrainingLoop:
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
         self._evaluator = Evaluator(
-            eval_prompts, sync=self._sync, replicas=self._replicas, monitor=self._monitor, recorder=recorder
+            config, eval_prompts, sync=self._sync, replicas=self._replicas, monitor=self._monitor, recorder=recorder
         )
         self._checkpointer = Checkpointer(
             config,
@@ -122,19 +123,31 @@ class TrainingLoop:
             recorder=recorder,
         )
 
+    def request_checkpoint(self) -> None:
+        """Have a checkpoint written at the end of the current training step."""
+        self._checkpointer.request()
+
+    def wind_up(self) -> float:
+        """End training after a checkpoint. Returns the seconds that this may take; 0 if no checkpoint is wanted."""
+        grace_s = self._config.checkpoint.on_sigterm_s
+        if not (self._training and self._config.checkpoint.periodic and grace_s):
+            return 0.0
+        self._stopping = True
+        self._checkpointer.request()
+        self._recorder.event("stop_requested", grace_s=grace_s)
+        return grace_s
+
     async def run(self) -> None:
         try:
             await self._start()
             await self._evaluator.evaluate(self._step)
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
+            self._training = True
             await first_failure(self._train(), self._monitor.run(), *supervised)
-            await self._replicas.stop()
-            await self._monitor.poll()
-            self._recorder.training_ended()
-            await self._recorder.samples.finished()
-            await self._evaluator.evaluate(self._step)
-            await self._trainers.export(self._recorder.final_model)
+            self._training = False
+            if not self._stopping:
+                await first_failure(self._finish(), self._monitor.run())
         finally:
             await self._shut_down()
 
@@ -154,16 +167,29 @@ class TrainingLoop:
             unreached_experts=agreement.unreached_experts,
         )
 
+    async def _finish(self) -> None:
+        """Evaluate and export the trained model."""
+        await self._replicas.stop()
+        await self._monitor.poll()
+        self._recorder.training_ended()
+        await self._recorder.samples.finished()
+        await self._evaluator.evaluate(self._step)
+        with self._monitor.phase("export", self._step):
+            await self._trainers.export(self._recorder.final_model)
+
     # -- the training loop --------------------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        while self._step < self._config.trainer.steps:
+        while self._step < self._config.trainer.steps and not self._stopping:
             try:
                 await self._train_step()
-            except _NoReplica:
-                await self._sync_weights()
+            except _StepLeft:
+                if not self._stopping:
+                    await self._sync_weights()
             except TrainerDied as error:
                 await self._restart_trainer(error)
+        if self._stopping and self._step > self._checkpointer.latest_step:
+            await self._checkpointer.write(await self._paused_state())
 
     async def _train_step(self) -> None:
         began = time.monotonic()
@@ -171,7 +197,7 @@ class TrainingLoop:
         try:
             with self._monitor.phase("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
-        except (TrainerDied, _NoReplica) as error:
+        except (TrainerDied, _StepLeft) as error:
             await self._give_back([meta.group_id for meta, _ in leased], error)
             raise
         step, version = self._step + 1, self._version
@@ -180,11 +206,8 @@ class TrainingLoop:
         await self._queue.ack([meta.group_id for meta, _ in leased], step)
         self._step = step
         step_s = time.monotonic() - began
-        last = step == self._config.trainer.steps
-        every = self._config.checkpoint.every
-        due = bool(every) and step % every == 0
-        state: RunState | None = None
-        if last or step % self._config.async_training.trigger_parameter_sync_step == 0:
+        due = self._checkpointer.due(step)
+        if step == self._config.trainer.steps or step % self._config.async_training.trigger_parameter_sync_step == 0:
             syncing = asyncio.ensure_future(self._sync_weights(snapshot=due))
             await asyncio.sleep(0)  # let it begin before the step is recorded
             try:
@@ -193,17 +216,24 @@ class TrainingLoop:
                 state = await syncing
         else:
             self._recorder.record_step(step, version, reports, trained, step_s=step_s)
-            state = await self._checkpointer.pause_and_take(step, version) if due else None
+            state = await self._paused_state() if due else None
         await self._recorder.samples.begin(step, version, leased)
         if state is not None:
             await self._checkpointer.write(state)
+
+    async def _paused_state(self) -> RunState:
+        """Take the run's state without a weight sync, for which the replicas are paused."""
+        synced = self._step == self._synced_step
+        return await self._checkpointer.pause_and_take(self._step, self._version, synced=synced)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """Wait for all groups of a training step, then do its updates. Returns a report for each update."""
         required, size = self._config.required_groups, self._config.trainer.groups_per_step
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
-        by_rank = list(zip(*(self._shares(batch) for batch in batches), strict=True))
+        by_rank = list(
+            zip(*(rank_shares(batch, self._config.trainer.parallel, self._model) for batch in batches), strict=True)
+        )
         with self._monitor.phase("update", self._step + 1):
             calls = self._trainers.train_step(by_rank, *self._versions())
             reports, _ = await asyncio.gather(calls, self._monitor.poll())
@@ -219,7 +249,9 @@ class TrainingLoop:
             first = not leased
             leased += part
             with self._monitor.phase("update", self._step + 1):
-                await self._trainers.accumulate(self._shares(part, loads), *versions, first=first)
+                await self._trainers.accumulate(
+                    rank_shares(part, self._config.trainer.parallel, self._model, loads), *versions, first=first
+                )
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
         return [report]
@@ -227,7 +259,7 @@ class TrainingLoop:
     async def _lease(self, n: int, at_least: int) -> Leased:
         """Lease up to ``n`` groups once ``at_least`` are queued. Restarted workers get the current weights meanwhile.
 
-        Raises _NoReplica if no worker has weights, and those of the policy version are gone.
+        Raises _StepLeft if the run is to end, or no worker generates and one needs a weight sync to do so.
         """
         while True:
             if synced := self._step == self._synced_step:
@@ -235,15 +267,12 @@ class TrainingLoop:
             leased = await self._queue.lease("trainer", n, timeout_s=_LEASE_POLL_S, at_least=at_least)
             if leased:
                 return leased
-            if not (synced or self._sync.members):
-                raise _NoReplica
+            if self._stopping or not (synced or self._sync.members):
+                raise _StepLeft
 
     def _versions(self) -> tuple[int, int]:
         """Return the version that trains on tokens now, and the oldest that may have sampled them."""
         return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
-
-    def _shares(self, batch: Leased, loads: list[float] | None = None) -> list[list[Payload]]:
-        return rank_shares(batch, self._config.trainer.parallel, self._model, loads)
 
     async def _sync_weights(self, *, snapshot: bool = False) -> RunState | None:
         """Bring the trainer's weights to every replica as version v+1, and let the queue admit groups for it.
@@ -265,9 +294,7 @@ class TrainingLoop:
                     self._replicas.evict(error)
         self._version, self._synced_step = version, self._step
         logs.bind(version=version)
-        every = self._config.eval.every
-        if every and self._version % every == 0:
-            await self._evaluator.evaluate(self._step)
+        await self._evaluator.evaluate_if_due(self._version, self._step)
         # Before the queue admits more groups: those are not in ``in_flight``.
         state = await self._checkpointer.take(self._step, version, in_flight, synced=True) if snapshot else None
         await self._queue.advance(self._version)
@@ -306,5 +333,5 @@ class TrainingLoop:
             log.warning("shutdown_timed_out", seconds=timeouts.SHUTDOWN_S)  # Ray kills the processes that are left
 
 
-class _NoReplica(Exception):
-    """No worker generates, and the trainer has newer weights than those of the policy version: a sync is needed."""
+class _StepLeft(Exception):
+    """A training step is not waited for any longer; its groups go back into the queue."""

@@ -166,6 +166,10 @@ class Recorder:
         """Count the restart of a process of this kind, which died."""
         self._metrics.inc("process_restarts_total", process=process)
 
+    def replicas_lost(self, count: int) -> None:
+        """Publish how many replicas the run continues without, because their restarts are spent."""
+        self._metrics.set("rollout_replicas_lost", count)
+
     @property
     def queue(self) -> QueueStats | None:
         """The latest counts of the queue; None before the first."""

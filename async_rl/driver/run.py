@@ -71,7 +71,8 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
                 loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
-                asyncio.run(until_interrupted(loop.run()))
+                work = until_interrupted(loop.run(), wind_up=loop.wind_up, on_demand=loop.request_checkpoint)
+                asyncio.run(work)
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
             recorder.finish("interrupted")
             return 130

@@ -76,7 +76,8 @@ class TrainerRecovery:
         Returns the checkpoint's step and the number of these groups. Raises TrainerDied if the trainer fails again,
         TrainerError if there is no checkpoint, ProcessLost if the trainer has failed too often.
         """
-        found = await self._checkpointer.latest()
+        # The queue remembers what was trained since a checkpoint only where checkpoints are periodic.
+        found = await self._checkpointer.latest() if self._config.checkpoint.periodic else None
         if found is None:
             raise TrainerError(
                 f"{error}, and there is no checkpoint to restart it from; set checkpoint.every to have some "

@@ -53,7 +53,7 @@ class RunSnapshot:
 
     phase: str
     """Phase of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
-    "evaluation", "restart"."""
+    "evaluation", "restart", "export"."""
     phase_s: float
     """For how long the training loop has been in this phase, in seconds."""
     queued_groups: int

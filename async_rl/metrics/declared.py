@@ -467,6 +467,12 @@ _WAITING = (
         values=("rollout", "trainer", "queue"),
     ),
     MetricSpec(
+        "rollout_replicas_lost",
+        "gauge",
+        "Replicas that the run continues without: their recovery.max_restarts are spent, they are tried later.",
+        "Above zero: the log says why; look at that machine. At recovery.min_replicas left the run fails.",
+    ),
+    MetricSpec(
         "checkpoints_total",
         "counter",
         "Checkpoints written.",

@@ -22,6 +22,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",
         "process_died": "{process} died and is being restarted",
+        "replica_lost": "{process} has died too often; the run continues with {others} others: {reason}",
+        "stop_requested": "SIGTERM: training ends after a checkpoint",
         "queue_rebuilt": "the queue died and was rebuilt from its journal",
         "queue_bytes_exceeded": "queue.max_bytes is {max_bytes}, less than {groups} groups of a training step have: "
         "they are admitted, and workers wait with more; to queue further ahead, set it to {enough}",

@@ -41,7 +41,7 @@ def build_broker(config: RunConfig, source: PromptSource) -> Broker:
         max_groups=config.queue.max_groups,
         max_bytes=config.queue.max_bytes,
         max_attempts=config.rollout.max_attempts,
-        can_rewind=config.checkpoint.every > 0,
+        can_rewind=config.checkpoint.periodic,
     )
     return Broker(source, settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable
 from typing import Any
 
 
@@ -11,9 +12,19 @@ class Interrupted(Exception):
     """The run was ended by Ctrl-C or SIGTERM."""
 
 
-async def until_interrupted(work: Any) -> None:
-    """Await ``work``; on Ctrl-C or SIGTERM cancel it, let it clean up, and raise Interrupted."""
-    task = asyncio.ensure_future(work)
+def _at_once() -> float:
+    return 0.0
+
+
+async def until_interrupted(
+    work: Any, *, wind_up: Callable[[], float] = _at_once, on_demand: Callable[[], None] | None = None
+) -> None:
+    """Await ``work``; on Ctrl-C or SIGTERM end it, let it clean up, and raise Interrupted.
+
+    ``work`` is cancelled, at SIGTERM after the seconds that ``wind_up`` returns, in which it may end by itself. A
+    second signal cancels it at once. ``on_demand`` is called on SIGUSR2.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     interrupted = False
 
     def interrupt() -> None:
@@ -21,14 +32,27 @@ async def until_interrupted(work: Any) -> None:
         interrupted = True
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
+    def terminate() -> None:
+        nonlocal interrupted
+        grace_s = 0.0 if interrupted else wind_up()
+        interrupted = True
+        # Not call_later for 0 s: the task must not begin anything more.
+        if grace_s > 0:
+            loop.call_later(grace_s, task.cancel)
+        else:
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    if on_demand is not None:
+        loop.add_signal_handler(signal.SIGUSR2, on_demand)
     try:
         await task
     except asyncio.CancelledError:
-        if interrupted:
-            raise Interrupted from None
-        raise
+        if not interrupted:
+            raise
+    if interrupted:
+        raise Interrupted
 
 
 async def first_failure(main: Any, *others: Any) -> None:

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -152,7 +152,9 @@ class WeightSync:
         try:
             for turn in turns:
                 async with asyncio.timeout(self._config.sync.timeout_s):
-                    agreements.append(await self._turn(version, turn, phases, retries, end_calls=end_calls))
+                    agreements.append(
+                        await self._turn(version, self.members, turn, phases, retries, end_calls=end_calls)
+                    )
                     if paused is not None:
                         for replica in turn:
                             await paused(replica)
@@ -177,7 +179,10 @@ class WeightSync:
         """
         try:
             async with asyncio.timeout(self._config.sync.timeout_s):
-                await self._turn(version, [replica], {}, Counter(), end_calls=False)
+                self._require_members([replica])
+                # Connected to it alone: with nccl the others would have to take part.
+                alone = {replica: self.members[replica]}
+                await self._turn(version, alone, [replica], {}, Counter(), end_calls=False)
                 await self._all([replica], lambda worker: worker.resume())
         except ReplicaFailed:
             raise
@@ -211,15 +216,16 @@ class WeightSync:
     async def _turn(
         self,
         version: int,
+        peers: Mapping[int, Replica],
         replicas: list[int],
         phases: dict[str, float],
         retries: Counter[str],
         *,
         end_calls: bool,
     ) -> Agreement:
-        """Sync these replicas, at the second try if need be; ``retries`` counts why it was needed."""
+        """Sync these replicas of ``peers``, at the second try if need be; ``retries`` counts why it was needed."""
         try:
-            return await self._attempt(version, replicas, phases, end_calls=end_calls)
+            return await self._attempt(version, peers, replicas, phases, end_calls=end_calls)
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
@@ -229,16 +235,22 @@ class WeightSync:
             log.warning("weight_sync_retried", version=version, reason=str(error))
             self.reconnect()
             retries["canary" if disagreed else "transfer"] += 1
-            return await self._attempt(version, replicas, phases, end_calls=end_calls)
+            return await self._attempt(version, peers, replicas, phases, end_calls=end_calls)
 
     async def _attempt(
-        self, version: int, replicas: list[int], phases: dict[str, float], *, end_calls: bool
+        self,
+        version: int,
+        peers: Mapping[int, Replica],
+        replicas: list[int],
+        phases: dict[str, float],
+        *,
+        end_calls: bool,
     ) -> Agreement:
-        """Sync these replicas once; adds the seconds of each phase to ``phases``."""
+        """Sync these replicas once, with ``peers`` connected; adds the seconds of each phase to ``phases``."""
         self._require_members(replicas)
-        if self._connected != self.members:
-            await self._transfer("connect", self._trainer.connect(list(self.members.values())))
-            self._connected = dict(self.members)
+        if self._connected != peers:
+            await self._transfer("connect", self._trainer.connect(list(peers.values())))
+            self._connected = dict(peers)
         self._require_members(replicas)
         only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
         with _timed(phases, "pause"):

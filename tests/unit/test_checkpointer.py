@@ -73,7 +73,7 @@ class Parts:
     async def hand_over(self, replica, groups):
         return list(groups)
 
-    async def evict(self, error):
+    def evict(self, error):
         self.calls.append(f"evict {error.replica}")
         del self.members[error.replica]
 
@@ -134,7 +134,7 @@ async def test_groups_in_flight_are_spread_over_the_replicas_before_other_worker
 async def test_a_replica_that_fails_is_evicted_and_the_moment_taken_without_it():
     parts = Parts()
     parts.fails = [ReplicaFailed(1, "it hangs")]
-    state = await checkpointer(parts).pause_and_take(6, 5)
+    state = await checkpointer(parts).pause_and_take(6, 5, synced=False)
     assert parts.calls == ["phase checkpoint", "evict 1"]
     assert (state.step, state.version, state.synced) == (6, 5, False)
     assert state.in_flight == {"of 0": b""}

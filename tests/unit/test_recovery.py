@@ -5,16 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
 import pytest
 
+from async_rl.config.loading import validate
 from async_rl.config.schema import RecoverySection
 from async_rl.driver import run_state
-from async_rl.driver.restarts import Restarts
+from async_rl.driver.restarts import Recovery, Restarts
 from async_rl.driver.run_state import RunState
-from async_rl.errors import CheckpointError
+from async_rl.errors import CheckpointError, ConfigError, EngineDied, ProcessLost, TrainerDied
 from async_rl.metrics.records import SyncRecord, Totals
 from async_rl.metrics.summary import Summary
 
@@ -100,3 +102,58 @@ def test_a_process_writes_its_stacks_whatever_it_is_at(tmp_path):
             asyncio.run(asyncio.sleep(0.05))
         assert process.poll() is None
         process.kill()
+
+
+class Records:
+    def __init__(self):
+        self.lost, self.events = [], []
+
+    def replicas_lost(self, count):
+        self.lost.append(count)
+
+    def restarted(self, process):
+        pass
+
+    def event(self, event, **fields):
+        self.events.append(event)
+
+
+def recovery(tmp_path, *, replicas, **settings):
+    section = RecoverySection(max_restarts=1, backoff_s=0.0, **settings)
+    config = SimpleNamespace(recovery=section, rollout=SimpleNamespace(replicas=replicas), run_dir=tmp_path)
+    records = Records()
+    return Recovery(config, records), records
+
+
+async def test_a_run_continues_without_replicas_while_enough_are_left(tmp_path):
+    subject, records = recovery(tmp_path, replicas=3, min_replicas=2, period_s=3600.0)
+    for replica in range(3):
+        await subject.wait(f"rollout-{replica}", EngineDied("its GPU fell off the bus"))
+    lost = asyncio.ensure_future(subject.wait("rollout-1", EngineDied("its GPU fell off the bus")))
+    await asyncio.sleep(0.01)
+    assert not lost.done()
+    assert records.lost == [1]
+    with pytest.raises(ProcessLost, match=r"rollout-2 died again after 1 restarts.*its GPU fell off the bus"):
+        await subject.wait("rollout-2", EngineDied("its GPU fell off the bus"))
+    lost.cancel()
+
+
+async def test_a_lost_replica_is_tried_again_when_its_restarts_are_forgotten(tmp_path):
+    subject, records = recovery(tmp_path, replicas=2, period_s=0.05)
+    await subject.wait("rollout-0", EngineDied("no memory"))
+    await subject.wait("rollout-0", EngineDied("no memory"))
+    assert records.lost == [1, 0]
+    assert records.events == ["process_died", "replica_lost", "process_died"]
+
+
+async def test_a_run_never_continues_without_its_trainer(tmp_path):
+    subject, _ = recovery(tmp_path, replicas=8)
+    await subject.wait("trainer", TrainerDied("no memory"))
+    with pytest.raises(ProcessLost, match="trainer died again"):
+        await subject.wait("trainer", TrainerDied("no memory"))
+
+
+def test_a_run_cannot_need_more_replicas_than_it_has():
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rollout": {"replicas": 2}, "recovery": {"min_replicas": 3}}
+    with pytest.raises(ConfigError, match=r"recovery\.min_replicas is 3, but rollout\.replicas is 2"):
+        validate(tree)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from async_rl.config.schema import CheckpointSection
 from async_rl.driver import run_state
 from async_rl.driver.run_state import RunState
 from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
@@ -53,7 +54,7 @@ def recovery(tmp_path, found=None):
     parts, records = Parts(found), Records(found)
     records.calls = parts.calls
     subject = TrainerRecovery(
-        SimpleNamespace(run_dir=tmp_path),
+        SimpleNamespace(run_dir=tmp_path, checkpoint=CheckpointSection(every=5)),
         queue=parts,
         trainers=parts,
         checkpointer=parts,
