@@ -315,7 +315,7 @@ class TrainingLoop:
                     await self._trainers.start(found)
                     reissued = await self._queue.rewind(state.step)
                     await self._recorder.samples.finished()
-                    self._recorder.rewind(state.step, state.recorder)
+                    await asyncio.to_thread(self._recorder.rewind, state.step, state.recorder)
                     self._step = state.step
                     self._sync.reconnect()
                     await self._sync_weights()
