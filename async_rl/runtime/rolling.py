@@ -29,8 +29,7 @@ ERRORS = "backslashreplace"
 
 def parts(path: Path) -> list[Path]:
     """Return the files that hold the lines of ``path``, oldest first and ``path`` last, as far as they exist."""
-    found = {number: part for number, part in sorted(_rolled(path))}
-    return [*(found[number] for number in sorted(found)), *([path] if path.exists() else [])]
+    return [*dict(sorted(_rolled(path))).values(), *([path] if path.exists() else [])]
 
 
 def open_part(path: Path) -> IO[bytes]:
