@@ -421,6 +421,10 @@ class MetricsSection(Section):
     """Whether to serve vLLM's own metrics as well."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
+    sample_characters: Positive = 16_384
+    """Most characters of a sample's prompt and of its response; of a longer one beginning and end are written."""
+    samples_bytes: Positive = 256 * 2**20
+    """Most bytes of samples.jsonl and its older parts together; the oldest samples are removed."""
     loggers: list[LoggerName] = Field(default_factory=list)
     """Further outputs for each step's row: `tensorboard`, `wandb`."""
     timeline_bytes: NonNegative = 64 * 2**20

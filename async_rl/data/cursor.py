@@ -5,7 +5,7 @@ Owns which prompt comes next. Pure: it knows ``dataset``, ``types`` and ``errors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ class DatasetCursor:
 
     A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
     comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
-    from the seed and is never stored.
+    from the seed and is never stored. It is one of the file's lines, of which the bad ones are passed over: settings
+    that make other lines bad, data.max_prompt_tokens for example, do not change it.
     """
 
     def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
-        self._rows = dataset.rows
+        self._lines = dataset.lines
         self._digest = dataset.digest
         self._path = dataset.path
         self._shuffle = shuffle
@@ -32,19 +33,22 @@ class DatasetCursor:
         self._by_line = {row.line: row for row in dataset.rows}
         self._returned: dict[str, Prompt] = {}  # {prompt id: prompt}, oldest first
         self._deferred: dict[str, Prompt] = {}  # the same, of those that wait for the end of the epoch
+        self._by_rows = False  # whether the run began with release 0.1, whose order was one of the usable rows
         self._move_to(epoch=0, index=0)
 
     def next(self) -> Prompt:
         """Return the next prompt; there always is one."""
         if self._returned:
             return self._returned.pop(next(iter(self._returned)))
-        if self._index == len(self._order):
-            if self._deferred:
-                return self._deferred.pop(next(iter(self._deferred)))
-            self._move_to(epoch=self._epoch + 1, index=0)
-        row = self._rows[self._order[self._index]]
-        self._index += 1
-        return row.prompt(f"{self._epoch}-{row.line}")
+        while True:
+            if self._index == len(self._order):
+                if self._deferred:
+                    return self._deferred.pop(next(iter(self._deferred)))
+                self._move_to(epoch=self._epoch + 1, index=0)
+            line = self._order[self._index]
+            self._index += 1
+            if line in self._by_line:
+                return self._by_line[line].prompt(f"{self._epoch}-{line}")
 
     def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
         """Put a prompt that was issued, and not trained, back into circulation; with ``defer`` behind all new ones.
@@ -61,6 +65,10 @@ class DatasetCursor:
         """Return the prompt that was, or will be, issued under this id."""
         return self._by_line[_line(prompt_id)].prompt(prompt_id)
 
+    def usable(self, prompt_id: str) -> bool:
+        """Return whether the row of a prompt that was issued can be used; false if it is bad by other settings now."""
+        return _line(prompt_id) in self._by_line
+
     def state(self) -> dict[str, Any]:
         """Return the position as plain data, for ``restore``. Prompts in flight are not part of it."""
         return {
@@ -71,31 +79,42 @@ class DatasetCursor:
             "index": self._index,
             "returned": list(self._returned),
             "deferred": list(self._deferred),
+            "usable_rows": len(self._by_line),
+            "order_of": "rows" if self._by_rows else "lines",
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the position of ``state``, in its order of rows: its shuffle and seed replace this cursor's.
 
-        Raises DatasetError when the file is not the one that the state belongs to.
+        Prompts that were to come again are forgotten where they are not ``usable``. Raises DatasetError when the file
+        is not the one that the state belongs to, or its usable rows are others and the run began with release 0.1.
         """
         if state["digest"] != self._digest:
             raise DatasetError(
                 f"{self._path} is not the dataset that the run started with: its contents have changed; "
                 "put the old file back, or start a run of another name"
             )
+        self._by_rows = state.get("order_of", "rows") == "rows"  # both since 0.2
+        if self._by_rows and (before := state.get("usable_rows")) not in (None, len(self._by_line)):
+            raise DatasetError(
+                f"{self._path} has {len(self._by_line)} usable rows, and had {before}: a run that began with release "
+                "0.1 cannot change them; set data.max_prompt_tokens, data.prompt_field and the tokenizer back to what "
+                "they were, or start a run of another name"
+            )
         self._shuffle, self._seed = state["shuffle"], state["seed"]
         self._move_to(epoch=state["epoch"], index=state["index"])
-        self._returned = {prompt_id: self.prompt(prompt_id) for prompt_id in state["returned"]}
-        self._deferred = {prompt_id: self.prompt(prompt_id) for prompt_id in state.get("deferred", ())}  # since 0.2
+        self._returned = self._prompts(state["returned"])
+        self._deferred = self._prompts(state.get("deferred", ()))  # since 0.2
+
+    def _prompts(self, prompt_ids: Iterable[str]) -> dict[str, Prompt]:
+        return {prompt_id: self.prompt(prompt_id) for prompt_id in prompt_ids if self.usable(prompt_id)}
 
     def _move_to(self, *, epoch: int, index: int) -> None:
         self._epoch, self._index = epoch, index
         self._positions: dict[int, int] | None = None  # {line: position in the epoch's order}, built when needed
-        count = len(self._rows)
+        lines = list(self._by_line) if self._by_rows else range(1, self._lines + 1)
         self._order: list[int] = (
-            np.random.default_rng([self._seed, epoch]).permutation(count).tolist()
-            if self._shuffle
-            else list(range(count))
+            np.random.default_rng([self._seed, epoch]).permutation(lines).tolist() if self._shuffle else list(lines)
         )
 
     def _was_issued(self, prompt_id: str) -> bool:
@@ -103,7 +122,7 @@ class DatasetCursor:
         if epoch != self._epoch:
             return epoch < self._epoch
         if self._positions is None:
-            self._positions = {self._rows[at].line: position for position, at in enumerate(self._order)}
+            self._positions = {line: position for position, line in enumerate(self._order)}
         return self._positions.get(_line(prompt_id), self._index) < self._index
 
 

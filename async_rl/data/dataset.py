@@ -59,6 +59,11 @@ class Dataset:
     digest: str
     """Hash of the file's bytes, so that a restored run notices a changed dataset."""
 
+    @property
+    def lines(self) -> int:
+        """Number of lines of the file, usable or not."""
+        return len(self.rows) + len(self.bad_rows)
+
     def first(self, count: int, *, label: str, key: str) -> tuple[Prompt, ...]:
         """Return the first ``count`` rows as prompts "<label>-<line>".
 

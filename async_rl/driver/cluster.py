@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
+from async_rl.runtime.process import ignore_interrupts, interrupt_once
 from async_rl.trainer.parallel import world_size
 
 # In addition to the queue's payloads the object store holds the groups in training and the arguments of calls.
@@ -81,11 +81,20 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
                 namespace=config.name,
                 logging_level="warning",
             )
-    except (RayError, OSError, ValueError, RuntimeError) as error:
-        raise ResourceError(f"Ray did not start: {error}") from error
+    except SystemExit:  # the answer to SIGTERM of a handler that Ray has installed
+        ignore_interrupts()
+        raise KeyboardInterrupt from None
+    except Exception as error:  # a plain Exception when a daemon of Ray has not answered in time
+        raise ResourceError(
+            f"Ray did not start: {error} (logs: session_latest/logs in /tmp/ray or RAY_TMPDIR); if the machine is "
+            "busy, start the run again when it is less so"
+        ) from error
+    interrupt_once()
     try:
         yield
     finally:
+        # A second signal, within Ray's libraries, would abort the process before it has written how the run ended.
+        ignore_interrupts()
         ray.shutdown()
 
 

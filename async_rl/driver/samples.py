@@ -88,14 +88,24 @@ class SampleWriter:
             self.write(step, version, samples)
 
     def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
+        most, segments = self._config.metrics.sample_characters, excerpt.segments
+        texts: list[dict[str, str]] = [{} for _ in segments]
+        if not (len(segments) == 1 and segments[0][:2] == (0, len(excerpt.response_ids))):  # else it is the response
+            decoded = (self._decode(excerpt.response_ids[start:stop]) for start, stop, _ in segments)
+            texts = [{"text": shortened(text, most // len(segments))} for text in decoded]
         return {
             "trajectory": excerpt.trajectory_id,
-            "prompt": excerpt.prompt,
-            "response": self._decode(excerpt.response_ids),
+            "prompt": shortened(excerpt.prompt, most),
+            "response": shortened(self._decode(excerpt.response_ids), most),
             "reward": excerpt.reward,
             "finish_reason": excerpt.finish_reason,
-            "segments": [
-                {"version": version, "text": self._decode(excerpt.response_ids[start:stop])}
-                for start, stop, version in excerpt.segments
-            ],
+            "segments": [{"version": version, **text} for (_, _, version), text in zip(segments, texts, strict=True)],
         }
+
+
+def shortened(text: str, most: int) -> str:
+    """Return ``text``, or of a longer one ``most`` characters of its beginning and end, and how many are left out."""
+    if len(text) <= most:
+        return text
+    head, tail = most - most // 2, most // 2
+    return f"{text[:head]} [... {len(text) - most} characters ...] {text[len(text) - tail :]}"

@@ -89,5 +89,5 @@ class TrainerRecovery:
         await self._trainers.start(found)
         reissued = await self._queue.rewind(state.step)
         await self._recorder.samples.finished()
-        self._recorder.rewind(state.step, state.recorder)
+        await asyncio.to_thread(self._recorder.rewind, state.step, state.recorder)
         return state.step, len(reissued)

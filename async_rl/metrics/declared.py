@@ -391,7 +391,7 @@ _FLOW = (
         "Groups given up permanently, by reason.",
         "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
-        values=("reward", "environment", "engine", "timeout", "stale"),
+        values=("reward", "environment", "engine", "timeout", "stale", "row"),
     ),
     MetricSpec(
         "dataset_bad_rows_total",

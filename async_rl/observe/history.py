@@ -9,17 +9,17 @@ import datetime
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 import yaml
 
 from async_rl.errors import RunFolderError
 from async_rl.metrics.events import in_words
 from async_rl.observe.rows import Row
-from async_rl.runtime import runfolder
+from async_rl.runtime import logs, runfolder
 
 # What the log has in every line, and no part of the event's words.
 _NO_FIELDS = frozenset({"event", "run", "role", "version", "logger", "level", "timestamp", "exception"})
@@ -33,45 +33,64 @@ class Sink(Protocol):
 
 
 class Lines:
-    """A file of JSON lines that may still grow."""
+    """A file of JSON lines that may still grow, be cut, and be rolled: what was in it before is then in older files."""
 
-    def __init__(self, path: Path, sink: Sink) -> None:
-        self._path = path
+    def __init__(self, files: Callable[[], Sequence[Path]], sink: Sink) -> None:
+        """``files`` returns the files that exist, oldest first."""
+        self._files = files
         self._sink = sink
-        self._inode = self._position = 0
-        self._number = 0
+        self._inode = self._position = self._number = 0
+        self._last = b""  # line before the position
 
     def read(self) -> None:
         """Append the lines that were finished since the last call to the sink.
 
-        Where the file has been replaced (training was rewound to a checkpoint), clears the sink and appends all lines.
-        Raises RunFolderError for a line that is not a JSON object, which no interruption explains.
+        Where lines that were read are gone (training was rewound to a checkpoint), clears the sink and appends all
+        lines. Raises RunFolderError for a line that is not a JSON object, which no interruption explains.
         """
-        try:
-            stream = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with stream:
-            inode = os.fstat(stream.fileno()).st_ino
-            if inode != self._inode or stream.seek(0, os.SEEK_END) < self._position:
-                self._inode, self._position, self._number = inode, 0, 0
-                self._sink.clear()
-            stream.seek(self._position)
-            # Line by line: the file of a long run is larger than what is kept of it.
-            for line in _finished(stream):
-                self._position += len(line)
-                self._number += 1
-                self._sink.append(self._object(line[:-1]))
+        files = self._files()
+        at = next((index for index, path in enumerate(files) if self._reached(path)), None)
+        if at is None:
+            self._inode = 0
+            self._sink.clear()
+        for path in files[at or 0 :]:
+            try:
+                stream = path.open("rb")
+            except FileNotFoundError:
+                return  # rolled at this moment
+            with stream:
+                self._read(stream)
 
-    def _object(self, line: bytes) -> dict[str, Any]:
+    def _reached(self, path: Path) -> bool:
+        """Return whether ``path`` is the file that was read last, and still has what was read of it."""
+        try:
+            if path.stat().st_ino != self._inode:
+                return False
+            with path.open("rb") as stream:
+                stream.seek(self._position - len(self._last))
+                return stream.read(len(self._last)) == self._last
+        except FileNotFoundError:
+            return False
+
+    def _read(self, stream: BinaryIO) -> None:
+        inode = os.fstat(stream.fileno()).st_ino
+        if inode != self._inode:
+            self._inode, self._position, self._number, self._last = inode, 0, 0, b""
+        stream.seek(self._position)
+        # Line by line: the file of a long run is larger than what is kept of it.
+        for line in _finished(stream):
+            self._position += len(line)
+            self._number += 1
+            self._last = line
+            self._sink.append(self._object(line[:-1], stream.name))
+
+    def _object(self, line: bytes, name: str) -> dict[str, Any]:
         try:
             value = json.loads(line)
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise RunFolderError(
-                f"{self._path}:{self._number} is not a JSON object: {line[:60]!r} (the file may be damaged)"
-            )
+            raise RunFolderError(f"{name}:{self._number} is not a JSON object: {line[:60]!r} (the file may be damaged)")
         return value
 
 
@@ -126,8 +145,9 @@ class History:
     _log: Lines = field(init=False)
 
     def __post_init__(self, into: Sink | None) -> None:
-        self._metrics = Lines(self.path / runfolder.METRICS, self.rows if into is None else into)
-        self._log = Lines(self.path / "logs" / "pipeline.jsonl", _Events(self.events))
+        metrics, log = self.path / runfolder.METRICS, self.path / "logs" / "pipeline.jsonl"
+        self._metrics = Lines(lambda: [metrics] if metrics.exists() else [], self.rows if into is None else into)
+        self._log = Lines(lambda: logs.files(log), _Events(self.events))
 
     @property
     def steps(self) -> int:

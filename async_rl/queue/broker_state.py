@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 from async_rl.metrics.records import GroupCounts
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import OnStale, free_slots
 from async_rl.types import Prompt
+
+ROW = "row"
+"""Why a group failed whose dataset row can no longer be used."""
 
 RULES = 2
 """Version of the rules by which the broker decides. A journal must be replayed by those under which it was written.
@@ -36,6 +39,10 @@ class PromptSource(Protocol):
 
     def prompt(self, prompt_id: str) -> Prompt:
         """Return the prompt that was issued under this id."""
+        ...
+
+    def usable(self, prompt_id: str) -> bool:
+        """Return whether this prompt can be issued; false if the settings of the dataset have changed since it was."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -225,8 +232,12 @@ class BrokerState:
 
     @classmethod
     def from_plain(cls, plain: PlainState, source: PromptSource) -> BrokerState:
-        """Rebuild the state that ``to_plain`` wrote, and restore ``source`` to the position saved with it."""
+        """Rebuild the state that ``to_plain`` wrote, and restore ``source`` to the position saved with it.
+
+        Outstanding prompts that are not usable any more are given up.
+        """
         source.restore(plain["source"])
+        plain, given_up = _usable(plain, source)
 
         def issue(fields: IssueFields) -> Issue:
             group_id, prompt_id, version, attempts, worker = fields
@@ -255,7 +266,7 @@ class BrokerState:
             trained_in_window=plain["trained_in_window"],
             returned=Counter(plain["returned"]),
             dropped=Counter(plain["dropped"]),
-            failed=Counter(plain["failed"]),
+            failed=Counter(plain["failed"]) + Counter({ROW: given_up}),
             history=deque(Trained(step, source.prompt(p), attempt) for step, p, attempt in plain["history"]),
         )
 
@@ -323,3 +334,28 @@ class BrokerState:
             f"budget full: {self.window_groups} of {settings.window_limit} groups of window {self.version}; "
             f"{', '.join(parts)}"
         )
+
+
+def _usable(plain: PlainState, source: PromptSource) -> tuple[PlainState, int]:
+    """Return ``plain`` without the groups whose prompts ``source`` cannot issue, and how many were outstanding."""
+
+    def finished(groups: list[FinishedFields]) -> list[FinishedFields]:
+        return [group for group in groups if source.usable(group[0][1])]
+
+    kept = plain | {
+        "running": [fields for fields in plain["running"] if source.usable(fields[1])],
+        "queued": finished(plain["queued"]),
+        "leased": finished(plain["leased"]),
+        # Trained they stay. Only a rewind to before the checkpoint that this is would want to issue them again.
+        "history": [trained for trained in plain["history"] if source.usable(trained[1])],
+    }
+    lists = ("running", "queued", "leased")
+    return cast(PlainState, kept), sum(len(plain[name]) - len(kept[name]) for name in lists)
+
+
+def unusable_prompts(plain: PlainState, source: PromptSource) -> list[str]:
+    """Return the prompts of a state, outstanding or waiting to come again, that ``source`` cannot issue any more."""
+    ids = [fields[1] for fields in plain["running"]]
+    ids += [fields[1] for fields, _ in [*plain["queued"], *plain["leased"]]]
+    ids += [*plain["source"].get("returned", ()), *plain["source"].get("deferred", ())]
+    return [prompt_id for prompt_id in ids if not source.usable(prompt_id)]

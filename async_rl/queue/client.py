@@ -219,6 +219,8 @@ class QueueClient:
         """
         state = await self.state()
         metas = [GroupMeta.from_fields(meta) for _, meta in [*state["queued"], *state["leased"]]]
+        known = {meta.group_id for meta in metas}  # other groups were given up, because their rows are bad by now
+        self._payloads = {group_id: held for group_id, held in self._payloads.items() if group_id in known}
         await self.release([GroupMeta.from_fields(meta).group_id for _, meta in state["leased"]])
         stored = {meta.address for meta in metas if meta.address}
         if self._groups is not None:

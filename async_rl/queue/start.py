@@ -12,16 +12,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
 from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.broker import Broker
-from async_rl.queue.broker_state import BrokerSettings, PlainState, PromptSource
+from async_rl.queue.broker_state import BrokerSettings, PlainState, PromptSource, unusable_prompts
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.journal import FileJournal, Journal
 from async_rl.queue.staleness import window_limit
 from async_rl.runtime import logs
+
+log = structlog.get_logger(__name__)
+
+# Prompts, <epoch>-<line of the file>, that one line of the log names; the count covers the rest.
+_NAMED = 5
 
 MAX_CONCURRENCY = 10_000
 """Calls that may be inside the actor at once, one per waiting worker or batch of groups. Ray's default of
@@ -57,7 +63,10 @@ def start_queue(
     """
     broker = build_broker(config, source)
     if state is not None:
-        broker.restore(cast(PlainState, state))
+        plain = cast(PlainState, state)
+        broker.restore(plain)
+        if given_up := unusable_prompts(plain, source):
+            log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows by now")
     open_journal: Callable[[], Journal] | None = None
     options: dict[str, Any] = {}
     if config.queue.backend == "redis":

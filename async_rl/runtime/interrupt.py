@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from async_rl.runtime.process import CHECKPOINT
+
 
 class Interrupted(Exception):
     """The run was ended by Ctrl-C or SIGTERM."""
@@ -21,8 +23,8 @@ async def until_interrupted(
 ) -> None:
     """Await ``work``; on Ctrl-C or SIGTERM end it, let it clean up, and raise Interrupted.
 
-    ``work`` is cancelled, at SIGTERM after the seconds that ``wind_up`` returns, in which it may end by itself. A
-    second signal cancels it at once. ``on_demand`` is called on SIGUSR2.
+    ``work`` is cancelled, at SIGTERM after the seconds that ``wind_up`` returns, in which it may end by itself.
+    ``on_demand`` is called on SIGUSR2.
     """
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     interrupted = False
@@ -34,10 +36,11 @@ async def until_interrupted(
 
     def terminate() -> None:
         nonlocal interrupted
-        grace_s = 0.0 if interrupted else wind_up()
+        if interrupted:
+            return  # the supervisor passes on what a job scheduler has sent to every process
         interrupted = True
         # Not call_later for 0 s: the task must not begin anything more.
-        if grace_s > 0:
+        if (grace_s := wind_up()) > 0:
             loop.call_later(grace_s, task.cancel)
         else:
             task.cancel()
@@ -45,7 +48,7 @@ async def until_interrupted(
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, terminate)
     if on_demand is not None:
-        loop.add_signal_handler(signal.SIGUSR2, on_demand)
+        loop.add_signal_handler(CHECKPOINT, on_demand)
     try:
         await task
     except asyncio.CancelledError:

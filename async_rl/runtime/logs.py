@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,13 +21,15 @@ from structlog.stdlib import ProcessorFormatter
 from structlog.typing import Processor
 
 from async_rl.runtime.process import dump_stacks_to
+from async_rl.runtime.rolling import ERRORS
 from async_rl.runtime.runfolder import to_json
 
 _OURS = "async_rl"
 # Libraries that add handlers to their top logger and stop propagation there.
 _LIBRARIES = ("vllm", "ray", "megatron", "transformers")
 _LIBRARY_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
+# Of each log of each process: about 70,000 lines, and four times as many before the oldest are removed.
+_BYTES, OLDER_FILES = 16 * 2**20, 3
 
 _bound: dict[str, Any] = {}
 
@@ -73,11 +76,10 @@ def configure(run_dir: Path | None, role: str, *, console: bool) -> None:
     if run_dir is not None:
         folder = run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        own = logging.FileHandler(folder / f"{role}.jsonl", encoding="utf-8", delay=True)
+        own = _rotating(folder / f"{role}.jsonl")
         ours.addHandler(_formatted(own, structlog.processors.JSONRenderer(serializer=_dump), shared))
-        path = folder / f"{role}.libs.log"
         dump_stacks_to(folder / f"{role}.stacks.txt")
-        libraries: logging.Handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+        libraries: logging.Handler = _rotating(folder / f"{role}.libs.log")
         libraries.setFormatter(logging.Formatter(_LIBRARY_FORMAT))
     else:
         libraries = logging.NullHandler()
@@ -92,6 +94,26 @@ def configure(run_dir: Path | None, role: str, *, console: bool) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def older(path: Path, number: int) -> Path:
+    """Return the file that holds what was in the log ``path`` before; its number 1 is the newest of the older ones."""
+    return path.with_suffix(f".{number}{path.suffix}")
+
+
+def files(path: Path) -> list[Path]:
+    """Return the files of the log ``path``, oldest first, as far as they exist."""
+    found = (*(older(path, number) for number in range(OLDER_FILES, 0, -1)), path)
+    return [file for file in found if file.exists()]
+
+
+def _rotating(path: Path) -> RotatingFileHandler:
+    # A lone surrogate in a field must not cost the line.
+    handler = RotatingFileHandler(
+        path, maxBytes=_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors=ERRORS, delay=True
+    )
+    handler.namer = lambda name: str(older(path, int(name.rpartition(".")[2])))
+    return handler
 
 
 def adopt_libraries() -> None:

@@ -7,11 +7,14 @@ import ctypes
 import faulthandler
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
 
 DUMP_STACKS = Signals.SIGUSR1
+CHECKPOINT = Signals.SIGUSR2
+INTERRUPTS = (Signals.SIGINT, Signals.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -53,6 +56,26 @@ def signal_on_parent_death(number: Signals) -> None:
     The parent may have died before this call. To find out, compare os.getppid() afterwards.
     """
     _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def interrupt_once() -> None:
+    """Have the first SIGINT or SIGTERM raise KeyboardInterrupt in the main thread, and all later ones do nothing.
+
+    A second one would interrupt what the first one has begun to end, and libraries in C++ abort the process then.
+    """
+
+    def interrupt(_number: int, _frame: object) -> None:
+        ignore_interrupts()
+        raise KeyboardInterrupt
+
+    for number in INTERRUPTS:
+        signal.signal(number, interrupt)
+
+
+def ignore_interrupts() -> None:
+    """Have SIGINT and SIGTERM do nothing from now on: this process ends already."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def adopt_orphans() -> None:

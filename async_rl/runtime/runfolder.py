@@ -19,6 +19,7 @@ from typing import Any, Self, TextIO
 from async_rl.config.loading import to_yaml
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
+from async_rl.runtime.rolling import ERRORS, RollingLines
 
 FORMAT = 1
 """Format of the files in a run folder; increased when a reader of the old ones could not read the new ones."""
@@ -42,8 +43,11 @@ TRAJECTORY_SUFFIX = ".group"
 # Legal within a JSON string, but many readers (str.splitlines among them) would end a JSONL line there.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
 _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
-# A lone surrogate, which a dataset may contain, cannot be encoded as UTF-8; JSON has an escape for it.
-_ERRORS = "backslashreplace"
+# Some thousands of steps; a part is compressed within a second.
+_TRAINED_BYTES = 16 * 2**20
+# samples.jsonl and so many older parts share metrics.samples_bytes.
+_SAMPLE_PARTS = 3
+_BY_STEP = (METRICS, TRAINED, SAMPLES)
 _FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
 
 
@@ -81,8 +85,8 @@ class RunFolder:
         be created.
         """
         self.path = config.run_dir.absolute()
-        self._streams: dict[str, TextIO] = {}
-        self._kept = deque[Path]()
+        names = (*_BY_STEP, *(f"{REWOUND}-{name}" for name in _BY_STEP))
+        self._lines = {name: self._rolling(name, config) for name in names}
         self._keep = config.debug.dump_trajectories
         try:
             if not resume and self.path.is_dir() and any(self.path.iterdir()):
@@ -93,6 +97,7 @@ class RunFolder:
             for folder in _FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             self._lock = self._locked(config)
+            self._kept = deque(sorted(self.trajectories.glob(f"*{TRAJECTORY_SUFFIX}"), key=_written))
             for target in (*self.targets.iterdir(), *(self.path.parent / ALL_TARGETS).glob(f"*@{self.path.name}.json")):
                 target.unlink()  # left by a process that was killed
             (self.path / SUMMARY).unlink(missing_ok=True)  # of the run that is resumed: it has not ended after all
@@ -138,42 +143,34 @@ class RunFolder:
 
     def write_step(self, row: Mapping[str, Any]) -> None:
         """Append one training step's row to metrics.jsonl."""
-        self._append(METRICS, row)
+        self._lines[METRICS].append(to_json(row))
 
     def write_trained(self, row: Mapping[str, Any]) -> None:
         """Append the groups of one training step to trained.jsonl."""
-        self._append(TRAINED, row)
+        self._lines[TRAINED].append(to_json(row))
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Append one readable trajectory to samples.jsonl."""
-        self._append(SAMPLES, sample)
+        self._lines[SAMPLES].append(to_json(sample))
 
     def rewind(self, step: int) -> None:
         """Move the lines of steps after ``step`` to rewound-<name>, because they will be trained again."""
-        self.close()
-        for name in (METRICS, TRAINED, SAMPLES):
-            path = self.path / name
-            if not path.exists():
-                continue
-            kept: list[bytes] = []
-            gone: list[bytes] = []
-            for line in path.read_bytes().splitlines(keepends=True):
-                (kept if _step(line) <= step else gone).append(line)
-            if gone:
-                with (self.path / f"{REWOUND}-{name}").open("ab") as stream:
-                    stream.writelines(gone)
-                write_atomically(path, b"".join(kept))
+        for name in _BY_STEP:
+            self._lines[name].move_after(step, self._lines[f"{REWOUND}-{name}"])
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        if name not in self._streams:
-            self._streams[name] = (self.path / name).open("a", encoding="utf-8", errors=_ERRORS)
-        stream = self._streams[name]
-        stream.write(to_json(row) + "\n")
-        stream.flush()
+    def _rolling(self, name: str, config: RunConfig) -> RollingLines:
+        """Return the file of this name, whose size is bounded as its lines allow."""
+        path = self.path / name
+        if name.endswith(TRAINED):
+            return RollingLines(path, max_bytes=_TRAINED_BYTES)  # what was trained must never be forgotten
+        if name.endswith(SAMPLES):
+            most = config.metrics.samples_bytes // (1 + _SAMPLE_PARTS)
+            return RollingLines(path, max_bytes=max(1, most), keep=_SAMPLE_PARTS)
+        return RollingLines(path)  # readers want one file of all steps: a few kB each
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json atomically."""
-        write_atomically(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode(errors=_ERRORS))
+        write_atomically(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode(errors=ERRORS))
 
     def write_group(self, payload: bytes | memoryview, group_id: str) -> None:
         """Write a trained group in wire format; only the last debug.dump_trajectories are kept."""
@@ -191,9 +188,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the open files. May be called twice."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams = {}
+        for lines in self._lines.values():
+            lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,9 +219,5 @@ def write_atomically(path: Path, payload: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _step(line: bytes) -> float:
-    """Return the step of a row; infinity for a row that was cut off when its writer was killed."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _written(path: Path) -> float:
+    return path.stat().st_mtime

@@ -15,64 +15,86 @@ from collections.abc import Callable
 
 import psutil
 
-from async_rl.runtime.process import adopt_orphans, begin_run, remove_semaphores, signal_on_parent_death
+from async_rl.runtime.process import (
+    CHECKPOINT,
+    INTERRUPTS,
+    adopt_orphans,
+    begin_run,
+    ignore_interrupts,
+    interrupt_once,
+    remove_semaphores,
+    signal_on_parent_death,
+)
 
 # Processes that are left after the driver's own shutdown get this long after SIGTERM before they are killed.
 _GRACE_S = 3.0
+_AWAITED = {*INTERRUPTS, CHECKPOINT, signal.SIGCHLD}
 
 
 def supervise(body: Callable[[], int]) -> int:
     """Run ``body`` in a child process and return its exit code, 128 + n when signal n killed it.
 
-    Call it before threads are started: it forks. Ctrl-C reaches the child by the terminal's process group; SIGTERM
-    sent here is passed on.
+    Call it before threads are started: it forks. SIGTERM, SIGINT and SIGUSR2 sent here are passed on; Ctrl-C reaches
+    the child by the terminal's process group.
     """
     adopt_orphans()
     begin_run()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Blocked, not handled: how a signal was sent is only told to who waits for it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     driver = os.fork()
     if driver == 0:
-        _run_driver(body)
-    handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda _number, _frame: _forward(driver)),
-    }
+        _run_driver(body, before)
     try:
-        _, status = os.waitpid(driver, 0)
+        status = _wait(driver)
     finally:
         _end_descendants()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         sys.stderr.write(f"async-rl: the driver was killed by {signal.Signals(-code).name}; every process was ended\n")
     return code if code >= 0 else 128 - code
 
 
-def _run_driver(body: Callable[[], int]) -> None:
-    """Run ``body`` in the child process. Never returns."""
+def _wait(driver: int) -> int:
+    """Pass signals on to the driver until it ends; return its status as of waitpid(2)."""
+    while True:
+        found = signal.sigwaitinfo(_AWAITED)
+        if found.si_signo == signal.SIGCHLD:
+            ended, status = os.waitpid(driver, os.WNOHANG)
+            if ended:
+                return status
+        elif found.si_signo != signal.SIGINT or found.si_code <= 0:
+            # A positive code is the kernel's: the terminal has sent SIGINT to the driver, too.
+            os.kill(driver, found.si_signo)
+
+
+def _run_driver(body: Callable[[], int], mask: set[signal.Signals]) -> None:
+    """Run ``body`` in the child process, with the signals of ``mask`` blocked. Never returns."""
     parent = os.getppid()
+    interrupt_once()
+    signal.signal(CHECKPOINT, signal.SIG_IGN)  # until training begins
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     signal_on_parent_death(signal.SIGTERM)
     adopt_orphans()
     code = 1
     try:
         if os.getppid() == parent:  # the parent may have died before the call above took effect
             code = body()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:  # noqa: BLE001 - this process ends here with the trace of any exception
         sys.excepthook(*sys.exc_info())
     finally:
+        ignore_interrupts()
         _end_descendants()
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit: atexit handlers and the frames above belong to the parent's copy.
         os._exit(code)
-
-
-def _forward(driver: int) -> None:
-    os.kill(driver, signal.SIGTERM)
 
 
 def _end_descendants() -> None:

@@ -272,7 +272,9 @@ class WeightSync:
             await self._raise_failed_replica()
             if isinstance(error, WeightSyncError):
                 raise
-            raise WeightSyncError(f"{what}: {type(error).__name__}: {error}") from error
+            cause = unwrap_ray_error(error)
+            reason = str(cause).strip().partition("\n")[0]
+            raise WeightSyncError(f"{what}: {type(cause).__name__}: {reason}") from error
 
     async def _too_long(self, what: str, phases: dict[str, float]) -> WeightSyncError:
         """Return the error to raise when sync.timeout_s is over."""

@@ -38,6 +38,9 @@ class Source:
         row = int(prompt_id.partition("-")[2])
         return Prompt(prompt_id, row, "", np.array([1], dtype=np.int32))
 
+    def usable(self, prompt_id):
+        return True
+
     def state(self):
         circulating, deferred = ([p.prompt_id for p in prompts] for prompts in (self.circulating, self.deferred))
         return {"rows": self.rows, "row": self.row, "circulating": circulating, "deferred": deferred}

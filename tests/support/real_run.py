@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from async_rl.runtime.rolling import open_part, parts
+
 # The README promises that nothing is left 15 s after any exit. A busy machine may need longer, but a process that was
 # forgotten stays. Both limits end a test that hangs, and judge no time.
 CLEAN_WITHIN_S = 60
@@ -102,7 +104,7 @@ class Run:
     @property
     def trained(self) -> list[dict]:
         """The groups of each training step."""
-        return [json.loads(line) for line in (self.folder / "trained.jsonl").read_text().splitlines()]
+        return [json.loads(line) for part in parts(self.folder / "trained.jsonl") for line in open_part(part)]
 
     @property
     def log(self) -> list[dict]:

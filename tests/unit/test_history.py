@@ -1,6 +1,7 @@
 """Run folders are read as they stand: whole, growing, cut off, rewound, damaged, of another format."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import RunFolderError
 from async_rl.metrics.publish import step_row
 from async_rl.observe import history
+from async_rl.runtime import logs
 from async_rl.runtime.runfolder import RunFolder
 from tests.support.step_records import step_record
 
@@ -77,6 +79,41 @@ def test_training_that_goes_back_takes_its_lines_along(folder):
     write(folder, 3)
     found.refresh()
     assert steps(found) == [1, 2, 3]
+
+
+def test_a_file_that_was_cut_and_has_grown_past_its_old_size_is_read_again(folder):
+    write(folder, 1, 2, 3, 4)
+    found = history.read(folder.path)
+    folder.rewind(2)
+    write(folder, 3, 4, 5)
+    found.refresh()
+    assert steps(found) == [1, 2, 3, 4, 5]
+    folder.rewind(4)
+    found.refresh()
+    assert steps(found) == [1, 2, 3, 4]
+
+
+def test_events_of_a_log_that_was_rolled_come_once_and_in_order(folder, monkeypatch):
+    monkeypatch.setattr(logs, "_BYTES", 600)
+    log = logs._rotating(folder.path / "logs" / "pipeline.jsonl")
+    found, written = history.read(folder.path), 0
+
+    def emit(count):
+        nonlocal written
+        for _ in range(count):
+            written += 1
+            log.emit(logging.makeLogRecord({"msg": json.dumps({"event": "checkpoint", "n": written})}))
+
+    for count in (1, 4, 1, 12, 3):
+        emit(count)
+        found.refresh()
+        assert [event.text for event in found.events] == [f"checkpoint n={n + 1}" for n in range(written)]
+    assert [event.text for event in history.read(folder.path).events] == [event.text for event in found.events]
+    emit(400)  # more than are kept, since the last look
+    found.refresh()
+    numbers = [int(event.text.partition("n=")[2]) for event in found.events]
+    assert numbers == list(range(numbers[0], written + 1))
+    log.close()
 
 
 def test_events_are_of_the_pipelines_log(folder):

@@ -106,3 +106,18 @@ def test_without_a_run_folder_nothing_is_written(tmp_path, monkeypatch, capsys):
     logging.getLogger("other").error("nor this")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
+
+
+def test_logs_are_rotated_by_size_and_lose_their_oldest_lines_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_BYTES", 2_000)
+    logs.configure(tmp_path, "rollout-0", console=False)
+    for number in range(200):
+        structlog.get_logger("async_rl.rollout").info("pushed", number=number, text="\ud800")
+        logging.getLogger("vllm").warning("number %d", number)
+    folder = tmp_path / "logs"
+    ours = logs.files(folder / "rollout-0.jsonl")
+    assert [path.name for path in ours] == [*(f"rollout-0.{n}.jsonl" for n in (3, 2, 1)), "rollout-0.jsonl"]
+    numbers = [line["number"] for path in ours for line in read(path)]
+    assert numbers == list(range(numbers[0], 200))
+    assert (folder / "rollout-0.libs.3.log").exists()
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * 4 * 2_000

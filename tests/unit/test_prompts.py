@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.data.cursor import DatasetCursor
-from async_rl.data.dataset import Dataset, Row, read_jsonl
+from async_rl.data.dataset import BadRow, Dataset, Row, read_jsonl
 from async_rl.errors import DatasetError
+from async_rl.queue.broker_state import unusable_prompts
+from tests.support.queue_parts import make_broker, meta
 
 
 def encode(text: str) -> list[int]:
@@ -203,6 +205,78 @@ def test_a_state_of_another_dataset_is_refused(tmp_path):
     state = DatasetCursor(dataset_of(3), shuffle=True, seed=0).state()
     with pytest.raises(DatasetError, match="contents have changed"):
         DatasetCursor(read(write(tmp_path / "d.jsonl", {"prompt": "a"})), shuffle=True, seed=0).restore(state)
+
+
+def with_bad(dataset: Dataset, bad: set[int]) -> Dataset:
+    """The same file, read with settings under which these lines cannot be used."""
+    rows = tuple(row for row in dataset.rows if row.line not in bad)
+    bad_rows = (*dataset.bad_rows, *(BadRow(row.line, "too long") for row in dataset.rows if row.line in bad))
+    return Dataset(dataset.path, rows, bad_rows, dataset.digest)
+
+
+@given(
+    count=st.integers(2, 30),
+    shuffle=st.booleans(),
+    issued=st.integers(0, 60),
+    back=st.integers(0, 5),
+    before=st.sets(st.integers(2, 30), max_size=10),
+    after=st.sets(st.integers(2, 30), max_size=10),
+)
+def test_invariant_5_other_settings_at_a_restore_train_no_prompt_twice_and_skip_none(
+    count, shuffle, issued, back, before, after
+):
+    whole = dataset_of(count)
+    cursor = DatasetCursor(with_bad(whole, before), shuffle=shuffle, seed=1)
+    prompts = [cursor.next() for _ in range(issued)]
+    for prompt in prompts[:back]:
+        cursor.give_back(prompt)
+    trained = [prompt.prompt_id for prompt in prompts[back:]]
+    restored = DatasetCursor(with_bad(whole, after), shuffle=False, seed=2)
+    restored.restore(json.loads(json.dumps(cursor.state())))
+    epoch = restored.state()["epoch"]
+    while (prompt := restored.next()).prompt_id.startswith((f"{epoch}-", *(f"{e}-" for e in range(epoch)))):
+        trained.append(prompt.prompt_id)
+    assert max(Counter(trained).values(), default=1) == 1
+    for line in {row.line for row in whole.rows} - before - after:
+        assert {f"{e}-{line}" for e in range(epoch + 1)} <= set(trained), "a row that is usable all along was skipped"
+    assert not {int(prompt_id.partition("-")[2]) for prompt_id in trained[max(0, issued - back) :]} & after
+
+
+def test_a_run_of_release_0_1_keeps_its_order_and_cannot_change_its_rows(tmp_path):
+    dataset = with_bad(dataset_of(9), {2, 5})
+    new, old = (DatasetCursor(dataset, shuffle=True, seed=0) for _ in range(2))
+    state = new.state()
+    for key in ("usable_rows", "order_of"):
+        del state[key]  # as release 0.1 wrote it
+    old.restore(state)
+    order = [dataset.rows[at].line for at in np.random.default_rng([0, 0]).permutation(7)]
+    assert [old.next().row for _ in range(7)] == order
+    state = old.state()
+    again = DatasetCursor(dataset, shuffle=True, seed=0)
+    again.restore(state)
+    assert again.next().prompt_id == old.next().prompt_id
+    with pytest.raises(DatasetError, match=r"has 6 usable rows, and had 7: .* set data\.max_prompt_tokens"):
+        DatasetCursor(with_bad(dataset, {1}), shuffle=True, seed=0).restore(state)
+
+
+def test_what_is_outstanding_and_cannot_be_used_any_more_is_given_up():
+    whole = dataset_of(9)
+    broker = make_broker(DatasetCursor(whole, shuffle=False, seed=0), window_limit=9, can_rewind=True)
+    tickets = broker.issue("w", 6)
+    for ticket in tickets[:4]:
+        broker.put(meta(ticket))
+    broker.ack([group.group_id for group in broker.lease(2, "trainer")], 1)
+    broker.return_group(tickets[4].group_id, "worker_lost")
+    state = json.loads(json.dumps(broker.state()))
+    source = DatasetCursor(with_bad(whole, {1, 3, 5, 6, 7}), shuffle=False, seed=0)
+    restored = make_broker(source, window_limit=9, can_rewind=True)
+    restored.restore(state)
+    assert unusable_prompts(state, source) == ["0-6", "0-3", "0-5"]
+    counts = restored.counts()
+    assert (counts.issued, counts.trained, counts.outstanding, counts.returned, counts.failed) == (6, 2, 1, 1, 2)
+    assert restored.stats().failed == {"row": 2}
+    assert [ticket.prompt.prompt_id for ticket in restored.issue("w", 2)] == ["0-8", "0-9"]
+    assert restored.rewind(0) == ["0-2"]
 
 
 def test_a_cursor_pickles_where_it_stands(tmp_path):

@@ -124,6 +124,25 @@ def test_samples_are_spread_over_the_prompts_and_only_dumped_groups_are_read_who
     assert codec.decode((folder / "trajectories" / "0-3.0.group").read_bytes()).group_id == "0-3.0"
 
 
+def excerpt(ids, segments):
+    return Excerpt("t", "p" * 500, np.array(ids, np.int32), segments, 1.0, "stop")
+
+
+def test_sampled_text_is_written_once_and_of_a_long_one_beginning_and_end(recorder):
+    one = recorder()
+    one.samples._config = one._config.model_copy(
+        update={"metrics": one._config.metrics.model_copy(update={"sample_characters": 100})}
+    )
+    whole = one.samples._readable(excerpt([1, 2, 3], ((0, 3, 7),)))
+    assert (whole["response"], whole["segments"]) == ("123", [{"version": 7}])
+    turns = one.samples._readable(excerpt([1, 2, 3, 4], ((0, 2, 7), (3, 4, 8))))
+    assert turns["segments"] == [{"version": 7, "text": "12"}, {"version": 8, "text": "4"}]
+    long = one.samples._readable(excerpt([1] * 1000, ((0, 400, 7), (400, 1000, 8))))
+    assert long["response"] == "1" * 50 + " [... 900 characters ...] " + "1" * 50
+    assert long["prompt"] == "p" * 50 + " [... 400 characters ...] " + "p" * 50
+    assert sum(len(segment["text"]) for segment in long["segments"]) < 200
+
+
 def test_an_excerpt_shows_where_a_response_was_resumed():
     excerpt = Excerpt.of(group(1), 1)
     assert excerpt.segments == ((0, 2, 0), (2, 5, 1))

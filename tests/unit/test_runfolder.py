@@ -1,7 +1,9 @@
 """The run folder: its layout, what is refused, and that what is written is whole and valid JSON."""
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,10 @@ import pytest
 
 from async_rl.config.loading import load, validate
 from async_rl.errors import ConfigError
-from async_rl.runtime import runfolder
+from async_rl.metrics import timeline
+from async_rl.metrics.timeline import Timeline
+from async_rl.runtime import logs, runfolder
+from async_rl.runtime.rolling import open_part, parts
 from async_rl.runtime.runfolder import RunFolder, to_json
 
 
@@ -125,6 +130,16 @@ def test_the_same_group_twice_counts_once(folder):
     }
 
 
+def test_groups_that_an_earlier_process_kept_count_too(tmp_path, folder):
+    for number in range(2):
+        folder.write_group(b"x", f"0-{number}.0")
+        os.utime(folder.trajectories / f"0-{number}.0.group", (number, number))
+    folder._lock.close()
+    with RunFolder(config(tmp_path, debug={"dump_trajectories": 2}), resume=True) as again:
+        again.write_group(b"x", "0-2.0")
+    assert sorted(path.name for path in again.trajectories.iterdir()) == ["0-1.0.group", "0-2.0.group"]
+
+
 def test_a_group_id_cannot_leave_the_folder(folder):
     folder.write_group(b"x", "../../escape")
     assert [path.name for path in folder.trajectories.iterdir()] == ["_.._escape.group"]
@@ -168,3 +183,45 @@ def test_going_back_keeps_what_was_written_of_later_steps_aside(folder):
     assert aside[2] == '{"step": 6, "lo'
     folder.rewind(1)
     assert [row["step"] for row in lines(folder.path / "rewound-trained.jsonl")] == [4, 5, 2, 3]
+
+
+def test_invariant_6_the_files_of_20000_steps_stay_bounded(tmp_path, monkeypatch):
+    """A run of weeks in seconds: sizes are a hundredth, time is virtual, every 1,500 steps the trainer is rewound."""
+    monkeypatch.setattr(runfolder, "_TRAINED_BYTES", 160_000)
+    monkeypatch.setattr(logs, "_BYTES", 100_000)
+    now = iter(range(10**6))
+    monkeypatch.setattr(timeline.time, "time", lambda: float(next(now)))
+    settings = config(tmp_path, metrics={"samples_bytes": 400_000, "timeline_bytes": 200_000})
+    with RunFolder(settings) as folder:
+        handlers = [logs._rotating(folder.logs / name) for name in ("pipeline.jsonl", "pipeline.libs.log")]
+        spans = Timeline(folder.path, "pipeline", settings.metrics.timeline_bytes)
+        step = written = highest = 0
+        while step < 20_000:
+            step, written = step + 1, written + 1
+            folder.write_step({"step": step, "loss": 0.5})
+            folder.write_trained({"step": step, "groups": [f"0-{step * 16 + n}.0" for n in range(16)]})
+            folder.write_sample({"step": step, "response": "x" * 500})
+            for handler in handlers:
+                handler.emit(logging.makeLogRecord({"msg": f"a line of an ordinary length of step {step}"}))
+            spans.add("update", 0.1, step=step)
+            if written % 1_500 == 0:
+                folder.rewind(step := step - 100)
+            if written % 1_000 == 0:
+                highest = max(highest, growing(folder.path))
+        for open_file in (spans, folder, *handlers):
+            open_file.close()
+        trained = [json.loads(row)["step"] for part in parts(folder.path / "trained.jsonl") for row in open_part(part)]
+        plain = 20_000 * len(to_json({"step": 20_000, "groups": [f"0-{10**5}.0"] * 16}))
+        kept = sum(part.stat().st_size for part in parts(folder.path / "trained.jsonl"))
+    assert trained == list(range(1, 20_001)), "of what was trained nothing is forgotten"
+    assert kept < plain / 3
+    assert [row["step"] for row in lines(folder.path / "metrics.jsonl")] == trained
+    # Samples and those that were undone, two logs of four files each, spans; and what is written before a look.
+    assert highest < 2 * 400_000 + 2 * 4 * 100_000 + 200_000 + 100_000
+
+
+def growing(path: Path) -> int:
+    """Return the bytes of all files of a run folder but those that keep one line per step for ever."""
+    whole = [*parts(path / "trained.jsonl"), *parts(path / "rewound-trained.jsonl")]
+    whole += [path / "metrics.jsonl", path / "rewound-metrics.jsonl"]
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file not in whole)

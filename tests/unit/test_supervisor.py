@@ -13,7 +13,7 @@ import pytest
 # A driver whose grandchild sits in a session of its own, ignores SIGTERM, and whose parent exits at once: what an agent
 # that outlives its daemon looks like.
 SCRIPT = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from async_rl.runtime.supervisor import supervise
 
@@ -43,6 +43,20 @@ def body():
         raise RuntimeError("the body failed")
     if sys.argv[2] == "return":
         return 7
+    if sys.argv[2] == "count":
+        got = []
+        signal.signal(signal.SIGINT, lambda *_: got.append(1))
+        Path(sys.argv[1], "counting").touch()
+        while not got:
+            time.sleep(0.01)
+        time.sleep(0.3)  # a second one would have come by now
+        return 40 + len(got)
+    if sys.argv[2] == "clean":
+        try:
+            time.sleep(300)
+        finally:
+            time.sleep(0.3)
+            Path(sys.argv[1], "cleaned").touch()
     time.sleep(300)
 
 sys.exit(supervise(body))
@@ -109,21 +123,61 @@ def test_driver_killed(started, tmp_path):
 
 
 def test_supervisor_killed(started, tmp_path):
-    # The driver gets SIGTERM from the kernel; this body has no handler for it, so it dies without cleaning up. What a
-    # real driver does then is tested with the whole pipeline.
+    # The driver gets SIGTERM from the kernel.
     supervisor, driver, orphan = start(started, tmp_path, "sleep")
     supervisor.kill()
     supervisor.communicate(timeout=30)
-    try:
-        wait_gone(driver)
-    finally:
-        os.kill(orphan, signal.SIGKILL)
+    wait_gone(driver, orphan)
 
 
-def test_sigterm_is_passed_on(started, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on(started, tmp_path, number):
     supervisor, driver, orphan = start(started, tmp_path, "sleep")
-    supervisor.terminate()
+    supervisor.send_signal(number)
     supervisor.communicate(timeout=30)
-    assert supervisor.returncode == 128 + signal.SIGTERM
+    assert supervisor.returncode == 130
     assert gone(driver)
     assert gone(orphan)
+
+
+def test_sigusr2_is_passed_on_and_does_nothing_before_training_begins(started, tmp_path):
+    supervisor, driver, orphan = start(started, tmp_path, "sleep")
+    supervisor.send_signal(signal.SIGUSR2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        supervisor.communicate(timeout=0.3)
+    assert not gone(driver)
+    supervisor.terminate()
+    supervisor.communicate(timeout=30)
+    assert gone(orphan)
+
+
+def test_signals_to_both_at_once_interrupt_the_driver_only_once(started, tmp_path):
+    supervisor, driver, orphan = start(started, tmp_path, "clean")
+    os.kill(driver, signal.SIGTERM)
+    for _ in range(5):
+        supervisor.terminate()
+        time.sleep(0.01)
+    _, stderr = supervisor.communicate(timeout=30)
+    assert (supervisor.returncode, stderr) == (130, b"")
+    assert (tmp_path / "cleaned").exists()
+    assert gone(orphan)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_driver_gets_one_sigint_from_the_terminal_and_from_kill(started, tmp_path, terminal):
+    ours, theirs = os.openpty()
+    script = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + SCRIPT
+    command = [sys.executable, "-c", script, str(tmp_path), "count"]
+    supervisor = subprocess.Popen(command, stdin=theirs, start_new_session=True)
+    started.append(supervisor)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "counting").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if terminal:
+        os.write(ours, b"\x03")
+    else:
+        supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(30) == 41
+    os.close(ours)
+    os.close(theirs)
