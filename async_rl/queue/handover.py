@@ -2,7 +2,7 @@
 
     worker   ``Outbox.put``      encodes the group, and waits until it is accepted
              ``Outbox.stream``   yields message and metadata as return values of a streaming call of the driver
-    driver   ``incoming``        pairs message and metadata; the driver owns the message from here on
+    driver   ``incoming``        pairs message and metadata; the driver owns the message from here on, unread
              ``collect``         puts each group into the queue, then tells the worker that it is accepted
     queue    ``QueueClient``     keeps the reference until the group has ended; the queue's process sees metadata only
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+# A message of some megabytes takes about so long to be written.
+_POLL_S = 0.001
+
 
 class Outbox(QueueClient):
     """The worker's client of the queue, whose finished groups leave in a stream that the driver reads."""
@@ -59,7 +62,10 @@ class Outbox(QueueClient):
             waiting.set_result(None)
 
     async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta]:
-        """Yield message and metadata of each group that ``work`` puts, in turn, until it ends; raise its error."""
+        """Yield an announcement, the message and the metadata of each group that ``work`` puts, until it ends.
+
+        Raises its error.
+        """
         working = asyncio.ensure_future(work)
         try:
             while True:
@@ -70,6 +76,7 @@ class Outbox(QueueClient):
                     working.result()
                     return
                 meta, message = following.result()
+                yield None
                 yield message
                 yield meta
         finally:
@@ -77,17 +84,31 @@ class Outbox(QueueClient):
 
 
 async def incoming(stream: AsyncIterator[Any]) -> AsyncIterator[tuple[GroupMeta, Payload]]:
-    """Yield the groups of a worker's ``Outbox.stream`` on the driver, each once message and metadata are here.
+    """Yield the groups of a worker's ``Outbox.stream`` on the driver, each once its metadata is here.
 
     Raises what ended the stream, for example the worker's death. Ray puts that error in the place of the next value.
     The message is passed on without being read, so it must not be the last value: the error could go unseen.
     """
-    async for message in stream:
+    async for announcement in stream:
+        await announcement
+        message = await next_unread(stream)
         meta = await anext(stream, None)
         if meta is None:
             await message  # raises
             return
         yield await meta, [message]
+
+
+async def next_unread(stream: Any) -> Any:
+    """Return the next reference of a stream of Ray once its value exists, wherever that is; None at the stream's end.
+
+    ``anext`` brings the value to this host in order to wait for it. This asks, so call it when the value is due.
+    """
+    while not stream.next_ready():
+        if stream.is_finished():
+            return None
+        await asyncio.sleep(_POLL_S)
+    return next(stream, None)
 
 
 async def collect(queue: QueueClient, stream: AsyncIterator[Any], accepted: Callable[[str], object]) -> None:
