@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config.schema import RunConfig
+from async_rl.data.tokenizer import end_token
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
 
@@ -136,7 +137,15 @@ def check_layout(hf_config: Any, model: ModelConfig) -> None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """Return the tokens that end a response, from generation_config.json or else config.json. Raises ModelError."""
+    """Return the tokens that end a response: those configured, or else the tokenizer's. Raises ModelError."""
+    if configured := configured_stop_tokens(folder):
+        return configured
+    token = end_token(folder)
+    return [] if token is None else [token]
+
+
+def configured_stop_tokens(folder: Path) -> list[int]:
+    """Return eos_token_id of generation_config.json or else config.json; [] without one. Raises ModelError."""
     for name in ("generation_config.json", "config.json"):
         try:
             eos = json.loads((folder / name).read_text()).get("eos_token_id")
