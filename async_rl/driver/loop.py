@@ -114,7 +114,8 @@ class TrainingLoop:
     async def run(self) -> None:
         try:
             await self._start()
-            await self._evaluate()
+            if self._found is None:
+                await self._evaluate()
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             await first_failure(self._train(), self._monitor.run(), *supervised)
@@ -278,8 +279,8 @@ class TrainingLoop:
         return state
 
     async def _evaluate(self) -> None:
-        """Evaluate greedily at the current version, with the problems spread over the replicas."""
-        while self._eval_prompts and self._sync.members:
+        """Evaluate greedily at the current version, once, with the problems spread over the replicas."""
+        while self._eval_prompts and self._sync.members and self._recorder.evaluated != self._version:
             replicas = list(self._sync.members)
             shares = {replica: self._eval_prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
             try:
@@ -290,8 +291,7 @@ class TrainingLoop:
             except ReplicaFailed as error:
                 await self._replicas.evict(error)
                 continue
-            self._recorder.evaluation(results)
-            return
+            self._recorder.evaluation(results, self._version)
 
     def _evaluate_on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
         return self._sync.on(replica, lambda worker: worker.evaluate(prompts))
