@@ -5,6 +5,7 @@ Uses the readers of the run itself, so that both give the same verdict.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,13 @@ from pathlib import Path
 from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Encode, read_jsonl
+from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
+from async_rl.doctor.machine import uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
-from async_rl.models.config import check_run, checkpoint_shards, read_model_config
+from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
+from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.rewards.loader import load_reward
 
@@ -62,6 +66,64 @@ def model(config: RunConfig) -> Iterator[Check]:
         return
     size = sum(shard.stat().st_size for shard in shards)
     yield Check("model.path", "ok", f"{path}: {found.architecture}, {size / 10**6:.1f} MB in {len(shards)} files")
+    yield from _stop_token(config)
+    yield from _kv_cache(config, found)
+
+
+def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
+    """Check that an engine on CPU has a cache of keys and values for one sequence of full length at least."""
+    if uses_gpu(config):
+        return
+    needed = kv_cache_minimum(config, model)
+    if config.rollout.kv_cache_bytes < needed:
+        length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        yield Check(
+            "rollout.kv_cache_bytes",
+            "FAIL",
+            f"{config.rollout.kv_cache_bytes} bytes, and one sequence of {length} tokens (data.max_prompt_tokens + "
+            f"rollout.max_response_tokens) takes {needed}",
+            f"set it to at least {needed}; for rollout.max_num_seqs such sequences at once, to as many times that",
+            ConfigError,
+        )
+
+
+def kv_cache_minimum(config: RunConfig, model: ModelConfig) -> int:
+    """Return the bytes per rank of an engine on CPU below which vLLM does not start.
+
+    They are those of the blocks of one sequence of full length in every layer, and of one block that it never uses.
+    """
+    latent = model.latent
+    if latent is None:
+        block = 128
+        values = 2 * max(1, model.num_kv_heads // config.rollout.tensor_parallel_size) * model.head_dim
+    else:
+        block = 16  # with AMX 128, which takes more
+        values = latent.key_value_rank + latent.rotary_dim
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    itemsize = 4 if config.engine_dtype == "float32" else 2
+    return (math.ceil(length / block) + 1) * block * model.num_layers * values * itemsize
+
+
+def _stop_token(config: RunConfig) -> Iterator[Check]:
+    """Check that some token ends a response."""
+    path = config.model.path
+    try:
+        if configured_stop_tokens(path):
+            return
+        token = end_token(path)
+    except ModelError as error:
+        yield refused("stop token", error)
+        return
+    if token is not None:
+        yield Check("stop token", "ok", f"{token}, the tokenizer's: the model's config.json has no eos_token_id")
+    else:
+        yield Check(
+            "stop token",
+            "warn",
+            f"{path}: neither config.json, generation_config.json nor the tokenizer names one, so that each response "
+            f"ends at rollout.max_response_tokens = {config.rollout.max_response_tokens}",
+            "add eos_token_id to generation_config.json",
+        )
 
 
 def data(config: RunConfig) -> Iterator[Check]:
@@ -104,13 +166,8 @@ def _encode(path: Path) -> Encode:
     file = path / "tokenizer.json"
     if not file.is_file():
         return lambda _: [0]
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
-        raise ModelError(f"model.path {path}: tokenizer.json cannot be read ({error})") from None
-    return lambda text: tokenizer.encode(text).ids
+    tokenizer = tokenizer_file(file)
+    return prompt_encoder(lambda text: tokenizer.encode(text).ids, tokenizer.id_to_token)
 
 
 def functions(config: RunConfig) -> Iterator[Check]:

@@ -38,11 +38,14 @@ class Evaluator:
     async def evaluate_if_due(self, version: int, step: int) -> None:
         """Evaluate at the versions that eval.every says."""
         if self._every and version % self._every == 0:
-            await self.evaluate(step)
+            await self.evaluate(version, step)
 
-    async def evaluate(self, step: int) -> None:
-        """Evaluate after training step ``step``, again from the beginning if a replica fails, and record the result."""
-        while self._prompts and self._sync.members:
+    async def evaluate(self, version: int, step: int) -> None:
+        """Evaluate the weights of ``version`` after training step ``step`` and record the result, once per version.
+
+        If a replica fails, evaluation begins again with the others.
+        """
+        while self._prompts and self._sync.members and self._recorder.evaluated != version:
             replicas = list(self._sync.members)
             shares = {replica: self._prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
             try:
@@ -53,8 +56,7 @@ class Evaluator:
             except ReplicaFailed as error:
                 self._replicas.evict(error)
                 continue
-            self._recorder.evaluation(results)
-            return
+            self._recorder.evaluation(results, version)
 
     def _on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
         return self._sync.on(replica, lambda worker: worker.evaluate(prompts))

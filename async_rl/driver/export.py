@@ -14,6 +14,9 @@ from async_rl.config.schema import ParallelSection, RunConfig
 from async_rl.driver import checkpoint_folder
 from async_rl.errors import CheckpointError
 
+FINAL = "final"
+"""Folder, next to the checkpoints, of the model that a finished run has exported."""
+
 
 def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) -> Path:
     """Write the model of ``path``, a checkpoint or a run folder, to ``out``. Returns the checkpoint that was used.
@@ -24,7 +27,7 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name another one")
     source = find(path)
-    config = load(source / "config.yaml", overrides)
+    config = _with_model(load(source / "config.yaml", overrides), source)
     from async_rl.trainer.trainer import Trainer
 
     trainer = Trainer(_alone(config))
@@ -45,10 +48,29 @@ def find(path: Path) -> Path:
         return path
     newest = checkpoint_folder.latest_valid(path / "checkpoints") or checkpoint_folder.latest_valid(path)
     if newest is None:
+        folders = (path, path / FINAL, path / "checkpoints" / FINAL)
+        if final := next((folder for folder in folders if (folder / "config.json").is_file()), None):
+            raise CheckpointError(f"{path} has the trained model already as a Hugging Face folder: {final}; copy that")
         raise CheckpointError(
             f"{path} is neither a checkpoint nor a run folder with checkpoints; set checkpoint.every to write some"
         )
     return newest
+
+
+def _with_model(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """Return ``config`` with a relative model.path that holds: from here, or from where the run was started.
+
+    Raises CheckpointError if neither does.
+    """
+    model, run, relative = config.model.path, checkpoint.absolute().parents[1], config.run_dir.parts
+    if not model.is_dir() and not config.run_dir.is_absolute() and run.parts[-len(relative) :] == relative:
+        model = run.parents[len(relative) - 1] / model
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{checkpoint} is of a run with model.path {config.model.path}, and there is no such folder; say where the "
+            "model that the run began with is: --model.path FOLDER"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
 
 
 def _alone(config: RunConfig) -> RunConfig:

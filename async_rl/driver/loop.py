@@ -140,7 +140,8 @@ class TrainingLoop:
     async def run(self) -> None:
         try:
             await self._start()
-            await self._evaluator.evaluate(self._step)
+            if self._found is None:
+                await self._evaluator.evaluate(self._version, self._step)
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             self._training = True
@@ -173,7 +174,7 @@ class TrainingLoop:
         await self._monitor.poll()
         self._recorder.training_ended()
         await self._recorder.samples.finished()
-        await self._evaluator.evaluate(self._step)
+        await self._evaluator.evaluate(self._version, self._step)
         with self._monitor.phase("export", self._step):
             await self._trainers.export(self._recorder.final_model)
 

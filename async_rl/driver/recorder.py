@@ -59,6 +59,8 @@ class Recorder:
         self._loggers = open_loggers(config.metrics.loggers, config.run_dir, config.model_dump(mode="json"))
         self._live = LiveView(config.name, config.trainer.steps)
         self._watchdog = Watchdog()
+        self.evaluated: int | None = None
+        """The version of the last evaluation; None before the first."""
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -90,7 +92,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """Return the records' sums so far as plain data, for a checkpoint."""
-        return {"summary": self._summary.state(), **self._meter.state()}
+        return {"summary": self._summary.state(), "evaluated": self.evaluated, **self._meter.state()}
 
     def restore(self, found: RunState | None) -> None:
         """Continue the records of an earlier process from a checkpoint; begin again where there is none."""
@@ -100,6 +102,7 @@ class Recorder:
             return
         self._summary.restore(found.recorder["summary"])
         self._meter.restore(found.recorder)
+        self.evaluated = found.recorder.get("evaluated")  # since 0.2
         self.event("run_restoring", step=found.step)
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
@@ -131,8 +134,9 @@ class Recorder:
         """Stop the wall clock of the run."""
         self._meter.end()
 
-    def evaluation(self, results: Sequence[EvalResult]) -> None:
-        """Record a greedy evaluation: one result per replica, on its share of the problems."""
+    def evaluation(self, results: Sequence[EvalResult], version: int) -> None:
+        """Record a greedy evaluation of a version: one result per replica, on its share of the problems."""
+        self.evaluated = version
         n = sum(result.n for result in results)
         reward = sum(result.reward_mean * result.n for result in results) / n
         self._summary.add_eval(reward, n)

@@ -18,12 +18,13 @@ from async_rl import doctor
 from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Dataset, read_jsonl
-from async_rl.data.tokenizer import load_tokenizer
+from async_rl.data.tokenizer import end_token, load_tokenizer, prompt_encoder
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
 from async_rl.errors import ConfigError
+from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, until_interrupted
@@ -113,11 +114,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     Bad rows are handled as data.on_bad_row says. Raises ModelError and DatasetError.
     """
     tokenizer = load_tokenizer(config)
+    if not configured_stop_tokens(config.model.path) and (token := end_token(config.model.path)) is not None:
+        log.warning("stop_token_of_tokenizer", token=token, reason="the model's config.json has no eos_token_id")
+    encode = prompt_encoder(
+        tokenizer.encode,
+        tokenizer.convert_ids_to_tokens,
+        lambda token: log.warning("second_begin_token_removed", token=token, reason="prompts begin with its text"),
+    )
 
     def read(path: Path) -> Dataset:
         dataset = read_jsonl(
             path,
-            encode=tokenizer.encode,
+            encode=encode,
             prompt_field=config.data.prompt_field,
             max_prompt_tokens=config.data.max_prompt_tokens,
             on_bad_row=config.data.on_bad_row,

@@ -29,6 +29,7 @@ _COUNTS = (
     "syncs",
     "sync_retries",
     "eval_n",
+    "groups",
 )
 
 
@@ -93,6 +94,7 @@ class Summary:
     def add_step(self, record: StepRecord) -> None:
         counts = self._counts
         counts["steps"] += 1
+        counts["groups"] += record.groups
         counts["policy_version"] = max(counts["policy_version"], record.policy_version)
         if len(self._first_rewards) < REWARD_WINDOW:
             self._first_rewards.append(record.reward_mean)
@@ -143,7 +145,7 @@ class Summary:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Replace the sums by those of a ``state``."""
-        self._counts = dict(state["counts"])
+        self._counts = dict.fromkeys(_COUNTS, 0) | state["counts"]
         first, last = state["rewards"]
         self._first_rewards, self._last_rewards = list(first), deque(last, maxlen=REWARD_WINDOW)
         self._first_eval, self._last_eval = state["evals"]
@@ -156,6 +158,8 @@ class Summary:
         """Return the contents of summary.json. exit_reason: "finished", "interrupted", or why the run failed."""
         counts = self._counts
         ages = [age for age, tokens in self._staleness.items() if tokens]
+        # The queue's counts are those of the last look at it, and a run may be interrupted right after a step.
+        since = min(max(0, counts["groups"] - totals.groups.trained), totals.groups.outstanding)
         return {
             "steps": counts["steps"],
             "policy_version": counts["policy_version"],
@@ -175,8 +179,8 @@ class Summary:
             "tokens_masked": counts["masked"],
             "groups": {
                 "issued": totals.groups.issued,
-                "trained": totals.groups.trained,
-                "outstanding": totals.groups.outstanding,
+                "trained": totals.groups.trained + since,
+                "outstanding": totals.groups.outstanding - since,
                 "returned": totals.groups.returned,
                 "failed": totals.groups.failed,
                 "dropped": totals.groups.dropped,

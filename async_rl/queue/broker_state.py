@@ -342,15 +342,13 @@ def _usable(plain: PlainState, source: PromptSource) -> tuple[PlainState, int]:
     def finished(groups: list[FinishedFields]) -> list[FinishedFields]:
         return [group for group in groups if source.usable(group[0][1])]
 
-    kept = plain | {
-        "running": [fields for fields in plain["running"] if source.usable(fields[1])],
-        "queued": finished(plain["queued"]),
-        "leased": finished(plain["leased"]),
-        # Trained they stay. Only a rewind to before the checkpoint that this is would want to issue them again.
-        "history": [trained for trained in plain["history"] if source.usable(trained[1])],
-    }
-    lists = ("running", "queued", "leased")
-    return cast(PlainState, kept), sum(len(plain[name]) - len(kept[name]) for name in lists)
+    running = [fields for fields in plain["running"] if source.usable(fields[1])]
+    queued, leased = finished(plain["queued"]), finished(plain["leased"])
+    before = len(plain["running"]) + len(plain["queued"]) + len(plain["leased"])
+    # Trained groups stay so. Only a rewind to before the checkpoint that this is would want to issue them again.
+    history = [trained for trained in plain["history"] if source.usable(trained[1])]
+    changed = {"running": running, "queued": queued, "leased": leased, "history": history}
+    return cast(PlainState, plain | changed), before - len(running) - len(queued) - len(leased)
 
 
 def unusable_prompts(plain: PlainState, source: PromptSource) -> list[str]:

@@ -2,6 +2,7 @@
 
     loggers of async_rl  ──► logs/<role>.jsonl, and warnings to the console if requested
     all other loggers    ──► logs/<role>.libs.log (vLLM, Ray, Megatron, Python warnings), never the console
+    processes that a library starts ──► logs/<role>.<process>.libs.log, if they call ``log_libraries``
 
 An event is a constant snake_case name with fields: ``log.warning("group_timed_out", group=..., finished=3)``.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +30,9 @@ _OURS = "async_rl"
 # Libraries that add handlers to their top logger and stop propagation there.
 _LIBRARIES = ("vllm", "ray", "megatron", "transformers")
 _LIBRARY_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_FOR_CHILDREN = "ASYNC_RL_CHILDREN_LOG"
+# The last line of a traceback.
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b.*")
 # Of each log of each process: about 70,000 lines, and four times as many before the oldest are removed.
 _BYTES, OLDER_FILES = 16 * 2**20, 3
 
@@ -114,6 +119,39 @@ def _rotating(path: Path) -> RotatingFileHandler:
     )
     handler.namer = lambda name: str(older(path, int(name.rpartition(".")[2])))
     return handler
+
+
+def lend_to_children(run_dir: Path, role: str) -> None:
+    """Have the processes that a library starts from this one write their logs where this process has its own."""
+    if run_dir.is_dir():
+        os.environ[_FOR_CHILDREN] = str((run_dir / "logs" / role).absolute())
+
+
+def log_libraries(process: str) -> None:
+    """Write what libraries log in this process, which ``lend_to_children`` was called for, to its own file."""
+    prefix = os.environ.get(_FOR_CHILDREN)
+    if prefix is None:
+        return
+    handler = _rotating(Path(f"{prefix}.{process}.libs.log"))
+    handler.setFormatter(logging.Formatter(_LIBRARY_FORMAT))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+
+
+def children_logs(run_dir: Path, role: str) -> dict[Path, int]:
+    """Return {file: bytes} of the logs that children of ``role`` have written so far."""
+    return {path: path.stat().st_size for path in (run_dir / "logs").glob(f"{role}.*.libs.log")}
+
+
+def children_fault(run_dir: Path, role: str, since: Mapping[Path, int]) -> tuple[str, Path] | None:
+    """Return the exception that a child of ``role`` logged first after ``since``, and its file; None if none did."""
+    for path in sorted(children_logs(run_dir, role)):
+        with path.open("rb") as stream:
+            stream.seek(since.get(path, 0))
+            lines = stream.read(_BYTES).decode(errors="replace").splitlines()
+        if (fault := next((line for line in lines if _EXCEPTION.match(line)), None)) is not None:
+            return fault, path
+    return None
 
 
 def adopt_libraries() -> None:

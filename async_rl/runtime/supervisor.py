@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import psutil
 
@@ -70,7 +70,7 @@ def _wait(driver: int) -> int:
             os.kill(driver, found.si_signo)
 
 
-def _run_driver(body: Callable[[], int], mask: set[signal.Signals]) -> None:
+def _run_driver(body: Callable[[], int], mask: Iterable[int]) -> None:
     """Run ``body`` in the child process, with the signals of ``mask`` blocked. Never returns."""
     parent = os.getppid()
     interrupt_once()

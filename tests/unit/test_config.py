@@ -285,3 +285,13 @@ def test_the_settings_reference_has_every_setting_with_its_values():
     assert "| `prepare` | `module:function` or `null` | `null` |" in page
     assert "| `model.path` | path | required |" in page
     assert "its folder is &lt;runs>/&lt;name>" in page
+
+
+def test_an_integer_may_be_written_with_an_exponent(tmp_path):
+    assert parse_overrides(["--trainer.steps", "1e2"]) == {"trainer.steps": 100.0}
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "trainer": {"steps": 1e2}, "queue": {"max_groups": 1e3}}
+    config = validate(tree)
+    assert (config.trainer.steps, config.queue.max_groups) == (100, 1000)
+    assert isinstance(config.trainer.steps, int)
+    with pytest.raises(ConfigError, match=r"trainer\.steps: 1\.5 is not valid"):
+        validate(tree | {"trainer": {"steps": 1.5}})

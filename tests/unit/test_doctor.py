@@ -27,6 +27,7 @@ MODEL = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
+    "eos_token_id": 1,
 }
 TOKENIZER = {
     "version": "1.0",
@@ -200,6 +201,25 @@ def test_gpus(machine, inputs):
 def test_runs_folder_that_cannot_be_written(machine, inputs):
     (inputs / "file").write_text("")
     assert the(doctor.checks(config(inputs, runs=str(inputs / "file" / "runs"))), "runs").status == "FAIL"
+
+
+def test_a_cache_that_cannot_hold_one_sequence(machine, inputs):
+    # 104 tokens are one block of 128, and one more is reserved: x 2 layers x (key + value of one head of 16) x 4 bytes.
+    needed = 2 * 128 * 2 * (2 * 1 * 16) * 4
+    for size, status in ((4096, "FAIL"), (needed - 1, "FAIL"), (needed, None)):
+        found = [c for c in doctor.checks(config(inputs, rollout={"kv_cache_bytes": size})) if "kv_cache" in c.name]
+        assert [check.status for check in found] == ([] if status is None else [status])
+        assert all(f"takes {needed}" in check.detail for check in found)
+
+
+def test_a_model_without_a_stop_token(machine, inputs):
+    rewrite(inputs / "model", eos_token_id=None)
+    check = the(doctor.checks(config(inputs)), "stop token")
+    assert check.status == "warn"
+    assert "each response ends at rollout.max_response_tokens = 100" in check.detail
+    (inputs / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "sort"}))
+    check = the(doctor.checks(config(inputs)), "stop token")
+    assert (check.status, check.detail[:17]) == ("ok", "1, the tokenizer'")
 
 
 def test_model_folder_missing(machine, inputs):

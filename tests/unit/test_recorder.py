@@ -12,8 +12,10 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
+from async_rl.driver.run_state import RunState
 from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
+from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
 from async_rl.types import Group, Prompt, Segment, Trajectory
 from tests.support.queue_parts import make_broker
@@ -156,3 +158,17 @@ def test_a_long_response_or_evaluation_is_no_standstill(recorder, monkeypatch):
     queue, snapshot = make_broker().stats(), SimpleNamespace(phase="evaluation", unresponsive=())
     stalled = [one.update_counts(queue, [WorkerStats(0, sampled_tokens=n)], snapshot) for n in (10, 20, 20, 30)]
     assert stalled == [0.0, 0.0, 150.0, 0.0]
+
+
+def test_a_restored_run_knows_which_version_was_evaluated(recorder):
+    one = recorder()
+    assert one.state()["evaluated"] is None
+    one.evaluation([EvalResult(5, 0.5, 4, 3.0)], 5)
+    state = one.state()
+    one.evaluated = None
+    head = {"version": 6, "synced": True, "queue": {}, "queued": {}, "in_flight": {}}
+    one.restore(RunState(step=6, recorder=state, **head))
+    assert one.evaluated == 5
+    del state["evaluated"]  # as release 0.1 wrote it
+    one.restore(RunState(step=6, recorder=state, **head))
+    assert one.evaluated is None

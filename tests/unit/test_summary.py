@@ -205,3 +205,15 @@ def test_split_of_kl_into_on_policy_and_stale():
     assert record.stale_kl == pytest.approx(0.01)
     assert step_record(agreement_by_staleness={}).stale_kl is None
     assert record.partial_share == 0.5
+
+
+def test_groups_of_steps_since_the_last_look_at_the_queue_count_as_trained():
+    summary = Summary()
+    for step in range(5):
+        summary.add_step(step_record(step=step, groups=1))
+    groups = summary.result(TOTALS, "interrupted")["groups"]
+    assert (groups["trained"], groups["outstanding"], groups["issued"]) == (5, 1, 9)
+    state = summary.state()
+    del state["counts"]["groups"]  # as release 0.1 wrote it
+    summary.restore(state)
+    assert summary.result(TOTALS, "interrupted")["groups"]["trained"] == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -9,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+from async_rl.config.loading import validate
+from async_rl.rollout.engine.vllm.process import ENVIRONMENT, why_not_started
+from async_rl.runtime import logs
 
 # argv: when to ask the kernel (before or after the parent is killed), and a folder for signs of life.
 SCRIPT = """
@@ -66,3 +72,34 @@ def test_engine_processes_ask_for_amx_where_there_is_any(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
         vllm_plugin._allow_amx()
         assert bool(asked) == has_amx
+
+
+def engine_core() -> None:
+    """What vLLM's engine core does when it cannot start: loads the plugins, and logs the exception that ends it."""
+    from async_rl.weights.vllm.plugin import register
+
+    register()
+    try:
+        raise ValueError("48 GiB KV cache is needed")
+    except ValueError:
+        logging.getLogger("vllm.v1.engine.core").exception("EngineCore failed to start.")
+
+
+def test_why_an_engine_does_not_start_is_in_the_message_and_in_the_runs_logs(tmp_path, monkeypatch):
+    for name in (logs._FOR_CHILDREN, *ENVIRONMENT):
+        monkeypatch.setenv(name, ENVIRONMENT.get(name, ""))
+    config = validate({"name": "run", "runs": str(tmp_path), "model": {"path": "m"}, "data": {"train": "t"}})
+    path = tmp_path / "run" / "logs" / "rollout-0.EngineCore.libs.log"
+    path.parent.mkdir(parents=True)
+    path.write_text("KeyError: of an earlier start\n")
+    logs.lend_to_children(config.run_dir, "rollout-0")
+    before = logs.children_logs(config.run_dir, "rollout-0")
+    error = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    assert "The engine core logged no exception: it was killed" in why_not_started(config, "rollout-0", error, before)
+    core = multiprocessing.get_context("spawn").Process(target=engine_core, name="EngineCore")
+    core.start()
+    core.join(120)
+    why = why_not_started(config, "rollout-0", error, before)
+    assert why == f"ValueError: 48 GiB KV cache is needed (log: {path})"
+    assert "EngineCore failed to start." in path.read_text()
+    assert why_not_started(config, "rollout-0", ValueError("no such model"), before) == "no such model"

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 
+from async_rl.runtime.logs import log_libraries
 from async_rl.runtime.process import signal_on_parent_death
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def register() -> None:
     ):
         if "shm" not in factory._registry:
             factory.register_engine("shm", "async_rl.weights.vllm.shm", class_name)
-    if multiprocessing.current_process().name.startswith(ENGINE_PROCESSES):
+    if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
+        log_libraries(name)
         die_with_parent()
         _allow_amx()
 

@@ -32,6 +32,8 @@ from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.routing_policies import moe_columns
+from async_rl.rollout.stats import worker_id
+from async_rl.runtime import logs
 from async_rl.runtime.process import starting_on
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 
@@ -110,6 +112,9 @@ class VllmEngine:
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        role = worker_id(self._replica)
+        logs.lend_to_children(self._config.run_dir, role)
+        before = logs.children_logs(self._config.run_dir, role)
         try:
             with starting_on(self._cores if vllm_process.on_cpu(self._config) else None):
                 self._llm = AsyncLLM.from_engine_args(
@@ -124,7 +129,8 @@ class VllmEngine:
             await self._llm.get_supported_tasks()
         except Exception as error:
             await self.shutdown()
-            raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {error}") from error
+            why = vllm_process.why_not_started(self._config, role, error, before)
+            raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {why}") from error
         vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
         self._running.set()
         await self._warm_up()

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config.schema import RunConfig
+from async_rl.data.tokenizer import end_token
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
+from async_rl.runtime import logs
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -51,6 +54,23 @@ def prepare(config: RunConfig, model: ModelConfig) -> None:
         # vLLM compiles two functions of its sampler all the same. On a CPU their guards cost more than they save (6 %
         # of the time per token), and compiling them four seconds of each start.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def why_not_started(config: RunConfig, role: str, error: Exception, since: Mapping[Path, int]) -> str:
+    """Return why the engine did not start: where vLLM refers to its engine core, what that one logged.
+
+    since: the engine processes' logs before the start, by ``logs.children_logs``.
+    """
+    if "See root cause above" not in str(error):
+        return str(error)
+    fault = logs.children_fault(config.run_dir, role, since)
+    if fault is None:
+        return (
+            f"{error} The engine core logged no exception: it was killed, for lack of memory for example, or ended by "
+            "a library; its last words are in the worker-*.err files of Ray's session (/tmp/ray/session_latest/logs)"
+        )
+    cause, path = fault
+    return f"{cause} (log: {path})"
 
 
 def on_cpu(config: RunConfig) -> bool:
@@ -136,7 +156,15 @@ def check_layout(hf_config: Any, model: ModelConfig) -> None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """Return the tokens that end a response, from generation_config.json or else config.json. Raises ModelError."""
+    """Return the tokens that end a response: those configured, or else the tokenizer's. Raises ModelError."""
+    if configured := configured_stop_tokens(folder):
+        return configured
+    token = end_token(folder)
+    return [] if token is None else [token]
+
+
+def configured_stop_tokens(folder: Path) -> list[int]:
+    """Return eos_token_id of generation_config.json or else config.json; [] without one. Raises ModelError."""
     for name in ("generation_config.json", "config.json"):
         try:
             eos = json.loads((folder / name).read_text()).get("eos_token_id")

@@ -1,0 +1,73 @@
+"""What the training loop does around its steps: each version is evaluated once. Without Ray, engines and a trainer."""
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+from async_rl.driver.evaluation import Evaluator
+from async_rl.driver.loop import TrainingLoop
+from async_rl.rollout.evaluation import EvalResult
+
+
+def make_loop(evaluated, *, steps, every, found=None, version=0, evaluated_before=None):
+    """A loop whose training step is a weight sync and nothing else; ``evaluated`` gets the versions."""
+    loop = TrainingLoop.__new__(TrainingLoop)
+
+    async def nothing(*_, **__):
+        return None
+
+    async def start():
+        loop._version = version
+
+    async def train():
+        for _ in range(steps):
+            await loop._sync_weights()
+
+    async def on(replica, call):
+        return EvalResult(loop._version, 0.5, 2, 3.0)
+
+    def evaluation(results, at):
+        recorder.evaluated = at
+        evaluated.append(at)
+
+    recorder = SimpleNamespace(
+        evaluated=evaluated_before,
+        evaluation=evaluation,
+        training_begins=lambda: None,
+        training_ended=lambda: None,
+        sync=lambda _: None,
+        samples=SimpleNamespace(finished=nothing),
+        final_model="final",
+    )
+    config = SimpleNamespace(eval=SimpleNamespace(every=every))
+    loop._recorder, loop._found = recorder, found
+    loop._version = loop._attempted = loop._step = version
+    loop._training = loop._stopping = False
+    loop._rollouts = SimpleNamespace(workers={})
+    loop._replicas = SimpleNamespace(
+        supervise=nothing, stop=nothing, add_waiting_members=nothing, on_sync_done=lambda: None
+    )
+    loop._monitor = SimpleNamespace(run=asyncio.Event().wait, poll=nothing, phase=lambda *_: contextlib.nullcontext())
+    loop._sync = SimpleNamespace(members={0: None}, run=nothing, resume=nothing, on=on)
+    loop._queue = SimpleNamespace(advance=nothing)
+    loop._trainers = SimpleNamespace(export=nothing)
+    loop._start, loop._train, loop._shut_down = start, train, nothing
+    parts = {"sync": loop._sync, "replicas": loop._replicas, "monitor": loop._monitor, "recorder": recorder}
+    loop._evaluator = Evaluator(config, ["a", "b"], **parts)
+    return loop
+
+
+@pytest.mark.parametrize(("steps", "every", "versions"), [(4, 2, [0, 2, 4]), (5, 2, [0, 2, 4, 5]), (3, 0, [0, 3])])
+def test_each_version_is_evaluated_once(steps, every, versions):
+    evaluated = []
+    asyncio.run(make_loop(evaluated, steps=steps, every=every).run())
+    assert evaluated == versions
+
+
+@pytest.mark.parametrize(("steps", "before", "versions"), [(6, 5, [10, 12]), (0, 6, []), (0, 5, [6])])
+def test_a_restored_run_evaluates_no_version_again(steps, before, versions):
+    evaluated = []
+    asyncio.run(make_loop(evaluated, steps=steps, every=5, found="step", version=6, evaluated_before=before).run())
+    assert evaluated == versions
