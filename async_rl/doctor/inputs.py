@@ -14,10 +14,11 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.sizes import worst_case
-from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
+from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.environments.turns import load_environment
+from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward
 
 # Larger datasets are not read here, only once when the run starts.
@@ -116,7 +117,10 @@ def _encode(path: Path) -> Encode:
 
 def functions(config: RunConfig) -> Iterator[Check]:
     """Check that the functions named by settings can be imported and called with their arguments."""
-    yield _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    reward = _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    yield reward
+    if reward.status == "ok" and config.reward.function.startswith(f"{code.__name__}:"):
+        yield _sandbox()
     if config.rollout.engine != "vllm":
         yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
     environment = config.rollout.environment.function
@@ -125,6 +129,22 @@ def functions(config: RunConfig) -> Iterator[Check]:
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _sandbox() -> Check:
+    """Check what a sandbox for code that the policy wrote keeps from it on this host."""
+    try:
+        found = code.isolation()
+    except RewardError as error:
+        return refused("code sandbox", error)
+    if code.HIDDEN in found:
+        return Check("code sandbox", "ok", found)
+    return Check(
+        "code sandbox",
+        "warn",
+        f"{found}: a program can open data.train and print the outputs that are expected of it",
+        "use a kernel with Landlock (5.13 or newer, `landlock` in its list of security modules)",
+    )
 
 
 def durable_queue(config: RunConfig) -> Iterator[Check]:
