@@ -102,15 +102,15 @@ def _messages(sizes: Sizes) -> Iterator[Check]:
 
 def _places(config: RunConfig, sizes: Sizes) -> Check:
     detail = (
-        f"{sizes.places} (replicas x max_num_seqs); the staleness budget admits {sizes.outstanding_responses} responses "
-        f"({sizes.window_groups} groups of {config.rollout.n})"
+        f"{sizes.places} (replicas x max_num_seqs); the staleness budget admits {sizes.outstanding_responses} "
+        f"responses ({sizes.window_groups} groups of {config.rollout.n})"
     )
     if sizes.used_places >= WANTED_PLACES:
         return Check("engine places", "ok", f"{detail}, {sizes.used_places:.0%} of the places are used at most")
     return Check(
         "engine places",
         "warn",
-        f"{detail}: at most {sizes.used_places:.0%} of the places are ever used, the rest of the engines' capacity idles",
+        f"{detail}: at most {sizes.used_places:.0%} of the places are ever used, the rest of the engines idles",
         "raise trainer.groups_per_step or async_training.staleness_threshold, or lower rollout.replicas or "
         "rollout.max_num_seqs",
     )

@@ -72,10 +72,7 @@ def worst_case(config: RunConfig, model: ModelConfig) -> Sizes:
     routing_bytes = _routing_bytes(config, model)
     rows, segments = _routing_rows(config)
     response_bytes = (
-        rows * routing_bytes
-        + prompt * PROMPT_TOKEN_BYTES
-        + response * RESPONSE_TOKEN_BYTES
-        + segments * SEGMENT_BYTES
+        rows * routing_bytes + prompt * PROMPT_TOKEN_BYTES + response * RESPONSE_TOKEN_BYTES + segments * SEGMENT_BYTES
     )
     group_bytes = rollout.n * response_bytes + prompt * PROMPT_TOKEN_BYTES  # the prompt, and once more per response
     window_groups = window_limit(

@@ -73,9 +73,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         else:
             ray.init(
                 num_cpus=os.cpu_count(),
-                object_store_memory=object_store_bytes(
-                    config.queue.max_bytes, shutil.disk_usage("/dev/shm").free
-                ),
+                object_store_memory=object_store_bytes(config.queue.max_bytes, shutil.disk_usage("/dev/shm").free),
                 include_dashboard=False,
                 log_to_driver=False,
                 namespace=config.name,

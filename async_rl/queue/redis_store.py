@@ -61,7 +61,7 @@ class _RetryInTime(Retry):
         do: Callable[[], _T],
         fail: Callable[..., Any],
         is_retryable: Callable[[Exception], bool] | None = None,
-        with_failure_count: bool = False,
+        with_failure_count: bool = False,  # noqa: FBT001 - the client's own signature
     ) -> _T:
         outermost = self._until is None
         if self._until is None:

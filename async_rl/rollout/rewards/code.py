@@ -94,7 +94,8 @@ def hide_other_files():
         "/sys/devices/system/cpu",
     ):
         allow(path, 13)  # Execute, read files and folders.
-    configuration = os.path.dirname(os.path.dirname(sys.executable)) + "/pyvenv.cfg"  # Without it, Python does not start.
+    # Without it, Python does not start.
+    configuration = os.path.dirname(os.path.dirname(sys.executable)) + "/pyvenv.cfg"
     for path in (
         *(sys.executable, configuration, "/etc/ld.so.cache", "/etc/localtime"),
         *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat"),
