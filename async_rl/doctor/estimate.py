@@ -20,8 +20,8 @@ from async_rl.trainer.parallel import world_size
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 # Memory of one process before weights and caches, measured with a tiny model, shared libraries counted once: an engine
-# with its client (libraries, activations at warm-up), what vLLM takes in addition where it compiles the model, a trainer
-# rank, the driver with Ray's own processes.
+# with its client (libraries, activations at warm-up), what vLLM takes in addition where it compiles the model, a
+# trainer rank, the driver with Ray's own processes.
 ENGINE_BYTES, COMPILED_BYTES = int(1.3 * 10**9), int(0.9 * 10**9)
 TRAINER_BYTES, DRIVER_BYTES = int(0.7 * 10**9), int(0.7 * 10**9)
 # Gradients are summed in float32 whatever the parameters' type; AdamW keeps two moments in float32.

@@ -139,10 +139,14 @@ def memory(config: RunConfig) -> Iterator[Check]:
             yield _memory_of_rank(estimate.trainer_memory(config, model, parameters, gpu=True))
         return
     needed, free = estimate.run_memory(config, model, parameters), available_memory()
-    detail = (
-        f"{free / GB:.1f} GB available, about {needed.total / GB:.1f} GB needed (engines {needed.engines / GB:.1f}, "
-        f"trainer {needed.trainer / GB:.1f} and {needed.microbatch / GB:.1f} for its largest microbatch)"
-    )
+    detail = f"{free / GB:.1f} GB available, about {needed.total / GB:.1f} GB needed"
+    if model is None:
+        detail += ", and what the model takes, which cannot be read yet"
+    else:
+        detail += (
+            f" (engines {needed.engines / GB:.1f}, trainer {needed.trainer / GB:.1f} and "
+            f"{needed.microbatch / GB:.1f} for its largest microbatch)"
+        )
     fix = "lower rollout.replicas, rollout.kv_cache_bytes or queue.max_bytes, or use a larger machine"
     queue = config.queue.max_bytes
     if model is not None:

@@ -338,6 +338,7 @@ def test_missing_inputs_are_made_by_prepare(machine, inputs):
     found = doctor.checks(config(inputs, **made))
     assert "will be created by async_rl.doctor:report at start" in the(found, "model.path").detail
     assert the(found, "data.train").status == "ok"
+    assert "what the model takes, which cannot be read yet" in the(found, "memory").detail
     assert fails(found) == []
 
 
