@@ -4,8 +4,17 @@ import pytest
 
 from tests.support.trainer_memory import SIZES, allocated, estimated, make_model, settings
 
+pytestmark = pytest.mark.megatron
 
-@pytest.mark.parametrize(("name", "dtype"), [("demo", "float32"), ("vocabulary", "float32"), ("demo", "bfloat16")])
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("demo", "float32", marks=pytest.mark.slow),
+        ("vocabulary", "float32"),
+        pytest.param("demo", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_the_doctor_knows_what_a_trainer_rank_takes(ranks, tmp_path, name, dtype):
     size = SIZES[name]
     ranks.call(make_model, tmp_path, size)  # in float32, whatever the run trains in
