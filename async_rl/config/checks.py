@@ -60,6 +60,12 @@ def _check_rollout(config: RunConfig) -> None:
             f"({rollout.max_num_seqs}), but an engine step decodes one token of each sequence; set it to at least "
             f"{rollout.max_num_seqs}"
         )
+    if rollout.trajectory_limit < rollout.max_num_seqs:
+        raise ValueError(
+            f"rollout.max_trajectories is {rollout.max_trajectories}, less than rollout.max_num_seqs "
+            f"({rollout.max_num_seqs}), so the engine would never be full; set it to at least {rollout.max_num_seqs}, "
+            "or lower rollout.max_num_seqs"
+        )
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"

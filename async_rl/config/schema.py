@@ -169,6 +169,9 @@ class RolloutSection(Section):
     """Nucleus sampling's probability mass; behaviour log-probs are those of the distribution after it."""
     max_num_seqs: Positive = 128
     """Sequences that one engine decodes at once."""
+    max_trajectories: Positive | None = None
+    """Unfinished trajectories that one replica works on; null for rollout.max_num_seqs. Agents that wait for their
+    tools decode nothing: set it higher, so that others take their places in the engine meanwhile."""
     max_num_batched_tokens: Positive = 4096
     """Tokens of one engine step, including prefill."""
     kv_cache_bytes: Positive = 512 * 2**20
@@ -190,6 +193,11 @@ class RolloutSection(Section):
     """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
     before the run fails; 1 for any."""
     environment: EnvironmentSection = EnvironmentSection()
+
+    @property
+    def trajectory_limit(self) -> int:
+        """Unfinished trajectories that one replica works on; see rollout.max_trajectories."""
+        return self.max_trajectories or self.max_num_seqs
 
 
 class ParallelSection(Section):

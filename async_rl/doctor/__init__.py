@@ -8,7 +8,7 @@ devices from /dev.
 from __future__ import annotations
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor import inputs, installation, machine
+from async_rl.doctor import capacity, inputs, installation, machine
 from async_rl.doctor.check import Check, Status
 from async_rl.doctor.machine import uses_gpu
 
@@ -32,6 +32,7 @@ def checks(config: RunConfig | None) -> list[Check]:
         inputs.data,
         inputs.functions,
         inputs.durable_queue,
+        capacity.longest_responses,
     ):
         found.extend(check(config))
     return found

@@ -16,11 +16,13 @@ from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import uses_gpu
-from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError
+from async_rl.doctor.sizes import worst_case
+from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import load_environment
+from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward
 
 # Larger datasets are not read here, only once when the run starts.
@@ -172,7 +174,10 @@ def _encode(path: Path) -> Encode:
 
 def functions(config: RunConfig) -> Iterator[Check]:
     """Check that the functions named by settings can be imported and called with their arguments."""
-    yield _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    reward = _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
+    yield reward
+    if reward.status == "ok" and config.reward.function.startswith(f"{code.__name__}:"):
+        yield _sandbox()
     if config.rollout.engine != "vllm":
         yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
     environment = config.rollout.environment.function
@@ -181,6 +186,22 @@ def functions(config: RunConfig) -> Iterator[Check]:
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _sandbox() -> Check:
+    """Check what a sandbox for code that the policy wrote keeps from it on this host."""
+    try:
+        found = code.isolation()
+    except RewardError as error:
+        return refused("code sandbox", error)
+    if code.HIDDEN in found:
+        return Check("code sandbox", "ok", found)
+    return Check(
+        "code sandbox",
+        "warn",
+        f"{found}: a program can open data.train and print the outputs that are expected of it",
+        "use a kernel with Landlock (5.13 or newer, `landlock` in its list of security modules)",
+    )
 
 
 def durable_queue(config: RunConfig) -> Iterator[Check]:
@@ -196,10 +217,29 @@ def durable_queue(config: RunConfig) -> Iterator[Check]:
         return
     try:
         redis_store.ping(config.queue.redis)
+        accepted = redis_store.max_message_bytes(config.queue.redis)
     except ConfigError as error:
         yield refused("queue.redis", error)
     else:
         yield Check("queue.redis", "ok", config.queue.redis.url)
+        yield from _largest_message(config, accepted)
+
+
+def _largest_message(config: RunConfig, accepted: int) -> Iterator[Check]:
+    """Check that the server takes the largest group that the settings allow."""
+    try:
+        group = worst_case(config, read_model_config(config.model.path)).group_bytes
+    except ModelError:
+        return  # ``model`` reports it, or prepare makes the model
+    if group > accepted:
+        yield Check(
+            "redis messages",
+            "warn",
+            f"a group takes up to {group} bytes, but the server takes {accepted} in one field: a larger one ends the "
+            "run",
+            "raise the server's proto-max-bulk-len (at most 1 GiB in a stream), set queue.backend to memory, or lower "
+            "rollout.n or rollout.max_response_tokens",
+        )
 
 
 def _try(key: str, name: str, load: Callable[[], object]) -> Check:

@@ -11,18 +11,14 @@ from pathlib import Path
 import psutil
 
 from async_rl.config.schema import RunConfig
+from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
-from async_rl.errors import ConfigError
+from async_rl.doctor.sizes import worst_case
+from async_rl.errors import ConfigError, ModelError
+from async_rl.models.config import ModelConfig, read_model_config
 from async_rl.trainer.parallel import world_size
 
 GB = 10**9
-# Resident memory of one process before weights and caches, measured with a tiny model: an engine with its
-# client (libraries, compiled code, activations at warm-up), a trainer rank, the driver with Ray's own
-# processes.
-ENGINE_BYTES, TRAINER_BYTES, DRIVER_BYTES = int(2.5 * GB), int(1.0 * GB), int(0.7 * GB)
-# Bytes per parameter in a trainer rank: parameters, gradients and AdamW's two moments in float32, and with
-# a bfloat16 copy its float32 master.
-TRAINER_BYTES_PER_PARAMETER = {"float32": 16, "bfloat16": 18}
 # Ray refuses to start with less; a container's default /dev/shm is 64 MiB.
 RAY_MINIMUM_SHM = 80 * 2**20
 
@@ -135,37 +131,66 @@ def available_memory() -> int:
     return min(free, int(limit) - used + int(statistics.get("inactive_file", 0)))
 
 
-def needed_memory(config: RunConfig, weights: int) -> int:
-    """Estimate the bytes that a run on CPU needs with ``weights`` bytes of weights, without the queue's payloads."""
-    parameters = weights // (4 if config.model.dtype == "float32" else 2)
-    engine = ENGINE_BYTES + config.rollout.kv_cache_bytes + weights
-    rank = TRAINER_BYTES + parameters * TRAINER_BYTES_PER_PARAMETER[config.model.dtype]
-    return DRIVER_BYTES + config.rollout.replicas * engine + world_size(config.trainer.parallel) * rank
-
-
 def memory(config: RunConfig) -> Iterator[Check]:
-    """Check that the memory suffices for a run on CPU."""
+    """Check that the memory suffices for a run on CPU; on GPUs, say what a trainer rank takes."""
+    model, parameters = _model(config)
     if uses_gpu(config):
+        if model is not None:
+            yield _memory_of_rank(estimate.trainer_memory(config, model, parameters, gpu=True))
         return
-    needed, free = needed_memory(config, checkpoint_bytes(config)), available_memory()
-    detail = f"{free / GB:.1f} GB available, about {needed / GB:.1f} GB needed"
+    needed, free = estimate.run_memory(config, model, parameters), available_memory()
+    detail = f"{free / GB:.1f} GB available, about {needed.total / GB:.1f} GB needed"
+    if model is None:
+        detail += ", and what the model takes, which cannot be read yet"
+    else:
+        detail += (
+            f" (engines {needed.engines / GB:.1f}, trainer {needed.trainer / GB:.1f} and "
+            f"{needed.microbatch / GB:.1f} for its largest microbatch)"
+        )
     fix = "lower rollout.replicas, rollout.kv_cache_bytes or queue.max_bytes, or use a larger machine"
-    if needed > free:
+    queue = config.queue.max_bytes
+    if model is not None:
+        queue = min(queue, worst_case(config, model).window_bytes)
+    if needed.fixed > free:
         yield Check("memory", "FAIL", detail, fix)
-    elif needed + config.queue.max_bytes > free:
+    elif needed.total > free:
         yield Check(
             "memory",
             "warn",
-            f"{detail}, and queue.max_bytes may fill {config.queue.max_bytes / GB:.1f} more",
-            fix,
+            f"{detail}: long responses may end the trainer",
+            f"lower trainer.tokens_per_microbatch or rollout.max_response_tokens, set trainer.recompute to full, {fix}",
         )
+    elif needed.total + queue > free:
+        yield Check("memory", "warn", f"{detail}, and queue.max_bytes may fill {queue / GB:.1f} more", fix)
     else:
         yield Check("memory", "ok", detail)
 
 
+def _memory_of_rank(rank: estimate.TrainerMemory) -> Check:
+    parts = (
+        ("parameters", rank.parameters),
+        ("gradients", rank.gradients),
+        ("optimizer", rank.optimizer),
+        ("activations", rank.activations),
+        ("logits", rank.logits),
+    )
+    listed = ", ".join(f"{name} {amount / GB:.1f}" for name, amount in parts)
+    return Check("trainer memory", "ok", f"about {rank.total / GB:.1f} GB of each rank's GPU ({listed})")
+
+
+def _model(config: RunConfig) -> tuple[ModelConfig | None, estimate.Parameters]:
+    """Return the model and how many parameters it has; none where it cannot be read yet (``inputs.model`` says so)."""
+    try:
+        model = read_model_config(config.model.path)
+        return model, estimate.count_parameters(config.model.path, model)
+    except (ModelError, ValueError, OSError):
+        return None, estimate.Parameters()
+
+
 def shared_memory(config: RunConfig) -> Iterator[Check]:
     """Check that /dev/shm has room for Ray's object store and, with sync.backend shm, for a copy of the weights."""
-    weights = checkpoint_bytes(config) if config.sync.backend == "shm" else 0
+    _, parameters = _model(config)
+    weights = estimate.shared_weights(config, parameters)
     free = free_bytes("/dev/shm")
     detail = f"{free / GB:.1f} GB free in /dev/shm"
     fix = "mount a larger /dev/shm (containers: --shm-size)"
@@ -203,11 +228,6 @@ def ports(config: RunConfig) -> Iterator[Check]:
             return
     detail = f"{host}:{wanted[0]} to {wanted[-1]} are free" if first else f"free ports of {host} are chosen"
     yield Check("metrics.port", "ok", detail)
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the size of the weights on disk; 0 while there are none."""
-    return sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
 
 
 def free_bytes(path: str) -> int:

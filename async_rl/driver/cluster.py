@@ -16,13 +16,11 @@ from dataclasses import dataclass
 import ray
 
 from async_rl.config.schema import RunConfig
+from async_rl.doctor.sizes import object_store_bytes
 from async_rl.errors import ResourceError
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
 from async_rl.trainer.parallel import world_size
 
-# In addition to the queue's payloads the object store holds the groups in training and the arguments of calls.
-_OBJECT_STORE_HEADROOM = 256 * 2**20
-_OBJECT_STORE_MINIMUM = 80 * 2**20  # Ray refuses less than 75 MB
 # Set in every process of the run, before its libraries are imported.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -75,7 +73,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         else:
             ray.init(
                 num_cpus=os.cpu_count(),
-                object_store_memory=_object_store_bytes(config),
+                object_store_memory=object_store_bytes(config.queue.max_bytes, shutil.disk_usage("/dev/shm").free),
                 include_dashboard=False,
                 log_to_driver=False,
                 namespace=config.name,
@@ -109,10 +107,3 @@ async def free_resources() -> str:
     """Return the CPUs and GPUs that no actor has taken, for example ``1 CPU, 0 GPU``."""
     free = await asyncio.to_thread(ray.available_resources)
     return ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-
-
-def _object_store_bytes(config: RunConfig) -> int:
-    wanted = config.queue.max_bytes + _OBJECT_STORE_HEADROOM
-    # Ray falls back to slow disk files above what /dev/shm has.
-    available = int(shutil.disk_usage("/dev/shm").free * 0.9)
-    return max(_OBJECT_STORE_MINIMUM, min(wanted, available))

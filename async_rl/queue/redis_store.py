@@ -3,19 +3,22 @@
     async_rl:<run>:groups    stream: one entry per finished group, its message in wire format
     async_rl:<run>:journal   stream: the queue's decisions (``journal``)
 
-A worker adds its entry before the queue hears of the group. A lease claims the entry for the consumer group
-"trainers" (XCLAIM), so that XPENDING shows each consumer's leases and their ages. Trained and dropped groups are
-acknowledged and deleted. A crash between two such calls may leave an entry that no group of the queue refers to:
-``sweep`` deletes it.
+A worker adds its entry before the queue hears of the group, and claims it in the consumer group "trainers" (XCLAIM); a
+lease claims it for the consumer that leases. So XPENDING shows each consumer's entries and their ages, without their
+messages. Trained and dropped groups are acknowledged and deleted. A crash between two such calls may leave an entry
+that no group of the queue refers to: ``sweep`` deletes it.
 
-While the server cannot be reached, every call is retried for about a minute; the journal recognizes a call that was
-written twice by its id. Knows only Redis; imported only where the backend is used.
+While the server cannot be reached or does not answer, every call is retried for about a minute, and then raises
+QueueError; the journal recognizes a call that was written twice by its id. Knows only Redis; imported only where the
+backend is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, cast
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -25,16 +28,61 @@ from async_rl.config.schema import RedisSection
 from async_rl.errors import ConfigError, QueueError
 from async_rl.queue.journal import Event, pack, unpack
 
-# About a minute in all, enough for the server to restart.
-_RETRIES = 40
+# How long a call is repeated: enough for the server to restart. One attempt may wait for an answer as long as
+# _TIMEOUT_S, the last one too.
+_GIVE_UP_S = 60.0
+_TIMEOUT_S = 15.0
+# The same for the question whether there is a server at all.
+_PING_S = 5.0
 _BACKOFF = ExponentialBackoff(cap=2.0, base=0.05)
-_TIMEOUT_S = 30.0
 _CONSUMERS = "trainers"
-_PAGE = 16
+_PAGE = 1000  # ids or events of the journal, never messages
+# What a server accepts in one field unless it is configured otherwise, and what a stream holds in one entry.
+_PROTO_MAX_BULK_BYTES = 512 * 2**20
+_MAX_ENTRY_BYTES = 2**30 - 2**10
+_T = TypeVar("_T")
 
 
-def connect(settings: RedisSection) -> redis.Redis:
-    """Return a client of the server. Raises ConfigError when the password file cannot be read."""
+class _RetryInTime(Retry):
+    """Retries for a time instead of a number of times, however long each attempt takes.
+
+    The client calls it from within itself, to connect for a command; the time is that of the outermost call.
+    """
+
+    __hash__ = Retry.__hash__
+
+    def __init__(self, give_up_s: float) -> None:
+        super().__init__(_BACKOFF, -1)
+        self._give_up_s = give_up_s
+        self._until: float | None = None
+
+    def call_with_retry(
+        self,
+        do: Callable[[], _T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,  # noqa: FBT001 - the client's own signature
+    ) -> _T:
+        outermost = self._until is None
+        if self._until is None:
+            self._until = time.monotonic() + self._give_up_s
+        until = self._until
+
+        def in_time(error: Exception) -> bool:
+            return time.monotonic() < until and (is_retryable is None or is_retryable(error))
+
+        try:
+            result: _T = super().call_with_retry(do, fail, in_time, with_failure_count)
+            return result
+        finally:
+            if outermost:
+                self._until = None
+
+
+def connect(settings: RedisSection, give_up_s: float | None = None) -> redis.Redis:
+    """Return a client of the server, which repeats a call for so long. Raises ConfigError for the password file."""
+    give_up_s = _GIVE_UP_S if give_up_s is None else give_up_s
+    timeout_s = min(_TIMEOUT_S, give_up_s)
     options: dict[str, Any] = {}
     if settings.password_file is not None:
         try:
@@ -49,10 +97,10 @@ def connect(settings: RedisSection) -> redis.Redis:
         options["ssl_ca_certs"] = str(settings.ca_file)
     client: redis.Redis = redis.Redis.from_url(
         settings.url,
-        retry=Retry(_BACKOFF, _RETRIES),
+        retry=_RetryInTime(give_up_s),
         retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError],
-        socket_timeout=_TIMEOUT_S,
-        socket_connect_timeout=_TIMEOUT_S,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
         **options,
     )
     return client
@@ -60,8 +108,7 @@ def connect(settings: RedisSection) -> redis.Redis:
 
 def ping(settings: RedisSection, run: str = "") -> bool:
     """Return whether the server has data of ``run``. Raises ConfigError unless it can be reached and used."""
-    probe = connect(settings)
-    probe.set_retry(Retry(_BACKOFF, 3))
+    probe = connect(settings, _PING_S)
     try:
         probe.ping()
         return bool(probe.exists(_key(run, "journal")))
@@ -80,67 +127,145 @@ def check(settings: RedisSection, run: str, *, resume: bool) -> None:
         )
 
 
+def max_message_bytes(settings: RedisSection) -> int:
+    """Return the size of the largest message that the server takes. Raises ConfigError unless it can be reached."""
+    client = connect(settings, _PING_S)
+    try:
+        return _max_message_bytes(client)
+    except redis.RedisError as error:
+        raise ConfigError(f"queue.redis.url {settings.url}: {error}") from None
+    finally:
+        client.close()
+
+
+def _max_message_bytes(client: redis.Redis) -> int:
+    try:
+        found = cast(dict[str, str], client.config_get("proto-max-bulk-len"))
+    except redis.ResponseError:  # CONFIG may be forbidden to this user
+        found = {}
+    return min(int(found.get("proto-max-bulk-len", _PROTO_MAX_BULK_BYTES)), _MAX_ENTRY_BYTES)
+
+
+@contextlib.contextmanager
+def _errors(settings: RedisSection) -> Iterator[None]:
+    """Raise QueueError for what the client raises when it has given up."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise QueueError(
+            f"redis at queue.redis.url {settings.url}: {error}; calls are repeated for {_GIVE_UP_S:g} s while the "
+            "server does not answer. Make it answer and continue the run with --resume auto"
+        ) from error
+
+
 class RedisGroups:
-    """The messages of finished groups in the server, each addressed by the id of its stream entry."""
+    """The messages of finished groups in the server, each addressed by the id of its stream entry.
+
+    Raises QueueError when the server refuses a call, or does not answer for about a minute.
+    """
 
     def __init__(self, settings: RedisSection, run: str, consumer: str) -> None:
+        self._settings = settings
         self._client = connect(settings)
         self._key = _key(run, "groups")
         self._consumer = consumer
-        try:
-            self._client.xgroup_create(self._key, _CONSUMERS, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        self._max_bytes: int | None = None
+        with _errors(settings):
+            try:
+                self._client.xgroup_create(self._key, _CONSUMERS, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
 
     def add(self, group_id: str, message: Any) -> str:
-        """Store a message; return its address."""
-        fields: dict[Any, Any] = {"group": group_id, "message": memoryview(message).tobytes()}
-        return _text(self._client.xadd(self._key, fields))
+        """Store a message; return its address. Raises QueueError for a message that the server does not take."""
+        packed = memoryview(message).tobytes()
+        fields: dict[Any, Any] = {"group": group_id, "message": packed}
+        with _errors(self._settings):
+            if self._max_bytes is None:
+                self._max_bytes = _max_message_bytes(self._client)
+            # The server would close the connection in the middle of it, as if it had died.
+            if len(packed) > self._max_bytes:
+                raise QueueError(
+                    f"group {group_id}: its message has {len(packed)} bytes, above the {self._max_bytes} that the "
+                    "server takes in one field (proto-max-bulk-len, at most 1 GiB in a stream); raise that, set "
+                    "queue.backend to memory, or lower rollout.n or rollout.max_response_tokens"
+                )
+            address = _text(self._client.xadd(self._key, fields))
+        self.claim([address])
+        return address
 
     def read(self, addresses: Sequence[str]) -> list[bytes]:
         """Return the messages at these addresses. Raises QueueError when one is missing."""
         pipeline = self._client.pipeline(transaction=False)
         for address in addresses:
             pipeline.xrange(self._key, address, address)
+        with _errors(self._settings):
+            answers = pipeline.execute()
         messages = []
-        for address, entries in zip(addresses, pipeline.execute(), strict=True):
+        for address, entries in zip(addresses, answers, strict=True):
             if not entries:
                 raise QueueError(f"redis: {self._key} has no entry {address}; another client may have deleted it")
             messages.append(entries[0][1][b"message"])
         return messages
 
     def claim(self, addresses: Sequence[str]) -> None:
-        """Mark messages as leased by this consumer, even if another had leased them."""
-        self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, list(addresses), force=True, justid=True)
+        """Mark messages as this consumer's, even if they were another's."""
+        with _errors(self._settings):
+            self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, list(addresses), force=True, justid=True)
 
     def forget(self, addresses: Sequence[str]) -> None:
         """Acknowledge and delete the messages of trained or dropped groups."""
         pipeline = self._client.pipeline(transaction=True)
         pipeline.xack(self._key, _CONSUMERS, *addresses)
         pipeline.xdel(self._key, *addresses)
-        pipeline.execute()
+        with _errors(self._settings):
+            pipeline.execute()
 
     def sweep(self, keep: Collection[str]) -> set[str]:
-        """Delete every entry that is not in ``keep``; return the addresses of those in ``keep`` that exist."""
-        there: set[str] = set()
-        start = "-"
-        while page := self._client.xrange(self._key, start, "+", count=_PAGE):
-            addresses = [_text(address) for address, _ in page]
-            there.update(address for address in addresses if address in keep)
-            if gone := [address for address in addresses if address not in keep]:
-                self.forget(gone)
-            start = f"({addresses[-1]}"
-        return there
+        """Delete every entry that is not in ``keep``; return the addresses of those in ``keep`` that exist.
+
+        Reads addresses alone: the messages of a run may take more than the memory that there is.
+        """
+        there = self._addresses()
+        gone = sorted(there.difference(keep))
+        for start in range(0, len(gone), _PAGE):
+            self.forget(gone[start : start + _PAGE])
+        return there.intersection(keep)
+
+    def _addresses(self) -> set[str]:
+        """Return the addresses of all entries."""
+        with _errors(self._settings):
+            claimed: set[str] = set()
+            start = "-"
+            while page := self._client.xpending_range(self._key, _CONSUMERS, start, "+", _PAGE):
+                addresses = [_text(entry["message_id"]) for entry in page]
+                claimed.update(addresses)
+                start = f"({addresses[-1]}"
+            if self._client.xlen(self._key) == len(claimed):
+                return claimed
+            # An entry was never claimed, because its worker died before or was of an earlier release; or another
+            # client deleted one. Only the entries themselves tell, one message at a time.
+            there: set[str] = set()
+            start = "-"
+            while entries := self._client.xrange(self._key, start, "+", count=1):
+                address = _text(entries[0][0])
+                there.add(address)
+                start = f"({address}"
+            return there
 
     def close(self) -> None:
         self._client.close()
 
 
 class RedisJournal:
-    """The queue's journal in a stream of the server."""
+    """The queue's journal in a stream of the server.
+
+    Raises QueueError when the server refuses a call, or does not answer for about a minute.
+    """
 
     def __init__(self, settings: RedisSection, run: str) -> None:
+        self._settings = settings
         self._client = connect(settings)
         self._key = _key(run, "journal")
         self._bytes = 0
@@ -150,16 +275,21 @@ class RedisJournal:
 
     def replay(self) -> Iterator[Event]:
         start = "-"
-        while page := self._client.xrange(self._key, start, "+", count=1000):
+        while page := self._page(start):
             for _, fields in page:
                 packed = cast(dict[bytes, bytes], fields)[b"event"]
                 self._bytes += len(packed)
                 yield unpack(packed)
             start = f"({_text(page[-1][0])}"
 
+    def _page(self, start: str) -> Any:
+        with _errors(self._settings):
+            return self._client.xrange(self._key, start, "+", count=_PAGE)
+
     def append(self, event: Event) -> None:
         packed = pack(event)
-        self._client.xadd(self._key, {"event": packed})
+        with _errors(self._settings):
+            self._client.xadd(self._key, {"event": packed})
         self._bytes += len(packed)
 
     def compact(self, event: Event) -> None:
@@ -169,7 +299,8 @@ class RedisJournal:
         pipeline.delete(aside)
         pipeline.xadd(aside, {"event": packed})
         pipeline.rename(aside, self._key)
-        pipeline.execute()
+        with _errors(self._settings):
+            pipeline.execute()
         self._bytes = len(packed)
 
     def size(self) -> int:

@@ -81,13 +81,13 @@ class RolloutWorker:
         self._responses = responses
         self._timeline = timeline
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
-        # Twice what fills the engine: a group with one long response must not leave the places of its other responses
+        # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
-        self._max_groups = 2 * -(-config.rollout.max_num_seqs // config.rollout.n)
+        self._max_groups = 2 * -(-config.rollout.trajectory_limit // config.rollout.n)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
         self._unfinished = 0  # responses in flight that have not ended
-        self._has_capacity = asyncio.Event()  # set while the engine has free places
+        self._has_capacity = asyncio.Event()  # set while the replica has free places
         self._has_capacity.set()
         self._work: asyncio.Task[None] | None = None
         self._stopping = False
@@ -194,8 +194,8 @@ class RolloutWorker:
     # -- work ---------------------------------------------------------------------------------------------------
 
     def _free_groups(self) -> int:
-        """Return how many groups fill the engine's free places, counting one that fits in part."""
-        free = self._config.rollout.max_num_seqs - self._unfinished
+        """Return how many groups fill the replica's free places, counting one that fits in part."""
+        free = self._config.rollout.trajectory_limit - self._unfinished
         return max(0, min(-(-free // self._config.rollout.n), self._max_groups - len(self._in_flight)))
 
     def _update_capacity(self) -> None:

@@ -66,3 +66,20 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         third = QueueActor(make_broker(Source(50)), open_journal)
         assert third._broker.state() == actor._broker.state()
         assert await third.put("2", meta(tickets[0])) is True
+
+
+def test_sweeping_reads_no_message(redis_server):
+    settings = validate({"model": {"path": "m"}, "data": {"train": "t"}, "queue": redis_server.settings}).queue.redis
+    store = redis_store.RedisGroups(settings, f"run-{uuid.uuid4().hex[:8]}", "w")
+    addresses = [store.add(f"0-{number}.0", bytes(10**6)) for number in range(8)]
+    kept = {*addresses[:3], "1-0"}
+    client = redis_server.client()
+    before = client.info("stats")["total_net_output_bytes"]
+    assert store.sweep(kept) == set(addresses[:3])
+    assert client.info("stats")["total_net_output_bytes"] - before < 10**5
+    assert client.xlen(store._key) == 3
+
+    unclaimed = client.xadd(store._key, {"group": "0-9.0", "message": b"abc"}).decode()
+    assert store.sweep({*kept, unclaimed}) == {*addresses[:3], unclaimed}
+    assert store.sweep(addresses[:1]) == {addresses[0]}
+    assert client.xlen(store._key) == 1

@@ -5,6 +5,7 @@ sandbox may be left.
 """
 
 import asyncio
+import ctypes
 import itertools
 import os
 import shutil
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 from async_rl.config.schema import RewardSection
+from async_rl.doctor import inputs
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import code as code_reward
 from async_rl.rollout.rewards.code import Limits, isolation, limit_sandboxes, passes_tests, run_python, unit_tests
@@ -28,6 +30,7 @@ from async_rl.types import Prompt
 
 SHORT = Limits(wall_s=0.2)
 UNSHARE = code_reward._NAMESPACES
+UNKNOWN_SYSCALL = 10_000
 
 
 def sandboxed(worker: int | None = None) -> list[psutil.Process]:
@@ -76,6 +79,18 @@ async def apart(sandboxes):
 def only_apart(apart):
     if not apart:
         pytest.skip("promised with namespaces only")
+
+
+@pytest.fixture
+def landlock():
+    """Whether the kernel has Landlock: its version, or -1."""
+    return ctypes.CDLL(None).syscall(code_reward._LANDLOCK, None, 0, 1) > 0
+
+
+@pytest.fixture
+def only_hidden(landlock):
+    if not landlock:
+        pytest.skip("this kernel has no Landlock (5.13 or newer, listed in /sys/kernel/security/lsm)")
 
 
 def prompt(**fields) -> Prompt:
@@ -358,11 +373,72 @@ async def test_a_sandbox_that_fails_is_not_taken_for_a_program_that_does(monkeyp
         await run_python("print(1)")
 
 
-async def test_isolation_tells_what_was_found(apart):
+@pytest.mark.parametrize("hidden", [True, False])
+async def test_isolation_tells_what_was_found(apart, landlock, monkeypatch, hidden):
+    if not hidden:
+        monkeypatch.setattr(code_reward, "_LANDLOCK", UNKNOWN_SYSCALL)
+    hidden = hidden and landlock
     isolation.cache_clear()
-    assert ("no network" in isolation(), "files read-only" in isolation()) == (apart, apart)
+    assert ("no network" in isolation(), code_reward.HIDDEN in isolation()) == (apart, hidden)
+    assert ("files read-only" in isolation()) == (apart and not hidden)
     assert isolation().endswith("cannot start processes")
     isolation.cache_clear()
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+async def test_doctor_says_whether_the_dataset_can_be_read(landlock, monkeypatch, hidden):
+    if not hidden:
+        monkeypatch.setattr(code_reward, "_LANDLOCK", UNKNOWN_SYSCALL)
+    isolation.cache_clear()
+    check = inputs._sandbox()
+    assert check.status == ("ok" if hidden and landlock else "warn")
+    assert ("data.train" in check.detail) == (check.status == "warn")
+    isolation.cache_clear()
+
+
+@pytest.mark.usefixtures("only_hidden")
+@pytest.mark.parametrize("path", ["{data}", "/etc/passwd", "/proc/{worker}/environ", "/proc/{worker}/root{data}"])
+async def test_the_dataset_and_other_files_cannot_be_read(tmp_path, path):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"tests": [{"stdin": "1", "stdout": "2"}]}')
+    path = path.format(data=data, worker=os.getpid())
+    outcome = await run_python(f"print(open({path!r}).read())")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.usefixtures("only_hidden")
+async def test_other_files_can_be_neither_listed_nor_written_nor_executed(tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho run")
+    program.chmod(0o755)
+    for attempt in (
+        f"os.listdir({str(tmp_path)!r})",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"os.truncate({str(program)!r}, 0)",
+        f"os.execv({str(program)!r}, ['program'])",
+    ):
+        outcome = await run_python(f"import os\n{attempt}")
+        assert "PermissionError" in outcome.stderr or "Read-only file system" in outcome.stderr, attempt
+    assert program.read_text().endswith("echo run")
+
+
+async def test_the_standard_library_and_the_own_folder_can_be_used():
+    code = (
+        "import ctypes, decimal, json, os, random, sqlite3, ssl, statistics, tempfile, unicodedata, zoneinfo\n"
+        "os.makedirs('a/b'); open('a/f', 'w').write('kept'); os.rename('a/f', 'a/b/g')\n"
+        "with tempfile.TemporaryFile('w+') as file: file.write('x')\n"
+        "open('/dev/null', 'w').write('x'); os.urandom(1)\n"
+        "print(open('a/b/g').read(), os.cpu_count() > 0, os.listdir('a'))"
+    )
+    outcome = await run_python(code)
+    assert (outcome.stdout, outcome.stderr) == ("kept True ['b']\n", "")
+
+
+async def test_a_program_may_start_others_of_the_system():
+    code = "import subprocess, sys\nprint(subprocess.check_output([sys.executable, '-c', 'print(6 * 7)'], text=True))"
+    outcome = await run_python(code, limits=Limits(wall_s=60, processes=9))
+    assert (outcome.stdout, outcome.stderr) == ("42\n\n", "")
 
 
 async def test_share_of_tests_passed():

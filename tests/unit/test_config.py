@@ -123,6 +123,10 @@ def test_run_name_cannot_leave_its_folder(name):
         ({"trainer": {"parallel": {"dp": 3, "ep": 2}}}, ["trainer.parallel", "ep x etp is 2", "(3)"]),
         ({"trainer": {"parallel": {"vpp": 2}}}, ["trainer.parallel.vpp", "pp is 1"]),
         (
+            {"rollout": {"max_num_seqs": 64, "max_trajectories": 32}},
+            ["rollout.max_trajectories is 32", "max_num_seqs"],
+        ),
+        (
             {"rollout": {"max_num_seqs": 64, "max_num_batched_tokens": 32}},
             ["max_num_batched_tokens", "max_num_seqs"],
         ),

@@ -10,9 +10,11 @@ from safetensors.numpy import save_file
 
 from async_rl import doctor
 from async_rl.config.loading import validate
-from async_rl.doctor import installation
+from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
+from async_rl.models.config import read_model_config
+from tests.support.model_folders import QWEN3_30B_A3B, write_config
 
 MODEL = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -159,20 +161,86 @@ def test_fewer_cores_than_wanted_is_a_warning(machine, inputs):
 
 
 def test_memory(machine, inputs):
-    machine.setattr(probes, "available_memory", lambda: 4 * probes.GB)
-    assert "4.0 GB available, about 4.7 GB needed" in the(doctor.checks(config(inputs)), "memory").detail
-    with pytest.raises(ResourceError, match=r"memory: 4\.0 GB available"):
+    machine.setattr(probes, "available_memory", lambda: 3 * probes.GB)
+    detail = the(doctor.checks(config(inputs)), "memory").detail
+    assert "3.0 GB available, about 3.3 GB needed" in detail
+    assert "(engines 1.8, trainer 0.7 and 0.1 for its largest microbatch)" in detail
+    with pytest.raises(ResourceError, match=r"memory: 3\.0 GB available"):
         doctor.require(config(inputs))
-    machine.setattr(probes, "available_memory", lambda: 6 * probes.GB)
-    assert the(doctor.checks(config(inputs)), "memory").status == "warn"
+    needed = estimate.run_memory(config(inputs), *probes._model(config(inputs))).total
+    machine.setattr(probes, "available_memory", lambda: needed + 1)
+    check = the(doctor.checks(config(inputs)), "memory")
+    assert check.status == "warn"
+    assert "queue.max_bytes may fill" in check.detail
+
+
+def test_memory_that_long_responses_exceed_is_a_warning(machine, inputs):
+    rewrite(inputs / "model", vocab_size=100_000)
+    needed = estimate.run_memory(config(inputs), *probes._model(config(inputs)))
+    assert needed.microbatch > probes.GB
+    machine.setattr(probes, "available_memory", lambda: needed.fixed + 1)
+    check = the(doctor.checks(config(inputs)), "memory")
+    assert check.status == "warn"
+    assert "trainer.tokens_per_microbatch" in check.fix
+    machine.setattr(probes, "available_memory", lambda: needed.fixed - 1)
+    assert the(doctor.checks(config(inputs)), "memory").status == "FAIL"
 
 
 def test_memory_grows_with_replicas_ranks_and_weights(inputs):
-    one = probes.needed_memory(config(inputs), 0)
-    assert probes.needed_memory(config(inputs, rollout={"replicas": 2}), 0) - one > 3 * probes.GB
-    assert probes.needed_memory(config(inputs, trainer={"parallel": {"dp": 2}}), 0) > one
-    # float32: one copy in the engine, and 16 bytes per parameter in the trainer.
-    assert probes.needed_memory(config(inputs), 4000) - one == 4000 + 16 * 1000
+    def needed(parameters: int, **sections) -> int:
+        settings = config(inputs, **sections)
+        return estimate.run_memory(settings, probes._model(settings)[0], estimate.Parameters(parameters)).fixed
+
+    one = needed(0)
+    assert needed(0, rollout={"replicas": 2}) - one > 1.8 * probes.GB
+    assert needed(0, trainer={"parallel": {"dp": 2}}) > one
+    dense = config(inputs)
+    assert (
+        estimate.engine_memory(dense, None, estimate.Parameters())
+        - estimate.engine_memory(config(inputs, rollout={"enforce_eager": True}), None, estimate.Parameters())
+        == estimate.COMPILED_BYTES
+    )
+    # float32: one copy in the engine, one in shared memory, and 16 bytes per parameter in the trainer.
+    assert needed(1000) - one == (4 + 4 + 16) * 1000
+    # bfloat16: half as much, and a float32 master, whatever the files have.
+    half = {"model": {"dtype": "bfloat16"}}
+    assert needed(1000, **half) - needed(0, **half) == (2 + 2 + 18) * 1000
+    assert probes._model(config(inputs, **half))[1].total == 1000
+
+
+def test_gpu_memory_of_a_trainer_rank_by_hand(tmp_path):
+    """Qwen3-30B-A3B on 16 ranks, tp 2 and ep 8: 1.5 billion dense parameters, 29 billion in experts."""
+    settings = config(
+        tmp_path,
+        model={"path": str(write_config(tmp_path / "model", QWEN3_30B_A3B)), "dtype": "bfloat16"},
+        data={"max_prompt_tokens": 1000},
+        rollout={"max_response_tokens": 7001},
+        trainer={"parallel": {"dp": 8, "tp": 2, "ep": 8}, "tokens_per_microbatch": 4000, "recompute": "full"},
+    )
+    model = read_model_config(settings.model.path)
+    rank = estimate.trainer_memory(settings, model, estimate.Parameters(1_600_000_000, 28_800_000_000), gpu=True)
+    mine = 1_600_000_000 // 2 + 28_800_000_000 // 8
+    assert rank.parameters == mine * 2
+    assert rank.gradients == mine * 4
+    # Dense states over 8 data-parallel ranks; each expert is on two ranks.
+    assert rank.optimizer == (800_000_000 // 8 + 3_600_000_000 // 2) * 12
+    # One sequence is longer than what sequences are packed up to.
+    assert rank.logits == 8000 * (151_936 // 2) * 14
+    assert rank.reference == 0
+
+
+def test_parameters_are_counted_whatever_their_type(tmp_path):
+    folder = write_config(tmp_path / "model", {**MODEL, "tie_word_embeddings": True})
+    tensors = {
+        "model.embed_tokens.weight": np.zeros((64, 32), np.float16),
+        "lm_head.weight": np.zeros((64, 32), np.float16),  # a copy, if the embeddings are tied
+        "model.layers.0.mlp.experts.3.up_proj.weight": np.zeros((16, 32), np.float32),
+    }
+    save_file(tensors, str(folder / "model.safetensors"))
+    assert estimate.count_parameters(folder, read_model_config(folder)) == estimate.Parameters(64 * 32, 16 * 32)
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not in safetensors format"):
+        estimate.count_parameters(folder, read_model_config(folder))
 
 
 @pytest.mark.parametrize(("free", "status"), [(64 * 2**20, "FAIL"), (10**9, "warn"), (4 * 10**9, "ok")])
@@ -290,6 +358,7 @@ def test_missing_inputs_are_made_by_prepare(machine, inputs):
     found = doctor.checks(config(inputs, **made))
     assert "will be created by async_rl.doctor:report at start" in the(found, "model.path").detail
     assert the(found, "data.train").status == "ok"
+    assert "what the model takes, which cannot be read yet" in the(found, "memory").detail
     assert fails(found) == []
 
 

@@ -204,6 +204,32 @@ async def test_an_environment_answers_each_turn_and_interruptions_do_not_matter(
     assert [len(turns) for turns in environment.heard].count(5) == 4, "the third turn of each of four responses"
 
 
+class Waits(Answers):
+    """An environment of which every call waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        super().__init__(turns=1)
+        self.let_go = asyncio.Event()
+
+    async def answer(self, prompt, turns):
+        answer = await super().answer(prompt, turns)
+        await self.let_go.wait()
+        return answer
+
+
+@pytest.mark.parametrize(("limit", "waiting"), [(None, 4), (8, 8)])
+async def test_trajectories_that_wait_for_tools_leave_the_engine_to_others(limit, waiting):
+    engine, queue, environment = scripted(kind=TurnEngine), ListQueue(10), Waits()
+    limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40, "max_trajectories": limit}
+    subject, _ = worker(engine, queue, environment=environment, rollout=limits)
+    run = asyncio.create_task(subject.run())
+    await turns(500)
+    assert len(environment.heard) == waiting, "as many as the replica may have unfinished, and no more"
+    environment.let_go.set()
+    await run
+    assert len(queue.groups) == 10
+
+
 async def test_the_last_turn_is_not_answered():
     engine, queue, environment = scripted(kind=TurnEngine, max_response_tokens=400), ListQueue(1), Answers(turns=100)
     limits = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 400, "environment": {"max_turns": 3}}

@@ -6,11 +6,15 @@ Always limited: time, memory of a process, size of a file, output kept, environm
 has the standard library only, and its folder goes in the end. Where the kernel grants new namespaces (``isolation``
 tells), it has no network, can neither signal nor trace other processes nor read their environment, writes to its own
 folder only, and whatever it started ends with it. Elsewhere, as in most containers, the limits stop accidents but no
-intent: code may then do to network, files and processes what this user may, for example kill the worker, read
-/proc/<worker>/environ, outlive its supervisor or, if the user is root, start processes after all.
+intent: code may then do to network and processes what this user may, for example kill the worker, outlive its
+supervisor or, if the user is root, start processes after all.
 
-Nowhere prevented: reading this user's files, connecting to Unix sockets by path, opening devices, and filling the disk
-with many small files while it runs. Against code that is hostile, put a virtual machine around the worker.
+Where the kernel has Landlock (5.13 or newer, also in containers), code opens its own folder, Python and the system's
+libraries and programs, and nothing else: neither the dataset with the outputs that are expected of it, nor keys and
+passwords, nor the environment of other processes. Elsewhere it reads what this user may read.
+
+Nowhere prevented: connecting to Unix sockets by path, and filling the disk with many small files while it runs. Against
+code that is hostile, put a virtual machine around the worker.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ STARTUP_S, END_S = 10.0, 2.0
 
 # CLONE_NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET: in one call, hence all or none.
 _NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
+# landlock_create_ruleset; the two numbers after it are landlock_add_rule and landlock_restrict_self.
+_LANDLOCK = 444
 # Exit status after MemoryError. Code that exits with it of its own accord passes for such: it is wrong either way.
 _NO_MEMORY = 247
 
@@ -59,12 +65,47 @@ _NO_MEMORY = 247
 _BOOTSTRAP = """
 import ctypes, os, resource, signal, sys
 
-worker, namespaces, cpu, memory, file, processes, no_memory = map(int, sys.argv[1:])
+worker, namespaces, cpu, memory, file, processes, no_memory, landlock = map(int, sys.argv[1:])
 libc, folder = ctypes.CDLL(None), os.getcwd().encode()
 
 def limit(what, amount):
     amount = min(amount, resource.getrlimit(what)[1] % 2**64)  # Unlimited is -1.
     resource.setrlimit(what, (amount, amount))
+
+def hide_other_files():
+    version = libc.syscall(landlock, None, 0, 1)
+    if version < 1:
+        return  # This kernel has no Landlock.
+    # All rights to files and folders that its version knows: 13 at first, then moving between folders, then truncation.
+    handled = (1 << 13 + min(version - 1, 2)) - 1
+    ruleset = libc.syscall(landlock, (ctypes.c_uint64 * 1)(handled), 8, 0)
+    def allow(path, rights):
+        try:
+            there = os.open(path, os.O_PATH)
+        except OSError:
+            return  # Not every system has it.
+        rule = rights.to_bytes(8, sys.byteorder) + there.to_bytes(4, sys.byteorder)
+        libc.syscall(landlock + 1, ruleset, 1, rule, 0)
+        os.close(there)
+    allow(".", handled)
+    for path in (
+        *(sys.base_prefix + "/" + name for name in ("bin", "lib", "lib64")),
+        *("/bin", "/usr/bin", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/proc/self"),
+        "/sys/devices/system/cpu",
+    ):
+        allow(path, 13)  # Execute, read files and folders.
+    # Without it, Python does not start.
+    configuration = os.path.dirname(os.path.dirname(sys.executable)) + "/pyvenv.cfg"
+    for path in (
+        *(sys.executable, configuration, "/etc/ld.so.cache", "/etc/localtime"),
+        *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat"),
+    ):
+        allow(path, 5)  # Execute, read.
+    for name in "null", "zero", "full", "random", "urandom":
+        allow("/dev/" + name, 6)  # Write, read.
+    if libc.syscall(landlock + 2, ruleset, 0):
+        os._exit(1)
+    os.close(ruleset)
 
 limit(resource.RLIMIT_CORE, 0)
 limit(resource.RLIMIT_CPU, cpu)
@@ -114,6 +155,7 @@ if apart and processes:  # Supervisor and code count. Without a namespace, so wo
     limit(resource.RLIMIT_NPROC, processes + 2)
 elif not processes:
     limit(resource.RLIMIT_NPROC, 0)
+hide_other_files()
 os.write(1, b"!")
 sys.argv = ["program.py"]
 main = sys.modules["__main__"] = type(sys)("__main__")
@@ -127,14 +169,24 @@ except MemoryError:
 _PROBE = """
 import os
 apart, read_only = os.getpid() == 1, os.statvfs("/").f_flag & os.ST_RDONLY
+try:
+    hidden = not os.listdir("/")
+except PermissionError:
+    hidden = True
 print("namespaces: no network, no hold on other processes" if apart else "no namespaces: network, processes in reach")
-print("other files read-only" if apart and read_only else "other files as writable as for this user")
+if hidden:
+    print("other files can be neither read nor written")
+else:
+    print("other files read-only" if apart and read_only else "other files as readable and writable as for this user")
 try:
     os.fork() or os._exit(0)
     print("can start processes")
 except OSError:
     print("cannot start processes")
 """
+
+HIDDEN = "neither read nor written"
+"""Part of what ``isolation`` returns where code opens its own folder and Python's libraries only."""
 
 # Any line that begins with a fence closes a block: else many unclosed ones would take quadratic time.
 _BLOCK = re.compile(r"^[ \t]*```python[^\n]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
@@ -253,7 +305,8 @@ def isolation() -> str:
 
 async def _run(folder: str, stdin: bytes, limits: Limits) -> Outcome:
     cpu_s = math.ceil(limits.cpu_s)
-    numbers = (os.getpid(), _NAMESPACES, cpu_s, limits.memory_bytes, limits.file_bytes, limits.processes, _NO_MEMORY)
+    caps = (limits.memory_bytes, limits.file_bytes, limits.processes)
+    numbers = (os.getpid(), _NAMESPACES, cpu_s, *caps, _NO_MEMORY, _LANDLOCK)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, *map(str, numbers)),
         stdin=PIPE,
