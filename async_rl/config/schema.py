@@ -160,7 +160,8 @@ class RolloutSection(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; behaviour log-probs are those of the distribution after it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling's probability mass; behaviour log-probs are those of the distribution after it."""
+    """Nucleus sampling's probability mass; only 1 can be trained on, because the trainer's log-probs are of the whole
+    vocabulary."""
     max_num_seqs: Positive = 128
     """Sequences that one engine decodes at once."""
     max_num_batched_tokens: Positive = 4096
