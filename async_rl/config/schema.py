@@ -347,9 +347,10 @@ class SyncSection(Section):
 
     backend: Literal["shm", "nccl"] = "shm"
     """How weights are transferred: through shared memory of one host (shm), or by vLLM's NCCL engine."""
-    canary_tolerance: PositiveFloat | None = None
+    canary_tolerance: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest difference of log-probs between engine and trainer on a token of the canary; the mean may be a tenth of
-    it; null for 1e-4 in float32 and 0.5 in bfloat16."""
+    it. auto for three times what the run's first comparison measures, at least 1e-4 in float32 and 0.5 in bfloat16;
+    null for these alone."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that a weight sync may take; then engines that do not answer are replaced, and if all answer, the run
     fails."""

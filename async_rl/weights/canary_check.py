@@ -7,7 +7,7 @@ are pure; ``sync`` says when to check.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -21,8 +21,10 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.canary import (
     BATCHES,
     CANDIDATES,
-    SEQUENCES,
+    CEILING,
+    FLOOR,
     CanaryReport,
+    Noise,
     agrees,
     candidates,
     coarser_dtype,
@@ -31,10 +33,17 @@ from async_rl.weights.canary import (
     make_probe,
     mismatch,
     reached,
+    text_probe,
     tolerance,
     wrong_numbering,
 )
-from async_rl.weights.fingerprint import NOISE, describe_layer_drift, describe_routing_drift, routing_differences
+from async_rl.weights.fingerprint import (
+    NOISE,
+    at_fault,
+    describe_layer_drift,
+    describe_routing_drift,
+    routing_differences,
+)
 
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
@@ -73,15 +82,29 @@ class ProbedTrainer(Protocol):
 
 
 class CanaryCheck:
-    """Compares replicas with the trainer on one probe, for the length of a run."""
+    """Compares replicas with the trainer on one probe, for the length of a run.
 
-    def __init__(self, config: RunConfig, model: ModelConfig, trainer: ProbedTrainer, members: Members) -> None:
+    ``prompts``: token ids of real ones, beside the random tokens. ``noise``: what the first comparison measured; a
+    restored run sets it, because its engines and its trainer have not read the same files.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelConfig,
+        trainer: ProbedTrainer,
+        members: Members,
+        prompts: Iterable[Int32Array] = (),
+    ) -> None:
         self._config = config
         self._model = model
         self._trainer = trainer
         self._members = members
         self._max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         self._probe = make_probe(config.seed, model.vocab_size, max_tokens=self._max_tokens)
+        self._probe += text_probe(prompts, max_tokens=self._max_tokens)
+        self._fixed = len(self._probe)  # the others were added to reach more experts
+        self.noise: Noise | None = None
         self._batches = 0  # of candidates tried
         self._unreached_logged = 0  # the largest number that was logged
         self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
@@ -98,32 +121,65 @@ class CanaryCheck:
             asyncio.gather(*(self._score(replica, self._probe) for replica in replicas)),
             self._trainer.logprobs(self._probe, None),
         )
-        limit = tolerance(self._config)
-        reports = []
-        for replica, scores in zip(replicas, scored, strict=True):
-            logprobs = [score.logprobs for score in scores]
-            routed_experts = _routed_experts(scores) or None
-            report = compare(logprobs, native)
-            alike = agrees(report, limit)
-            if routed_experts is not None and (replay or not alike):
-                replayed = compare(logprobs, await self._trainer.logprobs(self._probe, routed_experts))
-                if alike and not agrees(replayed, limit):
-                    raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
-                report = replayed
-            if not agrees(report, limit):
-                raise mismatch(
-                    self._config, replica, report, await self._layers_verdict(replica, report, routed_experts)
-                )
-            reports.append(report)
+        reports = [
+            await self._compare(replica, scores, native, replay=replay)
+            for replica, scores in zip(replicas, scored, strict=True)
+        ]
+        if tolerance(self._config, self.noise) is None:
+            self._calibrate(reports)
         return Agreement(
             report=max(reports, key=lambda report: report.max_abs_diff),
             unreached_experts=await self._count_unreached(replicas[0], [score.routed_experts for score in scored[0]]),
         )
 
-    async def _layers_verdict(self, replica: int, report: CanaryReport, routed_experts: list[ExpertIds] | None) -> str:
-        """Describe where the two sides part, layer by layer, on the worst sequence of the probe.
+    async def _compare(
+        self, replica: int, scores: list[Score], native: list[Float32Array], *, replay: bool
+    ) -> CanaryReport:
+        """Return how far one replica is from the trainer. Raises WeightSyncMismatch if it is too far."""
+        dtype = coarser_dtype(self._config)
+        limit = tolerance(self._config, self.noise)
+        # What needs no further look, and what is refused whatever the look shows.
+        usual, most = (FLOOR[dtype], CEILING[dtype]) if limit is None else (limit, limit)
+        logprobs = [score.logprobs for score in scores]
+        routed_experts = _routed_experts(scores) or None
+        report = compare(logprobs, native)
+        alike = agrees(report, usual)
+        if routed_experts is not None and (replay or not alike):
+            replayed = compare(logprobs, await self._trainer.logprobs(self._probe, routed_experts))
+            if alike and not agrees(replayed, most):
+                raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
+            report = replayed
+        if agrees(report, usual):
+            return report
+        blamed, where = await self._look_into_layers(replica, report, routed_experts)
+        if blamed or not agrees(report, most):
+            raise mismatch(replica, report, usual if agrees(report, most) else most, where)
+        return report
 
-        The engine's routing is replayed, so that only weights can make a difference.
+    def _calibrate(self, reports: Sequence[CanaryReport]) -> None:
+        """Take what was measured as the noise of this model, from which the tolerance follows."""
+        self.noise = Noise(
+            dtype=coarser_dtype(self._config),
+            token=max(report.max_abs_diff for report in reports),
+            mean=max(report.mean_abs_diff for report in reports),
+        )
+        limit = tolerance(self._config, self.noise)
+        assert limit is not None
+        log.info(
+            "canary_calibrated",
+            noise=float(f"{self.noise.token:.3g}"),
+            noise_mean=float(f"{self.noise.mean:.3g}"),
+            allowed=float(f"{limit.token:.3g}"),
+            allowed_mean=float(f"{limit.mean:.3g}"),
+        )
+
+    async def _look_into_layers(
+        self, replica: int, report: CanaryReport, routed_experts: list[ExpertIds] | None
+    ) -> tuple[bool, str]:
+        """Look where the two sides part, layer by layer, on the worst sequence of the probe.
+
+        Returns whether a layer is at fault itself, and what there is to say. The engine's routing is replayed, so that
+        only weights can make a difference. False for an engine that provides no fingerprints.
         """
         index = report.sequence
         sequence = [self._probe[index]]
@@ -131,10 +187,11 @@ class CanaryCheck:
         (engine,) = await self._members.on(replica, lambda worker: worker.fingerprints(sequence))
         if engine is not None:
             (trainer,) = await self._trainer.fingerprints(sequence, rows)
-            return describe_layer_drift(engine, trainer, NOISE[coarser_dtype(self._config)])
+            noise = NOISE[coarser_dtype(self._config)]
+            return at_fault(engine, trainer, noise), describe_layer_drift(engine, trainer, noise)
         if routed_experts is not None:
-            return await self._routing_verdict(routed_experts, first=True)
-        return "the engine provides no fingerprints of its layers"
+            return False, await self._routing_verdict(routed_experts, first=True)
+        return False, "the engine provides no fingerprints of its layers"
 
     async def _routing_verdict(self, routed_experts: list[ExpertIds], *, first: bool) -> str:
         """Describe where the engine's experts differ from those that the trainer's own routers choose."""
@@ -174,8 +231,8 @@ class CanaryCheck:
             chosen = greedy_cover(known, routed, spec)
             self._probe += [tried[index] for index in chosen]
             # Routers move as long as a run lasts, and the probe must stay bounded: the oldest additions are dropped.
-            surplus = len(self._probe) - SEQUENCES - BATCHES * CANDIDATES
-            del self._probe[SEQUENCES : SEQUENCES + max(0, surplus)]
+            surplus = len(self._probe) - self._fixed - BATCHES * CANDIDATES
+            del self._probe[self._fixed : self._fixed + max(0, surplus)]
             known |= reached([routed[index] for index in chosen], spec)
         self._given_up = ~known
         if (unreached := int((~known).sum())) > self._unreached_logged:

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -75,14 +75,16 @@ class Trainer(ProbedTrainer, Protocol):
 
 
 class WeightSync:
-    """Syncs the trainer's weights to the replicas that are ``members``."""
+    """Syncs the trainer's weights to the replicas that are ``members``; ``prompts`` are token ids for the canary."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, trainer: Trainer) -> None:
+    def __init__(
+        self, config: RunConfig, model: ModelConfig, trainer: Trainer, prompts: Iterable[Int32Array] = ()
+    ) -> None:
         self._config = config
         self._trainer = trainer
         self.members: dict[int, Replica] = {}
         self._connected: dict[int, Replica] = {}
-        self._canary = CanaryCheck(config, model, trainer, self)
+        self.canary = CanaryCheck(config, model, trainer, self, prompts)
 
     async def begin(self) -> Agreement:
         """Complete the probe and compare both sides on the weights that they have, before anything is sampled.
@@ -91,8 +93,8 @@ class WeightSync:
         to the trainer (other expert ids, other layers). Raises WeightSyncMismatch, and InvalidTrajectory for routing
         that cannot be of this model.
         """
-        await self._canary.reach_experts(next(iter(self.members)), BATCHES)
-        return await self._canary.check(list(self.members), replay=self._config.trainer.router_replay == "R3")
+        await self.canary.reach_experts(next(iter(self.members)), BATCHES)
+        return await self.canary.check(list(self.members), replay=self._config.trainer.router_replay == "R3")
 
     def reconnect(self) -> None:
         """Connect the trainer again before the next transfer, because it was replaced or a transfer failed."""
@@ -191,7 +193,7 @@ class WeightSync:
         with _timed(phases, "wake"):
             await self._all(replicas, lambda worker: worker.wake())
         with _timed(phases, "canary"):
-            return await self._canary.check(replicas, replay=False)
+            return await self.canary.check(replicas, replay=False)
 
     async def _transfer(self, what: str, call: Awaitable[Any]) -> None:
         """Await a call of the trainer in which it calls the engines. Raises ReplicaFailed if one of them failed."""
