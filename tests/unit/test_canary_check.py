@@ -101,7 +101,7 @@ async def test_layers_that_add_little_are_told_from_noise_by_their_fingerprints(
     """As the middle layers of real models: swapped, they move log-probs by no more than rounding may."""
     thin = {n: t * 0.03 if n in ("14.out", "14.down", "15.out", "15.down") else t for n, t in weights.items()}
     canary = Canary(thin, "bfloat16")
-    with pytest.raises(WeightSyncMismatch, match=r"differs most in layer 1[45].*The mean|layer 1[45]"):
+    with pytest.raises(WeightSyncMismatch, match=r"differs most in layer 1[45]"):
         await canary.report(engine=swapped(thin, 14, 15))
     assert canary.check.noise is None
 
