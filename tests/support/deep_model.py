@@ -6,6 +6,8 @@ unlikely that their log-probs move by much.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -56,8 +58,10 @@ def swapped(weights: Weights, one: int, other: int) -> Weights:
 
 
 @torch.no_grad()
-def compute(weights: Weights, ids: np.ndarray, dtype: torch.dtype, *, engine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return log-probs float32[N-1] and fingerprints [L+1, N-1, WIDTH] of a sequence, by one of the two ways.
+def compute(
+    weights: Weights, sequences: Sequence[np.ndarray], dtype: torch.dtype, *, engine: bool
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return log-probs float32[N-1] and fingerprints [L+1, N-1, WIDTH] of sequences of one length.
 
     The engine keeps the residual stream in ``dtype`` and adds products in another order than the trainer, which keeps
     the stream in float32.
@@ -68,23 +72,23 @@ def compute(weights: Weights, ids: np.ndarray, dtype: torch.dtype, *, engine: bo
         if not engine:
             return (a @ b).to(dtype)
         halves = a.shape[-1] // 2
-        return (a[:, :halves] @ b[:halves] + a[:, halves:] @ b[halves:]).to(dtype)
+        return (a[..., :halves] @ b[:halves] + a[..., halves:] @ b[halves:]).to(dtype)
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return (x.float() * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(dtype)
 
-    tokens = torch.from_numpy(ids[:-1].astype(np.int64))
+    ids = torch.from_numpy(np.stack(sequences).astype(np.int64))
+    tokens, targets = ids[:, :-1], ids[:, 1:]
     stream = weights["embedding"][tokens].to(dtype if engine else torch.float32)
     streams = [stream]
     for number in range(LAYERS):
-        q, k, v = (product(norm(stream), f"{number}.qkv").view(len(tokens), 3, HEADS, -1).permute(1, 2, 0, 3)).float()
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).to(dtype)
-        stream = stream + product(mixed.transpose(0, 1).reshape(len(tokens), HIDDEN), f"{number}.out")
+        qkv = product(norm(stream), f"{number}.qkv").view(*tokens.shape, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*qkv.float(), is_causal=True).to(dtype)
+        stream = stream + product(mixed.transpose(1, 2).reshape(*tokens.shape, HIDDEN), f"{number}.out")
         gate, up = product(norm(stream), f"{number}.up").chunk(2, dim=-1)
         stream = stream + product(functional.silu(gate) * up, f"{number}.down")
         streams.append(stream)
     logits = product(norm(stream), "head").float()
-    targets = torch.from_numpy(ids[1:].astype(np.int64))
-    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    prints = torch.stack([one.float() for one in streams]) @ torch.from_numpy(projection(HIDDEN))
-    return logprobs.numpy(), prints.numpy()
+    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    prints = torch.stack([one.float() for one in streams], dim=1) @ torch.from_numpy(projection(HIDDEN))
+    return list(logprobs.numpy()), list(prints.numpy())

@@ -36,16 +36,16 @@ class Side:
         self.weights, self._dtype, self._engine = weights, getattr(torch, dtype), engine
 
     def _compute(self, sequences):
-        return [deep_model.compute(self.weights, ids, self._dtype, engine=self._engine) for ids in sequences]
+        return deep_model.compute(self.weights, sequences, self._dtype, engine=self._engine)
 
     async def score(self, sequences):
-        return [Score(logprobs, None) for logprobs, _ in self._compute(sequences)]
+        return [Score(logprobs, None) for logprobs in self._compute(sequences)[0]]
 
     async def logprobs(self, sequences, rows):
-        return [logprobs for logprobs, _ in self._compute(sequences)]
+        return self._compute(sequences)[0]
 
     async def fingerprints(self, sequences, rows=None):
-        return [prints.astype(np.float32) for _, prints in self._compute(sequences)]
+        return self._compute(sequences)[1]
 
 
 class Canary:
