@@ -54,6 +54,12 @@ def _check_sync(config: RunConfig) -> None:
 
 def _check_rollout(config: RunConfig) -> None:
     rollout, size = config.rollout, config.rollout.min_group_size
+    if rollout.top_p < 1:
+        raise ValueError(
+            f"rollout.top_p is {rollout.top_p}: the engine's log-probs would be of the nucleus, but the trainer's "
+            "are of the whole vocabulary, so no importance ratio would be right; set rollout.top_p to 1, and lower "
+            "rollout.temperature for less random responses"
+        )
     if rollout.max_num_batched_tokens < rollout.max_num_seqs:
         raise ValueError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}, less than rollout.max_num_seqs "

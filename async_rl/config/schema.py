@@ -166,7 +166,8 @@ class RolloutSection(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; behaviour log-probs are those of the distribution after it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling's probability mass; behaviour log-probs are those of the distribution after it."""
+    """Nucleus sampling's probability mass; only 1 can be trained on, because the trainer's log-probs are of the whole
+    vocabulary."""
     max_num_seqs: Positive = 128
     """Sequences that one engine decodes at once."""
     max_trajectories: Positive | None = None
@@ -360,9 +361,10 @@ class SyncSection(Section):
 
     backend: Literal["shm", "nccl"] = "shm"
     """How weights are transferred: through shared memory of one host (shm), or by vLLM's NCCL engine."""
-    canary_tolerance: PositiveFloat | None = None
+    canary_tolerance: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest difference of log-probs between engine and trainer on a token of the canary; the mean may be a tenth of
-    it; null for 1e-4 in float32 and 0.5 in bfloat16."""
+    it. auto for three times what the run's first comparison measures, at least 1e-4 in float32 and 0.5 in bfloat16;
+    null for these alone."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that a weight sync may take; then engines that do not answer are replaced, and if all answer, the run
     fails."""

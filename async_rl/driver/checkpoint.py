@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from async_rl.errors import ReplicaFailed
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs
+from async_rl.weights.canary import Noise
 from async_rl.weights.sync import WeightSync
 
 
@@ -102,6 +103,7 @@ class Checkpointer:
             recorder={},
             queued={group_id: payload for group_id, payload in payloads.items() if payload is not None},
             in_flight=in_flight,
+            canary=None if self._sync.canary.noise is None else asdict(self._sync.canary.noise),
         )
 
     # -- written ------------------------------------------------------------------------------------------------
@@ -141,7 +143,9 @@ class Checkpointer:
         # A queue that outlived the run may have seen versions that were synced after the checkpoint.
         seen = max(state.version, stats.version, newest)
         version = seen if state.synced and seen == state.version else seen + 1
-        # The engines have loaded the checkpoint that the run began with.
+        # The engines have loaded the checkpoint that the run began with, and the trainer another one: what the canary
+        # measures now is no scale, so the run's own is restored.
+        self._sync.canary.noise = None if state.canary is None else Noise(**state.canary)
         await self._sync.run(version)
         logs.bind(version=version)
         if version > stats.version:

@@ -98,7 +98,7 @@ class TrainingLoop:
         self._trainers = TrainerRanks(config, cores)
         self._rollouts = RolloutWorkers(config, self._queue.actor, cores)
         self._model = read_model_config(config.model.path)
-        self._sync = WeightSync(config, self._model, self._trainers)
+        self._sync = WeightSync(config, self._model, self._trainers, (row.token_ids for row in train_set.rows))
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
         self._evaluator = Evaluator(

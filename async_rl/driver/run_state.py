@@ -45,6 +45,8 @@ class RunState:
     """Finished groups: encoded messages by group id. Before they are written, references to them."""
     in_flight: Mapping[str, Any]
     """Unfinished groups: encoded messages by group id."""
+    canary: Mapping[str, Any] | None = None
+    """The canary's calibration: the fields of ``weights.canary.Noise``. None in checkpoints of earlier versions."""
 
 
 def write(folder: Path, state: RunState) -> None:
@@ -63,6 +65,7 @@ def write(folder: Path, state: RunState) -> None:
         "recorder": state.recorder,
         "queued": list(state.queued),
         "in_flight": list(state.in_flight),
+        "canary": state.canary,
     }
     (top / "state.msgpack").write_bytes(msgpack.packb(head))
 
@@ -91,6 +94,7 @@ def _read(folder: Path, messages: Callable[[Path, Sequence[str]], dict[str, byte
             recorder=head["recorder"],
             queued=messages(top / "queued", head["queued"]),
             in_flight=messages(top / "in_flight", head["in_flight"]),
+            canary=head.get("canary"),
         )
     except OSError as error:
         raise CheckpointError(f"{folder} holds no driver state: {error.filename}: {error.strerror}") from None

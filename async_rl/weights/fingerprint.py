@@ -73,6 +73,11 @@ def blame(differences: Sequence[LayerDifference], noise: float) -> list[LayerDif
     return sorted(guilty, key=lambda d: d.growth(noise), reverse=True)
 
 
+def at_fault(engine: Float32Array, trainer: Float32Array, noise: float) -> bool:
+    """Return whether one sequence's fingerprints blame any layer, or the embeddings."""
+    return bool(blame(layer_differences(engine, trainer), noise))
+
+
 def describe_layer_drift(engine: Float32Array, trainer: Float32Array, noise: float) -> str:
     """Return in words, for an error, which layers one sequence's fingerprints blame."""
     differences = layer_differences(engine, trainer)

@@ -21,8 +21,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -35,24 +34,9 @@ from async_rl.metrics.records import SyncRecord
 from async_rl.models.config import ModelConfig
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error, user_facing_error
-from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
-from async_rl.weights.canary import (
-    BATCHES,
-    CANDIDATES,
-    SEQUENCES,
-    CanaryReport,
-    agrees,
-    candidates,
-    coarser_dtype,
-    compare,
-    greedy_cover,
-    make_probe,
-    mismatch,
-    reached,
-    tolerance,
-    wrong_numbering,
-)
-from async_rl.weights.fingerprint import NOISE, describe_layer_drift, describe_routing_drift, routing_differences
+from async_rl.types import Float32Array, Int32Array, Prompt
+from async_rl.weights.canary import BATCHES
+from async_rl.weights.canary_check import Agreement, CanaryCheck, ProbedTrainer
 
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
@@ -61,16 +45,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """The outcome of the canary when every replica agreed."""
-
-    report: CanaryReport
-    """That of the replica with the largest difference."""
-    unreached_experts: int
-    """Experts that the probe does not reach, summed over the MoE layers."""
 
 
 Paused = Callable[[int], Awaitable[None]]
@@ -93,34 +67,24 @@ class Replica(Protocol):
     def snapshot(self) -> Awaitable[dict[str, npt.NDArray[np.uint8]]]: ...
 
 
-class Trainer(Protocol):
+class Trainer(ProbedTrainer, Protocol):
     """What a sync needs of the trainer; ``driver.actors.TrainerRanks`` is the real one."""
 
     async def connect(self, replicas: Sequence[Replica]) -> None: ...
     async def send_weights(self, version: int, only: int | None = None) -> float: ...
-    async def logprobs(
-        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
-    ) -> list[Float32Array]: ...
-    async def fingerprints(
-        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds] | None
-    ) -> list[Float32Array]: ...
-    async def native_routing(self, sequences: Sequence[Int32Array]) -> list[Int32Array]: ...
 
 
 class WeightSync:
-    """Syncs the trainer's weights to the replicas that are ``members``."""
+    """Syncs the trainer's weights to the replicas that are ``members``; ``prompts`` are token ids for the canary."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, trainer: Trainer) -> None:
+    def __init__(
+        self, config: RunConfig, model: ModelConfig, trainer: Trainer, prompts: Iterable[Int32Array] = ()
+    ) -> None:
         self._config = config
-        self._model = model
         self._trainer = trainer
         self.members: dict[int, Replica] = {}
         self._connected: dict[int, Replica] = {}
-        self._max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        self._probe = make_probe(config.seed, model.vocab_size, max_tokens=self._max_tokens)
-        self._batches = 0  # of candidates tried
-        self._unreached_logged = 0  # the largest number that was logged
-        self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
+        self.canary = CanaryCheck(config, model, trainer, self, prompts)
 
     async def begin(self) -> Agreement:
         """Complete the probe and compare both sides on the weights that they have, before anything is sampled.
@@ -129,8 +93,8 @@ class WeightSync:
         to the trainer (other expert ids, other layers). Raises WeightSyncMismatch, and InvalidTrajectory for routing
         that cannot be of this model.
         """
-        await self._reach_experts(BATCHES)
-        return await self._check(list(self.members), replay=self._config.trainer.router_replay == "R3")
+        await self.canary.reach_experts(next(iter(self.members)), BATCHES)
+        return await self.canary.check(list(self.members), replay=self._config.trainer.router_replay == "R3")
 
     def reconnect(self) -> None:
         """Connect the trainer again before the next transfer, because it was replaced or a transfer failed."""
@@ -260,7 +224,7 @@ class WeightSync:
         with _timed(phases, "wake"):
             await self._all(replicas, lambda worker: worker.wake())
         with _timed(phases, "canary"):
-            return await self._check(replicas, replay=False)
+            return await self.canary.check(replicas, replay=False)
 
     async def _transfer(self, what: str, call: Awaitable[Any]) -> None:
         """Await a call of the trainer in which it calls the engines. Raises ReplicaFailed if one of them failed."""
@@ -319,118 +283,6 @@ class WeightSync:
             if is_worker_lost(error):
                 raise ReplicaFailed(replica, str(unwrap_ray_error(error)).partition("\n")[0]) from error
             raise user_facing_error(error) from error
-
-    # -- the canary ---------------------------------------------------------------------------------------------
-
-    async def _check(self, replicas: list[int], *, replay: bool) -> Agreement:
-        """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch.
-
-        The trainer computes its side while the engines compute theirs, with its own routing. If that is over the
-        tolerance, or ``replay`` asks for it, it computes again with the engine's routing replayed, as in training: a
-        tie between two experts that the two sides break differently is no alarm. In bfloat16 there are always some.
-        """
-        replay = replay or coarser_dtype(self._config) == "bfloat16"
-        scored, native = await asyncio.gather(
-            self._all(replicas, lambda worker: worker.score(self._probe)),
-            self._trainer.logprobs(self._probe, None),
-        )
-        limit = tolerance(self._config)
-        reports = []
-        for replica, scores in zip(replicas, scored, strict=True):
-            logprobs = [score.logprobs for score in scores]
-            routed_experts = _routed_experts(scores) or None
-            report = compare(logprobs, native)
-            alike = agrees(report, limit)
-            if routed_experts is not None and (replay or not alike):
-                replayed = compare(logprobs, await self._trainer.logprobs(self._probe, routed_experts))
-                if alike and not agrees(replayed, limit):
-                    raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
-                report = replayed
-            if not agrees(report, limit):
-                raise mismatch(
-                    self._config, replica, report, await self._layers_verdict(replica, report, routed_experts)
-                )
-            reports.append(report)
-        return Agreement(
-            report=max(reports, key=lambda report: report.max_abs_diff),
-            unreached_experts=await self._count_unreached([score.routed_experts for score in scored[0]]),
-        )
-
-    async def _layers_verdict(self, replica: int, report: CanaryReport, routed_experts: list[ExpertIds] | None) -> str:
-        """Describe where the two sides part, layer by layer, on the worst sequence of the probe.
-
-        The engine's routing is replayed, so that only weights can make a difference.
-        """
-        index = report.sequence
-        sequence = [self._probe[index]]
-        rows = None if routed_experts is None else [routed_experts[index]]
-        (engine,) = await self.on(replica, lambda worker: worker.fingerprints(sequence))
-        if engine is not None:
-            (trainer,) = await self._trainer.fingerprints(sequence, rows)
-            return describe_layer_drift(engine, trainer, NOISE[coarser_dtype(self._config)])
-        if routed_experts is not None:
-            return await self._routing_verdict(routed_experts, first=True)
-        return "the engine provides no fingerprints of its layers"
-
-    async def _routing_verdict(self, routed_experts: list[ExpertIds], *, first: bool) -> str:
-        """Describe where the engine's experts differ from those that the trainer's own routers choose."""
-        native = await self._trainer.native_routing(self._probe)
-        return describe_routing_drift(routing_differences(routed_experts, native, self._model.moe_layers), first=first)
-
-    # -- the probe ----------------------------------------------------------------------------------------------
-
-    async def _count_unreached(self, routed: Sequence[ExpertIds | None]) -> int:
-        """Count the experts that the probe no longer reaches, summed over the MoE layers.
-
-        Training moves routers. When the probe has lost experts, one batch of candidates is tried, for the next sync.
-        """
-        spec, known = self._model.routing_spec, self._given_up
-        if spec is None or known is None or any(rows is None for rows in routed):
-            return 0
-        unreached = ~reached([rows for rows in routed if rows is not None], spec)
-        if (unreached & ~known).any():
-            await self._reach_experts(1)
-        return int(unreached.sum())
-
-    async def _reach_experts(self, batches: int) -> None:
-        """Add sequences to the probe until it reaches every expert of every layer, or ``batches`` were tried.
-
-        Which experts a sequence reaches is decided by the engine of the first member.
-        """
-        spec = self._model.routing_spec
-        if spec is None or not self._config.rollout.return_routed_experts:
-            return
-        known = reached(await self._routed(self._probe), spec)
-        for _ in range(batches):
-            if known.all():
-                break
-            tried = candidates(self._config.seed, self._batches, self._model.vocab_size, max_tokens=self._max_tokens)
-            self._batches += 1
-            routed = await self._routed(tried)
-            chosen = greedy_cover(known, routed, spec)
-            self._probe += [tried[index] for index in chosen]
-            # Routers move as long as a run lasts, and the probe must stay bounded: the oldest additions are dropped.
-            surplus = len(self._probe) - SEQUENCES - BATCHES * CANDIDATES
-            del self._probe[SEQUENCES : SEQUENCES + max(0, surplus)]
-            known |= reached([routed[index] for index in chosen], spec)
-        self._given_up = ~known
-        if (unreached := int((~known).sum())) > self._unreached_logged:
-            self._unreached_logged = unreached
-            missing = [f"{self._model.moe_layers[layer]}:{expert}" for layer, expert in np.argwhere(~known)[:5]]
-            log.warning(
-                "canary_experts_unreached",  # it cannot tell whether their weights are right
-                unreached_experts=unreached,
-                first_layer_and_expert=", ".join(missing),
-            )
-
-    async def _routed(self, sequences: list[Int32Array]) -> list[ExpertIds]:
-        first = next(iter(self.members))
-        return _routed_experts(await self.on(first, lambda worker: worker.score(sequences)))
-
-
-def _routed_experts(scores: Sequence[Score]) -> list[ExpertIds]:
-    """Return the routed experts [N-1, L, K] of each sequence; empty if the engine does not return them."""
-    return [score.routed_experts for score in scores if score.routed_experts is not None]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""The trainer's exports load in vLLM, which computes the log-probs and the routing that transformers does.
+"""The trainer's exports load in vLLM, which computes the log-probs and the routing that transformers does, and so do
+weights that are pushed after that.
 
 Real engines on the CPU, float32, one after another. Latent attention runs there as ordinary attention
 (VLLM_MLA_DISABLE), because its own kernels take bfloat16 alone. Moonlight is left out: this CPU engine computes its
@@ -12,30 +13,63 @@ import pytest
 
 from tests.integration.test_families import export
 from tests.support import model_families
-from tests.support.engine_checkpoint import engine_config, running
+from tests.support.engine_checkpoint import Pusher, engine_config, running
 from tests.support.model_families import DENSE, VOCAB
 from tests.support.ranks import run_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow]
 
+# Every family, with tied embeddings too where vLLM has that. Qwen3-MoE without is what test_vllm_engine.py pushes to.
+CASES = [
+    ("Qwen3", True),
+    ("Qwen3", False),
+    ("Qwen3-MoE", True),
+    ("Mixtral", True),
+    ("Mixtral", False),
+    ("DeepSeek-V3", False),
+    ("GLM-4 MoE", False),
+]
+PUSHES = 3
 
-@pytest.mark.parametrize("name", ["Qwen3", "Mixtral", "DeepSeek-V3", "GLM-4 MoE"])
-def test_an_export_computes_the_same_in_vllm(ranks, tmp_path, monkeypatch, name):
+
+@pytest.mark.parametrize(
+    ("name", "tied"), CASES, ids=[f"{name}-{'tied' if tied else 'untied'}" for name, tied in CASES]
+)
+def test_an_export_and_each_push_after_it_compute_the_same_in_vllm(ranks, tmp_path, monkeypatch, name, tied):
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     rng = np.random.default_rng(5)
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (7, 100, 33)]
-    ranks.call(model_families.make, name, tmp_path / "model")
+    ranks.call(model_families.make, name, tmp_path / "model", 0, tied)
     expected = ranks.call(model_families.reference, tmp_path / "model", ids)
     sizes = {"trainer__parallel__tp": 2, "trainer__parallel__pp": 2}
     if name not in DENSE:
         sizes["trainer__parallel__ep"] = 2
     ranks.run(export, run_config(tmp_path / "model", **sizes), tmp_path / "out")
+    folders = [tmp_path / f"pushed{push}" for push in range(PUSHES)]
+    weights = [model_families.changed(tmp_path / "out", folder, push) for push, folder in enumerate(folders)]
+    assert ("lm_head.weight" in weights[0]) is not tied
+    expected_after = [ranks.call(model_families.reference, folder, ids) for folder in folders]
 
     async def score():
         async with running(engine_config(tmp_path / "out")) as engine:
-            return await engine.score(ids)
+            scored = [await engine.score(ids)]
+            pusher = Pusher(engine, weights[0])
+            await pusher.connect()
+            for pushed in weights:
+                await pusher.push(pushed)
+                scored.append(await engine.score(ids))
+            pusher.sender.shutdown()
+            return scored
 
-    for found, logprobs, routing in zip(asyncio.run(score()), expected.logprobs, expected.routing, strict=True):
-        np.testing.assert_allclose(found.logprobs, logprobs, atol=1e-5)
+    loaded, *pushed = asyncio.run(score())
+    agree(name, loaded, expected, 1e-5)
+    for before, after, reference in zip([loaded, *pushed], pushed, expected_after, strict=False):
+        assert all(np.abs(a.logprobs - b.logprobs).mean() > 0.01 for a, b in zip(before, after, strict=True))
+        agree(name, after, reference, 5e-5)
+
+
+def agree(name, scored, expected, tolerance):
+    for found, logprobs, routing in zip(scored, expected.logprobs, expected.routing, strict=True):
+        np.testing.assert_allclose(found.logprobs, logprobs, atol=tolerance)
         if name not in DENSE:
             assert (np.sort(found.routed_experts, -1) == np.sort(routing, -1)).all(-1).mean() > 0.98

@@ -387,6 +387,10 @@ async def test_faults_that_pass_the_border_show_in_a_metric_by_a_factor_of_ten_a
         if fault != "none":
             assert found[fault].abs_mean > 10 * found["none"].abs_mean, fault
             assert found[fault].abs_max > 10 * found["none"].abs_max, fault
+    # With the temperature that the settings give to both sides, every ratio is 1 again.
+    settings = {"temperature": 0.8}
+    known = await trainer(trainer_process.train_once, folders[0], other_temperature, **settings)
+    assert known.agreement_by_staleness[0].abs_max <= EXACT
 
 
 async def test_faults_that_cannot_be_a_routers_choice_are_refused_at_the_border(engine):

@@ -92,13 +92,19 @@ FAMILIES = ("Qwen3", "Qwen3-MoE", "Mixtral", "Moonlight", "DeepSeek-V3", "GLM-4 
 DENSE = ("Qwen3",)
 
 
-def make(name, folder, seed=0):
-    """Make a checkpoint with random parameters, norms and biases included, at scales that spread the log-probs."""
+def make(name, folder, seed=0, tied=None):
+    """Make a checkpoint with random parameters, norms and biases included, at scales that spread the log-probs.
+
+    ``tied``: whether the output layer shares the weights of the embeddings; None for what the family is tested with.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_configs()[name]).float()
+    config = _configs()[name]
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in key:
@@ -124,6 +130,25 @@ def _add_extra_layer(folder):
     tensors[f"model.layers.{LAYERS}.eh_proj.weight"] = torch.randn(64, 128)
     tensors[f"model.layers.{LAYERS}.enorm.weight"] = torch.randn(64)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def changed(folder, other, seed):
+    """Write the model of ``folder`` to ``other`` with every tensor changed; return the tensors by name."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    other.mkdir()
+    shutil.copy(folder / "config.json", other)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return tensors
 
 
 class Reference(NamedTuple):

@@ -15,8 +15,8 @@ from tests.support.engine_checkpoint import engine_config
 _trainer: Any = None
 
 
-def open_trainer(folder, **trainer_settings):
-    """Open a Trainer on the checkpoint of ``folder``, with the settings of ``engine_config``."""
+def open_trainer(folder, temperature=1.0, dtype="float32", **trainer_settings):
+    """Open a Trainer on the checkpoint of ``folder``, with the settings of ``engine_config`` but for those given."""
     global _trainer
     import torch
 
@@ -24,7 +24,13 @@ def open_trainer(folder, **trainer_settings):
 
     torch.set_num_threads(1)
     config = engine_config(folder)
-    config = config.model_copy(update={"trainer": config.trainer.model_copy(update=trainer_settings)})
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dtype": dtype}),
+            "rollout": config.rollout.model_copy(update={"temperature": temperature}),
+            "trainer": config.trainer.model_copy(update=trainer_settings),
+        }
+    )
     close_trainer()
     _trainer = Trainer(config)
 
@@ -41,9 +47,12 @@ def ask(method, *arguments, **keywords):
     return getattr(_trainer, method)(*arguments, **keywords)
 
 
-def train_once(folder, groups, **trainer_settings):
-    """Return the StepReport of one update on the checkpoint's weights, with all tokens of version 0."""
-    open_trainer(folder, **trainer_settings)
+def train_once(folder, groups, **settings):
+    """Return the StepReport of one update on the checkpoint's weights, with all tokens of version 0.
+
+    ``settings`` are those of ``open_trainer``.
+    """
+    open_trainer(folder, **settings)
     try:
         return ask("train_step", groups, version=0, oldest_version=0)
     finally:

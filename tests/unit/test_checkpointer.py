@@ -11,6 +11,7 @@ from async_rl.driver import checkpoint, run_state
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed
+from async_rl.weights.canary import Noise
 
 CONFIG = validate({"model": {"path": "m"}, "data": {"train": "t"}})
 
@@ -23,6 +24,7 @@ class Parts:
         self.workers, self.fails, self.version, self.newest = {0: None, 1: None}, [], version, newest
         self.in_flight = in_flight
         self.reported = []
+        self.canary = SimpleNamespace(noise=None)
 
     # queue
     def hold(self, group_id, payload):
@@ -116,6 +118,23 @@ async def test_a_version_never_stands_for_two_weights(monkeypatch, synced, queue
     assert f"sync {version}" in parts.calls
     assert (f"advance {version}" in parts.calls) == (version > queue)
     assert parts.calls[-1] == "resume"
+
+
+async def test_the_canarys_calibration_is_that_of_the_run_and_not_of_its_restore(monkeypatch):
+    """The engines of a restored run have other weights than its trainer until the first sync."""
+    parts = Parts(version=5)
+    parts.canary.noise = Noise("bfloat16", 0.7, 0.08)
+    taken = await checkpointer(parts).take(6, 5, {}, synced=True)
+    parts.canary.noise = None
+    noise_at_sync = []
+
+    async def run(version):
+        noise_at_sync.append(parts.canary.noise)
+
+    parts.run = run
+    saved(monkeypatch, canary=taken.canary)
+    await checkpointer(parts).restore(Path("unused"))
+    assert noise_at_sync == [Noise("bfloat16", 0.7, 0.08)]
 
 
 async def test_groups_in_flight_are_spread_over_the_replicas_before_other_workers_are_given_up(monkeypatch):

@@ -42,6 +42,7 @@ STATE = RunState(
     recorder={"wall_s": 1.5, "staleness": {0: 3, 2: 1}},
     queued={"0-1.0": np.arange(5, dtype=np.uint8), "0-2.0": b"xy"},
     in_flight={"0-3.1": b""},
+    canary={"dtype": "float32", "token": 1e-5, "mean": 1e-6},
 )
 
 
@@ -52,6 +53,16 @@ def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
     assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
     assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
     assert state.in_flight == {"0-3.1": b""}
+    assert state.canary == STATE.canary
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_calibration(tmp_path):
+    run_state.write(tmp_path, STATE)
+    file = tmp_path / run_state.FOLDER / "state.msgpack"
+    head = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
+    del head["canary"]
+    file.write_bytes(msgpack.packb(head))
+    assert run_state.read(tmp_path).canary is None
 
 
 @pytest.mark.parametrize(

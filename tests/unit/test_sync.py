@@ -213,10 +213,10 @@ async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
     engine.routing = lambda s: np.repeat(np.where(s[:-1] == rare, 3, s[:-1] % 3)[:, None, None], 2, axis=1).astype(
         np.uint8
     )
-    subject._probe = [s % rare for s in subject._probe]  # whatever they hold, none holds the rare token
+    subject.canary._probe = [s % rare for s in subject.canary._probe]  # whatever they hold, none holds the rare token
     agreement = await subject.begin()
     assert agreement.unreached_experts == 0
-    assert SEQUENCES < len(subject._probe) <= SEQUENCES + 2
+    assert SEQUENCES < len(subject.canary._probe) <= SEQUENCES + 2
 
 
 async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_every_sync():
@@ -362,13 +362,13 @@ async def test_a_pause_without_a_sync_sends_nothing_and_names_the_replica_that_h
 
 
 async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
-    monkeypatch.setattr("async_rl.weights.sync.BATCHES", 1)
-    monkeypatch.setattr("async_rl.weights.sync.CANDIDATES", 2)
+    monkeypatch.setattr("async_rl.weights.canary_check.BATCHES", 1)
+    monkeypatch.setattr("async_rl.weights.canary_check.CANDIDATES", 2)
     # Each time, some candidate reaches what nothing reached before.
-    monkeypatch.setattr("async_rl.weights.sync.greedy_cover", lambda *_: [0])
+    monkeypatch.setattr("async_rl.weights.canary_check.greedy_cover", lambda *_: [0])
     subject, _ = sync(Engine(reach=EXPERTS - 1))
-    first, newest = [sequence.tobytes() for sequence in subject._probe], []
+    first, newest = [sequence.tobytes() for sequence in subject.canary._probe], []
     for _ in range(5):
-        await subject._reach_experts(1)
-        newest.append(subject._probe[-1].tobytes())
-    assert [sequence.tobytes() for sequence in subject._probe] == [*first, *newest[-2:]]
+        await subject.canary.reach_experts(0, 1)
+        newest.append(subject.canary._probe[-1].tobytes())
+    assert [sequence.tobytes() for sequence in subject.canary._probe] == [*first, *newest[-2:]]

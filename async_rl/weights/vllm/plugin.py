@@ -1,6 +1,7 @@
 """The plugin that vLLM loads in each of its processes: registers the transfer backends, ends engines with their parent.
 
-The entry point is declared in pyproject.toml under ``vllm.general_plugins``. Knows vLLM's two factories and ``shm``.
+In engine processes it also installs ``scheduler_leak``. The entry point is declared in pyproject.toml under
+``vllm.general_plugins``. Knows vLLM's two factories and ``shm``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 
 from async_rl.runtime.logs import log_libraries
 from async_rl.runtime.process import signal_on_parent_death
+from async_rl.weights.vllm.scheduler_leak import forget_freed_requests
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def register() -> None:
         log_libraries(name)
         die_with_parent()
         _allow_amx()
+        forget_freed_requests()
 
 
 def _allow_amx() -> None:

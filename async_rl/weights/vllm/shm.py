@@ -27,6 +27,7 @@ from async_rl.errors import WeightSyncError
 from async_rl.models import names
 from async_rl.models.config import read_model_config
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
+from async_rl.weights.vllm.head_repack import packed_without_weights, repack_tied
 from async_rl.weights.vllm.moe_repack import forget_moe_kernels
 
 
@@ -108,7 +109,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self._table: list[TensorMeta] | None = None
         self._received = False
         # At each transfer it warns of every layer that received no weights: of the rotary embedding, which has none.
-        # The name table already proves that nothing is missing.
+        # The name table already proves that nothing is missing, and repack_tied that no packed copy is left behind.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
@@ -139,7 +140,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             forget_moe_kernels(self.model)
             initialize_layerwise_reload(self.model)
             self.model.load_weights(tensors)
+            unloaded = packed_without_weights(self.model)
             finalize_layerwise_reload(self.model, self.model_config)
+            repack_tied(self.model, unloaded)
         self._received = True
 
     def finish_weight_update(self) -> None:
