@@ -302,7 +302,7 @@ class TrainerSection(Section):
     """Whether to use Megatron's fused router kernel (Transformer Engine), which is faster and cannot replay."""
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
-    per step and advantages that depend on one group alone."""
+    per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of
     trainer.recompute_modules (selective), or all of each layer (full)."""
@@ -471,7 +471,11 @@ class RunConfig(Section):
     def streams(self) -> bool:
         """Whether a step starts before its batch is complete; see trainer.streaming."""
         one_batch = self.async_training.require_batches == 1
-        return self.trainer.streaming and one_batch and not self.trainer.loss.needs_batch_statistics
+        loss, pipelined = self.trainer.loss, self.trainer.parallel.pp > 1
+        # The reference's weights are brought to the device once a step, and passes over few groups idle in a pipeline.
+        with_pass = self.trainer.router_replay == "R2" or loss.proximal == "recompute"
+        waits = loss.needs_batch_statistics or loss.kl != "none" or (pipelined and with_pass)
+        return self.trainer.streaming and one_batch and not waits
 
     @property
     def run_dir(self) -> Path:

@@ -97,6 +97,26 @@ def test_the_update_does_not_depend_on_microbatches(ranks, models):
         assert getattr(many[0], field) == pytest.approx(getattr(one[0], field), rel=1e-4, abs=1e-6), field
 
 
+def loads_in_a_step(path):
+    """Return how often the reference's weights are loaded in a training step of two updates, and a report of each."""
+    from types import SimpleNamespace
+
+    from async_rl.trainer.worker import TrainerWorker
+
+    overrides = {"trainer__loss__kl": "k3", "trainer__loss__kl_coef": 0.1, "trainer__tokens_per_microbatch": 40}
+    with Opened(path, **overrides) as (trainer, _):
+        worker = TrainerWorker(trainer._config, 0, None)
+        worker._trainer, worker._fetcher = trainer, SimpleNamespace(groups=list)
+        loaded, loads = trainer._reference.loaded, []
+        trainer._reference.loaded = lambda: loads.append(1) or loaded()
+        reports = worker.train_step([make_groups(3), make_groups(2, seed=9, epoch=1)], 4, 2)
+        return len(loads), [report.skipped for report in reports], trainer._config.streams
+
+
+def test_the_references_weights_are_loaded_once_in_a_training_step(ranks, models):
+    assert ranks.call(loads_in_a_step, models / "moe") == (1, [{}, {}], False)
+
+
 def two_steps(trainer, shares):
     """Make two updates, the second with groups for the first rank alone: the others must still take part."""
     place = trainer._place.dp

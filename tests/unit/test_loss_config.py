@@ -14,6 +14,24 @@ def tree(loss, **sections):
 
 
 @pytest.mark.parametrize(
+    ("trainer", "streams"),
+    [
+        ({}, True),
+        ({"streaming": False}, False),
+        ({"loss": {"advantage": "reinforce_plus_plus"}}, False),
+        ({"loss": {"kl": "k3", "kl_coef": 0.1}}, False),
+        ({"loss": {"proximal": "recompute"}}, True),
+        ({"router_replay": "R2"}, True),
+        ({"parallel": {"pp": 2}}, True),
+        ({"loss": {"proximal": "recompute"}, "parallel": {"pp": 2}}, False),
+        ({"router_replay": "R2", "parallel": {"pp": 2}}, False),
+    ],
+)
+def test_a_step_streams_unless_something_needs_all_of_its_groups_at_once(trainer, streams):
+    assert validate({**MINIMAL, "trainer": trainer}).streams is streams
+
+
+@pytest.mark.parametrize(
     ("loss", "sections", "words"),
     [
         ({"kl": "k3"}, {}, ["trainer.loss.kl is k3", "kl_coef is 0.0"]),
