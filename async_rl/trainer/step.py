@@ -44,10 +44,17 @@ class Step:
     """Sums over the tokens computed so far."""
     packer: Packer
     """Holds the samples that have not been computed yet."""
+    ready: list[Microbatch] = field(default_factory=list)
+    """Full microbatches that have not been computed yet."""
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     """Counts over this rank's groups, by the names in ``COUNTS``."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""
+
+    def take_ready(self) -> list[Microbatch]:
+        """Return the microbatches that are ready, and keep none."""
+        taken, self.ready = self.ready, []
+        return taken
 
     def check_versions(self, groups: Sequence[Group]) -> None:
         """Raise TrainerError for a token of a policy later than the one that consumes it."""
