@@ -64,7 +64,8 @@ class Microbatch:
     positions: tuple[int, ...]
     """How many positions each sample has, without padding."""
     routed_experts: Int16Array | Int32Array | None
-    """[T, L, K], int16 unless there are too many experts for it; NO_ROUTING where the router decides; None if nothing is replayed."""
+    """[T, L, K], int16 unless there are too many experts for it, NO_ROUTING where the router decides; None if nothing
+    is replayed."""
     proximal: Float32Array | None = None
     """float32[T]: log-probs under the proximal policy; None if no sample has any."""
     reference: Float32Array | None = None
@@ -194,7 +195,7 @@ def rows_without_routing(batch: Microbatch) -> int:
 
 
 def spread_rows(count: int, spec: RoutingSpec) -> Int16Array | Int32Array:
-    """Return routed experts [count, L, K] for padding, of the type of a microbatch's: distinct in each row, and each expert equally often.
+    """Return routed experts [count, L, K] for padding: distinct in each row, and each expert equally often.
 
     Rows of zeros would send all padding to expert 0, and name it K times, which no dispatcher expects.
     """
