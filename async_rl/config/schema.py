@@ -303,6 +303,9 @@ class TrainerSection(Section):
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
     per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
+    skip_zero_advantage: bool = False
+    """Whether to leave out the forward and backward pass of samples whose advantage is 0, such as those of a group
+    whose rewards are all equal; the gradient stays the same, metrics of tokens are of the others alone."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of
     trainer.recompute_modules (selective), or all of each layer (full)."""

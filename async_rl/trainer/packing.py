@@ -200,7 +200,7 @@ def spread_rows(count: int, spec: RoutingSpec) -> Int16Array | Int32Array:
     Rows of zeros would send all padding to expert 0, and name it K times, which no dispatcher expects.
     """
     first = np.arange(count)[:, None, None] * spec.top_k + np.arange(spec.num_moe_layers)[:, None]
-    rows = (first + np.arange(spec.top_k)) % spec.num_experts
+    rows: Int64Array = (first + np.arange(spec.top_k)) % spec.num_experts
     # Signed, for NO_ROUTING.
     return rows.astype(np.int16) if spec.num_experts <= np.iinfo(np.int16).max else rows.astype(np.int32)
 

@@ -20,6 +20,7 @@ COUNTS = (
     "tokens",
     "sampled",
     "not_sampled",
+    "zero_advantage",
     "sequences",
     "extra_positions",
     "groups",
@@ -84,6 +85,13 @@ class Step:
             groups=len(groups),
             trajectories=len(trajectories),
         )
+
+    def with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples that have an advantage, and count the tokens of the others."""
+        kept = [sample for sample in samples if sample.advantages.any()]
+        tokens = sum(int(sample.loss_mask.sum()) for sample in samples) - sum(int(s.loss_mask.sum()) for s in kept)
+        self._add(zero_advantage=tokens)
+        return kept
 
     def count_microbatches(self, batches: Sequence[Microbatch], sequence_cost: Callable[[int], float]) -> None:
         """Count these microbatches. sequence_cost: ModelConfig.sequence_cost."""

@@ -126,6 +126,8 @@ class Trainer:
         started = step.lap("record_routing", started)
         samples = self._with_advantages(groups)
         step.count_groups(groups, samples)
+        if self._config.trainer.skip_zero_advantage:
+            samples = step.with_gradient(samples)
         step.ready += step.packer.add(samples)
         started = step.lap("prepare", started)
         stages = self._place.sizes.pp
@@ -154,6 +156,9 @@ class Trainer:
             step.sums.all_reduce(torch.distributed.group.WORLD)
         self._steps += 1
         step.lap("metrics", started)
+        masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
+        if self._config.trainer.skip_zero_advantage:
+            masked["zero_advantage"] = int(total["zero_advantage"])
         return step_report(
             step.sums,
             update,
@@ -161,7 +166,7 @@ class Trainer:
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked={"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])},
+            masked=masked,
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),

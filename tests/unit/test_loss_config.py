@@ -9,8 +9,8 @@ MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
 EXACT = {"async_training": {"partial_rollout": {"routing": "exact"}}}
 
 
-def tree(loss, **sections):
-    return {**MINIMAL, "trainer": {"loss": loss}, **sections}
+def tree(loss, skip_zero_advantage=False, **sections):
+    return {**MINIMAL, "trainer": {"loss": loss, "skip_zero_advantage": skip_zero_advantage}, **sections}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,8 @@ def test_a_step_streams_unless_something_needs_all_of_its_groups_at_once(trainer
         ({"policy": "reinforce", "proximal": "recompute"}, {}, ["proximal is recompute", "policy is reinforce"]),
         ({"policy": "cispo", "dual_clip": 3.0}, {}, ["dual_clip is 3.0", "policy is cispo"]),
         ({"policy": "trpo"}, {}, ["trainer.loss.policy", "'trpo'"]),
+        ({"kl": "k3", "kl_coef": 0.1}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "kl k3"]),
+        ({"policy": "rewards:mine"}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "rewards:mine"]),
         ({"dual_clip": 0.5}, {}, ["trainer.loss.dual_clip"]),
     ],
 )
