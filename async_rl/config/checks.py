@@ -146,6 +146,12 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.dual_clip is {loss.dual_clip}, but trainer.loss.policy is {loss.policy}, whose loss it "
             "does not bound; set dual_clip to null, or policy to ppo or gspo"
         )
+    if config.trainer.skip_zero_advantage and (loss.kl != "none" or ":" in loss.policy):
+        raise ValueError(
+            f"trainer.skip_zero_advantage is true, but a token without an advantage may have a gradient with "
+            f"trainer.loss.kl {loss.kl} and policy {loss.policy}; set skip_zero_advantage to false, or kl to none and "
+            "policy to a built-in one"
+        )
     _check_importance(config)
 
 

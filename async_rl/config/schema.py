@@ -317,7 +317,10 @@ class TrainerSection(Section):
     """Whether to use Megatron's fused router kernel (Transformer Engine), which is faster and cannot replay."""
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
-    per step and advantages that depend on one group alone."""
+    per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
+    skip_zero_advantage: bool = False
+    """Whether to leave out the forward and backward pass of samples whose advantage is 0, such as those of a group
+    whose rewards are all equal; the gradient stays the same, metrics of tokens are of the others alone."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of
     trainer.recompute_modules (selective), or all of each layer (full)."""
@@ -503,7 +506,11 @@ class RunConfig(Section):
     def streams(self) -> bool:
         """Whether a step starts before its batch is complete; see trainer.streaming."""
         one_batch = self.async_training.require_batches == 1
-        return self.trainer.streaming and one_batch and not self.trainer.loss.needs_batch_statistics
+        loss, pipelined = self.trainer.loss, self.trainer.parallel.pp > 1
+        # The reference's weights are brought to the device once a step, and passes over few groups idle in a pipeline.
+        with_pass = self.trainer.router_replay == "R2" or loss.proximal == "recompute"
+        waits = loss.needs_batch_statistics or loss.kl != "none" or (pipelined and with_pass)
+        return self.trainer.streaming and one_batch and not waits
 
     @property
     def run_dir(self) -> Path:

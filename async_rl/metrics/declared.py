@@ -274,10 +274,11 @@ _STALENESS = (
         "tokens_masked_total",
         "counter",
         "Response tokens kept out of the loss, by reason.",
-        "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment.",
+        "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment, "
+        "`zero_advantage` what trainer.skip_zero_advantage does not compute.",
         lambda record: record.report.tokens_masked,
         labels=("reason",),
-        values=("stale", "not_sampled"),
+        values=("stale", "not_sampled", "zero_advantage"),
     ),
     MetricSpec(
         "groups_dropped_total",

@@ -21,6 +21,8 @@ from async_rl.trainer.parallel import Int64Array
 from async_rl.trainer.samples import NO_ROUTING, BoolArray, Int8Array, Sample, Scalar
 from async_rl.types import Float32Array, Int32Array, RoutingSpec
 
+Int16Array = npt.NDArray[np.int16]
+
 # Microbatches that may be filled at once: with more, each sample finds a fuller one, and the first is full later.
 OPEN_MICROBATCHES = 4
 
@@ -61,8 +63,9 @@ class Microbatch:
     """Indices of the samples in the order in which the packer got them."""
     positions: tuple[int, ...]
     """How many positions each sample has, without padding."""
-    routed_experts: Int32Array | None
-    """int32[T, L, K], NO_ROUTING where the router decides; None if nothing is replayed."""
+    routed_experts: Int16Array | Int32Array | None
+    """[T, L, K], int16 unless there are too many experts for it, NO_ROUTING where the router decides; None if nothing
+    is replayed."""
     proximal: Float32Array | None = None
     """float32[T]: log-probs under the proximal policy; None if no sample has any."""
     reference: Float32Array | None = None
@@ -191,14 +194,15 @@ def rows_without_routing(batch: Microbatch) -> int:
     return 0 if batch.routed_experts is None else int((batch.routed_experts[..., 0] == NO_ROUTING).any(axis=1).sum())
 
 
-def spread_rows(count: int, spec: RoutingSpec) -> Int32Array:
-    """Return routed experts int32[count, L, K] for padding: distinct in each row, and each expert equally often.
+def spread_rows(count: int, spec: RoutingSpec) -> Int16Array | Int32Array:
+    """Return routed experts [count, L, K] for padding: distinct in each row, and each expert equally often.
 
     Rows of zeros would send all padding to expert 0, and name it K times, which no dispatcher expects.
     """
     first = np.arange(count)[:, None, None] * spec.top_k + np.arange(spec.num_moe_layers)[:, None]
-    rows: Int32Array = ((first + np.arange(spec.top_k)) % spec.num_experts).astype(np.int32)
-    return rows
+    rows: Int64Array = (first + np.arange(spec.top_k)) % spec.num_experts
+    # Signed, for NO_ROUTING.
+    return rows.astype(np.int16) if spec.num_experts <= np.iinfo(np.int16).max else rows.astype(np.int32)
 
 
 def _join(
@@ -226,9 +230,10 @@ def _join(
     routed_experts = None
     if spec is not None:
         # A sample without routed experts gets NO_ROUTING; the rows of padding are spread over the experts.
-        absent = np.full((1, spec.num_moe_layers, spec.top_k), NO_ROUTING, dtype=np.int32)
+        absent = np.full((1, spec.num_moe_layers, spec.top_k), NO_ROUTING, dtype=np.int16)
         rows: list[Any] = [absent if sample.routed_experts is None else sample.routed_experts for sample in samples]
-        routed_experts = filled(rows, spread_rows(total, spec))
+        spread: npt.NDArray[Any] = spread_rows(total, spec)
+        routed_experts = filled(rows, spread)
     return Microbatch(
         token_ids=filled([sample.token_ids[:-1] for sample in samples], zeros(np.int64)),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in np.diff(spans)]),

@@ -9,26 +9,28 @@ import torch
 
 
 class ReferenceWeights:
-    """A copy in main memory of the parameters that ``chunks`` have now."""
+    """A copy in main memory of the parameters that ``chunks`` have now; pinned, if the model is on a GPU."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self._reference = self._copied()
+        self._reference = [_in_main_memory(parameter.detach()) for parameter in self._parameters]
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Load the copy into the model until the block ends, then the model's own weights again."""
-        own = self._copied()
-        self._load(self._reference)
+        """Let the model compute with the copy until the block ends, then with its own weights again.
+
+        Its parameters point to other memory meanwhile, and nothing is copied on a CPU. A GPU gets the copy beside the
+        model's weights.
+        """
+        own = [parameter.data for parameter in self._parameters]
         try:
+            for parameter, value in zip(self._parameters, self._reference, strict=True):
+                parameter.data = value.to(parameter.device, non_blocking=True)
             yield
         finally:
-            self._load(own)
+            for parameter, value in zip(self._parameters, own, strict=True):
+                parameter.data = value
 
-    def _copied(self) -> list[torch.Tensor]:
-        return [parameter.detach().cpu().clone() for parameter in self._parameters]
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _load(self, values: Sequence[torch.Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+def _in_main_memory(values: torch.Tensor) -> torch.Tensor:
+    return values.cpu().pin_memory() if values.is_cuda else values.clone()

@@ -20,6 +20,7 @@ COUNTS = (
     "tokens",
     "sampled",
     "not_sampled",
+    "zero_advantage",
     "sequences",
     "extra_positions",
     "groups",
@@ -44,10 +45,17 @@ class Step:
     """Sums over the tokens computed so far."""
     packer: Packer
     """Holds the samples that have not been computed yet."""
+    ready: list[Microbatch] = field(default_factory=list)
+    """Full microbatches that have not been computed yet."""
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     """Counts over this rank's groups, by the names in ``COUNTS``."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""
+
+    def take_ready(self) -> list[Microbatch]:
+        """Return the microbatches that are ready, and keep none."""
+        taken, self.ready = self.ready, []
+        return taken
 
     def check_versions(self, groups: Sequence[Group]) -> None:
         """Raise TrainerError for a token of a policy later than the one that consumes it."""
@@ -77,6 +85,13 @@ class Step:
             groups=len(groups),
             trajectories=len(trajectories),
         )
+
+    def with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples that have an advantage, and count the tokens of the others."""
+        kept = [sample for sample in samples if sample.advantages.any()]
+        tokens = sum(int(sample.loss_mask.sum()) for sample in samples) - sum(int(s.loss_mask.sum()) for s in kept)
+        self._add(zero_advantage=tokens)
+        return kept
 
     def count_microbatches(self, batches: Sequence[Microbatch], sequence_cost: Callable[[int], float]) -> None:
         """Count these microbatches. sequence_cost: ModelConfig.sequence_cost."""

@@ -25,6 +25,7 @@ from async_rl.trainer.advantages import (
     group_advantages,
     load_advantages,
 )
+from async_rl.trainer.collectives import Collectives
 from async_rl.trainer.export import write_hf
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.objective import cross_entropy, policy_objective
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 
     from async_rl.trainer.megatron.gather import GatheredWeights
 
+# Microbatches for each pipeline stage from which on a schedule runs before the step's end: its stages then idle at most
+# a fifth of the time, (pp - 1) / (4 pp + pp - 1).
+MICROBATCHES_PER_STAGE = 4
+
 
 class Trainer:
     """Builds this rank's part of the model of ``config.model.path``, as trainer.parallel lays it out, and trains it.
@@ -60,6 +65,7 @@ class Trainer:
         self._place = Place.of(config.trainer.parallel, rank)
         platform.activate(self._device)
         self._groups = platform.init_distributed(self._device, self._place, init_method)
+        self._ranks = Collectives(self._groups, self._device)
         try:
             self._build()
         except BaseException:
@@ -109,7 +115,10 @@ class Trainer:
         self._step = Step(version, oldest_version, sums, Packer.of(self._config.trainer, self._replayed_spec))
 
     def accumulate(self, groups: Sequence[Group]) -> None:
-        """Compute the microbatches that these groups of this rank fill; what remains waits for the next call."""
+        """Compute the microbatches that these groups of this rank fill; what remains waits for the next call.
+
+        In a pipeline full ones wait too, until they keep all stages busy.
+        """
         step = self._step
         step.check_versions(groups)
         started = time.perf_counter()
@@ -117,18 +126,23 @@ class Trainer:
         started = step.lap("record_routing", started)
         samples = self._with_advantages(groups)
         step.count_groups(groups, samples)
-        batches = step.packer.add(samples)
+        if self._config.trainer.skip_zero_advantage:
+            samples = step.with_gradient(samples)
+        step.ready += step.packer.add(samples)
         started = step.lap("prepare", started)
-        self._forward_backward(batches)
+        stages = self._place.sizes.pp
+        # Each schedule fills and drains the pipeline: with few microbatches its stages would idle most of the time.
+        if stages == 1 or self._ranks.smallest(len(step.ready)) >= MICROBATCHES_PER_STAGE * stages:
+            self._forward_backward(step.take_ready())
         step.lap("forward_backward", started)
 
     def finish_step(self) -> StepReport:
-        """Compute the microbatches that are not full, update the parameters, and report."""
+        """Compute the microbatches that wait, update the parameters, and report."""
         step = self._step
         started = time.perf_counter()
-        self._forward_backward(step.packer.flush())
+        self._forward_backward(step.take_ready() + step.packer.flush())
         started = step.lap("forward_backward", started)
-        total = self._sum_over_data(**step.counts)
+        total = self._ranks.sum_over_data(**step.counts)
         divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
         update = self._optimizer.no_update()
         step.sums.replayed_choices += torch.tensor(
@@ -142,6 +156,9 @@ class Trainer:
             step.sums.all_reduce(torch.distributed.group.WORLD)
         self._steps += 1
         step.lap("metrics", started)
+        masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
+        if self._config.trainer.skip_zero_advantage:
+            masked["zero_advantage"] = int(total["zero_advantage"])
         return step_report(
             step.sums,
             update,
@@ -149,12 +166,12 @@ class Trainer:
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked={"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])},
+            masked=masked,
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
             padding_ratio=total["padding"] / max(total["positions"], 1.0),
-            rank_cost_ratio=self._largest_over_mean(total["cost"], step.counts["cost"]),
+            rank_cost_ratio=self._ranks.largest_over_mean(total["cost"], step.counts["cost"]),
             seconds=step.seconds,
         )
 
@@ -182,7 +199,7 @@ class Trainer:
         effect. Routing is native.
         """
         samples = [plain_sample(f"sequence {index}", ids, mask[1:]) for index, (ids, mask) in enumerate(sequences)]
-        tokens = self._sum_over_data(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
+        tokens = self._ranks.sum_over_data(tokens=sum(int(s.loss_mask.sum()) for s in samples))["tokens"]
         if not tokens:
             return 0.0
 
@@ -222,7 +239,7 @@ class Trainer:
         replay, loss = self._config.trainer.router_replay, self._config.trainer.loss
         with_pass = replay == "R2" or loss.proximal == "recompute" or loss.kl != "none"
         # All ranks make a pass if any rank has samples: the others compute padding.
-        needed = with_pass and self._largest(len(samples), torch.distributed.group.WORLD) > 0
+        needed = with_pass and self._ranks.largest(len(samples)) > 0
         if needed and replay == "R2":
             routed_experts = self.native_routing([sample.token_ids for sample in samples])
             samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
@@ -263,7 +280,7 @@ class Trainer:
         if settings.needs_batch_statistics:
             names = ("count", "sum", "squares")
             sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
-            total = self._sum_over_data(**sums)
+            total = self._ranks.sum_over_data(**sums)
             advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
         advantage_of = dict(zip(tokens, advantages, strict=True))
         return [
@@ -348,19 +365,3 @@ class Trainer:
     def _replayed_spec(self) -> RoutingSpec | None:
         """The layout of the routed experts that training replays; None if it replays none."""
         return None if self._config.trainer.router_replay == "off" else self._model_config.routing_spec
-
-    def _largest(self, value: float, group: torch.distributed.ProcessGroup) -> float:
-        """Return the largest value of a rank of ``group``."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        return float(largest)
-
-    def _largest_over_mean(self, total: float, mine: float) -> float:
-        """Return the largest value of a data-parallel rank over their mean; 1 where all have the same."""
-        return self._largest(mine, self._groups.data) * self._groups.data.size() / total if total else 1.0
-
-    def _sum_over_data(self, **values: float) -> dict[str, float]:
-        """Sum values over the data-parallel ranks, exact for counts below 2**53."""
-        flat = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(flat, group=self._groups.data)
-        return dict(zip(values, flat.tolist(), strict=True))

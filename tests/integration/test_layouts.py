@@ -212,3 +212,29 @@ def test_a_streamed_step_in_a_layout(ranks, checkpoint, batches, alone, layout):
     updates = [shared_out(batch, LAYOUTS[layout].get("dp", 1)) for batch in batches]
     weights = ranks.run(train_in_parts, config_of(checkpoint, LAYOUTS[layout]), updates, 3)[0][2]
     assert max(relative(weights[key], alone[1][key]) for key in weights) < TOLERANCE
+
+
+def schedules_in_parts(trainer, groups, parts):
+    """Return how many microbatches each schedule of a step gets, whose groups come in so many calls; see below."""
+    sizes, accumulate = [], trainer._executor.accumulate
+
+    def counted(batches, *arguments, **keywords):
+        sizes.append(len(batches))
+        return accumulate(batches, *arguments, **keywords)
+
+    trainer._executor.accumulate = counted
+    return sizes, *train_in_parts(trainer, [[groups]], parts)[:2]
+
+
+def test_a_streamed_step_in_a_pipeline_waits_for_four_microbatches_per_stage(ranks, checkpoint):
+    """Nor does it change the gradient."""
+    groups = make_groups(seed=3, count=8)
+    config = config_of(checkpoint, LAYOUTS["PP2"], trainer__tokens_per_microbatch=20)
+    whole, streamed = (ranks.run(schedules_in_parts, config, groups, parts) for parts in (1, 8))
+    for (sizes, report, gradients), (_, whole_report, whole_gradients) in zip(streamed, whole, strict=True):
+        assert len(sizes) > 1, "it streams nevertheless"
+        assert all(size >= 8 for size in sizes[:-1])
+        assert sum(sizes) == report.microbatches == whole_report.microbatches
+        assert report.loss == whole_report.loss
+        for a, b in zip(gradients, whole_gradients, strict=True):
+            np.testing.assert_array_equal(a, b)

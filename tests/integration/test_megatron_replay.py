@@ -127,7 +127,7 @@ def microbatches_in_flight(path):
     """Make two forward passes before the first backward pass, as a pipeline schedule does."""
     import torch
 
-    with Opened(path) as (trainer, _):
+    with Opened(path, trainer__recompute="full") as (trainer, _):
         replay = trainer._executor._replay
         router = replay._routers[0][0][1].router_replay
         cu_seqlens = np.array([0, 4], np.int32)
@@ -153,6 +153,44 @@ def test_recomputation_takes_rows_in_order_and_nothing_survives_the_schedule(ran
     asked, forward, backward, left = ranks.call(microbatches_in_flight, models / "moe")
     assert forward == backward == asked
     assert left == (None, [], None)
+
+
+def targets_kept(path, recompute):
+    """Return how many targets each router keeps as a backward pass begins and in a pass alone, and the types given."""
+    kept, types = [], set()
+    with Opened(path, trainer__router_replay="R3", trainer__tokens_per_microbatch=60, **recompute) as (trainer, _):
+        executor = trainer._executor
+        replays = [router.router_replay for _, router in executor._replay._routers[0]]
+        armed = executor._replay.before_forward
+
+        def before_forward(routed_experts, *arguments):
+            types.add(str(routed_experts.dtype))
+            armed(routed_experts, *arguments)
+            kept.append({len(replay.replay_backward_list) for replay in replays})
+            types.update(str(replay.target_topk_idx.dtype) for replay in replays)
+
+        executor._replay.before_forward = before_forward
+        step(trainer, make_groups())
+        trained, kept = kept, []
+        trainer.logprobs(sequences(1) * 2, [random_rows(59)] * 2)
+        return trained, kept, types
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [
+        ({}, 0),
+        ({"trainer__recompute": "selective", "trainer__recompute_modules": ("core_attn",)}, 0),
+        ({"trainer__recompute": "selective", "trainer__recompute_modules": ("moe",)}, 1),
+        ({"trainer__recompute": "full"}, 1),
+    ],
+)
+def test_targets_are_small_and_kept_only_for_a_recomputation(ranks, models, recompute, expected):
+    trained, passes, types = ranks.call(targets_kept, models / "moe", recompute)
+    assert trained == [{expected}] * len(trained)
+    assert len(trained) > 1
+    assert passes == [{0}] * len(passes)
+    assert types == {"torch.int16"}
 
 
 def record_then_train(path):

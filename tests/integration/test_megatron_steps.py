@@ -97,6 +97,56 @@ def test_the_update_does_not_depend_on_microbatches(ranks, models):
         assert getattr(many[0], field) == pytest.approx(getattr(one[0], field), rel=1e-4, abs=1e-6), field
 
 
+def with_equal_rewards(groups):
+    return [replace(g, trajectories=tuple(replace(t, reward=1.0) for t in g.trajectories)) for g in groups]
+
+
+@pytest.mark.parametrize("policy", ["ppo", "gspo", "cispo"])
+def test_samples_without_an_advantage_are_left_out_and_the_update_stays(ranks, models, policy):
+    groups = make_groups()
+    groups = groups[:1] + with_equal_rewards(groups[1:2]) + groups[2:]
+    settings = {"trainer__router_replay": "R3", "trainer__loss__policy": policy, "trainer__tokens_per_microbatch": 60}
+    whole = ranks.call(train_once, models / "moe", groups, settings)
+    fewer = ranks.call(train_once, models / "moe", groups, settings | {"trainer__skip_zero_advantage": True})
+    assert fewer[3] < whole[3], "routers must run in fewer microbatches"
+    assert_close(fewer[1], whole[1], rtol=1e-6, atol=1e-7)
+    assert_close(fewer[2], whole[2], rtol=1e-6, atol=1e-6)
+    assert fewer[0].loss == pytest.approx(whole[0].loss, rel=1e-6)
+    tokens = sum(int(t.sampled.sum()) for t in groups[1].trajectories)
+    assert fewer[0].agreement.tokens == whole[0].agreement.tokens - tokens
+    assert fewer[0].tokens_masked == whole[0].tokens_masked | {"zero_advantage": tokens}
+
+
+def test_a_step_without_any_advantage_computes_nothing_and_updates_as_ever(ranks, models):
+    groups = with_equal_rewards(make_groups())
+    settings = {"trainer__router_replay": "R3", "trainer__optimizer__weight_decay": 0.1}
+    whole = ranks.call(train_once, models / "moe", groups, settings)
+    fewer = ranks.call(train_once, models / "moe", groups, settings | {"trainer__skip_zero_advantage": True})
+    assert (fewer[3], fewer[0].microbatches, fewer[0].agreement.tokens) == (0, 0, 0)
+    assert fewer[0].skipped == whole[0].skipped == {}
+    assert_close(fewer[2], whole[2], rtol=0, atol=0)
+
+
+def loads_in_a_step(path):
+    """Return how often the reference's weights are loaded in a training step of two updates, and a report of each."""
+    from types import SimpleNamespace
+
+    from async_rl.trainer.worker import TrainerWorker
+
+    overrides = {"trainer__loss__kl": "k3", "trainer__loss__kl_coef": 0.1, "trainer__tokens_per_microbatch": 40}
+    with Opened(path, **overrides) as (trainer, _):
+        worker = TrainerWorker(trainer._config, 0, None)
+        worker._trainer, worker._fetcher = trainer, SimpleNamespace(groups=list)
+        loaded, loads = trainer._reference.loaded, []
+        trainer._reference.loaded = lambda: loads.append(1) or loaded()
+        reports = worker.train_step([make_groups(3), make_groups(2, seed=9, epoch=1)], 4, 2)
+        return len(loads), [report.skipped for report in reports], trainer._config.streams
+
+
+def test_the_references_weights_are_loaded_once_in_a_training_step(ranks, models):
+    assert ranks.call(loads_in_a_step, models / "moe") == (1, [{}, {}], False)
+
+
 def two_steps(trainer, shares):
     """Make two updates, the second with groups for the first rank alone: the others must still take part."""
     place = trainer._place.dp

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from async_rl.trainer.logprobs import token_logprobs
 
@@ -42,3 +44,53 @@ def test_token_logprobs_of_bfloat16_logits_are_computed_in_float32():
     logprobs, _ = token_logprobs(logits, targets)
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, token_logprobs(logits.float(), targets)[0])
+
+
+def computed(logits, targets, weights):
+    """Return log-probs, entropies, and the gradient of the weighted sum of the log-probs."""
+    logits = logits.clone().requires_grad_()
+    values, entropy = token_logprobs(logits, targets, 0.7)
+    (values * weights).sum().backward()
+    return values.detach(), entropy, logits.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_block_and_beside_any_neighbours(monkeypatch, dtype):
+    torch.manual_seed(0)
+    logits, targets, weights = (torch.randn(33, 5000) * 3).to(dtype), torch.randint(0, 5000, (33,)), torch.randn(33)
+    whole = computed(logits, targets, weights)
+    assert whole[2].dtype == dtype
+    for rows in (1, 4, 7, 32, 1000):
+        monkeypatch.setattr("async_rl.trainer.logprobs.BLOCK_SIZE", rows * 5000)
+        for part in (slice(0, 33), slice(3, 20), slice(5, 6)):
+            found = computed(logits[part], targets[part], weights[part])
+            for got, wanted in zip(found, whole, strict=True):
+                assert torch.equal(got, wanted[part]), (rows, part)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor of each type that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and func is not torch.ops.aten.detach.default:
+                self.elements[tensor.dtype] = max(self.elements.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+
+def test_logits_are_never_copied_whole_to_float32(monkeypatch):
+    monkeypatch.setattr("async_rl.trainer.logprobs.BLOCK_SIZE", 8 * 1000)
+    logits, targets = torch.randn(100, 1000).bfloat16().requires_grad_(), torch.randint(0, 1000, (100,))
+    with Largest() as forward:
+        values, _ = token_logprobs(logits, targets)
+    with Largest() as backward:
+        values.sum().backward()
+    assert forward.elements[torch.float32] <= 8 * 1000
+    assert forward.elements.get(torch.bfloat16, 0) <= 8 * 1000, "the forward pass keeps the logits, and no copy"
+    assert backward.elements[torch.float32] <= 8 * 1000
+    assert backward.elements[torch.bfloat16] == 100 * 1000, "the gradient of the logits, in their own type"

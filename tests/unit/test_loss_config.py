@@ -9,8 +9,26 @@ MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
 EXACT = {"async_training": {"partial_rollout": {"routing": "exact"}}}
 
 
-def tree(loss, **sections):
-    return {**MINIMAL, "trainer": {"loss": loss}, **sections}
+def tree(loss, skip_zero_advantage=False, **sections):
+    return {**MINIMAL, "trainer": {"loss": loss, "skip_zero_advantage": skip_zero_advantage}, **sections}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "streams"),
+    [
+        ({}, True),
+        ({"streaming": False}, False),
+        ({"loss": {"advantage": "reinforce_plus_plus"}}, False),
+        ({"loss": {"kl": "k3", "kl_coef": 0.1}}, False),
+        ({"loss": {"proximal": "recompute"}}, True),
+        ({"router_replay": "R2"}, True),
+        ({"parallel": {"pp": 2}}, True),
+        ({"loss": {"proximal": "recompute"}, "parallel": {"pp": 2}}, False),
+        ({"router_replay": "R2", "parallel": {"pp": 2}}, False),
+    ],
+)
+def test_a_step_streams_unless_something_needs_all_of_its_groups_at_once(trainer, streams):
+    assert validate({**MINIMAL, "trainer": trainer}).streams is streams
 
 
 @pytest.mark.parametrize(
@@ -33,6 +51,8 @@ def tree(loss, **sections):
         ({"policy": "reinforce", "proximal": "recompute"}, {}, ["proximal is recompute", "policy is reinforce"]),
         ({"policy": "cispo", "dual_clip": 3.0}, {}, ["dual_clip is 3.0", "policy is cispo"]),
         ({"policy": "trpo"}, {}, ["trainer.loss.policy", "'trpo'"]),
+        ({"kl": "k3", "kl_coef": 0.1}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "kl k3"]),
+        ({"policy": "rewards:mine"}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "rewards:mine"]),
         ({"dual_clip": 0.5}, {}, ["trainer.loss.dual_clip"]),
     ],
 )

@@ -135,6 +135,11 @@ def test_padding_is_a_sequence_of_its_own_that_belongs_to_no_sample(multiple):
         np.testing.assert_array_equal(b.routed_experts[len(a) :], spread_rows(len(b), spec)[len(a) :])
 
 
+def test_a_microbatch_has_its_experts_in_the_smallest_type_that_holds_them():
+    for experts, dtype in ((8, np.int16), (32767, np.int16), (32768, np.int32)):
+        assert Packer(16, RoutingSpec(2, 2, experts)).filler().routed_experts.dtype == dtype
+
+
 @pytest.mark.parametrize(
     "spec", [RoutingSpec(3, 2, 8), RoutingSpec(2, 4, 6), RoutingSpec(1, 1, 5), RoutingSpec(2, 3, 3)]
 )

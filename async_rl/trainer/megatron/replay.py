@@ -26,16 +26,27 @@ from async_rl.types import Int32Array
 
 
 class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no types
-    """A RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, in each pass again."""
+    """A RouterReplay whose rows of NO_ROUTING are decided by the router's own top-k, in each pass again.
 
-    def __init__(self) -> None:
+    recomputed: whether backward passes run the router again, which needs the targets of all forward passes until then.
+    """
+
+    def __init__(self, *, recomputed: bool) -> None:
         super().__init__()
+        self.recomputed = recomputed
         # bool[rows]: the rows of the next forward pass to compare with the router's own choice; None for no row.
         self.compared: torch.Tensor | None = None
         self.choices: torch.Tensor | float = 0.0
         self.unlike: torch.Tensor | float = 0.0
         # The registry would keep this object, and its targets, for the life of the process.
         RouterReplay.global_router_replay_instances.remove(self)
+
+    def set_target_indices(self, topk_indices: torch.Tensor) -> None:
+        """Take the target of the next forward pass, which is kept for its recomputation if there will be one."""
+        if self.recomputed and torch.is_grad_enabled():
+            super().set_target_indices(topk_indices)
+        else:
+            self.target_topk_idx = topk_indices
 
     def get_replay_topk(
         self,
@@ -49,7 +60,7 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
         if self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
             target = self.target_topk_idx
         elif self.router_replay_action is RouterReplayAction.REPLAY_BACKWARD:
-            target = self.replay_backward_list.pop(0)
+            target = self.replay_backward_list.pop(0) if self.replay_backward_list else None
         else:
             native: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(
                 scores, topk, num_groups, group_topk, default_compute_topk
@@ -65,6 +76,7 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
             if self.compared is not None:
                 self._compare(target, chosen, self.compared[:, None] & ~absent)
             target = torch.where(absent, chosen, target)
+        target = target.long()  # small until here, for torch gathers by int64 only
         return scores.gather(1, target), target
 
     def _compare(self, target: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> None:
@@ -96,7 +108,7 @@ class RoutingReplay:
             for name, router in chunk.named_modules():
                 # A multi-token-prediction head routes too, but the engine returns nothing for it.
                 if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
-                    router.router_replay = _RowwiseReplay()
+                    router.router_replay = _RowwiseReplay(recomputed=_is_recomputed(router))
                     found.append((model.moe_layers.index(router.layer_number - 1), router))
             self._routers.append(sorted(found, key=lambda pair: pair[0]))
             _, expected = self._share(np.zeros(1, dtype=np.int32), number)
@@ -147,7 +159,7 @@ class RoutingReplay:
         elif routed_experts is not None:
             rows, _ = self._share(cu_seqlens, chunk)
             index = torch.from_numpy(rows).to(routed_experts.device)
-            share = routed_experts[index].long()
+            share = routed_experts[index]
             counted = None if compared is None else compared[index]
             for layer, router in self._routers[chunk]:
                 router.router_replay.set_target_indices(share[:, layer])
@@ -185,6 +197,13 @@ class RoutingReplay:
             router.router_replay.set_router_replay_action(action)
 
 
+def _is_recomputed(router: TopKRouter) -> bool:
+    """Return whether a backward pass runs the router again: with its whole layer, or with its MoE block."""
+    config = router.config
+    selected = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+    return selected or config.recompute_granularity == "full"
+
+
 class _Verifier:
     """Compares the routing map that leaves each router of a chunk, which the dispatcher executes, with the target.
 
@@ -193,7 +212,9 @@ class _Verifier:
 
     def __init__(self, routers: list[tuple[int, TopKRouter]]) -> None:
         self._rows: torch.Tensor | None = None
-        self._to_recompute: dict[int, deque[torch.Tensor]] = {layer: deque() for layer, _ in routers}
+        self._to_recompute: dict[int, deque[torch.Tensor]] = {
+            layer: deque() for layer, router in routers if router.router_replay.recomputed
+        }
         self._hooks = [
             router.register_forward_hook(lambda r, _i, output, layer=layer: self._compare(layer, r, output[1]))
             for layer, router in routers
@@ -215,7 +236,7 @@ class _Verifier:
         recomputing = router.router_replay.router_replay_action is RouterReplayAction.REPLAY_BACKWARD
         rows = self._to_recompute[layer].popleft() if recomputing else self._rows
         target = rows[:, layer]
-        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0), value=True)
+        asked = torch.zeros_like(routing_map).scatter_(1, target.clamp(min=0).long(), value=True)
         wrong = ((asked != routing_map).any(dim=1) & (target[:, 0] >= 0)).nonzero().flatten().tolist()
         if wrong:
             executed = routing_map[wrong[0]].nonzero().flatten().tolist()
