@@ -167,7 +167,7 @@ class Answers:
     def __init__(self, turns: int) -> None:
         self.turns, self.heard = turns, []
 
-    async def answer(self, prompt, turns):
+    async def answer(self, prompt, turns, texts):
         if self.error is not None:
             raise self.error
         self.heard.append([turn.tolist() for turn in turns])
