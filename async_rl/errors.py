@@ -86,6 +86,10 @@ class RewardError(AsyncRLError):
     """A reward function cannot be loaded, raised, timed out, or returned something other than a finite number."""
 
 
+class RewardNotApplicable(RewardError):
+    """A reward function returned None for a response, which costs the response or its group, and never the run."""
+
+
 class EnvironmentFailure(AsyncRLError):
     """A multi-turn environment cannot be loaded, raised, timed out, or returned something other than text or None."""
 

@@ -76,11 +76,6 @@ def _check_rollout(config: RunConfig) -> None:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
         )
-    if size is not None and rollout.group_timeout_s is None:
-        raise ValueError(
-            f"rollout.min_group_size is {size}, but rollout.group_timeout_s is not set, so no group would be published "
-            "incomplete; set rollout.group_timeout_s, or remove rollout.min_group_size"
-        )
 
 
 def _check_recovery(config: RunConfig) -> None:

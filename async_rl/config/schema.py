@@ -85,21 +85,28 @@ class RewardSection(Section):
     """The function that scores responses."""
 
     function: FunctionName = "async_rl.rollout.rewards.text:exact_match"
-    """The reward as module:function, called as f(prompt: Prompt, response: str) -> float."""
+    """The reward as module:function, called as f(prompt: Prompt, response: str) -> float | None. None means that it
+    does not apply: the response is left out of its group (see rollout.min_group_size)."""
     slow: bool = False
-    """Whether to run the reward in a thread; set it for rewards that wait for a service or compute for long."""
+    """Whether to run a plain reward in worker processes; set it for rewards that wait for a service, compute for long,
+    use signals or may hang. Rewards that are async def have an event loop of their own."""
     timeout_s: PositiveFloat = 30.0
-    """Seconds that a call of a slow or async reward may take; see reward.on_error for what happens then. The reward
-    rewards.code:unit_tests has a time limit for each program instead."""
+    """Seconds that a call of a slow or async reward may take before it is ended; see reward.on_error for what happens
+    then. The reward rewards.code:unit_tests has a time limit for each program instead."""
     workers: Positive | None = None
-    """Calls of a slow reward, and programs of rewards.code, that run at one time per replica; further ones wait, which
-    does not count towards their time limits. null for 32 calls, and for one program per core, at most 8."""
+    """Worker processes of a slow reward, and programs of rewards.code, that run at one time per replica; further calls
+    wait, which does not count towards their time limits. null for 32 processes, which are started as they are needed,
+    and for one program per core, at most 8."""
+    retries: NonNegative = 2
+    """Further attempts, after 0.5 s, 1 s, 2 s and so on, when a slow or async reward raises an exception or an async
+    one takes too long; what has used up its time in a worker process is not tried again."""
     rate_limit: NonNegative = 0
     """Calls of the reward per reward.rate_period_s and replica; 0 for no limit."""
     rate_period_s: PositiveFloat = 1.0
     """Period of reward.rate_limit, in seconds."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do when a reward raises, times out or is not finite: fail the run, or skip the group (counted)."""
+    """What to do when a reward finally raises, times out or is not finite: fail the run, or skip the response if
+    rollout.min_group_size allows, else its group (counted)."""
 
 
 class PartialRolloutSection(Section):
@@ -138,14 +145,18 @@ class EnvironmentSection(Section):
     policy stops: the text that it returns is appended and the policy continues, None ends the response."""
     max_turns: Annotated[int, Field(ge=2, lt=2**63)] = 8
     """Turns of the policy in one response, which ends with the last of them."""
+    slow: bool = True
+    """Whether to run an environment that is a plain function in worker processes; false calls it at once, which suits
+    functions of microseconds. Environments that are async def have an event loop of their own."""
     timeout_s: PositiveFloat = 30.0
-    """Seconds that a call of the environment may take; see rollout.environment.on_error for what happens then."""
+    """Seconds that a call of the environment may take before it is ended; see rollout.environment.on_error for what
+    happens then."""
     workers: Positive = 32
-    """Calls that run at one time per replica if the environment is a plain function; further ones wait, which does not
-    count towards their time limit."""
+    """Worker processes per replica if the environment is a plain function, started as they are needed; further calls
+    wait, which does not count towards their time limit."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do when the environment raises, times out or returns no text: fail the run, or skip the group
-    (counted)."""
+    """What to do when the environment raises, times out or returns no text: fail the run, or skip the response if
+    rollout.min_group_size allows, else its group (counted)."""
 
 
 class RolloutSection(Section):
@@ -187,7 +198,8 @@ class RolloutSection(Section):
     """Seconds that a group may take; then it is published with the responses that are finished, if they are enough
     (rollout.min_group_size), or its prompt is issued again."""
     min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
-    """Finished responses with which a group may be published after rollout.group_timeout_s; null for all n."""
+    """Responses with which a group may be published: the finished ones after rollout.group_timeout_s, and those left
+    when others have failed or have no reward; null for all n."""
     max_attempts: Positive = 3
     """How many groups of one prompt may exceed rollout.group_timeout_s before the prompt is given up."""
     max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5

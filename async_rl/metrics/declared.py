@@ -383,8 +383,8 @@ _FLOW = (
     MetricSpec(
         "groups_cut_total",
         "counter",
-        "Groups submitted after rollout.group_timeout_s without their last responses.",
-        "The longest responses are the missing ones, so a high share teaches brevity.",
+        "Groups published without some of their responses: late ones (rollout.group_timeout_s), or failed ones.",
+        "Where they are late, the longest responses are the missing ones, so a high share teaches brevity.",
     ),
     MetricSpec(
         "groups_failed_total",

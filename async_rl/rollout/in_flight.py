@@ -40,6 +40,8 @@ class InFlight:
     """The partial rollout of each of its n responses; None before the first engine call."""
     rewards: list[float | None] = field(default_factory=list)
     """The reward of each response; None until it is scored."""
+    left_out: int = 0
+    """Responses that failed, and without which the group is published; the worker that adopts the group tries again."""
 
     @classmethod
     def begin(cls, ticket: Ticket, n: int) -> InFlight:

@@ -9,17 +9,40 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
+
 from async_rl.config.schema import RunConfig
-from async_rl.errors import EnvironmentFailure, RewardError
+from async_rl.errors import (
+    EngineDied,
+    EngineError,
+    EnvironmentFailure,
+    InvalidTrajectory,
+    RewardError,
+    RewardNotApplicable,
+)
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.environments.turns import Environment
+from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Int32Array, Prompt
 
+log = structlog.get_logger(__name__)
+
 # (partial rollout, request id) -> the partial rollout after one more engine call.
 Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
 Keep = Callable[[PartialRollout], None]
+
+# What costs a response its group, or the group that response; all else ends the worker. EngineDied is an EngineError,
+# but fatal: see ``Responses.is_fatal``.
+COST_THEIR_GROUP = (RewardError, EnvironmentFailure, EngineError, InvalidTrajectory)
+
+
+def failure_reason(error: Exception) -> str:
+    """Return the reason under which a failed group is counted."""
+    if isinstance(error, RewardError):
+        return "reward"
+    return "environment" if isinstance(error, EnvironmentFailure) else "engine"
 
 
 class Responses:
@@ -55,25 +78,39 @@ class Responses:
     ) -> PartialRollout:
         """Complete ``partial`` and return it. ``keep`` is called with each state. Raises EnvironmentFailure."""
         calls = itertools.count()
+        texts: list[str] = []  # of the turns so far, as the environment gets them
         while True:
             while not partial.finished:
                 partial = await call(partial, f"{partial.trajectory_id}/{next(calls)}")
                 keep(partial)
-            answer = await self._answer(prompt, partial)
+            answer = await self._answer(prompt, partial, texts)
             if answer is None:
                 return partial
             partial = partial.append_turn(answer)
             keep(partial)
 
     async def reward(self, prompt: Prompt, response: PartialRollout) -> float:
-        """Return the reward of a finished response. Raises RewardError."""
+        """Return the reward of a finished response. Raises RewardError, RewardNotApplicable if it has none."""
         text = self._tokenizer.decode(response.response_ids, skip_special_tokens=True)
         return await self._rewards.score(prompt, text)
 
-    def is_fatal(self, error: RewardError | EnvironmentFailure) -> bool:
-        """Return whether a failure of the user's function ends the run; else it costs only the group or the problem."""
-        section = self._config.reward if isinstance(error, RewardError) else self._config.rollout.environment
-        return section.on_error == "fail"
+    def is_fatal(self, error: Exception) -> bool:
+        """Return whether a failure ends the run; else it costs only the response, the group or the problem."""
+        if isinstance(error, RewardError):
+            return self._config.reward.on_error == "fail" and not isinstance(error, RewardNotApplicable)
+        if isinstance(error, EnvironmentFailure):
+            return self._config.rollout.environment.on_error == "fail"
+        return isinstance(error, EngineDied)
+
+    def leave_out(self, group: InFlight, index: int, error: Exception) -> bool:
+        """Return whether the group is published without a response that failed, as rollout.min_group_size allows."""
+        settings = self._config.rollout
+        needed = settings.min_group_size or settings.n
+        if self.is_fatal(error) or settings.n - group.left_out <= needed:
+            return False
+        group.left_out += 1
+        log.warning("response_left_out", group=group.group_id, response=index, reason=str(error))
+        return True
 
     def close(self) -> None:
         """Stop calling the user's functions."""
@@ -81,7 +118,7 @@ class Responses:
         if self._environment is not None:
             self._environment.close()
 
-    async def _answer(self, prompt: Prompt, partial: PartialRollout) -> Int32Array | None:
+    async def _answer(self, prompt: Prompt, partial: PartialRollout, texts: list[str]) -> Int32Array | None:
         """Return the environment's turn after a turn of the policy; None when the response ends with that."""
         if self._environment is None or partial.finish_reason != "stop":
             return None
@@ -89,4 +126,4 @@ class Responses:
         policy_turns = len(turns) // 2 + 1
         if policy_turns == self._config.rollout.environment.max_turns:
             return None
-        return await self._environment.answer(prompt, turns)
+        return await self._environment.answer(prompt, turns, texts)

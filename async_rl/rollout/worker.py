@@ -17,14 +17,7 @@ import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import (
-    EngineDied,
-    EngineError,
-    EnvironmentFailure,
-    InvalidTrajectory,
-    RewardError,
-    WireError,
-)
+from async_rl.errors import WireError
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
@@ -34,7 +27,7 @@ from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate, Outstanding
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.responses import Responses
+from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.types import ExpertIds, Group, Trajectory
 
@@ -43,10 +36,8 @@ log = structlog.get_logger(__name__)
 # Routed experts up to this size are checked and copied on the event loop, within 0.1 ms, which is what a thread costs.
 _SMALL_BYTES = 64 * 2**10
 
-# The reason under which a failed group is counted: the engine's, unless it was the user's function.
-_FAILED_BY: dict[type[Exception], str] = {RewardError: "reward", EnvironmentFailure: "environment"}
 _T = TypeVar("_T")
-_DoneAndLate = tuple[set[asyncio.Task[Trajectory]], set[asyncio.Task[Trajectory]]]
+_Responses = set[asyncio.Task[Trajectory | None]]
 
 
 async def _aside(routed_experts: ExpertIds | None, work: Callable[[], _T]) -> _T:
@@ -213,13 +204,11 @@ class RolloutWorker:
         group_id = group.group_id
         try:
             trajectories = await self._trajectories(group)
-        except (RewardError, EnvironmentFailure, EngineError, InvalidTrajectory) as error:
-            if isinstance(error, EngineDied):
-                raise
-            if isinstance(error, RewardError | EnvironmentFailure) and self._responses.is_fatal(error):
+        except COST_THEIR_GROUP as error:
+            if self._responses.is_fatal(error):
                 raise
             log.warning("group_failed", group=group_id, reason=str(error))
-            await self._queue.fail(group_id, _FAILED_BY.get(type(error), "engine"))
+            await self._queue.fail(group_id, failure_reason(error))
         else:
             if trajectories is None:
                 await self._queue.return_group(group_id, TIMEOUT)
@@ -233,26 +222,28 @@ class RolloutWorker:
         self._update_capacity()
 
     async def _trajectories(self, group: InFlight) -> tuple[Trajectory, ...] | None:
-        """Return the group's responses; after rollout.group_timeout_s only the finished ones, None if too few are."""
+        """Return the group's responses without those that failed and, after rollout.group_timeout_s, the late ones.
+
+        Returns None if too few are finished by then.
+        """
         settings = self._config.rollout
-        tasks = [asyncio.create_task(self._trajectory(group, index)) for index in range(settings.n)]
+        tasks = [asyncio.create_task(self._trajectory_or_none(group, index)) for index in range(settings.n)]
         try:
             done, late = await self._wait_in_time(tasks)
-            finished = tuple(task.result() for task in tasks if task in done)
+            finished = tuple(t for task in tasks if task in done and (t := task.result()) is not None)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if not late:
-            return finished
-        needed = settings.min_group_size or settings.n
-        log.warning("group_timed_out", group=group.group_id, finished=len(finished), needed=needed)
-        if len(finished) < needed:
-            return None
-        self._stats.cut_groups += 1
+        if late:
+            needed = settings.min_group_size or settings.n
+            log.warning("group_timed_out", group=group.group_id, finished=len(finished), needed=needed)
+            if len(finished) < needed:
+                return None
+        self._stats.cut_groups += len(finished) < settings.n
         return finished
 
-    async def _wait_in_time(self, tasks: list[asyncio.Task[Trajectory]]) -> _DoneAndLate:
+    async def _wait_in_time(self, tasks: list[asyncio.Task[Trajectory | None]]) -> tuple[_Responses, _Responses]:
         """Wait for tasks until rollout.group_timeout_s is over, in which pauses of the engine do not count."""
         limit = self._config.rollout.group_timeout_s
         began, paused_before, left = time.monotonic(), self._gate.paused_s, limit
@@ -264,6 +255,15 @@ class RolloutWorker:
             left = limit + (self._gate.paused_s - paused_before) - (time.monotonic() - began)
             if left <= 0:
                 return done, late
+
+    async def _trajectory_or_none(self, group: InFlight, index: int) -> Trajectory | None:
+        """Return a response; None if it failed and its group can do without it."""
+        try:
+            return await self._trajectory(group, index)
+        except COST_THEIR_GROUP as error:
+            if not self._responses.leave_out(group, index, error):
+                raise
+            return None
 
     async def _trajectory(self, group: InFlight, index: int) -> Trajectory:
         prompt = group.ticket.prompt

@@ -1,6 +1,6 @@
 """The user's environment: called with texts, answered in tokens, and every way in which it can fail."""
 
-import asyncio
+import os
 import sys
 
 import numpy as np
@@ -10,6 +10,7 @@ from async_rl.config.schema import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
 from async_rl.rollout.environments.turns import Environment, load_environment
 from async_rl.types import Prompt
+from tests.support.user_workers import wait_for_no_workers
 
 PROMPT = Prompt("0-17", 18, "abc", np.array([5, 6, 7], dtype=np.int32))
 TURNS = (np.array([1, 2], np.int32), np.array([3], np.int32), np.array([4], np.int32))
@@ -30,37 +31,52 @@ class Letters:
 def environment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
+    made = []
+
     def make(source, **settings):
-        (tmp_path / "my_environment.py").write_text(f"import asyncio, threading, time\n{source}")
+        (tmp_path / "my_environment.py").write_text(f"import asyncio, os, time\n{source}")
         sys.modules.pop("my_environment", None)
-        return Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters())
+        made.append(Environment(EnvironmentSection(function="my_environment:answer", **settings), Letters()))
+        return made[-1]
 
     yield make
+    for each in made:
+        each.close()
     sys.modules.pop("my_environment", None)
+    wait_for_no_workers()
 
 
 @pytest.mark.parametrize("prefix", ["", "async "])
 async def test_it_is_given_the_turns_as_text_and_answers_in_tokens(environment, prefix):
     subject = environment(f"{prefix}def answer(prompt, turns): return prompt.text + '|'.join(turns).replace('|', '')")
-    assert (await subject.answer(PROMPT, TURNS)).tolist() == [1, 2, 3, 1, 2, 3, 4]
-    assert (await subject.answer(PROMPT, TURNS)).dtype == np.int32
+    assert (await subject.answer(PROMPT, TURNS, [])).tolist() == [1, 2, 3, 1, 2, 3, 4]
+    assert (await subject.answer(PROMPT, TURNS, [])).dtype == np.int32
 
 
 async def test_an_object_with_an_async_call_is_an_environment(environment):
     source = "class Game:\n    async def __call__(self, prompt, turns): return 'ab'\nanswer = Game()"
-    assert (await environment(source).answer(PROMPT, TURNS)).tolist() == [1, 2]
+    assert (await environment(source).answer(PROMPT, TURNS, [])).tolist() == [1, 2]
 
 
-async def test_as_many_calls_run_at_one_time_as_there_are_workers(environment):
-    """Each waits for all of them to be there."""
-    source = "together = threading.Barrier(40)\ndef answer(prompt, turns): return 'a' * (together.wait(60) >= 0)"
-    subject = environment(source, workers=40)
-    answers = await asyncio.gather(*(subject.answer(PROMPT, TURNS) for _ in range(40)))
-    assert [answer.tolist() for answer in answers] == [[1]] * 40
+async def test_a_plain_function_runs_in_another_process_unless_it_is_said_to_be_fast(environment):
+    source = "def answer(prompt, turns): return 'a' if os.getpid() == {} else 'b'"
+    for slow, letter in ((True, 2), (False, 1)):
+        subject = environment(source.format(os.getpid()), slow=slow)
+        assert (await subject.answer(PROMPT, TURNS, [])).tolist() == [letter]
+
+
+async def test_only_the_turns_since_the_last_call_are_decoded(environment):
+    """Else the time for it would grow with the square of the turns."""
+    subject, texts, decoded = environment("async def answer(prompt, turns): return ''.join(turns)"), [], []
+    letters = subject._tokenizer
+    letters.decode = lambda ids, **options: (decoded.append(len(ids)), Letters().decode(ids))[1]
+    assert (await subject.answer(PROMPT, TURNS[:1], texts)).tolist() == [1, 2]
+    assert (await subject.answer(PROMPT, TURNS, texts)).tolist() == [1, 2, 3, 4]
+    assert decoded == [2, 1, 1]
 
 
 async def test_none_ends_the_response(environment):
-    assert await environment("def answer(prompt, turns): return None").answer(PROMPT, TURNS) is None
+    assert await environment("async def answer(prompt, turns): return None").answer(PROMPT, TURNS, []) is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +85,9 @@ async def test_none_ends_the_response(environment):
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
         ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
-        ("def answer(prompt, turns): time.sleep(1)", {"timeout_s": 0.05}, "timeout_s = 0.05 s"),
+        ("def answer(prompt, turns): return 'a' * (2**20 + 1)", {}, "returned 1048577 characters; expected at most"),
+        ("def answer(prompt, turns): time.sleep(600)", {"timeout_s": 0.05, "slow": True}, "timeout_s = 0.05 s"),
+        ("def answer(prompt, turns): os._exit(3)", {"slow": True}, "ended its process: EXIT(3)"),
         ("def answer(prompt, turns): raise SystemExit(3)", {}, "raised SystemExit: 3"),
         ("def answer(prompt, turns): raise StopIteration", {}, "raised StopIteration"),
         ("async def answer(prompt, turns): raise asyncio.CancelledError", {}, "raised CancelledError"),
@@ -77,7 +95,7 @@ async def test_none_ends_the_response(environment):
 )
 async def test_a_failure_names_function_row_and_what_it_did(environment, source, settings, message):
     with pytest.raises(EnvironmentFailure, match=r"my_environment:answer, prompt 0-17 \(dataset row 18\): ") as caught:
-        await environment(source, **settings).answer(PROMPT, TURNS)
+        await environment(source, **{"slow": False} | settings).answer(PROMPT, TURNS, [])
     assert message in str(caught.value)
 
 
@@ -85,7 +103,7 @@ async def test_after_close_it_is_not_called(environment):
     subject = environment("def answer(prompt, turns): return 'a'")
     subject.close()
     with pytest.raises(EnvironmentFailure, match="shutting down"):
-        await subject.answer(PROMPT, TURNS)
+        await subject.answer(PROMPT, TURNS, [])
 
 
 def test_what_cannot_be_called_is_refused_when_loaded():

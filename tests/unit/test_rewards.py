@@ -10,7 +10,7 @@ import pytest
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
-from async_rl.errors import RewardError
+from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.text import exact_match, partial_credit
@@ -25,14 +25,19 @@ def prompt(**fields) -> Prompt:
 def rewards(tmp_path, monkeypatch):
     """Write a module of rewards and return a function that makes a runner for one of them."""
 
+    made = []
+
     def make(source: str, **settings) -> RewardRunner:
         (tmp_path / "my_rewards.py").write_text("import asyncio, math, threading, time\n" + source)
-        return RewardRunner(RewardSection(function="my_rewards:reward", **settings))
+        made.append(RewardRunner(RewardSection(function="my_rewards:reward", **{"retries": 0} | settings)))
+        return made[-1]
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(importlib.sys.modules, "my_rewards", raising=False)
     importlib.invalidate_caches()
     yield make
+    for runner in made:
+        runner.close()
     importlib.sys.modules.pop("my_rewards", None)
 
 
@@ -83,7 +88,6 @@ def test_a_module_that_fails_to_import_says_why(rewards):
         rewards("1 / 0\n")
 
 
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(
     "value",
     [
@@ -103,9 +107,9 @@ def test_a_module_that_fails_to_import_says_why(rewards):
         "torch.tensor(True)",
     ],
 )
-async def test_any_real_number_is_a_reward(rewards, slow, value):
+async def test_any_real_number_is_a_reward(rewards, value):
     source = "import fractions, numpy, torch\ndef reward(prompt, response): return "
-    score = await rewards(source + value, slow=slow).score(prompt(), "a")
+    score = await rewards(source + value).score(prompt(), "a")
     assert type(score) is float
     assert score in (0.5, 1.0)
 
@@ -113,8 +117,10 @@ async def test_any_real_number_is_a_reward(rewards, slow, value):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("None", "returned None of type NoneType; expected one finite real number: every response needs a reward"),
-        ("1 + 0j", "returned (1+0j) of type complex; expected one finite real number"),
+        (
+            "1 + 0j",
+            "returned (1+0j) of type complex; expected one finite real number, or None where the reward does not",
+        ),
         ("numpy.complex64(1)", "of type complex64; expected"),
         ("torch.tensor(1 + 0j)", "returned tensor(1.+0.j) of type Tensor; expected"),
         ("{'score': 1.0}", "returned {'score': 1.0} of type dict; expected"),
@@ -136,27 +142,31 @@ async def test_what_is_no_real_number_is_refused_by_name(rewards, value, message
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("raise KeyError('level')", "raised KeyError: 'level'"),
         ("return math.nan", "returned nan; expected one finite real number"),
         ("return -math.inf", "returned -inf"),
-        ("return None", "returned None of type NoneType"),
         ("return '1'", "returned '1' of type str"),
     ],
 )
 @pytest.mark.parametrize("define", ["def", "async def"])
-async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body, message, define):
-    runner = rewards(f"{define} reward(prompt, response): {body}\n", slow=slow)
+async def test_a_failing_reward_names_function_row_and_value(rewards, body, message, define):
+    runner = rewards(f"{define} reward(prompt, response): {body}\n")
     with pytest.raises(RewardError) as error:
         await runner.score(prompt(), "a")
     assert str(error.value).startswith("reward.function my_rewards:reward, prompt 0-17 (dataset row 17): ")
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("define", ["def", "async def"])
+async def test_none_says_that_the_reward_does_not_apply(rewards, define):
+    runner = rewards(f"{define} reward(prompt, response): return None\n")
+    with pytest.raises(RewardNotApplicable, match=r"my_rewards:reward, prompt 0-17 .dataset row 17.: returned None"):
+        await runner.score(prompt(), "a")
+
+
 @pytest.mark.parametrize("define", ["def", "async def"])
 @pytest.mark.parametrize(
     "raised",
@@ -170,11 +180,9 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, slow, body
         "Unusual",  # FunctionTimedOut of the package func_timeout is such a one
     ],
 )
-async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_other_calls(
-    rewards, slow, define, raised
-):
+async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_other_calls(rewards, define, raised):
     source = f"class Unusual(BaseException): pass\n{define} reward(prompt, response): raise {raised}\n"
-    runner = rewards(source, slow=slow, timeout_s=600, workers=2)
+    runner = rewards(source, timeout_s=600)
     name = raised.removeprefix("asyncio.")
     if define == "async def" and name == "StopIteration":
         name = "RuntimeError: coroutine raised StopIteration"  # Python's own doing
@@ -183,7 +191,6 @@ async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_
             await runner.score(prompt(), "a")
 
 
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(
     "define",
     [
@@ -191,15 +198,21 @@ async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_
         "async def judge(prompt, response): {}\ndef reward(prompt, response): return judge(prompt, response)\n",
     ],
 )
-async def test_what_a_reward_returns_is_awaited_whatever_the_reward_is(rewards, define, slow):
-    """On the event loop, as the thread's identity shows, and within reward.timeout_s."""
-    runner = rewards(define.format("await asyncio.sleep(0); return threading.get_ident()"), slow=slow)
-    assert await runner.score(prompt(), "a") == float(threading.get_ident())
+async def test_what_a_reward_returns_is_awaited_on_another_event_loop_whatever_the_reward_is(rewards, define):
+    runner = rewards(define.format("await asyncio.sleep(0); return threading.get_ident()"))
+    assert await runner.score(prompt(), "a") != threading.get_ident()
 
 
-@pytest.mark.parametrize("slow", [False, True])
-async def test_an_awaitable_that_hangs_times_out(rewards, slow):
-    runner = rewards("def reward(p, r): return asyncio.sleep(600)\n", slow=slow, timeout_s=0.05)
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_future_of_this_event_loop_is_awaited_here(rewards, cancelled):
+    runner = rewards("def reward(p, r): return asyncio.ensure_future(asyncio.sleep(float(r), 0.5))\n", timeout_s=0.05)
+    assert await runner.score(prompt(), "0") == 0.5
+    with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
+        await runner.score(prompt(), "600")
+
+
+async def test_an_awaitable_that_hangs_times_out(rewards):
+    runner = rewards("def reward(p, r): return asyncio.sleep(600)\n", timeout_s=0.05)
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
         await runner.score(prompt(), "a")
 
@@ -210,113 +223,28 @@ async def test_an_async_reward_that_cancels_its_own_task_fails(rewards):
         await runner.score(prompt(), "a")
 
 
-async def test_a_slow_reward_leaves_the_event_loop_free(rewards):
-    """The reward waits for an event that only the loop sets: were it on the loop, this would time out."""
-    runner = rewards("gate = threading.Event()\ndef reward(prompt, response): return float(gate.wait(30))\n", slow=True)
-    scoring = asyncio.create_task(runner.score(prompt(), "a"))
-    await asyncio.sleep(0.01)
-    importlib.import_module("my_rewards").gate.set()
-    assert await scoring == 1.0
-
-
 async def test_a_fast_reward_runs_on_the_loop_thread(rewards):
     runner = rewards("def reward(prompt, response): return threading.get_ident()\n")
     assert await runner.score(prompt(), "a") == float(threading.get_ident())
 
 
-@pytest.mark.parametrize(
-    "define", ["def reward(p, r): time.sleep(0.5)", "async def reward(p, r): await asyncio.sleep(0.5)"]
-)
-async def test_a_reward_that_hangs_times_out(rewards, define):
-    runner = rewards(define, slow=True, timeout_s=0.05)
-    with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
-        await runner.score(prompt(), "a")
-
-
 async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewards, monkeypatch):
-    monkeypatch.setattr("async_rl.rollout.user_function.CLEAN_UP_S", 0.01)
+    monkeypatch.setattr("async_rl.rollout.user_loop.CLEAN_UP_S", 0.01)
     source = (
-        "ended = asyncio.Event()\n"
+        "ended = threading.Event()\n"
         "async def reward(prompt, response):\n"
         "    while not ended.is_set():\n"
-        "        try: await ended.wait()\n"
+        "        try: await asyncio.sleep(0.01)\n"
         "        except asyncio.CancelledError: pass\n"
     )
     runner = rewards(source, timeout_s=0.01)
     with pytest.raises(RewardError, match="did not return within"):
         await runner.score(prompt(), "a")
+    assert runner._call._loop.abandoned == 0, "its event loop still turns"
     importlib.import_module("my_rewards").ended.set()
 
 
-HANGING = """
-gate = threading.Event()
-def reward(prompt, response):
-    if response == "hangs":
-        gate.wait(600)
-        raise SystemExit
-    return 1.0
-"""
-
-
-async def open_gate() -> None:
-    """Let the calls of HANGING end, and wait until their threads have."""
-    importlib.import_module("my_rewards").gate.set()
-    while any(thread.name == "reward 0-17" for thread in threading.enumerate()):
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0)  # Each thread had informed the event loop before.
-
-
-@pytest.mark.parametrize("cancel", [False, True])
-async def test_calls_that_hang_do_not_pile_up_without_bound(rewards, cancel):
-    """Whether their callers have waited for the end of their time or not."""
-    runner = rewards(HANGING, slow=True, timeout_s=0.05, workers=2)
-    for _ in range(2):
-        call = asyncio.create_task(runner.score(prompt(), "hangs"))
-        await asyncio.wait({call}, timeout=0 if cancel else None)
-        call.cancel()
-    runner._call._threads._timeout_s = 600  # for the calls that follow
-    refused = ""
-    while not refused:  # Others are called until the time of those that were cancelled is over.
-        try:
-            assert await runner.score(prompt(), "a") == 1.0
-        except RewardError as error:
-            refused = str(error)
-    assert "not called, because 2 earlier calls are past reward.timeout_s and still run" in refused
-    await open_gate()
-    assert await runner.score(prompt(), "a") == 1.0, "threads that end free their places, whatever they raise"
-
-
-async def test_cancelled_calls_do_not_make_others_fail(rewards):
-    """As when a group times out: its calls still hold their places, and others wait for these."""
-    runner = rewards(HANGING, slow=True, timeout_s=600, workers=2)
-    cancelled = [asyncio.create_task(runner.score(prompt(), "hangs")) for _ in range(3)]
-    await asyncio.sleep(0)
-    for call in cancelled:
-        call.cancel()
-    others = [asyncio.create_task(runner.score(prompt(), "a")) for _ in range(5)]
-    assert not (await asyncio.wait(others, timeout=0.01))[0]
-    await open_gate()
-    assert await asyncio.gather(*others) == [1.0] * 5
-
-
-async def test_as_many_slow_calls_run_at_one_time_as_there_are_workers(rewards):
-    """Each waits for all of them to be there."""
-    source = "together = threading.Barrier(40)\ndef reward(prompt, response): return float(together.wait(60) >= 0)\n"
-    runner = rewards(source, slow=True, workers=40)
-    assert await asyncio.gather(*(runner.score(prompt(), "a") for _ in range(40))) == [1.0] * 40
-
-
-async def test_a_thread_that_cannot_start_is_a_failure_and_frees_its_place(rewards, monkeypatch):
-    runner = rewards("def reward(prompt, response): return 1.0\n", slow=True, workers=1)
-    with monkeypatch.context() as patch:
-        patch.setattr("threading._start_new_thread", lambda *_: exec("raise RuntimeError('no more threads')"))
-        with pytest.raises(RewardError, match="no more threads"):
-            await runner.score(prompt(), "a")
-    assert await runner.score(prompt(), "a") == 1.0
-
-
-@pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("define", ["def", "async def"])
+@pytest.mark.parametrize(("define", "slow"), [("def", False), ("def", True), ("async def", False)])
 async def test_rewards_of_every_kind_are_rate_limited(rewards, define, slow):
     """Five calls at two per period take two full periods at least."""
     runner = rewards(f"{define} reward(prompt, response): return 1.0\n", slow=slow, rate_limit=2, rate_period_s=0.1)
@@ -331,6 +259,7 @@ async def test_one_call_at_a_time_polls_the_rate_limit(rewards, monkeypatch):
     monkeypatch.setattr(Throttler, "flush", lambda throttler: (polls.append(1), flush(throttler))[1])
     source = "calls = []\ndef reward(prompt, response): calls.append(response); return 1.0\n"
     runner = rewards(source, rate_limit=1, rate_period_s=600)
+    runner._call._throttler.retry_interval = 600  # The one that stands there polls once.
     waiting = [asyncio.create_task(runner.score(prompt(), str(n))) for n in range(100)]
     await waiting[0]
     for _ in range(20):
@@ -355,6 +284,7 @@ async def test_cancelling_a_score_waits_until_the_function_has_cleaned_up(reward
     source = (
         "steps = []\n"
         "async def reward(prompt, response):\n"
+        "    steps.append('begun')\n"
         "    try: await asyncio.sleep(600)\n"
         "    finally:\n"
         "        await asyncio.sleep(0)\n"
@@ -362,12 +292,12 @@ async def test_cancelling_a_score_waits_until_the_function_has_cleaned_up(reward
     )
     runner = rewards(source, timeout_s=600)
     scoring = asyncio.create_task(runner.score(prompt(), "a"))
-    for _ in range(3):
-        await asyncio.sleep(0)
+    while not importlib.import_module("my_rewards").steps:
+        await asyncio.sleep(0.001)
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scoring
-    assert importlib.import_module("my_rewards").steps == ["cleaned up"]
+    assert importlib.import_module("my_rewards").steps == ["begun", "cleaned up"]
 
 
 async def test_a_closed_runner_takes_no_calls(rewards):
@@ -375,3 +305,46 @@ async def test_a_closed_runner_takes_no_calls(rewards):
     runner.close()
     with pytest.raises(RewardError, match="shutting down"):
         await runner.score(prompt(), "a")
+
+
+FAILS_TWICE = """
+calls = []
+{} reward(prompt, response):
+    calls.append(response)
+    if len(calls) < 3:
+        {}
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("define", "failure", "calls"),
+    [
+        ("async def", "raise OSError('busy')", 3),
+        ("async def", "await asyncio.sleep(600)", 3),
+        ("def", "return asyncio.sleep(600)", 3),
+        ("async def", "return math.nan", 1),
+        ("async def", "raise SystemExit", 1),
+        ("def", "raise OSError('busy')", 1),
+    ],
+)
+async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
+    rewards, monkeypatch, define, failure, calls
+):
+    monkeypatch.setattr("async_rl.rollout.rewards.runner._BACK_OFF_S", 0.001)
+    runner = rewards(FAILS_TWICE.format(define, failure), retries=2, timeout_s=0.1)
+    if calls == 3:
+        assert await runner.score(prompt(), "a") == 1.0
+    else:
+        with pytest.raises(RewardError):
+            await runner.score(prompt(), "a")
+    assert len(importlib.import_module("my_rewards").calls) == calls
+
+
+async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypatch):
+    waits, sleep = [], asyncio.sleep
+    monkeypatch.setattr("async_rl.rollout.rewards.runner.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
+    runner = rewards("async def reward(prompt, response): raise OSError('busy')\n", retries=3)
+    with pytest.raises(RewardError, match=r"raised OSError: busy, at 4 attempts$"):
+        await runner.score(prompt(), "a")
+    assert waits == [0.5, 1.0, 2.0]

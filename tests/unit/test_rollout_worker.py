@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError
+from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, RewardNotApplicable
 from async_rl.queue.records import Ticket
 from async_rl.rollout import in_flight, routing_policies
 from async_rl.rollout import worker as worker_module
@@ -85,7 +85,7 @@ class Digits:
         """Nothing to close."""
 
 
-def worker(engine, queue, mode="resume", environment=None, **settings):
+def worker(engine, queue, mode="resume", environment=None, digits=None, **settings):
     tree = {
         "model": {"path": "model"},
         "data": {"train": "train.jsonl"},
@@ -93,7 +93,7 @@ def worker(engine, queue, mode="resume", environment=None, **settings):
         "async_training": {"partial_rollout": {"mode": mode}},
         **settings,
     }
-    digits = Digits()
+    digits = digits or Digits()
     return RolloutReplica(validate(tree), 0, queue, engine, digits, digits, environment), digits
 
 
@@ -167,7 +167,7 @@ class Answers:
     def __init__(self, turns: int) -> None:
         self.turns, self.heard = turns, []
 
-    async def answer(self, prompt, turns):
+    async def answer(self, prompt, turns, texts):
         if self.error is not None:
             raise self.error
         self.heard.append([turn.tolist() for turn in turns])
@@ -419,6 +419,49 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
     assert queue.returned == ([] if handed_in else [("0-0.0", "timeout")])
     assert (await subject.snapshot()) == {}
     assert subject.stats().cut_groups == handed_in
+
+
+class SomeFail(Digits):
+    """Fails to score the first so many responses, of those that it is asked for."""
+
+    def __init__(self, failures):
+        self.failures = list(failures)
+
+    async def score(self, prompt, response):
+        if self.failures:
+            raise self.failures.pop()
+        return await super().score(prompt, response)
+
+
+FAILED, NOT_APPLICABLE = RewardError("busy"), RewardNotApplicable("returned None")
+
+
+@pytest.mark.parametrize(
+    ("failures", "needed", "on_error", "published"),
+    [
+        ([FAILED], 2, "skip", 2),
+        ([FAILED, NOT_APPLICABLE], 2, "skip", None),
+        ([FAILED], None, "skip", None),
+        ([NOT_APPLICABLE], 2, "fail", 2),
+        ([NOT_APPLICABLE], None, "fail", None),
+        ([EngineError("refused")], 2, "fail", 2),
+    ],
+)
+async def test_a_response_that_fails_is_left_out_if_its_group_can_do_without_it(failures, needed, on_error, published):
+    engine, queue = scripted(), ListQueue(1)
+    rollout = {"n": 3, "max_num_seqs": 3, "max_response_tokens": 40, "min_group_size": needed}
+    subject, _ = worker(engine, queue, digits=SomeFail(failures), rollout=rollout, reward={"on_error": on_error})
+    await subject.run()
+    assert [len(group.trajectories) for group in queue.groups] == ([published] if published else [])
+    assert queue.failed == ([] if published else [("0-0.0", "reward")])
+    assert subject.stats().cut_groups == bool(published)
+
+
+async def test_a_reward_that_fails_ends_the_run_if_the_settings_say_so_whatever_the_group_can_do_without():
+    rollout = {"n": 3, "max_num_seqs": 3, "max_response_tokens": 40, "min_group_size": 2}
+    subject, _ = worker(scripted(), ListQueue(1), digits=SomeFail([FAILED]), rollout=rollout)
+    with pytest.raises(RewardError, match="busy"):
+        await subject.run()
 
 
 async def test_time_for_which_the_engine_is_paused_is_not_the_groups_time():

@@ -14,7 +14,9 @@ import numpy as np
 from async_rl.config.functions import load_function
 from async_rl.config.schema import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
+from async_rl.rollout.user_call import FunctionSpec
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
+from async_rl.rollout.user_values import text_or_none
 from async_rl.types import Int32Array, Prompt
 
 ARGUMENTS = ("prompt", "turns")
@@ -26,7 +28,7 @@ def load_environment(name: str) -> Callable[..., Any]:
 
 
 class Environment:
-    """Calls ``rollout.environment.function`` for what follows a turn. A plain function runs in a thread."""
+    """Calls ``rollout.environment.function`` for what follows a turn."""
 
     def __init__(self, settings: EnvironmentSection, tokenizer: Any) -> None:
         assert settings.function is not None
@@ -34,31 +36,32 @@ class Environment:
         self._tokenizer = tokenizer
         self._call = UserFunction(
             load_environment(settings.function),
+            FunctionSpec("rollout.environment.function", settings.function, ARGUMENTS, text_or_none),
             "rollout.environment",
-            slow=True,
+            slow=settings.slow,
             timeout_s=settings.timeout_s,
             workers=settings.workers,
         )
 
     def close(self) -> None:
-        """Refuse further calls."""
+        """Refuse further calls and end those under way."""
         self._call.close()
 
-    async def answer(self, prompt: Prompt, turns: tuple[Int32Array, ...]) -> Int32Array | None:
+    async def answer(self, prompt: Prompt, turns: tuple[Int32Array, ...], texts: list[str]) -> Int32Array | None:
         """Return the tokens of the next turn, or None if the response ends.
 
         ``turns`` is the response so far, in alternation: the policy's turn, the environment's, ..., the policy's.
+        ``texts`` are those that earlier calls for this response have decoded, and gets the new ones: decoding all at
+        each turn would take time that grows with the square of their number.
         Raises EnvironmentFailure naming the function, the row and what it did.
         """
-        texts = tuple(self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns)
+        texts += (self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns[len(texts) :])
         try:
-            text = await self._call(prompt, texts)
+            text = await self._call(prompt, tuple(texts))
         except UserFunctionFailed as error:
             raise self._failure(prompt, str(error)) from error.__cause__
         if text is None:
             return None
-        if not isinstance(text, str):
-            raise self._failure(prompt, f"returned {text!r} of type {type(text).__name__}; expected a string or None")
         tokens = np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
         if not len(tokens):
             raise self._failure(prompt, f"returned {text!r}, which has no tokens; return None to end the response")

@@ -8,7 +8,9 @@ from async_rl.config.functions import load_function
 from async_rl.errors import RewardError
 from async_rl.types import Prompt
 
-RewardFunction = Callable[[Prompt, str], float] | Callable[[Prompt, str], Awaitable[float]]
+RewardFunction = Callable[[Prompt, str], float | None] | Callable[[Prompt, str], Awaitable[float | None]]
+
+ARGUMENTS = ("prompt", "response")
 
 
 def load_reward(name: str) -> RewardFunction:
@@ -16,5 +18,5 @@ def load_reward(name: str) -> RewardFunction:
 
     Raises RewardError, naming the setting and the fix, when it cannot be found or called so.
     """
-    reward: RewardFunction = load_function("reward.function", name, ("prompt", "response"), RewardError)
+    reward: RewardFunction = load_function("reward.function", name, ARGUMENTS, RewardError)
     return reward

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import Any
+import asyncio
 
+import structlog
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
-from async_rl.errors import RewardError
+from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.code import limit_sandboxes
-from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.loader import ARGUMENTS, load_reward
+from async_rl.rollout.user_call import FunctionSpec
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
+from async_rl.rollout.user_values import real_number
 from async_rl.types import Prompt
 
-# A group's responses are compared by their rewards, so that there is no place for a response without one.
-_EXPECTED = "one finite real number: every response needs a reward"
+log = structlog.get_logger(__name__)
 
-# Slow calls at one time, unless reward.workers says. Each thread mostly waits; more than a few dozen gain little.
-_THREADS = 32
+# Slow calls at one time, unless reward.workers says. Most wait; each takes a process of 20 MB and what it imports.
+_PROCESSES = 32
+
+# Seconds before the second attempt; twice as many before each further one.
+_BACK_OFF_S = 0.5
 
 
 class RewardRunner:
@@ -34,56 +37,37 @@ class RewardRunner:
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
         self._call = UserFunction(
             load_reward(settings.function),
+            FunctionSpec("reward.function", settings.function, ARGUMENTS, real_number),
             "reward",
             slow=settings.slow,
             timeout_s=settings.timeout_s,
-            workers=settings.workers or _THREADS,
+            workers=settings.workers or _PROCESSES,
             throttler=throttler,
         )
 
     def close(self) -> None:
-        """Refuse further calls."""
+        """Refuse further calls and end those under way."""
         self._call.close()
 
     async def score(self, prompt: Prompt, response: str) -> float:
-        """Return the reward of one response, a finite float.
+        """Return the reward of one response, a finite float, after as many attempts as ``reward.retries`` allows.
 
-        Raises RewardError, naming function, row and what it did, when there is none.
+        Raises RewardError, naming function, row and what it did, when there is none, and RewardNotApplicable when the
+        function returned None.
         """
-        try:
-            return _finite(await self._call(prompt, response))
-        except UserFunctionFailed as error:
-            raise RewardError(self._failure(prompt, str(error))) from error.__cause__
-        except ValueError as error:
-            raise RewardError(self._failure(prompt, str(error))) from None
-
-    def _failure(self, prompt: Prompt, what: str) -> str:
-        where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
-        return f"reward.function {self._settings.function}, {where}: {what}"
-
-
-def _finite(value: Any) -> float:
-    """Return a real number as a float: Python's, and the scalars and arrays without axes of NumPy and torch.
-
-    Raises ValueError, saying what was returned and what is expected, for all else.
-    """
-    number = _item(value)
-    if not isinstance(number, numbers.Real):
-        raise ValueError(f"returned {value!r:.200} of type {type(value).__name__}; expected {_EXPECTED}")
-    try:
-        number = float(number)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"returned {value!r:.200}; expected {_EXPECTED}")
-    return number
-
-
-def _item(value: Any) -> Any:
-    """Return the number in an array without axes, which NumPy's scalars and torch's tensors can be; else ``value``."""
-    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
-        return value
-    try:
-        return value.item()
-    except Exception:  # noqa: BLE001 - a tensor of the meta device, for example, has none
-        return value
+        where = f"reward.function {self._settings.function}, prompt {prompt.prompt_id} (dataset row {prompt.row})"
+        attempt = 0
+        while True:
+            try:
+                reward: float | None = await self._call(prompt, response)
+                break
+            except UserFunctionFailed as error:
+                if not error.may_pass or attempt == self._settings.retries:
+                    attempts = f", at {attempt + 1} attempts" if attempt else ""
+                    raise RewardError(f"{where}: {error}{attempts}") from error.__cause__
+                attempt += 1
+                log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
+            await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
+        if reward is None:
+            raise RewardNotApplicable(f"{where}: returned None, so the response has no reward")
+        return reward
