@@ -28,7 +28,6 @@ import os
 import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -45,7 +44,7 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.run_state import RunState
 from async_rl.driver.starting import wait_started
-from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.errors import CheckpointDamaged, ReplicaFailed, TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
 from async_rl.queue.client import Payload
@@ -117,7 +116,7 @@ class TrainingLoop:
             await self._evaluate()
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
-            await first_failure(self._train(), self._monitor.run(), *supervised)
+            await first_failure(self._train(), self._monitor.run(), self._checkpointer.watch(), *supervised)
             await self._replicas.stop()
             await self._monitor.poll()
             self._recorder.training_ended()
@@ -155,6 +154,7 @@ class TrainingLoop:
                 continue
             except TrainerDied as error:
                 await self._restart_trainer(error)
+        await self._checkpointer.finish()
 
     async def _train_step(self) -> None:
         began = time.monotonic()
@@ -253,12 +253,10 @@ class TrainingLoop:
         """
         # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
         version = self._attempted = max(self._version, self._attempted) + 1
-        in_flight: dict[str, Any] = {}
-        paused = functools.partial(self._checkpointer.add_in_flight, in_flight) if snapshot else None
+        paused = functools.partial(self._checkpointer.freeze, self._step) if snapshot else None
         with self._monitor.phase("push", self._step):
             while True:
                 await self._replicas.add_waiting_members()
-                in_flight.clear()
                 try:
                     record = await self._sync.run(version, paused=paused, end_calls=snapshot)
                     break
@@ -269,8 +267,8 @@ class TrainingLoop:
         every = self._config.eval.every
         if every and self._version % every == 0:
             await self._evaluate()
-        # Before the queue admits more groups: those are not in ``in_flight``.
-        state = await self._checkpointer.take(self._step, version, in_flight, synced=True) if snapshot else None
+        # Before the queue admits more groups: those are not frozen.
+        state = await self._checkpointer.take(self._step, version, synced=True) if snapshot else None
         await self._queue.advance(self._version)
         self._recorder.sync(record)
         await self._sync.resume()
@@ -323,6 +321,8 @@ class TrainingLoop:
                     return
                 except TrainerDied as next_error:
                     error = next_error
+                except CheckpointDamaged as damaged:
+                    self._checkpointer.pass_over(damaged)
 
     async def _shut_down(self) -> None:
         calls = [worker.shutdown() for worker in self._rollouts.workers.values()] + self._trainers.shutdown()

@@ -3,7 +3,6 @@
 import asyncio
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
@@ -11,12 +10,19 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.errors import AsyncRLError, EngineDied, ReplicaFailed
 
 
+def value(of):
+    """What a reference of Ray's is: something to await."""
+    reference = asyncio.get_running_loop().create_future()
+    reference.set_result(of)
+    return reference
+
+
 class Worker:
     """Dies with ``error`` once its stream is read to the end, or ends it; ``groups`` are its groups in flight."""
 
     def __init__(self, error=None, groups=(), dead=False):
         self.error, self.in_flight, self.dead = error, groups, dead
-        self.adopted, self.started = {}, False
+        self.adopted, self.started = [], False
 
     async def start(self):
         self.started = True
@@ -32,14 +38,19 @@ class Worker:
     def accepted(self, group_id):
         raise AssertionError("its stream has no groups")
 
-    async def snapshot(self):
+    async def salvage(self):
         if self.dead:
             raise ActorDiedError()
-        return {group: np.zeros(1, np.uint8) for group in self.in_flight}
+        for group in self.in_flight:
+            yield value(group)
+            yield f"message of {group}"
 
-    async def adopt(self, groups):
-        self.adopted = dict(groups)
-        return list(groups)
+    async def stats(self):
+        return None
+
+    async def adopt(self, messages):
+        self.adopted = [message.removeprefix("message of ") for message in messages]
+        return self.adopted
 
 
 class Rollouts:
@@ -105,7 +116,7 @@ async def test_a_worker_whose_engine_died_hands_its_groups_to_its_successor():
     await until(lambda: subject.sync_requested)
     assert 0 not in sync.members, "it has no weights yet"
     assert rollouts.workers[0].started
-    assert list(rollouts.workers[0].adopted) == ["a"], "the queue has ended the other one"
+    assert rollouts.workers[0].adopted == ["a"], "the queue has ended the other one"
     assert recovery.waits == [("rollout-0", {"reissued": 1, "resumed": 2})]
     assert recorder.events == []
     await subject.add_waiting_members()
@@ -121,7 +132,7 @@ async def test_of_a_worker_that_is_dead_itself_nothing_is_resumed():
     subject, rollouts, _, recovery, _ = supervisor(Worker(ActorDiedError(), groups=("a",), dead=True))
     task = asyncio.ensure_future(subject.supervise(0))
     await until(lambda: subject.sync_requested)
-    assert rollouts.workers[0].adopted == {}
+    assert rollouts.workers[0].adopted == []
     assert recovery.waits == [("rollout-0", {"reissued": 2, "resumed": 0})]
     task.cancel()
 
@@ -134,7 +145,7 @@ async def test_an_evicted_replica_is_ended_and_its_groups_are_kept_for_its_succe
     rollouts.workers[0].error, rollouts.workers[0].dead = ActorDiedError(), True
     task = asyncio.ensure_future(subject.supervise(0))
     await until(lambda: subject.sync_requested)
-    assert list(rollouts.workers[0].adopted) == ["a", "b"]
+    assert rollouts.workers[0].adopted == ["a", "b"]
     assert recovery.waits == [("rollout-0", {"reissued": 0, "resumed": 2})]
     # It fails again in the sync that was to give it weights.
     await subject.add_waiting_members()
