@@ -20,6 +20,7 @@
     ├── TrainerError           the trainer cannot continue
     │   ├── TrainerDied        a rank's process is dead, or failed in a way that a restart may cure
     │   └── CheckpointError    a checkpoint that is damaged, missing, or of another model
+    │       └── CheckpointDamaged  the content of a file is not what was written; an earlier one may be intact
     ├── WeightSyncError        a weight sync failed
     │   ├── WeightSyncMismatch the canary: engine and trainer disagree after a transfer
     │   └── ReplicaFailed      one replica cannot take part in a weight sync
@@ -116,6 +117,18 @@ class TrainerDied(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is damaged, missing, or of another model."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A file of a checkpoint is not as it was written, which was found when it was loaded."""
+
+    def __init__(self, path: str, damage: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {damage}")
+        self.path = path
+        self.damage = damage
+
+    def __reduce__(self) -> tuple[type[CheckpointDamaged], tuple[str, str]]:
+        return CheckpointDamaged, (self.path, self.damage)
 
 
 class WeightSyncError(AsyncRLError):

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import ray
 from ray.exceptions import RayError
 
@@ -26,9 +24,11 @@ from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.engine.interface import Score
 from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.moments import SavedGroup
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_process_death, is_worker_lost, unwrap_ray_error, user_facing_error
+from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
@@ -123,9 +123,17 @@ class TrainerRanks:
         """Return the experts that the trainer's own routers choose, [N-1, L, K] for each sequence."""
         return await self._together("native_routing", [rank.native_routing.remote(sequences) for rank in self._ranks])
 
-    async def save(self, folder: Path) -> float:
-        """Write the trainer's state into ``folder``. Returns the seconds that it took."""
-        return await self._together("save", [rank.save.remote(folder) for rank in self._ranks])
+    async def begin_save(self, folder: Path) -> None:
+        """Begin to write the trainer's state into ``folder``. Returns once every rank has copied its part."""
+        await self._together("begin_save", [rank.begin_save.remote(folder) for rank in self._ranks])
+
+    async def is_saved(self) -> bool:
+        """Return whether the files of all ranks are written; asked between the calls of a step."""
+        return all(await self._all("is_saved", [rank.is_saved.remote() for rank in self._ranks]))
+
+    async def finish_save(self) -> list[Entries]:
+        """Complete the save. Returns the entries of each rank's files."""
+        return await self._all("finish_save", [rank.finish_save.remote() for rank in self._ranks])
 
     async def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint folder."""
@@ -158,10 +166,13 @@ class TrainerRanks:
 
     async def _together(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
         """Await the calls of all ranks and return the result of rank 0."""
+        return (await self._all(method, calls))[0]
+
+    async def _all(self, method: str, calls: Sequence[Awaitable[T]]) -> list[T]:
+        """Await the calls of all ranks and return their results."""
         futures = [asyncio.ensure_future(call) for call in calls]
         try:
-            first, *_ = await asyncio.gather(*futures)
-            return first
+            return await asyncio.gather(*futures)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -228,13 +239,25 @@ class RolloutHandle:
         """Answer ``prompts`` greedily and return the mean reward."""
         return _typed(self.actor.evaluate.remote(prompts))
 
-    def snapshot(self) -> Awaitable[dict[str, npt.NDArray[np.uint8]]]:
-        """Return the groups in flight, encoded, by id."""
-        return _typed(self.actor.snapshot.remote())
+    def freeze(self, step: int) -> Awaitable[None]:
+        """Keep references to the groups in flight as they are now, for the checkpoint of ``step``."""
+        return _typed(self.actor.freeze.remote(step))
 
-    def adopt(self, groups: Mapping[str, Any]) -> Awaitable[list[str]]:
-        """Resume groups of another worker's ``snapshot``; returns the ids of those that fit the settings."""
-        return _typed(self.actor.adopt.remote(groups))
+    def write_in_flight(self, step: int, folder: Path) -> Awaitable[dict[str, SavedGroup]]:
+        """Write what was kept for ``step`` into ``folder``, and return it by group id."""
+        return _typed(self.actor.write_in_flight.remote(step, folder))
+
+    def salvage(self) -> AsyncIterator[Any]:
+        """Stream id and message of each group in flight of a worker whose engine has died."""
+        stream: AsyncIterator[Any] = self.actor.salvage.options(num_returns="streaming").remote()
+        return stream
+
+    def adopt(self, messages: Sequence[Any]) -> Awaitable[list[str]]:
+        """Resume groups of other workers, given as files or references to their messages.
+
+        Returns the ids of those that fit the settings. Messages do not pass through the driver.
+        """
+        return _typed(self.actor.adopt.remote(*messages))
 
     def stats(self) -> Awaitable[WorkerStats]:
         """Return the worker's counters."""

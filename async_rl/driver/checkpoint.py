@@ -1,8 +1,15 @@
 """Checkpoints of a run: one moment of it, taken, written and restored.
 
-A moment lies between two training steps, while the engines are paused. ``Checkpointer`` asks the queue, the replicas
-and the trainer for their part of it. The files of the driver's part are ``driver.run_state``'s, the folder's integrity
-is ``driver.checkpoint_folder``'s. When checkpoints are due and what follows a failure is decided by ``driver.loop``.
+A moment lies between two training steps, while the engines are paused. Only references are taken then. The files are
+written after the engines have resumed and while training continues, by the processes that have their content:
+
+    rollout workers   their groups in flight     ``rollout.moments``
+    trainer's ranks   the trainer's state        ``trainer.megatron.distributed_checkpoint``
+    driver            the rest                   ``driver.run_state``
+
+Each returns size and checksum of its files. When all have returned, ``driver.checkpoint_folder`` makes the folder a
+checkpoint; until then the one before is the newest. When checkpoints are due and what follows a failure is decided by
+``driver.loop``.
 """
 
 from __future__ import annotations
@@ -12,10 +19,10 @@ import functools
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
+import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver import checkpoint_folder, run_state
@@ -25,12 +32,20 @@ from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.run_state import RunState
-from async_rl.errors import ReplicaFailed
+from async_rl.errors import CheckpointDamaged, ReplicaFailed, TrainerDied
 from async_rl.queue.client import QueueClient
+from async_rl.rollout.moments import SavedGroup
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs
+from async_rl.runtime.failures import unwrap_ray_error
+from async_rl.runtime.manifest import Entries
 from async_rl.weights.canary import Noise
-from async_rl.weights.sync import WeightSync
+from async_rl.weights.sync import Replica, WeightSync
+
+log = structlog.get_logger(__name__)
+
+# How often the trainer's ranks are asked whether they have written their files.
+_POLL_S = 0.2
 
 
 class Checkpointer:
@@ -52,6 +67,11 @@ class Checkpointer:
         self._schedule = CheckpointSchedule(config.checkpoint, time.monotonic())
         self.latest_step = 0
         """The step of the checkpoint that was written or restored last; 0 before the first."""
+        self._frozen: dict[int, Replica] = {}  # workers that keep their groups in flight for the next checkpoint
+        self._writing: asyncio.Task[None] | None = None
+        self._failed = asyncio.Event()
+        self._error: Exception | None = None  # of what was written in the background
+        self._damaged: dict[Path, str] = {}  # checkpoints whose damage was found when they were loaded
         self._queue = queue
         self._rollouts = rollouts
         self._trainers = trainers
@@ -77,21 +97,21 @@ class Checkpointer:
 
         ``synced``: whether the weights of ``step`` are those of ``version``.
         """
-        in_flight: dict[str, Any] = {}
         with self._monitor.phase("checkpoint", step):
             while True:
                 try:
-                    await self._sync.while_paused(functools.partial(self.add_in_flight, in_flight))
+                    await self._sync.while_paused(functools.partial(self.freeze, step))
                     break
                 except ReplicaFailed as error:
                     self._replicas.evict(error)
-        return await self.take(step, version, in_flight, synced=synced)
+        return await self.take(step, version, synced=synced)
 
-    async def add_in_flight(self, in_flight: dict[str, Any], replica: int) -> None:
-        """Add the groups in flight of a paused replica to ``in_flight``, encoded, by id."""
-        in_flight.update(await self._sync.on(replica, lambda worker: worker.snapshot()))
+    async def freeze(self, step: int, replica: int) -> None:
+        """Have a paused replica keep its groups in flight as they are, for the checkpoint of ``step``."""
+        await self._sync.on(replica, lambda worker: worker.freeze(step))
+        self._frozen[replica] = self._sync.members[replica]
 
-    async def take(self, step: int, version: int, in_flight: dict[str, Any], *, synced: bool) -> RunState:
+    async def take(self, step: int, version: int, *, synced: bool) -> RunState:
         """Return the run's state with the queue as it is now. The payloads of queued groups are still references."""
         queue = await self._queue.state()
         payloads = {group_id: self._queue.payload(group_id) for ((group_id, *_), _) in queue["queued"]}
@@ -102,31 +122,101 @@ class Checkpointer:
             queue=queue,
             recorder={},
             queued={group_id: payload for group_id, payload in payloads.items() if payload is not None},
-            in_flight=in_flight,
+            in_flight={},
             canary=None if self._sync.canary.noise is None else asdict(self._sync.canary.noise),
         )
 
     # -- written ------------------------------------------------------------------------------------------------
 
     async def write(self, state: RunState) -> None:
-        """Write a checkpoint of ``state`` and of the trainer. Generation continues meanwhile."""
-        began, folder = time.monotonic(), self._recorder.checkpoints
+        """Begin to write a checkpoint of ``state`` and of the trainer, once the one before is written.
+
+        Returns when the trainer's state is copied, so that training may continue. ``finish`` waits for the rest.
+        """
         with self._monitor.phase("checkpoint", state.step):
-            partial = await asyncio.to_thread(checkpoint_folder.begin, folder, state.step)
-            await asyncio.to_thread(_write_state, partial, state, self._recorder.state())
-            await self._trainers.save(partial)
-            await asyncio.to_thread(checkpoint_folder.commit, partial, keep=self._keep)
-        await self._queue.checkpointed(checkpoint_folder.oldest_step(folder))
-        self.latest_step = state.step
-        self._recorder.checkpointed(state.step, time.monotonic() - began)
+            await self.finish()
+            began = time.monotonic()
+            partial = await asyncio.to_thread(checkpoint_folder.begin, self._recorder.checkpoints, state.step)
+            members = self._sync.members
+            frozen = {replica: worker for replica, worker in self._frozen.items() if members.get(replica) is worker}
+            self._frozen = {}
+            state = replace(state, recorder=self._recorder.state())
+            await self._trainers.begin_save(partial)
+        self._writing = asyncio.create_task(self._write_parts(partial, state, frozen, began))
+
+    async def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete. Raises what it raised."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+            self._writing = None
+        if self._error is not None:
+            raise self._error
+
+    async def watch(self) -> None:
+        """Wait, and raise what a checkpoint raised while it was written."""
+        await self._failed.wait()
+        await self.finish()
+
+    async def _write_parts(self, partial: Path, state: RunState, frozen: dict[int, Replica], began: float) -> None:
+        """Have each part written by the process that has it, all at once, then make the folder a checkpoint.
+
+        If the trainer dies meanwhile there is no such checkpoint: the training loop finds the same death.
+        """
+        try:
+            groups, queued, trainer = await asyncio.gather(
+                self._write_in_flight(partial, state.step, frozen),
+                asyncio.to_thread(_write_queued, partial, state),
+                self._trainer_files(),
+            )
+            in_flight = {group_id: Path(saved.file) for group_id, saved in groups.items()}
+            head = await asyncio.to_thread(run_state.write_head, partial, replace(state, in_flight=in_flight))
+            entries = trainer | queued | head
+            entries |= {f"{run_state.IN_FLIGHT}/{saved.file}": saved.entry for saved in groups.values()}
+            final = await asyncio.to_thread(checkpoint_folder.commit, partial, entries, keep=self._keep)
+            self._damaged.pop(final, None)
+            await self._queue.checkpointed(checkpoint_folder.oldest_step(self._recorder.checkpoints))
+            self.latest_step = state.step
+            self._recorder.checkpointed(state.step, time.monotonic() - began)
+        except TrainerDied as error:
+            log.warning("checkpoint_given_up", step=state.step, reason=str(error))
+        except Exception as error:  # noqa: BLE001 - raised by ``watch`` and ``finish``
+            self._error = error
+            self._failed.set()
+
+    async def _write_in_flight(self, partial: Path, step: int, frozen: dict[int, Replica]) -> dict[str, SavedGroup]:
+        """Have each worker write its groups in flight. The groups of one that cannot are issued again at a restore."""
+        folder = partial / run_state.IN_FLIGHT
+        calls = [worker.write_in_flight(step, folder) for worker in frozen.values()]
+        saved: dict[str, SavedGroup] = {}
+        for replica, written in zip(frozen, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(written, BaseException):
+                reason = " ".join(str(unwrap_ray_error(written)).split())[:200]
+                log.warning("in_flight_not_saved", worker=worker_id(replica), step=step, reason=reason)
+            else:
+                saved |= written
+        return saved
+
+    async def _trainer_files(self) -> Entries:
+        """Return the entries of the trainer's files once all are written. Its ranks train meanwhile."""
+        while True:
+            if await self._trainers.is_saved():
+                each = await self._trainers.finish_save()
+                return {name: entry for entries in each for name, entry in entries.items()}
+            await asyncio.sleep(_POLL_S)
 
     # -- restored -----------------------------------------------------------------------------------------------
 
     async def latest(self) -> Path | None:
-        """Return the folder of the latest valid checkpoint; None if there is no checkpoint."""
-        found = await asyncio.to_thread(checkpoint_folder.latest_valid, self._recorder.checkpoints)
+        """Return the folder of the latest checkpoint that is not known as damaged; None if there is no checkpoint."""
+        await self.finish()
+        folder = self._recorder.checkpoints
+        found = await asyncio.to_thread(checkpoint_folder.latest_valid, folder, self._damaged)
         self.latest_step = 0 if found is None else checkpoint_folder.step_of(found)
         return found
+
+    def pass_over(self, damaged: CheckpointDamaged) -> None:
+        """Note that a checkpoint was found damaged when it was loaded: ``latest`` returns an earlier one."""
+        self._damaged[Path(damaged.path)] = damaged.damage
 
     async def restore(self, found: Path) -> int:
         """Restore queued groups, groups in flight and weights of a run that ended; the trainer has loaded ``found``.
@@ -169,8 +259,7 @@ class Checkpointer:
         return adopted
 
 
-def _write_state(folder: Path, state: RunState, recorder: dict[str, Any]) -> None:
+def _write_queued(folder: Path, state: RunState) -> Entries:
     # With queue.backend redis the payloads are addresses of messages that outlive the run there.
-    in_memory = {group_id: payload for group_id, payload in state.queued.items() if not isinstance(payload, str)}
-    messages = dict(zip(in_memory, ray.get([reference for (reference,) in in_memory.values()]), strict=True))
-    run_state.write(folder, replace(state, recorder=recorder, queued=messages))
+    references = [payload[0] for payload in state.queued.values() if not isinstance(payload, str)]
+    return run_state.write_queued(folder, map(ray.get, references))

@@ -1,33 +1,33 @@
-"""Checkpoint folders on disk: written whole or not at all, checked before they are read, the last few kept.
+"""Checkpoint folders on disk: written whole or not at all, the last few kept.
 
     checkpoints/step-000020/        what ``save`` of Megatron's distributed checkpointing writes, from every rank
         manifest.json               size and checksum of every file; written last, so that a torn folder has none
+        pipeline/                   the driver's part and the groups in flight, see ``driver.run_state``
         config.yaml                 the run's settings, from which ``async-rl export`` builds the model
     checkpoints/step-000040.partial a checkpoint that is being written, or was not finished
 
-A folder is renamed to its final name when it is complete. Knows files, but not what is in them.
+A folder is renamed to its final name when it is complete. Sizes and checksums come from the processes that wrote the
+files, and checksums are compared by the trainer's ranks when they load a checkpoint: nothing here reads a file but the
+manifest. Knows files, but not what is in them.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import structlog
-import xxhash
 
 from async_rl.errors import CheckpointError
+from async_rl.runtime import manifest
+from async_rl.runtime.manifest import FileEntry
 
 log = structlog.get_logger(__name__)
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = ".partial"
-_BLOCK = 2**22
 
 
 def name(step: int) -> str:
@@ -49,26 +49,30 @@ def unfinished(folder: Path, step: int) -> Path:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Create the folder that the checkpoint of ``step`` is written into."""
+    """Create the folder that the checkpoint of ``step`` is written into; remove what is left of unfinished ones."""
+    for left in folder.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
     partial = unfinished(folder, step)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)  # a worker may be at the end of writing an earlier attempt
     return partial
 
 
-def commit(partial: Path, *, keep: int) -> Path:
-    """Give a complete checkpoint its final name, and remove all but the newest ``keep``. Returns its final path."""
-    files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
-    entries = {key: {"bytes": path.stat().st_size, "xxh3": _checksum(path)} for key, path in files.items()}
-    for path in files.values():
-        _sync(path)
-    manifest = partial / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1))
-    _sync(manifest)
+def commit(partial: Path, entries: Mapping[str, FileEntry], *, keep: int) -> Path:
+    """Give a complete checkpoint its final name, and remove all but the newest ``keep``. Returns its final path.
+
+    ``entries`` are those of all files, which are on disk. Raises CheckpointError unless all are in the folder.
+    """
+    missing = manifest.find_missing(partial, entries)
+    if missing is not None:
+        raise CheckpointError(
+            f"checkpoint {partial}: {missing}; `runs` must be on a file system that all hosts of the run share"
+        )
+    manifest.write(partial, entries)
+    manifest.sync_folders({partial, *((partial / name).parent for name in entries)})
     final = partial.with_name(partial.name.removesuffix(_PARTIAL))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _sync(final.parent)
+    manifest.sync_folders([final.parent])
     for old in list(_newest_first(final.parent))[keep:]:
         shutil.rmtree(old)
     return final
@@ -80,32 +84,25 @@ def oldest_step(folder: Path) -> int:
 
 
 def find_damage(path: Path) -> str | None:
-    """Describe what is wrong with a checkpoint; None if it is intact."""
+    """Describe what is missing of a checkpoint; None if all of its files are there in their size."""
     try:
-        entries = json.loads((path / MANIFEST).read_text())["files"]
+        entries = manifest.read(path)
     except OSError as error:
-        return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
-    for key, entry in entries.items():
-        file = path / key
-        if not file.is_file():
-            return f"{key} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{key} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if _checksum(file) != entry["xxh3"]:
-            return f"{key} has another checksum than when it was written"
-    return None
+        return f"{manifest.NAME}: {error.strerror}"
+    except ValueError:
+        return f"{manifest.NAME} cannot be read"
+    return manifest.find_missing(path, entries)
 
 
-def latest_valid(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint; None if there is no checkpoint at all.
+def latest_valid(folder: Path, damaged: Mapping[Path, str] | None = None) -> Path | None:
+    """Return the newest checkpoint whose files are all there; None if there is no checkpoint at all.
 
-    Logs each newer one that is damaged. Raises CheckpointError if all checkpoints are damaged.
+    ``damaged`` are those that were found damaged when they were loaded. Logs each newer one that is damaged. Raises
+    CheckpointError if all checkpoints are damaged.
     """
-    faults = []
+    known, faults = damaged or {}, []
     for path in _newest_first(folder):
-        damage = find_damage(path)
+        damage = known.get(path) or find_damage(path)
         if damage is None:
             return path
         faults.append(f"{path.name}: {damage}")
@@ -118,20 +115,3 @@ def latest_valid(folder: Path) -> Path | None:
 def _newest_first(folder: Path) -> Iterator[Path]:
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     yield from sorted(found, key=step_of, reverse=True)
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the kernel write a file or folder to disk: a rename must not get there before the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,8 @@ from typing import Any
 from async_rl.config.loading import load
 from async_rl.config.schema import ParallelSection, RunConfig
 from async_rl.driver import checkpoint_folder
-from async_rl.errors import CheckpointError
+from async_rl.errors import CheckpointDamaged, CheckpointError
+from async_rl.runtime import manifest
 
 FINAL = "final"
 """Folder, next to the checkpoints, of the model that a finished run has exported."""
@@ -26,8 +27,39 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name another one")
-    source = find(path)
-    config = _with_model(load(source / "config.yaml", overrides), source)
+    damaged: dict[Path, str] = {}
+    while True:
+        source = find(path, damaged)
+        try:
+            _write(load(source / "config.yaml", overrides), source, out)
+        except CheckpointDamaged as error:
+            if source == path:
+                raise
+            damaged[source] = error.damage
+        else:
+            return source
+
+
+def find(path: Path, damaged: Mapping[Path, str] | None = None) -> Path:
+    """Return ``path`` if it is a checkpoint, or the latest one that is not ``damaged`` if it is a run folder."""
+    if (path / manifest.NAME).is_file():
+        damage = checkpoint_folder.find_damage(path)
+        if damage is not None:
+            raise CheckpointDamaged(str(path), damage)
+        return path
+    folders = (path / "checkpoints", path)
+    newest = next(filter(None, (checkpoint_folder.latest_valid(folder, damaged) for folder in folders)), None)
+    if newest is None:
+        finals = (path, path / FINAL, path / "checkpoints" / FINAL)
+        if final := next((folder for folder in finals if (folder / "config.json").is_file()), None):
+            raise CheckpointError(f"{path} has the trained model already as a Hugging Face folder: {final}; copy that")
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run folder with checkpoints; set checkpoint.every to write some"
+        )
+    return newest
+
+
+def _write(config: RunConfig, source: Path, out: Path) -> None:
     from async_rl.trainer.trainer import Trainer
 
     trainer = Trainer(_alone(config))
@@ -36,25 +68,6 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
         trainer.save_hf(out)
     finally:
         trainer.close()
-    return source
-
-
-def find(path: Path) -> Path:
-    """Return ``path`` if it is a checkpoint, or the latest valid checkpoint if it is a run folder."""
-    if (path / checkpoint_folder.MANIFEST).is_file():
-        damage = checkpoint_folder.find_damage(path)
-        if damage is not None:
-            raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
-        return path
-    newest = checkpoint_folder.latest_valid(path / "checkpoints") or checkpoint_folder.latest_valid(path)
-    if newest is None:
-        folders = (path, path / FINAL, path / "checkpoints" / FINAL)
-        if final := next((folder for folder in folders if (folder / "config.json").is_file()), None):
-            raise CheckpointError(f"{path} has the trained model already as a Hugging Face folder: {final}; copy that")
-        raise CheckpointError(
-            f"{path} is neither a checkpoint nor a run folder with checkpoints; set checkpoint.every to write some"
-        )
-    return newest
 
 
 def _with_model(config: RunConfig, checkpoint: Path) -> RunConfig:

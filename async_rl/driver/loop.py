@@ -28,7 +28,6 @@ import os
 import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -145,7 +144,7 @@ class TrainingLoop:
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             self._training = True
-            await first_failure(self._train(), self._monitor.run(), *supervised)
+            await first_failure(self._train(), self._monitor.run(), self._checkpointer.watch(), *supervised)
             self._training = False
             if not self._stopping:
                 await first_failure(self._finish(), self._monitor.run())
@@ -191,6 +190,7 @@ class TrainingLoop:
                 await self._restart_trainer(error)
         if self._stopping and self._step > self._checkpointer.latest_step:
             await self._checkpointer.write(await self._paused_state())
+        await self._checkpointer.finish()
 
     async def _train_step(self) -> None:
         began = time.monotonic()
@@ -282,12 +282,10 @@ class TrainingLoop:
         """
         # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
         version = self._attempted = max(self._version, self._attempted) + 1
-        in_flight: dict[str, Any] = {}
-        paused = functools.partial(self._checkpointer.add_in_flight, in_flight) if snapshot else None
+        paused = functools.partial(self._checkpointer.freeze, self._step) if snapshot else None
         with self._monitor.phase("push", self._step):
             while True:
                 await self._replicas.add_waiting_members()
-                in_flight.clear()
                 try:
                     record = await self._sync.run(version, paused=paused, end_calls=snapshot)
                     break
@@ -296,8 +294,8 @@ class TrainingLoop:
         self._version, self._synced_step = version, self._step
         logs.bind(version=version)
         await self._evaluator.evaluate_if_due(self._version, self._step)
-        # Before the queue admits more groups: those are not in ``in_flight``.
-        state = await self._checkpointer.take(self._step, version, in_flight, synced=True) if snapshot else None
+        # Before the queue admits more groups: those are not frozen.
+        state = await self._checkpointer.take(self._step, version, synced=True) if snapshot else None
         await self._queue.advance(self._version)
         self._recorder.sync(record)
         await self._sync.resume()

@@ -12,17 +12,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import numpy as np
 import structlog
 
 from async_rl.driver.actors import RolloutWorkers
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
+from async_rl.driver.salvage import salvage
 from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
 from async_rl.queue.client import QueueClient
 from async_rl.queue.handover import collect
 from async_rl.rollout.stats import worker_id
-from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
@@ -138,20 +137,13 @@ class ReplicaSupervisor:
         """
         name = worker_id(replica)
         in_flight = await self._queue.adopt(name, groups)
-        fitting = await self._rollouts.workers[replica].adopt({group_id: groups[group_id] for group_id in in_flight})
+        fitting = await self._rollouts.workers[replica].adopt([groups[group_id] for group_id in in_flight])
         await self._queue.worker_lost(name, keep=fitting)
         return fitting
 
     async def _salvage(self, replica: int) -> dict[str, Any]:
         """Return the groups in flight of a worker whose engine has died; none if the worker itself is dead."""
-        try:
-            async with asyncio.timeout(timeouts.ANSWER_S):
-                # Copies: large results belong to the worker's process, which is about to end.
-                saved = await self._rollouts.workers[replica].snapshot()
-                return {group_id: np.array(message) for group_id, message in saved.items()}
-        except Exception as error:  # noqa: BLE001 - after any failure the groups are issued again
-            log.info("salvage_failed", worker=worker_id(replica), reason=str(error).partition("\n")[0])
-            return {}
+        return await salvage(self._rollouts.workers[replica], worker_id(replica))
 
     def evict(self, failed: ReplicaFailed) -> None:
         """Take a replica that failed out of the members; its ``supervise`` ends and replaces it."""

@@ -6,6 +6,7 @@ Owns what happens before and after the loop. What happens in it is in ``driver.l
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
-from async_rl.errors import ConfigError
+from async_rl.errors import CheckpointDamaged, ConfigError
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
@@ -63,17 +64,14 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
     with Recorder(config, started, lambda token_ids: inputs.result().decode(token_ids), resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
         try:
-            found = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
-            prepare_store(config, resume=resume, clear=found is None)
-            if resume:
-                recorder.restore(None if found is None else run_state.read_head(found))
+            # Before any process is started: what can be seen without reading files.
+            checked = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
+            prepare_store(config, resume=resume, clear=checked is None)
             with ray_cluster(config):
                 recorder.announce_ray_exporters(ray_exporters())
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
-                loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
-                work = until_interrupted(loop.run(), wind_up=loop.wind_up, on_demand=loop.request_checkpoint)
-                asyncio.run(work)
+                _train(config, recorder, read, resume=resume)
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
             recorder.finish("interrupted")
             return 130
@@ -83,6 +81,22 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
             raise failure from error
         recorder.finish("finished")
     return 0
+
+
+def _train(config: RunConfig, recorder: Recorder, read: Inputs, *, resume: bool) -> None:
+    """Run the training loop, with ``resume`` from the newest checkpoint that turns out to be intact when loaded."""
+    damaged: dict[Path, str] = {}
+    while True:
+        gc.collect()  # the actors of a loop that found its checkpoint damaged, with their GPUs
+        found = checkpoint_folder.latest_valid(recorder.checkpoints, damaged) if resume else None
+        try:
+            if resume:
+                recorder.restore(None if found is None else run_state.read_head(found))
+            loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
+            asyncio.run(until_interrupted(loop.run(), wind_up=loop.wind_up, on_demand=loop.request_checkpoint))
+            return
+        except CheckpointDamaged as error:
+            damaged[Path(error.path)] = error.damage
 
 
 def prepare(config: RunConfig) -> None:

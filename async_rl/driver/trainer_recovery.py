@@ -16,7 +16,7 @@ from async_rl.driver.actors import TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
-from async_rl.errors import TrainerDied, TrainerError
+from async_rl.errors import CheckpointDamaged, TrainerDied, TrainerError
 from async_rl.queue.client import QueueClient
 
 log = structlog.get_logger(__name__)
@@ -76,17 +76,22 @@ class TrainerRecovery:
         Returns the checkpoint's step and the number of these groups. Raises TrainerDied if the trainer fails again,
         TrainerError if there is no checkpoint, ProcessLost if the trainer has failed too often.
         """
-        # The queue remembers what was trained since a checkpoint only where checkpoints are periodic.
-        found = await self._checkpointer.latest() if self._config.checkpoint.periodic else None
-        if found is None:
-            raise TrainerError(
-                f"{error}, and there is no checkpoint to restart it from; set checkpoint.every to have some "
-                f"(logs: {self._config.run_dir / 'logs'})"
-            ) from error
-        state = await asyncio.to_thread(run_state.read_head, found)
-        await self._recovery.wait("trainer", error, step=state.step)
-        self._trainers.replace()
-        await self._trainers.start(found)
+        while True:
+            # The queue remembers what was trained since a checkpoint only where checkpoints are periodic.
+            found = await self._checkpointer.latest() if self._config.checkpoint.periodic else None
+            if found is None:
+                raise TrainerError(
+                    f"{error}, and there is no checkpoint to restart it from; set checkpoint.every to have some "
+                    f"(logs: {self._config.run_dir / 'logs'})"
+                ) from error
+            try:
+                state = await asyncio.to_thread(run_state.read_head, found)
+                await self._recovery.wait("trainer", error, step=state.step)
+                self._trainers.replace()
+                await self._trainers.start(found)
+                break
+            except CheckpointDamaged as damaged:
+                self._checkpointer.pass_over(damaged)
         reissued = await self._queue.rewind(state.step)
         await self._recorder.samples.finished()
         await asyncio.to_thread(self._recorder.rewind, state.step, state.recorder)

@@ -34,6 +34,10 @@ log = structlog.get_logger(__name__)
 
 # A message of some megabytes takes about so long to be written.
 _POLL_S = 0.001
+# Groups of one worker that are encoded and not accepted: one for the queue to decide on, one to follow it. The others
+# wait as they are, and their number is bounded by the worker. Messages that wait for a full queue would be outside of
+# queue.max_bytes, and would fill the object store.
+_ON_THEIR_WAY = 2
 
 
 class Outbox(QueueClient):
@@ -44,16 +48,21 @@ class Outbox(QueueClient):
         super().__init__(actor, groups)
         self._ready: asyncio.Queue[tuple[GroupMeta, npt.NDArray[np.uint8]]] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Future[None]] = {}  # {group id: set once it is accepted}
+        self._places = asyncio.Semaphore(_ON_THEIR_WAY)
 
     async def put(self, group: Group) -> GroupMeta:
-        """Encode the group and add it to the stream; return once ``accepted`` was called for it."""
-        meta, message = await self._encoded(group)
-        accepted = self._waiting[meta.group_id] = asyncio.get_running_loop().create_future()
-        self._ready.put_nowait((meta, message))
-        try:
-            await accepted
-        finally:
-            del self._waiting[meta.group_id]
+        """Encode the group and add it to the stream; return once ``accepted`` was called for it.
+
+        Waits while other groups are on their way, so that a full queue stops the worker.
+        """
+        async with self._places:
+            meta, message = await self._encoded(group)
+            accepted = self._waiting[meta.group_id] = asyncio.get_running_loop().create_future()
+            self._ready.put_nowait((meta, message))
+            try:
+                await accepted
+            finally:
+                del self._waiting[meta.group_id]
         return meta
 
     def accepted(self, group_id: str) -> None:

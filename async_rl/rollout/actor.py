@@ -7,13 +7,13 @@ from other processes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
@@ -26,6 +26,7 @@ from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score
 from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.evaluation import EvalResult, evaluate
 from async_rl.rollout.gate import Gate
+from async_rl.rollout.moments import Moment, SavedGroup, Source, load
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing_policies import check_probe
@@ -63,6 +64,8 @@ class RolloutReplica:
         self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline)
         self._timeline = timeline
         self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
+        self._frozen: tuple[int, Moment] | None = None  # training step and groups of a checkpoint
+        self._writing = asyncio.Lock()
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -87,13 +90,24 @@ class RolloutReplica:
         if self._timeline is not None:
             self._timeline.close()
 
-    async def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
-        """Return the groups in flight, encoded, by id; see ``RolloutWorker.snapshot``."""
-        return await self._worker.snapshot()
+    # -- groups in flight ---------------------------------------------------------------------------------------
 
-    def adopt(self, messages: Mapping[str, Any]) -> list[str]:
-        """Take groups of another replica's ``snapshot``; see ``RolloutWorker.adopt``."""
-        return self._worker.adopt(messages)
+    async def freeze(self, step: int) -> None:
+        """Keep the groups in flight as they are now, for the checkpoint of ``step``, in place of earlier ones."""
+        self._frozen = step, self._worker.moment()
+
+    async def write_in_flight(self, step: int, folder: Path) -> dict[str, SavedGroup]:
+        """Write what was kept for ``step`` into ``folder``; return it by group id. Raises OSError."""
+        kept, self._frozen = self._frozen, None
+        if kept is None or kept[0] != step:
+            raise RuntimeError(f"freeze({step}) must be called before write_in_flight({step})")
+        async with self._writing:  # of an earlier checkpoint, which nothing waits for if its trainer died
+            return await kept[1].write(folder, worker_id(self._replica))
+
+    async def adopt(self, *sources: Source) -> list[str]:
+        """Take messages of groups in flight of other replicas; see ``RolloutWorker.adopt``."""
+        groups = await asyncio.to_thread(load, self._config, self._engine.stop_token_ids, sources)
+        return self._worker.adopt(groups)
 
     def stats(self) -> WorkerStats:
         """Return the worker's counters."""
@@ -104,7 +118,7 @@ class RolloutReplica:
     async def pause(self, *, end_calls: bool = False) -> None:
         """Begin no engine call, and stop the engine as partial_rollout.mode says.
 
-        ``end_calls`` ends calls that "in_flight" would freeze, as "resume" does: a ``snapshot`` then has their tokens.
+        ``end_calls`` ends calls that "in_flight" would keep, as "resume" does: ``freeze`` then finds their tokens.
         """
         self._gate.close()
         mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
@@ -224,6 +238,15 @@ class RolloutActor(RolloutReplica):
         """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
         async for item in self._outbox.stream(self.run()):
             yield item
+
+    async def salvage(self) -> AsyncIterator[Any]:
+        """Stream id and message of each group in flight, in turn, because the engine has died.
+
+        What a stream has yielded belongs to the caller, and survives this process.
+        """
+        async for group_id, message in self._worker.moment().messages():
+            yield group_id
+            yield message
 
     async def accepted(self, group_id: str) -> None:
         """Note that the queue has a group of the stream."""

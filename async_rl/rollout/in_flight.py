@@ -1,7 +1,8 @@
 """Groups in flight, and the message in which they travel to the worker that adopts them.
 
 Encoded for a checkpoint, and after an engine died. Pure: it knows ``partial``, ``types`` and the wire format, but
-neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs, versions and routed experts do not change.
+neither Ray nor an engine. Invariant 3 holds across it: tokens, log-probs and versions do not change. Routed experts,
+most of the bytes, travel unless the next call returns all of them again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class InFlight:
     @property
     def group_id(self) -> str:
         return self.ticket.group_id
+
+    def trajectory_id(self, index: int) -> str:
+        """Return the id of the response at ``index``."""
+        return f"{self.ticket.group_id}/{index}"
 
     @property
     def num_tokens(self) -> int:
@@ -151,4 +156,4 @@ def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
     yield "prompt", group.ticket.prompt.token_ids
     for t, partial in enumerate(group.partials):
         if partial is not None:
-            yield from response_arrays(t, partial)
+            yield from response_arrays(t, partial.without_repeated_rows())

@@ -50,7 +50,8 @@ class PartialRollout:
 
     prompt_ids int32[P]; response_ids int32[G], logprobs float32[G], versions int32[G] of the tokens so far, of which
     segments cover the sampled ones; routed_experts [n, L, K], the rows that ``routing_policy`` keeps of the calls so
-    far, for all tokens before the last sampled one. finish_reason is None until the response has ended.
+    far, for all tokens before the last sampled one, or None ``without_repeated_rows``. finish_reason is None until the
+    response has ended.
     """
 
     trajectory_id: str
@@ -99,6 +100,10 @@ class PartialRollout:
         return bool(self.segments) and self.segments[-1].stop == len(self.response_ids)
 
     @property
+    def _rows_come_again(self) -> bool:
+        return self.routing_policy == "replace" and not self.finished
+
+    @property
     def turns(self) -> tuple[Int32Array, ...]:
         """The response so far, split into the turns of policy and environment; the policy's turn is first."""
         sampled = self.versions != NOT_SAMPLED
@@ -118,13 +123,18 @@ class PartialRollout:
         if count and (not self.segments or self.segments[0].start != 0):
             raise InvalidTrajectory(f"{name}: a partial rollout whose first token was not sampled")
         check_segments(name, self.segments, self.versions)
-        if (self.routed_experts is None) != (self.routing_spec is None or not self.segments):
+        none, without = self.routed_experts is None, self.routing_spec is None or not self.segments
+        if none != without and not (none and self._rows_come_again):
             raise InvalidTrajectory(
                 f"{name}: a partial rollout has routed experts without a sampled MoE token, or lacks them"
             )
         if self.routed_experts is not None and self.routing_spec is not None:
             known = len(self.prompt_ids) + self.segments[-1].stop - 1
             check_routing(name, self.routed_experts, rows=known, spec=self.routing_spec)
+
+    def without_repeated_rows(self) -> PartialRollout:
+        """Return the state without routed experts if the next call returns all of them in place of the present ones."""
+        return replace(self, routed_experts=None) if self._rows_come_again else self
 
     def next_request(self) -> Request:
         """Return the arguments of the next engine call. Raises InvalidTrajectory when the response has ended."""

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import WireError
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
-from async_rl.rollout import in_flight
 from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
 from async_rl.rollout.engine.liveness import watch_engine
-from async_rl.rollout.gate import Gate, Outstanding
+from async_rl.rollout.gate import Gate
 from async_rl.rollout.in_flight import InFlight
+from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
@@ -68,7 +65,7 @@ class RolloutWorker:
         self._queue = queue
         self._engine = engine
         self._gate = gate
-        self._unabsorbed = Outstanding()  # answers of the engine that are not part of a partial rollout yet
+        self._merging: dict[str, asyncio.Task[PartialRollout]] = {}  # answers being absorbed, by trajectory id
         self._responses = responses
         self._timeline = timeline
         self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
@@ -144,34 +141,16 @@ class RolloutWorker:
         self._cancel_work()
         self._responses.close()
 
-    async def snapshot(self) -> dict[str, npt.NDArray[np.uint8]]:
-        """Return every group in flight, encoded, by id: another worker can ``adopt`` them.
+    def moment(self) -> Moment:
+        """Return every group in flight as it is now, for a checkpoint or another worker.
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        await self._unabsorbed.wait_none()
-        groups = [group.copy() for group in (*self._adopted, *self._in_flight.values())]
-        return await asyncio.to_thread(lambda: {group.group_id: in_flight.encode(group) for group in groups})
+        return Moment((*self._adopted, *self._in_flight.values()), self._merging)
 
-    def adopt(self, messages: Mapping[str, Any]) -> list[str]:
-        """Take groups of another worker's ``snapshot``, to resume them when ``run`` is called.
-
-        Returns the ids of those that fit the present settings; the others are logged and left out.
-        """
-        settings = self._config.rollout
-        for message in messages.values():
-            try:
-                group = in_flight.decode(
-                    message,
-                    n=settings.n,
-                    max_response_tokens=settings.max_response_tokens,
-                    stop_token_ids=self._engine.stop_token_ids,
-                    routing_policy=self._config.async_training.partial_rollout.routing,
-                )
-            except WireError as error:
-                log.warning("in_flight_group_refused", reason=str(error))
-                continue
-            self._adopted.append(group)
+    def adopt(self, groups: Sequence[InFlight]) -> list[str]:
+        """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
+        self._adopted += groups
         return [group.group_id for group in self._adopted]
 
     def stats(self) -> WorkerStats:
@@ -271,7 +250,7 @@ class RolloutWorker:
         def keep(partial: PartialRollout) -> None:
             group.partials[index] = partial
 
-        start = group.partials[index] or self._responses.begin(f"{group.group_id}/{index}", prompt)
+        start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         try:
             partial = await self._responses.complete(start, prompt, self._sample, keep)
         finally:
@@ -289,14 +268,15 @@ class RolloutWorker:
         began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
-            self._unabsorbed.begin()
+            merged = asyncio.create_task(_aside(output.routed_experts, lambda: partial.absorb(output)))
+            self._merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()
         try:
             self._count(partial, len(token_ids), output, time.monotonic() - began)
-            return await _aside(output.routed_experts, lambda: partial.absorb(output))
+            return await merged
         finally:
-            self._unabsorbed.end()
+            del self._merging[partial.trajectory_id]
 
     def _count(self, partial: PartialRollout, context: int, output: EngineOutput, seconds: float) -> None:
         """Count an engine call that was given ``context`` tokens."""

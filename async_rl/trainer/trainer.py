@@ -42,6 +42,7 @@ from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, RoutingSp
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
 
+    from async_rl.trainer.megatron.distributed_checkpoint import Save
     from async_rl.trainer.megatron.gather import GatheredWeights
 
 # Microbatches for each pipeline stage from which on a schedule runs before the step's end: its stages then idle at most
@@ -333,18 +334,18 @@ class Trainer:
         """
         write_hf(self.weights(), folder, like=self._config.model.path, model=self._model_config, place=self._place)
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and random state into ``folder``, each rank its part.
+    def begin_save(self, folder: Path) -> Save:
+        """Begin to write model, optimizer, schedule and random state into ``folder``, each rank its part.
 
-        Returns when all parts are in place. ``driver.checkpoint_folder`` makes a whole checkpoint of the folder.
+        Returns once they are copied. ``driver.checkpoint_folder`` makes a whole checkpoint of the finished folder.
         """
-        self._checkpoint.save(folder, updates=self._steps)
+        return self._checkpoint.begin_save(folder, updates=self._steps)
 
     def load(self, path: Path, *, optimizer: bool = True) -> None:
         """Restore the checkpoint ``path``, which a trainer in any layout may have written.
 
-        optimizer: restore its state too; otherwise only the weights. Raises CheckpointError where the checkpoint is
-        not of this model.
+        optimizer: restore its state too; otherwise only the weights. Raises CheckpointDamaged where a file is not as it
+        was written, and CheckpointError where the checkpoint is not of this model.
         """
         if optimizer:
             self._steps = self._checkpoint.load(path)

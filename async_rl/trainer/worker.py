@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 if TYPE_CHECKING:
     from async_rl.metrics.records import StepReport
+    from async_rl.runtime.manifest import Entries
+    from async_rl.trainer.megatron.distributed_checkpoint import Save
     from async_rl.weights.vllm.sender import WeightSender
 
 
@@ -38,6 +40,7 @@ class TrainerWorker:
         self._init_method = init_method
         self._fetcher = Fetcher(config)
         self._sender: WeightSender | None = None
+        self._save: Save | None = None
 
     def start(self, checkpoint: Path | None = None) -> None:
         """Build the model, and load ``checkpoint`` where one is given. Blocks until every rank has started."""
@@ -110,11 +113,20 @@ class TrainerWorker:
         """Return the experts that the trainer's own routers choose, [N-1, L, K] for each sequence."""
         return self._trainer.native_routing(sequences)
 
-    def save(self, folder: Path) -> float:
-        """Write the trainer's state into ``folder``. Returns the seconds that it took."""
-        start = time.monotonic()
-        self._trainer.save(folder)
-        return time.monotonic() - start
+    def begin_save(self, folder: Path) -> None:
+        """Begin to write the trainer's state into ``folder``. Returns once it is copied: training may continue."""
+        self._save = self._trainer.begin_save(folder)
+
+    def is_saved(self) -> bool:
+        """Return whether this rank's files are written."""
+        return self._save is None or self._save.done()
+
+    def finish_save(self) -> Entries:
+        """Complete the save of all ranks. Returns the entries of this rank's files. Raises CheckpointError."""
+        if self._save is None:
+            raise RuntimeError("begin_save() must be called before finish_save()")
+        save, self._save = self._save, None
+        return save.finish()
 
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint folder. Rank 0 writes."""

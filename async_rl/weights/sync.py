@@ -22,10 +22,9 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
@@ -41,6 +40,7 @@ from async_rl.weights.canary_check import Agreement, CanaryCheck, ProbedTrainer
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
     from async_rl.rollout.evaluation import EvalResult
+    from async_rl.rollout.moments import SavedGroup
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +64,8 @@ class Replica(Protocol):
     def score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]: ...
     def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]: ...
     def evaluate(self, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]: ...
-    def snapshot(self) -> Awaitable[dict[str, npt.NDArray[np.uint8]]]: ...
+    def freeze(self, step: int) -> Awaitable[None]: ...
+    def write_in_flight(self, step: int, folder: Path) -> Awaitable[dict[str, SavedGroup]]: ...
 
 
 class Trainer(ProbedTrainer, Protocol):
@@ -120,8 +121,7 @@ class WeightSync:
                         await self._turn(version, self.members, turn, phases, retries, end_calls=end_calls)
                     )
                     if paused is not None:
-                        for replica in turn:
-                            await paused(replica)
+                        await asyncio.gather(*(paused(replica) for replica in turn))
                 if self._config.sync.rolling:
                     await self._all(turn, lambda worker: worker.resume())
         except TimeoutError:
@@ -170,8 +170,7 @@ class WeightSync:
         try:
             async with asyncio.timeout(self._config.sync.timeout_s):
                 await self._all(replicas, lambda worker: worker.pause(end_calls=True))
-                for replica in replicas:
-                    await paused(replica)
+                await asyncio.gather(*(paused(replica) for replica in replicas))
                 await self._all(replicas, lambda worker: worker.wake())
         except TimeoutError:
             raise await self._too_long("pause for a checkpoint", {}) from None

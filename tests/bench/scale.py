@@ -8,6 +8,7 @@ line of stdout is one JSON object:
     pause_s                   from the start of a pause, with every call under way, to its end
     pause_blocked_ms_max      longest time that the event loop did not run, from that start until all answers are merged
     merged_s                  from that start until all answers are merged
+    snapshot_s_64_members     until 64 workers have written their groups in flight, of which the slowest takes a second
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from async_rl.config.loading import validate
+from async_rl.driver.checkpoint import Checkpointer
 from async_rl.queue.records import Ticket
 from async_rl.rollout import routing_policies
 from async_rl.rollout.actor import RolloutReplica
+from async_rl.rollout.moments import SavedGroup
 from async_rl.types import ExpertIds, Int32Array, Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
@@ -111,11 +116,39 @@ async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, f
     began = time.perf_counter()
     await replica.pause()
     paused = time.perf_counter() - began
-    await replica._worker._unabsorbed.wait_none()
+    while replica._worker._merging:
+        await asyncio.sleep(0)
     all_merged = time.perf_counter() - began
     merged.set()
     work.cancel()
     return {"pause_s": paused, "pause_blocked_ms_max": 1e3 * await watching, "merged_s": all_merged}
+
+
+class Member:
+    """A worker that writes its groups in flight within its own time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def freeze(self, _step: int) -> None:
+        """Keep references to the groups."""
+
+    async def write_in_flight(self, _step: int, _folder: Path) -> dict[str, SavedGroup]:
+        await asyncio.sleep(self.seconds)
+        return {}
+
+
+async def measure_snapshot(members: int) -> dict[str, float]:
+    """Time the snapshot of a checkpoint, on the driver's side: from the pause until all workers have written."""
+    config = validate({"model": {"path": "model"}, "data": {"train": "train.jsonl"}})
+    sync: Any = SimpleNamespace(members={n: Member((1 + n) / members) for n in range(members)})
+    sync.on = lambda replica, call: call(sync.members[replica])
+    parts: Any = dict.fromkeys(("queue", "rollouts", "trainers", "replicas", "monitor", "recorder"))
+    subject = Checkpointer(config, sync=sync, **parts)
+    began = time.perf_counter()
+    await asyncio.gather(*(subject.freeze(1, replica) for replica in sync.members))
+    await subject._write_in_flight(Path("unused"), 1, subject._frozen)
+    return {f"snapshot_s_{members}_members": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -127,6 +160,7 @@ def main() -> None:
     rows = distinct_rows(PROMPT_TOKENS + 2 * options.tokens)
     found = measure_checks(rows[: PROMPT_TOKENS + options.tokens])
     found |= asyncio.run(measure_pause(options.calls, options.tokens, rows))
+    found |= asyncio.run(measure_snapshot(64))
     print(json.dumps({key: float(f"{value:.3g}") for key, value in found.items()}))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from async_rl.driver import checkpoint_folder
 from async_rl.driver.export import export
-from async_rl.errors import CheckpointError
+from async_rl.errors import CheckpointDamaged, CheckpointError
 from tests.support.layouts import (
     LAYOUTS,
     TOLERANCE,
@@ -47,12 +47,19 @@ def train_and_save(trainer, updates, later, folder):
         if trainer._place.rank == 0:
             checkpoint_folder.begin(folder, number)
         torch.distributed.barrier()
-        trainer.save(partial)
+        save = trainer.begin_save(partial)
+        if number == len(updates):
+            # What is written is the state of now, although training goes on while it is written.
+            saved = weights_of(trainer)
+            later_reports = [step(trainer, shares) for shares in later]
+        entries = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(entries, save.finish())
         if trainer._place.rank == 0:
-            checkpoint_folder.commit(partial, keep=2)
+            everything = {name: entry for each in entries for name, entry in each.items()}
+            assert everything.keys() == {path.name for path in partial.iterdir()}, "each file has an entry"
+            checkpoint_folder.commit(partial, everything, keep=2)
         torch.distributed.barrier()
-    saved = weights_of(trainer)
-    return saved, [step(trainer, shares) for shares in later], weights_of(trainer)
+    return saved, later_reports, weights_of(trainer)
 
 
 def restore_and_train(trainer, later, folder):
@@ -113,8 +120,8 @@ def processes_for_a_save(trainer, folder):
     folder.mkdir(exist_ok=True)
     forks = []
     os.register_at_fork(before=lambda: forks.append(True))
-    trainer.save(folder)
-    return len(forks), len(multiprocessing.active_children())
+    written = trainer.begin_save(folder).finish()
+    return len(forks), len(multiprocessing.active_children()), sum(name.endswith(".distcp") for name in written)
 
 
 def test_a_checkpoint_is_written_without_forking(ranks, checkpoint, tmp_path):
@@ -126,8 +133,26 @@ def test_a_checkpoint_is_written_without_forking(ranks, checkpoint, tmp_path):
 
     upstream = inspect.getsource(filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc)
     assert 'get_context("fork")' in upstream
-    assert ranks.run(processes_for_a_save, config_of(checkpoint, {"dp": 2}), tmp_path / "saved") == [(0, 0)] * 2
-    assert len(list((tmp_path / "saved").glob("*.distcp"))) > 1
+    assert ranks.run(processes_for_a_save, config_of(checkpoint, {"dp": 2}), tmp_path / "saved") == [(0, 0, 2)] * 2, (
+        "both write: data-parallel ranks share what they have alike"
+    )
+
+
+def save_to(trainer, folder):
+    partial = checkpoint_folder.unfinished(folder, 1)
+    if trainer._place.rank == 0:
+        checkpoint_folder.begin(folder, 1)
+    torch.distributed.barrier()
+    if trainer._place.rank == 1:
+        # Megatron names a rank's files after it: a folder in the place of one cannot be written.
+        (partial / "__1_0.distcp").mkdir()
+    save = trainer.begin_save(partial)
+    with pytest.raises(CheckpointError, match=r"cannot be written: trainer rank 1: .*Is a directory.*__1_0"):
+        save.finish()
+
+
+def test_a_rank_that_cannot_write_is_named_by_all_and_none_waits_for_it(ranks, checkpoint, tmp_path):
+    ranks.run(save_to, config_of(checkpoint, {"dp": 2}), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_passed_over(ranks, checkpoint, saved, tmp_path):
@@ -138,6 +163,27 @@ def test_a_damaged_checkpoint_is_passed_over(ranks, checkpoint, saved, tmp_path)
     found, loaded, _, _ = ranks.run(restore_and_train, config_of(checkpoint, {}), [], tmp_path / "copy")[0]
     assert found == 1
     assert any((loaded[name] != weight).any() for name, weight in weights.items())
+
+
+def load_damaged(trainer, path):
+    with pytest.raises(CheckpointDamaged, match=r"distcp has another checksum than when it was written"):
+        trainer.load(path)
+    return True
+
+
+def test_every_rank_refuses_a_checkpoint_of_which_one_byte_changed(ranks, checkpoint, saved, tmp_path):
+    """Also a rank that needs nothing of that file: the ranks load the same checkpoint or none."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    victim = max((tmp_path / "copy" / "step-000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    config = config_of(checkpoint, {"dp": 2})
+    assert ranks.run(load_damaged, config, tmp_path / "copy" / "step-000002") == [True, True]
+    ranks.call(export, tmp_path / "copy", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists(), "of the checkpoint before"
+    with pytest.raises(CheckpointDamaged):
+        ranks.call(export, tmp_path / "copy" / "step-000002", tmp_path / "out2")
 
 
 def other_model(folder):

@@ -1,20 +1,27 @@
 """Checkpoint folders: whole or not at all, checked, the last few kept. Torn and damaged ones are real files, cut."""
 
+import io
 import os
+import pickle
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from async_rl.driver import checkpoint_folder
-from async_rl.errors import CheckpointError
+from async_rl.errors import CheckpointDamaged, CheckpointError
+from async_rl.runtime import manifest
+
+
+def write_parts(folder, step):
+    partial = checkpoint_folder.begin(folder, step)
+    (partial / "inner").mkdir()
+    contents = {"weights.distcp": os.urandom(5000), "inner/common.pt": b"state" * step}
+    return partial, {name: manifest.write_file(partial / name, content) for name, content in contents.items()}
 
 
 def write(folder, step, keep=3):
-    partial = checkpoint_folder.begin(folder, step)
-    (partial / "inner").mkdir()
-    (partial / "weights.distcp").write_bytes(os.urandom(5000))
-    (partial / "inner" / "common.pt").write_bytes(b"state" * step)
-    return checkpoint_folder.commit(partial, keep=keep)
+    return checkpoint_folder.commit(*write_parts(folder, step), keep=keep)
 
 
 def test_the_newest_few_are_kept(tmp_path):
@@ -46,21 +53,25 @@ def remove(path):
 
 
 def no_manifest(path):
-    (path / checkpoint_folder.MANIFEST).unlink()
+    (path / manifest.NAME).unlink()
 
 
 def half_a_manifest(path):
-    (path / checkpoint_folder.MANIFEST).write_text((path / checkpoint_folder.MANIFEST).read_text()[:-20])
+    (path / manifest.NAME).write_text((path / manifest.NAME).read_text()[:-20])
+
+
+def without_sizes(path):
+    (path / manifest.NAME).write_text('{"files": {"weights.distcp": {"bytes": 5}}}')
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (cut, "weights.distcp has 4999 bytes, 5000 were written"),
-        (flip, "weights.distcp has another checksum"),
         (remove, "inner/common.pt is missing"),
         (no_manifest, "manifest.json: No such file"),
         (half_a_manifest, "manifest.json cannot be read"),
+        (without_sizes, "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_latest_valid_one_used(tmp_path, damage, words):
@@ -71,6 +82,60 @@ def test_a_damaged_one_is_named_and_the_latest_valid_one_used(tmp_path, damage, 
     (line,) = logged
     assert (line["event"], line["checkpoint"]) == ("checkpoint_damaged", str(tmp_path / "step-000004"))
     assert words in line["damage"]
+
+
+def test_altered_content_is_found_when_the_files_are_loaded_and_the_checkpoint_passed_over(tmp_path):
+    write(tmp_path, 2)
+    flip(newest := write(tmp_path, 4))
+    assert checkpoint_folder.latest_valid(tmp_path) == newest, "nothing was read"
+    damage = manifest.find_altered(newest, manifest.read(newest))
+    assert damage == "weights.distcp has another checksum than when it was written"
+    assert manifest.find_altered(newest, {"gone": manifest.FileEntry(1, "")}) == "gone is missing"
+    assert checkpoint_folder.latest_valid(tmp_path, {newest: damage}) == tmp_path / "step-000002"
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged: step-000004: weights.*; step-000002: x"):
+        checkpoint_folder.latest_valid(tmp_path, {newest: damage, tmp_path / "step-000002": "x"})
+
+
+def test_the_error_names_the_file_in_every_process():
+    error = pickle.loads(pickle.dumps(CheckpointDamaged("runs/a/checkpoints/step-000004", "common.pt is missing")))
+    assert (error.path, error.damage) == ("runs/a/checkpoints/step-000004", "common.pt is missing")
+    assert str(error) == "checkpoint runs/a/checkpoints/step-000004 is damaged: common.pt is missing"
+
+
+def test_the_process_that_makes_a_checkpoint_of_the_parts_reads_none_of_them(tmp_path, monkeypatch):
+    partial, entries = write_parts(tmp_path, 4)
+    opened, real = [], io.open
+
+    def counting(path, mode="r", *arguments, **keywords):
+        opened.append((os.path.basename(path), mode))
+        return real(path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr("io.open", counting)  # what Path.open, read_bytes and read_text call
+    monkeypatch.setattr(manifest, "checksum", lambda path: pytest.fail(f"{path} was read"))
+    final = checkpoint_folder.commit(partial, entries, keep=3)
+    assert opened == [("manifest.json", "wb")]
+    assert checkpoint_folder.latest_valid(tmp_path) == final
+
+
+@pytest.mark.parametrize("lost", [cut, remove])
+def test_a_checkpoint_with_a_part_that_is_not_there_does_not_count(tmp_path, lost):
+    """For example of a worker whose host has another folder under that name."""
+    write(tmp_path, 2)
+    partial, entries = write_parts(tmp_path, 4)
+    lost(partial)
+    with pytest.raises(CheckpointError, match=r"step-000004.partial: .* must be on a file system that all hosts"):
+        checkpoint_folder.commit(partial, entries, keep=1)
+    assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000002"
+    checkpoint_folder.begin(tmp_path, 6)
+    assert not partial.exists(), "what was not finished is removed"
+
+
+def test_a_file_that_could_not_be_written_whole_has_no_entry(tmp_path):
+    with pytest.raises(OSError, match="No space left on device"):
+        manifest.write_file(Path("/dev/full"), bytes(100_000))
+    entry = manifest.write_file(tmp_path / "whole", memoryview(bytes(range(256)) * 1000))
+    assert entry == (256_000, manifest.checksum(tmp_path / "whole"))
+    assert entry.xxh3 == manifest.checksum_of((tmp_path / "whole").read_bytes())
 
 
 def test_if_all_are_damaged_each_fault_is_named(tmp_path):

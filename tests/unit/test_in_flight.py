@@ -83,6 +83,9 @@ def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
     assert in_flight.encode(received).tobytes() == in_flight.encode(sent).tobytes()
     assert received.ticket.prompt.fields == sent.ticket.prompt.fields
     for a, b in zip(sent.partials, received.partials, strict=True):
+        if a is not None:
+            kept = None if policy == "replace" and not a.finished else a.routed_experts
+            assert (b.routed_experts is None) if kept is None else (b.routed_experts == kept).all()
         assert (a is None) == (b is None)
         if a is not None and not a.finished:
             assert [x.tolist() if hasattr(x, "tolist") else x for x in a.next_request()] == [
@@ -150,13 +153,44 @@ def test_what_the_settings_of_now_do_not_allow_is_refused():
         decode(b"ARLG" + message.tobytes()[4:])
 
 
+@pytest.mark.parametrize("policy", ["replace", "preserve", "exact"])
+def test_invariant_2_a_resumed_response_is_the_same_whether_its_rows_travelled_or_not(policy):
+    """Under replace they do not: the next call returns them all, and those that it returns are kept."""
+    for seed in range(30):
+        for a, b in zip(
+            (sent := group(seed, policy=policy)).partials,
+            decode(in_flight.encode(sent), policy=policy).partials,
+            strict=True,
+        ):
+            if a is None or a.finished:
+                continue
+            last = output(np.random.default_rng(seed), a, 2, 9, "stop")
+            ended = [partial.absorb(last).to_trajectory(1.0) for partial in (a, b)]
+            assert (ended[0].routed_experts == ended[1].routed_experts).all()
+            assert len(ended[1].routed_experts) == len(a.prompt_ids) + len(ended[1].response_ids) - 1
+            assert ended[0].versions.tolist() == ended[1].versions.tolist()
+
+
+def test_a_message_of_release_0_1_with_rows_that_come_again_is_read():
+    sent = group(1)
+    table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(sent))
+    table.pop("arrays")
+    for t, partial in enumerate(sent.partials):
+        if partial is not None and partial.routed_experts is not None:
+            arrays[f"{t}.routed_experts"] = partial.routed_experts
+    received = decode(wire.pack(IN_FLIGHT, "as it was", table, arrays))
+    for a, b in zip(sent.partials, received.partials, strict=True):
+        assert a is None or (a.routed_experts == b.routed_experts).all()
+
+
 def test_a_state_that_no_calls_lead_to_is_refused():
     partial = next(p for p in group(1).partials if p is not None)
     for wrong in (
         {"logprobs": partial.logprobs[:-1]},
         {"versions": partial.versions + 1},
         {"segments": ()},
-        {"routed_experts": None},
+        {"routed_experts": None, "finish_reason": "stop"},
+        {"routed_experts": None, "routing_policy": "preserve"},
         {"routed_experts": partial.routed_experts[:-1]},
         {"max_response_tokens": 1},
     ):

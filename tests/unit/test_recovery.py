@@ -1,10 +1,12 @@
 """How often a process is restarted; what a checkpoint holds of the driver; sums that outlive a run."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgpack
@@ -16,9 +18,10 @@ from async_rl.config.schema import RecoverySection
 from async_rl.driver import run_state
 from async_rl.driver.restarts import Recovery, Restarts
 from async_rl.driver.run_state import RunState
-from async_rl.errors import CheckpointError, ConfigError, EngineDied, ProcessLost, TrainerDied
+from async_rl.errors import CheckpointDamaged, CheckpointError, ConfigError, EngineDied, ProcessLost, TrainerDied
 from async_rl.metrics.records import SyncRecord, Totals
 from async_rl.metrics.summary import Summary
+from async_rl.runtime import manifest
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():
@@ -41,28 +44,59 @@ STATE = RunState(
     queue={"version": 7, "queued": [["a", 1]]},
     recorder={"wall_s": 1.5, "staleness": {0: 3, 2: 1}},
     queued={"0-1.0": np.arange(5, dtype=np.uint8), "0-2.0": b"xy"},
-    in_flight={"0-3.1": b""},
+    in_flight={"0-3.1": Path("rollout-0-000000"), "0-4.0": Path("rollout-3-000000")},
     canary={"dtype": "float32", "token": 1e-5, "mean": 1e-6},
 )
 
 
+def write_state(folder, state=STATE):
+    """What the driver writes of a checkpoint, and its manifest."""
+    entries = run_state.write_queued(folder, state.queued.values()) | run_state.write_head(folder, state)
+    manifest.write(folder, entries)
+    assert sorted(entries) == ["pipeline/queued/000000", "pipeline/queued/000001", "pipeline/state.msgpack"]
+    assert manifest.find_altered(folder, entries) is None
+
+
 def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
-    run_state.write(tmp_path, STATE)
+    write_state(tmp_path)
     state = run_state.read(tmp_path)
     assert (state.step, state.version, state.synced) == (7, 8, True)
     assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
     assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
-    assert state.in_flight == {"0-3.1": b""}
+    top = tmp_path / "pipeline" / "in_flight"
+    assert state.in_flight == {"0-3.1": top / "rollout-0-000000", "0-4.0": top / "rollout-3-000000"}
+    assert run_state.read_head(tmp_path).queued == {}
     assert state.canary == STATE.canary
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_calibration(tmp_path):
-    run_state.write(tmp_path, STATE)
-    file = tmp_path / run_state.FOLDER / "state.msgpack"
-    head = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
-    del head["canary"]
-    file.write_bytes(msgpack.packb(head))
-    assert run_state.read(tmp_path).canary is None
+def test_a_state_of_release_0_1_is_read(tmp_path):
+    """Its groups in flight are a list of ids, and their files numbered."""
+    write_state(tmp_path)
+    head = tmp_path / "pipeline" / "state.msgpack"
+    older = msgpack.unpackb(head.read_bytes(), strict_map_key=False) | {"format": 1, "in_flight": ["0-3.1", "0-4.0"]}
+    del older["canary"]
+    manifest.write(tmp_path, {"pipeline/state.msgpack": manifest.write_file(head, msgpack.packb(older))})
+    state = run_state.read(tmp_path)
+    top = tmp_path / "pipeline" / "in_flight"
+    assert state.in_flight == {"0-3.1": top / "000000", "0-4.0": top / "000001"}
+    assert state.canary is None
+    assert (state.step, state.queued) == (7, {"0-1.0": bytes(range(5)), "0-2.0": b"xy"})
+
+
+def test_groups_that_are_elsewhere_are_not_written(tmp_path):
+    """With queue.backend redis, payloads are addresses."""
+    state = dataclasses.replace(STATE, queued={"0-1.0": "1-0", "0-2.0": ["reference"]})
+    run_state.write_queued(tmp_path, [b"xy"])
+    manifest.write(tmp_path, run_state.write_head(tmp_path, state))
+    assert run_state.read(tmp_path).queued == {"0-2.0": b"xy"}
+
+
+def test_a_state_that_was_altered_is_refused_before_it_is_used(tmp_path):
+    write_state(tmp_path)
+    head = tmp_path / "pipeline" / "state.msgpack"
+    head.write_bytes(head.read_bytes().replace(b"wall_s", b"walls_"))
+    with pytest.raises(CheckpointDamaged, match=r"state.msgpack has another checksum"):
+        run_state.read_head(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +110,10 @@ def test_a_checkpoint_of_an_earlier_version_has_no_calibration(tmp_path):
     ],
 )
 def test_a_state_that_is_no_state_is_refused(tmp_path, damage, says):
-    run_state.write(tmp_path, STATE)
+    write_state(tmp_path)
     damage(tmp_path / "pipeline")
+    head = tmp_path / "pipeline" / "state.msgpack"
+    manifest.write(tmp_path, manifest.entries_of(tmp_path, ["pipeline/state.msgpack"] if head.exists() else []))
     with pytest.raises(CheckpointError, match=says):
         run_state.read(tmp_path)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 
-import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
@@ -10,12 +9,19 @@ from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.errors import AsyncRLError, EngineDied, ReplicaFailed
 
 
+def value(of):
+    """What a reference of Ray's is: something to await."""
+    reference = asyncio.get_running_loop().create_future()
+    reference.set_result(of)
+    return reference
+
+
 class Worker:
     """Dies with ``error`` once its stream is read to the end, or ends it; ``groups`` are its groups in flight."""
 
     def __init__(self, error=None, groups=(), dead=False):
         self.error, self.in_flight, self.dead = error, groups, dead
-        self.adopted, self.started, self.snapshots = {}, False, 0
+        self.adopted, self.started, self.salvages = [], False, 0
         self.killed = asyncio.Event()
 
     async def start(self):
@@ -33,16 +39,21 @@ class Worker:
     def accepted(self, group_id):
         raise AssertionError("its stream has no groups")
 
-    async def snapshot(self):
-        self.snapshots += 1
+    async def salvage(self):
+        self.salvages += 1
         if self.dead:
             raise ActorDiedError()
         await asyncio.sleep(0.01)
-        return {group: np.zeros(1, np.uint8) for group in self.in_flight}
+        for group in self.in_flight:
+            yield value(group)
+            yield f"message of {group}"
 
-    async def adopt(self, groups):
-        self.adopted = dict(groups)
-        return list(groups)
+    async def stats(self):
+        return None
+
+    async def adopt(self, messages):
+        self.adopted = [message.removeprefix("message of ") for message in messages]
+        return self.adopted
 
 
 class Rollouts:
@@ -125,7 +136,7 @@ async def test_a_worker_whose_engine_died_hands_its_groups_to_its_successor_whic
     await until(lambda: rollouts.workers[0].adopted)
     assert 0 not in sync.members, "it has no weights yet"
     assert rollouts.workers[0].started
-    assert list(rollouts.workers[0].adopted) == ["a"], "the queue has ended the other one"
+    assert rollouts.workers[0].adopted == ["a"], "the queue has ended the other one"
     assert recovery.waits == [("rollout-0", {"reissued": 1, "resumed": 2})]
     assert recorder.events == []
     await subject.admit(7)
@@ -155,7 +166,7 @@ async def test_of_a_worker_that_is_dead_itself_nothing_is_resumed():
     subject, rollouts, _, recovery, _ = supervisor(Worker(ActorDiedError(), groups=("a",), dead=True))
     task = asyncio.ensure_future(subject.supervise(0))
     await until(lambda: rollouts.workers[0].started)
-    assert rollouts.workers[0].adopted == {}
+    assert rollouts.workers[0].adopted == []
     assert recovery.waits == [("rollout-0", {"reissued": 2, "resumed": 0})]
     task.cancel()
 
@@ -170,7 +181,7 @@ async def test_an_evicted_replica_is_ended_once_and_its_groups_are_kept_for_its_
     assert list(sync.members) == [1]
     await until(lambda: rollouts.workers[0].adopted)
     assert list(rollouts.workers[0].adopted) == ["a", "b"]
-    assert first.snapshots == 1
+    assert first.salvages == 1
     assert rollouts.killed == [0]
     assert recovery.waits == [("rollout-0", {"reissued": 0, "resumed": 2})]
     # It fails again as it joins.
@@ -204,7 +215,7 @@ async def test_an_engine_that_dies_while_it_is_evicted_is_replaced_once():
     worker.killed.set()  # its stream ends while its groups are saved
     await until(lambda: rollouts.workers[0].adopted)
     await asyncio.sleep(0.05)
-    assert (worker.snapshots, rollouts.killed, len(recovery.waits)) == (1, [0], 1)
+    assert (worker.salvages, rollouts.killed, len(recovery.waits)) == (1, [0], 1)
     task.cancel()
 
 

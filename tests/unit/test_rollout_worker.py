@@ -16,6 +16,7 @@ from async_rl.rollout import in_flight, routing_policies
 from async_rl.rollout import worker as worker_module
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import EngineOutput
+from async_rl.runtime import manifest
 from async_rl.types import Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
@@ -95,6 +96,11 @@ def worker(engine, queue, mode="resume", environment=None, digits=None, **settin
     }
     digits = digits or Digits()
     return RolloutReplica(validate(tree), 0, queue, engine, digits, digits, environment), digits
+
+
+async def snapshot(replica):
+    """The messages of all groups in flight, by id."""
+    return {group_id: message async for group_id, message in replica._worker.moment().messages()}
 
 
 async def push(worker, engine) -> None:
@@ -336,7 +342,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     await push(subject, engine)
     await sampled(engine, 20)
     await subject.pause()
-    messages = await subject.snapshot()
+    messages = await snapshot(subject)
     run.cancel()
     sampled_before = engine.sampled
     handed_in = len(queue.groups)
@@ -344,7 +350,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     other, heir = scripted(length=30), ListQueue(0)
     other.version = 2
     successor, _ = worker(other, heir, **partial)
-    adopted = successor.adopt(messages)
+    adopted = await successor.adopt(*messages.values())
     assert len(adopted) == 3 - handed_in - queue.left > 0
     await successor.run()
     assert sorted(group.group_id for group in heir.groups) == sorted(adopted)
@@ -356,6 +362,62 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     assert other.sampled == total - sampled_before, "what was sampled before is not sampled again"
 
 
+async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has_resumed(monkeypatch, tmp_path):
+    """Answers that were being merged when the engine resumed are in it, and nothing that was sampled later."""
+    monkeypatch.setattr(worker_module, "_SMALL_BYTES", 0)
+    may_check, check = threading.Event(), routing_policies.check
+
+    def slow_check(*arguments, **keywords):
+        may_check.wait(5)
+        check(*arguments, **keywords)
+
+    monkeypatch.setattr(routing_policies, "check", slow_check)
+    engine, queue = scripted(length=30), ListQueue(2)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await subject.pause()
+    at_the_moment = engine.sampled
+    await subject.freeze(6)
+    engine.version += 1
+    await subject.wake()
+    await subject.resume()
+    writing = asyncio.create_task(subject.write_in_flight(6, tmp_path / "in_flight"))
+    await asyncio.sleep(0.01)
+    assert not writing.done()
+    may_check.set()
+    await run
+    assert len(queue.groups) == 2, "the worker has finished them meanwhile"
+    saved = await writing
+    assert sorted(saved) == ["0-0.0", "0-1.0"]
+    files = {group_id: tmp_path / "in_flight" / group.file for group_id, group in saved.items()}
+    assert manifest.find_altered(tmp_path / "in_flight", dict(saved.values())) is None
+
+    other, heir = scripted(length=30), ListQueue(0)
+    other.version = 1
+    successor, _ = worker(other, heir)
+    gone = tmp_path / "gone"
+    assert await successor.adopt(*files.values(), gone) == list(files)
+    partials = [p for group in successor._worker._adopted for p in group.partials if p is not None]
+    assert sum(len(partial.response_ids) for partial in partials) == at_the_moment
+    assert {version for partial in partials for version in partial.versions.tolist()} == {0}
+    await successor.run()
+    assert other.sampled == 30 * 2 * 2 - at_the_moment
+    assert sorted(group.group_id for group in heir.groups) == sorted(files)
+
+
+async def test_a_moment_that_was_not_written_makes_way_for_the_next(tmp_path):
+    engine, queue = scripted(length=30), ListQueue(1)
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 4)
+    await subject.freeze(4)
+    await subject.freeze(6)
+    with pytest.raises(RuntimeError, match=r"freeze\(4\) must be called"):
+        await subject.write_in_flight(4, tmp_path)
+    run.cancel()
+
+
 async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
     engine, queue = scripted(length=8), ListQueue(1)
     subject, _ = worker(engine, queue)
@@ -363,13 +425,13 @@ async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
     run = asyncio.create_task(subject.run())
     await sampled(engine, 16)
     await turns(20)
-    message = await subject.snapshot()
+    message = await snapshot(subject)
     run.cancel()
 
     other, heir = scripted(), ListQueue(0)
     successor, strict = worker(other, heir)
     strict.error = RewardError("asked again")
-    successor.adopt(message)
+    await successor.adopt(*message.values())
     await successor.run()
     assert [t.reward for t in heir.groups[0].trajectories] == [8.0, 8.0]
     assert other.sampled == 0
@@ -381,7 +443,7 @@ async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
     run = asyncio.create_task(subject.run())
     await sampled(engine, 20)
     await subject.pause()
-    messages = await subject.snapshot()
+    messages = await snapshot(subject)
     run.cancel()
     for changed in (
         {"rollout": LONG | {"n": 4, "max_num_seqs": 4}},
@@ -389,11 +451,11 @@ async def test_groups_that_do_not_fit_the_settings_of_now_are_left_out():
         {"async_training": {"partial_rollout": {"routing": "exact"}}},
     ):
         successor, _ = worker(scripted(), ListQueue(0), **changed)
-        assert successor.adopt(messages) == []
+        assert await successor.adopt(*messages.values()) == []
     one, other = messages
     messages[one][-1] ^= 1
     successor, _ = worker(scripted(), ListQueue(0))
-    assert successor.adopt(messages) == [other]
+    assert await successor.adopt(*messages.values()) == [other]
 
 
 class Straggler(ScriptedEngine):
@@ -417,7 +479,7 @@ async def test_a_group_over_its_time_is_handed_in_short_or_its_prompt_goes_back(
     sizes = {group.group_id: len(group.trajectories) for group in queue.groups}
     assert sizes == ({"0-1.0": 3, "0-0.0": 2} if handed_in else {"0-1.0": 3})
     assert queue.returned == ([] if handed_in else [("0-0.0", "timeout")])
-    assert (await subject.snapshot()) == {}
+    assert await snapshot(subject) == {}
     assert subject.stats().cut_groups == handed_in
 
 
@@ -493,7 +555,7 @@ async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monk
     subject._gate.open()
     with pytest.raises(EngineDied, match="has not answered for"):
         await asyncio.wait_for(run, 5)
-    assert len(await subject.snapshot()) == 2, "what is in flight can be handed over"
+    assert len(await snapshot(subject)) == 2, "what is in flight can be handed over"
 
 
 async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapshot_does(monkeypatch):
@@ -510,7 +572,7 @@ async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapsho
     run = asyncio.create_task(subject.run())
     await sampled(engine, 8)
     await subject.pause()
-    saving = asyncio.create_task(subject.snapshot())
+    saving = asyncio.create_task(snapshot(subject))
     await turns(20)
     assert not may_check.is_set()
     assert not saving.done()

@@ -337,6 +337,22 @@ async def test_rolling_syncs_pause_one_replica_at_a_time():
     assert record.seconds == pytest.approx(sum(record.phases.values()))
 
 
+async def test_what_is_done_while_replicas_are_paused_is_done_for_all_at_once():
+    subject, _, _ = fleet(8)
+    at_once, most = 0, []
+
+    async def paused(replica):
+        nonlocal at_once
+        at_once += 1
+        await asyncio.sleep(0.01)
+        most.append(at_once)
+        at_once -= 1
+
+    await subject.run(1, paused=paused)
+    await subject.while_paused(paused)
+    assert max(most[:8]) == max(most[8:]) == 8
+
+
 async def test_a_snapshot_ends_calls_that_would_be_frozen():
     subject, _, engines = fleet(1)
     for wanted in (False, True):

@@ -8,7 +8,8 @@ from async_rl.config.schema import CheckpointSection
 from async_rl.driver import run_state
 from async_rl.driver.run_state import RunState
 from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
-from async_rl.errors import TrainerDied, TrainerError
+from async_rl.errors import CheckpointDamaged, TrainerDied, TrainerError
+from async_rl.runtime import manifest
 
 DIED = TrainerDied("the trainer failed in finish_step: OutOfMemoryError: no memory")
 
@@ -24,8 +25,8 @@ def test_groups_are_left_out_at_the_second_failure_in_a_row():
 class Parts:
     """Queue, trainer, checkpointer, recovery and recorder in one, which note what they are asked."""
 
-    def __init__(self, found=None):
-        self.found, self.calls = found, []
+    def __init__(self, found=None, damaged=0):
+        self.found, self.damaged, self.calls = found, damaged, []
         self.samples = self
 
     def __getattr__(self, name):
@@ -34,6 +35,15 @@ class Parts:
             return ["0-1.0", "0-2.0"] if name == "rewind" else None
 
         return call
+
+    async def start(self, found):
+        self.calls.append(("start",))
+        if self.damaged:
+            self.damaged -= 1
+            raise CheckpointDamaged(str(found), "a file is missing")
+
+    def pass_over(self, damaged):
+        self.calls.append(("passed over", damaged.path))
 
     async def latest(self):
         return self.found
@@ -50,8 +60,8 @@ class Records(Parts):
         self.calls.append(("records rewound", step))
 
 
-def recovery(tmp_path, found=None):
-    parts, records = Parts(found), Records(found)
+def recovery(tmp_path, found=None, damaged=0):
+    parts, records = Parts(found, damaged), Records(found)
     records.calls = parts.calls
     subject = TrainerRecovery(
         SimpleNamespace(run_dir=tmp_path, checkpoint=CheckpointSection(every=5)),
@@ -74,10 +84,19 @@ async def test_a_batch_that_fails_twice_is_given_up_and_named(tmp_path):
 
 async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_since_is_issued_again(tmp_path):
     state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
-    run_state.write(tmp_path, state)
+    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
     subject, calls = recovery(tmp_path, found=tmp_path)
     assert await subject.restart(DIED) == (7, 2)
     assert [name for name, *_ in calls] == ["wait", "replace", "start", "rewind", "finished", "records rewound"]
+
+
+async def test_a_checkpoint_that_is_found_damaged_as_it_is_loaded_is_passed_over(tmp_path):
+    state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
+    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
+    subject, calls = recovery(tmp_path, found=tmp_path, damaged=1)
+    assert await subject.restart(DIED) == (7, 2)
+    assert [name for name, *_ in calls].count("start") == 2
+    assert ("passed over", str(tmp_path)) in calls
 
 
 async def test_without_a_checkpoint_the_failure_is_final(tmp_path):
