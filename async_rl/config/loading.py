@@ -193,7 +193,11 @@ def _unknown(key: str) -> str:
 
 
 def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    *section, last = (str(part) for part in fault["loc"] or ("",))
+    key = ".".join((*section, last))
+    setting = _field(".".join(section))
+    if setting is not None and not is_section(setting.annotation):
+        key = ".".join(section)  # Of a setting that takes several types, each has a fault; pydantic names it last.
     shown = _shown(key)
     if fault["type"] == "extra_forbidden":
         return _unknown(key)

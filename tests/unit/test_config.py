@@ -111,6 +111,12 @@ def test_literal_names_the_nearest_choice():
     assert "did you mean drop?" in refusal(async_training={"on_stale": "drops"})
 
 
+def test_a_setting_that_takes_a_number_or_a_word_is_named_without_their_types():
+    lines = refusal(sync={"canary_tolerance": "aut"}).splitlines()
+    assert [line.partition(": 'aut' is not valid: ")[0] for line in lines] == ["sync.canary_tolerance"] * 2
+    assert lines[1].endswith("input should be 'auto'")
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
 def test_run_name_cannot_leave_its_folder(name):
     assert "name" in refusal(name=name)
