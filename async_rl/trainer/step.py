@@ -6,7 +6,7 @@ Pure: knows ``samples``, ``packing`` and ``policy_sums``; knows neither the mode
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from async_rl.errors import TrainerError
@@ -112,3 +112,10 @@ class Step:
     def _add(self, **counts: float) -> None:
         for name, value in counts.items():
             self.counts[name] += value
+
+
+def masked_tokens(total: Mapping[str, float]) -> dict[str, int]:
+    """Return the response tokens kept out of the loss by reason, from the counts of all ranks."""
+    masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
+    skipped = int(total["zero_advantage"])
+    return masked | ({"zero_advantage": skipped} if skipped else {})

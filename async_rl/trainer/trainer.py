@@ -36,7 +36,7 @@ from async_rl.trainer.probes import ModelProbe
 from async_rl.trainer.reference import ReferenceWeights
 from async_rl.trainer.report import step_report
 from async_rl.trainer.samples import NO_ROUTING, BoolArray, Sample, check_routed_experts, plain_sample, samples_of
-from async_rl.trainer.step import Step
+from async_rl.trainer.step import Step, masked_tokens
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, RoutingSpec
 
 if TYPE_CHECKING:
@@ -157,9 +157,6 @@ class Trainer:
             step.sums.all_reduce(torch.distributed.group.WORLD)
         self._steps += 1
         step.lap("metrics", started)
-        masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
-        if self._config.trainer.skip_zero_advantage:
-            masked["zero_advantage"] = int(total["zero_advantage"])
         return step_report(
             step.sums,
             update,
@@ -167,7 +164,7 @@ class Trainer:
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked=masked,
+            masked=masked_tokens(total),
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
