@@ -40,6 +40,7 @@ PURE = {
     "async_rl.rollout.partial",
     "async_rl.rollout.rewards.text",
     "async_rl.rollout.routing_policies",
+    "async_rl.rollout.user_values",
     "async_rl.trainer.logprobs",
     "async_rl.trainer.packing",
     "async_rl.trainer.parallel",

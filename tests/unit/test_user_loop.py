@@ -99,7 +99,7 @@ async def test_a_task_of_the_function_that_exits_does_not_end_the_loop(loop):
         raise SystemExit(3)
 
     async def begins_another() -> str:
-        asyncio.get_running_loop().create_task(exits())
+        asyncio.create_task(exits()).add_done_callback(lambda task: task.exception())
         await asyncio.sleep(0.01)
         return "there"
 

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import loky.backend
@@ -20,7 +22,7 @@ import pytest
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
-from async_rl.rollout import user_processes
+from async_rl.rollout import user_call, user_processes
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.types import Prompt
 from tests.support.user_workers import wait_for_no_workers, workers
@@ -177,6 +179,17 @@ async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, ho
     await until(lambda: all(map(is_over, pids)))
     runner._call._processes._timeout_s = 600.0
     assert await score(runner, "value = 0.5") == 0.5
+
+
+async def test_a_process_ends_itself_if_nothing_else_ends_its_call(runner):
+    """As when the replica is leaving, and waits for its processes."""
+    processes = runner._call._processes
+    executor = await processes._ready()
+    limit = 0.5 - user_call.KILL_MARGIN_S
+    plain = replace(PROMPT, fields={})
+    with pytest.raises(BrokenProcessPool):
+        await user_processes._submit(executor, user_call.run, processes._spec, plain, "while True: pass", limit)
+    processes._kill(executor)
 
 
 async def test_the_event_loop_runs_and_others_are_served_while_rewards_compute(runner, tmp_path):
