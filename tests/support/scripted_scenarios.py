@@ -1,9 +1,15 @@
 """Engines with a script of their own, for runs that name one as ``rollout.engine``."""
 
-from tests.support.scripted_engine import Script, ScriptedEngine, lognormal
+from tests.support.scripted_engine import Fault, Script, ScriptedEngine, lognormal
 
 
 class InstantEngine(ScriptedEngine):
     """An engine that has a whole response at once, so that groups always wait for the trainer and become stale."""
 
     script = Script(length=lognormal(40), tokens_per_turn=1024)
+
+
+class LongDyingEngine(ScriptedEngine):
+    """An engine whose responses outlast a training step, and which dies once on the first replica."""
+
+    script = Script(length=96, tokens_per_turn=4, turn_s=0.1, fault=Fault("die", after_tokens=1000))

@@ -1,0 +1,54 @@
+"""Checkpoints of whole runs with the scripted engine: real broker, Ray, driver and trainer, and no vLLM."""
+
+import msgpack
+import pytest
+
+from async_rl.runtime import manifest
+from tests.support.invariants import check
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+SETTINGS = {
+    "rollout__engine": "tests.support.scripted_scenarios:LongDyingEngine",
+    "rollout__replicas": 2,
+    "checkpoint__every": 2,
+    "eval__n": 1,
+    "recovery__backoff_s": 0.01,
+}
+
+
+def test_a_checkpoint_that_turns_out_damaged_when_it_is_loaded_is_passed_over(start_run, resume_run, tmp_path):
+    """Groups in flight are resumed from the one before; in the first part also those of an engine that died."""
+    run = start_run(trainer__steps=4, **SETTINGS)
+    assert run.wait() == 0, run.output
+    died = [line for line in run.log if line["event"] == "process_died"]
+    assert [line["process"] for line in died] == ["rollout-0"]
+    assert died[0]["resumed"] > 0, "the groups of the dead engine, which a stream brought to the next one"
+    older, newest = sorted((run.folder / "checkpoints").glob("step-*"))
+    assert (older.name, newest.name) == ("step-000002", "step-000004"), "the last one is written before the run ends"
+    for path in (older, newest):
+        entries = manifest.read(path)
+        assert manifest.find_altered(path, entries) is None
+        assert entries.keys() == {
+            str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != manifest.NAME
+        }
+    in_flight = msgpack.unpackb((older / "pipeline" / "state.msgpack").read_bytes(), strict_map_key=False)["in_flight"]
+    assert {file.rpartition("-")[0] for file in in_flight.values()} <= {"rollout-0", "rollout-1"}
+    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+    run = resume_run(trainer__steps=6, **SETTINGS)
+    assert run.wait() == 0, run.output
+    run.assert_nothing_left()
+    (damaged,) = [line for line in run.log if line["event"] == "checkpoint_damaged"]
+    assert damaged["checkpoint"] == str(newest)
+    assert damaged["damage"] == f"{victim.name} has another checksum than when it was written"
+    (restored,) = [line for line in run.log if line["event"] == "work_restored"]
+    assert restored["step"] == 2
+    assert restored["resumed"] == len(in_flight)
+    assert not [line for line in run.log if line["event"] == "in_flight_group_refused"]
+    assert run.summary["steps"] == 6
+    assert manifest.find_altered(newest, manifest.read(newest)) is None, "it was written again"
+    check(run, tmp_path, scripted=True)
