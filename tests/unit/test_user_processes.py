@@ -5,6 +5,7 @@ Processes take a second to start, so most tests share a runner whose reward does
 
 import asyncio
 import glob
+import itertools
 import multiprocessing
 import os
 import signal
@@ -327,4 +328,8 @@ async def test_processes_end_with_the_one_that_started_them(folder, tmp_path, en
         finally:
             parent.kill()
     assert len(pids) == 2
-    await until(lambda: all(map(is_over, pids)))
+    try:
+        await until(lambda: all(map(is_over, pids)))
+    finally:
+        for pid in itertools.filterfalse(is_over, pids):
+            os.kill(pid, signal.SIGKILL)
