@@ -1,9 +1,11 @@
 """A real trainer's checkpoints are saved in one layout, restored in another, and exported."""
 
+import contextlib
 import inspect
 import multiprocessing
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -40,6 +42,23 @@ def step(trainer, shares):
     return trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3)
 
 
+@contextlib.contextmanager
+def writing_waits_for(event):
+    from async_rl.trainer.megatron.writers import FileWriter
+
+    write = FileWriter._write_file
+
+    def waiting(*arguments):
+        event.wait(60)
+        return write(*arguments)
+
+    FileWriter._write_file = waiting
+    try:
+        yield
+    finally:
+        FileWriter._write_file = write
+
+
 def train_and_save(trainer, updates, later, folder):
     for number, shares in enumerate(updates, start=1):
         step(trainer, shares)
@@ -47,11 +66,15 @@ def train_and_save(trainer, updates, later, folder):
         if trainer._place.rank == 0:
             checkpoint_folder.begin(folder, number)
         torch.distributed.barrier()
-        save = trainer.begin_save(partial)
-        if number == len(updates):
-            # What is written is the state of now, although training goes on while it is written.
-            saved = weights_of(trainer)
-            later_reports = [step(trainer, shares) for shares in later]
+        may_write = threading.Event()
+        with writing_waits_for(may_write):
+            save = trainer.begin_save(partial)
+            if number == len(updates):
+                # What is written is the state of now, although training goes on before it is written.
+                saved = weights_of(trainer)
+                later_reports = [step(trainer, shares) for shares in later]
+                assert not save.done()
+            may_write.set()
         entries = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(entries, save.finish())
         if trainer._place.rank == 0:
