@@ -233,7 +233,10 @@ class TrainingLoop:
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(
-            zip(*(rank_shares(batch, self._config.trainer.parallel, self._model) for batch in batches), strict=True)
+            zip(
+                *(rank_shares(batch, self._config.trainer.parallel, self._model.sequence_cost) for batch in batches),
+                strict=True,
+            )
         )
         with self._monitor.phase("update", self._step + 1):
             calls = self._trainers.train_step(by_rank, *self._versions())
@@ -251,7 +254,9 @@ class TrainingLoop:
             leased += part
             with self._monitor.phase("update", self._step + 1):
                 await self._trainers.accumulate(
-                    rank_shares(part, self._config.trainer.parallel, self._model, loads), *versions, first=first
+                    rank_shares(part, self._config.trainer.parallel, self._model.sequence_cost, loads),
+                    *versions,
+                    first=first,
                 )
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from async_rl.config.schema import ParallelSection
-from async_rl.models.config import ModelConfig
-from async_rl.queue.client import Payload
 from async_rl.queue.records import GroupMeta
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place, world_size
 
+Item = TypeVar("Item")
+
 
 def rank_shares(
-    batch: Sequence[tuple[GroupMeta, Payload]],
+    batch: Sequence[tuple[GroupMeta, Item]],
     sizes: ParallelSection,
-    model: ModelConfig,
+    cost: Callable[[int], float],
     loads: list[float] | None = None,
-) -> list[list[Payload]]:
-    """Return the groups of each rank, balanced by cost over the data-parallel ranks.
+) -> list[list[Item]]:
+    """Return the items of each rank, balanced by cost over the data-parallel ranks.
 
-    ``loads`` are the costs that each data-parallel rank has already; those of ``batch`` are added.
+    ``cost`` is that of a sequence of so many tokens. ``loads`` are the costs that each data-parallel rank has already;
+    those of ``batch`` are added.
     """
-    costs = [sum(model.sequence_cost(length) for length in meta.lengths) for meta, _ in batch]
+    costs = [sum(map(cost, meta.lengths)) for meta, _ in batch]
     by_replica = split_over_ranks(costs, sizes.dp, loads or ())
     if loads is not None:
         for replica, indices in enumerate(by_replica):

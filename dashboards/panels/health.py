@@ -30,12 +30,15 @@ HEALTH = Row(
                 (
                     Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),
                     Query("async_rl_checkpoints_total{}", "{{run}} checkpoints", dashed=True),
+                    Query("async_rl_rollout_replicas_lost{}", "{{run}} replicas lost"),
                 ),
-                "Processes that died and were restarted, by kind, and checkpoints written.",
+                "Processes that died and were restarted, by kind, checkpoints written, and replicas that the run "
+                "continues without.",
                 "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope "
                 "points "
                 "to the machine or to the settings.",
-                "`recovery.max_restarts` within `recovery.period_s` end the run; `checkpoint.every` bounds what "
+                "`recovery.max_restarts` within `recovery.period_s` end the run, or cost it a replica "
+                "(`recovery.min_replicas`); `checkpoint.every` bounds what "
                 "is lost when the trainer dies.",
             ),
             Panel(

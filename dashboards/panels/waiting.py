@@ -11,6 +11,7 @@ PHASES = (
     ("checkpoint", "checkpoint", "purple"),
     ("evaluation", "evaluation", "semi-dark-blue"),
     ("restart", "restart", "red"),
+    ("export", "export", "orange"),
 )
 """The phases of the training loop: value of the label, text, colour. A phase that is not listed shows as "other"."""
 

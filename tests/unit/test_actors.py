@@ -139,4 +139,4 @@ async def test_a_fault_of_the_machine_in_training_is_a_death(monkeypatch, error)
     with pytest.raises(TrainerDied, match=f"the trainer failed in finish_step: {type(error).__name__}"):
         await trainer.finish_step()
     with pytest.raises(RayTaskError):
-        await trainer.save(None)
+        await trainer.begin_save(None)

@@ -185,7 +185,9 @@ def test_what_vllm_is_asked_for_is_what_it_counts(drawn):
 
 
 def test_phases_are_those_of_the_training_loop():
-    texts = [(ROOT / "async_rl" / "driver" / name).read_text() for name in ("loop.py", "checkpoint.py")]
+    texts = [
+        (ROOT / "async_rl" / "driver" / name).read_text() for name in ("loop.py", "checkpoint.py", "evaluation.py")
+    ]
     said = {phase for text in texts for phase in re.findall(r'monitor\.phase\("(\w+)"', text)}
     assert {phase for phase, _, _ in panels.PHASES} == said
 

@@ -217,8 +217,8 @@ class Waits(Answers):
         super().__init__(turns=1)
         self.let_go = asyncio.Event()
 
-    async def answer(self, prompt, turns):
-        answer = await super().answer(prompt, turns)
+    async def answer(self, prompt, turns, texts):
+        answer = await super().answer(prompt, turns, texts)
         await self.let_go.wait()
         return answer
 

@@ -51,6 +51,7 @@ def make_loop(evaluated, *, steps, every, found=None, version=0, evaluated_befor
     )
     loop._monitor = SimpleNamespace(run=asyncio.Event().wait, poll=nothing, phase=lambda *_: contextlib.nullcontext())
     loop._sync = SimpleNamespace(members={0: None}, run=nothing, resume=nothing, on=on)
+    loop._checkpointer = SimpleNamespace(watch=asyncio.Event().wait)
     loop._queue = SimpleNamespace(advance=nothing)
     loop._trainers = SimpleNamespace(export=nothing)
     loop._start, loop._train, loop._shut_down = start, train, nothing
