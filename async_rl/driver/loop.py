@@ -96,8 +96,9 @@ class TrainingLoop:
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)
         self._trainers = TrainerRanks(config, cores)
         self._rollouts = RolloutWorkers(config, self._queue.actor, cores)
-        self._model = read_model_config(config.model.path)
-        self._sync = WeightSync(config, self._model, self._trainers, (row.token_ids for row in train_set.rows))
+        model = read_model_config(config.model.path)
+        self._shares = functools.partial(rank_shares, sizes=config.trainer.parallel, cost=model.sequence_cost)
+        self._sync = WeightSync(config, model, self._trainers, (row.token_ids for row in train_set.rows))
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
         self._evaluator = Evaluator(
@@ -232,12 +233,7 @@ class TrainingLoop:
         required, size = self._config.required_groups, self._config.trainer.groups_per_step
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
-        by_rank = list(
-            zip(
-                *(rank_shares(batch, self._config.trainer.parallel, self._model.sequence_cost) for batch in batches),
-                strict=True,
-            )
-        )
+        by_rank = list(zip(*map(self._shares, batches), strict=True))
         with self._monitor.phase("update", self._step + 1):
             calls = self._trainers.train_step(by_rank, *self._versions())
             reports, _ = await asyncio.gather(calls, self._monitor.poll())
@@ -253,11 +249,7 @@ class TrainingLoop:
             first = not leased
             leased += part
             with self._monitor.phase("update", self._step + 1):
-                await self._trainers.accumulate(
-                    rank_shares(part, self._config.trainer.parallel, self._model.sequence_cost, loads),
-                    *versions,
-                    first=first,
-                )
+                await self._trainers.accumulate(self._shares(part, loads=loads), *versions, first=first)
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
         return [report]

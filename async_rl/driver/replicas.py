@@ -83,10 +83,11 @@ class ReplicaSupervisor:
     async def _until_lost(self, replica: int) -> tuple[BaseException, dict[str, Any]]:
         """Submit the groups of a replica until it is lost. Returns the reason, and its groups in flight by id."""
         worker, evicted = self._rollouts.workers[replica], self._eviction(replica)
-        groups = asyncio.ensure_future(collect(self._queue, worker.groups(), worker.accepted))
+        groups: asyncio.Future[None] = asyncio.ensure_future(collect(self._queue, worker.groups(), worker.accepted))
         saved: dict[str, Any] = {}
         try:
-            await asyncio.wait({groups, evicted}, return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[Any]] = [groups, evicted]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if not groups.done() or ((error := groups.exception()) is not None and is_worker_lost(error)):
                 self._sync.members.pop(replica, None)
                 saved = await self._salvage(replica)

@@ -70,7 +70,7 @@ class Outbox(QueueClient):
         if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
             waiting.set_result(None)
 
-    async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta]:
+    async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta | None]:
         """Yield an announcement, the message and the metadata of each group that ``work`` puts, until it ends.
 
         Raises its error.
