@@ -82,9 +82,8 @@ SAME_POLICY = Row(
                     (Query("async_rl_sync_canary_logprob_abs_diff{}"),),
                     "Largest |engine - trainer| log-prob on a probe that is scored on both sides after every weight "
                     "sync.",
-                    "within three times of the first sync's, or far below 1e-4 in float32 and 0.5 in bfloat16. Above what is "
-                    "allowed, the sync is repeated, and "
-                    "then the run ends.",
+                    "within three times of the first sync's, or far below 1e-4 in float32 and 0.5 in bfloat16. Above "
+                    "what is allowed, the sync is repeated, and then the run ends.",
                     "`sync.canary_tolerance`, but only if you know why the two differ.",
                     kind="stat",
                     width=5,

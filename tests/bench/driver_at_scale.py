@@ -86,10 +86,10 @@ class Meter:
     def _counted(self) -> Any:
         deserialize = self._deserialize
 
-        def counted(worker: Any, serialized: Any, references: Any) -> Any:
+        def counted(worker: Any, serialized: Any, *arguments: Any, **named: Any) -> Any:
             if self.on:
                 self.nbytes += sum(len(data) for data, *_ in serialized if data is not None)
-            return deserialize(worker, serialized, references)
+            return deserialize(worker, serialized, *arguments, **named)
 
         return counted
 

@@ -195,17 +195,17 @@ async def collect(worker, client, n):
 
 @ray.remote(num_cpus=0)
 class Dying:
-    """Ends after so many values of its stream: in the middle of a group where they are odd."""
+    """Ends after so many values of its stream, of which a group has three, as a rollout worker's has."""
 
     async def groups(self, values):
         for value in range(values):
-            yield np.full(10**6, value, np.uint8) if value % 2 == 0 else value
+            yield (None, np.full(10**6, value, np.uint8), value)[value % 3]
         await asyncio.sleep(1)  # Ray sends what is yielded in the background, and what it has not sent dies as well
         os._exit(1)
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("values", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("values", range(8))
 async def test_a_worker_that_dies_between_a_message_and_its_meta_has_not_sent_it(cluster, values):
     came = []
 
@@ -215,7 +215,32 @@ async def test_a_worker_that_dies_between_a_message_and_its_meta_has_not_sent_it
 
     with pytest.raises(ActorDiedError):
         await receive()
-    assert came == [(value, value - 1) for value in range(1, values, 2)]
+    assert came == [(value, value - 1) for value in range(2, values, 3)]
+
+
+@pytest.mark.ray
+async def test_the_driver_takes_groups_without_reading_their_messages(start, fetcher, monkeypatch):
+    client, read = start(), []
+    worker = type(ray._private.worker.global_worker)
+    deserialize = worker.deserialize_objects
+
+    def counting(self, serialized, *arguments, **named):
+        read.extend(len(data) for data, *_ in serialized if data is not None)
+        return deserialize(self, serialized, *arguments, **named)
+
+    monkeypatch.setattr(worker, "deserialize_objects", counting)
+    doomed = Worker.remote("worker", client.actor, client.config)
+    stream = doomed.groups.options(num_returns="streaming").remote(3)
+    sizes = []
+    async for meta, payload in incoming(stream):
+        await client.put_stored(meta, payload)
+        doomed.accepted.remote(meta.group_id)
+        sizes.append(meta.nbytes)
+    assert len(sizes) == 3
+    assert sum(read) < min(sizes), "not even one message"
+    leased = await client.lease("trainer", 3)
+    fetcher.groups([payload for _, payload in leased])
+    assert sum(read) > sum(sizes) or client.config.queue.backend == "redis", "else this test sees nothing"
 
 
 @pytest.mark.ray
