@@ -436,6 +436,9 @@ class EvalSection(Section):
     """Number of held-out prompts to evaluate, greedily, before the first and after the last step."""
     every: NonNegative = 0
     """Policy versions between further evaluations, each while the engine has that version; 0 for none."""
+    beside_rollouts: bool = True
+    """Whether rollouts continue during an evaluation within training, for whose end the next weight sync waits. false
+    pauses them: the evaluation takes less time, and nothing is sampled until its longest response has ended."""
 
 
 LoggerName = Literal["tensorboard", "wandb"]

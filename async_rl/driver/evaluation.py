@@ -1,9 +1,13 @@
-"""Greedy evaluation of a run's current weights on its held-out prompts, spread over the replicas."""
+"""Greedy evaluation of a run's current weights on its held-out prompts, spread over the replicas.
+
+Within training it runs beside the rollouts (eval.beside_rollouts): requests of both share the engines, and what must
+not change the weights meanwhile, a weight sync or a pause, waits for ``finished``.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.monitor import Monitor
@@ -28,35 +32,66 @@ class Evaluator:
         monitor: Monitor,
         recorder: Recorder,
     ) -> None:
-        self._every = config.eval.every
+        self._settings = config.eval
         self._prompts = prompts
         self._sync = sync
         self._replicas = replicas
         self._monitor = monitor
         self._recorder = recorder
+        self._running: asyncio.Task[None] | None = None
 
-    async def evaluate_if_due(self, version: int, step: int) -> None:
-        """Evaluate at the versions that eval.every says."""
-        if self._every and version % self._every == 0:
+    def is_due(self, version: int) -> bool:
+        """Return whether eval.every asks for an evaluation of this version."""
+        return bool(self._settings.every) and version % self._settings.every == 0
+
+    async def while_paused(self, version: int, step: int) -> None:
+        """Evaluate a version that is due, before rollouts resume, unless it is evaluated beside them."""
+        if self.is_due(version) and not self._settings.beside_rollouts:
             await self.evaluate(version, step)
 
-    async def evaluate(self, version: int, step: int) -> None:
-        """Evaluate the weights of ``version`` after training step ``step`` and record the result, once per version.
+    def beside_rollouts(self, version: int) -> None:
+        """Begin to evaluate a version that is due, now that rollouts have resumed, unless that was done."""
+        if self.is_due(version) and self._settings.beside_rollouts:
+            self._running = asyncio.ensure_future(self._evaluate(version))
 
-        If a replica fails, evaluation begins again with the others.
-        """
-        while self._prompts and self._sync.members and self._recorder.evaluated != version:
+    async def finished(self, step: int) -> None:
+        """Return once no evaluation is under way. Raises what it raised."""
+        if (running := self._running) is not None:
+            with self._monitor.phase("evaluation", step):
+                await asyncio.wait([running])
+            self._running = None
+            if not running.cancelled():
+                running.result()
+
+    async def evaluate(self, version: int, step: int) -> None:
+        """Evaluate the weights of ``version`` after training step ``step`` and record the result, once per version."""
+        await self.finished(step)
+        with self._monitor.phase("evaluation", step):
+            await self._evaluate(version)
+
+    def cancel(self) -> None:
+        """End an evaluation that is under way, without a result."""
+        if self._running is not None:
+            self._running.cancel()
+
+    async def _evaluate(self, version: int) -> None:
+        """Have each replica answer its share of the prompts; the share of one that fails goes to the others."""
+        left, results = list(self._prompts), []
+        while left and self._sync.members and self._recorder.evaluated != version:
             replicas = list(self._sync.members)
-            shares = {replica: self._prompts[index :: len(replicas)] for index, replica in enumerate(replicas)}
-            try:
-                with self._monitor.phase("evaluation", step):
-                    results = await asyncio.gather(
-                        *(self._on(replica, share) for replica, share in shares.items() if share)
-                    )
-            except ReplicaFailed as error:
-                self._replicas.evict(error)
-                continue
+            shares = {replica: left[index :: len(replicas)] for index, replica in enumerate(replicas)}
+            asked = {replica: share for replica, share in shares.items() if share}
+            answers = await asyncio.gather(*(self._on(*each) for each in asked.items()))
+            results += [answer for answer in answers if answer is not None]
+            lost = (share for share, answer in zip(asked.values(), answers, strict=True) if answer is None)
+            left = [prompt for share in lost for prompt in share]
+        if results and not left:
             self._recorder.evaluation(results, version)
 
-    def _on(self, replica: int, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
-        return self._sync.on(replica, lambda worker: worker.evaluate(prompts))
+    async def _on(self, replica: int, prompts: Sequence[Prompt]) -> EvalResult | None:
+        """Return a replica's result on these prompts; None if it failed."""
+        try:
+            return await self._sync.on(replica, lambda worker: worker.evaluate(prompts))
+        except ReplicaFailed as error:
+            self._replicas.evict(error)
+            return None

@@ -133,6 +133,7 @@ class TrainingLoop:
         if not (self._training and self._config.checkpoint.periodic and grace_s):
             return 0.0
         self._stopping = True
+        self._evaluator.cancel()  # a pause for the checkpoint would wait for it
         self._checkpointer.request()
         self._recorder.event("stop_requested", grace_s=grace_s)
         return grace_s
@@ -150,6 +151,7 @@ class TrainingLoop:
             if not self._stopping:
                 await first_failure(self._finish(), self._monitor.run())
         finally:
+            self._evaluator.cancel()
             await self._shut_down()
 
     async def _start(self) -> None:
@@ -170,6 +172,7 @@ class TrainingLoop:
 
     async def _finish(self) -> None:
         """Evaluate and export the trained model."""
+        await self._evaluator.finished(self._step)
         await self._replicas.stop()
         await self._monitor.poll()
         self._recorder.training_ended()
@@ -225,6 +228,7 @@ class TrainingLoop:
 
     async def _paused_state(self) -> RunState:
         """Take the run's state without a weight sync, for which the replicas are paused."""
+        await self._evaluator.finished(self._step)
         synced = self._step == self._synced_step
         return await self._checkpointer.pause_and_take(self._step, self._version, synced=synced)
 
@@ -277,6 +281,7 @@ class TrainingLoop:
 
         Restarted workers take part. With ``snapshot``, returns the run's state as it is while the engines are paused.
         """
+        await self._evaluator.finished(self._step)
         # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
         version = self._attempted = max(self._version, self._attempted) + 1
         paused = functools.partial(self._checkpointer.freeze, self._step) if snapshot else None
@@ -290,13 +295,14 @@ class TrainingLoop:
                     self._replicas.evict(error)
         self._version, self._synced_step = version, self._step
         logs.bind(version=version)
-        await self._evaluator.evaluate_if_due(self._version, self._step)
+        await self._evaluator.while_paused(self._version, self._step)
         # Before the queue admits more groups: those are not frozen.
         state = await self._checkpointer.take(self._step, version, synced=True) if snapshot else None
         await self._queue.advance(self._version)
         self._recorder.sync(record)
         await self._sync.resume()
         self._replicas.on_sync_done()
+        self._evaluator.beside_rollouts(self._version)
         return state
 
     # -- failures -----------------------------------------------------------------------------------------------
@@ -309,6 +315,7 @@ class TrainingLoop:
 
     async def _restart_trainer(self, error: TrainerDied) -> None:
         """Return to the step of the latest valid checkpoint, with a restarted trainer."""
+        self._evaluator.cancel()  # the weights that it evaluates are undone
         while True:
             with self._monitor.phase("restart", self._step):
                 try:

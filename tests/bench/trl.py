@@ -38,6 +38,7 @@ Curve = list[tuple[int, float, float]]
 def ours(config: RunConfig, steps: int, every: int, seed: int, folder: Path) -> Curve:
     """Train with the recipe as it stands."""
     settings = {"seed": seed, "trainer.steps": steps, "eval.every": every, "eval.n": config.eval.n}
+    settings["eval.beside_rollouts"] = "false"  # its time is left out, so that it must be apart
     run = train(CONFIG, folder, f"ours-{seed}", settings)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     spans = [json.loads(line) for line in (run / TIMELINE / "pipeline.jsonl").read_text().splitlines()]

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from async_rl.config.schema import EvalSection
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.loop import TrainingLoop
 from async_rl.rollout.evaluation import EvalResult
 
 
-def make_loop(evaluated, *, steps, every, found=None, version=0, evaluated_before=None):
+def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, evaluated_before=None):
     """A loop whose training step is a weight sync and nothing else; ``evaluated`` gets the versions."""
     loop = TrainingLoop.__new__(TrainingLoop)
 
@@ -41,7 +42,7 @@ def make_loop(evaluated, *, steps, every, found=None, version=0, evaluated_befor
         samples=SimpleNamespace(finished=nothing),
         final_model="final",
     )
-    config = SimpleNamespace(eval=SimpleNamespace(every=every))
+    config = SimpleNamespace(eval=EvalSection(every=every, beside_rollouts=beside))
     loop._recorder, loop._found = recorder, found
     loop._version = loop._attempted = loop._step = version
     loop._training = loop._stopping = False
@@ -60,10 +61,11 @@ def make_loop(evaluated, *, steps, every, found=None, version=0, evaluated_befor
     return loop
 
 
+@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize(("steps", "every", "versions"), [(4, 2, [0, 2, 4]), (5, 2, [0, 2, 4, 5]), (3, 0, [0, 3])])
-def test_each_version_is_evaluated_once(steps, every, versions):
+def test_each_version_is_evaluated_once(steps, every, versions, beside):
     evaluated = []
-    asyncio.run(make_loop(evaluated, steps=steps, every=every).run())
+    asyncio.run(make_loop(evaluated, steps=steps, every=every, beside=beside).run())
     assert evaluated == versions
 
 
