@@ -392,7 +392,7 @@ _FLOW = (
         "Groups given up permanently, by reason.",
         "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
-        values=("reward", "environment", "engine", "timeout", "stale", "row"),
+        values=("reward", "environment", "engine", "timeout", "stale", "row", "trainer"),
     ),
     MetricSpec(
         "dataset_bad_rows_total",
