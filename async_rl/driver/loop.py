@@ -192,9 +192,10 @@ class TrainingLoop:
                     await self._sync_weights()
             except TrainerDied as error:
                 await self._restart_trainer(error)
+        await self._checkpointer.finish()
         if self._stopping and self._step > self._checkpointer.latest_step:
             await self._checkpointer.write(await self._paused_state())
-        await self._checkpointer.finish()
+            await self._checkpointer.finish()
 
     async def _train_step(self) -> None:
         began = time.monotonic()
