@@ -63,6 +63,15 @@ class Agreement:
     """Experts that the probe does not reach, summed over the MoE layers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The trainer's side of a comparison."""
+
+    probe: Sequence[Int32Array]
+    logprobs: list[Float32Array]
+    """float32[N-1] of each sequence int32[N] of the probe, with the trainer's own routing."""
+
+
 class Members(Protocol):
     """Reaches the replicas; ``sync.WeightSync`` is the real one."""
 
@@ -109,20 +118,25 @@ class CanaryCheck:
         self._unreached_logged = 0  # the largest number that was logged
         self._given_up: npt.NDArray[np.bool_] | None = None  # bool[L, E]: experts that no candidate reached
 
-    async def check(self, replicas: list[int], *, replay: bool) -> Agreement:
+    async def expect(self) -> Expected:
+        """Have the trainer compute its side under the weights that it has: before engines are paused to get them."""
+        probe = self._probe
+        return Expected(probe, await self._trainer.logprobs(probe, None))
+
+    async def check(self, replicas: list[int], *, replay: bool, expected: Expected | None = None) -> Agreement:
         """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch.
 
-        The trainer computes its side while the engines compute theirs, with its own routing. If that is over the
+        ``expected`` is the trainer's side where it is known, with its own routing. If the difference is over the
         tolerance, or ``replay`` asks for it, it computes again with the engine's routing replayed, as in training: a
         tie between two experts that the two sides break differently is no alarm. In bfloat16 there are always some.
         """
         replay = replay or coarser_dtype(self._config) == "bfloat16"
-        scored, native = await asyncio.gather(
+        scored, ours = await asyncio.gather(
             asyncio.gather(*(self._score(replica, self._probe) for replica in replicas)),
-            self._trainer.logprobs(self._probe, None),
+            self._still(expected),
         )
         reports = [
-            await self._compare(replica, scores, native, replay=replay)
+            await self._compare(replica, scores, ours.logprobs, replay=replay)
             for replica, scores in zip(replicas, scored, strict=True)
         ]
         if tolerance(self._config, self.noise) is None:
@@ -131,6 +145,10 @@ class CanaryCheck:
             report=max(reports, key=lambda report: report.max_abs_diff),
             unreached_experts=await self._count_unreached(replicas[0], [score.routed_experts for score in scored[0]]),
         )
+
+    async def _still(self, expected: Expected | None) -> Expected:
+        """Return ``expected`` if it is of the present probe; else have the trainer compute it again."""
+        return expected if expected is not None and expected.probe is self._probe else await self.expect()
 
     async def _compare(
         self, replica: int, scores: list[Score], native: list[Float32Array], *, replay: bool
@@ -229,10 +247,9 @@ class CanaryCheck:
             self._batches += 1
             routed = await self._routed(replica, tried)
             chosen = greedy_cover(known, routed, spec)
-            self._probe += [tried[index] for index in chosen]
+            added = self._probe[self._fixed :] + [tried[index] for index in chosen]
             # Routers move as long as a run lasts, and the probe must stay bounded: the oldest additions are dropped.
-            surplus = len(self._probe) - self._fixed - BATCHES * CANDIDATES
-            del self._probe[self._fixed : self._fixed + max(0, surplus)]
+            self._probe = self._probe[: self._fixed] + added[max(0, len(added) - BATCHES * CANDIDATES) :]
             known |= reached([routed[index] for index in chosen], spec)
         self._given_up = ~known
         if (unreached := int((~known).sum())) > self._unreached_logged:

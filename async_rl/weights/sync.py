@@ -1,8 +1,9 @@
 """One weight sync: pause, transfer, canary, resume. Drives both sides through ``Trainer`` and ``Replica``.
 
+              the trainer scores a fixed probe under the weights that it is about to send
     pause     a replica stops generating, as partial_rollout.mode says
     transfer  trainer rank 0 drives vLLM's start / update / finish on it, which stamps the new version
-    canary    the replica scores a fixed probe under the weights it received, the trainer under those it sent
+    canary    the replica scores the probe under the weights that it received
     resume    rollouts continue
 
 All replicas are synced together, or with sync.rolling one after the other, so that the others generate meanwhile.
@@ -214,6 +215,7 @@ class WeightSync:
         if self._connected != peers:
             await self._transfer("connect", self._trainer.connect(list(peers.values())))
             self._connected = dict(peers)
+        expected = await self.canary.expect()  # while the engines generate
         self._require_members(replicas)
         only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
         with _timed(phases, "pause"):
@@ -223,7 +225,7 @@ class WeightSync:
         with _timed(phases, "wake"):
             await self._all(replicas, lambda worker: worker.wake())
         with _timed(phases, "canary"):
-            return await self.canary.check(replicas, replay=False)
+            return await self.canary.check(replicas, replay=False, expected=expected)
 
     async def _transfer(self, what: str, call: Awaitable[Any]) -> None:
         """Await a call of the trainer in which it calls the engines. Raises ReplicaFailed if one of them failed."""

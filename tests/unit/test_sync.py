@@ -388,3 +388,22 @@ async def test_the_probe_stays_bounded_however_the_routers_move(monkeypatch):
         await subject.canary.reach_experts(0, 1)
         newest.append(subject.canary._probe[-1].tobytes())
     assert [sequence.tobytes() for sequence in subject.canary._probe] == [*first, *newest[-2:]]
+
+
+async def test_the_trainer_scores_the_probe_while_the_engines_generate():
+    subject, trainer = sync(engine := Engine())
+    calls = trainer.calls = engine.calls = []
+    await subject.run(1)
+    assert calls.count("logprobs") == 1, "the canary needs no further call of the trainer"
+    assert calls.index("logprobs") < calls.index("pause") < calls.index("send_weights") < calls.index("score")
+
+
+async def test_a_probe_that_has_grown_since_is_scored_again():
+    subject, trainer = sync(Engine())
+    expected = await subject.canary.expect()
+    trainer.calls.clear()
+    await subject.canary.check([0], replay=False, expected=expected)
+    assert "logprobs" not in trainer.calls
+    subject.canary._probe = [*subject.canary._probe, np.arange(5, dtype=np.int32)]
+    await subject.canary.check([0], replay=False, expected=expected)
+    assert "logprobs" in trainer.calls
