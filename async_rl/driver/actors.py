@@ -98,6 +98,10 @@ class TrainerRanks:
         actors = [replica.actor for replica in replicas]
         await self._together("connect", [rank.connect.remote(actors) for rank in self._ranks])
 
+    async def stage_weights(self) -> None:
+        """Do what of the next ``send_weights`` needs no engine."""
+        await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
+
     async def send_weights(self, version: int, only: int | None = None) -> float:
         """Transfer the weights as policy version ``version`` to all connected replicas, or to that at index ``only``.
 

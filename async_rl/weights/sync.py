@@ -1,6 +1,6 @@
 """One weight sync: pause, transfer, canary, resume. Drives both sides through ``Trainer`` and ``Replica``.
 
-              the trainer scores a fixed probe under the weights that it is about to send
+              the trainer writes its weights where they are sent from, and scores a fixed probe under them
     pause     a replica stops generating, as partial_rollout.mode says
     transfer  trainer rank 0 drives vLLM's start / update / finish on it, which stamps the new version
     canary    the replica scores the probe under the weights that it received
@@ -73,6 +73,7 @@ class Trainer(ProbedTrainer, Protocol):
     """What a sync needs of the trainer; ``driver.actors.TrainerRanks`` is the real one."""
 
     async def connect(self, replicas: Sequence[Replica]) -> None: ...
+    async def stage_weights(self) -> None: ...
     async def send_weights(self, version: int, only: int | None = None) -> float: ...
 
 
@@ -215,7 +216,9 @@ class WeightSync:
         if self._connected != peers:
             await self._transfer("connect", self._trainer.connect(list(peers.values())))
             self._connected = dict(peers)
-        expected = await self.canary.expect()  # while the engines generate
+        # What needs no engine, while the engines generate.
+        await self._transfer("stage_weights", self._trainer.stage_weights())
+        expected = await self.canary.expect()
         self._require_members(replicas)
         only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
         with _timed(phases, "pause"):

@@ -1,4 +1,4 @@
-"""What a reload on the CPU leaves undone in vLLM, and its repair: real layers of vLLM in a model of two of them."""
+"""Both ends of the shm backend: when weights are sent, and what vLLM leaves undone in a reload on the CPU, repaired."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.weight_transfer.base import ParamMeta
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -16,7 +17,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from async_rl.errors import WeightSyncError
+from async_rl.weights.shm_file import Announcement, TensorMeta, read
 from async_rl.weights.vllm.head_repack import packed_without_weights, repack_tied
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo, ShmTrainerWeightTransferEngine
 
 # vLLM pads a vocabulary to a multiple of 64, so one of these is loaded whole and one in part.
 VOCABULARIES = (128, 100)
@@ -107,3 +110,53 @@ def test_an_output_layer_without_weights_is_refused(make, missing):
     del pushed[missing]
     with pytest.raises(WeightSyncError, match=f"no weights for {missing.removesuffix('.weight')}"):
         push(model, pushed)
+
+
+class Client:
+    """The engines, as the trainer's end calls them."""
+
+    def __init__(self):
+        self.calls, self.received = [], None
+
+    def init_weight_transfer_engine(self, info):
+        self.table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in info["table"]]
+
+    def start_weight_update(self):
+        self.calls.append("start")
+
+    def update_weights(self, announcement):
+        self.received = {name: tensor.clone() for name, tensor in read(Announcement(**announcement), self.table)}
+
+    def finish_weight_update(self):
+        self.calls.append("finish")
+
+
+class Source:
+    """One tensor, whose value the trainer changes; counts how often it is gathered."""
+
+    def __init__(self):
+        self.value, self.gathered = 0.0, 0
+
+    def metadata(self):
+        return [ParamMeta("w", torch.float32, (3,))]
+
+    def __iter__(self):
+        self.gathered += 1
+        return iter([("w", torch.full((3,), self.value))])
+
+
+def test_weights_are_gathered_once_and_before_the_engines_are_called():
+    source, client = Source(), Client()
+    sender = ShmTrainerWeightTransferEngine.trainer_init(ShmTrainerInitInfo(rank=0), client=client, source=source)
+    try:
+        source.value = 1.0
+        sender.stage()
+        assert (source.gathered, client.calls) == (1, [])
+        sender.send_weights()
+        assert (source.gathered, client.calls) == (1, ["start", "finish"])
+        assert client.received["w"].tolist() == [1.0] * 3
+        source.value = 2.0
+        sender.send_weights()  # nothing is staged: what was sent before is not sent again
+        assert (source.gathered, client.received["w"].tolist()) == (2, [2.0] * 3)
+    finally:
+        sender.shutdown()

@@ -49,6 +49,8 @@ class ScriptedTrainer(TrainerActor):
     def finish_step(self) -> StepReport:
         return dataclasses.replace(step_report(), version=self._version, groups=self._groups)
 
+    def stage_weights(self) -> None: ...
+
     def send_weights(self, version: int, only: int | None = None) -> float:
         for actor in self._actors if only is None else [self._actors[only]]:
             ray.get(actor.update_weight_version.remote(str(version)))

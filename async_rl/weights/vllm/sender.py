@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from async_rl.config.schema import RunConfig
 from async_rl.weights.vllm.plugin import register
-from async_rl.weights.vllm.shm import ShmTrainerInitInfo
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo, ShmTrainerWeightTransferEngine
 
 
 class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
@@ -45,6 +45,11 @@ class WeightSender:
         self._engine = WeightTransferTrainerFactory.trainer_init(
             _init_info(config, rank), client=self._client, source=source
         )
+
+    def stage(self) -> None:
+        """Do what of the next ``send`` needs no engine, so that engines generate meanwhile."""
+        if isinstance(self._engine, ShmTrainerWeightTransferEngine):  # NCCL sends from the GPU's memory
+            self._engine.stage()
 
     def send(self, version: int, only: int | None = None) -> None:
         """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""

@@ -64,6 +64,8 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         super().__init__(client=client, source=source, is_sender=is_sender)
         metas = [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
         self._file = WeightFile(metas) if is_sender else None
+        self._announcement: Announcement | None = None
+        self._staged = False
         if is_sender:
             client.init_weight_transfer_engine({"table": [[m.name, m.dtype, list(m.shape)] for m in metas]})
 
@@ -79,15 +81,24 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
             raise WeightSyncError("the shm backend transfers whole models: it needs a WeightSource")
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
-    def send_weights(self) -> None:
+    def stage(self) -> None:
+        """Gather the weights and write them to the file, for the next ``send_weights`` to announce."""
         assert self.source is not None  # the constructor took one
         if self._file is None:
             for _ in self.source:  # gathering a parameter is a collective: take part in it
                 pass
+        else:
+            self._announcement = self._file.write(self.source)
+        self._staged = True
+
+    def send_weights(self) -> None:
+        if not self._staged:
+            self.stage()
+        self._staged = False
+        if self._announcement is None:
             return
-        announcement = self._file.write(self.source)
         self.client.start_weight_update()
-        self.client.update_weights(asdict(announcement))
+        self.client.update_weights(asdict(self._announcement))
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
