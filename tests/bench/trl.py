@@ -6,7 +6,7 @@ is taken to rise in a straight line.
 
 Printed last, one JSON line: seconds_over_trl, ours over TRL's; seconds and the evaluations by step of each.
 
-    .venv/bin/pip install -e '.[bench]'
+    .venv/bin/pip install -e '.[bench]'      # not in `make bench`, which installs nothing
     .venv/bin/python -m tests.bench.trl [--goal 0.60] [--steps 80] [--every 10] [--rounds 1]
 """
 
@@ -116,6 +116,7 @@ def theirs(config: RunConfig, steps: int, every: int, seed: int) -> Curve:
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
+                gradient_checkpointing=False,
                 logging_steps=10**9,
             ),
         ).train()
