@@ -17,11 +17,12 @@ from async_rl.metrics.spec import MetricSpec, Parts, Split, Value
 
 
 def publish_start(metrics: Metrics) -> None:
-    """Set every counter whose labels are known to 0, so that its first count is a rise."""
+    """Set every counter whose labels are known to 0, so that its first count is a rise, and what is 0 in most runs."""
     for spec in METRICS.values():
         for value in spec.values:
             metrics.count_to(spec.name, 0, **{spec.labels[0]: value})
     metrics.count_to("checkpoints_total", 0)
+    metrics.set("rollout_replicas_lost", 0)
 
 
 def publish_step(metrics: Metrics, record: StepRecord) -> None:
