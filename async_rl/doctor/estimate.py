@@ -26,9 +26,9 @@ ENGINE_BYTES, COMPILED_BYTES = int(1.3 * 10**9), int(0.9 * 10**9)
 TRAINER_BYTES, DRIVER_BYTES = int(0.7 * 10**9), int(0.7 * 10**9)
 # Gradients are summed in float32 whatever the parameters' type; AdamW keeps two moments in float32.
 GRADIENT_BYTES, MOMENT_BYTES, MASTER_BYTES = 4, 8, 4
-# Bytes per logit beside the logits themselves, while log-probs and entropies are computed (``trainer.logprobs``):
-# three arrays in float32.
-LOGPROB_BYTES = 12
+# What log-probs and their gradient take over the bytes of the logits: these, their gradient in the same type, and
+# blocks of rows in float32 (``trainer.logprobs``; ``tests.bench.memory`` measures up to 1.2 beside the logits).
+LOGITS_FACTOR = 2.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def trainer_memory(config: RunConfig, model: ModelConfig, parameters: Parameters
         same = sizes.dp * sizes.cp
         states = dense // same + experts // max(1, same * sizes.tp // (sizes.ep * sizes.etp))
     positions = largest_microbatch(config) // sizes.cp
-    logits = positions * (model.vocab_size // sizes.tp) * (itemsize + LOGPROB_BYTES)
+    logits = int(positions * (model.vocab_size // sizes.tp) * itemsize * LOGITS_FACTOR)
     return TrainerMemory(
         parameters=(dense + experts) * itemsize,
         gradients=(dense + experts) * GRADIENT_BYTES,

@@ -164,7 +164,7 @@ def test_memory(machine, inputs):
     machine.setattr(probes, "available_memory", lambda: 3 * probes.GB)
     detail = the(doctor.checks(config(inputs)), "memory").detail
     assert "3.0 GB available, about 3.3 GB needed" in detail
-    assert "(engines 1.8, trainer 0.7 and 0.1 for its largest microbatch)" in detail
+    assert "(engines 1.8, trainer 0.7 and 0.0 for its largest microbatch)" in detail
     with pytest.raises(ResourceError, match=r"memory: 3\.0 GB available"):
         doctor.require(config(inputs))
     needed = estimate.run_memory(config(inputs), *probes._model(config(inputs))).total
@@ -225,7 +225,7 @@ def test_gpu_memory_of_a_trainer_rank_by_hand(tmp_path):
     # Dense states over 8 data-parallel ranks; each expert is on two ranks.
     assert rank.optimizer == (800_000_000 // 8 + 3_600_000_000 // 2) * 12
     # One sequence is longer than what sequences are packed up to.
-    assert rank.logits == 8000 * (151_936 // 2) * 14
+    assert rank.logits == int(8000 * (151_936 // 2) * 2 * 2.2)
     assert rank.reference == 0
 
 
