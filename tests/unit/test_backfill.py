@@ -77,6 +77,7 @@ def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
         "async_rl_groups_failed",
         "async_rl_process_restarts",
         "async_rl_checkpoints",
+        "async_rl_rollout_replicas_lost",
     )
     missing = [key for key in live if key not in found and not key[0].startswith(unsaid)]
     assert missing == []
