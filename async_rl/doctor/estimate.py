@@ -53,7 +53,7 @@ class TrainerMemory:
     gradients: int
     optimizer: int
     reference: int
-    """Of the reference policy and of the own weights while it is loaded."""
+    """Bytes of the reference policy, and of the own weights while it is loaded."""
     activations: int
     """Kept for the backward pass."""
     logits: int

@@ -31,11 +31,11 @@ class Sizes:
     response_bytes: int
     group_bytes: int
     step_bytes: int
-    """Of the groups that one training step consumes."""
+    """Bytes of the groups that one training step consumes."""
     window_groups: int
     """Groups that may be outstanding: what the staleness budget admits."""
     window_bytes: int
-    """Of all of them, finished."""
+    """Bytes of all of them, when finished."""
     outstanding_responses: int
     """Responses of the groups that may be outstanding."""
     places: int
@@ -47,7 +47,7 @@ class Sizes:
     window_tokens: int
     """Tokens that are generated between two weight syncs."""
     in_flight_bytes: int
-    """Of the groups in flight of one replica."""
+    """Bytes of the groups in flight of one replica."""
 
     @property
     def token_bytes(self) -> int:

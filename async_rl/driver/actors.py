@@ -27,7 +27,7 @@ from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.moments import SavedGroup
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
-from async_rl.runtime.failures import is_process_death, is_worker_lost, unwrap_ray_error, user_facing_error
+from async_rl.runtime.failures import brief, is_process_death, is_worker_lost, unwrap_ray_error, user_facing_error
 from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
@@ -165,8 +165,7 @@ class TrainerRanks:
             if isinstance(cause, AsyncRLError) or not isinstance(cause, _MACHINE_FAULTS):
                 raise
             # The other ranks wait for one that has left the step, or have done other parts of it.
-            reason = str(cause).strip().partition("\n")[0]
-            raise TrainerDied(f"the trainer failed in {method}: {type(cause).__name__}: {reason}") from error
+            raise TrainerDied(f"the trainer failed in {method}: {brief(error)}") from error
 
     async def _together(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
         """Await the calls of all ranks and return the result of rank 0."""

@@ -22,6 +22,12 @@ def user_facing_error(error: BaseException) -> BaseException:
     return cause if isinstance(cause, AsyncRLError) else error
 
 
+def brief(error: BaseException) -> str:
+    """Return type and first line of what an actor raised, without Ray's wrappers and traceback."""
+    cause = unwrap_ray_error(error)
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+
+
 def is_process_death(error: BaseException) -> bool:
     """Return whether the *called* process is gone. An error that it raised about another one does not count."""
     return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)

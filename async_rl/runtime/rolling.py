@@ -123,7 +123,7 @@ class RollingLines:
         number = rolled[-1][0] + 1 if rolled else 1
         os.replace(self._path, self._path.with_name(f"{self._path.stem}-{number:06d}{self._path.suffix}"))
         if self._keep is None:
-            # Beside the run: a part takes longer than the driver's event loop may stand still.
+            # In a thread: a part takes longer than the driver's event loop may be blocked.
             self._compressing = threading.Thread(target=_compress_all, args=(self._path,))
             self._compressing.start()
         else:

@@ -41,7 +41,7 @@ def supervise(body: Callable[[], int]) -> int:
     begin_run()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Blocked, not handled: how a signal was sent is only told to who waits for it.
+    # Blocked, not handled: only sigwaitinfo(2) says how a signal was sent.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     driver = os.fork()
     if driver == 0:

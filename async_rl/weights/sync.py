@@ -33,7 +33,7 @@ from async_rl.errors import ReplicaFailed, TrainerDied, WeightSyncError, WeightS
 from async_rl.metrics.records import SyncRecord
 from async_rl.models.config import ModelConfig
 from async_rl.runtime import timeouts
-from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error, user_facing_error
+from async_rl.runtime.failures import brief, is_worker_lost, unwrap_ray_error, user_facing_error
 from async_rl.types import Float32Array, Int32Array, Prompt
 from async_rl.weights.canary import BATCHES
 from async_rl.weights.canary_check import Agreement, CanaryCheck, ProbedTrainer
@@ -240,9 +240,7 @@ class WeightSync:
             await self._raise_failed_replica()
             if isinstance(error, WeightSyncError):
                 raise
-            cause = unwrap_ray_error(error)
-            reason = str(cause).strip().partition("\n")[0]
-            raise WeightSyncError(f"{what}: {type(cause).__name__}: {reason}") from error
+            raise WeightSyncError(f"{what}: {brief(error)}") from error
 
     async def _too_long(self, what: str, phases: dict[str, float]) -> WeightSyncError:
         """Return the error to raise when sync.timeout_s is over."""

@@ -20,7 +20,7 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array
 from tests.support.step_records import step_report
 
 LOGPROB = -3.0
-"""Of every token of the canary's probe."""
+"""The log-prob of every token of the canary's probe."""
 
 
 class ScriptedTrainer(TrainerActor):

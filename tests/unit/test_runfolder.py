@@ -221,7 +221,7 @@ def test_invariant_6_the_files_of_20000_steps_stay_bounded(tmp_path, monkeypatch
 
 
 def growing(path: Path) -> int:
-    """Return the bytes of all files of a run folder but those that keep one line per step for ever."""
+    """Return the bytes of all files of a run folder but those that keep one line of each step."""
     whole = [*parts(path / "trained.jsonl"), *parts(path / "rewound-trained.jsonl")]
     whole += [path / "metrics.jsonl", path / "rewound-metrics.jsonl"]
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file not in whole)
