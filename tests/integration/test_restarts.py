@@ -15,13 +15,9 @@ SETTINGS = {
 }
 
 
-def events(run, name):
-    return [line for line in run.log if line["event"] == name]
-
-
 def wait_for_event(run, name, count=1):
     deadline = time.monotonic() + 180
-    while len(found := events(run, name)) < count:
+    while len(found := run.events(name)) < count:
         assert run.process.poll() is None, f"the run ended early:\n{run.output}"
         assert time.monotonic() < deadline, f"{name} did not come:\n{run.output}"
         time.sleep(0.1)
@@ -48,7 +44,7 @@ def test_a_run_keeps_what_it_has_when_a_worker_dies_or_it_is_to_end(start_run, r
     assert run.wait() == 130, run.output
     run.assert_nothing_left()
     steps = [row["step"] for row in run.rows]
-    assert events(run, "checkpoint_written")[-1]["step"] == steps[-1] > on_demand
+    assert run.events("checkpoint_written")[-1]["step"] == steps[-1] > on_demand
     summary = run.summary
     assert summary["exit_reason"] == "interrupted"
     assert_conserved(summary["groups"])

@@ -21,7 +21,7 @@ def test_a_checkpoint_that_turns_out_damaged_when_it_is_loaded_is_passed_over(st
     """Groups in flight are resumed from the one before; in the first part also those of an engine that died."""
     run = start_run(trainer__steps=4, **SETTINGS)
     assert run.wait() == 0, run.output
-    died = [line for line in run.log if line["event"] == "process_died"]
+    died = run.events("process_died")
     assert [line["process"] for line in died] == ["rollout-0"]
     assert died[0]["resumed"] > 0, "the groups of the dead engine, which a stream brought to the next one"
     older, newest = sorted((run.folder / "checkpoints").glob("step-*"))
@@ -42,13 +42,13 @@ def test_a_checkpoint_that_turns_out_damaged_when_it_is_loaded_is_passed_over(st
     run = resume_run(trainer__steps=6, **SETTINGS)
     assert run.wait() == 0, run.output
     run.assert_nothing_left()
-    (damaged,) = [line for line in run.log if line["event"] == "checkpoint_damaged"]
+    (damaged,) = run.events("checkpoint_damaged")
     assert damaged["checkpoint"] == str(newest)
     assert damaged["damage"] == f"{victim.name} has another checksum than when it was written"
-    (restored,) = [line for line in run.log if line["event"] == "work_restored"]
+    (restored,) = run.events("work_restored")
     assert restored["step"] == 2
     assert restored["resumed"] == len(in_flight)
-    assert not [line for line in run.log if line["event"] == "in_flight_group_refused"]
+    assert not run.events("in_flight_group_refused")
     assert run.summary["steps"] == 6
     assert manifest.find_altered(newest, manifest.read(newest)) is None, "it was written again"
     check(run, tmp_path, scripted=True)

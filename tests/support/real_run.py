@@ -111,6 +111,10 @@ class Run:
         """The driver's log lines, of all starts."""
         return [json.loads(line) for line in (self.folder / "logs" / "pipeline.jsonl").read_text().splitlines()]
 
+    def events(self, name: str) -> list[dict]:
+        """Return the driver's log lines of one event."""
+        return [line for line in self.log if line["event"] == name]
+
     def one(self, name: str) -> psutil.Process:
         """Return the newest process of that name. Forks, which have the same name, do not count."""
         found = self.descendants(name)

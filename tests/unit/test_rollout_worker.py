@@ -362,8 +362,9 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
     assert other.sampled == total - sampled_before, "what was sampled before is not sampled again"
 
 
-async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has_resumed(monkeypatch, tmp_path):
-    """Answers that were being merged when the engine resumed are in it, and nothing that was sampled later."""
+@pytest.fixture
+def may_check(monkeypatch):
+    """An event without which no answer of an engine is checked, and so none is merged; all are checked in threads."""
     monkeypatch.setattr(worker_module, "_SMALL_BYTES", 0)
     may_check, check = threading.Event(), routing_policies.check
 
@@ -372,6 +373,11 @@ async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has
         check(*arguments, **keywords)
 
     monkeypatch.setattr(routing_policies, "check", slow_check)
+    return may_check
+
+
+async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has_resumed(may_check, tmp_path):
+    """Answers that were being merged when the engine resumed are in it, and nothing that was sampled later."""
     engine, queue = scripted(length=30), ListQueue(2)
     subject, _ = worker(engine, queue)
     run = asyncio.create_task(subject.run())
@@ -558,15 +564,7 @@ async def test_an_engine_that_hangs_is_taken_for_dead_but_not_during_a_push(monk
     assert len(await snapshot(subject)) == 2, "what is in flight can be handed over"
 
 
-async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapshot_does(monkeypatch):
-    monkeypatch.setattr(worker_module, "_SMALL_BYTES", 0)
-    may_check, check = threading.Event(), routing_policies.check
-
-    def slow_check(*arguments, **keywords):
-        may_check.wait(5)
-        check(*arguments, **keywords)
-
-    monkeypatch.setattr(routing_policies, "check", slow_check)
+async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapshot_does(may_check):
     engine, queue = scripted(length=30), ListQueue(2)
     subject, _ = worker(engine, queue)
     run = asyncio.create_task(subject.run())
