@@ -485,6 +485,22 @@ class ResourcesSection(Section):
     """Device of engines and trainer; auto for cuda if there is a GPU."""
 
 
+class ClusterSection(Section):
+    """The Ray cluster of a run over several hosts."""
+
+    address: str | None = None
+    """Address of the Ray cluster to join, for example 10.0.0.1:6379, or auto for the one of this host; null for
+    RAY_ADDRESS if it is set, else for a cluster that the run starts on this host and ends."""
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@:-]{1,15}$")] | None = None
+    """Network interface of the trainer's ranks on every host, for example eth0; null for the one with the route to rank
+    0."""
+
+    @property
+    def joined_address(self) -> str | None:
+        """Address of the cluster that the run joins; None if it starts its own on this host."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
 class RunConfig(Section):
     """All settings of one run."""
 
@@ -511,6 +527,7 @@ class RunConfig(Section):
     metrics: MetricsSection = MetricsSection()
     debug: DebugSection = DebugSection()
     resources: ResourcesSection = ResourcesSection()
+    cluster: ClusterSection = ClusterSection()
 
     @property
     def required_groups(self) -> int:
