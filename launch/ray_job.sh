@@ -7,7 +7,8 @@
 #
 # Environment:
 #   RAY_API_SERVER_ADDRESS   where the cluster takes jobs; default http://127.0.0.1:8265
-#   RAY_AUTH_TOKEN           the cluster's token, or RAY_AUTH_TOKEN_PATH, a file with it; default ~/.ray/auth_token
+#   RAY_AUTH_TOKEN           the cluster's token, or RAY_AUTH_TOKEN_PATH, a file with it; default ~/.ray/auth_token.
+#                            RAY_AUTH_MODE=disabled for a cluster without
 #   ASYNC_RL_DIR             the checkout on the cluster's hosts, in which the driver runs; default this one
 #   VENV                     Python environment with async_rl on the cluster's hosts; default .venv of that checkout
 #   JOB_ID                   the job's name on the cluster; default async-rl-DATE-NUMBER
@@ -26,8 +27,7 @@ ASYNC_RL_DIR=${ASYNC_RL_DIR:-$here}
 driver=${VENV:-$ASYNC_RL_DIR/.venv}/bin/async-rl
 job=${JOB_ID:-async-rl-$(date +%Y%m%d-%H%M%S)-$$}
 lost_s=${LOST_S:-300}
-# For `ray` here; the cluster's may be elsewhere.
-PATH=${VENV:-$here/.venv}/bin:$PATH
+PATH=$PATH:$here/.venv/bin # for `ray`
 
 # Background processes of a script ignore Ctrl-C, so the log is shown until the job has ended.
 stopped=

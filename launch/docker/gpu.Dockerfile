@@ -11,7 +11,8 @@ WORKDIR /app
 RUN python3.11 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY . .
-# Not pinned beyond pyproject.toml: requirements/ has the complete pins of the CPU environment only.
-RUN pip install --no-cache-dir "setuptools>=77" wheel && pip install --no-cache-dir --editable ".[gpu]"
+# Not pinned beyond pyproject.toml: requirements/ has the complete pins of the CPU environment only. ray-metrics: a cluster
+# takes jobs, and KubeRay sees that it lives, only with ray[default].
+RUN pip install --no-cache-dir "setuptools>=77" wheel && pip install --no-cache-dir --editable ".[gpu,ray-metrics]"
 
 ENTRYPOINT ["async-rl"]

@@ -1,5 +1,6 @@
-"""Programs of a cluster (ray, srun, scontrol, async-rl) as small recording scripts, for tests of the scripts in launch/."""
+"""Programs of a cluster (ray, srun, scontrol, async-rl) as recording scripts, for tests of the scripts in launch/."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 30.0
 
-# Ray, as far as the scripts know it. `ray start --block` records how it ended; a worker refuses to join without a head.
+# Ray, as far as the scripts know it. A worker refuses to join without a head, and fails once the head is gone.
 RAY = """
 case "$1 $2" in
     "start --head") touch "$STATE/head" ;;
@@ -18,8 +19,10 @@ case "$1 $2" in
     start*) [ -e "$STATE/head" ] || exit 1 ;;
 esac
 touch "$STATE/host.$$"
-trap 'echo "ray ended" >>"$STATE/calls"; rm -f "$STATE/host.$$"; exit 0' TERM
-while :; do sleep 0.05; done
+trap 'echo "ray ended" >>"$STATE/calls"; rm -f "$STATE/host.$$"; [ "$2" != --head ] || rm -f "$STATE/head"; exit 0' TERM
+while [ -e "$STATE/head" ]; do sleep 0.05; done
+echo "ray ended" >>"$STATE/calls"
+exit 1
 """
 
 # The module that ray_host.sh asks for the hosts of the cluster.
@@ -77,6 +80,7 @@ class Programs:
 
     def __init__(self, folder: Path) -> None:
         self.state = folder / "state"
+        self.cwd = ROOT
         self._bin = folder / "venv" / "bin"
         modules = folder / "modules"
         for made in (self.state, self._bin, modules):
@@ -107,7 +111,7 @@ class Programs:
         process = subprocess.Popen(
             command,
             env=self.env | env,
-            cwd=ROOT,
+            cwd=self.cwd,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -138,10 +142,8 @@ class Programs:
     def close(self) -> None:
         """Kill what is left of each command that was started."""
         for process in self._started:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
