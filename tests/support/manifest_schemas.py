@@ -3,9 +3,9 @@
     python -m tests.support.manifest_schemas SCHEMA MANIFEST KIND > tests/unit/launch_schemas/NAME.json
 
 SCHEMA is a Kubernetes custom resource definition (YAML), or a JSON schema, whose ``$ref`` are looked for in a
-_definitions.json beside it. MANIFEST is the file of launch/ that shall be checked, KIND the document in it, or ``-`` for
-a file that has no kind. Of each object that the manifest has, every field name is kept, so that a wrong one is found;
-fields that it does not have lose their schema. Add ``source``, ``version`` and ``licence`` to the result by hand.
+_definitions.json beside it. MANIFEST is the file of launch/ that shall be checked, KIND the document in it; ``-`` if it
+has no kind. Of each object that the manifest has, every field name is kept, so that a wrong one is found; fields that
+it does not have lose their schema. Add ``source``, ``version`` and ``licence`` to the result by hand.
 """
 
 import json

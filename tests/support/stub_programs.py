@@ -14,7 +14,7 @@ DEADLINE_S = 30.0
 # Ray, as far as the scripts know it. A worker refuses to join without a head, and fails once the head is gone.
 RAY = """
 case "$1 $2" in
-    "start --head") touch "$STATE/head" ;;
+    "start --head") echo "ray has RAY_ADDRESS=${RAY_ADDRESS:-none}" >>"$STATE/calls"; touch "$STATE/head" ;;
     health-check*) [ -e "$STATE/head" ] || { echo "no cluster" >&2; exit 1; }; exit 0 ;;
     start*) [ -e "$STATE/head" ] || exit 1 ;;
 esac
