@@ -109,8 +109,14 @@ import time
 import ray
 
 head, wanted, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-ray.init(address=head, log_to_driver=False, logging_level="error")
 deadline = time.monotonic() + seconds
+while not ray.is_initialized():
+    try:
+        ray.init(address=head, log_to_driver=False, logging_level="error")
+    except Exception as error:  # Ray's control process answers before its process on this host does
+        if time.monotonic() > deadline:
+            sys.exit(f"ray_host: the cluster at {head} cannot be joined: {error}")
+        time.sleep(1)
 while len(there := sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])) < wanted:
     if time.monotonic() > deadline:
         sys.exit(f"ray_host: {len(there)} of {wanted} hosts joined within {seconds:g} s: {', '.join(there)}")

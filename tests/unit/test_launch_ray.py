@@ -88,7 +88,7 @@ def test_a_token_may_be_in_a_file(programs, tmp_path):
 def test_a_head_takes_jobs_when_asked_and_more_options(programs):
     programs.start(*HOST, "head", RAY_JOBS="1", RAY_START_ARGS="--num-gpus=8 --labels=a=b", HOST_CPUS="3")
     programs.await_call("ray start --head")
-    (call,) = programs.calls[-1:]
+    (call,) = [call for call in programs.calls if call.startswith("ray start")]
     assert "--include-dashboard=true" in call
     assert "--block" in call
     assert "--num-cpus=3 --num-gpus=8 --labels=a=b" in call
@@ -109,6 +109,18 @@ def test_a_worker_waits_for_its_head_and_gives_up_with_ray_s_reason(programs):
     assert code == 1
     assert "no cluster answers at 10.0.0.5:6379 within 1 s: no cluster" in output
     assert not any(call.startswith("ray start") for call in programs.calls)
+
+
+def test_a_wait_names_the_hosts_that_are_there_or_why_it_cannot_see(programs):
+    (programs.state / "head").touch()
+    (programs.state / "host.7").touch()
+    wait = (*HOST, "wait", "10.0.0.5:6379")
+    there = {"EXPECTED_HEAD": "10.0.0.5:6379", "JOIN_S": "0"}
+    assert programs.run(*wait, "1", **there) == (0, "")
+    code, output = programs.run(*wait, "2", **there)
+    assert (code, output) == (1, "ray_host: 1 of 2 hosts joined within 0 s: host.7\n")
+    code, output = programs.run(*wait, "2", JOIN_S="0", EXPECTED_HEAD="elsewhere")
+    assert (code, output) == (1, "ray_host: the cluster at 10.0.0.5:6379 cannot be joined: no host at 10.0.0.5:6379\n")
 
 
 # -- a job --
