@@ -38,9 +38,12 @@ stop() {
     ray job stop --no-wait "$job" >/dev/null || echo "ray_job: could not stop it; \`ray job stop $job\` tries again" >&2
 }
 
-ray job submit --no-wait --submission-id "$job" \
+said=$(ray job submit --no-wait --submission-id "$job" \
     --runtime-env-json "{\"env_vars\": {\"RAY_JOB_STOP_WAIT_TIME_S\": \"${STOP_S:-120}\"}}" \
-    -- env "--chdir=$ASYNC_RL_DIR" "$driver" train "$@" >/dev/null
+    -- env "--chdir=$ASYNC_RL_DIR" "$driver" train "$@" 2>&1) || {
+    echo "ray_job: $RAY_API_SERVER_ADDRESS took no job: $(tail -n 1 <<<"$said")" >&2
+    exit 1
+}
 echo "ray_job: submitted $job to $RAY_API_SERVER_ADDRESS; \`ray job logs --follow $job\` shows its log elsewhere" >&2
 trap stop INT TERM
 

@@ -172,6 +172,11 @@ def test_a_signal_stops_the_job_and_waits_for_its_end(programs, number):
     assert "the log" in output
 
 
+def test_a_cluster_that_takes_no_job_is_one_line(programs):
+    programs.add("ray", "printf 'Traceback\\nConnectionError: refused\\n'; exit 1")
+    assert programs.run(*JOB) == (1, "ray_job: http://127.0.0.1:8265 took no job: ConnectionError: refused\n")
+
+
 def test_a_broken_connection_to_the_log_does_not_end_the_wait(programs):
     programs.add("ray", RAY_JOB)
     job = programs.start(*JOB, LOG_BREAKS="1")
