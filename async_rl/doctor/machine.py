@@ -210,10 +210,10 @@ def shared_memory(config: RunConfig) -> Iterator[Check]:
 
 def ports(config: RunConfig) -> Iterator[Check]:
     """Check that the ports for /metrics of driver, replicas and ranks are free."""
-    host, first = config.metrics.host, config.metrics.port
-    wanted = (
-        range(first, first + 1 + config.rollout.replicas + world_size(config.trainer.parallel)) if first else range(1)
-    )
+    host, first = config.metrics.host or "127.0.0.1", config.metrics.port
+    # On a cluster, only the driver is sure to be on this host.
+    others = 0 if config.cluster.joined_address else config.rollout.replicas + world_size(config.trainer.parallel)
+    wanted = range(first, first + 1 + others) if first else range(1)
     for port in wanted:
         try:
             with socket.create_server((host, port)):
