@@ -185,11 +185,10 @@ def _token(runs: Path) -> Iterator[Path]:
             path.write_text(path.name)
         except OSError as error:
             raise ConfigError(
-                f"runs: cannot write to {runs} ({error.strerror}); set --runs to a folder of yours"
+                f"runs: cannot write to {runs} ({error.strerror}); set --runs to a folder that can be written to"
             ) from None
         yield path
     finally:
-        path.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # something is in it by now
-                folder.rmdir()
+        for remove in (path.unlink, *(folder.rmdir for folder in made)):
+            with contextlib.suppress(OSError):  # it was not made, or something else is in it by now
+                remove()

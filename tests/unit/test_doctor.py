@@ -14,28 +14,7 @@ from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
-from tests.support.model_folders import QWEN3_30B_A3B, write_config
-
-MODEL = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "eos_token_id": 1,
-}
-TOKENIZER = {
-    "version": "1.0",
-    "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "sort": 1}, "unk_token": "[UNK]"},
-    "pre_tokenizer": {"type": "Whitespace"},
-}
+from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
 
 
 @pytest.fixture
@@ -53,15 +32,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def inputs(tmp_path):
     """A complete model folder and datasets."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(MODEL))
-    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    save_file({"w": np.zeros(1000, dtype=np.float32)}, str(model / "model.safetensors"))
-    rows = "".join(json.dumps({"prompt": "sort", "answer": "x"}) + "\n" for _ in range(4))
-    (tmp_path / "train.jsonl").write_text(rows)
-    (tmp_path / "eval.jsonl").write_text(rows)
-    return tmp_path
+    return write_inputs(tmp_path)
 
 
 def config(folder: Path, **sections):
@@ -230,7 +201,7 @@ def test_gpu_memory_of_a_trainer_rank_by_hand(tmp_path):
 
 
 def test_parameters_are_counted_whatever_their_type(tmp_path):
-    folder = write_config(tmp_path / "model", {**MODEL, "tie_word_embeddings": True})
+    folder = write_config(tmp_path / "model", {**SMALLEST, "tie_word_embeddings": True})
     tensors = {
         "model.embed_tokens.weight": np.zeros((64, 32), np.float16),
         "lm_head.weight": np.zeros((64, 32), np.float16),  # a copy, if the embeddings are tied
@@ -318,7 +289,7 @@ def test_model_folder_that_does_not_do(machine, inputs, break_it, part):
 
 
 def rewrite(model: Path, **changes):
-    (model / "config.json").write_text(json.dumps({**MODEL, **changes}))
+    (model / "config.json").write_text(json.dumps({**SMALLEST, **changes}))
 
 
 @pytest.mark.parametrize(
