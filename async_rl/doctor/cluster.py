@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal
 
 from async_rl.config.schema import RunConfig
@@ -224,14 +225,14 @@ def _paths(_: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterat
         absent = [host.name for host in hosts if host.paths.get(key) is None]
         differences = {host.name: _difference(mine, host.paths.get(key)) for host in hosts}
         others = [f"{name}: {difference}" for name, difference in differences.items() if difference]
-        read = key.startswith(_DRIVER_ONLY)
+        by_driver = key.startswith(_DRIVER_ONLY)
         if absent or others:
             fault = f"is not on {listed(absent)}" if absent else f"has other content on {listed(others)}"
             yield Check(
                 key,
-                "warn" if read else "FAIL",
+                "warn" if by_driver else "FAIL",
                 f"the path exists where the driver is, but {fault}"
-                + ("; only the driver reads it, and there a run could not be resumed" if read else ""),
+                + ("; only the driver reads it, so the run can start, but it can be resumed here only" * by_driver),
                 "use a folder that all hosts share, or copy it to the same place on each",
                 ConfigError,
             )
@@ -297,12 +298,12 @@ def with_address(host: HostReport) -> list[str]:
 def _metrics(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iterator[Check]:
     """Check that metrics.host is an address that each host has, and by which others reach it."""
     address = config.metrics.host
-    if address is None or address in ("0.0.0.0", "::", "") or len({host.address for host in hosts}) == 1:
+    if address is None or len({host.address for host in hosts}) == 1:
         return
     without = [host.name for host in hosts if not any(address in found for found in host.interfaces.values())]
     if _is_loopback(address):
         fault = "reaches no other host, so that Prometheus would read the metrics of another process"
-    elif without:
+    elif without and (parsed := _parsed(address)) is not None and not parsed.is_unspecified:
         fault = f"is no address of {listed(without)}"
     else:
         return
@@ -316,7 +317,16 @@ def _metrics(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> I
 
 
 def _is_loopback(address: str) -> bool:
-    return address in ("localhost", "::1") or address.startswith("127.")
+    parsed = _parsed(address)
+    return address == "localhost" if parsed is None else parsed.is_loopback
+
+
+def _parsed(address: str) -> IPv4Address | IPv6Address | None:
+    """Return an IP address; None for a name, which may mean another address on each host."""
+    try:
+        return ip_address(address)
+    except ValueError:
+        return None
 
 
 def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:

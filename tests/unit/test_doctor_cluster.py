@@ -223,7 +223,10 @@ def test_an_interface_that_does_not_exist():
         ("127.0.0.1", "127.0.0.1 reaches no other host"),
         ("localhost", "localhost reaches no other host"),
         ("10.0.0.1", "10.0.0.1 is no address of 10.0.0.2"),
+        ("::1", "::1 reaches no other host"),
         ("0.0.0.0", None),
+        ("::", None),
+        ("metrics.internal", None),
         (None, None),
     ],
 )
