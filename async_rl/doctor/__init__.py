@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import capacity, cluster, inputs, installation, machine
 from async_rl.doctor.check import Check, Status
-from async_rl.doctor.cluster import HostReport
+from async_rl.doctor.host_report import HostReport
 from async_rl.doctor.machine import uses_gpu
 
 __all__ = [

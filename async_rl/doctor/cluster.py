@@ -3,81 +3,25 @@
 ``doctor.host`` looks at one host, and the driver asks all of them at once (``driver.hosts``). What a host has is
 compared with the driver's process, which read the settings, the model and the data.
 
-On GPUs the hosts of a run are those with GPUs and the driver's; others of the cluster need nothing of it.
+The hosts of a run are those with GPUs, or on CPU with CPUs, that Ray distributes, and the driver's; others of the
+cluster need nothing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
-from async_rl.doctor.packing import Need, counted, listed, misfit, pack
+from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
+from async_rl.doctor.packing import counted, listed, misfit, pack
 from async_rl.errors import ConfigError
 
-GB = 10**9
 _DRIVER_ONLY = "data."
 """Settings whose files the driver alone reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostReport:
-    """What one host has. Where ``fault`` is set, only what Ray knows of it."""
-
-    name: str
-    """Its address, and the beginning of its node's id if the cluster has several nodes there."""
-    address: str
-    node_id: str = ""
-    """Ray's id of it, in hexadecimal digits."""
-    gpus: int = 0
-    """GPUs that Ray distributes."""
-    free_gpus: int = 0
-    """Those of them that no process has now."""
-    fault: str = ""
-    """Why there is no report."""
-    python: str = ""
-    code: str = ""
-    """Version and digest of this package's source."""
-    packages: Mapping[str, str] = field(default_factory=dict)
-    """Versions by name."""
-    cores: int = 0
-    memory_bytes: int = 0
-    """Available memory."""
-    shm_bytes: int = 0
-    """Free bytes in /dev/shm."""
-    compiler: bool = False
-    """Whether there is a C++ compiler."""
-    interfaces: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """IP addresses by network interface."""
-    paths: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
-    """By setting, a digest of each file; None if there is no such path."""
-    modules: Mapping[str, str | None] = field(default_factory=dict)
-    """Digests of the user's modules; None for one that is not found."""
-    shares_runs: bool = False
-    """Whether it sees what the driver writes into the folder of the runs."""
-    writes_runs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a run needs of its hosts."""
-
-    device: Literal["cpu", "cuda"]
-    processes: tuple[Need, ...]
-    memory_bytes: int = 0
-    """Memory of all processes on CPU."""
-    shm_bytes: int = 0
-    """Bytes in /dev/shm of a host that has engines."""
-    compiles: bool = False
-    """Whether engines need a C++ compiler."""
-
-    @property
-    def unit(self) -> str:
-        """What a process takes of a host: GPUs, or cores on CPU."""
-        return "GPUs" if self.device == "cuda" else "cores"
 
 
 def device_of(config: RunConfig, hosts: Sequence[HostReport]) -> Literal["cpu", "cuda"]:
@@ -114,43 +58,6 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
         found.extend(_processors(config, needs, answering))
     found.extend(_shared_memory(needs, answering))
     return found
-
-
-def used_hosts(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> list[HostReport]:
-    """Return the hosts on which processes of the run may be."""
-    return [host for host in hosts if needs.device == "cpu" or host.gpus or host.node_id == own.node_id]
-
-
-def room_of(needs: Needs, hosts: Sequence[HostReport]) -> dict[str, int]:
-    """Return what each host has of what processes take: GPUs, or cores."""
-    return {host.name: host.gpus if needs.device == "cuda" else host.cores for host in hosts}
-
-
-def table(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> str:
-    """Return a table with a line per host: what it has, and which processes fit there."""
-    used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
-    placed = pack(room_of(needs, [host for host in hosts if host.name in used]), needs.processes).placed
-    rows = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
-    for host in hosts:
-        if host.fault:
-            rows.append((host.name, str(host.gpus), *[""] * 5, host.fault))
-            continue
-        there = ", ".join(counted(count, what) for what, count in placed.get(host.name, {}).items())
-        rows.append(
-            (
-                host.name,
-                str(host.gpus),
-                str(host.cores),
-                f"{host.memory_bytes / GB:.1f} GB",
-                f"{host.shm_bytes / GB:.1f} GB",
-                host.python,
-                host.code,
-                (there or "-") if host.name in used else "not used",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    cells = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(f"{line.rstrip()}\n" for line in cells)
 
 
 def _answers(silent: Sequence[HostReport], answering: Sequence[HostReport]) -> Check:
@@ -271,7 +178,7 @@ def _interface(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) ->
     name = config.cluster.interface
     if name is None:
         return
-    without = [host for host in hosts if not host.interfaces.get(name)]
+    without = [host for host in hosts if name not in with_address(host)]
     local = [host.name for host in hosts if any(_is_loopback(address) for address in host.interfaces.get(name, ()))]
     if without:
         there = [f"{host.name} has {', '.join(with_address(host))}" for host in without]
@@ -291,8 +198,13 @@ def _interface(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) ->
 
 
 def with_address(host: HostReport) -> list[str]:
-    """Return the names of a host's interfaces that have an address."""
-    return [name for name, addresses in host.interfaces.items() if addresses]
+    """Return the names of a host's interfaces that have an address to which other hosts can connect by itself."""
+
+    def usable(address: str) -> bool:
+        parsed = _parsed(address)
+        return parsed is not None and not (parsed.version == 6 and parsed.is_link_local)
+
+    return [name for name, addresses in host.interfaces.items() if any(map(usable, addresses))]
 
 
 def _metrics(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iterator[Check]:
@@ -330,18 +242,15 @@ def _parsed(address: str) -> IPv4Address | IPv6Address | None:
 
 
 def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
-    """Check that every process finds a host with enough GPUs; with too few cores, processes only slow each other."""
+    """Check that every process finds a host with enough GPUs; with too few CPUs, processes only slow each other."""
     room = room_of(needs, hosts)
     fault = misfit(room, needs.processes, needs.unit)
     fix = f"lower {', '.join(dict.fromkeys(need.settings for need in needs.processes))}, or join a larger cluster"
     if fault is None:
         needed = sum(need.count * need.size for need in needs.processes)
         yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
-    elif needs.device == "cuda":
-        yield Check(needs.unit, "FAIL", fault, fix)
     else:
-        impossible = any(need.size > max(room.values(), default=0) for need in needs.processes)
-        yield Check(needs.unit, "FAIL" if impossible else "warn", fault, fix)
+        yield Check(needs.unit, "FAIL" if needs.device == "cuda" else "warn", fault, fix)
 
 
 def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
@@ -366,7 +275,7 @@ def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
 
 
 def _processors(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
-    """Check what only runs on CPU need: compilers and memory; and that nothing is asked of GPUs."""
+    """Check what only runs on CPU need: cores, compilers and memory; and that nothing is asked of GPUs."""
     if config.sync.backend == "nccl":
         yield Check(
             "sync.backend",
@@ -375,6 +284,9 @@ def _processors(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) ->
             "set sync.backend to one that works on CPU",
             ConfigError,
         )
+    cores = {host.name: host.cores for host in hosts}
+    if fault := misfit(cores, [replace(need, count=1) for need in needs.processes], "cores"):
+        yield Check("cores", "FAIL", fault, "lower resources.engine_threads or resources.trainer_threads")
     without = [host.name for host in hosts if not host.compiler]
     if needs.compiles and without:
         yield Check(

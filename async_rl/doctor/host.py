@@ -30,7 +30,7 @@ _MODEL_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".py", ".safetensors", "
 
 
 def look(paths: Mapping[str, str], modules: Sequence[str], token: str) -> dict[str, Any]:
-    """Return what this host has as plain data, by the names of ``cluster.HostReport``.
+    """Return what this host has as plain data, by the names of ``HostReport``.
 
     paths: by setting, files and folders to compare. modules: the user's own, by name. token: a file in the folder of
     the runs that the driver has just written, or an empty string.

@@ -13,7 +13,7 @@ import psutil
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
-from async_rl.doctor.cluster import Needs
+from async_rl.doctor.host_report import Needs
 from async_rl.doctor.packing import Need
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError

@@ -1,4 +1,4 @@
-"""Distributes processes over hosts that have so many GPUs, or cores: whether a run fits, and where. Pure.
+"""Distributes processes over hosts that have so many GPUs, or CPUs: whether a run fits, and where. Pure.
 
 Each process needs its units on one host. First fit, the largest processes first, is exact for a run on GPUs: engines of
 one size leave the same number of GPUs free however they are distributed, and a trainer rank takes any one of these.
@@ -54,7 +54,7 @@ def pack(room: Mapping[str, int], needs: Sequence[Need]) -> Packing:
 def misfit(room: Mapping[str, int], needs: Sequence[Need], unit: str) -> str | None:
     """Say in one line why the processes do not fit, for example that no host has 8 GPUs for an engine; None if they do.
 
-    unit: what is counted, ``GPUs`` or ``cores``.
+    unit: what is counted, for example ``GPUs``.
     """
     packing = pack(room, needs)
     if not packing.left:

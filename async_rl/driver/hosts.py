@@ -23,7 +23,7 @@ from async_rl import doctor
 from async_rl.config.paths import absolute, path_settings
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import cluster, host, machine
-from async_rl.doctor.cluster import HostReport
+from async_rl.doctor.host_report import HostReport, table
 from async_rl.driver.cluster import ray_cluster
 from async_rl.errors import ConfigError
 from async_rl.runtime.failures import unwrap_ray_error
@@ -70,12 +70,13 @@ def examine(config: RunConfig) -> tuple[str, bool]:
             "--cluster: no cluster is named; set cluster.address (auto for the one of this host) or RAY_ADDRESS"
         )
     config = absolute(config)
-    with ray_cluster(config):
+    # Under another name: the run may be under way, and of one name a cluster has one run.
+    with ray_cluster(config.model_copy(update={"name": f"doctor-{secrets.token_hex(8)}"})):
         survey = surveyed(config)
         config = settled(config, survey)
     found = [*doctor.checks(config), *doctor.cluster_checks(config, survey.hosts, survey.own)]
-    table = cluster.table(machine.needs(config), survey.hosts, survey.own)
-    return f"{table}\n{doctor.report(found, 'cluster')}", not doctor.failed(found)
+    shown = table(machine.needs(config), survey.hosts, survey.own)
+    return f"{shown}\n{doctor.report(found, 'cluster')}", not doctor.failed(found)
 
 
 def surveyed(config: RunConfig) -> Survey:
@@ -111,7 +112,7 @@ def settled(config: RunConfig, survey: Survey) -> RunConfig:
     device = cluster.device_of(config, survey.hosts)
     address = str(ray.get_runtime_context().gcs_address)
     one_host = len({report.address for report in survey.hosts}) == 1
-    metrics = config.metrics.host or ("127.0.0.1" if one_host else None)
+    metrics = "127.0.0.1" if one_host and config.metrics.host is None else config.metrics.host
     return config.model_copy(
         update={
             "resources": config.resources.model_copy(update={"device": device}),
@@ -159,7 +160,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _known(nodes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return name, address, id and GPUs of each node by its id."""
+    """Return name, address, id, GPUs and CPUs of each node by its id."""
     free, nodes_at = available_resources_per_node(), Counter(node["NodeManagerAddress"] for node in nodes)
     known = {}
     for node in nodes:
@@ -170,6 +171,7 @@ def _known(nodes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "node_id": node_id,
             "gpus": int(node["Resources"].get("GPU", 0)),
             "free_gpus": int(free.get(node_id, {}).get("GPU", 0)),
+            "cpus": int(node["Resources"].get("CPU", 0)),
         }
     return known
 

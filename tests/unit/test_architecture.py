@@ -22,6 +22,7 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 PURE = {
     "async_rl.doctor.check",
     "async_rl.doctor.cluster",
+    "async_rl.doctor.host_report",
     "async_rl.doctor.packing",
     "async_rl.driver.checkpoint_schedule",
     "async_rl.driver.shares",

@@ -8,7 +8,7 @@ from async_rl import doctor
 from async_rl.config.loading import validate
 from async_rl.doctor import cluster, packing
 from async_rl.doctor import machine as probes
-from async_rl.doctor.cluster import HostReport, Needs
+from async_rl.doctor.host_report import HostReport, Needs, table
 from async_rl.doctor.packing import Need
 from async_rl.errors import ConfigError, ResourceError
 
@@ -39,6 +39,7 @@ def host(number: int, **changes) -> HostReport:
         python="3.11.9",
         code="0.1.0 (3fa2c1d0)",
         packages={"ray": "2.60.0", "torch": "2.13.0", "vllm": "0.30.0", "megatron-core": "0.16.1", "msgpack": "1.1.0"},
+        cpus=96,
         cores=96,
         memory_bytes=900 * GB,
         shm_bytes=400 * GB,
@@ -190,10 +191,11 @@ def test_gpus_that_others_use_are_a_warning():
 
 
 def test_hosts_without_gpus_need_nothing_of_a_run_on_gpus():
-    bare = HostReport("10.0.0.3", "10.0.0.3", "node3", python="3.9.0")
+    bare = HostReport("10.0.0.3", "10.0.0.3", "node3", cpus=4, python="3.9.0")
     assert {check.status for check in judged([host(1), host(2), bare])} == {"ok"}
-    on_cpu = needs(device="cpu")
-    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, config(sync={"backend": "shm"})))
+    on_cpu, shm = needs(device="cpu"), config(sync={"backend": "shm"})
+    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, shm))
+    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], on_cpu, shm))
 
 
 def test_shared_memory_of_one_host_for_engines_on_others():
@@ -212,6 +214,8 @@ def test_an_interface_that_does_not_exist():
     assert fault([host(1), other], settings=settings).startswith(
         "cluster.interface: eth0 is no interface with an address on every host: 10.0.0.2 has lo, ens3; "
     )
+    local = host(2, interfaces={"lo": ["127.0.0.1", "::1"], "eth0": ["fe80::2"]})
+    assert "10.0.0.2 has lo; " in fault([host(1), local], settings=settings)
     loopback = config(cluster={"interface": "lo"})
     assert "lo is loopback on 10.0.0.1, 10.0.0.2" in fault([host(1), host(2)], settings=loopback)
     assert {check.status for check in judged([host(1)], needs(1, 4, 4), loopback)} == {"ok"}
@@ -243,14 +247,16 @@ def test_metrics_that_no_other_host_reaches(address, part):
 
 def test_on_cpu_too_few_cores_only_slow_the_run():
     shm = config(sync={"backend": "shm"})
-    small = [host(1, gpus=0, cores=2), host(2, gpus=0, cores=2)]
+    small = [host(1, gpus=0, cpus=2, cores=2), host(2, gpus=0, cpus=2, cores=2)]
     threads = (Need("engine", 3, 1, "rollout.replicas"), Need("trainer rank", 2, 1, "trainer.parallel"))
     on_cpu = Needs("cpu", threads, memory_bytes=8 * GB, compiles=True)
     assert warnings(judged(small, on_cpu, shm)) == [
-        "cores: 4 cores in all (10.0.0.1: 2, 10.0.0.2: 2), but 5 are needed for 3 engines and 2 trainer ranks"
+        "CPUs: 4 CPUs in all (10.0.0.1: 2, 10.0.0.2: 2), but 5 are needed for 3 engines and 2 trainer ranks"
     ]
     wide = Needs("cpu", (Need("engine", 1, 3, "resources.engine_threads"),))
-    assert "no host has 3 cores for an engine" in fault(small, wide, shm)
+    assert fault(small, wide, shm).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
+    # Ray was started with fewer CPUs than there are: processes share them.
+    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide, shm))
     without = [small[0], dataclasses.replace(small[1], compiler=False)]
     assert "C++ compiler: none on 10.0.0.2" in fault(without, on_cpu, shm)
     poor = [dataclasses.replace(each, memory_bytes=3 * GB) for each in small]
@@ -269,7 +275,7 @@ def test_weights_need_shared_memory_where_engines_are():
 def test_the_table_has_a_line_per_host():
     silent = HostReport("10.0.0.2", "10.0.0.2", "node2", gpus=8, fault="no answer within 60 s")
     bare = HostReport("10.0.0.4", "10.0.0.4", "node4", python="3.9.0", code="0.0.1 (0)")
-    lines = cluster.table(needs(), [host(1), silent, host(3), bare], host(1)).splitlines()
+    lines = table(needs(), [host(1), silent, host(3), bare], host(1)).splitlines()
     assert " ".join(lines[0].split()) == "host GPUs cores memory /dev/shm Python async_rl room for"
     assert " ".join(lines[1].split()) == "10.0.0.1 8 96 900.0 GB 400.0 GB 3.11.9 0.1.0 (3fa2c1d0) 1 engine"
     assert " ".join(lines[2].split()) == "10.0.0.2 8 no answer within 60 s"
@@ -322,7 +328,7 @@ def test_needs_of_a_run():
     threads = {"device": "cpu", "engine_threads": 5, "trainer_threads": 6}
     found = probes.needs(config(**layout, resources=threads, sync={"backend": "shm"}))
     assert [need.size for need in found.processes] == [5, 6]
-    assert (found.device, found.unit, found.compiles) == ("cpu", "cores", True)
+    assert (found.device, found.unit, found.compiles) == ("cpu", "CPUs", True)
     assert found.memory_bytes > 3 * GB
 
 

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from async_rl.config.loading import validate
-from async_rl.doctor.cluster import HostReport
+from async_rl.doctor.host_report import HostReport
 from async_rl.driver import hosts
 from async_rl.driver.hosts import Survey
 from async_rl.errors import ConfigError
