@@ -85,7 +85,7 @@ def table(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> str:
     """Return a table with a line per host: what it has, and which processes fit there."""
     used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
     placed = pack(room_of(needs, [host for host in hosts if host.name in used]), needs.processes).placed
-    rows = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
+    rows: list[tuple[str, ...]] = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
     for host in hosts:
         if host.fault:
             rows.append((host.name, str(host.gpus), *[""] * 5, host.fault))

@@ -28,8 +28,9 @@ from async_rl.driver.cluster import ray_cluster
 from async_rl.errors import ConfigError
 from async_rl.runtime.failures import unwrap_ray_error
 
-ANSWER_S = 60.0
-"""Seconds that a host has for its report. A worker process starts and imports this package in 1 to 10 of them."""
+ANSWER_S = 120.0
+"""Seconds that a host has for its report. A worker process starts and imports this package in 1 to 10 of them, and in
+more where the packages are on a file system that all hosts read at once."""
 
 _FIELDS = frozenset(field.name for field in fields(HostReport))
 
