@@ -82,7 +82,8 @@ def examine(config: RunConfig) -> tuple[str, bool]:
 
 def surveyed(config: RunConfig) -> Survey:
     """Ask every host of the cluster that this process has joined, all at once."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    alive = (node for node in ray.nodes() if node["Alive"])
+    nodes = sorted(alive, key=lambda node: (len(node["NodeManagerAddress"]), node["NodeManagerAddress"]))
     paths = {key: str(path) for key, path in path_settings(config) if _is_compared(config, key)}
     modules = list(cluster.user_modules(config))
     with _token(config.runs) as token:

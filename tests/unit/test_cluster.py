@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from async_rl.config.loading import validate
-from async_rl.driver.cluster import ray_cluster, ray_exporters
+from async_rl.driver.cluster import ray_cluster
 from async_rl.errors import ResourceError
 
 CONFIG = validate({"model": {"path": "m"}, "data": {"train": "t"}})
@@ -56,14 +56,3 @@ def test_sigterm_after_ray_has_started_interrupts_the_run_and_not_its_end(monkey
         signal.raise_signal(signal.SIGTERM)
     with start(monkeypatch, init):
         monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGTERM))
-
-
-def test_ray_s_own_metrics_are_announced_where_each_node_serves_them(monkeypatch):
-    nodes = [
-        {"Alive": True, "NodeManagerAddress": "10.0.0.1", "MetricsExportPort": 8080},
-        {"Alive": True, "NodeManagerAddress": "fd00::2", "MetricsExportPort": 8081},
-        {"Alive": True, "NodeManagerAddress": "10.0.0.3", "MetricsExportPort": -1},
-        {"Alive": False, "NodeManagerAddress": "10.0.0.4", "MetricsExportPort": 8082},
-    ]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert ray_exporters() == ["10.0.0.1:8080", "[fd00::2]:8081"]

@@ -8,6 +8,7 @@ import ray
 from async_rl.config.loading import validate
 from async_rl.doctor.host_report import HostReport
 from async_rl.driver import hosts
+from async_rl.driver.cluster import ray_exporters
 from async_rl.driver.hosts import Survey
 from async_rl.errors import ConfigError
 
@@ -89,3 +90,14 @@ def test_paths_that_no_process_reads_are_not_compared():
     assert not hosts._is_compared(config(), "queue.redis.password_file")
     assert hosts._is_compared(config(queue={"backend": "redis"}), "queue.redis.password_file")
     assert hosts._is_compared(config(), "model.path")
+
+
+def test_ray_s_own_metrics_are_announced_where_each_node_serves_them(monkeypatch):
+    nodes = [
+        {"Alive": True, "NodeManagerAddress": "10.0.0.1", "MetricsExportPort": 8080},
+        {"Alive": True, "NodeManagerAddress": "fd00::2", "MetricsExportPort": 8081},
+        {"Alive": True, "NodeManagerAddress": "10.0.0.3", "MetricsExportPort": -1},
+        {"Alive": False, "NodeManagerAddress": "10.0.0.4", "MetricsExportPort": 8082},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert ray_exporters() == ["10.0.0.1:8080", "[fd00::2]:8081"]
