@@ -251,6 +251,13 @@ def test_a_cache_that_cannot_hold_one_sequence(machine, inputs):
         assert all(f"takes {needed}" in check.detail for check in found)
 
 
+def test_a_cache_on_cpu_is_judged_once_the_hosts_have_decided_the_device(machine, inputs):
+    small = {"rollout": {"kv_cache_bytes": 4096}, "cluster": {"address": "10.0.0.1:6379"}}
+    assert fails(doctor.checks(config(inputs, **small))) == []
+    (fault,) = fails(doctor.checks(config(inputs, **small, resources={"device": "cpu"})))
+    assert fault.startswith("rollout.kv_cache_bytes: ")
+
+
 def test_a_model_without_a_stop_token(machine, inputs):
     rewrite(inputs / "model", eos_token_id=None)
     check = the(doctor.checks(config(inputs)), "stop token")
