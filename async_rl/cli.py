@@ -22,7 +22,7 @@ from async_rl.config.loading import default_of, leaves, load, parse_overrides, t
 from async_rl.config.schema import RunConfig
 from async_rl.errors import AsyncRLError, ConfigError
 
-_FLAGS = ("-h", "--help", "--version", "--dry-run", "--once")
+_FLAGS = ("-h", "--help", "--version", "--dry-run", "--once", "--cluster")
 """Options without a value; every other --word takes one."""
 
 _OPTIONS = ("--resume", "--out", "--trace", "--port")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     if arguments.verb == "doctor":
-        return _reported(lambda: _doctor(arguments.config, settings))
+        return _reported(lambda: _doctor(arguments.config, settings, of_cluster=arguments.cluster))
     return _reported(lambda: _look(arguments, settings))
 
 
@@ -107,16 +107,26 @@ def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
     return 0
 
 
-def _doctor(path: Path | None, settings: Sequence[str]) -> int:
+def _doctor(path: Path | None, settings: Sequence[str], *, of_cluster: bool) -> int:
     from async_rl import doctor
 
     config: RunConfig | None = None
     if path is not None:
         config = load(path, parse_overrides(settings))
+    elif of_cluster:
+        raise ConfigError("--cluster: hosts are checked for a run; write async-rl doctor CONFIG --cluster")
     elif settings:
         raise ConfigError(f"{settings[0]}: settings need a config file; write async-rl doctor CONFIG {settings[0]} ...")
+    if config is not None and of_cluster:
+        from async_rl.driver.hosts import examine
+
+        text, can_start = examine(config)
+        sys.stdout.write(text)
+        return 0 if can_start else 1
     found = doctor.checks(config)
     sys.stdout.write(doctor.report(found))
+    if config is not None and config.cluster.joined_address is not None:
+        sys.stdout.write("the hosts of its cluster are checked by async-rl doctor CONFIG --cluster\n")
     return 1 if doctor.failed(found) else 0
 
 
@@ -199,12 +209,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser(
         "doctor",
         help="check whether a run can start on this machine",
-        usage="async-rl doctor [CONFIG] [--section.key value ...]",
+        usage="async-rl doctor [CONFIG] [--cluster] [--section.key value ...]",
         description="Check this machine, its packages and the inputs for the run that CONFIG describes; without "
         "CONFIG, only machine and packages. Exits with 1 if a run could not start.",
         allow_abbrev=False,
     )
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file as for train")
+    doctor.add_argument(
+        "--cluster",
+        action="store_true",
+        help="check every host of the Ray cluster at cluster.address, or RAY_ADDRESS, against what the run needs",
+    )
     _add_looking(verbs)
     return parser
 

@@ -447,8 +447,9 @@ LoggerName = Literal["tensorboard", "wandb"]
 class MetricsSection(Section):
     """Where metrics and samples go."""
 
-    host: str = "127.0.0.1"
-    """Network interface on which each process serves /metrics."""
+    host: str | None = None
+    """Address on which each process serves /metrics, 0.0.0.0 for all interfaces; null for 127.0.0.1 if the run is on
+    one host, and on several for each host's own address in the cluster's network, which has no access control."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """First port to use, counting upwards by process; 0 lets the system choose free ones."""
     engine: bool = True

@@ -6,7 +6,6 @@ setting changes that.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from async_rl.config.schema import RunConfig
@@ -74,7 +73,7 @@ def _queue(config: RunConfig, sizes: Sizes) -> Check:
 
 
 def _object_store(config: RunConfig, sizes: Sizes) -> Iterator[Check]:
-    if config.queue.backend != "memory" or os.environ.get("RAY_ADDRESS"):
+    if config.queue.backend != "memory" or config.cluster.joined_address:
         return  # the groups are elsewhere, or the store is of a cluster that runs already
     store = object_store_bytes(config.queue.max_bytes, machine.free_bytes("/dev/shm"))
     if sizes.step_bytes <= store:

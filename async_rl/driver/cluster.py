@@ -18,6 +18,7 @@ import ray
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.sizes import object_store_bytes
 from async_rl.errors import ResourceError
+from async_rl.runtime.addresses import with_port
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
 from async_rl.trainer.parallel import world_size
 
@@ -100,7 +101,7 @@ def ray_exporters() -> list[str]:
     """Return host:port of each node on which Ray serves its own metrics, which needs the packages of ray[default]."""
     # Without those packages the port is -1.
     nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
-    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+    return [with_port(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes]
 
 
 async def free_resources() -> str:

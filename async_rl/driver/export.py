@@ -5,6 +5,7 @@ Runs in one process on the CPU, which needs memory for the model and its gradien
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def export(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) ->
     while True:
         source = find(path, damaged)
         try:
-            _write(load(source / "config.yaml", overrides), source, out)
+            _write(_with_model(load(source / "config.yaml", overrides), source), source, out)
         except CheckpointDamaged as error:
             if source == path:
                 raise
@@ -71,13 +72,15 @@ def _write(config: RunConfig, source: Path, out: Path) -> None:
 
 
 def _with_model(config: RunConfig, checkpoint: Path) -> RunConfig:
-    """Return ``config`` with a relative model.path that holds: from here, or from where the run was started.
+    """Return ``config`` with a model.path that holds here, or beside the run folder if both have moved together.
 
-    Raises CheckpointError if neither does.
+    Runs of release 0.1 recorded relative paths, below the folder in which they were started. Raises CheckpointError if
+    the model is at neither place.
     """
-    model, run, relative = config.model.path, checkpoint.absolute().parents[1], config.run_dir.parts
-    if not model.is_dir() and not config.run_dir.is_absolute() and run.parts[-len(relative) :] == relative:
-        model = run.parents[len(relative) - 1] / model
+    model, recorded = config.model.path, config.run_dir
+    if not model.is_dir() and model.is_absolute() == recorded.is_absolute():
+        run = checkpoint.absolute().parent.parent
+        model = Path(os.path.normpath(run / os.path.relpath(model, recorded)))
     if not model.is_dir():
         raise CheckpointError(
             f"{checkpoint} is of a run with model.path {config.model.path}, and there is no such folder; say where the "

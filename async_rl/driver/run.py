@@ -6,6 +6,7 @@ Owns what happens before and after the loop. What happens in it is in ``driver.l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ import structlog
 
 from async_rl import doctor
 from async_rl.config.functions import load_function
+from async_rl.config.paths import absolute
 from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.data.tokenizer import end_token, load_tokenizer, prompt_encoder
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
+from async_rl.driver.hosts import joined
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
 from async_rl.errors import CheckpointDamaged, ConfigError
@@ -56,18 +59,20 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     # Transformers takes seconds to import, and Ray to start: side by side.
     with ThreadPoolExecutor(1) as background:
         inputs = background.submit(read_inputs, config)
-        return _record(config, started, inputs, resume=resume)
+        with joined(config) as config:
+            return _record(config, started, inputs, resume=resume)
 
 
 def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume: bool) -> int:
-    """Start Ray, run the training loop, record how it ended. See ``run``."""
+    """Start Ray unless a cluster is joined, run the training loop, record how it ended. See ``run``."""
+    own_cluster = contextlib.nullcontext() if config.cluster.joined_address else ray_cluster(config)
     with Recorder(config, started, lambda token_ids: inputs.result().decode(token_ids), resume=resume) as recorder:
         logs.configure(config.run_dir, "pipeline", console=True)
         try:
             # Before any process is started: what can be seen without reading files.
             checked = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             prepare_store(config, resume=resume, clear=checked is None)
-            with ray_cluster(config):
+            with own_cluster:
                 recorder.announce_ray_exporters(ray_exporters())
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
@@ -109,10 +114,13 @@ def prepare(config: RunConfig) -> None:
 def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     """Return the config with what depends on this machine filled in.
 
-    That is the device and, unless a run is resumed, a free name: name, name-2, ...
+    That is absolute paths, the device (on a cluster, its hosts decide) and, unless a run is resumed, a free name: name,
+    name-2, ...
     """
-    device = "cuda" if doctor.uses_gpu(config) else "cpu"
-    config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
+    config = absolute(config)
+    if config.cluster.joined_address is None:
+        device = "cuda" if doctor.uses_gpu(config) else "cpu"
+        config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
     if resume:
         return config
     number, candidate = 1, config

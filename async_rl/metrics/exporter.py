@@ -38,6 +38,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ResourceError
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.spec import MetricSpec
+from async_rl.runtime.addresses import WILDCARDS, address_towards, with_port
 from async_rl.runtime.runfolder import ALL_TARGETS, TARGETS, write_atomically
 
 LabelValues = tuple[str, ...]
@@ -189,9 +190,12 @@ class Metrics:
             histogram.counts[at] += count
             histogram.total += value * count
 
-    def serve(self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None) -> int:
+    def serve(
+        self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None, *, reached_at: str | None = None
+    ) -> int:
         """Serve /metrics and, with ``run_dir``, write its Prometheus target files.
 
+        reached_at: this host's address for a scraper elsewhere, if ``host`` means all interfaces; None for its name.
         Returns the port: ``port``, or the next free one; 0 asks for any. Raises ResourceError when the address cannot
         be used.
         """
@@ -202,10 +206,9 @@ class Metrics:
         if port and bound != port:
             log.warning("metrics.port is in use; /metrics is served on the next free one", port=port, served_on=bound)
         if run_dir is not None:
-            # A wildcard address is not one that a scraper elsewhere can reach; the host's name is.
-            reachable = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
-            address = f"[{reachable}]:{bound}" if ":" in reachable else f"{reachable}:{bound}"
-            self._write_target(run_dir, self.role, self.replica, address)
+            # A wildcard address is not one that a scraper elsewhere can reach; the host's own is.
+            reachable = host if host not in WILDCARDS else reached_at or socket.gethostname()
+            self._write_target(run_dir, self.role, self.replica, with_port(reachable, bound))
         return bound
 
     def refer(self, role: str, addresses: Sequence[str], run_dir: Path) -> None:
@@ -261,10 +264,17 @@ class Metrics:
 
 
 def serve_metrics(config: RunConfig, role: str, replica: int, order: int) -> Metrics:
-    """Serve the process's /metrics on the ``order``-th port from metrics.port, or on a free one where that is 0."""
+    """Serve the process's /metrics on the ``order``-th port from metrics.port, or on a free one where that is 0.
+
+    Without metrics.host, the processes of a run on a cluster listen on their host's address in the cluster's network,
+    and those of other runs on loopback.
+    """
     metrics = Metrics(role, run=config.name, replica=replica)
     port = config.metrics.port + order if config.metrics.port else 0
-    metrics.serve(config.metrics.host, port, config.run_dir)
+    joined = config.cluster.joined_address
+    own = None if joined is None else address_towards(joined)
+    host = own or "127.0.0.1" if config.metrics.host is None else config.metrics.host
+    metrics.serve(host, port, config.run_dir, reached_at=own)
     return metrics
 
 

@@ -1,7 +1,10 @@
-"""Model folders with a config.json alone, for what looks at shapes and never at weights."""
+"""Model folders for what looks at shapes and never at weights: config.json alone, or with weights of no model."""
 
 import json
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
 
 # As published: 30.5 billion parameters.
 QWEN3_30B_A3B = {
@@ -22,8 +25,40 @@ QWEN3_30B_A3B = {
     "tie_word_embeddings": False,
 }
 
+SMALLEST = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "eos_token_id": 1,
+}
+TOKENIZER = {
+    "version": "1.0",
+    "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "sort": 1}, "unk_token": "[UNK]"},
+    "pre_tokenizer": {"type": "Whitespace"},
+}
+
 
 def write_config(folder: Path, values: dict) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write what a run reads: ``model``, whose weights are of no model, ``train.jsonl`` and ``eval.jsonl``."""
+    model = write_config(folder / "model", SMALLEST)
+    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    save_file({"w": np.zeros(1000, dtype=np.float32)}, str(model / "model.safetensors"))
+    rows = "".join(json.dumps({"prompt": "sort", "answer": "x"}) + "\n" for _ in range(4))
+    (folder / "train.jsonl").write_text(rows)
+    (folder / "eval.jsonl").write_text(rows)
     return folder

@@ -20,6 +20,10 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 # module decides from its arguments alone. It knows no actor, no engine, no clock, no thread and no file, and imports no
 # module of this package that does.
 PURE = {
+    "async_rl.doctor.check",
+    "async_rl.doctor.cluster",
+    "async_rl.doctor.host_report",
+    "async_rl.doctor.packing",
     "async_rl.driver.checkpoint_schedule",
     "async_rl.driver.shares",
     "async_rl.driver.watchdog",

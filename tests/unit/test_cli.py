@@ -171,3 +171,26 @@ def test_doctor_exits_1_if_a_run_could_not_start(path, monkeypatch, capsys, stat
 def test_doctor_takes_settings_only_with_a_config(capsys):
     assert cli.main(["doctor", "--rollout.replicas", "2"]) == 2
     assert "settings need a config file" in capsys.readouterr().err
+    assert cli.main(["doctor", "--cluster"]) == 2
+    assert "write async-rl doctor CONFIG --cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("can_start", "code"), [(True, 0), (False, 1)])
+def test_doctor_of_a_cluster(path, monkeypatch, capsys, can_start, code):
+    from async_rl.driver import hosts
+
+    asked = []
+    monkeypatch.setattr(hosts, "examine", lambda config: (asked.append(config), ("one line per host\n", can_start))[1])
+    words = ["doctor", str(path), "--cluster", "--cluster.address", "10.0.0.1:6379"]
+    assert cli.main(words) == code
+    assert capsys.readouterr().out == "one line per host\n"
+    assert asked[0].cluster.address == "10.0.0.1:6379"
+
+
+def test_doctor_of_a_cluster_that_is_not_named(path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cli.main(["doctor", str(path), "--cluster"]) == 2
+    assert "no cluster is named; set cluster.address" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "checks", lambda config: [doctor.Check("memory", "ok", "1 GB")])
+    assert cli.main(["doctor", str(path), "--cluster.address", "10.0.0.1:6379"]) == 0
+    assert "doctor CONFIG --cluster" in capsys.readouterr().out

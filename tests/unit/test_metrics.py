@@ -14,8 +14,9 @@ import structlog.testing
 from prometheus_client import REGISTRY, Counter, enable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from async_rl.config.loading import validate
 from async_rl.errors import ResourceError
-from async_rl.metrics import publish
+from async_rl.metrics import exporter, publish
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.exporter import MAX_SERIES, Metrics, UndeclaredMetric
 from async_rl.metrics.records import GroupCounts, SyncRecord
@@ -317,6 +318,52 @@ def test_target_file_appears_and_vanishes(tmp_path):
     assert list(path.parent.iterdir()) == list(beside.parent.iterdir()) == []
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("host", "joined", "own", "served", "target"),
+    [
+        (None, None, "127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        (None, "10.0.0.1:6379", "127.0.0.2", "127.0.0.2", "127.0.0.2"),
+        ("0.0.0.0", "10.0.0.1:6379", "10.0.0.7", "0.0.0.0", "10.0.0.7"),
+        ("0.0.0.0", None, "10.0.0.7", "0.0.0.0", socket.gethostname()),
+        ("127.0.0.1", "10.0.0.1:6379", "10.0.0.7", "127.0.0.1", "127.0.0.1"),
+        ("::", "[fd00::1]:6379", "fd00::7", "::", "[fd00::7]"),
+    ],
+)
+def test_the_target_names_the_address_at_which_the_host_is_reached(
+    tmp_path, monkeypatch, host, joined, own, served, target
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(exporter, "address_towards", lambda peer: own if peer == joined else None)
+    listened = []
+    monkeypatch.setattr(Metrics, "_listen", lambda self, host, port: (listened.append(host) or FakeServer(), None))
+    config = validate(
+        {
+            "name": "demo",
+            "runs": str(tmp_path),
+            "model": {"path": "m"},
+            "data": {"train": "t"},
+            "metrics": {"host": host},
+            "cluster": {"address": joined},
+        }
+    )
+    with exporter.serve_metrics(config, "rollout", 0, order=1):
+        (group,) = json.loads((tmp_path / "demo" / "prometheus" / "targets" / "rollout.json").read_text())
+    assert listened == [served]
+    assert group["targets"] == [f"{target}:8000"]
+
+
+class FakeServer:
+    """Listens nowhere."""
+
+    server_port = 8000
+
+    def shutdown(self):
+        pass
+
+    def server_close(self):
+        pass
 
 
 def test_targets_that_others_serve_appear_and_vanish_as_well(tmp_path):

@@ -1,0 +1,38 @@
+"""Network addresses as text, and this host's own address in a cluster's network. Knows sockets, not Ray."""
+
+from __future__ import annotations
+
+import socket
+
+WILDCARDS = ("", "0.0.0.0", "::")
+"""Addresses to listen on that mean every interface of the host."""
+
+
+def with_port(host: str, port: int) -> str:
+    """Return ``host:port``, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_port(address: str) -> tuple[str, int] | None:
+    """Return host and port of ``host:port`` or ``[host]:port``; None for anything else, such as ``auto``."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal()):
+        return None
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def address_towards(peer: str) -> str | None:
+    """Return the address of this host on the route to ``peer`` (``host:port``), by which that host reaches this one.
+
+    None if ``peer`` names no host and port, or there is no route. Sends nothing.
+    """
+    target = split_port(peer)
+    if target is None:
+        return None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: chooses the route
+            return str(probe.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return None

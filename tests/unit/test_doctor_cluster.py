@@ -1,0 +1,342 @@
+"""What doctor says of the hosts of a cluster. Each host is a record; each lack is made, one at a time."""
+
+import dataclasses
+
+import pytest
+
+from async_rl import doctor
+from async_rl.config.loading import validate
+from async_rl.doctor import cluster, packing
+from async_rl.doctor import machine as probes
+from async_rl.doctor.host_report import HostReport, Needs, table
+from async_rl.doctor.packing import Need
+from async_rl.errors import ConfigError, ResourceError
+
+GB = 10**9
+MODEL = {"config.json": "aa", "model.safetensors": "bb"}
+
+
+def config(**sections):
+    base = {
+        "model": {"path": "/models/a"},
+        "data": {"train": "/data/train.jsonl"},
+        "sync": {"backend": "nccl"},
+        "runs": "/shared/runs",
+        "cluster": {"address": "10.0.0.1:6379"},
+    }
+    return validate({**base, **sections})
+
+
+def host(number: int, **changes) -> HostReport:
+    """A host of eight GPUs that lacks nothing."""
+    address = f"10.0.0.{number}"
+    report = HostReport(
+        name=address,
+        address=address,
+        node_id=f"node{number}",
+        gpus=8,
+        free_gpus=8,
+        python="3.11.9",
+        code="0.1.0 (3fa2c1d0)",
+        packages={"ray": "2.60.0", "torch": "2.13.0", "vllm": "0.30.0", "megatron-core": "0.16.1", "msgpack": "1.1.0"},
+        cpus=96,
+        cores=96,
+        memory_bytes=900 * GB,
+        shm_bytes=400 * GB,
+        compiler=True,
+        interfaces={"lo": ["127.0.0.1"], "eth0": [address]},
+        paths={"model.path": MODEL, "data.train": {"": "cc"}},
+        modules={},
+        shares_runs=True,
+        writes_runs=True,
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def needs(engines=1, size=8, ranks=8, **changes) -> Needs:
+    processes = (Need("engine", engines, size, "rollout.replicas"), Need("trainer rank", ranks, 1, "trainer.parallel"))
+    return dataclasses.replace(Needs("cuda", processes, shm_bytes=2 * GB), **changes)
+
+
+def judged(hosts, needed=None, settings=None, own=None):
+    return cluster.judge(settings or config(), needed or needs(), hosts, own or hosts[0])
+
+
+def fault(hosts, needed=None, settings=None, own=None) -> str:
+    """The one FAIL, in one line, as a run would end with."""
+    fails = [check for check in judged(hosts, needed, settings, own) if check.status == "FAIL"]
+    assert len(fails) == 1, fails
+    line = f"{fails[0].name}: {fails[0].detail}; {fails[0].fix}"
+    assert "\n" not in line
+    return line
+
+
+def warnings(found) -> list[str]:
+    return [f"{check.name}: {check.detail}" for check in found if check.status == "warn"]
+
+
+def test_hosts_that_have_everything():
+    found = judged([host(1), host(2)])
+    assert {check.status for check in found} == {"ok"}
+    assert ("GPUs", "16 on 2 hosts, 16 needed") in {(check.name, check.detail) for check in found}
+
+
+def test_the_driver_may_have_no_gpu_and_another_build_of_torch():
+    own = host(1, gpus=0, free_gpus=0, packages=host(1).packages | {"torch": "2.13.0+cpu"})
+    found = judged([own, host(2), host(3)], own=own)
+    assert {check.status for check in found} == {"ok"}
+    assert cluster.device_of(config(), [own, host(2)]) == "cuda"
+    assert cluster.device_of(config(), [own]) == "cpu"
+    assert cluster.device_of(config(resources={"device": "cuda"}), [own]) == "cuda"
+
+
+def test_a_host_that_does_not_answer_is_named():
+    silent = HostReport("10.0.0.2", "10.0.0.2", "node2", gpus=8, fault="no answer within 60 s")
+    assert fault([host(1), silent, host(3)]).startswith("hosts: 10.0.0.2: no answer within 60 s; ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"python": "3.12.1"}, "Python: the driver has 3.11, other hosts do not (10.0.0.2: 3.12)"),
+        (
+            {"code": "0.1.0 (77aa0000)"},
+            "async_rl: the driver has 0.1.0 (3fa2c1d0), other hosts do not (10.0.0.2: 0.1.0",
+        ),
+        (
+            {"packages": host(2).packages | {"vllm": "0.29.0"}},
+            "vllm: the driver has 0.30.0, other hosts do not (10.0.0.2: 0.29.0)",
+        ),
+        ({"packages": {}}, None),
+        ({"packages": host(2).packages | {"torch": "2.13.0+cpu"}}, "torch build: a CPU build on 10.0.0.2"),
+    ],
+)
+def test_another_version_of_code_python_or_a_package(changes, line):
+    hosts = [host(1), host(2, **changes)]
+    if line is None:
+        assert [check.name for check in judged(hosts) if check.status == "FAIL"] == list(host(1).packages)
+    else:
+        assert fault(hosts).startswith(line)
+
+
+def test_a_path_that_only_one_host_has():
+    assert fault([host(1), host(2, paths={"data.train": {"": "cc"}})]).startswith(
+        "model.path: the path exists where the driver is, but is not on 10.0.0.2; use a folder that all hosts share"
+    )
+    other = host(2).paths | {"model.path": MODEL | {"config.json": "00"}}
+    assert "but has other content on 10.0.0.2: config.json;" in fault([host(1), host(2, paths=other)])
+    # The error is one of the settings, though the machine shows it.
+    (check,) = (check for check in judged([host(1), host(2, paths=other)]) if check.status == "FAIL")
+    assert check.error is ConfigError
+
+
+def test_data_that_only_the_driver_has_is_a_warning():
+    found = judged([host(1), host(2, paths={"model.path": MODEL})])
+    (line,) = warnings(found)
+    assert line.startswith("data.train: ")
+    assert "only the driver reads it" in line
+    assert not doctor.failed(found)
+
+
+def test_a_folder_of_runs_that_is_not_shared():
+    assert fault([host(1), host(2, shares_runs=False)]).startswith(
+        "runs: /shared/runs must be one folder for all hosts, but what the driver writes there is not on 10.0.0.2; "
+    )
+    assert "cannot be written to on 10.0.0.2" in fault([host(1), host(2, writes_runs=False)])
+
+
+def test_modules_of_the_user():
+    settings = config(reward={"function": "my.rewards:score"}, trainer={"loss": {"policy": "my.losses:loss"}})
+    assert cluster.user_modules(settings) == {"my.rewards": "reward.function", "my.losses": "trainer.loss.policy"}
+    mine = {"my.rewards": "1", "my.losses": "2"}
+    absent, other = host(2, modules={"my.losses": "2"}), host(2, modules=mine | {"my.losses": "0"})
+    own = host(1, modules=mine)
+    assert fault([own, absent], settings=settings).startswith(
+        "reward.function: the module my.rewards is not found on 10.0.0.2; "
+    )
+    assert fault([own, other], settings=settings).startswith(
+        "trainer.loss.policy: the module my.losses is another on 10.0.0.2 "
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "needed", "line"),
+    [
+        ((4, 4), needs(1, 8, 0), "no host has 8 GPUs for an engine (10.0.0.1: 4, 10.0.0.2: 4)"),
+        (
+            (8, 8),
+            needs(2, 8, 8),
+            "16 GPUs in all (10.0.0.1: 8, 10.0.0.2: 8), but 24 are needed for 2 engines of 8 and 8 trainer ranks",
+        ),
+        (
+            (6, 6),
+            needs(3, 4, 0),
+            "12 GPUs are enough in all (10.0.0.1: 6, 10.0.0.2: 6), but 1 of 3 engines of 4 find no host with 4 free: "
+            "each needs its GPUs on one host",
+        ),
+    ],
+)
+def test_too_few_gpus_on_every_host(gpus, needed, line):
+    hosts = [host(number, gpus=count, free_gpus=count) for number, count in enumerate(gpus, 1)]
+    assert fault(hosts, needed).startswith(f"GPUs: {line}; lower rollout.replicas, trainer.parallel, or join")
+
+
+def test_gpus_that_others_use_are_a_warning():
+    found = judged([host(1, free_gpus=3), host(2)])
+    assert warnings(found) == [
+        "free GPUs: 11 free GPUs in all (10.0.0.1: 3, 10.0.0.2: 8), but 16 are needed for 1 engine of 8 and 8 trainer "
+        "ranks"
+    ]
+    assert not doctor.failed(found)
+
+
+def test_hosts_without_gpus_need_nothing_of_a_run_on_gpus():
+    bare = HostReport("10.0.0.3", "10.0.0.3", "node3", cpus=4, python="3.9.0")
+    assert {check.status for check in judged([host(1), host(2), bare])} == {"ok"}
+    on_cpu, shm = needs(device="cpu"), config(sync={"backend": "shm"})
+    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, shm))
+    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], on_cpu, shm))
+
+
+def test_shared_memory_of_one_host_for_engines_on_others():
+    shm = config(sync={"backend": "shm"})
+    assert fault([host(1), host(2)], settings=shm).startswith(
+        "sync.backend: shm reaches engines on the trainer's host only, but no host has GPUs for trainer and engines "
+        "together (10.0.0.1: 8, 10.0.0.2: 8); "
+    )
+    assert {check.status for check in judged([host(1), host(2)], needs(1, 4, 4), shm)} == {"ok"}
+
+
+def test_an_interface_that_does_not_exist():
+    settings = config(cluster={"interface": "eth0"})
+    assert {check.status for check in judged([host(1), host(2)], settings=settings)} == {"ok"}
+    other = host(2, interfaces={"lo": ["127.0.0.1"], "ens3": ["10.0.0.2"], "eth0": []})
+    assert fault([host(1), other], settings=settings).startswith(
+        "cluster.interface: eth0 is no interface with an address on every host: 10.0.0.2 has lo, ens3; "
+    )
+    local = host(2, interfaces={"lo": ["127.0.0.1", "::1"], "eth0": ["fe80::2"]})
+    assert "10.0.0.2 has lo; " in fault([host(1), local], settings=settings)
+    loopback = config(cluster={"interface": "lo"})
+    assert "lo is loopback on 10.0.0.1, 10.0.0.2" in fault([host(1), host(2)], settings=loopback)
+    assert {check.status for check in judged([host(1)], needs(1, 4, 4), loopback)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("address", "part"),
+    [
+        ("127.0.0.1", "127.0.0.1 reaches no other host"),
+        ("localhost", "localhost reaches no other host"),
+        ("10.0.0.1", "10.0.0.1 is no address of 10.0.0.2"),
+        ("::1", "::1 reaches no other host"),
+        ("0.0.0.0", None),
+        ("::", None),
+        ("metrics.internal", None),
+        (None, None),
+    ],
+)
+def test_metrics_that_no_other_host_reaches(address, part):
+    settings = config(metrics={"host": address})
+    if part is None:
+        assert not doctor.failed(judged([host(1), host(2)], settings=settings))
+    else:
+        line = fault([host(1), host(2)], settings=settings)
+        assert line.startswith(f"metrics.host: {part}")
+        assert "set it to null for the address of each host" in line
+    assert not doctor.failed(judged([host(1)], needs(1, 4, 4), settings))
+
+
+def test_on_cpu_too_few_cores_only_slow_the_run():
+    shm = config(sync={"backend": "shm"})
+    small = [host(1, gpus=0, cpus=2, cores=2), host(2, gpus=0, cpus=2, cores=2)]
+    threads = (Need("engine", 3, 1, "rollout.replicas"), Need("trainer rank", 2, 1, "trainer.parallel"))
+    on_cpu = Needs("cpu", threads, memory_bytes=8 * GB, compiles=True)
+    assert warnings(judged(small, on_cpu, shm)) == [
+        "CPUs: 4 CPUs in all (10.0.0.1: 2, 10.0.0.2: 2), but 5 are needed for 3 engines and 2 trainer ranks"
+    ]
+    wide = Needs("cpu", (Need("engine", 1, 3, "resources.engine_threads"),))
+    assert fault(small, wide, shm).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
+    # Ray was started with fewer CPUs than there are: processes share them.
+    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide, shm))
+    without = [small[0], dataclasses.replace(small[1], compiler=False)]
+    assert "C++ compiler: none on 10.0.0.2" in fault(without, on_cpu, shm)
+    poor = [dataclasses.replace(each, memory_bytes=3 * GB) for each in small]
+    assert "memory: 6.0 GB available in all, about 8.0 GB needed" in fault(poor, on_cpu, shm)
+    assert "nccl needs GPUs" in fault(small, on_cpu, config())
+
+
+def test_weights_need_shared_memory_where_engines_are():
+    small = host(2, shm_bytes=GB)
+    assert warnings(judged([host(1), small])) == [
+        "shared memory: less than the 2.0 GB that weights take are free in /dev/shm of 10.0.0.2: 1.0 GB"
+    ]
+    assert fault([host(1, shm_bytes=0), small]).startswith("shared memory: less than the 2.0 GB")
+
+
+def test_the_table_has_a_line_per_host():
+    silent = HostReport("10.0.0.2", "10.0.0.2", "node2", gpus=8, fault="no answer within 60 s")
+    bare = HostReport("10.0.0.4", "10.0.0.4", "node4", python="3.9.0", code="0.0.1 (0)")
+    lines = table(needs(), [host(1), silent, host(3), bare], host(1)).splitlines()
+    assert " ".join(lines[0].split()) == "host GPUs cores memory /dev/shm Python async_rl room for"
+    assert " ".join(lines[1].split()) == "10.0.0.1 8 96 900.0 GB 400.0 GB 3.11.9 0.1.0 (3fa2c1d0) 1 engine"
+    assert " ".join(lines[2].split()) == "10.0.0.2 8 no answer within 60 s"
+    assert lines[3].endswith("8 trainer ranks")
+    assert lines[4].endswith("not used")
+
+
+def test_packing_takes_the_largest_first():
+    engines, ranks = Need("engine", 2, 4, ""), Need("trainer rank", 4, 1, "")
+    found = packing.pack({"a": 6, "b": 6}, [ranks, engines])
+    assert found.placed == {"a": {"engine": 1, "trainer rank": 2}, "b": {"engine": 1, "trainer rank": 2}}
+    assert found.left == {}
+    assert packing.pack({"a": 3}, [engines]).left == {"engine": 2}
+    assert packing.misfit({}, [engines], "GPUs") == "no host has 4 GPUs for an engine ()"
+
+
+def test_a_long_list_is_cut():
+    hosts = {f"10.0.1.{number}": 4 for number in range(64)}
+    line = packing.misfit(hosts, [Need("engine", 1, 8, "")], "GPUs")
+    assert line == (
+        "no host has 8 GPUs for an engine (" + ", ".join(f"10.0.1.{n}: 4" for n in range(8)) + " and 56 more)"
+    )
+
+
+def test_the_driver_s_host_is_not_the_measure_of_a_run_on_a_cluster(monkeypatch):
+    def must_not_be_asked(*_):
+        raise AssertionError
+
+    for name in ("available_memory", "free_bytes", "gpu_count", "available_cores"):
+        monkeypatch.setattr(probes, name, must_not_be_asked)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = config(resources={"device": "auto"})
+    names = {check.name for check in doctor.checks(settings)}
+    assert {"python", "runs", "model", "data.train"} <= names
+    assert names.isdisjoint({"device", "cores", "memory", "shared memory", "C++ compiler"})
+    with pytest.raises(AssertionError):
+        doctor.checks(config(cluster={}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert {check.name for check in doctor.checks(config(cluster={}))} == names
+
+
+def test_needs_of_a_run():
+    layout = {"rollout": {"replicas": 3, "tensor_parallel_size": 4}, "trainer": {"parallel": {"dp": 2, "tp": 2}}}
+    found = probes.needs(config(**layout, resources={"device": "cuda"}))
+    assert [(need.what, need.count, need.size) for need in found.processes] == [
+        ("engine", 3, 4),
+        ("trainer rank", 4, 1),
+    ]
+    assert (found.device, found.unit, found.compiles) == ("cuda", "GPUs", False)
+    threads = {"device": "cpu", "engine_threads": 5, "trainer_threads": 6}
+    found = probes.needs(config(**layout, resources=threads, sync={"backend": "shm"}))
+    assert [need.size for need in found.processes] == [5, 6]
+    assert (found.device, found.unit, found.compiles) == ("cpu", "CPUs", True)
+    assert found.memory_bytes > 3 * GB
+
+
+def test_the_first_fail_of_the_hosts_is_raised_in_one_line():
+    few = [host(1, gpus=4), host(2, gpus=4)]
+    settings = config(rollout={"tensor_parallel_size": 8}, resources={"device": "cuda"})
+    with pytest.raises(ResourceError) as caught:
+        doctor.require_cluster(settings, few, few[0])
+    assert str(caught.value).startswith("GPUs: no host has 8 GPUs for an engine (10.0.0.1: 4, 10.0.0.2: 4); lower ")
+    with pytest.raises(ConfigError, match=r"^metrics\.host: 127\.0\.0\.1 reaches no other host"):
+        doctor.require_cluster(config(metrics={"host": "127.0.0.1"}, resources={"device": "cuda"}), few, few[0])
