@@ -73,7 +73,6 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.metrics
 	$(BIN)/python -m tests.bench.scale
-	$(BIN)/python -m tests.bench.driver_at_scale
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.trainer_memory
 

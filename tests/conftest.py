@@ -3,17 +3,13 @@
 import functools
 from pathlib import Path
 
-import hypothesis
 import pytest
 
+from tests.support.examples import register_profiles
 from tests.support.real_run import Run, make_model, make_recipe
 from tests.support.redis_server import RedisServer
 
-# How long an example takes says what else the machine does, so no property fails for it.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any machine")
+register_profiles()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from async_rl.data.dataset import Encode, read_jsonl
 from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
-from async_rl.doctor.sizes import worst_case
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
@@ -217,29 +216,10 @@ def durable_queue(config: RunConfig) -> Iterator[Check]:
         return
     try:
         redis_store.ping(config.queue.redis)
-        accepted = redis_store.max_message_bytes(config.queue.redis)
     except ConfigError as error:
         yield refused("queue.redis", error)
     else:
         yield Check("queue.redis", "ok", config.queue.redis.url)
-        yield from _largest_message(config, accepted)
-
-
-def _largest_message(config: RunConfig, accepted: int) -> Iterator[Check]:
-    """Check that the server takes the largest group that the settings allow."""
-    try:
-        group = worst_case(config, read_model_config(config.model.path)).group_bytes
-    except ModelError:
-        return  # ``model`` reports it, or prepare makes the model
-    if group > accepted:
-        yield Check(
-            "redis messages",
-            "warn",
-            f"a group takes up to {group} bytes, but the server takes {accepted} in one field: a larger one ends the "
-            "run",
-            "raise the server's proto-max-bulk-len (at most 1 GiB in a stream), set queue.backend to memory, or lower "
-            "rollout.n or rollout.max_response_tokens",
-        )
 
 
 def _try(key: str, name: str, load: Callable[[], object]) -> Check:

@@ -262,6 +262,14 @@ class RolloutHandle:
         """
         return _typed(self.actor.adopt.remote(*messages))
 
+    def read_message(self, path: Path) -> Sequence[Any]:
+        """Have the worker read a message from a file. Returns references to the message, and to its size in bytes.
+
+        The message lies in the object store of the worker's host, and belongs to this process.
+        """
+        references: Sequence[Any] = self.actor.read_message.options(num_returns=2).remote(path)
+        return references
+
     def stats(self) -> Awaitable[WorkerStats]:
         """Return the worker's counters."""
         return _typed(self.actor.stats.remote())

@@ -1,10 +1,11 @@
 """Checkpoints of a run: one moment of it, taken, written and restored.
 
 A moment lies between two training steps, while the engines are paused. Only references are taken then. The files are
-written after the engines have resumed and while training continues, by the processes that have their content:
+written after the engines have resumed and while training continues, on the hosts that have their content:
 
     rollout workers   their groups in flight     ``rollout.moments``
     trainer's ranks   the trainer's state        ``trainer.megatron.distributed_checkpoint``
+    tasks of Ray      finished groups            ``driver.queued_groups``, also how the rollout workers load them
     driver            the rest                   ``driver.run_state``
 
 Each returns size and checksum of its files. When all have returned, ``driver.checkpoint_folder`` makes the folder a
@@ -17,15 +18,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import ray
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver import checkpoint_folder, run_state
+from async_rl.driver import checkpoint_folder, queued_groups, run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint_schedule import CheckpointSchedule
 from async_rl.driver.monitor import Monitor
@@ -46,6 +46,16 @@ log = structlog.get_logger(__name__)
 
 # How often the trainer's ranks are asked whether they have written their files.
 _POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class RunMoment:
+    """A moment of the run: its state, and the messages of the groups that are to be written with it."""
+
+    state: RunState
+    """The state without its files."""
+    queued: dict[str, Any]
+    """References to the messages of finished groups in the object store, by group id."""
 
 
 class Checkpointer:
@@ -69,6 +79,7 @@ class Checkpointer:
         """The step of the checkpoint that was written or restored last; 0 before the first."""
         self._frozen: dict[int, Replica] = {}  # workers that keep their groups in flight for the next checkpoint
         self._writing: asyncio.Task[None] | None = None
+        self._writing_queued = asyncio.Lock()  # of an earlier checkpoint, which nothing waits for if its trainer died
         self._failed = asyncio.Event()
         self._error: Exception | None = None  # of what was written in the background
         self._damaged: dict[Path, str] = {}  # checkpoints whose damage was found when they were loaded
@@ -92,7 +103,7 @@ class Checkpointer:
 
     # -- taken --------------------------------------------------------------------------------------------------
 
-    async def pause_and_take(self, step: int, version: int, *, synced: bool) -> RunState:
+    async def pause_and_take(self, step: int, version: int, *, synced: bool) -> RunMoment:
         """Take the run's state without a weight sync, for which the replicas are paused.
 
         ``synced``: whether the weights of ``step`` are those of ``version``.
@@ -111,38 +122,41 @@ class Checkpointer:
         await self._sync.on(replica, lambda worker: worker.freeze(step))
         self._frozen[replica] = self._sync.members[replica]
 
-    async def take(self, step: int, version: int, *, synced: bool) -> RunState:
-        """Return the run's state with the queue as it is now. The payloads of queued groups are still references."""
+    async def take(self, step: int, version: int, *, synced: bool) -> RunMoment:
+        """Return the run's state with the queue as it is now. The messages of finished groups are still references."""
         queue = await self._queue.state()
-        payloads = {group_id: self._queue.payload(group_id) for ((group_id, *_), _) in queue["queued"]}
-        return RunState(
+        finished = [group_id for ((group_id, *_), _) in [*queue["queued"], *queue["leased"]]]
+        payloads = {group_id: self._queue.payload(group_id) for group_id in finished}
+        state = RunState(
             step=step,
             version=version,
             synced=synced,
             queue=queue,
             recorder={},
-            queued={group_id: payload for group_id, payload in payloads.items() if payload is not None},
+            queued={},
             in_flight={},
             canary=None if self._sync.canary.noise is None else asdict(self._sync.canary.noise),
         )
+        # With queue.backend redis the payloads are addresses of messages that outlive the run there.
+        return RunMoment(state, {i: payload[0] for i, payload in payloads.items() if isinstance(payload, list)})
 
     # -- written ------------------------------------------------------------------------------------------------
 
-    async def write(self, state: RunState) -> None:
-        """Begin to write a checkpoint of ``state`` and of the trainer, once the one before is written.
+    async def write(self, moment: RunMoment) -> None:
+        """Begin to write a checkpoint of ``moment`` and of the trainer, once the one before is written.
 
         Returns when the trainer's state is copied, so that training may continue. ``finish`` waits for the rest.
         """
-        with self._monitor.phase("checkpoint", state.step):
+        with self._monitor.phase("checkpoint", moment.state.step):
             await self.finish()
             began = time.monotonic()
-            partial = await asyncio.to_thread(checkpoint_folder.begin, self._recorder.checkpoints, state.step)
+            partial = await asyncio.to_thread(checkpoint_folder.begin, self._recorder.checkpoints, moment.state.step)
             members = self._sync.members
             frozen = {replica: worker for replica, worker in self._frozen.items() if members.get(replica) is worker}
             self._frozen = {}
-            state = replace(state, recorder=self._recorder.state())
+            moment = replace(moment, state=replace(moment.state, recorder=self._recorder.state()))
             await self._trainers.begin_save(partial)
-        self._writing = asyncio.create_task(self._write_parts(partial, state, frozen, began))
+        self._writing = asyncio.create_task(self._write_parts(partial, moment, frozen, began))
 
     async def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete. Raises what it raised."""
@@ -157,28 +171,29 @@ class Checkpointer:
         await self._failed.wait()
         await self.finish()
 
-    async def _write_parts(self, partial: Path, state: RunState, frozen: dict[int, Replica], began: float) -> None:
-        """Have each part written by the process that has it, all at once, then make the folder a checkpoint.
+    async def _write_parts(self, partial: Path, moment: RunMoment, frozen: dict[int, Replica], began: float) -> None:
+        """Have each part written where it is, all at once, then make the folder a checkpoint.
 
         If the trainer dies meanwhile there is no such checkpoint: the training loop finds the same death.
         """
+        step = moment.state.step
         try:
-            groups, queued, trainer = await asyncio.gather(
-                self._write_in_flight(partial, state.step, frozen),
-                asyncio.to_thread(_write_queued, partial, state),
+            in_flight, queued, trainer = await asyncio.gather(
+                self._write_in_flight(partial, step, frozen),
+                self._write_queued(partial, moment.queued),
                 self._trainer_files(),
             )
-            in_flight = {group_id: Path(saved.file) for group_id, saved in groups.items()}
-            head = await asyncio.to_thread(run_state.write_head, partial, replace(state, in_flight=in_flight))
-            entries = trainer | queued | head
-            entries |= {f"{run_state.IN_FLIGHT}/{saved.file}": saved.entry for saved in groups.values()}
+            state = replace(moment.state, queued=_paths(queued), in_flight=_paths(in_flight))
+            entries = trainer | await asyncio.to_thread(run_state.write_head, partial, state)
+            entries |= {f"{run_state.QUEUED}/{saved.file}": saved.entry for saved in queued.values()}
+            entries |= {f"{run_state.IN_FLIGHT}/{saved.file}": saved.entry for saved in in_flight.values()}
             final = await asyncio.to_thread(checkpoint_folder.commit, partial, entries, keep=self._keep)
             self._damaged.pop(final, None)
             await self._queue.checkpointed(checkpoint_folder.oldest_step(self._recorder.checkpoints))
-            self.latest_step = state.step
-            self._recorder.checkpointed(state.step, time.monotonic() - began)
+            self.latest_step = step
+            self._recorder.checkpointed(step, time.monotonic() - began)
         except TrainerDied as error:
-            log.warning("checkpoint_given_up", step=state.step, reason=str(error))
+            log.warning("checkpoint_given_up", step=step, reason=str(error))
         except Exception as error:  # noqa: BLE001 - raised by ``watch`` and ``finish``
             self._error = error
             self._failed.set()
@@ -195,6 +210,10 @@ class Checkpointer:
             else:
                 saved |= written
         return saved
+
+    async def _write_queued(self, partial: Path, references: dict[str, Any]) -> dict[str, SavedGroup]:
+        async with self._writing_queued:
+            return await queued_groups.write(partial / run_state.QUEUED, references)
 
     async def _trainer_files(self) -> Entries:
         """Return the entries of the trainer's files once all are written. Its ranks train meanwhile."""
@@ -225,8 +244,9 @@ class Checkpointer:
         """
         state = await asyncio.to_thread(run_state.read, found)
         self.latest_step = state.step
-        for group_id, message in state.queued.items():
-            self._queue.hold(group_id, [ray.put(np.frombuffer(message, dtype=np.uint8))])
+        workers = list(self._rollouts.workers.values())
+        for group_id, message in (await queued_groups.load(state.queued, workers)).items():
+            self._queue.hold(group_id, [message])
         newest = await self._queue.recover(state.step)
         resumed = await self._adopt(state)
         stats = await self._queue.stats()
@@ -259,7 +279,5 @@ class Checkpointer:
         return adopted
 
 
-def _write_queued(folder: Path, state: RunState) -> Entries:
-    # With queue.backend redis the payloads are addresses of messages that outlive the run there.
-    references = [payload[0] for payload in state.queued.values() if not isinstance(payload, str)]
-    return run_state.write_queued(folder, map(ray.get, references))
+def _paths(groups: dict[str, SavedGroup]) -> dict[str, Path]:
+    return {group_id: Path(saved.file) for group_id, saved in groups.items()}

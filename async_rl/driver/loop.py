@@ -36,14 +36,13 @@ from async_rl.data.cursor import DatasetCursor
 from async_rl.data.dataset import Dataset
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
-from async_rl.driver.checkpoint import Checkpointer
+from async_rl.driver.checkpoint import Checkpointer, RunMoment
 from async_rl.driver.cluster import assign_cores, free_resources
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
-from async_rl.driver.run_state import RunState
 from async_rl.driver.shares import rank_shares
 from async_rl.driver.starting import wait_started
 from async_rl.driver.trainer_recovery import TrainerRecovery
@@ -82,7 +81,7 @@ class TrainingLoop:
         self._config = config
         self._recorder = recorder
         self._found = found
-        restored = None if found is None else run_state.read_head(found)
+        restored = None if found is None else run_state.read(found)
         self._step = 0 if restored is None else restored.step
         self._version = 0 if restored is None else restored.version
         self._attempted = self._version  # the last version that a weight sync was begun with
@@ -227,7 +226,7 @@ class TrainingLoop:
         if state is not None:
             await self._checkpointer.write(state)
 
-    async def _paused_state(self) -> RunState:
+    async def _paused_state(self) -> RunMoment:
         """Take the run's state without a weight sync, for which the replicas are paused."""
         await self._evaluator.finished(self._step)
         synced = self._step == self._synced_step
@@ -277,7 +276,7 @@ class TrainingLoop:
         """Return the version that trains on tokens now, and the oldest that may have sampled them."""
         return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
 
-    async def _sync_weights(self, *, snapshot: bool = False) -> RunState | None:
+    async def _sync_weights(self, *, snapshot: bool = False) -> RunMoment | None:
         """Bring the trainer's weights to every replica as version v+1, and let the queue admit groups for it.
 
         Restarted workers take part. With ``snapshot``, returns the run's state as it is while the engines are paused.

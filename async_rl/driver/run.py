@@ -96,7 +96,7 @@ def _train(config: RunConfig, recorder: Recorder, read: Inputs, *, resume: bool)
         found = checkpoint_folder.latest_valid(recorder.checkpoints, damaged) if resume else None
         try:
             if resume:
-                recorder.restore(None if found is None else run_state.read_head(found))
+                recorder.restore(None if found is None else run_state.read(found))
             loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
             asyncio.run(until_interrupted(loop.run(), wind_up=loop.wind_up, on_demand=loop.request_checkpoint))
             return

@@ -1,21 +1,21 @@
 """The driver's part of a checkpoint as files: where the run stands, and all its work that is not trained yet.
 
     checkpoints/step-000020/pipeline/state.msgpack    step, policy version, the broker's state, the recorder's sums
-    checkpoints/step-000020/pipeline/queued/          finished groups, in wire format
+    checkpoints/step-000020/pipeline/queued/          finished groups, in wire format, see ``driver.queued_groups``
     checkpoints/step-000020/pipeline/in_flight/       unfinished groups, as ``rollout.moments`` writes them
 
-The broker's state says which groups there are. A group that it has as in flight, but of which nothing was saved, is
-issued again. So every prompt that was issued is trained, queued, in flight, failed, or in circulation: none is skipped,
+The broker's state says which groups there are. A group of which it knows, but of which nothing was saved, is issued
+again. So every prompt that was issued is trained, queued, in flight, failed, or in circulation: none is skipped,
 none is trained twice.
 
-Knows files and msgpack only. ``driver.checkpoint`` takes and restores the state, ``driver.checkpoint_folder`` looks
-after the folder. Format 1, of release 0.1, has a list of the ids of groups in flight, whose files are numbered.
+Knows msgpack and the names of files, and writes and reads the head alone. ``driver.checkpoint`` takes and restores the
+state, ``driver.checkpoint_folder`` looks after the folder. Earlier formats have lists of ids, of groups whose files are
+numbered: format 2 of the finished ones, format 1, of release 0.1, of those in flight too.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from async_rl.errors import CheckpointDamaged, CheckpointError
 from async_rl.runtime import manifest
 from async_rl.runtime.manifest import Entries, write_file
 
-FORMAT_VERSION = 2
-_READABLE = (1, 2)
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)
 FOLDER = "pipeline"
 IN_FLIGHT = f"{FOLDER}/in_flight"
+QUEUED = f"{FOLDER}/queued"
 _HEAD = f"{FOLDER}/state.msgpack"
 
 
@@ -47,23 +48,16 @@ class RunState:
     """The state of the broker."""
     recorder: Mapping[str, Any]
     """What the run's summary needs of the steps so far."""
-    queued: Mapping[str, Any]
-    """Finished groups: encoded messages by group id. Before they are written, references to them or addresses."""
+    queued: Mapping[str, Path]
+    """Finished groups: files by group id. Those that Redis has are not among them."""
     in_flight: Mapping[str, Path]
     """Unfinished groups: files by group id."""
     canary: Mapping[str, Any] | None = None
     """The canary's calibration: the fields of ``weights.canary.Noise``. None in checkpoints of earlier versions."""
 
 
-def write_queued(folder: Path, messages: Iterable[Any]) -> Entries:
-    """Write finished groups, in the order of ``RunState.queued``, into the folder of a checkpoint."""
-    (folder / FOLDER / "queued").mkdir(parents=True)
-    names = (f"{FOLDER}/queued/{number:06}" for number in itertools.count())
-    return {name: write_file(folder / name, memoryview(message)) for name, message in zip(names, messages)}  # noqa: B905
-
-
 def write_head(folder: Path, state: RunState) -> Entries:
-    """Write all of ``state`` but its messages into the folder of a checkpoint."""
+    """Write ``state`` into the folder of a checkpoint; the files of its groups are there already."""
     head = {
         "format": FORMAT_VERSION,
         "step": state.step,
@@ -71,27 +65,19 @@ def write_head(folder: Path, state: RunState) -> Entries:
         "pushed": state.synced,
         "queue": state.queue,
         "recorder": state.recorder,
-        "queued": [group_id for group_id, payload in state.queued.items() if not isinstance(payload, str)],
+        "queued": {group_id: path.name for group_id, path in state.queued.items()},
         "in_flight": {group_id: path.name for group_id, path in state.in_flight.items()},
         "canary": state.canary,
     }
+    (folder / FOLDER).mkdir(exist_ok=True)
     return {_HEAD: write_file(folder / _HEAD, msgpack.packb(head))}
 
 
 def read(folder: Path) -> RunState:
-    """Read the state in the folder of a checkpoint, with the messages of its queued groups.
+    """Read the state in the folder of a checkpoint.
 
     Raises CheckpointError if it has none, or another format, and CheckpointDamaged.
     """
-    return _read(folder, _messages)
-
-
-def read_head(folder: Path) -> RunState:
-    """Read a state without its messages, which can be large: ``queued`` is empty. Raises what ``read`` raises."""
-    return _read(folder, lambda *_: {})
-
-
-def _read(folder: Path, messages: Callable[[Path, Sequence[str]], dict[str, bytes]]) -> RunState:
     top = folder / FOLDER
     try:
         content = (folder / _HEAD).read_bytes()
@@ -99,17 +85,14 @@ def _read(folder: Path, messages: Callable[[Path, Sequence[str]], dict[str, byte
         head = msgpack.unpackb(content, strict_map_key=False)
         if head["format"] not in _READABLE:
             raise CheckpointError(f"{top} has format {head['format']}; this version reads format {FORMAT_VERSION}")
-        files = head["in_flight"]
-        if head["format"] == 1:
-            files = {group_id: f"{number:06}" for number, group_id in enumerate(files)}
         return RunState(
             step=head["step"],
             version=head["version"],
             synced=head["pushed"],
             queue=head["queue"],
             recorder=head["recorder"],
-            queued=messages(top / "queued", head["queued"]),
-            in_flight={group_id: folder / IN_FLIGHT / name for group_id, name in files.items()},
+            queued=_files(folder / QUEUED, head["queued"]),
+            in_flight=_files(folder / IN_FLIGHT, head["in_flight"]),
             canary=head.get("canary"),
         )
     except OSError as error:
@@ -125,5 +108,7 @@ def _check(folder: Path, head: bytes) -> None:
         raise CheckpointDamaged(str(folder), f"{_HEAD} has another checksum than when it was written")
 
 
-def _messages(folder: Path, group_ids: Sequence[str]) -> dict[str, bytes]:
-    return {group_id: (folder / f"{number:06}").read_bytes() for number, group_id in enumerate(group_ids)}
+def _files(folder: Path, files: Mapping[str, str] | Sequence[str]) -> dict[str, Path]:
+    if not isinstance(files, Mapping):
+        files = {group_id: f"{number:06}" for number, group_id in enumerate(files)}
+    return {group_id: folder / name for group_id, name in files.items()}

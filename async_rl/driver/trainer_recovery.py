@@ -85,7 +85,7 @@ class TrainerRecovery:
                     f"(logs: {self._config.run_dir / 'logs'})"
                 ) from error
             try:
-                state = await asyncio.to_thread(run_state.read_head, found)
+                state = await asyncio.to_thread(run_state.read, found)
                 await self._recovery.wait("trainer", error, step=state.step)
                 self._trainers.replace()
                 await self._trainers.start(found)

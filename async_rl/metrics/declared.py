@@ -395,6 +395,19 @@ _FLOW = (
         values=("reward", "environment", "engine", "timeout", "stale", "row", "trainer"),
     ),
     MetricSpec(
+        "reward_retries_total",
+        "counter",
+        "Calls of the reward that followed one that raised an exception or timed out.",
+        "Each waits half a second or longer; a service that fails often slows rollouts down.",
+    ),
+    MetricSpec(
+        "user_calls_killed_total",
+        "counter",
+        "Calls of a slow function (reward, environment) whose process was killed at the function's timeout_s.",
+        "Above zero the function hangs on some input, or is slower than its limit allows.",
+        labels=("function",),
+    ),
+    MetricSpec(
         "dataset_bad_rows_total",
         "counter",
         "Dataset rows skipped, by dataset (train, eval).",

@@ -211,7 +211,7 @@ class QueueActor:
         if method == "issue" and not answer:
             return answer  # nothing was decided: a prompt may come back, and the call waits for it
         if self._journal is not None:
-            plain = [list(dataclasses.astuple(a)) if isinstance(a, GroupMeta) else a for a in arguments]
+            plain = [a.to_fields() if isinstance(a, GroupMeta) else a for a in arguments]
             self._write(self._journal, [call, method, plain])
         self._remember(call, answer)
         if self._journal is not None and self._journal.size() > self._compact_at:

@@ -209,7 +209,7 @@ class BrokerState:
             return [ticket.group_id, ticket.prompt.prompt_id, ticket.version, attempts, issue.worker]
 
         def finished(groups: Iterable[Finished]) -> list[FinishedFields]:
-            return [[fields(group.issue), list(astuple(group.meta))] for group in groups]
+            return [[fields(group.issue), group.meta.to_fields()] for group in groups]
 
         return {
             "rules": self.rules,

@@ -6,7 +6,7 @@ Knows ``types``, and the counts that ``metrics`` shows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from async_rl.metrics.records import GroupCounts
@@ -53,13 +53,17 @@ class GroupMeta:
     finish_reasons: tuple[FinishReason, ...] = ()
 
     @classmethod
-    def from_fields(cls, fields: Sequence[Any]) -> GroupMeta:
-        """Build the record from the values of its fields in order, as ``dataclasses.astuple`` gives them.
+    def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
+        """Build the record from the values of its fields in order, as ``to_fields`` gives them.
 
         The last ones may be missing: journals of earlier releases lack them.
         """
-        values: Sequence[Any] = [tuple(value) if isinstance(value, list) else value for value in fields]
+        values: Sequence[Any] = [tuple(value) if isinstance(value, list) else value for value in found]
         return cls(*values)
+
+    def to_fields(self) -> list[Any]:
+        """Return the values of the fields in order. ``dataclasses.astuple`` would copy each value of each tuple."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:

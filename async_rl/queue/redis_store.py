@@ -1,12 +1,13 @@
 """Groups and the queue's journal in Redis Streams, for groups that outlive the cluster (queue.backend redis).
 
-    async_rl:<run>:groups    stream: one entry per finished group, its message in wire format
+    async_rl:<run>:groups    stream: one entry per finished group, its message in wire format; several, each with a part
+                             of the message, for one that is larger than what the server takes at once
     async_rl:<run>:journal   stream: the queue's decisions (``journal``)
 
-A worker adds its entry before the queue hears of the group, and claims it in the consumer group "trainers" (XCLAIM); a
-lease claims it for the consumer that leases. So XPENDING shows each consumer's entries and their ages, without their
-messages. Trained and dropped groups are acknowledged and deleted. A crash between two such calls may leave an entry
-that no group of the queue refers to: ``sweep`` deletes it.
+A worker adds its entries before the queue hears of the group, and claims them in the consumer group "trainers"
+(XCLAIM); a lease claims them for the consumer that leases. So XPENDING shows each consumer's entries and their ages,
+without their messages. Trained and dropped groups are acknowledged and deleted. A crash between two such calls may
+leave an entry that no group of the queue refers to: ``sweep`` deletes it.
 
 While the server cannot be reached or does not answer, every call is retried for about a minute, and then raises
 QueueError; the journal recognizes a call that was written twice by its id. Knows only Redis; imported only where the
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import redis
@@ -37,9 +38,10 @@ _PING_S = 5.0
 _BACKOFF = ExponentialBackoff(cap=2.0, base=0.05)
 _CONSUMERS = "trainers"
 _PAGE = 1000  # ids or events of the journal, never messages
-# What a server accepts in one field unless it is configured otherwise, and what a stream holds in one entry.
+# What a server takes in one field unless it is configured otherwise, and what a stream holds in one entry.
 _PROTO_MAX_BULK_BYTES = 512 * 2**20
 _MAX_ENTRY_BYTES = 2**30 - 2**10
+_SEPARATOR = ","  # between the ids in an address
 _T = TypeVar("_T")
 
 
@@ -127,18 +129,8 @@ def check(settings: RedisSection, run: str, *, resume: bool) -> None:
         )
 
 
-def max_message_bytes(settings: RedisSection) -> int:
-    """Return the size of the largest message that the server takes. Raises ConfigError unless it can be reached."""
-    client = connect(settings, _PING_S)
-    try:
-        return _max_message_bytes(client)
-    except redis.RedisError as error:
-        raise ConfigError(f"queue.redis.url {settings.url}: {error}") from None
-    finally:
-        client.close()
-
-
-def _max_message_bytes(client: redis.Redis) -> int:
+def _max_part_bytes(client: redis.Redis) -> int:
+    """Return how much of a message the server takes in one entry; it closes a connection that brings more."""
     try:
         found = cast(dict[str, str], client.config_get("proto-max-bulk-len"))
     except redis.ResponseError:  # CONFIG may be forbidden to this user
@@ -161,6 +153,8 @@ def _errors(settings: RedisSection) -> Iterator[None]:
 class RedisGroups:
     """The messages of finished groups in the server, each addressed by the id of its stream entry.
 
+    The address of a message in several entries has their ids in order, with a comma between two.
+
     Raises QueueError when the server refuses a call, or does not answer for about a minute.
     """
 
@@ -178,80 +172,80 @@ class RedisGroups:
                     raise
 
     def add(self, group_id: str, message: Any) -> str:
-        """Store a message; return its address. Raises QueueError for a message that the server does not take."""
-        packed = memoryview(message).tobytes()
-        fields: dict[Any, Any] = {"group": group_id, "message": packed}
+        """Store a message; return its address."""
+        whole = memoryview(message).cast("B")
+        ids = []
         with _errors(self._settings):
             if self._max_bytes is None:
-                self._max_bytes = _max_message_bytes(self._client)
-            # The server would close the connection in the middle of it, as if it had died.
-            if len(packed) > self._max_bytes:
-                raise QueueError(
-                    f"group {group_id}: its message has {len(packed)} bytes, above the {self._max_bytes} that the "
-                    "server takes in one field (proto-max-bulk-len, at most 1 GiB in a stream); raise that, set "
-                    "queue.backend to memory, or lower rollout.n or rollout.max_response_tokens"
-                )
-            address = _text(self._client.xadd(self._key, fields))
+                self._max_bytes = _max_part_bytes(self._client)
+            for start in range(0, max(1, len(whole)), self._max_bytes):
+                part = bytes(whole[start : start + self._max_bytes])
+                fields: dict[Any, Any] = {"group": group_id, "message": part}
+                ids.append(_text(self._client.xadd(self._key, fields)))
+        address = _SEPARATOR.join(ids)
         self.claim([address])
         return address
 
     def read(self, addresses: Sequence[str]) -> list[bytes]:
         """Return the messages at these addresses. Raises QueueError when one is missing."""
         pipeline = self._client.pipeline(transaction=False)
-        for address in addresses:
-            pipeline.xrange(self._key, address, address)
+        for entry_id in _ids(addresses):
+            pipeline.xrange(self._key, entry_id, entry_id)
         with _errors(self._settings):
-            answers = pipeline.execute()
-        messages = []
-        for address, entries in zip(addresses, answers, strict=True):
-            if not entries:
-                raise QueueError(f"redis: {self._key} has no entry {address}; another client may have deleted it")
-            messages.append(entries[0][1][b"message"])
-        return messages
+            answers = iter(pipeline.execute())
+        return [b"".join(self._part(entry_id, next(answers)) for entry_id in _ids([address])) for address in addresses]
+
+    def _part(self, entry_id: str, entries: Any) -> bytes:
+        if not entries:
+            raise QueueError(f"redis: {self._key} has no entry {entry_id}; another client may have deleted it")
+        part: bytes = entries[0][1][b"message"]
+        return part
 
     def claim(self, addresses: Sequence[str]) -> None:
         """Mark messages as this consumer's, even if they were another's."""
         with _errors(self._settings):
-            self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, list(addresses), force=True, justid=True)
+            self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, _ids(addresses), force=True, justid=True)
 
     def forget(self, addresses: Sequence[str]) -> None:
         """Acknowledge and delete the messages of trained or dropped groups."""
+        ids = _ids(addresses)
         pipeline = self._client.pipeline(transaction=True)
-        pipeline.xack(self._key, _CONSUMERS, *addresses)
-        pipeline.xdel(self._key, *addresses)
+        pipeline.xack(self._key, _CONSUMERS, *ids)
+        pipeline.xdel(self._key, *ids)
         with _errors(self._settings):
             pipeline.execute()
 
     def sweep(self, keep: Collection[str]) -> set[str]:
-        """Delete every entry that is not in ``keep``; return the addresses of those in ``keep`` that exist.
+        """Delete every entry but those of the messages in ``keep``; return the addresses of these that are whole.
 
-        Reads addresses alone: the messages of a run may take more than the memory that there is.
+        Reads ids alone: the messages of a run may take more than the memory that there is.
         """
-        there = self._addresses()
-        gone = sorted(there.difference(keep))
+        there = self._entry_ids()
+        whole = {address for address in keep if there.issuperset(_ids([address]))}
+        gone = sorted(there.difference(_ids(whole)))
         for start in range(0, len(gone), _PAGE):
             self.forget(gone[start : start + _PAGE])
-        return there.intersection(keep)
+        return whole
 
-    def _addresses(self) -> set[str]:
-        """Return the addresses of all entries."""
+    def _entry_ids(self) -> set[str]:
+        """Return the ids of all entries."""
         with _errors(self._settings):
             claimed: set[str] = set()
             start = "-"
             while page := self._client.xpending_range(self._key, _CONSUMERS, start, "+", _PAGE):
-                addresses = [_text(entry["message_id"]) for entry in page]
-                claimed.update(addresses)
-                start = f"({addresses[-1]}"
+                ids = [_text(entry["message_id"]) for entry in page]
+                claimed.update(ids)
+                start = f"({ids[-1]}"
             if self._client.xlen(self._key) == len(claimed):
                 return claimed
             # An entry was never claimed, because its worker died before or was of an earlier release; or another
-            # client deleted one. Only the entries themselves tell, one message at a time.
+            # client deleted one. Only the entries themselves tell, one at a time.
             there: set[str] = set()
             start = "-"
             while entries := self._client.xrange(self._key, start, "+", count=1):
-                address = _text(entries[0][0])
-                there.add(address)
-                start = f"({address}"
+                entry_id = _text(entries[0][0])
+                there.add(entry_id)
+                start = f"({entry_id}"
             return there
 
     def close(self) -> None:
@@ -315,6 +309,11 @@ def remove(settings: RedisSection, run: str) -> None:
     client = connect(settings)
     client.delete(_key(run, "groups"), _key(run, "journal"), _key(run, "journal:new"))
     client.close()
+
+
+def _ids(addresses: Iterable[str]) -> list[Any]:
+    """Return the ids of the entries at these addresses."""
+    return [entry_id for address in addresses for entry_id in address.split(_SEPARATOR)]
 
 
 def _key(run: str, what: str) -> str:

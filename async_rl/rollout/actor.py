@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from async_rl.config.schema import RunConfig
@@ -230,6 +232,10 @@ class RolloutActor(RolloutReplica):
         self._outbox = Outbox(queue, open_groups(config, name))
         timeline = Timeline(config.run_dir, name, config.metrics.timeline_bytes)
         rewards = RewardRunner(config.reward)
+        self._rewards = rewards
+        self._user_code: dict[str, RewardRunner | Environment] = {"reward": rewards}
+        if environment is not None:
+            self._user_code["environment"] = environment
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
@@ -248,6 +254,11 @@ class RolloutActor(RolloutReplica):
             yield group_id
             yield message
 
+    async def read_message(self, path: Path) -> tuple[npt.NDArray[np.uint8], int]:
+        """Return the message of a finished group in a checkpoint's file, and its size. Raises OSError."""
+        message = await asyncio.to_thread(np.fromfile, path, dtype=np.uint8)
+        return message, message.nbytes
+
     async def accepted(self, group_id: str) -> None:
         """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
@@ -260,6 +271,9 @@ class RolloutActor(RolloutReplica):
         self._metrics.count_to("resumed_prefill_tokens_total", stats.resumed_prefill_tokens)
         self._metrics.count_to("rollout_paused_seconds_total", stats.paused_s)
         self._metrics.count_to("groups_cut_total", stats.cut_groups)
+        self._metrics.count_to("reward_retries_total", self._rewards.retries)
+        for function, user_code in self._user_code.items():
+            self._metrics.count_to("user_calls_killed_total", user_code.killed, function=function)
         return stats
 
     async def shutdown(self) -> None:

@@ -83,6 +83,11 @@ class UserFunction:
         self._next_at_throttler = asyncio.Lock()
         self._closed = False
 
+    @property
+    def killed(self) -> int:
+        """Calls so far that were killed in their process at the time limit."""
+        return 0 if self._processes is None else self._processes.killed
+
     def close(self) -> None:
         """Refuse further calls and end those under way, without waiting."""
         self._closed = True

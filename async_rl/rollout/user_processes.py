@@ -70,6 +70,8 @@ class UserProcesses:
         self._start: asyncio.Task[None] | None = None
         self._cancelled: set[asyncio.Task[None]] = set()  # calls without a caller; the loop keeps weak references only
         self._closed = False
+        self.killed = 0
+        """Calls so far that took too long and were killed."""
 
     def close(self) -> None:
         """Kill all processes, without waiting for their end. What is being called fails."""
@@ -96,6 +98,7 @@ class UserProcesses:
         if asked.done():
             return self._outcome(executor, asked)
         self._kill(executor)
+        self.killed += 1
         log.warning("user_process_killed", setting=self._section, prompt=prompt.prompt_id, limit_s=self._timeout_s)
         return None
 

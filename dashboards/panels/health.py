@@ -156,7 +156,28 @@ HEALTH = Row(
                 "needs ray[default].",
                 "used stays below free, and nothing is spilled to disk.",
                 "`queue.max_bytes` down, or `async_training.staleness_threshold` down.",
-                width=24,
+                width=16,
+            ),
+            Panel(
+                "Calls of user functions",
+                "none",
+                (
+                    Query(
+                        'sum by (run, function) (async_rl_user_calls_killed_total{replica=~"$replica"})',
+                        "{{run}} {{function}} killed",
+                        "red",
+                    ),
+                    Query(
+                        'sum by (run) (async_rl_reward_retries_total{replica=~"$replica"})',
+                        "{{run}} reward repeated",
+                        "orange",
+                    ),
+                ),
+                "Calls of reward and environment that were killed at their time limit, and rewards that were repeated "
+                "after a failure.",
+                "flat. Calls are killed: the function hangs on some input, or is slower than its limit allows. Rewards "
+                "are repeated: the service that the reward asks fails.",
+                "`reward.timeout_s`, `rollout.environment.timeout_s`; `reward.retries`, `reward.rate_limit`.",
             ),
         ),
     ),

@@ -1,21 +1,37 @@
-"""What a replica's process pays for responses of real size: 48 MoE layers, top 8 of 128, thousands of tokens.
+"""What a replica's process and the driver pay for responses of real size: 48 MoE layers, top 8 of 128, thousands of
+tokens.
 
-The real worker, gate and partial rollouts around a scripted engine that samples in no time; no Ray, no model. The last
-line of stdout is one JSON object:
+The real worker, gate and partial rollouts around a scripted engine that samples in no time; no Ray, no model. Then the
+real training loop and records between scripted parts, for a step whose messages have 13 GB and are not to be read. The
+last line of stdout is one JSON object:
 
     check_s_per_gb            seconds to check a gigabyte of routed experts where they arrive
     check_over_sort           that time over the time of sorting the rows, which finds repeated experts as well
-    pause_s                   from the start of a pause, with every call under way, to its end
+    pause_s_256x16k           from the start of a pause, with every call under way, to its end
     pause_blocked_ms_max      longest time that the event loop did not run, from that start until all answers are merged
     merged_s                  from that start until all answers are merged
     snapshot_s_64_members     until 64 workers have written their groups in flight, of which the slowest takes a second
+    resume_delay_s_with_13gb_step   from the end of the transfer until the engines resume, after a step of 64 groups of
+                                    16 responses of 32,768 tokens
+    resume_delay_s_with_small_step  the same after as many responses of 32 tokens
+
+and, unless --no-run is given, of what ``driver_at_scale`` prints about a whole run on Ray:
+
+    driver_bytes_per_step, driver_loop_blocked_ms_max
+
+pause_s_256x16k is named after --calls and --tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +42,16 @@ import numpy as np
 
 from async_rl.config.loading import validate
 from async_rl.driver.checkpoint import Checkpointer
-from async_rl.queue.records import Ticket
+from async_rl.driver.loop import Leased, TrainingLoop
+from async_rl.driver.recorder import Recorder
+from async_rl.metrics.records import StepReport, SyncRecord
+from async_rl.queue.records import GroupMeta, Ticket
 from async_rl.rollout import routing_policies
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.moments import SavedGroup
 from async_rl.types import ExpertIds, Int32Array, Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
+from tests.support.step_records import step_report
 
 SPEC = RoutingSpec(num_moe_layers=48, top_k=8, num_experts=128)
 PROMPT_TOKENS = 512
@@ -121,7 +141,11 @@ async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, f
     all_merged = time.perf_counter() - began
     merged.set()
     work.cancel()
-    return {"pause_s": paused, "pause_blocked_ms_max": 1e3 * await watching, "merged_s": all_merged}
+    return {
+        f"pause_s_{calls}x{tokens // 1024}k": paused,
+        "pause_blocked_ms_max": 1e3 * await watching,
+        "merged_s": all_merged,
+    }
 
 
 class Member:
@@ -151,16 +175,96 @@ async def measure_snapshot(members: int) -> dict[str, float]:
     return {f"snapshot_s_{members}_members": time.perf_counter() - began}
 
 
+def leased_step(tokens: int, groups: int = 64, responses: int = 16) -> Leased:
+    """Return the groups of a step whose responses have so many tokens; no message can be read."""
+    nbytes = responses * tokens * (SPEC.num_moe_layers * SPEC.top_k + 12)
+    each = (0.5,) * responses, (tokens,) * responses, (1,) * responses, (0,) * responses, ("stop",) * responses
+    metas = [
+        GroupMeta(f"0-{n}.0", responses * tokens, nbytes, 0, 0, responses, 0, (tokens,) * responses, "", *each)
+        for n in range(groups)
+    ]
+    return [(meta, [object()]) for meta in metas]
+
+
+async def done(*_: Any, **__: Any) -> None:
+    """Stand for a part of the run that is done at once."""
+
+
+class ScriptedLoop(TrainingLoop):
+    """The real training step and weight sync; what they call is done at once, but for the records."""
+
+    def __init__(self, recorder: Recorder, step: Leased) -> None:
+        parts: Any = SimpleNamespace
+        self._config = recorder._config
+        self._recorder, self._trained = recorder, step
+        recorder.samples = parts(before_ack=done, begin=done)  # read once the engines have resumed
+        self._step = self._version = self._attempted = self._synced_step = 0
+        self._monitor = parts(phase=lambda *_: contextlib.nullcontext())
+        self._evaluator = parts(finished=done, while_paused=done, beside_rollouts=lambda _: None)
+        self._checkpointer = parts(due=lambda _: False)
+        self._replicas = parts(add_waiting_members=done, on_sync_done=lambda: None)
+        self._queue = parts(ack=done, advance=done)
+        self._sync = parts(run=self._transferred, resume=self._resumed)
+        self.delays: list[float] = []
+        self._there = 0.0
+
+    async def _update(self, leased: Leased) -> list[StepReport]:
+        leased += self._trained
+        report: StepReport = step_report(version=self._version)
+        return [report]
+
+    async def _transferred(self, version: int, **_: Any) -> SyncRecord:
+        # The step is recorded meanwhile, on the loop that is to notice the end.
+        self._there = await asyncio.to_thread(lambda: time.sleep(0.001) or time.perf_counter())
+        return SyncRecord(policy_version=version, seconds=0.1)
+
+    async def _resumed(self) -> None:
+        self.delays.append(time.perf_counter() - self._there)
+
+    async def trained(self, steps: int) -> float:
+        """Train so many steps; return the median delay of a resume."""
+        for _ in range(steps):
+            await self._train_step()
+        return statistics.median(self.delays)
+
+
+def measure_resume(steps: int = 20) -> dict[str, float]:
+    """Time the driver's part of a resume after a large step, and after one of as many short responses."""
+    found: dict[str, float] = {}
+    for name, tokens in (("small", 32), ("13gb", 32_768)):
+        with tempfile.TemporaryDirectory() as folder:
+            tree = {"runs": folder, "model": {"path": "model"}, "data": {"train": "t"}, "trainer": {"streaming": False}}
+            config = validate(tree | {"metrics": {"samples_per_step": 0}})
+            with Recorder(config, time.monotonic(), lambda _: "") as recorder:
+                recorder.training_begins()
+                found[f"resume_delay_s_with_{name}_step"] = asyncio.run(
+                    ScriptedLoop(recorder, leased_step(tokens)).trained(steps)
+                )
+    return found
+
+
+def measure_run() -> dict[str, float]:
+    """Return what a whole run hands to the driver, from a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.driver_at_scale"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(printed.strip().splitlines()[-1])
+    return {key: found[key] for key in ("driver_bytes_per_step", "driver_loop_blocked_ms_max")}
+
+
 def main() -> None:
     """Run the measurements and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--no-run", action="store_true", help="leave out what needs Ray")
     options = parser.parse_args()
     rows = distinct_rows(PROMPT_TOKENS + 2 * options.tokens)
     found = measure_checks(rows[: PROMPT_TOKENS + options.tokens])
     found |= asyncio.run(measure_pause(options.calls, options.tokens, rows))
     found |= asyncio.run(measure_snapshot(64))
+    found |= measure_resume()
+    if not options.no_run:
+        found |= measure_run()
     print(json.dumps({key: float(f"{value:.3g}") for key, value in found.items()}))
 
 

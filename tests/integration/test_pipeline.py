@@ -173,6 +173,9 @@ def test_every_process_serves_metrics_until_a_killed_engine_ends_the_run(start_r
     assert "async_rl_policy_version" in scraped["pipeline"]
     assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
     assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
+    # There before the first is killed: rate() sees no first value.
+    killed = 'async_rl_user_calls_killed_total{function="reward"}'
+    assert [values[killed] for values in scraped.values() if killed in values] == [0]
     engine, trainer, worker = (run.one(name) for name in ("EngineCore", "TrainerActor", "RolloutActor"))
     if len(os.sched_getaffinity(0)) >= 2:
         assert set(engine.cpu_affinity()).isdisjoint(trainer.cpu_affinity())

@@ -12,12 +12,14 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from async_rl.config.loading import validate
+from async_rl.driver import queued_groups
 from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
 from async_rl.queue.client import Fetcher, QueueClient, open_groups
 from async_rl.queue.codec import encode
 from async_rl.queue.handover import Outbox, incoming
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.start import start_queue
+from async_rl.runtime.manifest import checksum_of
 from async_rl.types import Group, RoutingSpec, Segment, Trajectory
 from tests.support import queue_parts
 from tests.support.queue_parts import Source
@@ -357,3 +359,17 @@ async def test_the_server_of_the_durable_backend_restarts_under_load(start, redi
     await client.ack([meta.group_id for meta, _ in leased])
     assert (await client.counts()).add_up
     ray.kill(worker)
+
+
+async def test_messages_of_a_checkpoint_are_written_by_another_process(cluster, tmp_path, monkeypatch):
+    """On several hosts: test_queued_groups.py."""
+    monkeypatch.setattr(queued_groups, "write_file", None)  # here, and in no process that writes
+    sizes = {"0-1.0": 10**6, "0-2.0": 100}  # in the object store, and with the driver's process
+    messages = {group_id: np.full(size, 7, np.uint8) for group_id, size in sizes.items()}
+    references = {group_id: ray.put(message) for group_id, message in messages.items()}
+    saved = await queued_groups.write(tmp_path / "pipeline" / "queued", references)
+    assert list(saved) == ["0-1.0", "0-2.0"]
+    for group_id, (file, entry) in saved.items():
+        content = (tmp_path / "pipeline" / "queued" / file).read_bytes()
+        assert content == messages[group_id].tobytes()
+        assert entry == (len(content), checksum_of(content))

@@ -4,10 +4,11 @@ import functools
 import itertools
 import uuid
 
+import numpy as np
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.errors import ConfigError
+from async_rl.errors import ConfigError, QueueError
 from async_rl.queue import redis_store
 from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.journal import FileJournal
@@ -66,6 +67,29 @@ async def test_the_durable_journal_rebuilds_a_broker_like_the_file_does(redis_se
         third = QueueActor(make_broker(Source(50)), open_journal)
         assert third._broker.state() == actor._broker.state()
         assert await third.put("2", meta(tickets[0])) is True
+
+
+def test_messages_above_the_servers_limit_are_stored_in_parts_beside_earlier_ones():
+    with RedisServer("--proto-max-bulk-len", "1mb") as server:
+        settings = validate({"model": {"path": "m"}, "data": {"train": "t"}, "queue": server.settings}).queue.redis
+        worker = redis_store.RedisGroups(settings, "run", "w")
+        large = np.random.default_rng(0).integers(0, 256, 2 * 2**20 + 5, dtype=np.uint8)
+        addresses = [worker.add(f"0-{number}.0", large) for number in range(2)]
+        assert [address.count(",") for address in addresses] == [2, 2]
+        # As an earlier release wrote it.
+        whole = server.client().xadd(worker._key, {"group": "0-2.0", "message": b"abc"}).decode()
+        trainer = redis_store.RedisGroups(settings, "run", "trainer")
+        trainer.claim([*addresses, whole])
+        wanted = [large.tobytes(), b"abc", large.tobytes()]
+        assert trainer.read([addresses[0], whole, addresses[1]]) == wanted
+        assert worker.sweep({*addresses, whole, "1-0"}) == {*addresses, whole}
+
+        server.client().xdel(worker._key, addresses[0].split(",")[1])
+        with pytest.raises(QueueError, match="another client may have deleted it"):
+            trainer.read(addresses[:1])
+        assert worker.sweep({*addresses, whole}) == {addresses[1], whole}, "a message without one of its parts is lost"
+        trainer.forget([addresses[1]])
+        assert server.client().xlen(worker._key) == 1
 
 
 def test_sweeping_reads_no_message(redis_server):

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from async_rl.queue.codec import decode, encode
 from async_rl.types import Group
+from tests.support.examples import examples
 
 LONGEST_LINE = 1000
 """Longest line of an error message, whatever the input is."""
 
 
 def fuzz(max_examples):
-    return settings(deadline=None, max_examples=max_examples, derandomize=True, database=None)
+    return settings(deadline=None, max_examples=examples(max_examples), derandomize=True, database=None)
 
 
 def assert_readable(message):

@@ -19,8 +19,9 @@ PASSWORD = "not a secret"
 class RedisServer:
     """A server process whose data outlives ``restart`` (append-only file)."""
 
-    def __init__(self, tls: bool = False) -> None:
+    def __init__(self, *options: str, tls: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="redis-"))
+        self.options = options
         self.tls = tls
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -49,7 +50,7 @@ class RedisServer:
             port += ["--tls-auth-clients", "no"]
         command = ["redis-server", "--bind", "127.0.0.1", *port, "--requirepass", PASSWORD, "--appendonly", "yes"]
         self.process = subprocess.Popen(
-            [*command, "--save", ""],
+            [*command, "--save", "", *self.options],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             # A test process that is killed ends no fixture.

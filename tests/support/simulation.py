@@ -74,6 +74,7 @@ class Fleet:
         self.full = deque()  # finished groups that wait for room in the queue
         self.training, self.busy = False, 0.0
         self.trained = {}  # prompt id: step
+        self.forgotten = 0  # trained prompts that are not in it any more
         self.ages = Counter()
         self.happened = Counter()
 
@@ -131,9 +132,12 @@ class Fleet:
         if self.lives[replica] != life:
             return
         nbytes = int(1000 * (1 + self.version / 10) * self.chance.uniform(0.1, 2))  # responses grow as the run goes on
-        meta = GroupMeta(ticket.group_id, 100, nbytes, began, self.version, 8, 0)
+        meta = self.meta(ticket, nbytes, began)
         if not self.publish(replica, life, meta):
             self.full.append((replica, life, meta))
+
+    def meta(self, ticket, nbytes: int, began: int) -> GroupMeta:
+        return GroupMeta(ticket.group_id, 100, nbytes, began, self.version, 8, 0)
 
     def publish(self, replica: int, life: int, meta) -> bool:
         if self.lives[replica] != life:
@@ -207,7 +211,7 @@ class Fleet:
         stats = self.broker.stats()
         counts = stats.counts
         assert counts.add_up
-        assert counts.trained == len(self.trained)
+        assert counts.trained == len(self.trained) + self.forgotten
         assert counts.outstanding <= stats.window_groups <= self.limit
         held = stats.queued_groups + stats.leased_groups
         assert held <= stats.max_groups
@@ -219,4 +223,4 @@ class Fleet:
         everywhere = [*self.trained, *outstanding, *source["returned"], *source["deferred"]]
         assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         passed = source["epoch"] * self.rows + source["index"]
-        assert passed == len(everywhere) + counts.failed, "a prompt is nowhere"
+        assert passed == len(everywhere) + self.forgotten + counts.failed, "a prompt is nowhere"

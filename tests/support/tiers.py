@@ -51,17 +51,21 @@ LINT = (
     program("lint-imports", "--no-cache"),
     Step("plain prose", (sys.executable, "-m", "tests.support.prose")),
 )
+# Of each property all examples, instead of a quarter: see tests/support/examples.py.
+ALL_EXAMPLES = ("--hypothesis-profile", "all")
 # Two files at a time, in the order of their names, so that a long one does not begin last. One file's tests stay in one
 # process, for their module's fixtures.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-UNIT = tests("unit", *TWO_AT_A_TIME, "tests/unit")
+UNIT = (*TWO_AT_A_TIME, "tests/unit")
 REAL = (*TWO_AT_A_TIME, "tests/integration", "tests/chaos", "tests/gpu")
 
 TIERS = {
     "lint": Tier(60, LINT),
-    "check": Tier(4 * 60, (*LINT, UNIT)),
-    "test": Tier(12 * 60, (*LINT, UNIT, tests("integration", "-m", "not slow and not long", *REAL))),
-    "test-all": Tier(60 * 60, (*LINT, UNIT, tests("everything else", *REAL))),
+    "check": Tier(4 * 60, (*LINT, tests("unit", *UNIT))),
+    "test": Tier(12 * 60, (*LINT, tests("unit", *UNIT), tests("integration", "-m", "not slow and not long", *REAL))),
+    "test-all": Tier(
+        60 * 60, (*LINT, tests("unit", *ALL_EXAMPLES, *UNIT), tests("everything else", *ALL_EXAMPLES, *REAL))
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from async_rl.errors import ConfigError, DuplicateGroup, QueueError, UnknownGroup
 from async_rl.queue.records import GroupMeta, Ticket
+from tests.support.examples import examples
 from tests.support.queue_parts import Source, make_broker, meta
 
 
@@ -282,7 +283,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert set(self.broker._state.attempts) == {p.prompt_id for p in circulating}
 
 
-BrokerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+BrokerMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 test_invariants_4_5_6_under_arbitrary_calls = BrokerMachine.TestCase
 
 

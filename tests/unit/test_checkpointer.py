@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from async_rl.config.loading import validate
-from async_rl.driver import checkpoint, checkpoint_folder, run_state
+from async_rl.driver import checkpoint, checkpoint_folder, queued_groups, run_state
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.run_state import RunState
 from async_rl.errors import CheckpointDamaged, CheckpointError, ReplicaFailed, TrainerDied
@@ -54,7 +54,7 @@ class Parts:
 
     # queue
     def hold(self, group_id, payload):
-        self.calls.append(f"hold {group_id}")
+        self.calls.append(f"hold {group_id}: {payload[0]}")
 
     async def recover(self, step):
         return self.newest
@@ -73,10 +73,10 @@ class Parts:
         self.calls.append(f"advance {version}")
 
     async def state(self):
-        return {"queued": [[["a", 1], 0], [["acked meanwhile", 1], 0]]}
+        return {"queued": [[["a", 1], 0], [["acked meanwhile", 1], 0]], "leased": [[["b", 1], 0], [["in redis", 1], 0]]}
 
     def payload(self, group_id):
-        return ["reference"] if group_id == "a" else None
+        return {"a": ["reference"], "b": ["lost"], "in redis": "1-0"}.get(group_id)
 
     # sync
     async def run(self, version):
@@ -149,10 +149,15 @@ def checkpointer(parts):
 
 def saved(monkeypatch, **fields):
     """A checkpoint after step 6 at version 5."""
-    defaults = {"queue": {}, "recorder": {}, "queued": {"q": b"x"}, "in_flight": {"a": b"", "b": b"", "c": b""}}
+    files = {group: Path(group) for group in "abc"}
+    defaults = {"queue": {}, "recorder": {}, "queued": {"q": Path("000000")}, "in_flight": files}
     state = RunState(**({"step": 6, "version": 5, "synced": True} | defaults | fields))
+
+    async def load(files, workers):
+        return {group: f"message of {path}" for group, path in files.items() if len(workers) == 2}
+
     monkeypatch.setattr(run_state, "read", lambda _: state)
-    monkeypatch.setattr(checkpoint.ray, "put", lambda _: "reference")
+    monkeypatch.setattr(queued_groups, "load", load)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ async def test_the_canarys_calibration_is_that_of_the_run_and_not_of_its_restore
     """The engines of a restored run have other weights than its trainer until the first sync."""
     parts = Parts(version=5)
     parts.canary.noise = Noise("bfloat16", 0.7, 0.08)
-    taken = await checkpointer(parts).take(6, 5, synced=True)
+    taken = (await checkpointer(parts).take(6, 5, synced=True)).state
     parts.canary.noise = None
     noise_at_sync = []
 
@@ -195,7 +200,7 @@ async def test_groups_in_flight_are_spread_over_the_replicas_before_other_worker
     parts = Parts(version=5)
     await checkpointer(parts).restore(Path("unused"))
     assert parts.calls[:4] == [
-        "hold q",
+        "hold q: message of 000000",
         "rollout-0 has ['a', 'c']",
         "rollout-1 has ['b']",
         "rollout-7 is lost",
@@ -206,17 +211,27 @@ async def test_groups_in_flight_are_spread_over_the_replicas_before_other_worker
 async def test_a_replica_that_fails_is_evicted_and_the_moment_taken_without_it():
     parts = Parts()
     parts.fails = [ReplicaFailed(1, "it hangs")]
-    state = await checkpointer(parts).pause_and_take(6, 5, synced=False)
+    moment = await checkpointer(parts).pause_and_take(6, 5, synced=False)
     assert parts.calls == ["phase checkpoint", "evict 1"]
-    assert (state.step, state.version, state.synced) == (6, 5, False)
+    assert (moment.state.step, moment.state.version, moment.state.synced) == (6, 5, False)
     assert parts.members[0].frozen == 6
-    assert state.queued == {"a": ["reference"]}, "a group without a payload is not queued any more"
+    assert moment.queued == {"a": "reference", "b": "lost"}, "not what has ended, or is in Redis"
+
+
+async def written_elsewhere(folder, references):
+    """Stand for ``queued_groups.write``: one host has all messages but one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {}
+    for group_id, reference in references.items():
+        if reference != "lost":
+            saved[group_id] = SavedGroup(group_id, manifest.write_file(folder / group_id, reference.encode()))
+    return saved
 
 
 async def begun(parts, monkeypatch, step=6):
     """A checkpoint that is being written, while training continues."""
     monkeypatch.setattr(checkpoint, "_POLL_S", 0.001)
-    monkeypatch.setattr(checkpoint.ray, "get", lambda reference: b"message of " + reference.encode())
+    monkeypatch.setattr(queued_groups, "write", written_elsewhere)
     subject = checkpointer(parts)
     await subject.write(await subject.pause_and_take(step, 5, synced=False))
     return subject
@@ -234,7 +249,8 @@ async def test_training_continues_while_a_checkpoint_is_written_which_counts_onc
     found = await subject.latest()
     assert manifest.find_altered(found, manifest.read(found)) is None
     state = run_state.read(found)
-    assert (state.step, state.recorder, state.queued) == (6, {"rows": 0}, {"a": b"message of reference"})
+    assert (state.step, state.recorder) == (6, {"rows": 0})
+    assert {group: path.read_bytes() for group, path in state.queued.items()} == {"a": b"reference"}
     assert {group: path.read_bytes() for group, path in state.in_flight.items()} == {"of 0": b"group", "of 1": b"group"}
     assert set(manifest.read(found)) == {
         str(path.relative_to(found)) for path in found.rglob("*") if path.is_file() and path.name != manifest.NAME
@@ -265,7 +281,7 @@ async def test_all_workers_write_at_once_and_the_engines_do_not_wait_for_it(tmp_
     took = time.monotonic() - before
     assert paused < 0.2
     assert 0.2 <= took < 64 * 0.2 / 4, "the slowest, not the sum"
-    assert len(run_state.read_head(await subject.latest()).in_flight) == 64
+    assert len(run_state.read(await subject.latest()).in_flight) == 64
 
 
 async def test_a_worker_that_cannot_write_is_named_and_costs_only_its_groups(tmp_path, monkeypatch):
@@ -278,19 +294,19 @@ async def test_a_worker_that_cannot_write_is_named_and_costs_only_its_groups(tmp
     (line,) = [line for line in logged if line["event"] == "in_flight_not_saved"]
     assert (line["worker"], line["step"]) == ("rollout-1", 6)
     assert line["reason"].startswith("[Errno 28] No space left on device")
-    assert set(run_state.read_head(await subject.latest()).in_flight) == {"of 0", "of 2"}
+    assert set(run_state.read(await subject.latest()).in_flight) == {"of 0", "of 2"}
 
 
 async def test_a_worker_that_was_replaced_since_the_moment_is_not_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.ray, "get", lambda reference: b"")
+    monkeypatch.setattr(queued_groups, "write", written_elsewhere)
     parts = Parts(folder=tmp_path)
     parts.may_end.set()
     subject = checkpointer(parts)
-    state = await subject.pause_and_take(6, 5, synced=False)
+    moment = await subject.pause_and_take(6, 5, synced=False)
     parts.members[1] = Member(1)
-    await subject.write(state)
+    await subject.write(moment)
     await subject.finish()
-    assert set(run_state.read_head(await subject.latest()).in_flight) == {"of 0"}
+    assert set(run_state.read(await subject.latest()).in_flight) == {"of 0"}
 
 
 async def test_a_trainer_that_dies_while_it_writes_leaves_the_checkpoint_before_as_the_newest(tmp_path, monkeypatch):
@@ -334,3 +350,30 @@ async def test_a_checkpoint_that_was_found_damaged_at_load_is_passed_over(tmp_pa
     assert (await subject.latest()).name == "step-000004"
     await subject.write(await subject.pause_and_take(6, 5, synced=False))
     assert await subject.latest() == newest, "it was written again"
+
+
+async def test_a_checkpoint_waits_for_the_groups_of_one_that_was_given_up(tmp_path, monkeypatch):
+    """Both would write files of one name."""
+    parts = Parts(folder=tmp_path)
+    parts.trainer_error = TrainerDied("trainer rank 1 died during is_saved")
+    may_write, writing = asyncio.Event(), []
+
+    async def slowly(folder, references):
+        writing.append(folder)
+        await may_write.wait()
+        return await written_elsewhere(folder, references)
+
+    monkeypatch.setattr(checkpoint, "_POLL_S", 0.001)
+    monkeypatch.setattr(queued_groups, "write", slowly)
+    subject = checkpointer(parts)
+    await subject.write(await subject.pause_and_take(6, 5, synced=False))
+    await subject.finish()
+    parts.trainer_error = None
+    parts.may_end.set()
+    await subject.write(await subject.pause_and_take(6, 5, synced=False))
+    await asyncio.sleep(0.01)
+    assert len(writing) == 1
+    may_write.set()
+    await subject.finish()
+    assert len(writing) == 2
+    assert set(run_state.read(await subject.latest()).queued) == {"a"}

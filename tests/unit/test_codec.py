@@ -16,6 +16,7 @@ from async_rl.errors import WireError
 from async_rl.queue.codec import SCHEMA_VERSION, decode, encode
 from async_rl.queue.wire import MAX_MESSAGE_BYTES
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.examples import examples
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -362,7 +363,7 @@ def test_a_table_that_is_no_map_is_refused(packed):
         decode(seal(packed, b""))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.data())
 def test_a_table_changed_anywhere_and_resealed_never_raises_anything_else(data):
     message = encode(small_group())

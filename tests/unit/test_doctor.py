@@ -14,6 +14,7 @@ from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
+from async_rl.queue import redis_store
 from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
 
 
@@ -356,7 +357,8 @@ def test_functions_that_cannot_be_loaded(machine, inputs, sections, error):
     assert isinstance(caught.value, AsyncRLError)
 
 
-def test_a_durable_queue_that_does_not_answer(machine, inputs, tmp_path):
+def test_a_durable_queue_that_does_not_answer(machine, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(redis_store, "_PING_S", 0.5)
     with socket.socket() as taken:  # bound, and listening to nobody
         taken.bind(("127.0.0.1", 0))
         url = f"redis://127.0.0.1:{taken.getsockname()[1]}/0"

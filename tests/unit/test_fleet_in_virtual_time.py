@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.simulation import Fleet
 
 
@@ -23,7 +24,7 @@ from tests.support.simulation import Fleet
     never_finish=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_no_schedule_loses_a_prompt_or_stops(required, room, **fleet):
     Fleet(required=required, max_groups=required + room, rows=37, **fleet).run(24)
 

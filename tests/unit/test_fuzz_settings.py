@@ -1,6 +1,7 @@
 """Settings that nobody vouches for, in a file and on the command line; see fuzzing."""
 
 import datetime
+import functools
 import json
 import re
 import time
@@ -58,12 +59,18 @@ MARKED = "<<here>>"
 
 def with_value(key, value):
     """The text of tiny_moe with ``value``, as it stands, at a dotted key."""
+    return marked(key).replace(f"{MARKED!r}", value).replace(MARKED, value)
+
+
+@functools.cache
+def marked(key):
+    """The text of tiny_moe with MARKED at a dotted key."""
     tree = section = yaml.safe_load(TINY_MOE)
     *sections, leaf = key.split(".")
     for name in sections:
         section = section.setdefault(name, {})
     section[leaf] = MARKED
-    return yaml.safe_dump(tree, sort_keys=False, width=10**6).replace(f"{MARKED!r}", value).replace(MARKED, value)
+    return yaml.safe_dump(tree, sort_keys=False, width=10**6)
 
 
 TREES = st.recursive(

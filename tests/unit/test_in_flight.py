@@ -15,6 +15,7 @@ from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.types import Prompt, RoutingSpec
+from tests.support.examples import examples
 
 ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=300)
 LIMIT, STOP = 40, frozenset({0, 99})
@@ -76,7 +77,7 @@ def decode(message, n=3, policy="replace"):
     policy=st.sampled_from(["replace", "preserve", "exact"]),
     dense=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
     sent = group(seed, n, policy, dense)
     received = decode(in_flight.encode(sent), n, policy)
@@ -96,7 +97,7 @@ def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
 
 
 @given(seed=st.integers(0, 200), at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_a_damaged_message_is_refused(seed, at, bit, cut):
     message = in_flight.encode(group(seed)).tobytes()
     place = int(at * len(message))
@@ -118,7 +119,7 @@ json_like = st.recursive(
     value=json_like,
     inner=st.sampled_from([None, "trajectory_id", "policy", "finish_reason", "routing"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_table_that_says_something_else_is_refused_or_harmless(seed, key, value, inner):
     """With a valid checksum: only the checks of what it means stand in the way."""
     table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(group(seed)))

@@ -22,6 +22,7 @@ from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
+from tests.support.examples import examples
 from tests.support.queue_parts import Source, begin_journal, make_broker
 from tests.support.simulation import cursor
 
@@ -166,7 +167,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.subject._broker.counts().add_up
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 test_invariant_5_wherever_the_queue_dies = QueueMachine.TestCase
 
 

@@ -21,13 +21,14 @@ from async_rl.trainer.losses import (
     sequence_sums,
     token_weight,
 )
+from tests.support.examples import examples
 
 # A ratio of exactly 1, at either clip, one ulp of float32 around them, 0 and infinity for all that float32 knows.
 LOG_RATIOS = st.one_of(
     st.floats(-3, 3, width=32),
     st.sampled_from([0.0, float(np.log(0.8)), float(np.log(1.3)), -1e4, 1e4, MAX_LOG_RATIO, -MAX_LOG_RATIO]),
 )
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=examples(60), deadline=None)
 
 
 @st.composite

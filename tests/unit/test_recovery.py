@@ -1,7 +1,6 @@
 """How often a process is restarted; what a checkpoint holds of the driver; sums that outlive a run."""
 
 import asyncio
-import dataclasses
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import msgpack
-import numpy as np
 import pytest
 
 from async_rl.config.loading import validate
@@ -43,7 +41,7 @@ STATE = RunState(
     synced=True,
     queue={"version": 7, "queued": [["a", 1]]},
     recorder={"wall_s": 1.5, "staleness": {0: 3, 2: 1}},
-    queued={"0-1.0": np.arange(5, dtype=np.uint8), "0-2.0": b"xy"},
+    queued={"0-1.0": Path("000000"), "0-2.0": Path("000001")},
     in_flight={"0-3.1": Path("rollout-0-000000"), "0-4.0": Path("rollout-3-000000")},
     canary={"dtype": "float32", "token": 1e-5, "mean": 1e-6},
 )
@@ -51,9 +49,9 @@ STATE = RunState(
 
 def write_state(folder, state=STATE):
     """What the driver writes of a checkpoint, and its manifest."""
-    entries = run_state.write_queued(folder, state.queued.values()) | run_state.write_head(folder, state)
+    entries = run_state.write_head(folder, state)
     manifest.write(folder, entries)
-    assert sorted(entries) == ["pipeline/queued/000000", "pipeline/queued/000001", "pipeline/state.msgpack"]
+    assert sorted(entries) == ["pipeline/state.msgpack"]
     assert manifest.find_altered(folder, entries) is None
 
 
@@ -62,33 +60,34 @@ def test_the_state_of_a_run_comes_back_as_it_was_written(tmp_path):
     state = run_state.read(tmp_path)
     assert (state.step, state.version, state.synced) == (7, 8, True)
     assert (state.queue, state.recorder) == (STATE.queue, STATE.recorder)
-    assert state.queued == {"0-1.0": bytes(range(5)), "0-2.0": b"xy"}
-    top = tmp_path / "pipeline" / "in_flight"
-    assert state.in_flight == {"0-3.1": top / "rollout-0-000000", "0-4.0": top / "rollout-3-000000"}
-    assert run_state.read_head(tmp_path).queued == {}
+    top = tmp_path / "pipeline"
+    assert state.queued == {"0-1.0": top / "queued" / "000000", "0-2.0": top / "queued" / "000001"}
+    in_flight = top / "in_flight"
+    assert state.in_flight == {"0-3.1": in_flight / "rollout-0-000000", "0-4.0": in_flight / "rollout-3-000000"}
     assert state.canary == STATE.canary
 
 
-def test_a_state_of_release_0_1_is_read(tmp_path):
-    """Its groups in flight are a list of ids, and their files numbered."""
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"format": 2, "queued": ["0-1.0", "0-2.0"]},
+        {"format": 1, "queued": ["0-1.0", "0-2.0"], "in_flight": ["0-3.1", "0-4.0"], "canary": None},
+    ],
+    ids=["0.2", "0.1"],
+)
+def test_a_state_of_an_earlier_release_is_read(tmp_path, older):
+    """Its finished groups, and in release 0.1 those in flight, are lists of ids, and their files numbered."""
     write_state(tmp_path)
     head = tmp_path / "pipeline" / "state.msgpack"
-    older = msgpack.unpackb(head.read_bytes(), strict_map_key=False) | {"format": 1, "in_flight": ["0-3.1", "0-4.0"]}
-    del older["canary"]
-    manifest.write(tmp_path, {"pipeline/state.msgpack": manifest.write_file(head, msgpack.packb(older))})
-    state = run_state.read(tmp_path)
-    top = tmp_path / "pipeline" / "in_flight"
-    assert state.in_flight == {"0-3.1": top / "000000", "0-4.0": top / "000001"}
-    assert state.canary is None
-    assert (state.step, state.queued) == (7, {"0-1.0": bytes(range(5)), "0-2.0": b"xy"})
-
-
-def test_groups_that_are_elsewhere_are_not_written(tmp_path):
-    """With queue.backend redis, payloads are addresses."""
-    state = dataclasses.replace(STATE, queued={"0-1.0": "1-0", "0-2.0": ["reference"]})
-    run_state.write_queued(tmp_path, [b"xy"])
-    manifest.write(tmp_path, run_state.write_head(tmp_path, state))
-    assert run_state.read(tmp_path).queued == {"0-2.0": b"xy"}
+    fields = msgpack.unpackb(head.read_bytes(), strict_map_key=False) | older
+    if older["format"] == 1:
+        del fields["canary"]
+    manifest.write(tmp_path, {"pipeline/state.msgpack": manifest.write_file(head, msgpack.packb(fields))})
+    state, top = run_state.read(tmp_path), tmp_path / "pipeline"
+    assert (state.step, state.canary) == (7, None if older["format"] == 1 else STATE.canary)
+    assert state.queued == {"0-1.0": top / "queued" / "000000", "0-2.0": top / "queued" / "000001"}
+    names = ["000000", "000001"] if older["format"] == 1 else ["rollout-0-000000", "rollout-3-000000"]
+    assert list(state.in_flight.values()) == [top / "in_flight" / name for name in names]
 
 
 def test_a_state_that_was_altered_is_refused_before_it_is_used(tmp_path):
@@ -96,14 +95,13 @@ def test_a_state_that_was_altered_is_refused_before_it_is_used(tmp_path):
     head = tmp_path / "pipeline" / "state.msgpack"
     head.write_bytes(head.read_bytes().replace(b"wall_s", b"walls_"))
     with pytest.raises(CheckpointDamaged, match=r"state.msgpack has another checksum"):
-        run_state.read_head(tmp_path)
+        run_state.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda top: (top / "state.msgpack").unlink(), "holds no driver state"),
-        (lambda top: (top / "queued" / "000001").unlink(), "holds no driver state.*000001"),
         (lambda top: (top / "state.msgpack").write_bytes(b"\xc1"), "cannot be read"),
         (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb([1])), "cannot be read"),
         (lambda top: (top / "state.msgpack").write_bytes(msgpack.packb({"format": 99})), "has format 99"),

@@ -339,6 +339,8 @@ async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
         with pytest.raises(RewardError):
             await runner.score(prompt(), "a")
     assert len(importlib.import_module("my_rewards").calls) == calls
+    assert runner.retries == calls - 1
+    assert runner.killed == 0
 
 
 async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypatch):
@@ -348,3 +350,4 @@ async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypat
     with pytest.raises(RewardError, match=r"raised OSError: busy, at 4 attempts$"):
         await runner.score(prompt(), "a")
     assert waits == [0.5, 1.0, 2.0]
+    assert runner.retries == 3

@@ -15,7 +15,9 @@ import pytest
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from async_rl.runtime.supervisor import supervise
+from async_rl.runtime import supervisor
+
+supervisor._GRACE_S = 0.5  # what the orphan is waited for, at each end
 
 ORPHAN = '''
 import signal, time
@@ -59,7 +61,7 @@ def body():
             Path(sys.argv[1], "cleaned").touch()
     time.sleep(300)
 
-sys.exit(supervise(body))
+sys.exit(supervisor.supervise(body))
 """
 
 

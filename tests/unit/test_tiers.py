@@ -1,11 +1,14 @@
 """The tiers cover every test, and report what they took."""
 
+import subprocess
 import sys
 
 import pytest
+from hypothesis import settings
 
 from tests.support import tiers
-from tests.support.tiers import ROOT, TIERS, Step, Tier, Timing, describe, read_timings, run
+from tests.support.examples import examples
+from tests.support.tiers import ALL_EXAMPLES, ROOT, TIERS, Step, Tier, Timing, describe, read_timings, run
 
 
 def test_everything_runs_in_test_all():
@@ -18,7 +21,36 @@ def test_everything_runs_in_test_all():
 def test_each_tier_has_the_steps_of_the_one_below():
     lint, check, test, everything = (TIERS[name].steps for name in ("lint", "check", "test", "test-all"))
     assert check[: len(lint)] == lint
-    assert test[: len(check)] == everything[: len(check)] == check
+    assert test[: len(check)] == check
+    assert [with_a_quarter(step) for step in everything[: len(check)]] == list(check)
+    assert all(with_a_quarter(step) != step for step in everything if step.tests), "of each property all examples"
+
+
+def with_a_quarter(step):
+    """The step without the option that has all examples of a property tried."""
+    words = list(step.command)
+    if ALL_EXAMPLES[0] in words:
+        at = words.index(ALL_EXAMPLES[0])
+        assert tuple(words[at : at + 2]) == ALL_EXAMPLES
+        del words[at : at + 2]
+    return step._replace(command=tuple(words))
+
+
+def test_a_property_is_tried_with_all_examples_when_asked_and_else_with_a_quarter(tmp_path, monkeypatch):
+    assert examples(40) * 100 == 40 * settings.default.max_examples
+    (tmp_path / "conftest.py").write_text("from tests.support.examples import register_profiles\nregister_profiles()")
+    (tmp_path / "test_it.py").write_text(
+        "from hypothesis import settings\n"
+        "from tests.support.examples import examples\n"
+        "def test_counts(): assert (settings.default.max_examples, examples(40)) == (100, 40)\n"
+        "def test_quarter():\n"
+        "    settings.load_profile('quarter')\n"
+        "    assert (settings.default.max_examples, examples(40)) == (25, 10)\n"
+    )
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_hypothesis_pytestplugin", *ALL_EXAMPLES, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
 
 
 def test_the_report_names_the_budget_and_the_twenty_slowest():

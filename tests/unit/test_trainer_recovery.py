@@ -84,7 +84,7 @@ async def test_a_batch_that_fails_twice_is_given_up_and_named(tmp_path):
 
 async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_since_is_issued_again(tmp_path):
     state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
-    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
+    manifest.write(tmp_path, run_state.write_head(tmp_path, state))
     subject, calls = recovery(tmp_path, found=tmp_path)
     assert await subject.restart(DIED) == (7, 2)
     assert [name for name, *_ in calls] == ["wait", "replace", "start", "rewind", "finished", "records rewound"]
@@ -92,7 +92,7 @@ async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_sinc
 
 async def test_a_checkpoint_that_is_found_damaged_as_it_is_loaded_is_passed_over(tmp_path):
     state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
-    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
+    manifest.write(tmp_path, run_state.write_head(tmp_path, state))
     subject, calls = recovery(tmp_path, found=tmp_path, damaged=1)
     assert await subject.restart(DIED) == (7, 2)
     assert [name for name, *_ in calls].count("start") == 2

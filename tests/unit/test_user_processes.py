@@ -172,6 +172,7 @@ async def test_a_fork_answers_once_and_ends(runner):
 async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, how, tmp_path):
     path = str(tmp_path / "pids")
     runner._call._processes._timeout_s = 1.0
+    before = runner.killed
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s"):
         await score(
             runner, f"pid = os.fork()\nif pid: pathlib.Path({path!r}).write_text(f'{{pid}} {{os.getpid()}}')\n{how}"
@@ -180,6 +181,7 @@ async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, ho
     await until(lambda: all(map(is_over, pids)))
     runner._call._processes._timeout_s = 600.0
     assert await score(runner, "value = 0.5") == 0.5
+    assert runner.killed == before + 1
 
 
 async def test_a_process_ends_itself_if_nothing_else_ends_its_call(runner):

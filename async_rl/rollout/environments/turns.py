@@ -43,6 +43,11 @@ class Environment:
             workers=settings.workers,
         )
 
+    @property
+    def killed(self) -> int:
+        """Calls so far that were killed at rollout.environment.timeout_s."""
+        return self._call.killed
+
     def close(self) -> None:
         """Refuse further calls and end those under way."""
         self._call.close()

@@ -33,6 +33,8 @@ class RewardRunner:
 
     def __init__(self, settings: RewardSection) -> None:
         self._settings = settings
+        self.retries = 0
+        """Attempts so far that followed one that failed."""
         limit_sandboxes(settings.workers)
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
         self._call = UserFunction(
@@ -44,6 +46,11 @@ class RewardRunner:
             workers=settings.workers or _PROCESSES,
             throttler=throttler,
         )
+
+    @property
+    def killed(self) -> int:
+        """Calls so far that were killed at reward.timeout_s."""
+        return self._call.killed
 
     def close(self) -> None:
         """Refuse further calls and end those under way."""
@@ -66,6 +73,7 @@ class RewardRunner:
                     attempts = f", at {attempt + 1} attempts" if attempt else ""
                     raise RewardError(f"{where}: {error}{attempts}") from error.__cause__
                 attempt += 1
+                self.retries += 1
                 log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
             await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
         if reward is None:

@@ -1,0 +1,127 @@
+"""The finished groups of a checkpoint: messages that are written where they lie, and loaded without the driver.
+
+The message of a group lies in the object store of the host whose worker finished it. There a task of Ray writes it to a
+file and takes its checksum; the driver gets the checksum. When a run is restored, its rollout workers read the files,
+and the driver gets references again. So messages, up to gigabytes of them, cross neither the driver's process nor its
+links.
+
+Knows Ray, workers and files; neither the queue nor what a message holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import structlog
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from async_rl.rollout.moments import SavedGroup
+from async_rl.runtime.failures import brief, unwrap_ray_error
+from async_rl.runtime.manifest import FileEntry, write_file
+
+if TYPE_CHECKING:
+    from async_rl.driver.actors import RolloutHandle  # the processes that write need none of what it imports
+
+log = structlog.get_logger(__name__)
+
+# Files that a host writes at one time: network file systems give one stream a fraction of what they have.
+_STREAMS = 4
+
+
+async def write(folder: Path, references: Mapping[str, Any]) -> dict[str, SavedGroup]:
+    """Write the messages at these references, by group id, to new files of ``folder``; return the files by group id.
+
+    All hosts write at once, each the messages that it has. A message that is lost with its host is logged and left out.
+    Raises OSError if a file cannot be written.
+    """
+    if not references:
+        return {}
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    files = {group_id: f"{number:06}" for number, group_id in enumerate(references)}
+    hosts = await asyncio.to_thread(_by_host, references)
+    written: dict[str, FileEntry | str] = {}
+    for answers in await asyncio.gather(
+        *(_write_on(host, folder, {files[i]: references[i] for i in ids}) for host, ids in hosts.items())
+    ):
+        written |= answers
+    saved: dict[str, SavedGroup] = {}
+    for group_id, file in files.items():
+        if isinstance(entry := written[file], FileEntry):
+            saved[group_id] = SavedGroup(file, entry)
+        else:
+            # A restored run issues its prompt again. In this run, the reader of the group finds the loss.
+            log.warning("queued_group_not_saved", group=group_id, reason=entry)
+    return saved
+
+
+async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> dict[str, Any]:
+    """Have the rollout workers read messages from files, by group id; return references to them.
+
+    Each worker reads a share, one file at a time, into the object store of its host. A file that cannot be read is
+    logged and left out.
+    """
+    items = list(files.items())
+    shares = (items[number :: len(workers)] for number in range(len(workers)))
+    loaded: dict[str, Any] = {}
+    for share in await asyncio.gather(*map(_load_on, workers, shares)):
+        loaded |= share
+    return {group_id: loaded[group_id] for group_id in files if group_id in loaded}
+
+
+def _by_host(references: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the ids of the groups by host, each where its message is."""
+    here = ray.get_runtime_context().get_node_id()
+    found = ray.experimental.get_object_locations(list(references.values()))
+    hosts: dict[str, list[str]] = {}
+    for group_id, reference in references.items():
+        # None for a small message, which the driver's process has, and for one that Ray has moved to a disk.
+        places = found.get(reference, {}).get("node_ids") or [here]
+        hosts.setdefault(here if here in places else places[0], []).append(group_id)
+    return hosts
+
+
+async def _write_on(host: str, folder: Path, references: dict[str, Any]) -> dict[str, FileEntry | str]:
+    """Have a host write messages, by file; return the entry of each file, or why there is none."""
+    try:
+        there = _WRITE_FILES.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False))
+        written: dict[str, FileEntry | str] = await there.remote(folder, references)
+    except RayError as error:
+        if isinstance(error, RayTaskError):
+            raise unwrap_ray_error(error) from None
+        return dict.fromkeys(references, brief(error))
+    return written
+
+
+def _write_files(folder: Path, references: dict[str, Any]) -> dict[str, FileEntry | str]:
+    def write_one(file: str) -> FileEntry | str:
+        try:
+            message = ray.get(references[file])
+        except RayError as error:  # its host died
+            return brief(error)
+        return write_file(folder / file, memoryview(message))
+
+    with ThreadPoolExecutor(_STREAMS) as streams:
+        return dict(zip(references, streams.map(write_one, references), strict=True))
+
+
+async def _load_on(worker: RolloutHandle, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    for group_id, path in files:
+        message, size = worker.read_message(path)
+        try:
+            await size
+        except RayError as error:
+            log.warning("queued_group_not_loaded", group=group_id, reason=brief(error))
+        else:
+            loaded[group_id] = message
+    return loaded
+
+
+# Made once: Ray keeps every remote function that is ever called.
+_WRITE_FILES = ray.remote(num_cpus=0)(_write_files)
