@@ -270,6 +270,22 @@ class CountedJournal(FileJournal):
         self.compactions.append((before, self.size()))
 
 
+@pytest.mark.parametrize("limit", [10**9, 0])
+async def test_a_lost_worker_stays_lost_when_the_queue_is_rebuilt(tmp_path, monkeypatch, limit):
+    """From the calls, and from a compacted journal."""
+    monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", limit)
+    open_journal = begin_journal(tmp_path / "journal", make_broker())
+    first = QueueActor(make_broker(), open_journal)
+    await first.take("old/0", "w", 1)
+    await first.worker_lost("driver/0", "w")
+    await first.take("new/0", "w", 1)
+    second = QueueActor(make_broker(), open_journal)
+    assert await second.take("old/1", "w", 1) == []
+    assert len(await second.take("new/1", "w", 1)) == 1
+    await second.worker_lost("driver/1", "w")
+    assert await QueueActor(make_broker(), open_journal).take("new/2", "w", 1) == []
+
+
 def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp_path, monkeypatch):
     monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
     monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)
