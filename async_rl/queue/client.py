@@ -1,7 +1,8 @@
-"""The queue's clients: ``QueueClient`` calls the queue for driver and workers, ``Fetcher`` reads leased groups.
+"""The queue's client, ``QueueClient``: calls the queue for driver and workers.
 
 Payloads never pass through the queue's process. The client of the driver keeps the reference to each encoded group
-until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there.
+until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there,
+``fetcher`` how it is read.
 
 Knows Ray, the codec, and the actor's methods.
 """
@@ -13,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -28,8 +29,8 @@ from async_rl.metrics.records import GroupCounts
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.broker_state import PlainState
-from async_rl.queue.codec import decode, encode
-from async_rl.queue.records import Excerpt, GroupMeta, QueueStats, Ticket
+from async_rl.queue.codec import encode
+from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
@@ -53,54 +54,6 @@ def open_groups(config: RunConfig, consumer: str) -> RedisGroups | None:
     from async_rl.queue.redis_store import RedisGroups
 
     return RedisGroups(config.queue.redis, config.name, consumer)
-
-
-class Fetcher:
-    """Reads the messages of leased groups, for the trainer and the recorder."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self._groups: RedisGroups | None = None
-
-    def messages(self, payloads: Sequence[Payload]) -> list[Any]:
-        """Return the encoded groups; those in the object store as views on it."""
-        stored = [payload for payload in payloads if isinstance(payload, str)]
-        from_redis = iter(self._redis().read(stored) if stored else [])
-        in_memory = iter(ray.get([payload[0] for payload in payloads if not isinstance(payload, str)]))
-        return [next(from_redis if isinstance(payload, str) else in_memory) for payload in payloads]
-
-    def groups(self, payloads: Sequence[Payload]) -> list[Group]:
-        """Return the decoded groups; their arrays are views on the messages."""
-        return [decode(message) for message in self.messages(payloads)]
-
-    def excerpts(self, chosen: Sequence[tuple[Payload, int]]) -> list[Excerpt]:
-        """Return the trajectories at these indices of these groups, to be shown.
-
-        Groups in the object store of another host are read there: their messages, up to gigabytes, stay where they are.
-        """
-        references = [payload[0] for payload, _ in chosen if not isinstance(payload, str)]
-        found = ray.experimental.get_object_locations(references) if references else {}
-        here = ray.get_runtime_context().get_node_id()
-        there = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
-
-        def read(payload: Payload, index: int) -> Excerpt:
-            if isinstance(payload, str) or here in found[payload[0]]["node_ids"]:
-                return _excerpt(self.messages([payload])[0], index)
-            excerpt: Excerpt = ray.get(there.remote(payload[0], index))
-            return excerpt
-
-        # One after the other: for tasks at one time Ray would start as many processes.
-        return [read(payload, index) for payload, index in chosen]
-
-    def _redis(self) -> RedisGroups:
-        if self._groups is None:
-            self._groups = open_groups(self._config, "reader")
-        assert self._groups is not None
-        return self._groups
-
-
-def _excerpt(message: Any, index: int) -> Excerpt:
-    return Excerpt.of(decode(message), index)
 
 
 class QueueClient:

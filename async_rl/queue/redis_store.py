@@ -195,19 +195,15 @@ class RedisGroups:
         self.claim([address])
         return address
 
-    def read(self, addresses: Sequence[str]) -> list[bytes]:
-        """Return the messages at these addresses. Raises QueueError when one is missing."""
+    def read(self, addresses: Sequence[str]) -> dict[str, bytes]:
+        """Return the messages at these addresses, by address, without those that another client has deleted."""
         pipeline = self._client.pipeline(transaction=False)
         for address in addresses:
             pipeline.xrange(self._key, address, address)
         with _errors(self._settings):
             answers = pipeline.execute()
-        messages = []
-        for address, entries in zip(addresses, answers, strict=True):
-            if not entries:
-                raise QueueError(f"redis: {self._key} has no entry {address}; another client may have deleted it")
-            messages.append(entries[0][1][b"message"])
-        return messages
+        found = zip(addresses, answers, strict=True)
+        return {address: entries[0][1][b"message"] for address, entries in found if entries}
 
     def claim(self, addresses: Sequence[str]) -> None:
         """Mark messages as this consumer's, even if they were another's."""
