@@ -1,17 +1,14 @@
 """Groups whose message is lost never reach a gradient, and never keep a training step from its groups."""
 
-import contextlib
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 
 from async_rl.config.schema import ParallelSection
-from async_rl.driver.leases import LeasedGroups
-from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.shares import batch_shares, rank_shares
 from async_rl.errors import TrainerDied
 from async_rl.metrics.records import GroupCounts
+from tests.support.bare_loop import bare_loop
 from tests.support.queue_parts import Source, make_broker, meta
 
 
@@ -70,26 +67,9 @@ class Queue:
         self.events.append((name, fields))
 
 
-def make_loop(trainers, *, groups=4, batches=1, ranks=2):
-    loop = TrainingLoop.__new__(TrainingLoop)
+def make_loop(trainers, *, groups=4, batches=1):
     queue = Queue(required_groups=groups * batches, window_limit=4 * groups * batches)
-    loop._config = SimpleNamespace(
-        required_groups=groups * batches,
-        trainer=SimpleNamespace(groups_per_step=groups, parallel=ParallelSection(dp=ranks)),
-        async_training=SimpleNamespace(max_staleness=1),
-    )
-
-    async def nothing(*_):
-        return None
-
-    loop._queue, loop._trainers, loop._recorder = queue, trainers, queue
-    loop._shares = lambda batch, loads=None: rank_shares(batch, ParallelSection(dp=ranks), float, loads)
-    loop._groups = LeasedGroups(queue, trainers, queue)
-    loop._monitor = SimpleNamespace(phase=lambda *_: contextlib.nullcontext(), poll=nothing)
-    loop._replicas = SimpleNamespace(admit=nothing)
-    loop._step = loop._synced_step = loop._version = 0
-    loop._stopping = False
-    return loop, queue
+    return bare_loop(queue, trainers, queue, groups=groups, batches=batches, ranks=2), queue
 
 
 async def test_invariant_5_a_step_takes_other_groups_for_those_that_are_lost():
