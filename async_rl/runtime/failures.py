@@ -8,6 +8,7 @@ from ray.exceptions import (
     ActorPlacementGroupRemoved,
     ActorUnschedulableError,
     NodeDiedError,
+    ObjectLostError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -64,6 +65,11 @@ def is_lost_peer(error: BaseException) -> bool:
     if type(cause).__name__ == "DistBackendError":
         return True
     return isinstance(cause, RuntimeError) and "gloo/transport" in str(cause)
+
+
+def is_argument_lost(error: BaseException) -> bool:
+    """Return whether a call could not be made because an object among its arguments is lost with its host."""
+    return isinstance(unwrap_ray_error(error), ObjectLostError)
 
 
 def is_worker_lost(error: BaseException) -> bool:
