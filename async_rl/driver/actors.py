@@ -197,7 +197,7 @@ class TrainerRanks:
             for rank, future in enumerate(futures):
                 raised = future.exception() if future.done() and not future.cancelled() else None
                 if raised is not None and is_process_death(raised):
-                    raise TrainerDied(f"trainer rank {rank} died during {method}") from error
+                    raise TrainerDied(f"trainer rank {rank} died during {method}") from raised
             if is_lost_peer(error):
                 # Peers on other hosts notice a dead one before Ray does, which takes it for alive for up to a minute.
                 raise TrainerDied(f"the trainer lost a rank during {method}: {brief(error)}") from error

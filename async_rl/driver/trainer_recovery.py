@@ -21,7 +21,7 @@ from async_rl.driver.restarts import Recovery
 from async_rl.driver.starting import wait_started
 from async_rl.errors import CheckpointDamaged, TrainerDied, TrainerError
 from async_rl.queue.client import QueueClient
-from async_rl.runtime.failures import brief, is_machine_fault
+from async_rl.runtime.failures import brief, is_host_lost, is_lost_peer, is_machine_fault
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +72,12 @@ class TrainerRecovery:
         await self._queue.release(group_ids)
 
     async def set_aside(self, group_ids: list[str], error: TrainerDied) -> list[str]:
-        """Give up those of a failed step's groups that the trainer failed on before. Returns the others."""
+        """Give up those of a failed step's groups that the trainer failed on before. Returns the others.
+
+        The loss of a host is not blamed on the groups that were computed on it.
+        """
+        if error.__cause__ is not None and (is_host_lost(error.__cause__) or is_lost_peer(error.__cause__)):
+            return group_ids
         again = self._suspects.blame(group_ids)
         for group_id in again:
             await self._queue.fail(group_id, TRAINER)

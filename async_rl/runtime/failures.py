@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
+    ActorUnavailableError,
     ActorUnschedulableError,
     NodeDiedError,
     ObjectLostError,
@@ -50,6 +51,13 @@ def is_process_death(error: BaseException) -> bool:
     An error that it raised about another one does not count.
     """
     return isinstance(error, _GONE) and not isinstance(error, RayTaskError)
+
+
+def is_host_lost(error: BaseException | None) -> bool:
+    """Return whether the *called* process is gone with its host, or cannot be reached: it did nothing to cause that."""
+    if isinstance(error, ActorUnavailableError):
+        return True
+    return error is not None and is_process_death(error) and "its node has died" in str(error)  # Ray's words
 
 
 def is_machine_fault(error: BaseException) -> bool:

@@ -4,6 +4,8 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from async_rl.config.schema import CheckpointSection, WatchdogSection
 from async_rl.driver import run_state, trainer_recovery
@@ -12,6 +14,7 @@ from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
 from async_rl.errors import CheckpointDamaged, StalledError, TrainerDied, TrainerError
 from async_rl.runtime import manifest
 
+NODE_DIED = "The actor died because its node has died. Node Id: 1a2b"
 DIED = TrainerDied("the trainer failed in finish_step: OutOfMemoryError: no memory")
 
 
@@ -85,6 +88,26 @@ async def test_a_batch_that_fails_twice_is_given_up_and_named(tmp_path):
     assert calls == []
     assert await subject.set_aside(["a", "b", "c"], DIED) == ["c"]
     assert calls == [("fail", "a", "trainer"), ("fail", "b", "trainer"), ("batch_set_aside", "a b")]
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), error_message=NODE_DIED)),
+        ActorUnavailableError("broken pipe", None),
+        RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:43407: Connection reset by peer"),
+    ],
+)
+async def test_the_loss_of_a_host_is_not_blamed_on_a_batch(tmp_path, cause):
+    subject, calls = recovery(tmp_path)
+    error = TrainerDied("trainer rank 1 died during finish_step")
+    error.__cause__ = cause
+    for _ in range(3):
+        assert await subject.set_aside(["a", "b"], error) == ["a", "b"]
+    error.__cause__ = ActorDiedError()
+    assert await subject.set_aside(["a", "b"], error) == ["a", "b"]
+    assert calls == []
+    assert await subject.set_aside(["a", "b"], error) == []
 
 
 async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_since_is_issued_again(tmp_path):
