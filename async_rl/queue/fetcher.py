@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
+from ray.exceptions import GetTimeoutError, RayError
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import PayloadLost
@@ -21,15 +21,11 @@ from async_rl.queue.client import Payload, open_groups
 from async_rl.queue.codec import decode
 from async_rl.queue.records import Excerpt
 from async_rl.runtime import timeouts
-from async_rl.runtime.failures import unwrap_ray_error
+from async_rl.runtime.failures import is_object_lost
 from async_rl.types import Group
 
 if TYPE_CHECKING:
     from async_rl.queue.redis_store import RedisGroups
-
-# ObjectLostError has subclasses for owners that died, fetches that came to nothing, and messages that cannot be
-# computed again.
-_LOST = (ObjectLostError, GetTimeoutError)
 
 
 class Fetcher:
@@ -79,10 +75,9 @@ class Fetcher:
                 return _excerpt(self.messages({group_id: payload})[group_id], index)
             try:
                 excerpt: Excerpt = ray.get(there.remote(payload[0], index), timeout=timeouts.PAYLOAD_S)
-            except Exception as error:
-                if isinstance(unwrap_ray_error(error), _LOST):
-                    raise PayloadLost([group_id]) from error
-                raise
+            except RayError as error:
+                _require_lost(error)
+                raise PayloadLost([group_id]) from error
             return excerpt
 
         # One after the other: for tasks at one time Ray would start as many processes.
@@ -114,8 +109,8 @@ def _in_memory(references: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:  # all at once, so that Ray fetches them side by side
         return dict(zip(references, ray.get(list(references.values()), timeout=timeouts.PAYLOAD_S), strict=True))
-    except _LOST:
-        pass
+    except RayError as error:
+        _require_lost(error)
     group_ids = {reference: group_id for group_id, reference in references.items()}
     found: dict[str, Any] = {}
     waiting = list(group_ids)
@@ -125,9 +120,15 @@ def _in_memory(references: Mapping[str, Any]) -> dict[str, Any]:
             break
         try:
             found[group_ids[ready[0]]] = ray.get(ready[0], timeout=timeouts.PAYLOAD_S)
-        except _LOST:
-            continue
+        except RayError as error:
+            _require_lost(error)
     return found
+
+
+def _require_lost(error: RayError) -> None:
+    """Raise an error of reading a message unless it says that the message is lost, or has not come in time."""
+    if not (isinstance(error, GetTimeoutError) or is_object_lost(error)):
+        raise error
 
 
 def _excerpt(message: Any, index: int) -> Excerpt:

@@ -13,6 +13,7 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    WorkerCrashedError,
 )
 
 from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
@@ -20,6 +21,10 @@ from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
 # RayActorError also stands for an actor that cannot be reached (ActorUnavailableError): what was asked of it is lost
 # either way. The others tell of an actor whose host is gone before its process was there.
 _GONE = (RayActorError, NodeDiedError, ActorUnschedulableError, ActorPlacementGroupRemoved)
+
+# What reading an object raises that is gone. Where the call that made it had not ended when its host died, the error of
+# that call is in its place.
+_OBJECT_GONE = (ObjectLostError, RayActorError, NodeDiedError, WorkerCrashedError)
 
 # PyTorch raises RuntimeErrors, also for memory that is short and for collectives whose peer is gone. A ValueError or a
 # TypeError is a fault of the program, which a restart does not change.
@@ -75,9 +80,12 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(cause, RuntimeError) and "gloo/transport" in str(cause)
 
 
-def is_argument_lost(error: BaseException) -> bool:
-    """Return whether a call could not be made because an object among its arguments is lost with its host."""
-    return isinstance(unwrap_ray_error(error), ObjectLostError)
+def is_object_lost(error: BaseException) -> bool:
+    """Return whether an object could not be read because it is gone, for example with its host.
+
+    Of a call of an actor: whether that is why the call has failed. If the actor itself is gone it is not.
+    """
+    return isinstance(unwrap_ray_error(error), _OBJECT_GONE)
 
 
 def is_worker_lost(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ QUICK = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-WITHIN_S = 120.0
+WITHIN_S = 300.0
 """Ends a test that hangs, and judges no time."""
 
 
@@ -213,19 +213,22 @@ async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_t
     lost = cluster.start("a", Worker, "lost", client.actor)
     await asyncio.wait_for(produce(client, lost, 3), WITHIN_S)
     cluster.kill("a")
-    other = produce(client, cluster.start("b", Worker, "other", client.actor), 5)
+    other = produce(client, cluster.start("b", Worker, "other", client.actor), 12)
     loop, records = make_loop(client, cluster.start("b", Rank, config))
-    leased = []
+    trained = set()
     async with asyncio.timeout(WITHIN_S):
-        (trained,) = await loop._streamed_update(leased)
+        for step in (1, 2, 3):
+            leased = []
+            (seen,) = await loop._streamed_update(leased)
+            assert sorted(seen) == sorted(meta.group_id for meta, _ in leased)
+            await client.ack(list(seen), step)
+            trained |= set(seen)
     assert sum(fields["groups"] for name, fields in records if name == "payloads_lost") == 3
-    assert sorted(trained) == sorted(meta.group_id for meta, _ in leased)
-    assert len(trained) == 4
-    assert {"0-1.1", "0-2.1", "0-3.1"} <= set(trained), "their prompts came first again"
-    await client.ack(list(trained), 1)
+    assert trained >= {"0-1.1", "0-2.1", "0-3.1"}, "the prompts of the lost groups are issued again"
+    assert {group_id.partition(".")[0] for group_id in trained} == {f"0-{row}" for row in range(1, 13)}
     counts, stats = await client.counts(), await client.stats()
     assert counts.add_up
-    assert (stats.dropped, counts.trained) == ({"payload_lost": 3}, 4)
+    assert (stats.dropped, counts.trained, counts.outstanding) == ({"payload_lost": 3}, 12, 0)
     await asyncio.wait_for(other, WITHIN_S)
     ray.kill(client.actor)
 
@@ -233,19 +236,20 @@ async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_t
 async def test_with_two_copies_no_finished_group_is_lost_with_a_host(hosts, start):
     cluster = hosts("a", "b")
     client, config = start(copies=2)
-    await asyncio.wait_for(produce(client, cluster.start("a", Worker, "w", client.actor), 4), WITHIN_S)
+    producing = produce(client, cluster.start("a", Worker, "w", client.actor))
+    await finished(client, 12)  # as many as the window admits: the worker waits, and its stream has not ended
     cluster.kill("a")
     loop, records = make_loop(client, cluster.start("driver", Rank, config))
-    leased = []
     async with asyncio.timeout(WITHIN_S):
-        (trained,) = await loop._streamed_update(leased)
+        for first_row in (1, 5, 9):
+            (trained,) = await loop._streamed_update([])
+            rows = range(first_row, first_row + 4)
+            assert trained == {f"0-{row}.0": bytes(encode(make_group(ticket_of(row)))) for row in rows}
+            await client.ack(list(trained), 1)
     assert records == []
-    tickets = [
-        SimpleNamespace(group_id=f"0-{row}.0", prompt=Source().prompt(f"0-{row}"), version=0) for row in range(1, 5)
-    ]
-    assert trained == {ticket.group_id: bytes(encode(make_group(ticket))) for ticket in tickets}
-    await client.ack(list(trained), 1)
     assert client._copies._hosts == {}
+    (error,) = await asyncio.gather(producing, return_exceptions=True)
+    assert is_worker_lost(error), error
     ray.kill(client.actor)
 
 

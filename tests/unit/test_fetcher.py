@@ -4,7 +4,14 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import GetTimeoutError, ObjectReconstructionFailedError, ObjectStoreFullError, OwnerDiedError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectReconstructionFailedError,
+    ObjectStoreFullError,
+    OwnerDiedError,
+)
 
 from async_rl.errors import PayloadLost
 from async_rl.queue import fetcher as fetcher_module
@@ -59,7 +66,15 @@ def test_what_is_there_is_read_at_once(reader):
     assert subject.messages({}) == {}
 
 
-@pytest.mark.parametrize("error", [LOST, OwnerDiedError("00", None, "")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        LOST,
+        OwnerDiedError("00", None, ""),
+        ActorDiedError(),  # in the place of a message of a stream whose worker had not ended when its host died
+        NodeDiedError("its task's"),
+    ],
+)
 def test_lost_groups_are_named_and_the_others_kept(reader, error):
     subject, store = reader(a=b"1", b=error, c=b"3", d=error)
     assert subject.hold(payloads("a", "b", "c", "d")) == ["group b", "group d"]

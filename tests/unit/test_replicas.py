@@ -237,13 +237,14 @@ async def test_a_worker_that_stops_early_ends_the_run():
         await subject.supervise(0)
 
 
-async def test_saved_groups_that_are_lost_with_their_host_are_issued_again():
+@pytest.mark.parametrize("cause", [ObjectLostError("00", None, ""), ActorDiedError()])
+async def test_saved_groups_that_are_lost_with_their_host_are_issued_again(cause):
     subject, rollouts, *_ = supervisor(Worker(EngineDied("it crashed"), groups=("a", "b")))
     task = asyncio.ensure_future(subject.supervise(0))
 
     def successor(replica):
         async def adopt(_):
-            raise RayTaskError("adopt", "traceback", ObjectLostError("00", None, ""))
+            raise RayTaskError("adopt", "traceback", cause).as_instanceof_cause()
 
         rollouts.workers[replica] = Worker()
         rollouts.workers[replica].adopt = adopt
