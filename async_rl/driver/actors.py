@@ -89,7 +89,8 @@ class TrainerRanks:
     async def train_step(self, shares: Shares, version: int, oldest_version: int) -> list[StepReport]:
         """Do one optimizer update per mini-batch."""
         calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
-        return (await self._trained("train_step", calls))[0]
+        reports: list[StepReport] = (await self._trained("train_step", calls))[0]
+        return reports
 
     async def accumulate(self, shares: Shares, version: int, oldest_version: int, *, first: bool) -> None:
         """Compute the gradients of a part of a step's groups; ``first`` begins the step."""
@@ -100,7 +101,10 @@ class TrainerRanks:
 
     async def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
-        return (await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks]))[0]
+        report: StepReport = (await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks]))[
+            0
+        ]
+        return report
 
     async def connect(self, replicas: Sequence[Replica]) -> None:
         """Set up weight transfer to these replicas, in place of earlier ones."""
