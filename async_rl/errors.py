@@ -12,6 +12,7 @@
     │   ├── DuplicateGroup
     │   ├── UnknownGroup       ack, release or put of a group that is not in that state
     │   └── QueueClosed
+    ├── PayloadLost            the messages of finished groups are gone with the host or the store that had them
     ├── RewardError            a reward function that cannot be loaded, raises, or returns no finite number
     ├── EnvironmentFailure     an environment that cannot be loaded, raises, or returns no text
     ├── EngineError            the rollout engine refused a request
@@ -33,6 +34,8 @@ prints it as it is, without a traceback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class AsyncRLError(Exception):
@@ -81,6 +84,20 @@ class UnknownGroup(QueueError):
 
 class QueueClosed(QueueError):
     """The queue was closed before or during a wait on it."""
+
+
+class PayloadLost(AsyncRLError):
+    """The messages of finished groups cannot be read any more; their prompts can be issued again."""
+
+    def __init__(self, group_ids: Sequence[str]) -> None:
+        super().__init__(
+            f"the messages of {len(group_ids)} finished groups are lost, because their host died or their store has "
+            f"no such entry: {', '.join(group_ids[:5])}{', ...' if len(group_ids) > 5 else ''}"
+        )
+        self.group_ids = tuple(group_ids)
+
+    def __reduce__(self) -> tuple[type[PayloadLost], tuple[tuple[str, ...]]]:
+        return PayloadLost, (self.group_ids,)
 
 
 class RewardError(AsyncRLError):

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.cluster import CoreAssignment
-from async_rl.errors import AsyncRLError, TrainerDied
+from async_rl.errors import TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
@@ -27,7 +26,14 @@ from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.moments import SavedGroup
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
-from async_rl.runtime.failures import brief, is_process_death, is_worker_lost, unwrap_ray_error, user_facing_error
+from async_rl.runtime.failures import (
+    brief,
+    is_lost_peer,
+    is_machine_fault,
+    is_process_death,
+    is_worker_lost,
+    user_facing_error,
+)
 from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
@@ -41,11 +47,10 @@ _MAX_CONCURRENT_CALLS = 1000
 # engine grows by 300 MiB within minutes. More than one step needs is useless, because shapes hardly ever recur.
 _ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
-# PyTorch raises RuntimeErrors, also for memory that is short and for collectives whose peer is gone. A ValueError or a
-# TypeError is a fault of the program, which a restart does not change.
-_MACHINE_FAULTS = (RuntimeError, MemoryError, OSError, RayError)
-
 T = TypeVar("T")
+
+Shares = Sequence[Sequence[Mapping[str, Payload]]]
+"""By rank: the rank's groups of each mini-batch of a step, by group id."""
 
 
 class TrainerRanks:
@@ -53,8 +58,8 @@ class TrainerRanks:
 
     Each method calls the method of ``TrainerWorker`` that has its name on every rank at once. ``shares`` hold one entry
     per rank. Methods with a result return that of rank 0, because the ranks compute it together. Each method raises
-    TrainerDied when the process of a rank is gone, else what a rank raised. Those that train also raise TrainerDied
-    for what a machine's faults raise in a library: memory that is short, a peer that is gone.
+    TrainerDied when the process of a rank is gone, or a rank has lost a peer in a collective, else what a rank raised.
+    Those that train also raise TrainerDied for what other faults of a machine raise in a library: memory that is short.
     """
 
     def __init__(self, config: RunConfig, cores: CoreAssignment) -> None:
@@ -73,16 +78,21 @@ class TrainerRanks:
         """Build the model on every rank, and load ``checkpoint`` where one is given."""
         await self._together("start", [rank.start.remote(checkpoint) for rank in self._ranks])
 
-    async def train_step(
-        self, shares: Sequence[Sequence[Sequence[Payload]]], version: int, oldest_version: int
-    ) -> list[StepReport]:
-        """Do one optimizer update per mini-batch; a share is a rank's groups of each mini-batch."""
-        calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
-        return await self._trained("train_step", calls)
+    async def fetch(self, shares: Shares) -> list[str]:
+        """Have every rank read its groups ahead of the call that computes on them.
 
-    async def accumulate(
-        self, shares: Sequence[Sequence[Payload]], version: int, oldest_version: int, *, first: bool
-    ) -> None:
+        Returns the ids of groups that a rank cannot read, because they are lost.
+        """
+        each = await self._trained("fetch", [rank.fetch.remote(share) for rank, share in self._with(shares)])
+        return list(dict.fromkeys(group_id for lost in each for group_id in lost))
+
+    async def train_step(self, shares: Shares, version: int, oldest_version: int) -> list[StepReport]:
+        """Do one optimizer update per mini-batch."""
+        calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
+        reports: list[StepReport] = (await self._trained("train_step", calls))[0]
+        return reports
+
+    async def accumulate(self, shares: Shares, version: int, oldest_version: int, *, first: bool) -> None:
         """Compute the gradients of a part of a step's groups; ``first`` begins the step."""
         calls = [
             rank.accumulate.remote(share, version, oldest_version, first=first) for rank, share in self._with(shares)
@@ -91,7 +101,10 @@ class TrainerRanks:
 
     async def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
-        return await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks])
+        report: StepReport = (await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks]))[
+            0
+        ]
+        return report
 
     async def connect(self, replicas: Sequence[Replica]) -> None:
         """Set up weight transfer to these replicas, in place of earlier ones."""
@@ -153,16 +166,21 @@ class TrainerRanks:
             ray.kill(rank)
         self._ranks = start_trainers(self._config, self._cores)
 
+    async def unplaced(self) -> list[str]:
+        """Return the ranks that have no process, for example because no host has the resources that they ask for."""
+        table = await asyncio.to_thread(ray._private.state.actors)
+        states = [table.get(rank._actor_id.hex(), {}).get("State") for rank in self._ranks]
+        return [f"trainer-{rank}" for rank, state in enumerate(states) if state != "ALIVE"]
+
     def _with(self, shares: Sequence[T]) -> list[tuple[Any, T]]:
         return list(zip(self._ranks, shares, strict=True))
 
-    async def _trained(self, method: str, calls: Sequence[Awaitable[T]]) -> T:
-        """Await the calls of all ranks as ``_together`` does; a machine's fault in one of them is a TrainerDied."""
+    async def _trained(self, method: str, calls: Sequence[Awaitable[T]]) -> list[T]:
+        """Await the calls of all ranks as ``_all`` does; a machine's fault in one of them is a TrainerDied."""
         try:
-            return await self._together(method, calls)
+            return await self._all(method, calls)
         except Exception as error:
-            cause = unwrap_ray_error(error)
-            if isinstance(cause, AsyncRLError) or not isinstance(cause, _MACHINE_FAULTS):
+            if not is_machine_fault(error):
                 raise
             # The other ranks wait for one that has left the step, or have done other parts of it.
             raise TrainerDied(f"the trainer failed in {method}: {brief(error)}") from error
@@ -183,7 +201,10 @@ class TrainerRanks:
             for rank, future in enumerate(futures):
                 raised = future.exception() if future.done() and not future.cancelled() else None
                 if raised is not None and is_process_death(raised):
-                    raise TrainerDied(f"trainer rank {rank} died during {method}") from error
+                    raise TrainerDied(f"trainer rank {rank} died during {method}") from raised
+            if is_lost_peer(error):
+                # Peers on other hosts notice a dead one before Ray does, which takes it for alive for up to a minute.
+                raise TrainerDied(f"the trainer lost a rank during {method}: {brief(error)}") from error
             raise user_facing_error(error) from error
 
 

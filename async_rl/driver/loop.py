@@ -39,18 +39,17 @@ from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer, RunMoment
 from async_rl.driver.cluster import assign_cores, free_resources
 from async_rl.driver.evaluation import Evaluator
+from async_rl.driver.leases import Leased, LeasedGroups
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
-from async_rl.driver.shares import rank_shares
+from async_rl.driver.shares import batch_shares, rank_shares
 from async_rl.driver.starting import wait_started
 from async_rl.driver.trainer_recovery import TrainerRecovery
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
-from async_rl.queue.client import Payload
-from async_rl.queue.records import GroupMeta
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
 from async_rl.rollout.stats import worker_id
@@ -60,8 +59,6 @@ from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
-
-Leased = list[tuple[GroupMeta, Payload]]
 
 # While the training loop waits for groups, it looks this often whether a restarted worker waits for weights.
 _LEASE_POLL_S = 0.5
@@ -97,6 +94,7 @@ class TrainingLoop:
         self._rollouts = RolloutWorkers(config, self._queue.actor, cores)
         model = read_model_config(config.model.path)
         self._shares = functools.partial(rank_shares, sizes=config.trainer.parallel, cost=model.sequence_cost)
+        self._groups = LeasedGroups(self._queue, self._trainers, recorder)
         self._sync = WeightSync(config, model, self._trainers, (row.token_ids for row in train_set.rows))
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
@@ -203,7 +201,7 @@ class TrainingLoop:
             with self._monitor.phase("groups", self._step + 1):
                 reports = await (self._streamed_update(leased) if self._config.streams else self._update(leased))
         except (TrainerDied, _StepLeft) as error:
-            await self._give_back([meta.group_id for meta, _ in leased], error)
+            await self._trainer_recovery.give_back([meta.group_id for meta, _ in leased], error)
             raise
         step, version = self._step + 1, self._version
         trained = await asyncio.to_thread(self._recorder.described, leased)
@@ -235,25 +233,28 @@ class TrainingLoop:
     async def _update(self, leased: Leased) -> list[StepReport]:
         """Wait for all groups of a training step, then do its updates. Returns a report for each update."""
         required, size = self._config.required_groups, self._config.trainer.groups_per_step
-        leased += await self._lease(required, required)
-        batches = [leased[first : first + size] for first in range(0, len(leased), size)]
-        by_rank = list(zip(*map(self._shares, batches), strict=True))
-        with self._monitor.phase("update", self._step + 1):
-            calls = self._trainers.train_step(by_rank, *self._versions())
-            reports, _ = await asyncio.gather(calls, self._monitor.poll())
-        return reports
+        divide = functools.partial(batch_shares, size=size, shares=self._shares)
+        while True:
+            missing = required - len(leased)
+            leased += await self._lease(missing, missing)
+            with self._monitor.phase("update", self._step + 1):
+                shares = await self._groups.read(leased, divide)
+                if len(leased) == required:
+                    calls = self._trainers.train_step(shares, *self._versions())
+                    reports, _ = await asyncio.gather(calls, self._monitor.poll())
+                    return reports
 
     async def _streamed_update(self, leased: Leased) -> list[StepReport]:
         """Do the update of a training step, whose microbatches are computed as soon as groups are queued."""
-        versions, ranks = self._versions(), self._config.trainer.parallel.dp
-        loads = [0.0] * ranks
-        while (missing := self._config.required_groups - len(leased)) > 0:
+        versions, ranks, required = self._versions(), self._config.trainer.parallel.dp, self._config.required_groups
+        balanced = functools.partial(self._shares, loads=[0.0] * ranks)
+        divide = functools.partial(batch_shares, size=required, shares=balanced)
+        while (done := len(leased)) < required:
             # Enough groups that every data-parallel rank has work.
-            part = await self._lease(missing, min(ranks, missing))
-            first = not leased
-            leased += part
+            leased += await self._lease(required - done, min(ranks, required - done))
             with self._monitor.phase("update", self._step + 1):
-                await self._trainers.accumulate(self._shares(part, loads=loads), *versions, first=first)
+                if shares := await self._groups.read(leased, divide, since=done):
+                    await self._trainers.accumulate(shares, *versions, first=done == 0)
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
         return [report]
@@ -306,12 +307,6 @@ class TrainingLoop:
         return state
 
     # -- failures -----------------------------------------------------------------------------------------------
-
-    async def _give_back(self, group_ids: list[str], error: Exception) -> None:
-        """Put the groups of a step that was not done back into the queue."""
-        if isinstance(error, TrainerDied):
-            group_ids = await self._trainer_recovery.set_aside(group_ids, error)
-        await self._queue.release(group_ids)
 
     async def _restart_trainer(self, error: TrainerDied) -> None:
         """Return to the step of the latest valid checkpoint, with a restarted trainer."""

@@ -26,7 +26,7 @@ from async_rl.metrics.publish import publish_groups, publish_start, publish_step
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.metrics.summary import Summary
 from async_rl.metrics.timeline import Timeline
-from async_rl.queue.client import Fetcher
+from async_rl.queue.fetcher import Fetcher
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
@@ -201,7 +201,7 @@ class Recorder:
 
     def described(self, leased: Leased) -> list[GroupMeta]:
         """Return the metadata of leased groups; where release 0.1 wrote it, completed from the groups themselves."""
-        old = [payload for meta, payload in leased if not meta.rewards]
+        old = {meta.group_id: payload for meta, payload in leased if not meta.rewards}
         groups = iter(self._fetcher.groups(old) if old else [])
         return [
             meta if meta.rewards else dataclasses.replace(GroupMeta.of(next(groups), meta.nbytes), address=meta.address)

@@ -22,7 +22,7 @@ from async_rl.errors import AsyncRLError, EngineError, ReplicaFailed
 from async_rl.queue.client import QueueClient
 from async_rl.queue.handover import collect
 from async_rl.rollout.stats import worker_id
-from async_rl.runtime.failures import is_worker_lost, unwrap_ray_error
+from async_rl.runtime.failures import brief, is_object_lost, is_process_death, is_worker_lost, unwrap_ray_error
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -138,7 +138,14 @@ class ReplicaSupervisor:
         """
         name = worker_id(replica)
         in_flight = await self._queue.adopt(name, groups)
-        fitting = await self._rollouts.workers[replica].adopt([groups[group_id] for group_id in in_flight])
+        try:
+            fitting = await self._rollouts.workers[replica].adopt([groups[group_id] for group_id in in_flight])
+        except Exception as error:
+            if is_process_death(error) or not is_object_lost(error):
+                raise
+            # They were saved on the host of the worker that had them, and that host has died since.
+            log.warning("groups_in_flight_lost", worker=name, groups=len(in_flight), reason=brief(error))
+            fitting = []
         await self._queue.worker_lost(name, keep=fitting)
         return fitting
 

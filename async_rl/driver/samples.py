@@ -14,7 +14,9 @@ import structlog
 from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
-from async_rl.queue.client import Fetcher, Payload
+from async_rl.errors import PayloadLost
+from async_rl.queue.client import Payload
+from async_rl.queue.fetcher import Fetcher
 from async_rl.queue.records import Excerpt, GroupMeta
 from async_rl.runtime.runfolder import RunFolder
 
@@ -46,7 +48,7 @@ class SampleWriter:
     async def before_ack(self, leased: Leased) -> None:
         """Read what the store forgets when the groups are acknowledged. Groups in memory live as long as ``leased``."""
         if self._config.queue.backend == "redis":
-            self._read_early = await asyncio.to_thread(self.read, leased)
+            self._read_early = await asyncio.to_thread(self._read_if_there, leased)
 
     async def begin(self, step: int, version: int, leased: Leased) -> None:
         """Begin to write the samples of a step; those of the step before are written first."""
@@ -62,15 +64,14 @@ class SampleWriter:
     def read(self, leased: Leased) -> Samples:
         """Read the samples of a step's groups."""
         number = self._config.metrics.samples_per_step
-        responses = [(payload, index) for meta, payload in leased for index in range(meta.num_trajectories)]
+        responses = [
+            (meta.group_id, payload, index) for meta, payload in leased for index in range(meta.num_trajectories)
+        ]
         # Spread over the step's groups, so that n samples show n prompts.
         stride = max(1, len(responses) // max(1, number))
         dumped = leased[max(0, len(leased) - self._config.debug.dump_trajectories) :]
-        messages = self._fetcher.messages([payload for _, payload in dumped])
-        return Samples(
-            self._fetcher.excerpts(responses[::stride][:number]),
-            {meta.group_id: message for (meta, _), message in zip(dumped, messages, strict=True)},
-        )
+        messages = self._fetcher.messages({meta.group_id: payload for meta, payload in dumped})
+        return Samples(self._fetcher.excerpts(responses[::stride][:number]), messages)
 
     def write(self, step: int, version: int, samples: Samples) -> None:
         """Write the samples of a step to the run folder."""
@@ -80,12 +81,15 @@ class SampleWriter:
             self._folder.write_group(memoryview(message), group_id)
 
     def _read_and_write(self, step: int, version: int, leased: Leased, early: Samples | None) -> None:
-        try:
-            samples = early or self.read(leased)
-        except RayError as error:  # their host died, for example: the groups were trained all the same
-            log.warning("samples_not_read", step=step, reason=str(error).partition("\n")[0])
-        else:
+        if (samples := early or self._read_if_there(leased)) is not None:
             self.write(step, version, samples)
+
+    def _read_if_there(self, leased: Leased) -> Samples | None:
+        try:
+            return self.read(leased)
+        except (RayError, PayloadLost) as error:  # their host died: the groups were trained all the same
+            log.warning("samples_not_read", reason=str(error).partition("\n")[0])
+            return None
 
     def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
         most, segments = self._config.metrics.sample_characters, excerpt.segments

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from async_rl.config.schema import ParallelSection
@@ -11,15 +11,16 @@ from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place, world_size
 
 Item = TypeVar("Item")
+Batch = Sequence[tuple[GroupMeta, Item]]
 
 
 def rank_shares(
-    batch: Sequence[tuple[GroupMeta, Item]],
+    batch: Batch[Item],
     sizes: ParallelSection,
     cost: Callable[[int], float],
     loads: list[float] | None = None,
-) -> list[list[Item]]:
-    """Return the items of each rank, balanced by cost over the data-parallel ranks.
+) -> list[dict[str, Item]]:
+    """Return the items of each rank by group id, balanced by cost over the data-parallel ranks.
 
     ``cost`` is that of a sequence of so many tokens. ``loads`` are the costs that each data-parallel rank has already;
     those of ``batch`` are added.
@@ -30,4 +31,14 @@ def rank_shares(
         for replica, indices in enumerate(by_replica):
             loads[replica] += sum(costs[index] for index in indices)
     ranks = range(world_size(sizes))
-    return [[batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]] for rank in ranks]
+    return [
+        {batch[index][0].group_id: batch[index][1] for index in by_replica[Place.of(sizes, rank).dp]} for rank in ranks
+    ]
+
+
+def batch_shares(
+    groups: Batch[Item], size: int, shares: Callable[[Batch[Item]], Sequence[Mapping[str, Item]]]
+) -> list[tuple[Mapping[str, Item], ...]]:
+    """Return the ``shares`` of each rank in mini-batches of ``size`` groups, by rank."""
+    batches = [groups[first : first + size] for first in range(0, len(groups), size)]
+    return list(zip(*map(shares, batches), strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from pathlib import Path
 
 import structlog
 
@@ -14,10 +15,13 @@ from async_rl.config.schema import RunConfig
 from async_rl.driver import run_state
 from async_rl.driver.actors import TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
+from async_rl.driver.cluster import free_resources
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
+from async_rl.driver.starting import wait_started
 from async_rl.errors import CheckpointDamaged, TrainerDied, TrainerError
 from async_rl.queue.client import QueueClient
+from async_rl.runtime.failures import brief, is_host_lost, is_lost_peer, is_machine_fault
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +65,19 @@ class TrainerRecovery:
         self._recorder = recorder
         self._suspects = Suspects()
 
+    async def give_back(self, group_ids: list[str], error: Exception) -> None:
+        """Put the groups of a step that ``error`` ended back into the queue, except those that are set aside."""
+        if isinstance(error, TrainerDied):
+            group_ids = await self.set_aside(group_ids, error)
+        await self._queue.release(group_ids)
+
     async def set_aside(self, group_ids: list[str], error: TrainerDied) -> list[str]:
-        """Give up those of a failed step's groups that the trainer failed on before. Returns the others."""
+        """Give up those of a failed step's groups that the trainer failed on before. Returns the others.
+
+        The loss of a host is not blamed on the groups that were computed on it.
+        """
+        if error.__cause__ is not None and (is_host_lost(error.__cause__) or is_lost_peer(error.__cause__)):
+            return group_ids
         again = self._suspects.blame(group_ids)
         for group_id in again:
             await self._queue.fail(group_id, TRAINER)
@@ -74,7 +89,8 @@ class TrainerRecovery:
         """Restart the trainer from the latest valid checkpoint; groups that it trained since are issued again.
 
         Returns the checkpoint's step and the number of these groups. Raises TrainerDied if the trainer fails again,
-        TrainerError if there is no checkpoint, ProcessLost if the trainer has failed too often.
+        TrainerError if there is no checkpoint, ProcessLost if the trainer has failed too often, and StalledError if
+        there is no place for it.
         """
         while True:
             # The queue remembers what was trained since a checkpoint only where checkpoints are periodic.
@@ -88,7 +104,7 @@ class TrainerRecovery:
                 state = await asyncio.to_thread(run_state.read, found)
                 await self._recovery.wait("trainer", error, step=state.step)
                 self._trainers.replace()
-                await self._trainers.start(found)
+                await self._start(found)
                 break
             except CheckpointDamaged as damaged:
                 self._checkpointer.pass_over(damaged)
@@ -96,3 +112,18 @@ class TrainerRecovery:
         await self._recorder.samples.finished()
         await asyncio.to_thread(self._recorder.rewind, state.step, state.recorder)
         return state.step, len(reissued)
+
+    async def _start(self, checkpoint: Path) -> None:
+        """Start new ranks. The host of a former one may be gone: ranks without a place are named while they wait."""
+        start = self._trainers.start(checkpoint)
+        try:
+            await wait_started({"trainer": start}, self._config.watchdog, self._recorder.event, self._free)
+        except Exception as error:
+            if is_machine_fault(error):  # memory that a former rank still has, for example
+                raise TrainerDied(f"the trainer failed in start: {brief(error)}") from error
+            raise
+
+    async def _free(self) -> str:
+        """Return what the cluster has left, and the ranks for which that is too little."""
+        free, unplaced = await asyncio.gather(free_resources(), self._trainers.unplaced())
+        return f"{free} (no place for {', '.join(unplaced)})" if unplaced else free

@@ -19,6 +19,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "run_restoring": "restoring the run after step {step}",
         "work_restored": "restored the run after step {step}: {queued} groups queued, {resumed} in flight",
         "batch_set_aside": "the trainer failed on these groups twice, they are left out: {groups} ({reason})",
+        "payloads_lost": "{groups} finished groups were lost with their host, their prompts are issued again",
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",
         "process_died": "{process} died and is being restarted",

@@ -14,6 +14,10 @@ journal holds the calls that were decided: the new actor rebuilds the broker fro
 there as it was answered before. So each call takes effect exactly once. The first actor finds a journal too, which
 ``begin`` wrote; an actor without one refuses to start, since it cannot know what was issued before it.
 
+A worker that was declared lost may be alive behind a broken network, and come back beside its successor, which has its
+name. Its client gets no more tickets, because the groups that it makes of them would not be read. The client is known
+by the ids of its calls, which begin with a name of its own.
+
 Knows the broker and the journal; neither Ray nor engine nor trainer.
 """
 
@@ -36,6 +40,9 @@ from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 
 _REMEMBERED = 8192
 """Answers kept for repeated calls: more than can be unanswered when the actor dies."""
+
+_FENCED = 1024
+"""Clients of lost workers that are remembered: more than there are restarts while a network is broken."""
 
 _COMPACT_BYTES = 16 * 2**20
 """Size below which the journal is not compacted: some tens of thousands of groups, replayed within a second.
@@ -63,6 +70,8 @@ class QueueActor:
         """
         self._broker = broker
         self._answers: dict[str, Answer] = {}  # of the last calls, by call id
+        self._takers: dict[str, str] = {}  # {client: the worker that it has taken tickets for}
+        self._fenced: dict[str, None] = {}  # clients of lost workers
         self._journal = None if open_journal is None else open_journal()
         self._journal_fault: Exception | None = None
         self._compact_at = _COMPACT_BYTES
@@ -92,7 +101,10 @@ class QueueActor:
         """
         if limit < 1:
             raise QueueError(f"worker {worker} asks for {limit} groups; it must ask for at least 1")
+        if call not in self._answers and _client(call) in self._fenced:
+            return []
         began = time.monotonic()
+        self._takers[_client(call)] = worker
         self._taking[call] = (worker, began)
         try:
             async with self._take_turn:
@@ -161,8 +173,10 @@ class QueueActor:
         return adopted
 
     async def worker_lost(self, call: str, worker: str, keep: Collection[str] = ()) -> list[str]:
-        """Return a dead worker's groups in flight except ``keep``, and end its pending ``take``; return their ids."""
+        """Return a lost worker's groups in flight except ``keep``; return their ids. It gets no more tickets."""
         self._taking = {other: taker for other, taker in self._taking.items() if taker[0] != worker}
+        if call not in self._answers:
+            self._fence(worker)
         lost: list[str] = self._decide_and_wake(call, self._broker.worker_lost, worker, list(keep))
         return lost
 
@@ -193,6 +207,17 @@ class QueueActor:
     async def state(self) -> PlainState:
         """Return the broker's state, for a checkpoint."""
         return self._broker.state()
+
+    # -- lost workers that come back -----------------------------------------------------------------------------
+
+    def _fence(self, worker: str) -> None:
+        """Give no more tickets to the clients that have taken some for a worker until now."""
+        lost = [client for client, name in self._takers.items() if name == worker]
+        for client in lost:
+            del self._takers[client]
+            self._fenced[client] = None
+        while len(self._fenced) > _FENCED:
+            del self._fenced[next(iter(self._fenced))]
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
@@ -257,10 +282,16 @@ class QueueActor:
             if call in self._answers:
                 continue  # written twice, when the first answer was lost
             if method == "restore":
-                state, answers = arguments
+                state, answers, *clients = arguments
                 broker.restore(state)
                 self._answers = dict(answers)
+                for takers, fenced in clients:  # since 0.2
+                    self._takers, self._fenced = dict(takers), dict.fromkeys(fenced)
             else:
+                if method == "issue":
+                    self._takers[_client(call)] = arguments[0]
+                elif method == "worker_lost":
+                    self._fence(arguments[0])
                 self._remember(call, _plain_answer(decisions[method](*arguments)))
         if empty:
             raise QueueError(
@@ -270,7 +301,8 @@ class QueueActor:
 
     def _compact(self, journal: Journal) -> None:
         """Replace the journal's events by the state that they led to, and decide when to do so again."""
-        journal.compact(_restore_event(self._broker, self._answers))
+        clients = [list(self._takers.items()), list(self._fenced)]
+        journal.compact(_restore_event(self._broker, self._answers, clients))
         self._compact_at = max(_COMPACT_BYTES, 2 * journal.size())
 
     async def _until(self, attempt: Callable[[], _T | None]) -> _T:
@@ -322,12 +354,21 @@ class QueueActor:
 def begin(journal: Journal, broker: Broker) -> None:
     """Write the state that the broker starts with as the journal's first event, unless the journal has events."""
     if next(journal.replay(), None) is None:
-        journal.compact(_restore_event(broker, {}))
+        journal.compact(_restore_event(broker, {}, [[], []]))
 
 
-def _restore_event(broker: Broker, answers: Mapping[str, Answer]) -> Event:
-    """Return the event that stands for all before it: the broker's state, and the answers to repeated calls."""
-    return ["", "restore", [broker.state(), list(answers.items())]]
+def _restore_event(broker: Broker, answers: Mapping[str, Answer], clients: list[Any]) -> Event:
+    """Return the event that stands for all before it.
+
+    It has the broker's state, the answers to repeated calls, and the workers' clients, those that may take and those
+    that may not.
+    """
+    return ["", "restore", [broker.state(), list(answers.items()), clients]]
+
+
+def _client(call: str) -> str:
+    """Return the name of the client that made a call."""
+    return call.partition("/")[0]
 
 
 def _plain_answer(answer: object) -> Answer:

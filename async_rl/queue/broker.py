@@ -232,6 +232,7 @@ class Broker:
         """
         state, settings = self._state, self._settings
         finished = group_id not in state.in_flight
+        state.step_is_open = state.step_is_open or group_id in state.leased  # the step waits for another one
         earlier = self._outstanding(group_id).attempts
         attempts = earlier.and_one(timed_out=reason == TIMEOUT, stale=reason == STALE)
         timed_out, stale = attempts.timed_out, attempts.stale

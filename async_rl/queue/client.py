@@ -1,7 +1,8 @@
-"""The queue's clients: ``QueueClient`` calls the queue for driver and workers, ``Fetcher`` reads leased groups.
+"""The queue's client, ``QueueClient``: calls the queue for driver and workers.
 
 Payloads never pass through the queue's process. The client of the driver keeps the reference to each encoded group
-until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there.
+until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there,
+``fetcher`` how it is read, and ``copies`` how it outlives its host.
 
 Knows Ray, the codec, and the actor's methods.
 """
@@ -13,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -28,12 +29,13 @@ from async_rl.metrics.records import GroupCounts
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.broker import PAYLOAD_LOST
 from async_rl.queue.broker_state import PlainState
-from async_rl.queue.codec import decode, encode
-from async_rl.queue.records import Excerpt, GroupMeta, QueueStats, Ticket
+from async_rl.queue.codec import encode
+from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
 if TYPE_CHECKING:
+    from async_rl.queue.copies import Copies
     from async_rl.queue.redis_store import RedisGroups
 
 log = structlog.get_logger(__name__)
@@ -55,54 +57,6 @@ def open_groups(config: RunConfig, consumer: str) -> RedisGroups | None:
     return RedisGroups(config.queue.redis, config.name, consumer)
 
 
-class Fetcher:
-    """Reads the messages of leased groups, for the trainer and the recorder."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self._groups: RedisGroups | None = None
-
-    def messages(self, payloads: Sequence[Payload]) -> list[Any]:
-        """Return the encoded groups; those in the object store as views on it."""
-        stored = [payload for payload in payloads if isinstance(payload, str)]
-        from_redis = iter(self._redis().read(stored) if stored else [])
-        in_memory = iter(ray.get([payload[0] for payload in payloads if not isinstance(payload, str)]))
-        return [next(from_redis if isinstance(payload, str) else in_memory) for payload in payloads]
-
-    def groups(self, payloads: Sequence[Payload]) -> list[Group]:
-        """Return the decoded groups; their arrays are views on the messages."""
-        return [decode(message) for message in self.messages(payloads)]
-
-    def excerpts(self, chosen: Sequence[tuple[Payload, int]]) -> list[Excerpt]:
-        """Return the trajectories at these indices of these groups, to be shown.
-
-        Groups in the object store of another host are read there: their messages, up to gigabytes, stay where they are.
-        """
-        references = [payload[0] for payload, _ in chosen if not isinstance(payload, str)]
-        found = ray.experimental.get_object_locations(references) if references else {}
-        here = ray.get_runtime_context().get_node_id()
-        there = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
-
-        def read(payload: Payload, index: int) -> Excerpt:
-            if isinstance(payload, str) or here in found[payload[0]]["node_ids"]:
-                return _excerpt(self.messages([payload])[0], index)
-            excerpt: Excerpt = ray.get(there.remote(payload[0], index))
-            return excerpt
-
-        # One after the other: for tasks at one time Ray would start as many processes.
-        return [read(payload, index) for payload, index in chosen]
-
-    def _redis(self) -> RedisGroups:
-        if self._groups is None:
-            self._groups = open_groups(self._config, "reader")
-        assert self._groups is not None
-        return self._groups
-
-
-def _excerpt(message: Any, index: int) -> Excerpt:
-    return Excerpt.of(decode(message), index)
-
-
 class QueueClient:
     """A handle on the queue's actor, for driver and workers; can be sent to other processes.
 
@@ -111,10 +65,14 @@ class QueueClient:
     share the next one: a remote call costs about as much as storing a megabyte.
     """
 
-    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
-        """Wrap the handle of a ``QueueActor``; ``groups`` is the message store with queue.backend redis."""
+    def __init__(self, actor: Any, groups: RedisGroups | None = None, copies: Copies | None = None) -> None:
+        """Wrap the handle of a ``QueueActor``.
+
+        ``groups`` is the message store with queue.backend redis, ``copies`` those of the driver with queue.copies 2.
+        """
         self.actor = actor
         self._groups = groups
+        self._copies = copies
         self._name = uuid.uuid4().hex[:16]
         self._calls = itertools.count()
         self._payloads: dict[str, Payload] = {}  # {group id: payload}
@@ -143,6 +101,7 @@ class QueueClient:
         """
         if meta.address:
             payload = meta.address
+        await self._copy(meta.group_id, payload)
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._send())
         position, batch = len(self._outbox), self._gathering
@@ -152,8 +111,8 @@ class QueueClient:
         answer = (await asyncio.shield(batch))[position]  # one caller's cancellation must not cancel the others'
         if answer is not True:
             if kept is payload:
-                del self._payloads[meta.group_id]
-            if self._groups is not None and isinstance(payload, str):
+                await self._let_go([meta.group_id])
+            elif self._groups is not None and isinstance(payload, str):
                 await asyncio.to_thread(self._groups.forget, [payload])
         if isinstance(answer, QueueError):
             raise answer
@@ -229,8 +188,10 @@ class QueueClient:
         for meta in metas:
             if meta.address in stored and self._groups is not None:
                 self._payloads[meta.group_id] = meta.address
-            elif meta.group_id not in self._payloads:
+            elif (held := self._payloads.get(meta.group_id)) is None:
                 await self.return_group(meta.group_id, PAYLOAD_LOST)
+            else:
+                await self._copy(meta.group_id, held)
         return max((meta.newest_version for meta in metas), default=-1)
 
     async def checkpointed(self, oldest_step: int) -> None:
@@ -277,8 +238,15 @@ class QueueClient:
             batch, self._outbox, self._gathering = self._outbox, [], None
             return await self._call(QueueActor.put_many, batch)
 
+    async def _copy(self, group_id: str, payload: Payload) -> None:
+        if self._copies is not None and not isinstance(payload, str):
+            await self._copies.add(group_id, payload[0])
+
     async def _let_go(self, group_ids: Iterable[str]) -> None:
-        payloads = [self._payloads.pop(group_id, None) for group_id in group_ids]
+        ids = list(group_ids)
+        payloads = [self._payloads.pop(group_id, None) for group_id in ids]
+        if self._copies is not None:
+            self._copies.drop(ids)
         stored = [payload for payload in payloads if isinstance(payload, str)]
         if self._groups is not None and stored:
             await asyncio.to_thread(self._groups.forget, stored)

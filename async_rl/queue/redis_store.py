@@ -186,20 +186,21 @@ class RedisGroups:
         self.claim([address])
         return address
 
-    def read(self, addresses: Sequence[str]) -> list[bytes]:
-        """Return the messages at these addresses. Raises QueueError when one is missing."""
+    def read(self, addresses: Sequence[str]) -> dict[str, bytes]:
+        """Return the messages at these addresses, by address, without those that another client has deleted."""
         pipeline = self._client.pipeline(transaction=False)
         for entry_id in _ids(addresses):
             pipeline.xrange(self._key, entry_id, entry_id)
         with _errors(self._settings):
-            answers = iter(pipeline.execute())
-        return [b"".join(self._part(entry_id, next(answers)) for entry_id in _ids([address])) for address in addresses]
-
-    def _part(self, entry_id: str, entries: Any) -> bytes:
-        if not entries:
-            raise QueueError(f"redis: {self._key} has no entry {entry_id}; another client may have deleted it")
-        part: bytes = entries[0][1][b"message"]
-        return part
+            answers = pipeline.execute()
+        entries = zip(_ids(addresses), answers, strict=True)
+        parts: dict[str, bytes] = {entry_id: entry[0][1][b"message"] for entry_id, entry in entries if entry}
+        found = {address: _ids([address]) for address in addresses}
+        return {
+            address: b"".join(parts[entry_id] for entry_id in ids)
+            for address, ids in found.items()
+            if parts.keys() >= set(ids)
+        }
 
     def claim(self, addresses: Sequence[str]) -> None:
         """Mark messages as this consumer's, even if they were another's."""

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
+
+# RayActorError also stands for an actor that cannot be reached (ActorUnavailableError): what was asked of it is lost
+# either way. The others tell of an actor whose host is gone before its process was there.
+_GONE = (RayActorError, NodeDiedError, ActorUnschedulableError, ActorPlacementGroupRemoved)
+
+# What reading an object raises that is gone. Where the call that made it had not ended when its host died, the error of
+# that call is in its place.
+_OBJECT_GONE = (ObjectLostError, RayActorError, NodeDiedError, WorkerCrashedError)
+
+# PyTorch raises RuntimeErrors, also for memory that is short and for collectives whose peer is gone. A ValueError or a
+# TypeError is a fault of the program, which a restart does not change.
+_MACHINE_FAULTS = (RuntimeError, MemoryError, OSError, RayError)
 
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
@@ -29,8 +51,41 @@ def brief(error: BaseException) -> str:
 
 
 def is_process_death(error: BaseException) -> bool:
-    """Return whether the *called* process is gone. An error that it raised about another one does not count."""
-    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+    """Return whether the *called* process, or its host, is gone or cannot be reached.
+
+    An error that it raised about another one does not count.
+    """
+    return isinstance(error, _GONE) and not isinstance(error, RayTaskError)
+
+
+def is_host_lost(error: BaseException | None) -> bool:
+    """Return whether the *called* process is gone with its host, or cannot be reached: it did nothing to cause that."""
+    if isinstance(error, ActorUnavailableError):
+        return True
+    return error is not None and is_process_death(error) and "its node has died" in str(error)  # Ray's words
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Return whether an actor raised what the faults of a machine raise in a library, which a restart may cure."""
+    cause = unwrap_ray_error(error)
+    return isinstance(cause, _MACHINE_FAULTS) and not isinstance(cause, AsyncRLError)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an actor raised that a collective of PyTorch has lost another rank."""
+    cause = unwrap_ray_error(error)
+    # Of NCCL. Errors of gloo have no class of their own, and name the file of its source.
+    if type(cause).__name__ == "DistBackendError":
+        return True
+    return isinstance(cause, RuntimeError) and "gloo/transport" in str(cause)
+
+
+def is_object_lost(error: BaseException) -> bool:
+    """Return whether an object could not be read because it is gone, for example with its host.
+
+    Of a call of an actor: whether that is why the call has failed. If the actor itself is gone it is not.
+    """
+    return isinstance(unwrap_ray_error(error), _OBJECT_GONE)
 
 
 def is_worker_lost(error: BaseException) -> bool:

@@ -7,18 +7,22 @@ passes to vLLM's weight-transfer client.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.queue.client import Fetcher, Payload
+from async_rl.queue.client import Payload
+from async_rl.queue.fetcher import Fetcher
 from async_rl.runtime import logs
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)
+
+Groups = Mapping[str, Payload]
+"""Groups by id, given by reference."""
 
 if TYPE_CHECKING:
     from async_rl.metrics.records import StepReport
@@ -63,20 +67,25 @@ class TrainerWorker:
             self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
         )
 
-    def train_step(
-        self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
-    ) -> list[StepReport]:
-        """Do one training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
+    def fetch(self, mini_batches: Sequence[Groups]) -> list[str]:
+        """Read the groups of the next call and keep them, so that all ranks begin that call or none does.
+
+        Returns the ids of groups that are lost.
+        """
+        return self._fetcher.hold({group_id: payload for batch in mini_batches for group_id, payload in batch.items()})
+
+    def train_step(self, mini_batches: Sequence[Groups], version: int, oldest_version: int) -> list[StepReport]:
+        """Do one training step: an optimizer update per mini-batch, on this rank's groups."""
         batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
         # All of the step's groups at once: later updates use log-probs from before the first one.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
-    def accumulate(self, payloads: Sequence[Payload], version: int, oldest_version: int, *, first: bool) -> None:
+    def accumulate(self, mini_batches: Sequence[Groups], version: int, oldest_version: int, *, first: bool) -> None:
         """Compute the gradients of this rank's share of a part of a step's groups; ``first`` begins the step."""
         if first:
             self._trainer.begin_step(version=version, oldest_version=oldest_version)
-        self._trainer.accumulate(self._fetcher.groups(payloads))
+        self._trainer.accumulate([group for batch in mini_batches for group in self._fetcher.groups(batch)])
 
     def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""

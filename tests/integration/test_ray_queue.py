@@ -13,9 +13,10 @@ from ray.exceptions import ActorDiedError
 
 from async_rl.config.loading import validate
 from async_rl.driver import queued_groups
-from async_rl.errors import DuplicateGroup, QueueClosed, QueueError, UnknownGroup
-from async_rl.queue.client import Fetcher, QueueClient, open_groups
+from async_rl.errors import DuplicateGroup, PayloadLost, QueueClosed, UnknownGroup
+from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.codec import encode
+from async_rl.queue.fetcher import Fetcher
 from async_rl.queue.handover import Outbox, incoming
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.start import start_queue
@@ -56,6 +57,10 @@ def config(backend):
         return validate(tree | {"queue": queue} | overrides)
 
     return _config
+
+
+def payloads(leased):
+    return {meta.group_id: payload for meta, payload in leased}
 
 
 @pytest.fixture
@@ -107,11 +112,11 @@ async def test_groups_travel_by_reference_and_arrive_intact(start, fetcher):
     assert metas[0].nbytes == len(encode(groups[0]))
     leased = await client.lease("trainer", 2)
     by_id = {group.group_id: group for group in groups}
-    for received in fetcher.groups([payload for _, payload in leased]):
+    for received in fetcher.groups(payloads(leased)):
         group = by_id[received.group_id]
         assert encode(received).tobytes() == encode(group).tobytes()
         assert not received.trajectories[0].routed_experts.flags.owndata
-    (excerpt,) = fetcher.excerpts([(leased[1][1], 0)])
+    (excerpt,) = fetcher.excerpts([("second", leased[1][1], 0)])
     shown = by_id[leased[1][0].group_id].trajectories[0]
     assert excerpt.trajectory_id == shown.trajectory_id
     np.testing.assert_array_equal(excerpt.response_ids, shown.response_ids)
@@ -241,7 +246,7 @@ async def test_the_driver_takes_groups_without_reading_their_messages(start, fet
     assert len(sizes) == 3
     assert sum(read) < min(sizes), "not even one message"
     leased = await client.lease("trainer", 3)
-    fetcher.groups([payload for _, payload in leased])
+    fetcher.groups(payloads(leased))
     assert sum(read) > sum(sizes) or client.config.queue.backend == "redis", "else this test sees nothing"
 
 
@@ -254,7 +259,7 @@ async def test_invariant_5_a_dead_worker_takes_nothing_along_that_it_had_finishe
     ray.kill(doomed)
     assert await client.worker_lost("doomed") == [running.group_id]
     leased = await client.lease("trainer", 2)
-    assert [group.group_id for group in fetcher.groups([payload for _, payload in leased])] == finished
+    assert [group.group_id for group in fetcher.groups(payloads(leased))] == finished
     await client.ack(finished)
     counts = await client.counts()
     assert (counts.issued, counts.trained, counts.returned, counts.dropped, counts.outstanding) == (3, 2, 1, 0, 0)
@@ -278,9 +283,7 @@ async def test_invariant_5_the_queue_dies_and_is_rebuilt_while_everybody_waits_f
         os.kill(stats.pid, signal.SIGKILL)
         leased = await lease
         assert [meta.group_id for meta, _ in leased] == await collected
-        assert [g.group_id for g in fetcher.groups([payload for _, payload in leased])] == [
-            m.group_id for m, _ in leased
-        ]
+        assert [g.group_id for g in fetcher.groups(payloads(leased))] == [m.group_id for m, _ in leased]
         await client.ack([meta.group_id for meta, _ in leased], version)
         trained += [meta.group_id for meta, _ in leased]
         await client.advance(version)
@@ -332,10 +335,10 @@ async def test_groups_in_redis_outlive_the_cluster(start, fetcher, config):
     assert await after.recover(1) == 0  # the newest version in it
     again = await after.lease("trainer", 2)
     assert [meta.group_id for meta, _ in again] == [leased[0].group_id, third.group_id]  # in the order they had
-    received = fetcher.groups([payload for _, payload in again])
+    received = fetcher.groups(payloads(again))
     assert [encode(group).tobytes() for group in received] == [encode(group).tobytes() for group in groups[1:]]
-    with pytest.raises(QueueError, match="has no entry"):
-        fetcher.messages([orphan])
+    with pytest.raises(PayloadLost, match=r"0-99\.0"):
+        fetcher.messages({"0-99.0": orphan})
     await after.ack([meta.group_id for meta, _ in again], 2)
     counts = await after.counts()
     assert (counts.trained, counts.returned, counts.outstanding, counts.add_up) == (3, 1, 0, True)
@@ -355,7 +358,7 @@ async def test_the_server_of_the_durable_backend_restarts_under_load(start, redi
     server.start()
     assert len(await collected) == 4
     leased = await client.lease("trainer", 4)
-    assert len(Fetcher(client.config).groups([payload for _, payload in leased])) == 4
+    assert len(Fetcher(client.config).groups(payloads(leased))) == 4
     await client.ack([meta.group_id for meta, _ in leased])
     assert (await client.counts()).add_up
     ray.kill(worker)

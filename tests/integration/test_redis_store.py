@@ -21,7 +21,8 @@ def test_tls_and_password_and_what_a_wrong_one_says(tmp_path):
         settings = validate({"model": {"path": "m"}, "data": {"train": "t"}, "queue": server.settings}).queue.redis
         redis_store.check(settings, "run", resume=False)
         store = redis_store.RedisGroups(settings, "run", "w")
-        assert store.read([store.add("0-1.0", b"abc")]) == [b"abc"]
+        address = store.add("0-1.0", b"abc")
+        assert store.read([address, "9-0"]) == {address: b"abc"}
         journal = redis_store.RedisJournal(settings, "run")
         journal.append(["a", "advance", [1]])
         with pytest.raises(ConfigError, match="has the groups of a run 'run'"):

@@ -14,8 +14,8 @@ import numpy as np
 import ray
 
 from async_rl.metrics.records import StepReport
-from async_rl.queue.client import Payload
 from async_rl.trainer.actor import TrainerActor
+from async_rl.trainer.worker import Groups
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 from tests.support.step_records import step_report
 
@@ -34,15 +34,13 @@ class ScriptedTrainer(TrainerActor):
     def connect(self, rollout_workers: Sequence[Any]) -> None:
         self._actors = list(rollout_workers)
 
-    def train_step(
-        self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
-    ) -> list[StepReport]:
+    def train_step(self, mini_batches: Sequence[Groups], version: int, oldest_version: int) -> list[StepReport]:
         del oldest_version
         return [step_report(version=version, groups=len(self._fetcher.groups(payloads))) for payloads in mini_batches]
 
-    def accumulate(self, payloads: Sequence[Payload], version: int, oldest_version: int, *, first: bool) -> None:
+    def accumulate(self, mini_batches: Sequence[Groups], version: int, oldest_version: int, *, first: bool) -> None:
         del oldest_version
-        groups = len(self._fetcher.groups(payloads))
+        groups = sum(len(self._fetcher.groups(payloads)) for payloads in mini_batches)
         self._groups = groups if first else self._groups + groups
         self._version = version
 

@@ -68,9 +68,9 @@ async def test_every_call_of_a_rollout_worker_fits_its_actor(name):
     inspect.signature(getattr(RolloutActor, name)).bind(None, *given, **given_by_name)
 
 
-@pytest.mark.parametrize("name", [name for name in public(TrainerRanks) if name != "replace"])
+@pytest.mark.parametrize("name", [name for name in public(TrainerRanks) if name not in ("replace", "unplaced")])
 async def test_every_call_of_the_trainer_fits_its_actor(name):
-    first, second = Recorded(), Recorded()
+    first, second = Recorded(empty), Recorded(empty)
     positional, named = arguments(getattr(TrainerRanks, name))
     if "shares" in positional:
         positional["shares"] = ["of rank 0", "of rank 1"]
@@ -80,6 +80,10 @@ async def test_every_call_of_the_trainer_fits_its_actor(name):
         given, given_by_name = actor.calls[name]
         inspect.signature(getattr(TrainerActor, name)).bind(None, *given, **given_by_name)
         assert "shares" not in positional or given[0] == f"of rank {rank}"
+
+
+async def empty():
+    return []
 
 
 async def died():
@@ -138,5 +142,34 @@ async def test_a_fault_of_the_machine_in_training_is_a_death(monkeypatch, error)
     trainer = ranks(Recorded(faulty), Recorded(waits))
     with pytest.raises(TrainerDied, match=f"the trainer failed in finish_step: {type(error).__name__}"):
         await trainer.finish_step()
+    with pytest.raises(TrainerDied, match=f"the trainer failed in fetch: {type(error).__name__}"):
+        await trainer.fetch([[], []])
     with pytest.raises(RayTaskError):
         await trainer.begin_save(None)
+
+
+GLOO = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:43407: Connection reset")
+NCCL = torch.distributed.DistBackendError("NCCL error: remote process exited")
+
+
+@pytest.mark.parametrize("error", [GLOO, NCCL])
+@pytest.mark.parametrize("call", [lambda trainer: trainer.logprobs([], None), lambda trainer: trainer.send_weights(1)])
+async def test_a_peer_that_is_lost_is_a_death_whatever_the_ranks_were_doing(monkeypatch, error, call):
+    """The host of a rank is gone. Its peers notice it at once, and Ray up to a minute later."""
+    monkeypatch.setattr(timeouts, "RANK_DEATH_S", 0.01)
+
+    async def lost_peer():
+        raise RayTaskError("logprobs", "traceback", error)
+
+    with pytest.raises(TrainerDied, match=f"the trainer lost a rank during .*: {type(error).__name__}"):
+        await call(ranks(Recorded(lost_peer), Recorded(waits)))
+
+
+async def test_the_groups_that_any_rank_cannot_read_are_lost():
+    async def lost():
+        return ["b", "a"]
+
+    async def others():
+        return ["a", "c"]
+
+    assert await ranks(Recorded(lost), Recorded(others)).fetch([[], []]) == ["b", "a", "c"]

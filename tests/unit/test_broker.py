@@ -583,3 +583,15 @@ def test_what_is_leased_does_not_count_as_what_may_still_come():
     assert broker.starved(2)
     broker.lease(1, "t")
     assert not broker.starved(1)  # the step is complete, and may yet be given back
+
+
+def test_a_step_that_lost_a_leased_group_waits_for_another_one():
+    broker = make_broker(Source(2), required_groups=2, window_limit=4)
+    finish(broker, 2)
+    first, _ = broker.lease(2, "t")
+    broker.return_group(first.group_id, "payload_lost")
+    assert not broker.starved(1)  # its prompt is in circulation again
+    (again,) = broker.issue("w", 2)
+    assert (again.group_id, broker.stats().dropped) == ("0-1.1", {"payload_lost": 1})
+    broker.fail(again.group_id, "reward")
+    assert broker.starved(1), "the group that is left belongs to the step that waits"

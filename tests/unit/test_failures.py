@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
-from ray.exceptions import RayTaskError
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayTaskError,
+)
 
-from async_rl.errors import AsyncRLError, RewardError, WeightSyncMismatch
-from async_rl.runtime.failures import explain
+from async_rl.errors import AsyncRLError, RewardError, TrainerError, WeightSyncMismatch
+from async_rl.runtime.failures import explain, is_machine_fault, is_worker_lost
 
 RUN = Path("runs/x")
 
@@ -33,3 +41,20 @@ def test_our_own_error_and_a_group_of_errors():
 
 def test_anything_else_keeps_its_name():
     assert str(explain(KeyError("a"), RUN)) == "KeyError: 'a'"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ActorDiedError(), ActorUnavailableError("broken pipe", None), NodeDiedError("n"), ActorUnschedulableError("n")],
+)
+def test_a_worker_whose_host_is_gone_is_lost_and_one_that_tells_of_another_is_not(error):
+    assert is_worker_lost(error)
+    assert not is_worker_lost(RayTaskError("start", "traceback", error).as_instanceof_cause())
+    assert not is_worker_lost(ObjectLostError("00", None, ""))
+
+
+def test_a_fault_of_the_machine_is_told_from_one_of_the_program():
+    for fault in (RuntimeError("no memory"), OSError(5, "I/O error"), ObjectLostError("00", None, "")):
+        assert is_machine_fault(RayTaskError("start", "traceback", fault))
+    for fault in (TrainerError("no replay"), ValueError("x"), KeyError("x")):
+        assert not is_machine_fault(RayTaskError("start", "traceback", fault))

@@ -271,6 +271,23 @@ class CountedJournal(FileJournal):
         self.compactions.append((before, self.size()))
 
 
+@pytest.mark.parametrize("compacted", [(), (0,), (1,), (0, 1)])
+async def test_a_lost_worker_stays_lost_when_the_queue_is_rebuilt(tmp_path, compacted):
+    """From the calls, and from a journal that was compacted before or after the loss."""
+    open_journal = begin_journal(tmp_path / "journal", make_broker())
+    first = QueueActor(make_broker(), open_journal)
+    for number, decide_it in enumerate((first.take("old/0", "w", 1), first.worker_lost("driver/0", "w"))):
+        await decide_it
+        if number in compacted:
+            first._compact(first._journal)
+    await first.take("new/0", "w", 1)
+    second = QueueActor(make_broker(), open_journal)
+    assert await second.take("old/1", "w", 1) == []
+    assert len(await second.take("new/1", "w", 1)) == 1
+    await second.worker_lost("driver/1", "w")
+    assert await QueueActor(make_broker(), open_journal).take("new/2", "w", 1) == []
+
+
 def test_a_state_larger_than_the_limit_is_not_written_again_at_each_decision(tmp_path, monkeypatch):
     monkeypatch.setattr(queue_actor, "_COMPACT_BYTES", 2_000)
     monkeypatch.setattr(queue_actor, "_REMEMBERED", 2)

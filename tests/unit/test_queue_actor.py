@@ -10,6 +10,7 @@ import structlog
 
 from async_rl.errors import QueueClosed, UnknownGroup
 from async_rl.metrics.events import in_words
+from async_rl.queue import actor as actor_module
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.client import QueueClient
 from tests.support.queue_parts import Source, make_broker, meta
@@ -228,6 +229,33 @@ async def test_a_lost_workers_pending_take_gets_nothing():
         await actor.fail(kept.group_id, "x")
     assert take.result() == []
     assert len(await actor.take("w", 1)) == 1  # a worker restarted under the same name
+
+
+async def test_a_lost_worker_that_comes_back_gets_no_tickets_beside_its_successor():
+    """A network was broken: the worker is alive, and has the name of the worker that was started in its place."""
+    actor = QueueActor(make_broker(window_limit=8))
+    before = await actor.take("old/0", "w", 2)
+    assert len(await actor.worker_lost("driver/0", "w")) == 2
+    assert await actor.take("old/1", "w", 2) == []
+    after = await actor.take("new/0", "w", 2)
+    assert [ticket.group_id for ticket in after] == ["0-1.1", "0-2.1"]
+    assert await actor.take("old/0", "w", 2) == [], "the answer of a call that is repeated is of groups that ended"
+    assert await actor.take("old/2", "w", 2) == []
+    assert len(await actor.take("other/0", "v", 2)) == 2
+    with pytest.raises(UnknownGroup):
+        await actor.put("old/3", meta(before[0]))
+    # Repeated by Ray, the call that declared it lost is not a second loss.
+    assert len(await actor.worker_lost("driver/0", "w")) == 2
+    assert len(await actor.take("new/1", "w", 2)) == 2
+
+
+async def test_clients_of_lost_workers_are_not_remembered_for_ever(monkeypatch):
+    monkeypatch.setattr(actor_module, "_FENCED", 2)
+    actor = QueueActor(make_broker(window_limit=8))
+    for number in range(9):
+        await actor.take(f"{number}/0", "w", 1)
+        await actor.worker_lost(f"driver/{number}", "w")
+    assert (list(actor._fenced), actor._takers) == (["7", "8"], {})
 
 
 async def test_the_end_of_the_dataset_ends_take_and_lease():

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import msgpack
 import numpy as np
 import pytest
+import structlog
 
 from async_rl.config.loading import validate
+from async_rl.config.schema import QueueSection
 from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.run_state import RunState
+from async_rl.errors import PayloadLost
 from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
 from async_rl.rollout.evaluation import EvalResult
@@ -49,15 +52,15 @@ class Store:
         self.messages_read, self.excerpts_read = [], []
 
     def messages(self, payloads):
-        self.messages_read += payloads
-        return [codec.encode(group(number)) for number in payloads]
+        self.messages_read += payloads.values()
+        return {group_id: codec.encode(group(number)) for group_id, number in payloads.items()}
 
     def groups(self, payloads):
-        return [codec.decode(message) for message in self.messages(payloads)]
+        return [codec.decode(message) for message in self.messages(payloads).values()]
 
     def excerpts(self, chosen):
-        self.excerpts_read += chosen
-        return [Excerpt.of(group(number), index) for number, index in chosen]
+        self.excerpts_read += [(number, index) for _, number, index in chosen]
+        return [Excerpt.of(group(number), index) for _, number, index in chosen]
 
 
 @pytest.fixture
@@ -124,6 +127,23 @@ def test_samples_are_spread_over_the_prompts_and_only_dumped_groups_are_read_who
         (7, "0-2.0/0", "012"),
     ]
     assert codec.decode((folder / "trajectories" / "0-3.0.group").read_bytes()).group_id == "0-3.0"
+
+
+@pytest.mark.parametrize("backend", ["memory", "redis"])
+async def test_samples_of_a_lost_group_are_not_written_and_the_run_goes_on(recorder, monkeypatch, backend):
+    def lost(_):
+        raise PayloadLost(["0-1.0"])
+
+    one = recorder()
+    one.samples._config = one._config.model_copy(update={"queue": QueueSection(backend=backend)})
+    monkeypatch.setattr(one._fetcher, "excerpts", lost)
+    groups = leased(2)
+    with structlog.testing.capture_logs() as lines:
+        await one.samples.before_ack(groups)
+        await one.samples.begin(1, 0, groups)
+        await one.samples.finished()
+    assert {line["event"] for line in lines} == {"samples_not_read"}
+    assert "0-1.0" in lines[-1]["reason"]
 
 
 def excerpt(ids, segments):

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.errors import AsyncRLError, EngineDied, ReplicaFailed
@@ -235,3 +235,24 @@ async def test_a_worker_that_stops_early_ends_the_run():
     subject, *_ = supervisor(Worker(error="none"))
     with pytest.raises(AsyncRLError, match="rollout-0 stopped before the last training step"):
         await subject.supervise(0)
+
+
+@pytest.mark.parametrize("cause", [ObjectLostError("00", None, ""), ActorDiedError()])
+async def test_saved_groups_that_are_lost_with_their_host_are_issued_again(cause):
+    subject, rollouts, *_ = supervisor(Worker(EngineDied("it crashed"), groups=("a", "b")))
+    task = asyncio.ensure_future(subject.supervise(0))
+
+    def successor(replica):
+        async def adopt(_):
+            raise RayTaskError("adopt", "traceback", cause).as_instanceof_cause()
+
+        rollouts.workers[replica] = Worker()
+        rollouts.workers[replica].adopt = adopt
+        return rollouts.workers[replica]
+
+    rollouts.replace = successor
+    await until(lambda: subject._waiting)
+    assert subject._queue.lost == [("rollout-0", ["a", "b"]), ("rollout-0", [])]
+    assert rollouts.workers[0].started
+    await subject.admit(1)
+    task.cancel()

@@ -1,16 +1,20 @@
 """What follows when the trainer fails: which groups are left out, and from where it is restarted."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from async_rl.config.schema import CheckpointSection
-from async_rl.driver import run_state
+from async_rl.config.schema import CheckpointSection, WatchdogSection
+from async_rl.driver import run_state, trainer_recovery
 from async_rl.driver.run_state import RunState
 from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
-from async_rl.errors import CheckpointDamaged, TrainerDied, TrainerError
+from async_rl.errors import CheckpointDamaged, StalledError, TrainerDied, TrainerError
 from async_rl.runtime import manifest
 
+NODE_DIED = "The actor died because its node has died. Node Id: 1a2b"
 DIED = TrainerDied("the trainer failed in finish_step: OutOfMemoryError: no memory")
 
 
@@ -64,7 +68,11 @@ def recovery(tmp_path, found=None, damaged=0):
     parts, records = Parts(found, damaged), Records(found)
     records.calls = parts.calls
     subject = TrainerRecovery(
-        SimpleNamespace(run_dir=tmp_path, checkpoint=CheckpointSection(every=5)),
+        SimpleNamespace(
+            run_dir=tmp_path,
+            checkpoint=CheckpointSection(every=5),
+            watchdog=WatchdogSection(stall_s=0.01, abort_s=0.05),
+        ),
         queue=parts,
         trainers=parts,
         checkpointer=parts,
@@ -82,6 +90,26 @@ async def test_a_batch_that_fails_twice_is_given_up_and_named(tmp_path):
     assert calls == [("fail", "a", "trainer"), ("fail", "b", "trainer"), ("batch_set_aside", "a b")]
 
 
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), error_message=NODE_DIED)),
+        ActorUnavailableError("broken pipe", None),
+        RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:43407: Connection reset by peer"),
+    ],
+)
+async def test_the_loss_of_a_host_is_not_blamed_on_a_batch(tmp_path, cause):
+    subject, calls = recovery(tmp_path)
+    error = TrainerDied("trainer rank 1 died during finish_step")
+    error.__cause__ = cause
+    for _ in range(3):
+        assert await subject.set_aside(["a", "b"], error) == ["a", "b"]
+    error.__cause__ = ActorDiedError()
+    assert await subject.set_aside(["a", "b"], error) == ["a", "b"]
+    assert calls == []
+    assert await subject.set_aside(["a", "b"], error) == []
+
+
 async def test_the_trainer_restarts_from_the_checkpoint_and_what_it_trained_since_is_issued_again(tmp_path):
     state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
     manifest.write(tmp_path, run_state.write_head(tmp_path, state))
@@ -97,6 +125,64 @@ async def test_a_checkpoint_that_is_found_damaged_as_it_is_loaded_is_passed_over
     assert await subject.restart(DIED) == (7, 2)
     assert [name for name, *_ in calls].count("start") == 2
     assert ("passed over", str(tmp_path)) in calls
+
+
+def with_checkpoint(tmp_path):
+    state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
+    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
+    return recovery(tmp_path, found=tmp_path)
+
+
+async def test_a_rank_whose_host_is_gone_is_named_while_there_is_no_place_for_it(tmp_path, monkeypatch):
+    subject, calls = with_checkpoint(tmp_path)
+    events = []
+
+    async def never(_):
+        await asyncio.Event().wait()
+
+    async def free():
+        return "3 CPU, 0 GPU"
+
+    async def unplaced():
+        return ["trainer-1"]
+
+    monkeypatch.setattr(trainer_recovery, "free_resources", free)
+    subject._trainers = SimpleNamespace(replace=lambda: None, start=never, unplaced=unplaced)
+    subject._recorder.event = lambda name, **fields: events.append((name, fields["free"]))
+    with pytest.raises(
+        StalledError, match=r"trainer did not start within .*3 CPU, 0 GPU \(no place for trainer-1\) left"
+    ):
+        await subject.restart(DIED)
+    assert events[0] == ("start_takes_long", "3 CPU, 0 GPU (no place for trainer-1)")
+    assert "rewind" not in [name for name, *_ in calls]
+
+
+async def test_a_start_that_fails_for_want_of_memory_is_a_death_and_is_tried_again(tmp_path):
+    subject, _ = with_checkpoint(tmp_path)
+    error = RuntimeError("no memory")
+
+    async def fails(_):
+        raise error
+
+    subject._trainers = SimpleNamespace(replace=lambda: None, start=fails)
+    with pytest.raises(TrainerDied, match="the trainer failed in start: RuntimeError: no memory"):
+        await subject.restart(DIED)
+    error = ValueError("a fault of the program")
+    with pytest.raises(ValueError, match="of the program"):
+        await subject.restart(DIED)
+
+
+async def test_groups_of_a_step_that_was_left_go_back_and_are_no_suspects(tmp_path):
+    subject, calls = recovery(tmp_path)
+    await subject.give_back(["a", "b"], DIED)
+    await subject.give_back(["b", "c"], RuntimeError("left"))
+    await subject.give_back(["b", "c"], DIED)
+    assert [call for call in calls if call[0] != "batch_set_aside"] == [
+        ("release", ["a", "b"]),
+        ("release", ["b", "c"]),
+        ("fail", "b", "trainer"),
+        ("release", ["c"]),
+    ]
 
 
 async def test_without_a_checkpoint_the_failure_is_final(tmp_path):

@@ -1,0 +1,280 @@
+"""Hosts that are lost with what lies on them: finished groups, the workers that made them, trainer ranks that read.
+
+The hosts are Ray nodes on one machine (``ray.cluster_utils.Cluster``), each with an object store of its own, and with a
+resource of its own name by which actors are placed. Queue, handover, leases and the ranks' reading are real; what
+samples and what computes are stand-ins.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from ray._private import ray_constants
+from ray.cluster_utils import Cluster
+
+from async_rl.config.loading import validate
+from async_rl.driver.actors import TrainerRanks
+from async_rl.errors import TrainerDied
+from async_rl.queue.codec import encode
+from async_rl.queue.fetcher import Fetcher
+from async_rl.queue.handover import Outbox, collect
+from async_rl.queue.records import Ticket
+from async_rl.queue.start import start_queue
+from async_rl.runtime import timeouts
+from async_rl.trainer.worker import TrainerWorker
+from async_rl.types import Group, RoutingSpec, Segment, Trajectory
+from tests.support import queue_parts
+from tests.support.bare_loop import bare_loop
+from tests.support.queue_parts import Source
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STORE_BYTES = 100 * 2**20
+# Ray's own take it a minute to conclude that a silent host is dead.
+QUICK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+WITHIN_S = 300.0
+"""Ends a test that hangs, and judges no time."""
+
+
+class Hosts:
+    """The driver's host, which is the head, and others by name."""
+
+    def __init__(self, *names, system):
+        head = {"num_cpus": 2, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": system}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes = {}
+        for name in names:
+            resources = {name: 100}
+            self._nodes[name] = self._cluster.add_node(
+                num_cpus=1, object_store_memory=STORE_BYTES, resources=resources, include_dashboard=False
+            )
+        self._cluster.connect()
+        self._cluster.wait_for_nodes()
+
+    def start(self, name, cls, *arguments):
+        """Start an actor on a host; "driver" for the driver's."""
+        resources = {"node:__internal_head__": 0.001} if name == "driver" else {name: 1}
+        return ray.remote(num_cpus=0, resources=resources)(cls).remote(*arguments)
+
+    def kill(self, name):
+        """End a host, with all of its processes, as a power cut does."""
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    @contextlib.contextmanager
+    def silent(self, name):
+        """Stop the object store of a host, and let it continue."""
+        (raylet,) = self._nodes[name].all_processes[ray_constants.PROCESS_TYPE_RAYLET]
+        os.kill(raylet.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(raylet.process.pid, signal.SIGCONT)
+
+    def close(self):
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def hosts():
+    for module in (sys.modules[__name__], queue_parts):  # workers cannot import a test module
+        ray.cloudpickle.register_pickle_by_value(module)
+    made = []
+
+    def make(*names, system=QUICK):
+        made.append(Hosts(*names, system=system))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def start(tmp_path):
+    def make(**queue):
+        config = validate(
+            {
+                "name": "run",
+                "runs": str(tmp_path),
+                "model": {"path": "model"},
+                "data": {"train": "train.jsonl"},
+                "async_training": {"staleness_threshold": 2.0},
+                "trainer": {"groups_per_step": 4},
+                "queue": {"max_bytes": 2**26, **queue},
+            }
+        )
+        return start_queue(config, Source(), journal=tmp_path / "journal"), config
+
+    return make
+
+
+def make_group(ticket, tokens=2600):
+    """Return a group of one trajectory whose message takes 1 MB. The same id always has the same content."""
+    rng = np.random.default_rng(ticket.prompt.row)
+    prompt = len(ticket.prompt.token_ids)
+    trajectory = Trajectory(
+        trajectory_id=f"{ticket.group_id}/0",
+        prompt_ids=ticket.prompt.token_ids,
+        response_ids=rng.integers(0, 100, tokens).astype(np.int32),
+        logprobs=rng.normal(size=tokens).astype(np.float32),
+        versions=np.full(tokens, ticket.version, dtype=np.int32),
+        segments=(Segment(0, tokens, ticket.version),),
+        reward=1.0,
+        finish_reason="stop",
+        routed_experts=rng.integers(0, 128, (prompt + tokens - 1, 48, 8)).astype(np.uint8),
+        routing_spec=RoutingSpec(48, 8, 128),
+    )
+    return Group(ticket.group_id, ticket.prompt, (trajectory,))
+
+
+def ticket_of(row):
+    prompt_id = f"0-{row}"
+    return Ticket(f"{prompt_id}.0", Source().prompt(prompt_id), version=0)
+
+
+class Worker:
+    """A rollout worker, reduced to what the queue sees of one."""
+
+    def __init__(self, name, queue):
+        self._name, self._outbox = name, Outbox(queue)
+
+    async def groups(self, count):
+        async for item in self._outbox.stream(self._produce(count)):
+            yield item
+
+    async def _produce(self, count):
+        for _ in range(count):
+            tickets = await self._outbox.take(self._name, 1)
+            if not tickets:
+                return
+            await self._outbox.put(make_group(tickets[0]))
+
+    async def accepted(self, group_id):
+        self._outbox.accepted(group_id)
+
+
+class Rank(TrainerWorker):
+    """A trainer rank that reads its groups as the real one does, and notes them in place of training."""
+
+    def __init__(self, config):
+        super().__init__(config, 0, None)
+        self._trainer = SimpleNamespace(begin_step=lambda **_: None, accumulate=self._note)
+        self._seen = {}
+
+    def _note(self, groups):
+        self._seen |= {group.group_id: bytes(encode(group)) for group in groups}
+
+    def finish_step(self):
+        seen, self._seen = self._seen, {}
+        return seen
+
+
+class Records(list):
+    def event(self, name, **fields):
+        self.append((name, fields))
+
+
+def produce(client, worker, count=10**6):
+    """Hand in what a worker finishes, as the driver does."""
+    stream = worker.groups.options(num_returns="streaming").remote(count)
+    return asyncio.ensure_future(collect(client, stream, worker.accepted.remote))
+
+
+def make_loop(client, *actors):
+    trainers = object.__new__(TrainerRanks)
+    trainers._ranks = list(actors)
+    records = Records()
+    return bare_loop(client, trainers, records, groups=4, ranks=len(actors)), records
+
+
+async def finished(client, count):
+    """Wait until so many groups are queued."""
+    async with asyncio.timeout(WITHIN_S):
+        while (await client.stats()).queued_groups < count:
+            await asyncio.sleep(0.05)
+
+
+async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_takes_others(hosts, start):
+    cluster = hosts("a", "b")
+    client, config = start()
+    lost = cluster.start("a", Worker, "lost", client.actor)
+    await asyncio.wait_for(produce(client, lost, 3), WITHIN_S)
+    cluster.kill("a")
+    other = produce(client, cluster.start("b", Worker, "other", client.actor), 12)
+    loop, records = make_loop(client, cluster.start("b", Rank, config))
+    trained = set()
+    async with asyncio.timeout(WITHIN_S):
+        for step in (1, 2, 3):
+            leased = []
+            (seen,) = await loop._streamed_update(leased)
+            assert sorted(seen) == sorted(meta.group_id for meta, _ in leased)
+            await client.ack(list(seen), step)
+            trained |= set(seen)
+    assert sum(fields["groups"] for name, fields in records if name == "payloads_lost") == 3
+    assert trained >= {"0-1.1", "0-2.1", "0-3.1"}, "the prompts of the lost groups are issued again"
+    assert {group_id.partition(".")[0] for group_id in trained} == {f"0-{row}" for row in range(1, 13)}
+    counts, stats = await client.counts(), await client.stats()
+    assert counts.add_up
+    assert (stats.dropped, counts.trained, counts.outstanding) == ({"payload_lost": 3}, 12, 0)
+    await asyncio.wait_for(other, WITHIN_S)
+    ray.kill(client.actor)
+
+
+async def test_with_two_copies_no_finished_group_is_lost_with_a_host(hosts, start):
+    cluster = hosts("a", "b")
+    client, config = start(copies=2)
+    await asyncio.wait_for(produce(client, cluster.start("a", Worker, "w", client.actor), 4), WITHIN_S)
+    cluster.kill("a")
+    loop, records = make_loop(client, cluster.start("driver", Rank, config))
+    async with asyncio.timeout(WITHIN_S):
+        (trained,) = await loop._streamed_update([])
+    assert records == []
+    assert trained == {f"0-{row}.0": bytes(encode(make_group(ticket_of(row)))) for row in range(1, 5)}
+    await client.ack(list(trained), 1)
+    assert client._copies._hosts == {}
+    ray.kill(client.actor)
+
+
+async def test_the_host_of_a_trainer_rank_that_is_lost_is_a_death(hosts, start):
+    cluster = hosts("a", "b")
+    client, config = start()
+    producing = produce(client, cluster.start("b", Worker, "w", client.actor), 4)
+    loop, _ = make_loop(client, cluster.start("b", Rank, config), cluster.start("a", Rank, config))
+    await finished(client, 2)
+    assert await loop._trainers.fetch([[], []]) == []
+    cluster.kill("a")
+    leased = []
+    async with asyncio.timeout(WITHIN_S):
+        with pytest.raises(TrainerDied, match="trainer rank 1 died during fetch"):
+            await loop._streamed_update(leased)
+    await client.release([meta.group_id for meta, _ in leased])
+    await asyncio.wait_for(producing, WITHIN_S)
+    assert (await client.stats()).queued_groups == 4
+    ray.kill(client.actor)
+
+
+async def test_a_host_that_is_silent_is_waited_for_and_given_up_in_time(hosts, start, monkeypatch):
+    """Ray takes it for alive all the while. What has not come is lost, and comes once the host answers again."""
+    cluster = hosts("a", system=QUICK | {"health_check_failure_threshold": 1000})
+    client, config = start()
+    await asyncio.wait_for(produce(client, cluster.start("a", Worker, "w", client.actor), 3), WITHIN_S)
+    payloads = {meta.group_id: payload for meta, payload in await client.lease("trainer", 3)}
+    fetcher = Fetcher(config)
+    with cluster.silent("a"):
+        monkeypatch.setattr(timeouts, "PAYLOAD_S", 1.0)
+        assert await asyncio.wait_for(asyncio.to_thread(fetcher.hold, payloads), WITHIN_S) == list(payloads)
+    monkeypatch.setattr(timeouts, "PAYLOAD_S", WITHIN_S)
+    assert await asyncio.to_thread(fetcher.hold, payloads) == []
+    ray.kill(client.actor)
