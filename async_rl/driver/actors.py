@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,9 +98,12 @@ class TrainerRanks:
         actors = [replica.actor for replica in replicas]
         await self._together("connect", [rank.connect.remote(actors) for rank in self._ranks])
 
-    async def stage_weights(self) -> None:
-        """Do what of the next ``send_weights`` needs no engine."""
-        await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
+    async def stage_weights(self) -> Mapping[str, Any] | None:
+        """Copy the weights to where replicas take them from, and return what ``RolloutHandle.receive`` needs for it.
+
+        None where ``send_weights`` must be called instead.
+        """
+        return await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
 
     async def send_weights(self, version: int, only: int | None = None) -> float:
         """Transfer the weights as policy version ``version`` to all connected replicas, or to that at index ``only``.
@@ -213,6 +216,10 @@ class RolloutHandle:
     def pause(self, *, end_calls: bool) -> Awaitable[None]:
         """Stop generation as partial_rollout.mode says; ``end_calls`` ends calls that it would freeze."""
         return _typed(self.actor.pause.remote(end_calls=end_calls))
+
+    def receive(self, update: Mapping[str, Any], version: int) -> Awaitable[None]:
+        """Take weights that the trainer has staged, as policy version ``version``."""
+        return _typed(self.actor.receive.remote(update, version))
 
     def wake(self) -> Awaitable[None]:
         """Let the engine compute again, for the canary and evaluation; rollouts still wait."""

@@ -58,22 +58,33 @@ class Pusher:
         # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
         version = self._attempted = max(self.version, self._attempted) + 1
         paused = functools.partial(self._checkpointer.freeze, step) if snapshot else None
+        held = snapshot or self._evaluator.pauses(version)
+        all_paused = None if held else functools.partial(self._open_window, version)
         with self._monitor.phase("push", step):
             while True:
                 await self._replicas.add_waiting_members()
                 try:
-                    record = await self._sync.run(version, paused=paused, end_calls=snapshot)
+                    record = await self._sync.run(
+                        version, paused=paused, all_paused=all_paused, end_calls=snapshot, held=held
+                    )
                     break
                 except ReplicaFailed as error:
                     self._replicas.evict(error)
-        self.version, self.synced_step = version, step
-        logs.bind(version=version)
+        self.synced_step = step
         await self._evaluator.while_paused(version, step)
         # Before the queue admits more groups: those are not frozen.
         state = await self._checkpointer.take(step, version, synced=True) if snapshot else None
-        await self._queue.advance(version)
+        await self._open_window(version)
         self._recorder.sync(record)
-        await self._sync.resume()
+        if held:
+            await self._sync.resume()
         self._replicas.on_sync_done()
         self._evaluator.beside_rollouts(version)
         return state
+
+    async def _open_window(self, version: int) -> None:
+        """Let the queue admit groups for ``version``, once: a sync that lost a replica is run again."""
+        if version > self.version:
+            self.version = version
+            logs.bind(version=version)
+            await self._queue.advance(version)

@@ -1,17 +1,21 @@
 """One weight sync: pause, transfer, canary, resume. Drives both sides through ``Trainer`` and ``Replica``.
 
-              the trainer writes its weights where they are sent from, and scores a fixed probe under them
+    stage     the trainer copies its weights to where they are sent from, and scores a fixed probe under them
     pause     a replica stops generating, as partial_rollout.mode says
-    transfer  trainer rank 0 drives vLLM's start / update / finish on it, which stamps the new version
-    canary    the replica scores the probe under the weights that it received
-    resume    rollouts continue
+    transfer  the replica takes the weights, and stamps the new version
+    canary    it scores the probe under the weights that it received
+    resume    its rollouts continue
 
-All replicas are synced together, or with sync.rolling one after the other, so that the others generate meanwhile.
+Each replica goes through this by itself and resumes as soon as its own canary agreed, however long the others take.
+With sync.rolling they take turns, so that the others generate meanwhile. Once the weights are staged, the trainer is
+asked again only where it sends the weights itself (sync.backend nccl), where the canary replays the engine's routing,
+and after a failure: see ``needs_trainer``.
 
-A replica is resumed only after its canary agreed. If it disagrees, or the transfer failed, the sync is tried once more.
-After a second failure the layers are compared, and the run ends. On any failure the engines stay paused: no tokens are
-better than tokens of unknown weights. A replica that is dead or does not respond is named by ``ReplicaFailed``. The
-caller then removes it from ``members`` and runs the sync again.
+A replica is resumed only after its canary agreed. If it disagrees, or the transfer to it failed, its sync is tried once
+more. After a second failure the layers are compared, and the run ends. A replica that did not agree stays paused: no
+tokens are better than tokens of unknown weights. A replica that is dead or does not respond is named by
+``ReplicaFailed``, once the others are through. The caller then removes it from ``members`` and runs the sync again, in
+which replicas that have agreed take no part.
 
 The policy version is the caller's: this module does not count it.
 """
@@ -23,6 +27,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -36,7 +41,7 @@ from async_rl.runtime import timeouts
 from async_rl.runtime.failures import brief, is_worker_lost, unwrap_ray_error, user_facing_error
 from async_rl.types import Float32Array, Int32Array, Prompt
 from async_rl.weights.canary import BATCHES
-from async_rl.weights.canary_check import Agreement, CanaryCheck, ProbedTrainer
+from async_rl.weights.canary_check import Agreement, CanaryCheck, Expected, ProbedTrainer, Verdict
 
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
@@ -51,6 +56,9 @@ T = TypeVar("T")
 Paused = Callable[[int], Awaitable[None]]
 """Called with each replica while it is paused under its new weights, before it is resumed."""
 
+AllPaused = Callable[[], Awaitable[None]]
+"""Called once no replica generates under the old weights any more."""
+
 
 class Replica(Protocol):
     """What a sync needs of a rollout worker; ``driver.actors.RolloutHandle`` is the real one."""
@@ -58,6 +66,7 @@ class Replica(Protocol):
     actor: Any
 
     def pause(self, *, end_calls: bool) -> Awaitable[None]: ...
+    def receive(self, update: Mapping[str, Any], version: int) -> Awaitable[None]: ...
     def wake(self) -> Awaitable[None]: ...
     def resume(self) -> Awaitable[None]: ...
     def stop(self) -> Awaitable[None]: ...
@@ -73,8 +82,44 @@ class Trainer(ProbedTrainer, Protocol):
     """What a sync needs of the trainer; ``driver.actors.TrainerRanks`` is the real one."""
 
     async def connect(self, replicas: Sequence[Replica]) -> None: ...
-    async def stage_weights(self) -> None: ...
+    async def stage_weights(self) -> Mapping[str, Any] | None: ...
     async def send_weights(self, version: int, only: int | None = None) -> float: ...
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What replicas have reached of one version."""
+
+    version: int | None = None
+    agreed: dict[int, Replica] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    phases: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Seconds of each phase, by replica."""
+    retries: Counter[str] = field(default_factory=Counter)
+    """Why an attempt was repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a sync is to do."""
+
+    progress: _Progress
+    version: int
+    peers: Mapping[int, Replica]
+    """The replicas that the trainer is connected to."""
+    end_calls: bool = False
+    held: bool = False
+    paused: Paused | None = None
+    all_paused: AllPaused | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """The trainer's part of a sync, done while the engines generate."""
+
+    update: Mapping[str, Any] | None
+    """What a replica needs in order to take the weights by itself; None where the trainer sends them."""
+    expected: Expected
 
 
 class WeightSync:
@@ -87,6 +132,8 @@ class WeightSync:
         self._trainer = trainer
         self.members: dict[int, Replica] = {}
         self._connected: dict[int, Replica] = {}
+        self._progress = _Progress()
+        self._trainer_sends = False
         self.canary = CanaryCheck(config, model, trainer, self, prompts)
 
     async def begin(self) -> Agreement:
@@ -99,43 +146,66 @@ class WeightSync:
         await self.canary.reach_experts(next(iter(self.members)), BATCHES)
         return await self.canary.check(list(self.members), replay=self._config.trainer.router_replay == "R3")
 
+    @property
+    def needs_trainer(self) -> bool:
+        """Whether replicas need the trainer after the weights are staged, known once they are.
+
+        If not, the trainer may compute meanwhile, but must keep its weights until the sync is over: a second attempt
+        sends and compares the same ones.
+        """
+        return self._trainer_sends or self.canary.replays
+
     def reconnect(self) -> None:
         """Connect the trainer again before the next transfer, because it was replaced or a transfer failed."""
         self._connected = {}
 
-    async def run(self, version: int, *, paused: Paused | None = None, end_calls: bool = False) -> SyncRecord:
-        """Bring every member to ``version``.
+    async def run(
+        self,
+        version: int,
+        *,
+        paused: Paused | None = None,
+        all_paused: AllPaused | None = None,
+        end_calls: bool = False,
+        held: bool = False,
+    ) -> SyncRecord:
+        """Bring every member to ``version``, save those that an earlier call has brought to it.
 
-        Rollouts stay paused until ``resume``, or with sync.rolling until their replica's turn is over. ``end_calls``
-        ends engine calls that would be frozen, so that ``paused`` finds all of their tokens.
+        Each resumes when its canary agreed and ``paused`` is done with it. With ``held`` they stay paused until
+        ``resume``, except with sync.rolling. ``end_calls`` ends engine calls that would be frozen, so that ``paused``
+        finds all of their tokens. With sync.rolling ``all_paused`` is called at the end.
 
         Raises WeightSyncMismatch when the canary disagrees twice, WeightSyncError when a transfer fails twice or
         sync.timeout_s is over, ReplicaFailed.
         """
-        phases: dict[str, float] = {}
-        agreements: list[Agreement] = []
-        retries: Counter[str] = Counter()
-        turns = [[replica] for replica in self.members] if self._config.sync.rolling else [list(self.members)]
-        try:
-            for turn in turns:
-                async with asyncio.timeout(self._config.sync.timeout_s):
-                    agreements.append(
-                        await self._turn(version, self.members, turn, phases, retries, end_calls=end_calls)
-                    )
-                    if paused is not None:
-                        await asyncio.gather(*(paused(replica) for replica in turn))
-                if self._config.sync.rolling:
-                    await self._all(turn, lambda worker: worker.resume())
-        except TimeoutError:
-            raise await self._too_long(f"weight sync to version {version}", phases) from None
-        return SyncRecord(
-            policy_version=version,
-            seconds=sum(phases.values()),
-            phases=phases,
-            canary=max(agreement.report.max_abs_diff for agreement in agreements),
-            unreached_experts=max(agreement.unreached_experts for agreement in agreements),
-            retries=retries,
+        if self._progress.version != version:
+            self._progress = _Progress(version)
+        progress, rolling, limit = self._progress, self._config.sync.rolling, self._config.sync.timeout_s
+        order = _Order(
+            progress,
+            version,
+            self.members,
+            end_calls=end_calls,
+            held=held and not rolling,
+            paused=paused,
+            all_paused=None if rolling else all_paused,
         )
+        pending = [replica for replica, worker in self.members.items() if progress.agreed.get(replica) is not worker]
+        if pending and self._trainer_sends and not rolling:
+            pending = list(self.members)  # its broadcast reaches every engine at once
+        try:
+            for turn in [[replica] for replica in pending] if rolling else [pending]:
+                async with asyncio.timeout(limit):
+                    await self._turn(order, turn)
+            async with asyncio.timeout(limit):
+                if rolling and all_paused is not None:
+                    await all_paused()
+                verdicts = {
+                    replica: progress.verdicts[replica] for replica in self.members if replica in progress.agreed
+                }
+                agreement = await self.canary.conclude(verdicts or progress.verdicts)
+        except TimeoutError:
+            raise await self._too_long(f"weight sync to version {version}", progress) from None
+        return self._record(progress, agreement)
 
     async def join(self, replica: int, version: int) -> None:
         """Bring one member that has just started to ``version``, which the others have, and let it resume.
@@ -147,9 +217,7 @@ class WeightSync:
             async with asyncio.timeout(self._config.sync.timeout_s):
                 self._require_members([replica])
                 # Connected to it alone: with nccl the others would have to take part.
-                alone = {replica: self.members[replica]}
-                await self._turn(version, alone, [replica], {}, Counter(), end_calls=False)
-                await self._all([replica], lambda worker: worker.resume())
+                await self._turn(_Order(_Progress(version), version, {replica: self.members[replica]}), [replica])
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
@@ -160,7 +228,7 @@ class WeightSync:
             ) from None
 
     async def resume(self) -> None:
-        """Let every member resume its rollouts. A failure here is found by the stream of the replica's groups."""
+        """Let every member that was held resume. A failure here is found by the stream of the replica's groups."""
         await asyncio.gather(*(worker.resume() for worker in self.members.values()), return_exceptions=True)
 
     async def while_paused(self, paused: Paused) -> None:
@@ -175,65 +243,143 @@ class WeightSync:
                 await asyncio.gather(*(paused(replica) for replica in replicas))
                 await self._all(replicas, lambda worker: worker.wake())
         except TimeoutError:
-            raise await self._too_long("pause for a checkpoint", {}) from None
+            raise await self._too_long("pause for a checkpoint", _Progress()) from None
         await self.resume()
 
-    async def _turn(
-        self,
-        version: int,
-        peers: Mapping[int, Replica],
-        replicas: list[int],
-        phases: dict[str, float],
-        retries: Counter[str],
-        *,
-        end_calls: bool,
-    ) -> Agreement:
-        """Sync these replicas of ``peers``, at the second try if need be; ``retries`` counts why it was needed."""
+    async def _turn(self, order: _Order, replicas: list[int]) -> None:
+        """Bring these replicas to the version, those that need it at a second attempt."""
+        failed = await self._attempt(order, replicas)
+        if not failed:
+            return
+        error = next(iter(failed.values()))
+        log.warning("weight_sync_retried", version=order.version, replicas=list(failed), reason=str(error))
+        self.reconnect()
+        order.progress.retries["canary" if isinstance(error, WeightSyncMismatch) else "transfer"] += 1
+        for error in (await self._attempt(order, list(failed))).values():
+            raise error
+
+    async def _attempt(self, order: _Order, replicas: list[int]) -> dict[int, WeightSyncError]:
+        """Sync these replicas once. Returns the faults that may be tried again, by replica; raises the others.
+
+        Returns when none of the replicas moves any more, so that the caller finds each either resumed or paused.
+        """
+        self._require_members(replicas)
         try:
-            return await self._attempt(version, peers, replicas, phases, end_calls=end_calls)
+            staged = await self._stage(order.peers) if replicas else None
         except ReplicaFailed:
             raise
         except WeightSyncError as error:
-            disagreed = isinstance(error, WeightSyncMismatch)
-            if disagreed and self._config.async_training.partial_rollout.mode == "in_flight":
-                raise  # frozen generations resumed meanwhile, with weights that are unknown
-            log.warning("weight_sync_retried", version=version, reason=str(error))
-            self.reconnect()
-            retries["canary" if disagreed else "transfer"] += 1
-            return await self._attempt(version, peers, replicas, phases, end_calls=end_calls)
-
-    async def _attempt(
-        self,
-        version: int,
-        peers: Mapping[int, Replica],
-        replicas: list[int],
-        phases: dict[str, float],
-        *,
-        end_calls: bool,
-    ) -> Agreement:
-        """Sync these replicas once, with ``peers`` connected; adds the seconds of each phase to ``phases``."""
+            return dict.fromkeys(replicas, error)
         self._require_members(replicas)
+        pausing = {replica: asyncio.ensure_future(self._pause(order, replica)) for replica in replicas}
+        opening = self._when_all_paused(order, pausing.values())
+        if staged is None:
+            await opening
+            return {}
+        sending = None
+        if staged.update is None:
+            sending = asyncio.ensure_future(self._send(order, replicas, pausing))
+        every = [self._bring(order, replica, pausing[replica], staged, sending) for replica in replicas]
+        others = [opening] if sending is None else [opening, sending]
+        results = await asyncio.gather(*every, *others, return_exceptions=True)
+        frozen = self._config.async_training.partial_rollout.mode == "in_flight"
+        _raise_final([result for result in results if result is not None], frozen=frozen)
+        failed = {
+            replica: result
+            for replica, result in zip(replicas, results, strict=False)
+            if isinstance(result, WeightSyncError)
+        }
+        if failed and sending is not None:
+            return dict.fromkeys(replicas, next(iter(failed.values())))  # its second broadcast reaches all of them
+        return failed
+
+    async def _stage(self, peers: Mapping[int, Replica]) -> _Staged:
+        """Have the trainer do its part, connected to ``peers``."""
         if self._connected != peers:
-            await self._transfer("connect", self._trainer.connect(list(peers.values())))
+            await self._of_trainer("connect", self._trainer.connect(list(peers.values())))
             self._connected = dict(peers)
-        # What needs no engine, while the engines generate.
-        await self._transfer("stage_weights", self._trainer.stage_weights())
-        expected = await self.canary.expect()
-        self._require_members(replicas)
-        only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
-        with _timed(phases, "pause"):
-            await self._all(replicas, lambda worker: worker.pause(end_calls=end_calls))
-        with _timed(phases, "transfer"):
-            await self._transfer("send_weights", self._trainer.send_weights(version, only))
-        with _timed(phases, "wake"):
-            await self._all(replicas, lambda worker: worker.wake())
-        with _timed(phases, "canary"):
-            return await self.canary.check(replicas, replay=False, expected=expected)
+        update = await self._of_trainer("stage_weights", self._trainer.stage_weights())
+        self._trainer_sends = update is None
+        return _Staged(update, await self.canary.expect())
 
-    async def _transfer(self, what: str, call: Awaitable[Any]) -> None:
+    async def _pause(self, order: _Order, replica: int) -> None:
+        with _timed(order.progress.phases.setdefault(replica, {}), "pause"):
+            await self.on(replica, lambda worker: worker.pause(end_calls=order.end_calls))
+
+    async def _when_all_paused(self, order: _Order, pausing: Iterable[asyncio.Future[None]]) -> None:
+        """Tell the caller when all have paused; not if one failed to, which ends this attempt."""
+        if order.all_paused is None:
+            return
+        if waited := list(pausing):
+            await asyncio.wait(waited)
+        if all(not pause.cancelled() and pause.exception() is None for pause in waited):
+            await order.all_paused()
+
+    async def _send(self, order: _Order, replicas: Sequence[int], pausing: Mapping[int, asyncio.Future[None]]) -> None:
+        """Have the trainer send the weights to these replicas, of which all must be paused."""
+        await asyncio.wait(pausing.values())
+        for pause in pausing.values():
+            pause.result()
+        only = None if len(replicas) == len(self._connected) else list(self._connected).index(replicas[0])
+        await self._of_trainer("send_weights", self._trainer.send_weights(order.version, only))
+
+    async def _bring(
+        self,
+        order: _Order,
+        replica: int,
+        pausing: asyncio.Future[None],
+        staged: _Staged,
+        sending: asyncio.Future[None] | None,
+    ) -> None:
+        """Take one replica through the sync, from its pause on."""
+        await pausing
+        phases = order.progress.phases[replica]
+        with _timed(phases, "transfer"):
+            if sending is not None:
+                await sending
+            elif staged.update is not None:
+                await self._receive(replica, staged.update, order.version)
+        with _timed(phases, "wake"):
+            await self.on(replica, lambda worker: worker.wake())
+        with _timed(phases, "canary"):
+            verdict = await self.canary.compare(replica, staged.expected)
+        if order.paused is not None:
+            await order.paused(replica)
+        order.progress.verdicts[replica] = verdict
+        order.progress.agreed[replica] = self.members[replica]
+        if not order.held:
+            await self.on(replica, lambda worker: worker.resume())
+
+    async def _receive(self, replica: int, update: Mapping[str, Any], version: int) -> None:
+        """Have one replica take the staged weights. Raises WeightSyncError, ReplicaFailed."""
+        try:
+            await self.on(replica, lambda worker: worker.receive(update, version))
+        except WeightSyncError:
+            raise
+        except Exception as error:
+            raise WeightSyncError(f"rollout-{replica}: receive: {brief(error)}") from error
+
+    def _record(self, progress: _Progress, agreement: Agreement) -> SyncRecord:
+        """Return the record of a sync: the phases of the replica that took longest, or of all that took turns."""
+        each = list(progress.phases.values())
+        if not self._config.sync.rolling:
+            each = [max(each, key=lambda phases: sum(phases.values()))]
+        phases: Counter[str] = Counter()
+        for one in each:
+            phases.update(one)
+        return SyncRecord(
+            policy_version=progress.version or 0,
+            seconds=sum(phases.values()),
+            phases=phases,
+            canary=agreement.report.max_abs_diff,
+            unreached_experts=agreement.unreached_experts,
+            retries=progress.retries,
+        )
+
+    async def _of_trainer(self, what: str, call: Awaitable[T]) -> T:
         """Await a call of the trainer in which it calls the engines. Raises ReplicaFailed if one of them failed."""
         try:
-            await call
+            return await call
         except TrainerDied:
             raise
         except Exception as error:
@@ -242,13 +388,14 @@ class WeightSync:
                 raise
             raise WeightSyncError(f"{what}: {brief(error)}") from error
 
-    async def _too_long(self, what: str, phases: dict[str, float]) -> WeightSyncError:
+    async def _too_long(self, what: str, progress: _Progress) -> WeightSyncError:
         """Return the error to raise when sync.timeout_s is over."""
         try:
             await self._raise_failed_replica()
         except ReplicaFailed as failed:
             return failed
         mode = self._config.async_training.partial_rollout.mode
+        phases = dict.fromkeys(phase for each in progress.phases.values() for phase in each)
         return WeightSyncError(
             f"{what} took longer than sync.timeout_s = {self._config.sync.timeout_s:g} s; "
             f"finished phases: {', '.join(phases) or 'none'}. "
@@ -285,6 +432,22 @@ class WeightSync:
             if is_worker_lost(error):
                 raise ReplicaFailed(replica, str(unwrap_ray_error(error)).partition("\n")[0]) from error
             raise user_facing_error(error) from error
+
+
+def _raise_final(errors: Sequence[BaseException], *, frozen: bool) -> None:
+    """Raise the first and worst of what ended an attempt, unless all of it may be tried once more.
+
+    ``frozen``: whether frozen generations resumed with the canary, under weights that are unknown if it disagreed.
+    """
+    order: tuple[Callable[[BaseException], bool], ...] = (
+        lambda error: not isinstance(error, WeightSyncError),
+        lambda error: frozen and isinstance(error, WeightSyncMismatch),
+        lambda error: isinstance(error, ReplicaFailed),
+    )
+    for is_final in order:
+        for error in errors:
+            if is_final(error):
+                raise error
 
 
 @contextlib.contextmanager

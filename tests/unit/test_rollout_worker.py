@@ -275,6 +275,40 @@ async def test_nothing_is_begun_while_paused():
     assert len(queue.groups) == 2
 
 
+class Receiver(ScriptedEngine):
+    """Takes weights in the order of the calls; hangs in ``stuck``."""
+
+    stuck = None
+
+    def __getattribute__(self, name):
+        if name not in ("start_weight_update", "update_weights", "finish_weight_update"):
+            return super().__getattribute__(name)
+
+        async def call(*arguments):
+            self.received.append((name, *arguments))
+            if name == self.stuck:
+                await asyncio.Event().wait()
+
+        return call
+
+
+async def test_staged_weights_are_taken_in_one_call_and_a_call_that_hangs_in_it_is_named():
+    engine = scripted(kind=Receiver)
+    engine.received = []
+    subject, _ = worker(engine, ListQueue(0))
+    await subject.pause()
+    await subject.receive({"round": 3}, 7)
+    calls = [name for name, *_ in engine.received]
+    assert calls == ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert engine.received[1][1].update_info == {"round": 3}
+    assert (engine.version, await subject.unanswered()) == (7, None)
+    engine.stuck = "update_weights"
+    receiving = asyncio.ensure_future(subject.receive({"round": 4}, 8))
+    await turns(5)
+    assert (engine.version, await subject.unanswered()) == (7, "update_weights")
+    receiving.cancel()
+
+
 async def test_reward_failure_ends_the_run_or_the_group_as_configured():
     engine, queue = scripted(), ListQueue(2)
     subject, digits = worker(engine, queue)

@@ -88,37 +88,47 @@ class Engine(Side):
     def do_wake(self): ...
     def do_resume(self): ...
 
-    def do_receive(self): ...
+    def do_init(self): ...
+
+    def do_receive(self, update, version):
+        self.pushes += 1
+        self.version = version
 
     def do_unanswered(self):
         return self.owed
 
 
 class Trainer(Side):
-    def __init__(self, engine):
+    """``sends``: it transfers the weights itself, as with nccl; else each engine takes what was staged."""
+
+    def __init__(self, engine, sends=False):
         super().__init__()
-        self.engine = engine
-        self.workers, self.pushed_to, self.fails = [], [], {}
+        self.engine, self.sends = engine, sends
+        self.workers, self.pushed_to, self.fails, self.staged = [], [], {}, 0
 
     async def connect(self, replicas):
         self.calls.append("connect")
+        self.may_fail("connect")
         self.workers = replicas
-        await self.transfer("connect", None)
+        for engine in replicas:
+            await engine.init()
+
+    async def stage_weights(self):
+        self.calls.append("stage_weights")
+        self.may_fail("stage_weights")
+        self.staged += 1
+        return None if self.sends else {"round": self.staged}
 
     async def send_weights(self, version, only):
         self.calls.append("send_weights")
-        await self.transfer("send_weights", only)
-        self.engine.pushes += 1
+        self.may_fail("send_weights")
+        self.pushed_to.append(only)
+        for engine in self.workers if only is None else [self.workers[only]]:
+            await engine.receive({}, version)
 
-    async def transfer(self, method, only):
-        """As the real one, it fails with the engines that it calls."""
+    def may_fail(self, method):
         if self.fails.pop(method, False):
             raise WeightSyncError("a transfer cut in the middle")
-        for engine in self.workers if only is None else [self.workers[only]]:
-            await engine.receive()
-        self.pushed_to.append(only)
-
-    def do_stage_weights(self): ...
 
     def do_logprobs(self, sequences, routing):
         wrong = 0.0 if routing is None or not self.engine.renumber else 0.7
@@ -139,9 +149,9 @@ def fingerprints(sequence):
     return np.random.default_rng(0).random((LAYERS + 1, len(sequence) - 1, WIDTH)).astype(np.float32)
 
 
-def sync(engine, **sections):
+def sync(engine, *, sends=False, **sections):
     tree = {"model": {"path": "m", "dtype": "float32"}, "data": {"train": "d"}, **sections}
-    trainer = Trainer(engine)
+    trainer = Trainer(engine, sends)
     subject = WeightSync(validate(tree), MODEL, trainer)
     subject.members = {0: engine}
     return subject, trainer
@@ -153,27 +163,28 @@ async def test_invariant_10_a_sync_that_arrives_is_made_once():
     engine.calls.clear()
     record = await subject.run(1)
     assert (record.canary, record.retries, record.unreached_experts) == (0.0, {}, 0)
-    assert engine.calls == ["receive", "pause", "receive", "wake", "score"]
+    assert engine.calls == ["init", "pause", "receive", "wake", "score", "resume"]
     assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
 
 
 async def test_a_sync_that_arrives_wrong_is_tried_once_more():
-    subject, trainer = sync(engine := Engine(wrong=2))
+    subject, _ = sync(engine := Engine(wrong=2))
     record = await subject.run(1)
     assert record.retries == {"canary": 1}
-    assert trainer.calls.count("send_weights") == 2
+    assert engine.calls.count("receive") == 2
     # The engine is paused for the second transfer as it was for the first.
     assert [call for call in engine.calls if call in ("pause", "wake")] == ["pause", "wake"] * 2
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 async def test_invariant_10_a_second_mismatch_ends_the_run_and_names_the_layer(layer):
-    subject, trainer = sync(Engine(wrong=9, layer=layer))
+    subject, _ = sync(engine := Engine(wrong=9, layer=layer))
     with pytest.raises(
         WeightSyncMismatch, match=f"differs most in layer {layer} .*the first to differ is layer {layer}"
     ):
         await subject.run(1)
-    assert trainer.calls.count("send_weights") == 2
+    assert engine.calls.count("receive") == 2
+    assert "resume" not in engine.calls
 
 
 async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
@@ -186,10 +197,10 @@ async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
 
 async def test_in_flight_generations_cannot_be_undone_so_nothing_is_tried_again():
     mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
-    subject, trainer = sync(Engine(wrong=2), **mode)
+    subject, _ = sync(engine := Engine(wrong=2), **mode)
     with pytest.raises(WeightSyncMismatch):
         await subject.run(1)
-    assert trainer.calls.count("send_weights") == 1
+    assert engine.calls.count("receive") == 1
 
 
 async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3_only():
@@ -203,10 +214,10 @@ async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3
 
 
 async def test_an_engine_that_is_off_at_the_start_gets_no_weights():
-    subject, trainer = sync(Engine(wrong=1))
+    subject, _ = sync(engine := Engine(wrong=1))
     with pytest.raises(WeightSyncMismatch, match="layer 1"):
         await subject.begin()
-    assert "send_weights" not in trainer.calls
+    assert "receive" not in engine.calls
 
 
 async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
@@ -245,19 +256,155 @@ def fleet(count, **sections):
     return subject, trainer, engines
 
 
-@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
-async def test_a_replica_that_dies_during_a_sync_is_named_and_the_others_are_not_resumed(call):
-    subject, _, engines = fleet(3)
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score", "resume"])
+async def test_a_replica_that_dies_during_a_sync_is_named_and_costs_the_others_nothing(call):
+    subject, trainer, engines = fleet(3)
     engines[1].dead = call
     with pytest.raises(ReplicaFailed, match="rollout-1") as failed:
         await subject.run(1)
     assert failed.value.replica == 1
-    assert not any("resume" in engine.calls for engine in engines.values()), "half of the weights, or unverified ones"
-    # The caller syncs again without it; the trainer is connected again.
+    # The caller syncs again without it, and finds nothing left to do.
+    del subject.members[1]
+    record = await subject.run(1)
+    assert (record.policy_version, record.retries) == (1, {})
+    assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
+    assert [engine.calls.count("pause") for engine in engines.values()] == [1, call != "pause", 1]
+    assert trainer.staged == 1
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
+async def test_where_the_trainer_sends_a_death_before_the_transfer_costs_all_another_one(call):
+    subject, _, engines = fleet(3, sends=True)
+    engines[1].dead = call
+    with pytest.raises(ReplicaFailed, match="rollout-1"):
+        await subject.run(1)
+    sent = call in ("wake", "score")
+    assert [engine.calls.count("resume") for engine in engines.values()] == [sent, 0, sent]
     del subject.members[1]
     await subject.run(1)
-    await subject.resume()
     assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
+    assert all(engines[replica].pushes == 1 + (call == "receive" and replica == 0) for replica in (0, 2))
+    assert subject.needs_trainer
+
+
+async def test_a_replica_that_takes_the_place_of_a_dead_one_is_brought_to_the_version():
+    subject, _, engines = fleet(2)
+    engines[1].dead = "score"
+    with pytest.raises(ReplicaFailed):
+        await subject.run(1)
+    subject.members[1] = Engine()
+    await subject.run(1)
+    assert [engine.calls.count("receive") for engine in subject.members.values()] == [1, 1]
+    await subject.run(2)
+    assert [engine.calls.count("receive") for engine in subject.members.values()] == [2, 2]
+
+
+class Slow(Engine):
+    """Answers ``call`` once ``may_answer`` is set."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.slow, self.may_answer = call, asyncio.Event()
+
+    def __getattr__(self, name):
+        method = super().__getattr__(name)
+        if name != self.slow:
+            return method
+
+        async def late(*arguments, **named):
+            await self.may_answer.wait()
+            return await method(*arguments, **named)
+
+        return late
+
+
+async def settled():
+    """Let everything happen that can."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
+async def test_an_engine_resumes_as_soon_as_its_own_canary_agreed(call):
+    subject, trainer, engines = fleet(3)
+    slow = subject.members[1] = Slow(call)
+    syncing = asyncio.ensure_future(subject.run(1))
+    await settled()
+    assert [engines[replica].calls[-1] for replica in (0, 2)] == ["resume", "resume"]
+    assert "resume" not in slow.calls
+    assert not syncing.done()
+    trainer.calls.clear()
+    slow.may_answer.set()
+    record = await syncing
+    assert slow.calls[-1] == "resume"
+    assert trainer.calls == [], "it may compute meanwhile"
+    # The record has the phases of one replica, the slowest.
+    assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
+
+
+async def test_replicas_that_are_held_wait_for_each_other():
+    subject, _, engines = fleet(2)
+    subject.members[1] = slow = Slow("score")
+    syncing = asyncio.ensure_future(subject.run(1, held=True))
+    await settled()
+    slow.may_answer.set()
+    await syncing
+    assert not any("resume" in engine.calls for engine in (engines[0], slow))
+    await subject.resume()
+    assert all(engine.calls[-1] == "resume" for engine in (engines[0], slow))
+
+
+@pytest.mark.parametrize("sends", [False, True])
+async def test_a_replica_that_disagrees_stays_paused_and_alone_is_tried_again(sends):
+    subject, trainer, engines = fleet(3, sends=sends)
+    engines[1].wrong = 2
+    resumed = []
+    for replica, engine in engines.items():
+        engine.do_resume = lambda replica=replica: resumed.append((replica, engines[replica].pushes))
+    record = await subject.run(1)
+    assert record.retries == {"canary": 1}
+    # With a broadcast that reaches all of them, the others are paused for it again.
+    again = [(0, 2), (1, 2), (2, 2)] if sends else [(1, 2)]
+    assert resumed == [(0, 1), (2, 1), *again]
+    engines[1].wrong = 99
+    resumed.clear()
+    with pytest.raises(WeightSyncMismatch, match="replica 1 "):
+        await subject.run(2)
+    assert {replica for replica, _ in resumed} == {0, 2}
+    assert trainer.calls.count("stage_weights") == 4
+
+
+async def test_the_caller_is_told_once_when_no_replica_has_old_weights_any_more():
+    subject, _, engines = fleet(2)
+    subject.members[1] = slow = Slow("pause")
+    told = []
+
+    async def all_paused():
+        told.append([engine.calls[-1] for engine in (engines[0], slow)])
+
+    syncing = asyncio.ensure_future(subject.run(1, all_paused=all_paused))
+    await settled()
+    assert told == []
+    slow.may_answer.set()
+    await syncing
+    assert [calls[0] for calls in told] == ["resume"]
+    assert "pause" in slow.calls
+    # One that dies before is not waited for, once it is known to be dead.
+    engines[0].dead = "pause"
+    with pytest.raises(ReplicaFailed):
+        await subject.run(2, all_paused=all_paused)
+    assert len(told) == 1
+    del subject.members[0]
+    await subject.run(2, all_paused=all_paused)
+    assert len(told) == 2
+
+
+async def test_a_fault_of_the_caller_while_all_are_paused_ends_the_sync():
+    async def all_paused():
+        raise ValueError("the queue is gone")
+
+    with pytest.raises(ValueError, match="the queue is gone"):
+        await fleet(2)[0].run(1, all_paused=all_paused)
 
 
 @pytest.mark.parametrize("call", ["pause", "receive", "score"])
@@ -278,14 +425,14 @@ async def test_a_sync_that_takes_too_long_without_a_failed_replica_says_what_to_
     async def slow(*_):
         await asyncio.sleep(3600)
 
-    subject._trainer.transfer = slow
+    subject._trainer.connect = slow
     with pytest.raises(WeightSyncError, match=r"longer than sync\.timeout_s = 0\.05 s; finished phases: none"):
         await subject.run(1)
     assert "resume" not in engines[0].calls
 
 
 async def test_a_transfer_that_is_cut_is_retried_over_a_new_connection():
-    subject, trainer, _ = fleet(2)
+    subject, trainer, _ = fleet(2, sends=True)
     await subject.run(1)
     trainer.fails["send_weights"] = True
     trainer.calls.clear()
@@ -322,7 +469,7 @@ async def test_the_trainer_is_connected_when_the_members_change_and_only_then():
 
 
 async def test_rolling_syncs_pause_one_replica_at_a_time():
-    subject, trainer, engines = fleet(3, sync={"rolling": True})
+    subject, _, engines = fleet(3, sync={"rolling": True})
     order = []
     for replica, engine in engines.items():
         for name in ("pause", "resume"):
@@ -333,9 +480,12 @@ async def test_rolling_syncs_pause_one_replica_at_a_time():
         snapshots.append(replica)
         order.append(("snapshot", replica))
 
-    record = await subject.run(1, paused=paused)
+    async def all_paused():
+        order.append("all")
+
+    record = await subject.run(1, paused=paused, all_paused=all_paused)
+    assert order.pop() == "all"
     assert order == [(event, replica) for replica in range(3) for event in ("pause", "snapshot", "resume")]
-    assert trainer.pushed_to == [None, 0, 1, 2]  # None: the connection
     assert record.seconds == pytest.approx(sum(record.phases.values()))
 
 
@@ -397,7 +547,7 @@ async def test_the_trainer_scores_the_probe_while_the_engines_generate():
     calls = trainer.calls = engine.calls = []
     await subject.run(1)
     assert calls.count("logprobs") == 1, "the canary needs no further call of the trainer"
-    order = [calls.index(name) for name in ("stage_weights", "logprobs", "pause", "send_weights", "score")]
+    order = [calls.index(name) for name in ("stage_weights", "logprobs", "pause", "receive", "score")]
     assert order == sorted(order)
 
 
@@ -405,8 +555,8 @@ async def test_a_probe_that_has_grown_since_is_scored_again():
     subject, trainer = sync(Engine())
     expected = await subject.canary.expect()
     trainer.calls.clear()
-    await subject.canary.check([0], replay=False, expected=expected)
+    await subject.canary.compare(0, expected)
     assert "logprobs" not in trainer.calls
     subject.canary._probe = [*subject.canary._probe, np.arange(5, dtype=np.int32)]
-    await subject.canary.check([0], replay=False, expected=expected)
+    await subject.canary.compare(0, expected)
     assert "logprobs" in trainer.calls

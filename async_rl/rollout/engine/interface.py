@@ -51,6 +51,14 @@ class Score:
     """[N-1, L, K]; None for a dense model."""
 
 
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """The request of ``update_weights``, with the field of vLLM's WeightTransferUpdateRequest."""
+
+    update_info: dict[str, Any]
+    """What the backend of sync.backend takes, such as the announcement of a file."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """One replica of the policy that samples.

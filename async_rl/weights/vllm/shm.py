@@ -81,8 +81,11 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
             raise WeightSyncError("the shm backend transfers whole models: it needs a WeightSource")
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
-    def stage(self) -> None:
-        """Gather the weights and write them to the file, for the next ``send_weights`` to announce."""
+    def stage(self) -> dict[str, Any] | None:
+        """Gather the weights and write them to the file, for the next ``send_weights`` to announce.
+
+        Returns the announcement, which an engine takes as ``update_info``; None on ranks that do not send.
+        """
         assert self.source is not None  # the constructor took one
         if self._file is None:
             for _ in self.source:  # gathering a parameter is a collective: take part in it
@@ -90,6 +93,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         else:
             self._announcement = self._file.write(self.source)
         self._staged = True
+        return None if self._announcement is None else asdict(self._announcement)
 
     def send_weights(self) -> None:
         if not self._staged:
