@@ -11,9 +11,10 @@ publishes the actors' counters. The first one that raises ends the run.
     loop              waits for                                    unblocked by
     rollout           admission (staleness budget)                 a weight sync, or a group that is given back
     rollout           room in the queue, by groups or bytes        the ack of trained groups
-    rollout           the end of a weight sync                     resume
+    rollout           its replica's part of a weight sync          resume
     training loop     groups_per_step × require_batches groups     a finished group
                       (trainer.streaming: one, or one per rank)
+    update            the weight sync of the step before           its end
     weight sync       generations in flight (mode drain only)      their end
     restarted worker  current weights                              the training loop, while it waits for groups
 
@@ -161,6 +162,7 @@ class TrainingLoop:
                 await first_failure(self._finish(), self._monitor.run())
         finally:
             self._evaluator.cancel()
+            self._pusher.cancel()
             await self._shut_down()
 
     async def _start(self) -> None:
@@ -196,11 +198,14 @@ class TrainingLoop:
         while self._step < self._config.trainer.steps and not self._stopping:
             try:
                 await self._train_step()
+                if self._step == self._config.trainer.steps:
+                    await self._pusher.finished(self._step)
             except _StepLeft:
                 if not self._stopping:
                     await self._pusher.push(self._step)
             except TrainerDied as error:
                 await self._restart_trainer(error)
+        await self._pusher.finished(self._step)
         await self._checkpointer.finish()
         if self._stopping and self._step > self._checkpointer.latest_step:
             await self._checkpointer.write(await self._paused_state())
@@ -222,8 +227,9 @@ class TrainingLoop:
         self._step = step
         step_s = time.monotonic() - began
         due = self._checkpointer.due(step)
+        write_samples = functools.partial(self._recorder.samples.begin, step, version, leased)
         if step == self._config.trainer.steps or step % self._config.async_training.trigger_parameter_sync_step == 0:
-            syncing = asyncio.ensure_future(self._pusher.push(step, snapshot=due))
+            syncing = asyncio.ensure_future(self._pusher.begin(step, snapshot=due, then=write_samples))
             await asyncio.sleep(0)  # let it begin before the step is recorded
             try:
                 self._recorder.record_step(step, version, reports, trained, step_s=step_s)
@@ -232,7 +238,7 @@ class TrainingLoop:
         else:
             self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             state = await self._paused_state() if due else None
-        await self._recorder.samples.begin(step, version, leased)
+            await write_samples()
         if state is not None:
             await self._checkpointer.write(state)
 
@@ -248,6 +254,7 @@ class TrainingLoop:
         leased += await self._lease(required, required)
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         by_rank = list(zip(*map(self._shares, batches), strict=True))
+        await self._pusher.finished(self._step + 1)
         with self._monitor.phase("update", self._step + 1):
             calls = self._trainers.train_step(by_rank, *self._versions())
             reports, _ = await asyncio.gather(calls, self._monitor.poll())
@@ -264,6 +271,7 @@ class TrainingLoop:
             leased += part
             with self._monitor.phase("update", self._step + 1):
                 await self._trainers.accumulate(self._shares(part, loads=loads), *versions, first=first)
+        await self._pusher.finished(self._step + 1)
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
         return [report]
@@ -274,12 +282,13 @@ class TrainingLoop:
         Raises _StepLeft if the run is to end, or no worker generates and one needs a weight sync to do so.
         """
         while True:
+            pushing = self._pusher.under_way()
             if synced := self._step == self._pusher.synced_step:
                 await self._replicas.admit(self._pusher.version)
             leased = await self._queue.lease("trainer", n, timeout_s=_LEASE_POLL_S, at_least=at_least)
             if leased:
                 return leased
-            if self._stopping or not (synced or self._sync.members):
+            if self._stopping or not (pushing or synced or self._sync.members):
                 raise _StepLeft
 
     def _versions(self) -> tuple[int, int]:
@@ -297,6 +306,7 @@ class TrainingLoop:
 
     async def _restart_trainer(self, error: TrainerDied) -> None:
         """Return to the step of the latest valid checkpoint, with a restarted trainer."""
+        await self._pusher.settled(self._step)
         self._evaluator.cancel()  # the weights that it evaluates are undone
         while True:
             with self._monitor.phase("restart", self._step):
