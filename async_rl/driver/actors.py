@@ -32,7 +32,7 @@ from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
-from async_rl.weights.sync import Replica
+from async_rl.weights.sides import Replica
 
 # Ray's own default for asynchronous actors, written down: ``run`` and every probe and weight sync share one event loop.
 _MAX_CONCURRENT_CALLS = 1000

@@ -30,7 +30,8 @@ from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.metrics.records import SyncRecord
 from async_rl.queue.client import QueueClient
 from async_rl.runtime import logs
-from async_rl.weights.sync import Paused, WeightSync
+from async_rl.weights.sync import WeightSync
+from async_rl.weights.sync_attempt import Paused
 
 Then = Callable[[], Awaitable[None]]
 """Awaited when all rollouts have resumed."""

@@ -129,7 +129,7 @@ def training(steps=2, streaming=True, sends=False, dtype="float32", slow="score"
         trainer={"steps": steps, "groups_per_step": 2, "streaming": streaming},
         **sections,
     )
-    subject._trainer = subject.canary._trainer = parts
+    subject._attempts._trainer = subject.canary._trainer = parts
     engines = [Engine(), Slow(slow)]
     for replica, engine in enumerate(engines):
         engine.calls = Named(events, replica)

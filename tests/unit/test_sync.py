@@ -236,16 +236,16 @@ async def test_an_engine_that_does_not_respond_is_named(call, monkeypatch):
         await subject.run(1)
     engines[0].hangs = "unanswered"
     with pytest.raises(ReplicaFailed, match=r"rollout-0: process did not respond within 0\.05 s"):
-        await subject._raise_failed_replica()
+        await subject.raise_failed()
 
 
 async def test_a_sync_that_takes_too_long_without_a_failed_replica_says_what_to_do():
-    subject, _, engines = fleet(1, sync={"timeout_s": 0.05})
+    subject, trainer, engines = fleet(1, sync={"timeout_s": 0.05})
 
     async def slow(*_):
         await asyncio.sleep(3600)
 
-    subject._trainer.connect = slow
+    trainer.connect = slow
     with pytest.raises(WeightSyncError, match=r"longer than sync\.timeout_s = 0\.05 s; finished phases: none"):
         await subject.run(1)
     assert "resume" not in engines[0].calls
