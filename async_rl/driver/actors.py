@@ -241,6 +241,10 @@ class RolloutHandle:
         """Score the canary's probe under the engine's weights."""
         return _typed(self.actor.score.remote(sequences))
 
+    def wake_and_score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]:
+        """Do ``wake`` and then ``score``."""
+        return _typed(self.actor.wake_and_score.remote(sequences))
+
     def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]:
         """Fingerprint the engine's residual stream layer by layer; None if it cannot."""
         return _typed(self.actor.fingerprints.remote(sequences))

@@ -22,7 +22,7 @@ from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
-from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, WeightUpdate
+from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, ScoresOnResume, WeightUpdate
 from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.evaluation import EvalResult, evaluate
 from async_rl.rollout.gate import Gate
@@ -93,7 +93,11 @@ class RolloutReplica:
     # -- groups in flight ---------------------------------------------------------------------------------------
 
     async def freeze(self, step: int) -> None:
-        """Keep the groups in flight as they are now, for the checkpoint of ``step``, in place of earlier ones."""
+        """Keep the groups in flight as they are now, for the checkpoint of ``step``, in place of earlier ones.
+
+        The replica must be paused with ``end_calls``.
+        """
+        await self._gate.wait_quiet()
         self._frozen = step, self._worker.moment()
 
     async def write_in_flight(self, step: int, folder: Path) -> dict[str, SavedGroup]:
@@ -119,6 +123,7 @@ class RolloutReplica:
         """Begin no engine call, and stop the engine as partial_rollout.mode says.
 
         ``end_calls`` ends calls that "in_flight" would keep, as "resume" does: ``freeze`` then finds their tokens.
+        What a call has sampled may reach the worker only after this returns: weights are loaded meanwhile.
         """
         self._gate.close()
         mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
@@ -130,8 +135,6 @@ class RolloutReplica:
         self._gate.start_pause()
         with self._waiting_for("pause"):
             await self._engine.pause(mode)
-        if mode != "keep":
-            await self._gate.wait_quiet()
 
     async def wake(self) -> None:
         """Let the engine compute again, for the canary and for evaluation; rollouts still wait."""
@@ -212,6 +215,18 @@ class RolloutReplica:
         """
         with self._waiting_for("score"):
             scores = await self._engine.score(list(sequences))
+        return self._checked(scores, sequences)
+
+    async def wake_and_score(self, sequences: Sequence[Int32Array]) -> list[Score]:
+        """Do ``wake`` and then ``score``, faster if the engine has a method for both."""
+        if not isinstance(self._engine, ScoresOnResume):
+            await self.wake()
+            return await self.score(sequences)
+        with self._waiting_for("score"):
+            scores = await self._engine.resume_and_score(list(sequences))
+        return self._checked(scores, sequences)
+
+    def _checked(self, scores: list[Score], sequences: Sequence[Int32Array]) -> list[Score]:
         routed_experts = [score.routed_experts for score in scores if score.routed_experts is not None]
         if self._engine.routing_spec is not None and scores:
             check_probe(routed_experts, [len(sequence) for sequence in sequences], self._engine.routing_spec)

@@ -144,14 +144,20 @@ class CanaryCheck:
         verdicts = await asyncio.gather(*(self.compare(replica, expected, replay=replay) for replica in replicas))
         return await self.conclude(dict(zip(replicas, verdicts, strict=True)))
 
-    async def compare(self, replica: int, expected: Expected, *, replay: bool = False) -> Verdict:
-        """Compare one replica with the trainer's side of the probe. Raises WeightSyncMismatch.
+    async def compare(self, replica: int, expected: Expected, *, replay: bool = False, paused: bool = False) -> Verdict:
+        """Compare one replica, which is woken if it is ``paused``, with the trainer's side of the probe.
+
+        Raises WeightSyncMismatch.
 
         ``expected`` is with the trainer's own routing. If the difference is over the tolerance, or ``replay`` asks for
         it, the trainer computes again with the engine's routing replayed, as in training: a tie between two experts
         that the two sides break differently is no alarm. In bfloat16 there are always some.
         """
-        scores, ours = await asyncio.gather(self._score(replica, self._probe), self._still(expected))
+        probe = self._probe
+        scoring = self._members.on(
+            replica, lambda worker: worker.wake_and_score(probe) if paused else worker.score(probe)
+        )
+        scores, ours = await asyncio.gather(scoring, self._still(expected))
         report = await self._report(replica, scores, ours.logprobs, replay=replay or self.replays)
         return Verdict(report, [score.routed_experts for score in scores])
 

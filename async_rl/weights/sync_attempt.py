@@ -170,10 +170,8 @@ class Attempts:
                 await sending
             elif staged.update is not None:
                 await self._receive(replica, staged.update, order.version)
-        with _timed(phases, "wake"):
-            await self._members.on(replica, lambda worker: worker.wake())
         with _timed(phases, "canary"):
-            verdict = await self._canary.compare(replica, staged.expected)
+            verdict = await self._canary.compare(replica, staged.expected, paused=True)
         if order.paused is not None:
             await order.paused(replica)
         order.progress.verdicts[replica] = verdict

@@ -441,6 +441,24 @@ async def test_score_refuses_a_paused_engine(engine):
     await engine.resume()
 
 
+async def test_sequences_scored_with_a_resume_have_the_scores_that_they_have_after_it(engine, trainer, weights):
+    sequences = [SHORT_PROMPT, *(SHORT_PROMPT[:size] for size in range(2, 6))]
+    plain = await engine.score(sequences)
+    await engine.pause("abort")
+    for a, b in zip(plain, await engine.resume_and_score(sequences), strict=True):
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        np.testing.assert_array_equal(a.routed_experts, b.routed_experts)
+    # Where the resume is refused, they leave the engine without an answer.
+    await engine.pause("abort")
+    await engine.start_weight_update()
+    with pytest.raises(WeightSyncError, match="it was not finished"):
+        await engine.resume_and_score(sequences)
+    async with asyncio.timeout(60):
+        while engine._calls or engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.01)
+    await trainer.push(weights)
+
+
 async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine, trainer, weights):
     await engine.pause("abort")
     await engine.start_weight_update()

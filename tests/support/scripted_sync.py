@@ -87,6 +87,10 @@ class Engine(Side):
     def do_pause(self, *, end_calls):
         self.ended_calls = end_calls
 
+    async def wake_and_score(self, sequences):
+        await self.wake()
+        return await self.score(sequences)
+
     def do_wake(self): ...
     def do_resume(self): ...
 

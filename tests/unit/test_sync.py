@@ -17,7 +17,7 @@ async def test_invariant_10_a_sync_that_arrives_is_made_once():
     record = await subject.run(1)
     assert (record.canary, record.retries, record.unreached_experts) == (0.0, {}, 0)
     assert engine.calls == ["init", "pause", "receive", "wake", "score", "resume"]
-    assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
+    assert set(record.phases) == {"pause", "transfer", "canary"}
 
 
 async def test_a_sync_that_arrives_wrong_is_tried_once_more():
@@ -159,7 +159,7 @@ async def test_an_engine_resumes_as_soon_as_its_own_canary_agreed(call):
     assert slow.calls[-1] == "resume"
     assert trainer.calls == [], "it may compute meanwhile"
     # The record has the phases of one replica, the slowest.
-    assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
+    assert set(record.phases) == {"pause", "transfer", "canary"}
 
 
 async def test_replicas_that_are_held_wait_for_each_other():

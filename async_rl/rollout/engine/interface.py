@@ -133,3 +133,11 @@ class RolloutEngine(Protocol):
 
     async def shutdown(self) -> None:
         """End the engine and all of its processes. May be called twice."""
+
+
+@runtime_checkable
+class ScoresOnResume(Protocol):
+    """What an engine may have besides, to make the pause of a weight sync shorter."""
+
+    async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
+        """Do ``resume`` and then ``score`` as one."""

@@ -72,6 +72,8 @@ class _Plan:
     """By layer, in the order in which layers were complete."""
     tied: dict[str, Any]
     """Layers with a packed copy of the weights of another."""
+    deriving: list[Any]
+    """Layers that may derive something from the weights of others: attention."""
 
 
 class Reload:
@@ -82,16 +84,16 @@ class Reload:
         self._model_config = model_config
         self._plan: _Plan | None = None
 
-    @torch.no_grad()
     def load(self, tensors: Tensors) -> None:
         """Load ``tensors``, named as in a checkpoint, all that the model has. Raises WeightSyncError."""
         forget_moe_kernels(self._model)
         plan, self._plan = self._plan, None  # after a fault vLLM's own way is taken
-        if plan is not None and plan.shapes == _shapes(tensors):
-            self._repeat(plan, tensors)
-            self._plan = plan
-        else:
-            self._plan = self._load_as_vllm(tensors)
+        with torch.no_grad():
+            if plan is not None and plan.shapes == _shapes(tensors):
+                self._repeat(plan, tensors)
+                self._plan = plan
+            else:
+                self._plan = self._load_as_vllm(tensors)
 
     def _load_as_vllm(self, tensors: Tensors) -> _Plan | None:
         with _recorded() as calls:
@@ -111,9 +113,8 @@ class Reload:
             for call in calls:
                 info.loaded_weights.append((call.parameter, call.on(tensors)))
             layerwise._layerwise_process(layer, info)
-        for layer in self._model.modules():
-            if layerwise.is_deferred_attention_layer(layer):  # what it derives from the weights of others
-                layer.process_weights_after_loading(self._model_config.dtype)
+        for layer in plan.deriving:
+            layer.process_weights_after_loading(self._model_config.dtype)
         repack_tied(self._model, plan.tied)
 
 
@@ -140,8 +141,9 @@ def _recorded() -> Iterator[Recorded]:
 def _plan(model: torch.nn.Module, tensors: Tensors, recorded: Recorded, tied: dict[str, Any]) -> _Plan | None:
     """Return how to repeat these calls with other tensors; None where that is not known."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    attention = [layer for layer, _ in recorded if layerwise.is_deferred_attention_layer(layer)]
-    if not on_cpu or attention or not vllm.__version__.startswith(VLLM_VERSION):
+    deriving = [layer for layer in model.modules() if layerwise.is_deferred_attention_layer(layer)]
+    loaded = any(layer is other for layer, _ in recorded for other in deriving)  # scales, of a quantized cache
+    if not on_cpu or loaded or not vllm.__version__.startswith(VLLM_VERSION):
         return None
     where = _Where(tensors)
     calls: list[tuple[torch.nn.Module, list[_Call]]] = []
@@ -162,7 +164,7 @@ def _plan(model: torch.nn.Module, tensors: Tensors, recorded: Recorded, tied: di
             others = {name: None if name in gone else value for name, value in arguments.arguments.items()}
             of_layer.append(_Call(parameter, arguments.signature, others, views))
         calls.append((layer, of_layer))
-    return _Plan(_shapes(tensors), calls, tied) if len(seen) == len(tensors) else None
+    return _Plan(_shapes(tensors), calls, tied, deriving) if len(seen) == len(tensors) else None
 
 
 class _Where:
