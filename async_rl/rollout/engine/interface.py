@@ -137,7 +137,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class ScoresOnResume(Protocol):
-    """What an engine may have besides, to make the pause of a weight sync shorter."""
+    """What an engine may have in addition: it makes the pause of a weight sync shorter."""
 
     async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
         """Do ``resume`` and then ``score`` as one."""
