@@ -368,7 +368,7 @@ async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(eng
         assert output.routed_experts.shape[0] == len(SHORT_PROMPT) + 1 + len(output.token_ids) - 1
 
 
-async def test_invariant_7_a_pause_returns_when_all_outputs_before_it_are_accounted_for(engine):
+async def test_invariant_7_the_version_changes_when_all_outputs_before_are_accounted_for(engine):
     from vllm.v1.engine import EngineCoreOutputs
 
     llm, seen = engine._engine, []
