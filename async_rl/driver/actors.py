@@ -38,7 +38,7 @@ from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
 from async_rl.trainer.parallel import world_size
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
-from async_rl.weights.sync import Replica
+from async_rl.weights.sides import Replica
 
 # Ray's own default for asynchronous actors, written down: ``run`` and every probe and weight sync share one event loop.
 _MAX_CONCURRENT_CALLS = 1000
@@ -111,9 +111,12 @@ class TrainerRanks:
         actors = [replica.actor for replica in replicas]
         await self._together("connect", [rank.connect.remote(actors) for rank in self._ranks])
 
-    async def stage_weights(self) -> None:
-        """Do what of the next ``send_weights`` needs no engine."""
-        await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
+    async def stage_weights(self) -> Mapping[str, Any] | None:
+        """Copy the weights to where replicas take them from, and return what ``RolloutHandle.receive`` needs for it.
+
+        None where ``send_weights`` must be called instead.
+        """
+        return await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
 
     async def send_weights(self, version: int, only: int | None = None) -> float:
         """Transfer the weights as policy version ``version`` to all connected replicas, or to that at index ``only``.
@@ -235,6 +238,10 @@ class RolloutHandle:
         """Stop generation as partial_rollout.mode says; ``end_calls`` ends calls that it would freeze."""
         return _typed(self.actor.pause.remote(end_calls=end_calls))
 
+    def receive(self, update: Mapping[str, Any], version: int) -> Awaitable[None]:
+        """Take weights that the trainer has staged, as policy version ``version``."""
+        return _typed(self.actor.receive.remote(update, version))
+
     def wake(self) -> Awaitable[None]:
         """Let the engine compute again, for the canary and evaluation; rollouts still wait."""
         return _typed(self.actor.wake.remote())
@@ -254,6 +261,10 @@ class RolloutHandle:
     def score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]:
         """Score the canary's probe under the engine's weights."""
         return _typed(self.actor.score.remote(sequences))
+
+    def wake_and_score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]:
+        """Do ``wake`` and then ``score``."""
+        return _typed(self.actor.wake_and_score.remote(sequences))
 
     def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]:
         """Fingerprint the engine's residual stream layer by layer; None if it cannot."""

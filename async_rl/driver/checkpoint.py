@@ -40,7 +40,8 @@ from async_rl.runtime import logs
 from async_rl.runtime.failures import unwrap_ray_error
 from async_rl.runtime.manifest import Entries
 from async_rl.weights.canary import Noise
-from async_rl.weights.sync import Replica, WeightSync
+from async_rl.weights.sides import Replica
+from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
 

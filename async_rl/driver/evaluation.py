@@ -44,9 +44,13 @@ class Evaluator:
         """Return whether eval.every asks for an evaluation of this version."""
         return bool(self._settings.every) and version % self._settings.every == 0
 
+    def pauses(self, version: int) -> bool:
+        """Return whether this version is evaluated before rollouts resume."""
+        return self.is_due(version) and not self._settings.beside_rollouts
+
     async def while_paused(self, version: int, step: int) -> None:
         """Evaluate a version that is due, before rollouts resume, unless it is evaluated beside them."""
-        if self.is_due(version) and not self._settings.beside_rollouts:
+        if self.pauses(version):
             await self.evaluate(version, step)
 
     def beside_rollouts(self, version: int) -> None:

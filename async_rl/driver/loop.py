@@ -1,4 +1,4 @@
-"""The training loop of a run: creates the actors, runs every loop of the driver, owns the policy version.
+"""The training loop of a run: creates the actors, and runs every loop of the driver.
 
     prompts ──► RolloutWorker × N ──► QueueActor ──► TrainingLoop ──► TrainerWorker × ranks
                      ▲                                                      │
@@ -11,9 +11,10 @@ publishes the actors' counters. The first one that raises ends the run.
     loop              waits for                                    unblocked by
     rollout           admission (staleness budget)                 a weight sync, or a group that is given back
     rollout           room in the queue, by groups or bytes        the ack of trained groups
-    rollout           the end of a weight sync                     resume
+    rollout           its replica's part of a weight sync          resume
     training loop     groups_per_step × require_batches groups     a finished group
                       (trainer.streaming: one, or one per rank)
+    update            the weight sync of the step before           its end
     weight sync       generations in flight (mode drain only)      their end
     restarted worker  current weights                              the training loop, while it waits for groups
 
@@ -41,19 +42,20 @@ from async_rl.driver.cluster import assign_cores, free_resources
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.leases import Leased, LeasedGroups
 from async_rl.driver.monitor import Monitor
+from async_rl.driver.push import Pusher
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.shares import batch_shares, rank_shares
 from async_rl.driver.starting import wait_started
 from async_rl.driver.trainer_recovery import TrainerRecovery
-from async_rl.errors import ReplicaFailed, TrainerDied
+from async_rl.errors import TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
 from async_rl.rollout.stats import worker_id
-from async_rl.runtime import logs, timeouts
+from async_rl.runtime import timeouts
 from async_rl.runtime.interrupt import first_failure
 from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
@@ -80,9 +82,6 @@ class TrainingLoop:
         self._found = found
         restored = None if found is None else run_state.read(found)
         self._step = 0 if restored is None else restored.step
-        self._version = 0 if restored is None else restored.version
-        self._attempted = self._version  # the last version that a weight sync was begun with
-        self._synced_step = self._step  # the step whose weights are those of the policy version
         self._training = self._stopping = False
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
@@ -108,6 +107,17 @@ class TrainingLoop:
             trainers=self._trainers,
             sync=self._sync,
             replicas=self._replicas,
+            monitor=self._monitor,
+            recorder=recorder,
+        )
+        self._pusher = Pusher(
+            0 if restored is None else restored.version,
+            self._step,
+            queue=self._queue,
+            sync=self._sync,
+            replicas=self._replicas,
+            evaluator=self._evaluator,
+            checkpointer=self._checkpointer,
             monitor=self._monitor,
             recorder=recorder,
         )
@@ -139,7 +149,7 @@ class TrainingLoop:
         try:
             await self._start()
             if self._found is None:
-                await self._evaluator.evaluate(self._version, self._step)
+                await self._evaluator.evaluate(self._pusher.version, self._step)
             self._recorder.training_begins()
             supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             self._training = True
@@ -149,6 +159,7 @@ class TrainingLoop:
                 await first_failure(self._finish(), self._monitor.run())
         finally:
             self._evaluator.cancel()
+            self._pusher.cancel()
             await self._shut_down()
 
     async def _start(self) -> None:
@@ -159,7 +170,7 @@ class TrainingLoop:
         await wait_started(starting, self._config.watchdog, self._recorder.event, free_resources)
         self._sync.members = dict(workers)
         if self._found is not None:
-            self._version = await self._checkpointer.restore(self._found)
+            self._pusher.version = await self._checkpointer.restore(self._found)
         agreement = await self._sync.begin()
         self._recorder.event(
             "engine_trainer_agree",
@@ -174,7 +185,7 @@ class TrainingLoop:
         await self._monitor.poll()
         self._recorder.training_ended()
         await self._recorder.samples.finished()
-        await self._evaluator.evaluate(self._version, self._step)
+        await self._evaluator.evaluate(self._pusher.version, self._step)
         with self._monitor.phase("export", self._step):
             await self._trainers.export(self._recorder.final_model)
 
@@ -184,11 +195,14 @@ class TrainingLoop:
         while self._step < self._config.trainer.steps and not self._stopping:
             try:
                 await self._train_step()
+                if self._step == self._config.trainer.steps:
+                    await self._pusher.finished(self._step)
             except _StepLeft:
                 if not self._stopping:
-                    await self._sync_weights()
+                    await self._pusher.push(self._step)
             except TrainerDied as error:
                 await self._restart_trainer(error)
+        await self._pusher.finished(self._step)
         await self._checkpointer.finish()
         if self._stopping and self._step > self._checkpointer.latest_step:
             await self._checkpointer.write(await self._paused_state())
@@ -203,15 +217,16 @@ class TrainingLoop:
         except (TrainerDied, _StepLeft) as error:
             await self._trainer_recovery.give_back([meta.group_id for meta, _ in leased], error)
             raise
-        step, version = self._step + 1, self._version
+        step, version = self._step + 1, self._pusher.version
         trained = await asyncio.to_thread(self._recorder.described, leased)
         await self._recorder.samples.before_ack(leased)
         await self._queue.ack([meta.group_id for meta, _ in leased], step)
         self._step = step
         step_s = time.monotonic() - began
         due = self._checkpointer.due(step)
+        write_samples = functools.partial(self._recorder.samples.begin, step, version, leased)
         if step == self._config.trainer.steps or step % self._config.async_training.trigger_parameter_sync_step == 0:
-            syncing = asyncio.ensure_future(self._sync_weights(snapshot=due))
+            syncing = asyncio.ensure_future(self._pusher.begin(step, snapshot=due, then=write_samples))
             await asyncio.sleep(0)  # let it begin before the step is recorded
             try:
                 self._recorder.record_step(step, version, reports, trained, step_s=step_s)
@@ -220,29 +235,29 @@ class TrainingLoop:
         else:
             self._recorder.record_step(step, version, reports, trained, step_s=step_s)
             state = await self._paused_state() if due else None
-        await self._recorder.samples.begin(step, version, leased)
+            await write_samples()
         if state is not None:
             await self._checkpointer.write(state)
 
     async def _paused_state(self) -> RunMoment:
         """Take the run's state without a weight sync, for which the replicas are paused."""
         await self._evaluator.finished(self._step)
-        synced = self._step == self._synced_step
-        return await self._checkpointer.pause_and_take(self._step, self._version, synced=synced)
+        synced = self._step == self._pusher.synced_step
+        return await self._checkpointer.pause_and_take(self._step, self._pusher.version, synced=synced)
 
     async def _update(self, leased: Leased) -> list[StepReport]:
         """Wait for all groups of a training step, then do its updates. Returns a report for each update."""
         required, size = self._config.required_groups, self._config.trainer.groups_per_step
         divide = functools.partial(batch_shares, size=size, shares=self._shares)
-        while True:
-            missing = required - len(leased)
+        while (missing := required - len(leased)) > 0:
             leased += await self._lease(missing, missing)
             with self._monitor.phase("update", self._step + 1):
                 shares = await self._groups.read(leased, divide)
-                if len(leased) == required:
-                    calls = self._trainers.train_step(shares, *self._versions())
-                    reports, _ = await asyncio.gather(calls, self._monitor.poll())
-                    return reports
+        await self._pusher.finished(self._step + 1)
+        with self._monitor.phase("update", self._step + 1):
+            calls = self._trainers.train_step(shares, *self._versions())
+            reports, _ = await asyncio.gather(calls, self._monitor.poll())
+        return reports
 
     async def _streamed_update(self, leased: Leased) -> list[StepReport]:
         """Do the update of a training step, whose microbatches are computed as soon as groups are queued."""
@@ -255,6 +270,7 @@ class TrainingLoop:
             with self._monitor.phase("update", self._step + 1):
                 if shares := await self._groups.read(leased, divide, since=done):
                     await self._trainers.accumulate(shares, *versions, first=done == 0)
+        await self._pusher.finished(self._step + 1)
         with self._monitor.phase("update", self._step + 1):
             report, _ = await asyncio.gather(self._trainers.finish_step(), self._monitor.poll())
         return [report]
@@ -265,58 +281,32 @@ class TrainingLoop:
         Raises _StepLeft if the run is to end, or no worker generates and one needs a weight sync to do so.
         """
         while True:
-            if synced := self._step == self._synced_step:
-                await self._replicas.admit(self._version)
+            pushing = self._pusher.under_way()
+            if synced := self._step == self._pusher.synced_step:
+                await self._replicas.admit(self._pusher.version)
             leased = await self._queue.lease("trainer", n, timeout_s=_LEASE_POLL_S, at_least=at_least)
             if leased:
                 return leased
-            if self._stopping or not (synced or self._sync.members):
+            if self._stopping or not (pushing or synced or self._sync.members):
                 raise _StepLeft
 
     def _versions(self) -> tuple[int, int]:
         """Return the version that trains on tokens now, and the oldest that may have sampled them."""
-        return self._version, oldest_allowed_version(self._version, self._config.async_training.max_staleness)
-
-    async def _sync_weights(self, *, snapshot: bool = False) -> RunMoment | None:
-        """Bring the trainer's weights to every replica as version v+1, and let the queue admit groups for it.
-
-        Restarted workers take part. With ``snapshot``, returns the run's state as it is while the engines are paused.
-        """
-        await self._evaluator.finished(self._step)
-        # A version whose sync was given up is not used again: engines may have sampled with other weights under it.
-        version = self._attempted = max(self._version, self._attempted) + 1
-        paused = functools.partial(self._checkpointer.freeze, self._step) if snapshot else None
-        with self._monitor.phase("push", self._step):
-            while True:
-                await self._replicas.add_waiting_members()
-                try:
-                    record = await self._sync.run(version, paused=paused, end_calls=snapshot)
-                    break
-                except ReplicaFailed as error:
-                    self._replicas.evict(error)
-        self._version, self._synced_step = version, self._step
-        logs.bind(version=version)
-        await self._evaluator.while_paused(self._version, self._step)
-        # Before the queue admits more groups: those are not frozen.
-        state = await self._checkpointer.take(self._step, version, synced=True) if snapshot else None
-        await self._queue.advance(self._version)
-        self._recorder.sync(record)
-        await self._sync.resume()
-        self._replicas.on_sync_done()
-        self._evaluator.beside_rollouts(self._version)
-        return state
+        version = self._pusher.version
+        return version, oldest_allowed_version(version, self._config.async_training.max_staleness)
 
     # -- failures -----------------------------------------------------------------------------------------------
 
     async def _restart_trainer(self, error: TrainerDied) -> None:
         """Return to the step of the latest valid checkpoint, with a restarted trainer."""
+        await self._pusher.settled(self._step)
         self._evaluator.cancel()  # the weights that it evaluates are undone
         while True:
             with self._monitor.phase("restart", self._step):
                 try:
                     self._step, reissued = await self._trainer_recovery.restart(error)
                     self._sync.reconnect()
-                    await self._sync_weights()
+                    await self._pusher.push(self._step)
                     self._recorder.event("trainer_restarted", step=self._step, reissued=reissued)
                     return
                 except TrainerDied as next_error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
-from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score
+from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, ScoresOnResume, WeightUpdate
 from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.evaluation import EvalResult, evaluate
 from async_rl.rollout.gate import Gate
@@ -95,7 +95,11 @@ class RolloutReplica:
     # -- groups in flight ---------------------------------------------------------------------------------------
 
     async def freeze(self, step: int) -> None:
-        """Keep the groups in flight as they are now, for the checkpoint of ``step``, in place of earlier ones."""
+        """Keep the groups in flight as they are now, for the checkpoint of ``step``, in place of earlier ones.
+
+        The replica must be paused with ``end_calls``.
+        """
+        await self._gate.wait_quiet()
         self._frozen = step, self._worker.moment()
 
     async def write_in_flight(self, step: int, folder: Path) -> dict[str, SavedGroup]:
@@ -121,6 +125,7 @@ class RolloutReplica:
         """Begin no engine call, and stop the engine as partial_rollout.mode says.
 
         ``end_calls`` ends calls that "in_flight" would keep, as "resume" does: ``freeze`` then finds their tokens.
+        What a call has sampled may reach the worker only after this returns: weights are loaded meanwhile.
         """
         self._gate.close()
         mode = PAUSE_MODE[self._config.async_training.partial_rollout.mode]
@@ -132,8 +137,6 @@ class RolloutReplica:
         self._gate.start_pause()
         with self._waiting_for("pause"):
             await self._engine.pause(mode)
-        if mode != "keep":
-            await self._gate.wait_quiet()
 
     async def wake(self) -> None:
         """Let the engine compute again, for the canary and for evaluation; rollouts still wait."""
@@ -162,7 +165,19 @@ class RolloutReplica:
         finally:
             self._pending_engine_call = None
 
-    # -- weight transfer, as vLLM's RayVLLMWeightSyncClient calls it ----------------------------------------------
+    # -- weight transfer ----------------------------------------------------------------------------------------
+
+    async def receive(self, update: Mapping[str, Any], version: int) -> None:
+        """Take weights that the trainer has staged, as policy version ``version``; the replica must be paused.
+
+        The same calls as those below, in one instead of four from another process. Raises WeightSyncError, EngineDied.
+        """
+        await self.start_weight_update()
+        await self.update_weights(WeightUpdate(dict(update)))
+        await self.finish_weight_update()
+        await self.update_weight_version(str(version))
+
+    # As vLLM's RayVLLMWeightSyncClient calls it.
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         """Agree with the sender on how weights travel."""
@@ -202,6 +217,18 @@ class RolloutReplica:
         """
         with self._waiting_for("score"):
             scores = await self._engine.score(list(sequences))
+        return self._checked(scores, sequences)
+
+    async def wake_and_score(self, sequences: Sequence[Int32Array]) -> list[Score]:
+        """Do ``wake`` and then ``score``, faster if the engine has a method for both."""
+        if not isinstance(self._engine, ScoresOnResume):
+            await self.wake()
+            return await self.score(sequences)
+        with self._waiting_for("score"):
+            scores = await self._engine.resume_and_score(list(sequences))
+        return self._checked(scores, sequences)
+
+    def _checked(self, scores: list[Score], sequences: Sequence[Int32Array]) -> list[Score]:
         routed_experts = [score.routed_experts for score in scores if score.routed_experts is not None]
         if self._engine.routing_spec is not None and scores:
             check_probe(routed_experts, [len(sequence) for sequence in sequences], self._engine.routing_spec)

@@ -91,11 +91,14 @@ class TrainerWorker:
         """Do the optimizer update of the step whose groups were accumulated."""
         return self._trainer.finish_step()
 
-    def stage_weights(self) -> None:
-        """Prepare the next ``send_weights`` under the weights of now; the engines generate meanwhile."""
+    def stage_weights(self) -> Mapping[str, Any] | None:
+        """Copy the weights of now to where replicas take them from, while the engines generate.
+
+        Returns what a replica needs in order to take them; None where ``send_weights`` must be called instead.
+        """
         if self._sender is None:
             raise RuntimeError("connect() must be called before stage_weights()")
-        self._sender.stage()
+        return self._sender.stage()
 
     def send_weights(self, version: int, only: int | None = None) -> float:
         """Transfer the weights as policy version ``version`` to all connected rollout actors, or to that at ``only``.

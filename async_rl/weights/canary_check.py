@@ -7,7 +7,7 @@ are pure; ``sync`` says when to check.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -72,6 +72,15 @@ class Expected:
     """float32[N-1] of each sequence int32[N] of the probe, with the trainer's own routing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of the canary for a replica that agreed."""
+
+    report: CanaryReport
+    routed_experts: Sequence[ExpertIds | None]
+    """[N-1, L, K] of each sequence of the probe."""
+
+
 class Members(Protocol):
     """Reaches the replicas; ``sync.WeightSync`` is the real one."""
 
@@ -123,34 +132,50 @@ class CanaryCheck:
         probe = self._probe
         return Expected(probe, await self._trainer.logprobs(probe, None))
 
-    async def check(self, replicas: list[int], *, replay: bool, expected: Expected | None = None) -> Agreement:
-        """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch.
+    @property
+    def replays(self) -> bool:
+        """Whether every comparison has the trainer replay the engine's routing, under the weights that were sent."""
+        routed = self._model.routing_spec is not None and self._config.rollout.return_routed_experts
+        return routed and coarser_dtype(self._config) == "bfloat16"
 
-        ``expected`` is the trainer's side where it is known, with its own routing. If the difference is over the
-        tolerance, or ``replay`` asks for it, it computes again with the engine's routing replayed, as in training: a
-        tie between two experts that the two sides break differently is no alarm. In bfloat16 there are always some.
+    async def check(self, replicas: list[int], *, replay: bool) -> Agreement:
+        """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch."""
+        expected = await self.expect()
+        verdicts = await asyncio.gather(*(self.compare(replica, expected, replay=replay) for replica in replicas))
+        return await self.conclude(dict(zip(replicas, verdicts, strict=True)))
+
+    async def compare(self, replica: int, expected: Expected, *, replay: bool = False, paused: bool = False) -> Verdict:
+        """Compare one replica, which is woken if it is ``paused``, with the trainer's side of the probe.
+
+        Raises WeightSyncMismatch.
+
+        ``expected`` is with the trainer's own routing. If the difference is over the tolerance, or ``replay`` asks for
+        it, the trainer computes again with the engine's routing replayed, as in training: a tie between two experts
+        that the two sides break differently is no alarm. In bfloat16 there are always some.
         """
-        replay = replay or coarser_dtype(self._config) == "bfloat16"
-        scored, ours = await asyncio.gather(
-            asyncio.gather(*(self._score(replica, self._probe) for replica in replicas)),
-            self._still(expected),
+        probe = self._probe
+        scoring = self._members.on(
+            replica, lambda worker: worker.wake_and_score(probe) if paused else worker.score(probe)
         )
-        reports = [
-            await self._compare(replica, scores, ours.logprobs, replay=replay)
-            for replica, scores in zip(replicas, scored, strict=True)
-        ]
+        scores, ours = await asyncio.gather(scoring, self._still(expected))
+        report = await self._report(replica, scores, ours.logprobs, replay=replay or self.replays)
+        return Verdict(report, [score.routed_experts for score in scores])
+
+    async def conclude(self, verdicts: Mapping[int, Verdict]) -> Agreement:
+        """Return the outcome for replicas that all agreed. The first comparison of a run is also its scale."""
         if tolerance(self._config, self.noise) is None:
-            self._calibrate(reports)
+            self._calibrate([verdict.report for verdict in verdicts.values()])
+        replica, first = next(iter(verdicts.items()))
         return Agreement(
-            report=max(reports, key=lambda report: report.max_abs_diff),
-            unreached_experts=await self._count_unreached(replicas[0], [score.routed_experts for score in scored[0]]),
+            report=max((verdict.report for verdict in verdicts.values()), key=lambda report: report.max_abs_diff),
+            unreached_experts=await self._count_unreached(replica, first.routed_experts),
         )
 
-    async def _still(self, expected: Expected | None) -> Expected:
+    async def _still(self, expected: Expected) -> Expected:
         """Return ``expected`` if it is of the present probe; else have the trainer compute it again."""
-        return expected if expected is not None and expected.probe is self._probe else await self.expect()
+        return expected if expected.probe is self._probe else await self.expect()
 
-    async def _compare(
+    async def _report(
         self, replica: int, scores: list[Score], native: list[Float32Array], *, replay: bool
     ) -> CanaryReport:
         """Return how far one replica is from the trainer. Raises WeightSyncMismatch if it is too far."""

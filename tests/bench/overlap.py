@@ -6,7 +6,8 @@
 
 Each run is a real one in processes of its own. Printed last, one JSON line:
 wall_ratio_sync_over_async; ideal_ratio, what perfect overlap of the synchronous run's own phases would give (their sum
-over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time.
+over the longer one); wall_ratio_colocated_over_async; overlap_efficiency, busy time of the busier side over wall time;
+sync_seconds, the median of each phase of a weight sync in the asynchronous runs.
 
     .venv/bin/python -m tests.bench.overlap [--steps 24] [--groups 16] [--rounds 2] [--config configs/tiny_moe.yaml]
 """
@@ -28,11 +29,19 @@ WAYS = {
 }
 
 
-def run(config: Path, way: str, steps: int, groups: int, seed: int, runs: Path) -> dict:
+def run(config: Path, way: str, steps: int, groups: int, seed: int, runs: Path) -> tuple[dict, list[dict]]:
+    """The summary of one run, and the seconds of each phase of its weight syncs."""
     name = f"{way}-{seed}"
     size = {"trainer.steps": steps, "trainer.groups_per_step": groups}
     folder = train(config, runs, name, {"seed": seed, "eval.n": 1} | size | WAYS[way])
-    return json.loads((folder / "summary.json").read_text())
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return json.loads((folder / "summary.json").read_text()), [
+        row["sync_seconds"] for row in rows if row["sync_seconds"]
+    ]
+
+
+def medians(syncs: list[dict]) -> dict[str, float]:
+    return {phase: round(statistics.median(sync[phase] for sync in syncs), 3) for phase in syncs[0]}
 
 
 def main() -> None:
@@ -44,14 +53,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     summaries: dict[str, list[dict]] = {way: [] for way in WAYS}
+    syncs: dict[str, list[dict]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(arguments.rounds):
             for way in WAYS:
-                summary = run(arguments.config, way, arguments.steps, arguments.groups, seed, Path(folder))
+                summary, each = run(arguments.config, way, arguments.steps, arguments.groups, seed, Path(folder))
                 summaries[way].append(summary)
+                syncs[way] += each
                 print(
                     f"{way:10s} wall {summary['wall_s']:6.1f} s   rollout {summary['busy']['rollout_s']:6.1f} s   "
-                    f"trainer {summary['busy']['trainer_s']:6.1f} s   overlap {summary['overlap_efficiency']:.2f}",
+                    f"trainer {summary['busy']['trainer_s']:6.1f} s   overlap {summary['overlap_efficiency']:.2f}   "
+                    + "   ".join(f"{phase} {seconds:.3f} s" for phase, seconds in medians(each).items()),
                     flush=True,
                 )
 
@@ -68,6 +80,7 @@ def main() -> None:
             way: statistics.median(summary["overlap_efficiency"] for summary in summaries[way])
             for way in ("sync", "async")
         },
+        "sync_seconds": medians(syncs["async"]),
     }
     print(json.dumps(result))
 

@@ -368,7 +368,7 @@ async def test_invariant_7_stamps_are_true_when_weights_are_pushed_in_flight(eng
         assert output.routed_experts.shape[0] == len(SHORT_PROMPT) + 1 + len(output.token_ids) - 1
 
 
-async def test_invariant_7_a_pause_returns_when_all_outputs_before_it_are_accounted_for(engine):
+async def test_invariant_7_the_version_changes_when_all_outputs_before_are_accounted_for(engine):
     from vllm.v1.engine import EngineCoreOutputs
 
     llm, seen = engine._engine, []
@@ -439,6 +439,24 @@ async def test_score_refuses_a_paused_engine(engine):
     with pytest.raises(EngineError, match="score: the engine is paused"):
         await engine.score([SHORT_PROMPT])
     await engine.resume()
+
+
+async def test_sequences_scored_with_a_resume_have_the_scores_that_they_have_after_it(engine, trainer, weights):
+    sequences = [SHORT_PROMPT, *(SHORT_PROMPT[:size] for size in range(2, 6))]
+    plain = await engine.score(sequences)
+    await engine.pause("abort")
+    for a, b in zip(plain, await engine.resume_and_score(sequences), strict=True):
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        np.testing.assert_array_equal(a.routed_experts, b.routed_experts)
+    # Where the resume is refused, they leave the engine without an answer.
+    await engine.pause("abort")
+    await engine.start_weight_update()
+    with pytest.raises(WeightSyncError, match="it was not finished"):
+        await engine.resume_and_score(sequences)
+    async with asyncio.timeout(60):
+        while engine._calls or engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.01)
+    await trainer.push(weights)
 
 
 async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine, trainer, weights):

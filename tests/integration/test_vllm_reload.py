@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload import (
 from async_rl.errors import WeightSyncError
 from async_rl.weights.shm_file import Announcement, TensorMeta, read
 from async_rl.weights.vllm.head_repack import packed_without_weights, repack_tied
+from async_rl.weights.vllm.reload import Reload
 from async_rl.weights.vllm.shm import ShmTrainerInitInfo, ShmTrainerWeightTransferEngine
 
 # vLLM pads a vocabulary to a multiple of 64, so one of these is loaded whole and one in part.
@@ -38,7 +39,7 @@ class Model(torch.nn.Module):
         record_metadata_for_reloading(self)
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, tensor in weights.items():
+        for name, tensor in dict(weights).items():
             parameter = self.get_parameter(name)
             parameter.weight_loader(parameter, tensor)
 
@@ -110,6 +111,56 @@ def test_an_output_layer_without_weights_is_refused(make, missing):
     del pushed[missing]
     with pytest.raises(WeightSyncError, match=f"no weights for {missing.removesuffix('.weight')}"):
         push(model, pushed)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_later_reload_repeats_the_calls_of_the_first_and_makes_the_same_model(make, vocab, tied):
+    model, whole = (make(vocab, weights(vocab, 0, tied=tied), tied=tied) for _ in range(2))
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    subject = Reload(model, mock.Mock(dtype=torch.float32))
+    subject.load(list(weights(vocab, 1, tied=tied).items()))
+    with mock.patch.object(Model, "load_weights", side_effect=AssertionError("the model was searched again")):
+        for seed in (2, 3):
+            subject.load(list(weights(vocab, seed, tied=tied).items()))
+    push(whole, weights(vocab, 3, tied=tied))
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(model.logits(hidden), whole.logits(hidden))
+    assert torch.equal(model.embed_tokens.weight, whole.embed_tokens.weight)
+    assert (model.lm_head.weight is model.embed_tokens.weight) is tied
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_a_reload_whose_loaders_get_copies_is_whole_each_time(make):
+    model = make(128, weights(128, 0, tied=False), tied=False)
+    load, loads = model.load_weights, []
+
+    def copies(tensors):
+        loads.append(len(tensors))
+        load({name: tensor.clone() for name, tensor in tensors})
+
+    model.load_weights = copies
+    subject = Reload(model, mock.Mock(dtype=torch.float32))
+    for seed in (1, 2):
+        subject.load(list(weights(128, seed, tied=False).items()))
+    assert loads == [2, 2]
+    assert far_off(model, weights(128, 2, tied=False)) < 1e-4
+
+
+def test_parts_of_tensors_are_found_again(make):
+    """As loaders of fused experts get them: halves of one tensor."""
+    model = make(128, weights(128, 0, tied=False), tied=False)
+    load = model.load_weights
+    model.load_weights = lambda tensors: load(
+        dict(zip(("embed_tokens.weight", "lm_head.weight"), tensors[0][1].chunk(2), strict=True))
+    )
+    subject = Reload(model, mock.Mock(dtype=torch.float32))
+    for seed in (1, 2):
+        pushed = weights(128, seed, tied=False)
+        subject.load([("both", torch.cat(list(pushed.values())))])
+        model.load_weights = None
+    assert far_off(model, pushed) < 1e-4
+    assert torch.equal(model.embed_tokens.weight, pushed["embed_tokens.weight"])
 
 
 class Client:

@@ -15,7 +15,7 @@ from async_rl.queue.records import Ticket
 from async_rl.rollout import in_flight, routing_policies
 from async_rl.rollout import worker as worker_module
 from async_rl.rollout.actor import RolloutReplica
-from async_rl.rollout.engine.interface import EngineOutput
+from async_rl.rollout.engine.interface import EngineOutput, Score
 from async_rl.runtime import manifest
 from async_rl.types import Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
@@ -275,6 +275,40 @@ async def test_nothing_is_begun_while_paused():
     assert len(queue.groups) == 2
 
 
+class Receiver(ScriptedEngine):
+    """Takes weights in the order of the calls; hangs in ``stuck``."""
+
+    stuck = None
+
+    def __getattribute__(self, name):
+        if name not in ("start_weight_update", "update_weights", "finish_weight_update"):
+            return super().__getattribute__(name)
+
+        async def call(*arguments):
+            self.received.append((name, *arguments))
+            if name == self.stuck:
+                await asyncio.Event().wait()
+
+        return call
+
+
+async def test_staged_weights_are_taken_in_one_call_and_a_call_that_hangs_in_it_is_named():
+    engine = scripted(kind=Receiver)
+    engine.received = []
+    subject, _ = worker(engine, ListQueue(0))
+    await subject.pause()
+    await subject.receive({"round": 3}, 7)
+    calls = [name for name, *_ in engine.received]
+    assert calls == ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert engine.received[1][1].update_info == {"round": 3}
+    assert (engine.version, await subject.unanswered()) == (7, None)
+    engine.stuck = "update_weights"
+    receiving = asyncio.ensure_future(subject.receive({"round": 4}, 8))
+    await turns(5)
+    assert (engine.version, await subject.unanswered()) == (7, "update_weights")
+    receiving.cancel()
+
+
 async def test_reward_failure_ends_the_run_or_the_group_as_configured():
     engine, queue = scripted(), ListQueue(2)
     subject, digits = worker(engine, queue)
@@ -410,6 +444,76 @@ async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has
     await successor.run()
     assert other.sampled == 30 * 2 * 2 - at_the_moment
     assert sorted(group.group_id for group in heir.groups) == sorted(files)
+
+
+class Scorer(ScriptedEngine):
+    """Scores with any weights, and not while it is paused."""
+
+    async def score(self, sequences):
+        assert self._running.is_set()
+        self.scored = ["score"]
+        return [Score(np.zeros(len(s) - 1, np.float32), np.zeros((len(s) - 1, 2, 2), np.uint8)) for s in sequences]
+
+
+class ScorerOnResume(Scorer):
+    async def resume_and_score(self, sequences):
+        await self.resume()
+        scores = await self.score(sequences)
+        self.scored = ["resume_and_score"]
+        return scores
+
+
+@pytest.mark.parametrize(("kind", "call"), [(Scorer, "score"), (ScorerOnResume, "resume_and_score")])
+async def test_a_paused_replica_is_scored_at_once_where_its_engine_can(kind, call, monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.actor.check_probe", lambda rows, lengths, spec: checked.append(lengths))
+    checked = []
+    engine = scripted(kind=kind)
+    subject, _ = worker(engine, ListQueue(0))
+    await subject.pause()
+    (score,) = await subject.wake_and_score([np.arange(5, dtype=np.int32)])
+    assert len(score.logprobs) == 4
+    assert (engine.scored, checked) == ([call], [[5]])
+    assert not subject._gate.is_open, "rollouts wait for the canary"
+
+
+class Late(ScriptedEngine):
+    """Stops at once, and hands out what its calls have sampled when ``may_answer`` is set."""
+
+    async def generate(self, *arguments, **named):
+        output = await super().generate(*arguments, **named)
+        if output.finish_reason == "abort":
+            await self.may_answer.wait()
+        return output
+
+    async def pause(self, mode):
+        self._running.clear()
+        self._aborting = True
+        self._moving.set()
+
+
+async def test_a_pause_does_not_wait_for_what_calls_have_sampled_but_a_checkpoint_does(tmp_path):
+    engine, queue = scripted(length=30, kind=Late), ListQueue(2)
+    engine.may_answer = asyncio.Event()
+    subject, _ = worker(engine, queue)
+    run = asyncio.create_task(subject.run())
+    await sampled(engine, 8)
+    await asyncio.wait_for(subject.pause(end_calls=True), 1)
+    assert subject._gate.calls
+    freezing = asyncio.ensure_future(subject.freeze(1))
+    await turns(20)
+    assert not freezing.done()
+    engine.may_answer.set()
+    await freezing
+    engine.version = 1
+    await subject.wake()
+    await subject.resume()
+    saved = await subject.write_in_flight(1, tmp_path)
+    settings = {"n": 2, "max_response_tokens": 40, "stop_token_ids": frozenset({EOS}), "routing_policy": "replace"}
+    groups = [in_flight.decode((tmp_path / group.file).read_bytes(), **settings) for group in saved.values()]
+    assert sum(group.num_tokens for group in groups) >= 8
+    await run
+    for trajectory in (t for group in queue.groups for t in group.trajectories):
+        assert trajectory.versions.tolist() == (-0.5 - trajectory.logprobs).astype(int).tolist()
 
 
 async def test_a_moment_that_was_not_written_makes_way_for_the_next(tmp_path):

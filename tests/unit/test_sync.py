@@ -4,147 +4,10 @@ import asyncio
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError
 
-from async_rl.config.loading import validate
 from async_rl.errors import ReplicaFailed, WeightSyncError, WeightSyncMismatch
-from async_rl.models.config import ModelConfig
-from async_rl.rollout.engine.interface import Score
 from async_rl.weights.canary import SEQUENCES
-from async_rl.weights.fingerprint import WIDTH
-from async_rl.weights.sync import WeightSync
-
-VOCAB, EXPERTS, LAYERS = 50, 4, 3
-MODEL = ModelConfig(
-    architecture="Qwen3MoeForCausalLM", vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=LAYERS,
-    num_heads=1, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=256,
-    tie_word_embeddings=False, num_experts=EXPERTS, top_k=1, moe_intermediate_size=8, moe_layers=(0, 2),
-)  # fmt: skip
-
-
-class Side:
-    """``side.method(...)`` gives something to await, which calls ``do_method`` and is noted in ``calls``."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        if name.startswith("do_"):
-            raise AttributeError(name)
-        target = getattr(self, f"do_{name}")
-
-        async def method(*arguments, **named):
-            self.calls.append(name)
-            return target(*arguments, **named)
-
-        return method
-
-
-class Engine(Side):
-    """Log-prob and expert of a token are functions of it; log-probs are off by ``error`` before transfer ``wrong``."""
-
-    def __init__(self, wrong=0, error=1.0, reach=EXPERTS, renumber=0, layer=1):
-        super().__init__()
-        self.wrong, self.error, self.reach, self.renumber, self.layer = wrong, error, reach, renumber, layer
-        self.pushes = 0
-
-    @property
-    def off(self):
-        return self.error if self.pushes < self.wrong else 0.0
-
-    def do_score(self, sequences):
-        return [Score(logprobs(s) + np.float32(self.off), self.routing(s)) for s in sequences]
-
-    def routing(self, sequence):
-        experts = (sequence[:-1] % self.reach + self.renumber) % EXPERTS
-        return np.repeat(experts[:, None, None], 2, axis=1).astype(np.uint8)
-
-    def do_fingerprints(self, sequences):
-        stream = fingerprints(sequences[0])
-        stream[self.layer + 1 :] += self.off
-        return [stream]
-
-    dead = None  # the call at which its process is found dead
-    hangs = None  # the call that it never answers
-    owed = None  # what its engine has not answered
-
-    def __getattr__(self, name):
-        method = super().__getattr__(name)
-
-        async def answered(*arguments, **named):
-            if self.dead in (name, "ever"):
-                self.dead = "ever"
-                raise ActorDiedError()
-            if self.hangs == name:
-                self.owed = name
-                await asyncio.sleep(3600)
-            return await method(*arguments, **named)
-
-        return answered
-
-    def do_pause(self, *, end_calls):
-        self.ended_calls = end_calls
-
-    def do_wake(self): ...
-    def do_resume(self): ...
-
-    def do_receive(self): ...
-
-    def do_unanswered(self):
-        return self.owed
-
-
-class Trainer(Side):
-    def __init__(self, engine):
-        super().__init__()
-        self.engine = engine
-        self.workers, self.pushed_to, self.fails = [], [], {}
-
-    async def connect(self, replicas):
-        self.calls.append("connect")
-        self.workers = replicas
-        await self.transfer("connect", None)
-
-    async def send_weights(self, version, only):
-        self.calls.append("send_weights")
-        await self.transfer("send_weights", only)
-        self.engine.pushes += 1
-
-    async def transfer(self, method, only):
-        """As the real one, it fails with the engines that it calls."""
-        if self.fails.pop(method, False):
-            raise WeightSyncError("a transfer cut in the middle")
-        for engine in self.workers if only is None else [self.workers[only]]:
-            await engine.receive()
-        self.pushed_to.append(only)
-
-    def do_stage_weights(self): ...
-
-    def do_logprobs(self, sequences, routing):
-        wrong = 0.0 if routing is None or not self.engine.renumber else 0.7
-        return [logprobs(sequence) + np.float32(wrong) for sequence in sequences]
-
-    def do_fingerprints(self, sequences, routing):
-        return [fingerprints(sequences[0])]
-
-    def do_native_routing(self, sequences):
-        return [np.repeat((s[:-1] % EXPERTS)[:, None, None], 2, axis=1) for s in sequences]
-
-
-def logprobs(sequence):
-    return -(sequence[1:] % 7).astype(np.float32)
-
-
-def fingerprints(sequence):
-    return np.random.default_rng(0).random((LAYERS + 1, len(sequence) - 1, WIDTH)).astype(np.float32)
-
-
-def sync(engine, **sections):
-    tree = {"model": {"path": "m", "dtype": "float32"}, "data": {"train": "d"}, **sections}
-    trainer = Trainer(engine)
-    subject = WeightSync(validate(tree), MODEL, trainer)
-    subject.members = {0: engine}
-    return subject, trainer
+from tests.support.scripted_sync import EXPERTS, VOCAB, Engine, Slow, fleet, settled, sync
 
 
 async def test_invariant_10_a_sync_that_arrives_is_made_once():
@@ -153,27 +16,28 @@ async def test_invariant_10_a_sync_that_arrives_is_made_once():
     engine.calls.clear()
     record = await subject.run(1)
     assert (record.canary, record.retries, record.unreached_experts) == (0.0, {}, 0)
-    assert engine.calls == ["receive", "pause", "receive", "wake", "score"]
-    assert set(record.phases) == {"pause", "transfer", "wake", "canary"}
+    assert engine.calls == ["init", "pause", "receive", "wake", "score", "resume"]
+    assert set(record.phases) == {"pause", "transfer", "canary"}
 
 
 async def test_a_sync_that_arrives_wrong_is_tried_once_more():
-    subject, trainer = sync(engine := Engine(wrong=2))
+    subject, _ = sync(engine := Engine(wrong=2))
     record = await subject.run(1)
     assert record.retries == {"canary": 1}
-    assert trainer.calls.count("send_weights") == 2
+    assert engine.calls.count("receive") == 2
     # The engine is paused for the second transfer as it was for the first.
     assert [call for call in engine.calls if call in ("pause", "wake")] == ["pause", "wake"] * 2
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 async def test_invariant_10_a_second_mismatch_ends_the_run_and_names_the_layer(layer):
-    subject, trainer = sync(Engine(wrong=9, layer=layer))
+    subject, _ = sync(engine := Engine(wrong=9, layer=layer))
     with pytest.raises(
         WeightSyncMismatch, match=f"differs most in layer {layer} .*the first to differ is layer {layer}"
     ):
         await subject.run(1)
-    assert trainer.calls.count("send_weights") == 2
+    assert engine.calls.count("receive") == 2
+    assert "resume" not in engine.calls
 
 
 async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
@@ -186,10 +50,10 @@ async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
 
 async def test_in_flight_generations_cannot_be_undone_so_nothing_is_tried_again():
     mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
-    subject, trainer = sync(Engine(wrong=2), **mode)
+    subject, _ = sync(engine := Engine(wrong=2), **mode)
     with pytest.raises(WeightSyncMismatch):
         await subject.run(1)
-    assert trainer.calls.count("send_weights") == 1
+    assert engine.calls.count("receive") == 1
 
 
 async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3_only():
@@ -203,10 +67,10 @@ async def test_expert_ids_in_another_numbering_are_refused_at_the_start_under_r3
 
 
 async def test_an_engine_that_is_off_at_the_start_gets_no_weights():
-    subject, trainer = sync(Engine(wrong=1))
+    subject, _ = sync(engine := Engine(wrong=1))
     with pytest.raises(WeightSyncMismatch, match="layer 1"):
         await subject.begin()
-    assert "send_weights" not in trainer.calls
+    assert "receive" not in engine.calls
 
 
 async def test_the_probe_grows_until_it_reaches_every_expert_and_no_further():
@@ -237,27 +101,130 @@ async def test_experts_that_nothing_reaches_are_counted_and_not_searched_for_at_
     assert engine.calls.count("score") == 1
 
 
-def fleet(count, **sections):
-    """A sync of ``count`` replicas."""
-    subject, trainer = sync(Engine(), **sections)
-    engines = {replica: Engine() for replica in range(count)}
-    subject.members = dict(engines)
-    return subject, trainer, engines
-
-
-@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
-async def test_a_replica_that_dies_during_a_sync_is_named_and_the_others_are_not_resumed(call):
-    subject, _, engines = fleet(3)
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score", "resume"])
+async def test_a_replica_that_dies_during_a_sync_is_named_and_costs_the_others_nothing(call):
+    subject, trainer, engines = fleet(3)
     engines[1].dead = call
     with pytest.raises(ReplicaFailed, match="rollout-1") as failed:
         await subject.run(1)
     assert failed.value.replica == 1
-    assert not any("resume" in engine.calls for engine in engines.values()), "half of the weights, or unverified ones"
-    # The caller syncs again without it; the trainer is connected again.
+    # The caller syncs again without it, and finds nothing left to do.
+    del subject.members[1]
+    record = await subject.run(1)
+    assert (record.policy_version, record.retries) == (1, {})
+    assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
+    assert [engine.calls.count("pause") for engine in engines.values()] == [1, call != "pause", 1]
+    assert trainer.staged == 1
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
+async def test_where_the_trainer_sends_a_death_before_the_transfer_costs_all_another_one(call):
+    subject, _, engines = fleet(3, sends=True)
+    engines[1].dead = call
+    with pytest.raises(ReplicaFailed, match="rollout-1"):
+        await subject.run(1)
+    sent = call in ("wake", "score")
+    assert [engine.calls.count("resume") for engine in engines.values()] == [sent, 0, sent]
     del subject.members[1]
     await subject.run(1)
-    await subject.resume()
     assert [engine.calls.count("resume") for engine in engines.values()] == [1, 0, 1]
+    assert all(engines[replica].pushes == 1 + (call == "receive" and replica == 0) for replica in (0, 2))
+    assert subject.needs_trainer
+
+
+async def test_a_replica_that_takes_the_place_of_a_dead_one_is_brought_to_the_version():
+    subject, _, engines = fleet(2)
+    engines[1].dead = "score"
+    with pytest.raises(ReplicaFailed):
+        await subject.run(1)
+    subject.members[1] = Engine()
+    await subject.run(1)
+    assert [engine.calls.count("receive") for engine in subject.members.values()] == [1, 1]
+    await subject.run(2)
+    assert [engine.calls.count("receive") for engine in subject.members.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("call", ["pause", "receive", "wake", "score"])
+async def test_an_engine_resumes_as_soon_as_its_own_canary_agreed(call):
+    subject, trainer, engines = fleet(3)
+    slow = subject.members[1] = Slow(call)
+    syncing = asyncio.ensure_future(subject.run(1))
+    await settled()
+    assert [engines[replica].calls[-1] for replica in (0, 2)] == ["resume", "resume"]
+    assert "resume" not in slow.calls
+    assert not syncing.done()
+    trainer.calls.clear()
+    slow.may_answer.set()
+    record = await syncing
+    assert slow.calls[-1] == "resume"
+    assert trainer.calls == [], "it may compute meanwhile"
+    # The record has the phases of one replica, the slowest.
+    assert set(record.phases) == {"pause", "transfer", "canary"}
+
+
+async def test_replicas_that_are_held_wait_for_each_other():
+    subject, _, engines = fleet(2)
+    subject.members[1] = slow = Slow("score")
+    syncing = asyncio.ensure_future(subject.run(1, held=True))
+    await settled()
+    slow.may_answer.set()
+    await syncing
+    assert not any("resume" in engine.calls for engine in (engines[0], slow))
+    await subject.resume()
+    assert all(engine.calls[-1] == "resume" for engine in (engines[0], slow))
+
+
+@pytest.mark.parametrize("sends", [False, True])
+async def test_a_replica_that_disagrees_stays_paused_and_alone_is_tried_again(sends):
+    subject, trainer, engines = fleet(3, sends=sends)
+    engines[1].wrong = 2
+    resumed = []
+    for replica, engine in engines.items():
+        engine.do_resume = lambda replica=replica: resumed.append((replica, engines[replica].pushes))
+    record = await subject.run(1)
+    assert record.retries == {"canary": 1}
+    # With a broadcast that reaches all of them, the others are paused for it again.
+    again = [(0, 2), (1, 2), (2, 2)] if sends else [(1, 2)]
+    assert resumed == [(0, 1), (2, 1), *again]
+    engines[1].wrong = 99
+    resumed.clear()
+    with pytest.raises(WeightSyncMismatch, match="replica 1 "):
+        await subject.run(2)
+    assert {replica for replica, _ in resumed} == {0, 2}
+    assert trainer.calls.count("stage_weights") == 4
+
+
+async def test_the_caller_is_told_once_when_no_replica_has_old_weights_any_more():
+    subject, _, engines = fleet(2)
+    subject.members[1] = slow = Slow("pause")
+    told = []
+
+    async def all_paused():
+        told.append([engine.calls[-1] for engine in (engines[0], slow)])
+
+    syncing = asyncio.ensure_future(subject.run(1, all_paused=all_paused))
+    await settled()
+    assert told == []
+    slow.may_answer.set()
+    await syncing
+    assert [calls[0] for calls in told] == ["resume"]
+    assert "pause" in slow.calls
+    # One that dies before is not waited for, once it is known to be dead.
+    engines[0].dead = "pause"
+    with pytest.raises(ReplicaFailed):
+        await subject.run(2, all_paused=all_paused)
+    assert len(told) == 1
+    del subject.members[0]
+    await subject.run(2, all_paused=all_paused)
+    assert len(told) == 2
+
+
+async def test_a_fault_of_the_caller_while_all_are_paused_ends_the_sync():
+    async def all_paused():
+        raise ValueError("the queue is gone")
+
+    with pytest.raises(ValueError, match="the queue is gone"):
+        await fleet(2)[0].run(1, all_paused=all_paused)
 
 
 @pytest.mark.parametrize("call", ["pause", "receive", "score"])
@@ -269,23 +236,23 @@ async def test_an_engine_that_does_not_respond_is_named(call, monkeypatch):
         await subject.run(1)
     engines[0].hangs = "unanswered"
     with pytest.raises(ReplicaFailed, match=r"rollout-0: process did not respond within 0\.05 s"):
-        await subject._raise_failed_replica()
+        await subject.raise_failed()
 
 
 async def test_a_sync_that_takes_too_long_without_a_failed_replica_says_what_to_do():
-    subject, _, engines = fleet(1, sync={"timeout_s": 0.05})
+    subject, trainer, engines = fleet(1, sync={"timeout_s": 0.05})
 
     async def slow(*_):
         await asyncio.sleep(3600)
 
-    subject._trainer.transfer = slow
+    trainer.connect = slow
     with pytest.raises(WeightSyncError, match=r"longer than sync\.timeout_s = 0\.05 s; finished phases: none"):
         await subject.run(1)
     assert "resume" not in engines[0].calls
 
 
 async def test_a_transfer_that_is_cut_is_retried_over_a_new_connection():
-    subject, trainer, _ = fleet(2)
+    subject, trainer, _ = fleet(2, sends=True)
     await subject.run(1)
     trainer.fails["send_weights"] = True
     trainer.calls.clear()
@@ -322,7 +289,7 @@ async def test_the_trainer_is_connected_when_the_members_change_and_only_then():
 
 
 async def test_rolling_syncs_pause_one_replica_at_a_time():
-    subject, trainer, engines = fleet(3, sync={"rolling": True})
+    subject, _, engines = fleet(3, sync={"rolling": True})
     order = []
     for replica, engine in engines.items():
         for name in ("pause", "resume"):
@@ -333,9 +300,12 @@ async def test_rolling_syncs_pause_one_replica_at_a_time():
         snapshots.append(replica)
         order.append(("snapshot", replica))
 
-    record = await subject.run(1, paused=paused)
+    async def all_paused():
+        order.append("all")
+
+    record = await subject.run(1, paused=paused, all_paused=all_paused)
+    assert order.pop() == "all"
     assert order == [(event, replica) for replica in range(3) for event in ("pause", "snapshot", "resume")]
-    assert trainer.pushed_to == [None, 0, 1, 2]  # None: the connection
     assert record.seconds == pytest.approx(sum(record.phases.values()))
 
 
@@ -397,7 +367,7 @@ async def test_the_trainer_scores_the_probe_while_the_engines_generate():
     calls = trainer.calls = engine.calls = []
     await subject.run(1)
     assert calls.count("logprobs") == 1, "the canary needs no further call of the trainer"
-    order = [calls.index(name) for name in ("stage_weights", "logprobs", "pause", "send_weights", "score")]
+    order = [calls.index(name) for name in ("stage_weights", "logprobs", "pause", "receive", "score")]
     assert order == sorted(order)
 
 
@@ -405,8 +375,8 @@ async def test_a_probe_that_has_grown_since_is_scored_again():
     subject, trainer = sync(Engine())
     expected = await subject.canary.expect()
     trainer.calls.clear()
-    await subject.canary.check([0], replay=False, expected=expected)
+    await subject.canary.compare(0, expected)
     assert "logprobs" not in trainer.calls
     subject.canary._probe = [*subject.canary._probe, np.arange(5, dtype=np.int32)]
-    await subject.canary.check([0], replay=False, expected=expected)
+    await subject.canary.compare(0, expected)
     assert "logprobs" in trainer.calls

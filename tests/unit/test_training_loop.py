@@ -9,6 +9,7 @@ import pytest
 from async_rl.config.schema import EvalSection
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.loop import TrainingLoop
+from async_rl.driver.push import Pusher
 from async_rl.rollout.evaluation import EvalResult
 
 
@@ -19,15 +20,12 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     async def nothing(*_, **__):
         return None
 
-    async def start():
-        loop._version = version
-
     async def train():
         for _ in range(steps):
-            await loop._sync_weights()
+            await loop._pusher.push(0)
 
     async def on(replica, call):
-        return EvalResult(loop._version, 0.5, 2, 3.0)
+        return EvalResult(loop._pusher.version, 0.5, 2, 3.0)
 
     def evaluation(results, at):
         recorder.evaluated = at
@@ -44,7 +42,7 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     )
     config = SimpleNamespace(eval=EvalSection(every=every, beside_rollouts=beside))
     loop._recorder, loop._found = recorder, found
-    loop._version = loop._attempted = loop._step = version
+    loop._step = version
     loop._training = loop._stopping = False
     loop._rollouts = SimpleNamespace(workers={})
     loop._replicas = SimpleNamespace(
@@ -55,9 +53,12 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     loop._checkpointer = SimpleNamespace(watch=asyncio.Event().wait)
     loop._queue = SimpleNamespace(advance=nothing)
     loop._trainers = SimpleNamespace(export=nothing)
-    loop._start, loop._train, loop._shut_down = start, train, nothing
+    loop._start, loop._train, loop._shut_down = nothing, train, nothing
     parts = {"sync": loop._sync, "replicas": loop._replicas, "monitor": loop._monitor, "recorder": recorder}
     loop._evaluator = Evaluator(config, ["a", "b"], **parts)
+    loop._pusher = Pusher(
+        version, version, queue=loop._queue, evaluator=loop._evaluator, checkpointer=loop._checkpointer, **parts
+    )
     return loop
 
 

@@ -51,6 +51,14 @@ class Score:
     """[N-1, L, K]; None for a dense model."""
 
 
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """The request of ``update_weights``, with the field of vLLM's WeightTransferUpdateRequest."""
+
+    update_info: dict[str, Any]
+    """What the backend of sync.backend takes, such as the announcement of a file."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """One replica of the policy that samples.
@@ -125,3 +133,11 @@ class RolloutEngine(Protocol):
 
     async def shutdown(self) -> None:
         """End the engine and all of its processes. May be called twice."""
+
+
+@runtime_checkable
+class ScoresOnResume(Protocol):
+    """What an engine may have in addition: it makes the pause of a weight sync shorter."""
+
+    async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
+        """Do ``resume`` and then ``score`` as one."""

@@ -11,6 +11,13 @@ from async_rl.weights.vllm.fingerprint import FingerprintExtension
 class WorkerExtension(FingerprintExtension):
     """Methods for ``AsyncLLM.collective_rpc``. Their names must differ from those of vLLM's worker class."""
 
+    def receive_weight_update(self, update_info: dict[str, Any], *, first: bool) -> None:
+        """Receive weights, as ``update_weights`` does; ``first`` begins the update in the same call."""
+        worker: Any = self
+        if first:
+            worker.start_weight_update()
+        worker.update_weights(update_info)
+
     def abandon_weight_update(self) -> None:
         """End an update whose sender died before it was finished, so that another one can begin.
 

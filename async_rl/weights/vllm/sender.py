@@ -46,10 +46,15 @@ class WeightSender:
             _init_info(config, rank), client=self._client, source=source
         )
 
-    def stage(self) -> None:
-        """Do what of the next ``send`` needs no engine, so that engines generate meanwhile."""
+    def stage(self) -> dict[str, Any] | None:
+        """Do what of the next ``send`` needs no engine, so that engines generate meanwhile.
+
+        Returns the update that each engine can take by itself; None if it needs ``send``, and on ranks that do not
+        send.
+        """
         if isinstance(self._engine, ShmTrainerWeightTransferEngine):  # NCCL sends from the GPU's memory
-            self._engine.stage()
+            return self._engine.stage()
+        return None
 
     def send(self, version: int, only: int | None = None) -> None:
         """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""

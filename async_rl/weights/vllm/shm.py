@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
@@ -27,8 +26,7 @@ from async_rl.errors import WeightSyncError
 from async_rl.models import names
 from async_rl.models.config import read_model_config
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
-from async_rl.weights.vllm.head_repack import packed_without_weights, repack_tied
-from async_rl.weights.vllm.moe_repack import forget_moe_kernels
+from async_rl.weights.vllm.reload import Reload
 
 
 @dataclass
@@ -81,8 +79,11 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
             raise WeightSyncError("the shm backend transfers whole models: it needs a WeightSource")
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
-    def stage(self) -> None:
-        """Gather the weights and write them to the file, for the next ``send_weights`` to announce."""
+    def stage(self) -> dict[str, Any] | None:
+        """Gather the weights and write them to the file, for the next ``send_weights`` to announce.
+
+        Returns the announcement, which an engine takes as ``update_info``; None on ranks that do not send.
+        """
         assert self.source is not None  # the constructor took one
         if self._file is None:
             for _ in self.source:  # gathering a parameter is a collective: take part in it
@@ -90,6 +91,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         else:
             self._announcement = self._file.write(self.source)
         self._staged = True
+        return None if self._announcement is None else asdict(self._announcement)
 
     def send_weights(self) -> None:
         if not self._staged:
@@ -119,6 +121,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         super().__init__(*args)
         self._table: list[TensorMeta] | None = None
         self._received = False
+        self._reload = Reload(self.model, self.model_config)
         # At each transfer it warns of every layer that received no weights: of the rotary embedding, which has none.
         # The name table already proves that nothing is missing, and repack_tied that no packed copy is left behind.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -139,21 +142,10 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
-
         if self._table is None:
             raise WeightSyncError("update_weights was called before init_weight_transfer_engine")
         tensors = read(Announcement(**vars(update_info)), self._table)
-        with torch.no_grad():
-            forget_moe_kernels(self.model)
-            initialize_layerwise_reload(self.model)
-            self.model.load_weights(tensors)
-            unloaded = packed_without_weights(self.model)
-            finalize_layerwise_reload(self.model, self.model_config)
-            repack_tied(self.model, unloaded)
+        self._reload.load(tensors)
         self._received = True
 
     def finish_weight_update(self) -> None:

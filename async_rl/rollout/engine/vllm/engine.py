@@ -6,8 +6,9 @@
 
 True stamps (invariant 7). Weights change only while the scheduler is paused, and the engine core answers ``pause``
 after the outputs of all steps before it, over one ordered channel. So when the answer is here, those outputs are at
-worst in the frontend's queue; ``_drain_outputs`` waits until they are accounted for, and then the number of tokens that
-each running call has is exactly the number sampled under the old version.
+worst in the frontend's queue. The engine core loads weights while the frontend accounts for them. ``_drain_outputs``
+waits for that before the version changes, and then the number of tokens that each running call has is exactly the
+number sampled under the old version.
 
 Prefix cache. Blocks computed under old weights must not serve new calls. Ending or draining all calls lets vLLM clear
 the cache; frozen calls ("keep") need their blocks, so the cache key of each call is salted with the version.
@@ -19,7 +20,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ class VllmEngine:
         self._version = 0
         self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
         self._sync_failed: str | None = None
+        self._update_begun = False
 
     @property
     def routing_spec(self) -> RoutingSpec | None:
@@ -219,14 +221,22 @@ class VllmEngine:
 
     async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
         """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""
+        return await self._answer(*await self._submit(request_id, token_ids, params))
+
+    async def _submit(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
+        """Submit one request. Returns its call, which ``_calls`` has from now on, and the collector of its output."""
         from vllm.inputs.engine import tokens_input
 
-        llm = self._engine
         # A rendered input is submitted without a suspension (the socket has no limit to block at), so no pause comes
         # between the gate in ``generate`` and the scheduler's channel, nor between that and the record.
         prompt = tokens_input(token_ids.tolist(), cache_salt=f"v{self._version}")
-        collector = await llm.add_request(request_id, prompt, params)
+        collector = await self._engine.add_request(request_id, prompt, params)
         call = self._calls[collector.request_id] = _Call(collector.request_id)
+        return call, collector
+
+    async def _answer(self, call: _Call, collector: Any) -> tuple[_Call, Any]:
+        """Wait for the final output of a submitted request."""
+        llm = self._engine
         try:
             return call, await collector.get()
         except asyncio.CancelledError:
@@ -237,6 +247,17 @@ class VllmEngine:
             collector.close()
 
     async def score(self, sequences: list[Int32Array]) -> list[Score]:
+        if not self._running.is_set():
+            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
+        return await self._scores(sequences)
+
+    async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
+        """Resume, then score ``sequences``, which are submitted before, so that one step computes all of them."""
+        return await self._scores(sequences, self.resume)
+
+    async def _scores(
+        self, sequences: list[Int32Array], begin: Callable[[], Awaitable[None]] | None = None
+    ) -> list[Score]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = SamplingParams(
@@ -247,12 +268,16 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        if not self._running.is_set():
-            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
         with self._errors("score"):
-            outputs = await asyncio.gather(
-                *(self._run(f"score/{i}", sequence, params) for i, sequence in enumerate(sequences))
-            )
+            submitted = [await self._submit(f"score/{i}", s, params) for i, s in enumerate(sequences)]
+            answers = asyncio.gather(*(self._answer(*each) for each in submitted))
+            try:
+                if begin is not None:
+                    await asyncio.sleep(0)  # each is waited for before anything can cancel it
+                    await begin()
+                outputs = await answers
+            finally:
+                answers.cancel()
         if any(output.outputs[0].finish_reason == "abort" for _, output in outputs):
             raise EngineError(f"replica {self._replica}: score: a pause interrupted it")
         return [
@@ -300,8 +325,8 @@ class VllmEngine:
         with self._errors("pause"):
             # AsyncLLM.pause_generation is this call and a sleep of 20 ms; the drain below is exact instead.
             await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
-            await self._drain_outputs()
             if mode == "keep":
+                await self._drain_outputs()
                 await self._take_back_unstarted()
 
     async def resume(self) -> None:
@@ -350,21 +375,30 @@ class VllmEngine:
             # By a trainer that died, for example. The weights that it left half-written are overwritten or never used.
             await self._transfer(self._engine.collective_rpc("abandon_weight_update"))
         self._sync_failed = "it was not finished"
-        await self._transfer(self._engine.start_weight_update())
+        self._update_begun = False
 
     async def update_weights(self, request: Any) -> None:
-        await self._transfer(self._engine.update_weights(request))
+        # vLLM begins an update in a call of its own; here the first call with weights begins it.
+        first, self._update_begun = not self._update_begun, True
+        arguments = {"update_info": request.update_info, "first": first}
+        await self._transfer(self._engine.collective_rpc("receive_weight_update", kwargs=arguments))
 
     async def finish_weight_update(self) -> None:
+        if not self._update_begun:
+            raise WeightSyncError(
+                f"replica {self._replica}: a weight transfer was finished, but no weights were received"
+            )
         await self._transfer(self._engine.finish_weight_update())
 
     async def update_weight_version(self, version: str) -> None:
         if self._running.is_set():
             raise WeightSyncError(f"replica {self._replica}: the version changed while the engine was not paused")
+        with self._errors("update_weight_version"):
+            await self._drain_outputs()
         for call in self._calls.values():
             sampled = self._sampled(call)
             call.boundaries.append((np.iinfo(np.int32).max if sampled is None else sampled, self._version))
-        await self._transfer(self._engine.update_weight_version(version))
+        # The engine core's own record of the version is for vLLM's server, and another round trip: it has none here.
         self._version = int(version)
         self._sync_failed = None
 

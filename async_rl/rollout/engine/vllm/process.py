@@ -114,7 +114,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
-        # Three more methods on the worker; without a call of them nothing is hooked into the model.
+        # More methods on the worker; without a call of them nothing is hooked into the model.
         worker_extension_cls="async_rl.weights.vllm.extension.WorkerExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
         skip_tokenizer_init=True,
