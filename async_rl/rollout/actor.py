@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -35,6 +35,10 @@ from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs
 from async_rl.runtime.process import mark_semaphores
 from async_rl.types import Float32Array, Int32Array, Prompt
+
+if TYPE_CHECKING:
+    from async_rl.weights.object_store import Publication
+    from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
 
@@ -219,6 +223,8 @@ class RolloutActor(RolloutReplica):
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
         from async_rl.rollout.engine.loader import load_engine
+        from async_rl.weights import ray_store
+        from async_rl.weights.object_store import HostWeights
 
         name = worker_id(replica)
         logs.configure(config.run_dir, name, console=False)
@@ -233,6 +239,7 @@ class RolloutActor(RolloutReplica):
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
+        self._host_weights = HostWeights(ray_store.get)
 
     async def groups(self) -> AsyncIterator[Any]:
         """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
@@ -252,6 +259,20 @@ class RolloutActor(RolloutReplica):
         """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
 
+    async def weights_host(self) -> str:
+        """Return the id of this host, and free the weights that an earlier sender had it fetch."""
+        from async_rl.weights import ray_store
+
+        self._host_weights.close()
+        return ray_store.host_id()
+
+    async def fetch_weights(self, publication: Publication, host: int, hosts: int, timeout_s: float) -> Announcement:
+        """Bring weights to this host, for its engines, while they generate; see ``HostWeights.fetch``."""
+        with self._waiting_for("fetch_weights"):
+            return await asyncio.to_thread(
+                self._host_weights.fetch, publication, host=host, hosts=hosts, timeout_s=timeout_s
+            )
+
     def stats(self) -> WorkerStats:
         """Return the counters, and publish them on /metrics. The driver calls this every second."""
         stats = super().stats()
@@ -265,4 +286,5 @@ class RolloutActor(RolloutReplica):
     async def shutdown(self) -> None:
         """Stop serving metrics, then end the replica."""
         self._metrics.close()
+        self._host_weights.close()
         await super().shutdown()

@@ -56,17 +56,15 @@ class TrainerWorker:
         """Set up weight transfer to these rollout actors, in place of earlier ones."""
         from async_rl.weights.vllm.sender import WeightSender
 
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
-        self._sender = WeightSender(
-            self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
-        )
+        if self._sender is None:
+            self._sender = WeightSender(self._config, self._rank, source=self._trainer.weight_source())
+        self._sender.connect(rollout_workers)
 
     def train_step(
         self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
     ) -> list[StepReport]:
         """Do one training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
+        self._outdate_staged_weights()
         batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
         # All of the step's groups at once: later updates use log-probs from before the first one.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
@@ -80,6 +78,7 @@ class TrainerWorker:
 
     def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
+        self._outdate_staged_weights()
         return self._trainer.finish_step()
 
     def stage_weights(self) -> None:
@@ -138,6 +137,10 @@ class TrainerWorker:
         """Write the model as a Hugging Face checkpoint folder. Rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)
         self._trainer.save_hf(folder)
+
+    def _outdate_staged_weights(self) -> None:
+        if self._sender is not None:
+            self._sender.outdate()
 
     def shutdown(self) -> None:
         if self._sender is not None:

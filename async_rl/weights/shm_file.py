@@ -124,7 +124,7 @@ class MemoryFile:
         # A reader's mapping can then never reach beyond the file, which would kill it with SIGBUS.
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
-    def announcement(self, round_: int) -> Announcement:
+    def announce(self, round_: int) -> Announcement:
         """Return what readers need in order to find that round in it."""
         return Announcement(os.getpid(), self.fd, self.nbytes, round_)
 
@@ -170,7 +170,7 @@ class WeightFile:
         # What it describes before the head that says so.
         self._file.write(finished[HEAD.size :], HEAD.size)
         self._file.write(finished[: HEAD.size], 0)
-        return self._file.announcement(self._round)
+        return self._file.announce(self._round)
 
     def close(self) -> None:
         """Free the memory; readers that still map it keep it until they are done."""

@@ -1,7 +1,7 @@
 """The plugin that vLLM loads in each of its processes: registers the transfer backends, ends engines with their parent.
 
 In engine processes it also installs ``scheduler_leak``. The entry point is declared in pyproject.toml under
-``vllm.general_plugins``. Knows vLLM's two factories and ``shm``.
+``vllm.general_plugins``. Knows vLLM's two factories, and the classes by name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ def register() -> None:
         WeightTransferTrainerFactory,
     )
 
-    for factory, class_name in (
-        (WeightTransferEngineFactory, "ShmWeightTransferEngine"),
-        (WeightTransferTrainerFactory, "ShmTrainerWeightTransferEngine"),
+    for factory, backend, module, class_name in (
+        (WeightTransferEngineFactory, "shm", "shm", "ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "shm", "shm", "ShmTrainerWeightTransferEngine"),
+        # What an engine loads from is a memory file of its host with both.
+        (WeightTransferEngineFactory, "object_store", "shm", "ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "object_store", "object_store", "ObjectStoreTrainerWeightTransferEngine"),
     ):
-        if "shm" not in factory._registry:
-            factory.register_engine("shm", "async_rl.weights.vllm.shm", class_name)
+        if backend not in factory._registry:
+            factory.register_engine(backend, f"async_rl.weights.vllm.{module}", class_name)
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
         log_libraries(name)
         die_with_parent()

@@ -113,7 +113,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         enable_return_routed_experts=model.routing_spec is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
+        weight_transfer_config=WeightTransferConfig(backend=config.sync_backend),
         # Three more methods on the worker; without a call of them nothing is hooked into the model.
         worker_extension_cls="async_rl.weights.vllm.extension.WorkerExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
