@@ -168,9 +168,6 @@ class RolloutReplica:
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         """Agree with the sender on how weights travel."""
-        if "rank_offset" in request.init_info:
-            # NCCL: the sender is rank 0, and each replica's ranks follow those of the one before it.
-            request.init_info["rank_offset"] += self._replica * self._config.rollout.tensor_parallel_size
         with self._waiting_for("init_weight_transfer_engine"):
             await self._engine.init_weight_transfer_engine(request)
 

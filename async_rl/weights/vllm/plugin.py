@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 # parent too, which is the user's process.
 ENGINE_PROCESSES = ("EngineCore", "VllmWorker")
 
+# What the backends of sync.backend are called in vLLM's factories, where ``nccl`` is vLLM's own.
+BACKENDS = {"shm": "shm", "object_store": "object_store", "nccl": "async_rl_nccl"}
+
 
 def register() -> None:
     """Register the backends of both sides; an engine process also ends with its parent from now on. Idempotent."""
@@ -29,15 +32,18 @@ def register() -> None:
         WeightTransferTrainerFactory,
     )
 
-    for factory, backend, module, class_name in (
-        (WeightTransferEngineFactory, "shm", "shm", "ShmWeightTransferEngine"),
-        (WeightTransferTrainerFactory, "shm", "shm", "ShmTrainerWeightTransferEngine"),
+    for factory, backend, path in (
+        (WeightTransferEngineFactory, "shm", "shm:ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "shm", "shm:ShmTrainerWeightTransferEngine"),
         # What an engine loads from is a memory file of its host with both.
-        (WeightTransferEngineFactory, "object_store", "shm", "ShmWeightTransferEngine"),
-        (WeightTransferTrainerFactory, "object_store", "object_store", "ObjectStoreTrainerWeightTransferEngine"),
+        (WeightTransferEngineFactory, "object_store", "shm:ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "object_store", "object_store:ObjectStoreTrainerWeightTransferEngine"),
+        (WeightTransferEngineFactory, "nccl", "nccl:TimedNCCLWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "nccl", "nccl:TimedNCCLTrainerWeightTransferEngine"),
     ):
-        if backend not in factory._registry:
-            factory.register_engine(backend, f"async_rl.weights.vllm.{module}", class_name)
+        module, class_name = path.split(":")
+        if BACKENDS[backend] not in factory._registry:
+            factory.register_engine(BACKENDS[backend], f"async_rl.weights.vllm.{module}", class_name)
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
         log_libraries(name)
         die_with_parent()

@@ -6,16 +6,19 @@ Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processe
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightSource, WeightTransferUpdateRequest
-from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    WeightSource,
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import WeightSyncError
@@ -23,75 +26,119 @@ from async_rl.runtime import timeouts
 from async_rl.weights import ray_store
 from async_rl.weights.object_store import Publication, Publisher, Staged
 from async_rl.weights.shm_file import Announcement
+from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
 from async_rl.weights.vllm.shm import ShmTrainerInitInfo, name_table
 
-# Of sync.timeout_s, the most that hosts may take to fetch the weights: then a second attempt still has as much.
-_FETCH_SHARE = 0.5
+# Of sync.timeout_s, the most that one call may take in which processes wait for each other: so it ends with an error of
+# its own, and a second attempt has as much.
+_SHARE = 0.5
 
 
-class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
-    """vLLM's client for Ray actors, which also names the policy version when an update is finished.
+class SyncClient:
+    """Calls rollout actors as vLLM's trainer engines want it (its ``VLLMWeightSyncClient``), all of them at once.
 
-    vLLM's trainer engines finish an update without a version (``send_weights`` takes no argument), so the version of
-    the transfer in progress is kept here.
+    Unlike vLLM's client for Ray it names the policy version when an update is finished: vLLM's trainer engines finish
+    one without a version (``send_weights`` takes no argument), so that of the transfer in progress is kept here. And
+    when a call fails it waits for the others, at most ``limit_s`` seconds: an engine that is loading has not failed.
     """
 
-    def __init__(self, rollout_workers: Sequence[Any]) -> None:
-        super().__init__(list(rollout_workers))
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
         self.all_handles = list(rollout_workers)
+        self.handles = self.all_handles
+        """Those that the transfer in progress is for."""
         self.version = 0
+        self.failed: Callable[[Exception], None] = lambda _: None
+        """Called with the first failure, before the other calls have ended."""
+        self._limit_s = limit_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        request = WeightTransferInitRequest(init_info=init_info)
+        self._together([handle.init_weight_transfer_engine.remote(request) for handle in self.all_handles])
+
+    def start_weight_update(self) -> None:
+        self._together([handle.start_weight_update.remote() for handle in self.handles])
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        self._together([handle.update_weights.remote(request) for handle in self.handles])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        super().finish_weight_update(weight_version or str(self.version))
+        self._together([handle.finish_weight_update.remote() for handle in self.handles])
+        version = weight_version or str(self.version)
+        self._together([handle.update_weight_version.remote(version) for handle in self.handles])
+
+    def _together(self, calls: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """Return the results of all calls. Raises what the first one raised that failed, and GetTimeoutError."""
+        try:
+            results: list[Any] = ray.get(calls, timeout=timeout_s)
+        except Exception as error:
+            self.failed(error)
+            ray.wait(calls, num_returns=len(calls), timeout=self._limit_s + timeouts.ANSWER_S, fetch_local=False)
+            raise
+        return results
 
 
-class HostsSyncClient(VersionedSyncClient):
+class NcclSyncClient(SyncClient):
+    """The client for sync.backend nccl: the ranks of each replica follow those of the one connected before it."""
+
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float, *, ranks: int) -> None:
+        """Take the actors of replicas that have so many ranks each."""
+        super().__init__(rollout_workers, limit_s)
+        self._ranks = ranks
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        first = init_info["rank_offset"]
+        requests = [
+            WeightTransferInitRequest(init_info=init_info | {"rank_offset": first + place * self._ranks})
+            for place in range(len(self.all_handles))
+        ]
+        pairs = zip(self.all_handles, requests, strict=True)
+        self._together([handle.init_weight_transfer_engine.remote(request) for handle, request in pairs])
+
+
+class HostsSyncClient(SyncClient):
     """The client for sync.backend object_store: one rollout worker of each host fetches the weights for its engines.
 
     That is the first worker of the host, among those connected. If it dies, they are connected again without it, and
     another one is the first.
     """
 
-    def __init__(self, rollout_workers: Sequence[Any], timeout_s: float) -> None:
-        super().__init__(rollout_workers)
-        self._timeout_s = timeout_s
-        self._hosts: list[str] = []  # of each of ``all_handles``
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
+        super().__init__(rollout_workers, limit_s)
+        self._hosts: dict[Any, str] = {}  # of each of ``all_handles``
         self._announced: dict[str, Announcement] = {}  # the weight file of each host
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._hosts = ray.get([handle.weights_host.remote() for handle in self.all_handles])
+        hosts = self._together([handle.weights_host.remote() for handle in self.all_handles])
+        self._hosts = dict(zip(self.all_handles, hosts, strict=True))
         super().init_weight_transfer_engine(init_info)
 
     def fetch_weights(self, publication: Publication) -> None:
         """Have each host fetch ``publication``. Raises WeightSyncError, and RayError for a worker that is gone."""
         first: dict[str, Any] = {}
-        for handle, host in zip(self.all_handles, self._hosts, strict=True):
+        for handle, host in self._hosts.items():
             first.setdefault(host, handle)
         calls = [
-            handle.fetch_weights.remote(publication, number, len(first), self._timeout_s)
+            handle.fetch_weights.remote(publication, number, len(first), self._limit_s)
             for number, handle in enumerate(first.values())
         ]
         try:
-            announced = ray.get(calls, timeout=self._timeout_s + timeouts.ANSWER_S)
+            announced = self._together(calls, self._limit_s + timeouts.ANSWER_S)
         except GetTimeoutError:
             raise WeightSyncError(
-                f"a host did not say within {self._timeout_s:g} s that it has the weights; raise sync.timeout_s"
+                f"a host did not say within {self._limit_s:g} s that it has the weights; raise sync.timeout_s"
             ) from None
         self._announced = dict(zip(first, announced, strict=True))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         del update_info  # each host has its own
-        host_of = dict(zip(self.all_handles, self._hosts, strict=True))
-        ray.get(
-            [
-                handle.update_weights.remote(
-                    WeightTransferUpdateRequest(update_info=asdict(self._announced[host_of[handle]]))
-                )
-                for handle in self.handles
-            ]
-        )
+        requests = {
+            host: WeightTransferUpdateRequest(update_info=asdict(announced))
+            for host, announced in self._announced.items()
+        }
+        self._together([handle.update_weights.remote(requests[self._hosts[handle]]) for handle in self.handles])
 
 
 class WeightSender:
@@ -104,24 +151,22 @@ class WeightSender:
         register()
         self._config = config
         self._rank = rank
+        self._limit_s = _SHARE * config.sync.timeout_s
         self._source = source
         self._staged = Staged()
         self._publisher: Publisher | None = None
         if config.sync_backend == "object_store" and rank == 0:
             self._publisher = Publisher(name_table(source), ray_store.put)
-        self._client: VersionedSyncClient | None = None
+        self._client: SyncClient | None = None
         self._engine: Any = None
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:
         """Set up the transfer to these rollout actors, in place of earlier ones."""
         self._disconnect()
         self._staged.connect(rollout_workers)
-        if self._config.sync_backend == "object_store":
-            self._client = HostsSyncClient(rollout_workers, _FETCH_SHARE * self._config.sync.timeout_s)
-        else:
-            self._client = VersionedSyncClient(rollout_workers)
+        self._client = self._make_client(rollout_workers)
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            self._init_info(), client=self._client, source=self._source
+            self._init_info(len(rollout_workers)), client=self._client, source=self._source
         )
 
     def outdate(self) -> None:
@@ -155,7 +200,15 @@ class WeightSender:
         if engine is not None:
             engine.shutdown()
 
-    def _init_info(self) -> TrainerInitInfo:
+    def _make_client(self, rollout_workers: Sequence[Any]) -> SyncClient:
+        if self._config.sync_backend == "shm":
+            return SyncClient(rollout_workers, self._limit_s)
+        if self._config.sync_backend == "object_store":
+            return HostsSyncClient(rollout_workers, self._limit_s)
+        ranks = self._config.rollout.tensor_parallel_size
+        return NcclSyncClient(rollout_workers, self._limit_s, ranks=ranks)
+
+    def _init_info(self, replicas: int) -> TrainerInitInfo:
         if self._config.sync_backend == "shm":
             return ShmTrainerInitInfo(rank=self._rank)
         if self._config.sync_backend == "object_store":
@@ -163,10 +216,11 @@ class WeightSender:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return NCCLTrainerInitInfo(
+        return TimedNCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
             master_port=port,
-            # The sender, and every GPU of every replica.
-            world_size=1 + self._config.rollout.replicas * self._config.rollout.tensor_parallel_size,
+            # The sender, and every GPU of every replica that is connected.
+            world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
             rank=self._rank,
+            timeout_s=self._limit_s,
         )
