@@ -37,7 +37,7 @@ from async_rl.runtime.process import mark_semaphores
 from async_rl.types import Float32Array, Int32Array, Prompt
 
 if TYPE_CHECKING:
-    from async_rl.weights.object_store import Publication
+    from async_rl.weights.buckets import Array, Publication
     from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
@@ -263,12 +263,26 @@ class RolloutActor(RolloutReplica):
         self._host_weights.close()
         return ray_store.host_id()
 
-    async def fetch_weights(self, publication: Publication, host: int, hosts: int, timeout_s: float) -> Announcement:
-        """Bring weights to this host, for its engines, while they generate; see ``HostWeights.fetch``."""
+    async def fetch_weights(
+        self, publication: Publication, host: int, hosts: int, timeout_s: float, workers: Sequence[Any]
+    ) -> Announcement:
+        """Bring weights to this host, for its engines, while they generate; see ``HostWeights.fetch``.
+
+        ``workers`` are the actors that do the same on each host, this one among them.
+        """
+        from async_rl.weights import ray_store
+
+        peers = [ray_store.peer(worker, timeout_s) for worker in workers]
         with self._waiting_for("fetch_weights"):
             return await asyncio.to_thread(
-                self._host_weights.fetch, publication, host=host, hosts=hosts, timeout_s=timeout_s
+                self._host_weights.fetch, publication, host=host, hosts=hosts, timeout_s=timeout_s, peers=peers
             )
+
+    async def weights_bucket(self, timeout_s: float, round_: int, start: int) -> Array:
+        """Serve a bucket to another host, once this one has it. Raises WeightSyncError when it will not have it."""
+        available = asyncio.wrap_future(self._host_weights.available(round_, start))
+        await asyncio.wait_for(available, timeout_s)
+        return await asyncio.to_thread(self._host_weights.read, round_, start)
 
     def stats(self) -> WorkerStats:
         """Return the counters, and publish them on /metrics. The driver calls this every second."""

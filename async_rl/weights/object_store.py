@@ -8,8 +8,9 @@ A bucket is a stretch of the weight file's tensors (``shm_file``), whatever tens
 neither end ever holds more than a few buckets beside the store and the file. Each has a checksum, and each tensor has
 its own in the file: the host checks the first when a bucket arrives, the engine the second before it loads.
 
-Ray's store moves an object from any host that has it. Hosts therefore begin at different buckets, and serve each other
-those that they have. Knows torch and numpy, neither Ray nor vLLM: ``put`` and ``get`` are given.
+Ray's store brings an object from one of the hosts that have it, by lot, and the trainer's always is among them. So that
+its link is not what all hosts wait for, the store brings each bucket to one host, and that host serves it to the
+others. Knows torch and numpy, neither Ray nor vLLM: ``put`` and ``get`` are given.
 """
 
 from __future__ import annotations
@@ -17,71 +18,16 @@ from __future__ import annotations
 import concurrent.futures
 import secrets
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.shm_file import HEAD, Announcement, Layout, MemoryFile, TensorMeta
-
-# Takes a tenth of a second on a link of 25 Gbit/s, long against the milliseconds that the store needs for each object,
-# while what an end holds of them at one time stays below a gigabyte.
-MAX_BUCKET_BYTES = 256 * 2**20
-# A smaller model is cut into as many buckets all the same, because a host can serve only buckets that it has whole.
-BUCKETS = 64
-MIN_BUCKET_BYTES = 2**20
-# Buckets on their way to a host at one time: others travel while one is checked and written.
-_AHEAD = 3
-
-Array = np.ndarray[Any, np.dtype[np.uint8]]
-Put = Callable[[Array], Any]
-"""Stores a copy of an array of bytes and returns a reference to it, as ``ray.put`` does."""
-Get = Callable[[Any], "concurrent.futures.Future[Array]"]
-"""Begins to fetch what a reference stands for, as ``ray.ObjectRef.future`` does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """One stretch of the weight file."""
-
-    start: int
-    """Where it begins in the file."""
-    nbytes: int
-    checksum: int
-    """xxh3_64 of its bytes."""
-    reference: Any
-    """Where it is in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """The weights of one round in the store. While one exists, also in another process, so do its buckets."""
-
-    round: int
-    nbytes: int
-    """Size of the whole weight file."""
-    buckets: list[Bucket]
-    """The file's tensors, in order and without gaps."""
-    head: Bucket
-    """The file's head, table and digests, which make it a finished file."""
-
-
-def bucket_bytes(nbytes: int) -> int:
-    """Return the size of each bucket, the last one apart, for ``nbytes`` of tensors."""
-    wanted = min(max(nbytes // BUCKETS, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
-    return -(-wanted // 64) * 64
-
-
-def rotated(buckets: Sequence[Bucket], host: int, hosts: int) -> list[Bucket]:
-    """Return the buckets in the order in which host number ``host`` of ``hosts`` fetches them."""
-    begin = len(buckets) * host // hosts
-    return [*buckets[begin:], *buckets[:begin]]
+from async_rl.weights.buckets import Array, Bucket, Get, Peer, Publication, Put, bucket_bytes, checksum
+from async_rl.weights.host_fetch import Fetch, RoundFile
+from async_rl.weights.shm_file import Announcement, Layout, TensorMeta
 
 
 class Publisher:
@@ -121,7 +67,7 @@ class Publisher:
         self.current = None
 
     def _store(self, array: Array, start: int) -> Bucket:
-        return Bucket(start, array.nbytes, _checksum(array), self._put(array))
+        return Bucket(start, array.nbytes, checksum(array), self._put(array))
 
 
 class Staged:
@@ -204,116 +150,93 @@ class HostWeights:
 
     def __init__(self, get: Get) -> None:
         self._get = get
-        self._lock = threading.Lock()  # of the two below
-        self._latest = 0  # counts calls of ``fetch`` and ``close``: all but the last are superseded
-        self._file: _RoundFile | None = None  # none while a call fills it
+        self._lock = threading.Lock()  # of the three below
+        self._file: RoundFile | None = None  # none while a fetch fills it
+        self._fetch: Fetch | None = None  # the latest; earlier ones are stopped
+        self._wanted: list[tuple[int, int, concurrent.futures.Future[None]]] = []  # round and start, by other hosts
 
-    def fetch(self, publication: Publication, *, host: int, hosts: int, timeout_s: float) -> Announcement:
+    def fetch(
+        self, publication: Publication, *, host: int, hosts: int, timeout_s: float, peers: Sequence[Peer] = ()
+    ) -> Announcement:
         """Bring ``publication`` to this host and return the announcement of its file, for ``shm_file.read``.
 
-        ``host`` of ``hosts`` is this host's number, from 0, which says where it begins. A publication that the file has
-        already is not fetched again. A later call ends one that is under way. Raises WeightSyncError when a bucket
-        cannot be had within ``timeout_s`` seconds for all, or is not what was published.
+        ``host`` of ``hosts`` is this host's number, from 0. Without ``peers`` it says where in the buckets this host
+        begins, and the store may bring each from any host that has it. With them, one for each host, all of which fetch
+        at the same time, this host has the store bring its share alone, and asks them for theirs; what a peer does not
+        deliver comes from the store. Then the trainer's link carries each bucket once.
+
+        A publication that the file has already is not fetched again. A later call ends one that is under way. Raises
+        WeightSyncError when a bucket cannot be had within ``timeout_s`` seconds for all, or is not what was published.
         """
+        fetch = Fetch(publication, self._get, timeout_s)
         with self._lock:
-            self._latest += 1
-            call, file = self._latest, self._file
-            if file is not None and file.round == publication.round:
-                return file.announcement()
-            self._file = None
+            if self._file is not None and self._file.round == publication.round:
+                return self._file.announcement()
+            file, self._file = self._file, None
+            self._begin(fetch)
         try:
-            if file is None or file.nbytes != publication.nbytes:
-                if file is not None:
-                    file.close()
-                file = _RoundFile(publication.nbytes)
-            self._fill(file, publication, rotated(publication.buckets, host, hosts), timeout_s, call)
+            if file is not None and file.nbytes != publication.nbytes:
+                file.close()
+                file = None
+            fetch.file = file = file or RoundFile(publication.nbytes)
+            fetch.run(publication, host, hosts, peers, self._deliver)
+        except BaseException:
+            fetch.stopped = True
+            self._deliver()
+            raise
         finally:
             # Also a file that was not finished: the next round is written into the same memory.
-            if file is not None and not self._keep(file, call):
+            if file is not None and not self._keep(fetch, file):
                 file.close()
         return file.announcement()
 
     def close(self) -> None:
         """End a ``fetch`` that is under way, and free the file unless an engine loads from it."""
         with self._lock:
-            self._latest += 1
             file, self._file = self._file, None
+            self._begin(None)
         if file is not None:
             file.close()
 
-    def _keep(self, file: _RoundFile, call: int) -> bool:
+    def available(self, round_: int, start: int) -> concurrent.futures.Future[None]:
+        """Return a future that is done when this host can serve a bucket; it fails when this host will not have it."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._lock:
-            if call != self._latest:
+            self._wanted.append((round_, start, future))
+        self._deliver()
+        return future
+
+    def read(self, round_: int, start: int) -> Array:
+        """Return a copy of a bucket that is ``available``. Raises WeightSyncError when it no longer is."""
+        with self._lock:
+            fetch = self._fetch
+        if fetch is None or fetch.round != round_ or start not in fetch.written or fetch.file is None:
+            raise WeightSyncError(f"weights: this host has no bucket at {start} of round {round_}")
+        return fetch.file.read(start, fetch.sizes[start])
+
+    def _begin(self, fetch: Fetch | None) -> None:
+        """Stop the fetch that is under way, for this one; the lock is held."""
+        if self._fetch is not None:
+            self._fetch.stopped = True
+        self._fetch = fetch
+
+    def _keep(self, fetch: Fetch, file: RoundFile) -> bool:
+        with self._lock:
+            if fetch is not self._fetch:
                 return False
             self._file = file
             return True
 
-    def _fill(
-        self, file: _RoundFile, publication: Publication, order: Sequence[Bucket], timeout_s: float, call: int
-    ) -> None:
-        """Write the buckets into ``file`` in this order, and its head last."""
-        deadline = time.monotonic() + timeout_s
-        file.begin()
-        waiting = deque([*order, publication.head])
-        coming: deque[tuple[Bucket, concurrent.futures.Future[Array]]] = deque()
-        missing = len(waiting)
-        while missing:
-            while waiting and len(coming) < _AHEAD:
-                bucket = waiting.popleft()
-                coming.append((bucket, self._get(bucket.reference)))
-            bucket, future = coming.popleft()
-            array = _result(
-                future, deadline, f"{missing} of {len(order) + 1} buckets are missing after {timeout_s:g} s"
-            )
-            if call != self._latest:
-                raise WeightSyncError("another transfer of weights to this host has begun")
-            if array.nbytes != bucket.nbytes or _checksum(array) != bucket.checksum:
-                raise WeightSyncError(
-                    f"weights: the bucket of {bucket.nbytes} bytes at {bucket.start} of the weight file does not match "
-                    "its checksum; nothing was loaded"
-                )
-            missing -= 1
-            if bucket is publication.head:
-                file.finish(array, publication.round)
-            else:
-                file.write(array.data, bucket.start)
-            del array  # or the store could not free its copy
-
-
-class _RoundFile(MemoryFile):
-    """A memory file that knows which round it holds; 0 for none that is complete."""
-
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.round = 0
-
-    def begin(self) -> None:
-        """Make readers refuse the file."""
-        self.round = 0
-        self.write(bytes(HEAD.size), 0)
-
-    def finish(self, head: Array, round_: int) -> None:
-        """Write what precedes the tensors: the head itself last, because it says that the file is complete."""
-        self.write(head.data[HEAD.size :], HEAD.size)
-        self.write(head.data[: HEAD.size], 0)
-        self.round = round_
-
-    def announcement(self) -> Announcement:
-        """Return what readers need in order to find the round that the file holds."""
-        return self.announce(self.round)
-
-
-def _checksum(array: Array) -> int:
-    digest = xxhash.xxh3_64()
-    digest.update(array.data)  # other threads run meanwhile, unlike with xxh3_64_intdigest
-    return digest.intdigest()
-
-
-def _result(future: concurrent.futures.Future[Array], deadline: float, what: str) -> Array:
-    try:
-        return future.result(timeout=max(0.0, deadline - time.monotonic()))
-    except concurrent.futures.TimeoutError:
-        raise WeightSyncError(f"weights did not reach this host in time: {what}; raise sync.timeout_s") from None
-    except Exception as error:  # of the store: the trainer's host is gone, for example
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise WeightSyncError(f"weights could not be fetched: {why}") from error
+    def _deliver(self) -> None:
+        """Answer the hosts that wait for a bucket which this one has, or will not have."""
+        with self._lock:
+            wanted, self._wanted = self._wanted, []
+            fetch = self._fetch
+            for round_, start, future in wanted:
+                if fetch is None or fetch.round != round_ or (start not in fetch.written and not fetch.stopped):
+                    self._wanted.append((round_, start, future))
+                elif future.set_running_or_notify_cancel():
+                    if start in fetch.written:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(WeightSyncError("this host could not fetch the weights"))

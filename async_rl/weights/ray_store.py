@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.object_store import Array
+from async_rl.weights.buckets import Array, Peer
 
 
 def put(array: Array) -> Any:
@@ -27,6 +27,15 @@ def get(reference: Any) -> concurrent.futures.Future[Array]:
     """Begin to bring an array to this host, from any host that has it. The result is a view on this host's store."""
     future: concurrent.futures.Future[Array] = reference.future()
     return future
+
+
+def peer(worker: Any, timeout_s: float) -> Peer:
+    """Return how another host's ``worker``, an actor, is asked for a bucket, which it may wait for that long."""
+
+    def ask(round_: int, start: int) -> concurrent.futures.Future[Array]:
+        return get(worker.weights_bucket.remote(timeout_s, round_, start))
+
+    return ask
 
 
 def host_id() -> str:

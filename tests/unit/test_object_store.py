@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import threading
 import weakref
@@ -13,15 +14,15 @@ import pytest
 import torch
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.object_store import (
+from async_rl.weights.buckets import (
     MAX_BUCKET_BYTES,
     MIN_BUCKET_BYTES,
-    HostWeights,
-    Publisher,
-    Staged,
+    Bucket,
     bucket_bytes,
     rotated,
+    shares,
 )
+from async_rl.weights.object_store import HostWeights, Publisher, Staged
 from async_rl.weights.shm_file import TensorMeta, read
 
 
@@ -51,22 +52,19 @@ class Store:
     """An object store in this process; ``faults`` say what becomes of the n-th fetch."""
 
     def __init__(self):
-        self.references = weakref.WeakSet()
-        self.most = 0
-        self.sizes = []
+        self.held = self.most = 0  # bytes
         self.fetched = []
         self.faults = {}
 
-    @property
-    def held(self):
-        return sum(reference.array.nbytes for reference in self.references)
-
     def put(self, array):
         reference = Reference(array.copy())
-        self.references.add(reference)
-        self.sizes.append(array.nbytes)
+        self.held += array.nbytes
         self.most = max(self.most, self.held)
+        weakref.finalize(reference, self._free, array.nbytes)
         return reference
+
+    def _free(self, nbytes):
+        self.held -= nbytes
 
     def get(self, reference):
         fault = self.faults.get(len(self.fetched))
@@ -119,7 +117,7 @@ def same(received, sent):
     return all(torch.equal(tensor, sent[name]) and tensor.dtype == sent[name].dtype for name, tensor in received)
 
 
-@pytest.mark.parametrize("size", [1, 64, 100, 333, 4096, 10**6])
+@pytest.mark.parametrize("size", [7, 64, 100, 333, 4096, 10**6])
 def test_what_is_published_is_read_bit_for_bit_wherever_buckets_end(store, host, size):
     publisher = Publisher(TABLE, store.put, size=size)
     for seed in (1, 2, 3):
@@ -171,6 +169,114 @@ def test_hosts_begin_at_different_buckets_and_fetch_all(store):
     assert rotated([], 1, 2) == []
 
 
+@pytest.mark.parametrize(("count", "hosts"), [(0, 2), (1, 3), (8, 1), (8, 2), (9, 4), (64, 7)])
+def test_each_bucket_is_of_one_host_and_no_two_hosts_ask_one_peer_at_a_time(count, hosts):
+    buckets = [Bucket(start, 1, 0, None) for start in range(count)]
+    found = [shares(buckets, number, hosts) for number in range(hosts)]
+    assert sorted(bucket.start for own, _ in found for bucket in own) == list(range(count))
+    for own, others in found:
+        assert sorted(bucket.start for bucket in [*own, *(bucket for _, bucket in others)]) == list(range(count))
+        assert all(bucket in found[owner][0] for owner, bucket in others)
+    whole = count // hosts * (hosts - 1)  # of groups with a bucket of each host
+    for asked in zip(*([owner for owner, _ in others][:whole] for _, others in found), strict=True):
+        assert len(set(asked)) == hosts
+
+
+class Peers:
+    """Hosts that fetch at the same time, each in a thread, and serve each other."""
+
+    def __init__(self, count, stores):
+        self.hosts = [HostWeights(store.get) for store in stores]
+        self.served = [[] for _ in range(count)]
+        self.pool = concurrent.futures.ThreadPoolExecutor(32)
+        self.dead = set()
+
+    def ask(self, number, round_, start):
+        def serve():
+            if number in self.dead:
+                raise RuntimeError("the actor died")
+            self.hosts[number].available(round_, start).result(20)
+            self.served[number].append(start)
+            return self.hosts[number].read(round_, start)
+
+        return self.pool.submit(serve)
+
+    def begin(self, publication, limits=None):
+        peers = [functools.partial(self.ask, number) for number in range(len(self.hosts))]
+
+        def one(number):
+            host = self.hosts[number]
+            limit = (limits or {}).get(number, 20)
+            return host.fetch(publication, host=number, hosts=len(peers), timeout_s=limit, peers=peers)
+
+        return {number: self.pool.submit(one, number) for number in range(len(peers)) if number not in self.dead}
+
+    def fetch(self, publication):
+        return {number: call.result(30) for number, call in self.begin(publication).items()}
+
+    def close(self):
+        for host in self.hosts:
+            host.close()
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def peers():
+    """Three hosts, whose fetches from the store are counted apart."""
+    stores = [Store() for _ in range(3)]
+    peers = Peers(3, stores)
+    peers.stores = stores
+    yield peers
+    peers.close()
+    assert memory_files() == 0
+
+
+def test_the_store_brings_each_bucket_to_one_host_which_serves_it_to_the_others(store, peers):
+    publisher = Publisher(TABLE, store.put, size=100)
+    for seed in (1, 2, 3):
+        publication = publisher.publish(tensors(seed).items())
+        for announced in peers.fetch(publication).values():
+            assert same(read(announced, TABLE), tensors(seed))
+        buckets = {id(bucket.reference): bucket.start for bucket in publication.buckets}
+        brought = [buckets[id(r)] for each in peers.stores for r in each.fetched if id(r) in buckets]
+        assert sorted(brought) == sorted(buckets.values())
+        assert sorted(start for served in peers.served for start in served) == sorted([*buckets.values()] * 2)
+        for each in peers.stores:
+            each.fetched.clear()
+            each.last = None
+        peers.served = [[] for _ in peers.served]
+    held = store.held
+    publication = None
+    publisher.withdraw()
+    assert held > 0 == store.held  # no host keeps a reference
+
+
+@pytest.mark.parametrize("fault", ["lost", "corrupt"])
+def test_what_a_peer_does_not_deliver_comes_from_the_store(store, peers, fault):
+    publication = Publisher(TABLE, store.put, size=100).publish(tensors(1).items())
+    if fault == "lost":
+        peers.dead = {1}
+    else:
+        peers.hosts[1].read = lambda round_, start: np.zeros(7, np.uint8)
+    announced = peers.fetch(publication)
+    assert len(announced) == (2 if fault == "lost" else 3)
+    for each in announced.values():
+        assert same(read(each, TABLE), tensors(1))
+
+
+def test_a_peer_whose_own_fetch_failed_does_not_keep_the_others_waiting(store, peers):
+    publication = Publisher(TABLE, store.put, size=100).publish(tensors(1).items())
+    peers.stores[1].faults = {1: "late"}
+    calls = peers.begin(publication, {1: 1.0})
+    with pytest.raises(WeightSyncError, match="in time"):
+        calls[1].result(30)
+    for number in (0, 2):
+        assert same(read(calls[number].result(15), TABLE), tensors(1))
+    missing = [bucket.start for bucket in shares(publication.buckets, 1, 3)[0]][1]
+    with pytest.raises(WeightSyncError, match="could not fetch the weights"):
+        peers.hosts[1].available(publication.round, missing).result(5)
+
+
 def test_engines_of_one_host_share_what_was_fetched_once(store, host):
     publication = Publisher(TABLE, store.put, size=256).publish(tensors().items())
     announced = fetch(host, publication)
@@ -208,7 +314,7 @@ def test_invariant_10_a_fault_of_a_bucket_is_an_error_and_a_second_attempt_works
     count = len(publication.buckets) + 1
     store.faults = {count + when % count: fault}
     with pytest.raises(WeightSyncError, match=message):
-        fetch(host, publication, timeout_s=0.2)
+        fetch(host, publication, timeout_s=0.2 if fault == "late" else 20.0)
     with pytest.raises(WeightSyncError):  # half of the new version is where the old one was
         read(before, TABLE)
     assert same(read(fetch(host, publication), TABLE), tensors(2))
@@ -241,9 +347,8 @@ def test_a_later_fetch_supersedes_one_that_waits(store, host):
     assert waiting.wait(20)
     second = publisher.publish(tensors(2).items())
     announced = fetch(host, second)
-    late[1].set_result(np.zeros(1, np.uint8))
     thread.join(20)
-    assert failed == ["another transfer of weights to this host has begun"]
+    assert failed == ["the transfer of weights to this host was ended: another has begun, or a part failed"]
     assert same(read(announced, TABLE), tensors(2))
     assert memory_files() == 1
 

@@ -17,7 +17,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.object_store import Publication, Publisher, Staged
+from async_rl.weights.buckets import Publication
+from async_rl.weights.object_store import Publisher, Staged
 from async_rl.weights.vllm.shm import name_table
 
 

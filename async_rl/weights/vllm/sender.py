@@ -24,7 +24,8 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import WeightSyncError
 from async_rl.runtime import timeouts
 from async_rl.weights import ray_store
-from async_rl.weights.object_store import Publication, Publisher, Staged
+from async_rl.weights.buckets import Publication
+from async_rl.weights.object_store import Publisher, Staged
 from async_rl.weights.shm_file import Announcement
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
@@ -120,10 +121,14 @@ class HostsSyncClient(SyncClient):
         first: dict[str, Any] = {}
         for handle, host in self._hosts.items():
             first.setdefault(host, handle)
-        calls = [
-            handle.fetch_weights.remote(publication, number, len(first), self._limit_s)
-            for number, handle in enumerate(first.values())
-        ]
+        # This host has the buckets already, and sends each of them to one of the others.
+        here = ray_store.host_id()
+        others = [handle for host, handle in first.items() if host != here]
+        calls = []
+        for host, handle in first.items():
+            alone = host == here or len(others) == 1
+            number, peers = (0, []) if alone else (others.index(handle), others)
+            calls.append(handle.fetch_weights.remote(publication, number, max(len(peers), 1), self._limit_s, peers))
         try:
             announced = self._together(calls, self._limit_s + timeouts.ANSWER_S)
         except GetTimeoutError:
