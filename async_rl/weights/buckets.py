@@ -5,8 +5,7 @@ Pure: knows arrays of bytes and references to them, which mean something to the 
 
 from __future__ import annotations
 
-import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,6 @@ BUCKETS = 64
 MIN_BUCKET_BYTES = 2**20
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
-Put = Callable[[Array], Any]
-"""Stores a copy of an array of bytes and returns a reference to it, as ``ray.put`` does."""
-Get = Callable[[Any], "concurrent.futures.Future[Array]"]
-"""Begins to fetch what a reference stands for, as ``ray.ObjectRef.future`` does."""
-Peer = Callable[[int, int], "concurrent.futures.Future[Array]"]
-"""Asks another host for a bucket, by its publication's round and its start. The future fails if that host has none."""
 
 
 @dataclass(frozen=True, slots=True)

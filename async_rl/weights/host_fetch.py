@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import structlog
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.buckets import Array, Bucket, Get, Peer, Publication, checksum, rotated, shares
+from async_rl.weights.buckets import Array, Bucket, Publication, checksum, rotated, shares
 from async_rl.weights.shm_file import HEAD, Announcement, MemoryFile
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,11 @@ _AHEAD = 3
 # How often a wait for a bucket looks whether it was superseded; nothing that must be quick depends on it.
 _LOOK_S = 0.2
 
+
+Get = Callable[[Any], "concurrent.futures.Future[Array]"]
+"""Begins to fetch what a reference stands for, as ``ray.ObjectRef.future`` does."""
+Peer = Callable[[int, int], "concurrent.futures.Future[Array]"]
+"""Asks another host for a bucket, by its publication's round and its start. The future fails if that host has none."""
 
 # A bucket, and the call that asks for it.
 _Ask = tuple[Bucket, Callable[[], "concurrent.futures.Future[Array]"]]

@@ -19,15 +19,19 @@ import concurrent.futures
 import secrets
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.buckets import Array, Bucket, Get, Peer, Publication, Put, bucket_bytes, checksum
-from async_rl.weights.host_fetch import Fetch, RoundFile
+from async_rl.weights.buckets import Array, Bucket, Publication, bucket_bytes, checksum
+from async_rl.weights.host_fetch import Fetch, Get, Peer, RoundFile
 from async_rl.weights.shm_file import Announcement, Layout, TensorMeta
+
+Put = Callable[[Array], Any]
+"""Stores a copy of an array of bytes and returns a reference to it, as ``ray.put`` does."""
 
 
 class Publisher:

@@ -9,7 +9,8 @@ import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from async_rl.errors import WeightSyncError
-from async_rl.weights.buckets import Array, Peer
+from async_rl.weights.buckets import Array
+from async_rl.weights.host_fetch import Peer
 
 
 def put(array: Array) -> Any:
