@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -283,6 +284,15 @@ class RolloutActor(RolloutReplica):
         available = asyncio.wrap_future(self._host_weights.available(round_, start))
         await asyncio.wait_for(available, timeout_s)
         return await asyncio.to_thread(self._host_weights.read, round_, start)
+
+    async def update_weights(self, request: Any) -> None:
+        """Receive weights, with sync.backend object_store from the file of this host."""
+        from async_rl.weights import ray_store
+
+        if "by_host" in request.update_info:
+            announcement = request.update_info["by_host"][ray_store.host_id()]
+            request = dataclasses.replace(request, update_info=announcement)
+        await super().update_weights(request)
 
     def stats(self) -> WorkerStats:
         """Return the counters, and publish them on /metrics. The driver calls this every second."""

@@ -237,6 +237,8 @@ class HostWeights:
             wanted, self._wanted = self._wanted, []
             fetch = self._fetch
             for round_, start, future in wanted:
+                if future.cancelled():  # the other host waits no longer
+                    continue
                 if fetch is None or fetch.round != round_ or (start not in fetch.written and not fetch.stopped):
                     self._wanted.append((round_, start, future))
                 elif future.set_running_or_notify_cancel():

@@ -277,6 +277,13 @@ def test_a_peer_whose_own_fetch_failed_does_not_keep_the_others_waiting(store, p
         peers.hosts[1].available(publication.round, missing).result(5)
 
 
+def test_a_host_forgets_who_waits_no_longer(store, host):
+    for start in range(5):
+        host.available(123, start).cancel()
+    fetch(host, Publisher(TABLE, store.put).publish(tensors().items()))
+    assert host._wanted == []
+
+
 def test_engines_of_one_host_share_what_was_fetched_once(store, host):
     publication = Publisher(TABLE, store.put, size=256).publish(tensors().items())
     announced = fetch(host, publication)

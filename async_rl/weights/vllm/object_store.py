@@ -25,8 +25,8 @@ from async_rl.weights.vllm.shm import name_table
 class HostsClient(VLLMWeightSyncClient, Protocol):  # type: ignore[misc]  # vLLM is not followed
     """A client that reaches engines on several hosts."""
 
-    def fetch_weights(self, publication: Publication) -> None:
-        """Have each host fetch ``publication``; the next ``update_weights`` announces its file to its engines."""
+    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
+        """Have each host fetch ``publication``, and return what ``update_weights`` takes: the file of each host."""
 
 
 @dataclass
@@ -50,6 +50,7 @@ class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectS
         self._staged = init_info.staged
         self._publisher = init_info.publisher
         self._ready = False
+        self._update: dict[str, Any] | None = None
         if init_info.is_sender:
             table = [[meta.name, meta.dtype, list(meta.shape)] for meta in name_table(source)]
             client.init_weight_transfer_engine({"table": table})
@@ -66,24 +67,28 @@ class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectS
             raise WeightSyncError("the object_store backend transfers whole models: it needs a WeightSource")
         return cls(init_info, client, source)
 
-    def stage(self) -> None:
-        """Bring the weights of now to every host, where the next ``send_weights`` finds them."""
+    def stage(self) -> dict[str, Any] | None:
+        """Bring the weights of now to every host.
+
+        Returns what a replica needs in order to take them there; None on ranks that do not send.
+        """
         if self._staged.stage():
             self._gather()
         if self._publisher is not None:
             if self._publisher.current is None:  # other ranks gather no more than this one does
                 raise WeightSyncError("no weights are in the object store: they could not be published before")
-            self.client.fetch_weights(self._publisher.current)
+            self._update = self.client.fetch_weights(self._publisher.current)
         self._ready = True
+        return self._update
 
     def send_weights(self) -> None:
         if not self._ready:
             self.stage()
         self._ready = False
-        if self._publisher is None:
+        if self._update is None:
             return
         self.client.start_weight_update()
-        self.client.update_weights({})
+        self.client.update_weights(self._update)
         self.client.finish_weight_update()
 
     def _gather(self) -> None:

@@ -26,7 +26,6 @@ from async_rl.runtime import timeouts
 from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
-from async_rl.weights.shm_file import Announcement
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
@@ -109,15 +108,17 @@ class HostsSyncClient(SyncClient):
     def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
         super().__init__(rollout_workers, limit_s)
         self._hosts: dict[Any, str] = {}  # of each of ``all_handles``
-        self._announced: dict[str, Announcement] = {}  # the weight file of each host
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         hosts = self._together([handle.weights_host.remote() for handle in self.all_handles])
         self._hosts = dict(zip(self.all_handles, hosts, strict=True))
         super().init_weight_transfer_engine(init_info)
 
-    def fetch_weights(self, publication: Publication) -> None:
-        """Have each host fetch ``publication``. Raises WeightSyncError, and RayError for a worker that is gone."""
+    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
+        """Have each host fetch ``publication``, and return the announcements of their files, for ``update_weights``.
+
+        Raises WeightSyncError, and RayError for a worker that is gone.
+        """
         first: dict[str, Any] = {}
         for handle, host in self._hosts.items():
             first.setdefault(host, handle)
@@ -135,15 +136,7 @@ class HostsSyncClient(SyncClient):
             raise WeightSyncError(
                 f"a host did not say within {self._limit_s:g} s that it has the weights; raise sync.timeout_s"
             ) from None
-        self._announced = dict(zip(first, announced, strict=True))
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        del update_info  # each host has its own
-        requests = {
-            host: WeightTransferUpdateRequest(update_info=asdict(announced))
-            for host, announced in self._announced.items()
-        }
-        self._together([handle.update_weights.remote(requests[self._hosts[handle]]) for handle in self.handles])
+        return {"by_host": {host: asdict(file) for host, file in zip(first, announced, strict=True)}}
 
 
 class WeightSender:
@@ -178,12 +171,18 @@ class WeightSender:
         """Note that the weights change, so that those staged before are not sent again."""
         self._staged.outdate()
 
-    def stage(self) -> None:
-        """Do what of the next ``send`` needs no engine, so that engines generate meanwhile."""
+    def stage(self) -> dict[str, Any] | None:
+        """Do what of the next ``send`` needs no engine, so that engines generate meanwhile.
+
+        Returns the update that each engine can take by itself; None if it needs ``send``, and on ranks that do not
+        send.
+        """
         if self._engine is None:
             raise RuntimeError("connect() must be called before stage()")
-        if self._config.sync_backend != "nccl":  # which sends from the GPU's memory
-            self._engine.stage()
+        if self._config.sync_backend == "nccl":  # sends from the GPU's memory
+            return None
+        update: dict[str, Any] | None = self._engine.stage()
+        return update
 
     def send(self, version: int, only: int | None = None) -> None:
         """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""
