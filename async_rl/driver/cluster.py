@@ -17,7 +17,7 @@ import ray
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.sizes import object_store_bytes
-from async_rl.errors import ConfigError, ResourceError
+from async_rl.errors import ResourceError
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
 from async_rl.trainer.parallel import world_size
 
@@ -101,16 +101,6 @@ def ray_exporters() -> list[str]:
     # Without those packages the port is -1.
     nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
     return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
-
-
-def require_backend(config: RunConfig) -> None:
-    """Raise ConfigError for sync.backend shm on a cluster of several hosts, where engines may be on any of them."""
-    hosts = sum(node["Alive"] for node in ray.nodes())
-    if config.sync_backend == "shm" and hosts > 1:
-        raise ConfigError(
-            f"sync.backend is shm, which reaches engines on the trainer's host alone, but the cluster has {hosts} "
-            "hosts; set sync.backend to auto"
-        )
 
 
 async def free_resources() -> str:

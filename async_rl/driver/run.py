@@ -21,9 +21,10 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.dataset import Dataset, read_jsonl
 from async_rl.data.tokenizer import end_token, load_tokenizer, prompt_encoder
 from async_rl.driver import checkpoint_folder, run_state
-from async_rl.driver.cluster import ray_cluster, ray_exporters, require_backend
+from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
+from async_rl.driver.weight_backend import require_backend, with_backend
 from async_rl.errors import CheckpointDamaged, ConfigError
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
@@ -52,7 +53,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     prepare(config)
-    config = resolved(config, resume=resume)
+    config = with_backend(resolved(config, resume=resume))
     # Transformers takes seconds to import, and Ray to start: side by side.
     with ThreadPoolExecutor(1) as background:
         inputs = background.submit(read_inputs, config)
@@ -68,8 +69,8 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
             checked = checkpoint_folder.latest_valid(recorder.checkpoints) if resume else None
             prepare_store(config, resume=resume, clear=checked is None)
             with ray_cluster(config):
-                require_backend(config)
                 recorder.announce_ray_exporters(ray_exporters())
+                require_backend(config)
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
                 _train(config, recorder, read, resume=resume)
@@ -110,13 +111,10 @@ def prepare(config: RunConfig) -> None:
 def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     """Return the config with what depends on this machine filled in.
 
-    That is the device, how weights are transferred and, unless a run is resumed, a free name: name, name-2, ...
+    That is the device and, unless a run is resumed, a free name: name, name-2, ...
     """
     device = "cuda" if doctor.uses_gpu(config) else "cpu"
-    resources = config.resources.model_copy(update={"device": device})
-    # Here, because actors on other hosts have another environment.
-    sync = config.sync.model_copy(update={"backend": config.sync_backend})
-    config = config.model_copy(update={"resources": resources, "sync": sync})
+    config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
     if resume:
         return config
     number, candidate = 1, config

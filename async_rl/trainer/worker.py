@@ -64,10 +64,10 @@ class TrainerWorker:
         self, mini_batches: Sequence[Sequence[Payload]], version: int, oldest_version: int
     ) -> list[StepReport]:
         """Do one training step: an optimizer update per mini-batch, on this rank's groups, given by reference."""
-        self._outdate_staged_weights()
         batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
         # All of the step's groups at once: later updates use log-probs from before the first one.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
+        self._outdate_staged_weights()
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
     def accumulate(self, payloads: Sequence[Payload], version: int, oldest_version: int, *, first: bool) -> None:
