@@ -84,7 +84,8 @@ class Fetch:
     ) -> None:
         """Fetch all buckets into ``file``, and call ``written`` after each; see ``HostWeights.fetch``."""
         self._file().begin()
-        own, others = rotated(publication.buckets, host, hosts), []
+        own = rotated(publication.buckets, host, hosts)
+        others: list[tuple[int, Bucket]] = []
         if peers:
             own, others = shares(publication.buckets, host, hosts)
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
