@@ -281,9 +281,7 @@ class RolloutActor(RolloutReplica):
 
     async def weights_bucket(self, timeout_s: float, round_: int, start: int) -> Array:
         """Serve a bucket to another host, once this one has it. Raises WeightSyncError when it will not have it."""
-        available = asyncio.wrap_future(self._host_weights.available(round_, start))
-        await asyncio.wait_for(available, timeout_s)
-        return await asyncio.to_thread(self._host_weights.read, round_, start)
+        return await self._host_weights.serve(round_, start, timeout_s)
 
     async def update_weights(self, request: Any) -> None:
         """Receive weights, with sync.backend object_store from the file of this host."""

@@ -15,6 +15,7 @@ others. Knows torch and numpy, neither Ray nor vLLM: ``put`` and ``get`` are giv
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import secrets
 import threading
@@ -217,6 +218,14 @@ class HostWeights:
         if fetch is None or fetch.round != round_ or start not in fetch.written or fetch.file is None:
             raise WeightSyncError(f"weights: this host has no bucket at {start} of round {round_}")
         return fetch.file.read(start, fetch.sizes[start])
+
+    async def serve(self, round_: int, start: int, timeout_s: float) -> Array:
+        """Return a copy of a bucket, once this host has it; the answer to a ``Peer`` of another host.
+
+        Raises WeightSyncError when this host will not have it, and TimeoutError.
+        """
+        await asyncio.wait_for(asyncio.wrap_future(self.available(round_, start)), timeout_s)
+        return await asyncio.to_thread(self.read, round_, start)
 
     def _begin(self, fetch: Fetch | None) -> None:
         """Stop the fetch that is under way, for this one; the lock is held."""

@@ -46,7 +46,7 @@ class HostPusher(Pusher):
 
 @pytest.fixture
 def store():
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 

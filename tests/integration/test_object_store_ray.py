@@ -10,7 +10,6 @@ import time
 import pytest
 import ray
 import torch
-from ray._private.internal_api import memory_summary
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -271,18 +270,6 @@ def test_when_an_engine_fails_those_that_still_load_are_waited_for(trainer, rece
     found = states(receivers)
     assert [pending for *_, pending in found] == [None] * 5
     assert [values for _, values, *_ in found] == [{1.0}] * 4 + [None]
-
-
-def test_the_store_keeps_one_version(trainer, receivers):
-    """Thirty versions are more than both nodes hold together."""
-    begin(trainer, receivers)
-    for value in range(1, 31):
-        call(trainer.push, float(value))
-    assert states(receivers)[3][1] == {30.0}
-    address = ray.get_runtime_context().gcs_address
-    assert "Spilled" not in memory_summary(address, stats_only=True)
-    call(trainer.close)
-    waiting_for(lambda: "Plasma memory usage 0 MiB" in memory_summary(address, stats_only=True))
 
 
 def test_the_death_of_the_worker_that_fetches_costs_its_host_nothing(trainer, fleet, receivers):
