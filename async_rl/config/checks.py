@@ -48,7 +48,9 @@ def _check_sync(config: RunConfig) -> None:
     if config.sync.backend != "nccl":
         return
     if config.resources.device == "cpu":
-        raise ValueError("sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to shm")
+        raise ValueError(
+            "sync.backend is nccl, which needs GPUs, but resources.device is cpu; set sync.backend to auto"
+        )
     if config.sync.rolling:
         raise ValueError(
             "sync.rolling is true, but sync.backend is nccl, whose broadcast reaches every engine at once; set "

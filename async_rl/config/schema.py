@@ -377,8 +377,9 @@ class QueueSection(Section):
 class SyncSection(Section):
     """The weight sync from trainer to engines."""
 
-    backend: Literal["shm", "nccl"] = "shm"
-    """How weights are transferred: through shared memory of one host (shm), or by vLLM's NCCL engine."""
+    backend: Literal["auto", "shm", "object_store", "nccl"] = "auto"
+    """How weights are transferred: through shared memory of one host (shm), through Ray's object store to any number of
+    hosts, or by vLLM's NCCL engine; auto for object_store if the run joins a cluster, else shm."""
     canary_tolerance: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest difference of log-probs between engine and trainer on a token of the canary; the mean may be a tenth of
     it. auto for three times what the run's first comparison measures, at least 1e-4 in float32 and 0.5 in bfloat16;
@@ -387,7 +388,8 @@ class SyncSection(Section):
     """Seconds that a weight sync may take; then engines that do not answer are replaced, and if all answer, the run
     fails."""
     rolling: bool = False
-    """Whether to sync one replica after the other, so that generation never stops on all; needs sync.backend shm."""
+    """Whether to sync one replica after the other, so that generation never stops on all; not with sync.backend
+    nccl."""
 
 
 class CheckpointSection(Section):
@@ -552,6 +554,13 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """The run folder."""
         return self.runs / self.name
+
+    @property
+    def sync_backend(self) -> Literal["shm", "object_store", "nccl"]:
+        """How weights are transferred: sync.backend, with auto resolved for this process's environment."""
+        if self.sync.backend != "auto":
+            return self.sync.backend
+        return "shm" if self.cluster.joined_address is None else "object_store"
 
     @property
     def engine_dtype(self) -> Dtype:

@@ -182,7 +182,7 @@ def run_memory(config: RunConfig, model: ModelConfig | None, parameters: Paramet
 
 def shared_weights(config: RunConfig, parameters: Parameters) -> int:
     """Return the bytes of the copy in shared memory that a weight sync leaves for all engines of the host."""
-    return parameters.total * BYTES[config.model.dtype] if config.sync.backend == "shm" else 0
+    return 0 if config.sync_backend == "nccl" else parameters.total * BYTES[config.model.dtype]
 
 
 def _layer_elements(model: ModelConfig, *, moe: bool) -> int:

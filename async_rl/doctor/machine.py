@@ -80,7 +80,7 @@ def devices(config: RunConfig) -> Iterator[Check]:
                 "sync.backend",
                 "FAIL",
                 "nccl needs GPUs, and this machine has none",
-                "set sync.backend to shm",
+                "set sync.backend to auto",
                 ConfigError,
             )
         yield Check("device", "ok", "CPU")
@@ -223,7 +223,7 @@ def _model(config: RunConfig) -> tuple[ModelConfig | None, estimate.Parameters]:
 
 
 def shared_memory(config: RunConfig) -> Iterator[Check]:
-    """Check that /dev/shm has room for Ray's object store and, with sync.backend shm, for a copy of the weights."""
+    """Check that /dev/shm has room for Ray's object store and, without nccl, for a copy of the weights."""
     _, parameters = _model(config)
     weights = estimate.shared_weights(config, parameters)
     free = free_bytes("/dev/shm")

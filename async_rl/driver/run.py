@@ -27,6 +27,7 @@ from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.hosts import joined
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
+from async_rl.driver.weight_backend import require_backend, with_backend
 from async_rl.errors import CheckpointDamaged, ConfigError
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
@@ -55,7 +56,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     prepare(config)
-    config = resolved(config, resume=resume)
+    config = with_backend(resolved(config, resume=resume))
     # Transformers takes seconds to import, and Ray to start: side by side.
     with ThreadPoolExecutor(1) as background:
         inputs = background.submit(read_inputs, config)
@@ -74,6 +75,7 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
             prepare_store(config, resume=resume, clear=checked is None)
             with own_cluster:
                 recorder.announce_ray_exporters(ray_exporters())
+                require_backend(config)
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
                 _train(config, recorder, read, resume=resume)

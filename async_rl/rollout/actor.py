@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,10 @@ from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs
 from async_rl.runtime.process import mark_semaphores
 from async_rl.types import Float32Array, Int32Array, Prompt
+
+if TYPE_CHECKING:
+    from async_rl.weights.buckets import Array, Publication
+    from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
 
@@ -181,9 +186,6 @@ class RolloutReplica:
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         """Agree with the sender on how weights travel."""
-        if "rank_offset" in request.init_info:
-            # NCCL: the sender is rank 0, and each replica's ranks follow those of the one before it.
-            request.init_info["rank_offset"] += self._replica * self._config.rollout.tensor_parallel_size
         with self._waiting_for("init_weight_transfer_engine"):
             await self._engine.init_weight_transfer_engine(request)
 
@@ -248,6 +250,8 @@ class RolloutActor(RolloutReplica):
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
         from async_rl.rollout.engine.loader import load_engine
+        from async_rl.weights import ray_store
+        from async_rl.weights.object_store import HostWeights
 
         name = worker_id(replica)
         logs.configure(config.run_dir, name, console=False)
@@ -266,6 +270,7 @@ class RolloutActor(RolloutReplica):
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
+        self._host_weights = HostWeights(ray_store.get)
 
     async def groups(self) -> AsyncIterator[Any]:
         """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
@@ -290,6 +295,41 @@ class RolloutActor(RolloutReplica):
         """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
 
+    async def weights_host(self) -> str:
+        """Return the id of this host, and free the weights that an earlier sender had it fetch."""
+        from async_rl.weights import ray_store
+
+        self._host_weights.close()
+        return ray_store.host_id()
+
+    async def fetch_weights(
+        self, publication: Publication, host: int, hosts: int, timeout_s: float, workers: Sequence[Any]
+    ) -> Announcement:
+        """Bring weights to this host, for its engines, while they generate; see ``HostWeights.fetch``.
+
+        ``workers`` are the actors that do the same on each host, this one among them.
+        """
+        from async_rl.weights import ray_store
+
+        peers = [ray_store.peer(worker, timeout_s) for worker in workers]
+        with self._waiting_for("fetch_weights"):
+            return await asyncio.to_thread(
+                self._host_weights.fetch, publication, host=host, hosts=hosts, timeout_s=timeout_s, peers=peers
+            )
+
+    async def weights_bucket(self, timeout_s: float, round_: int, start: int) -> Array:
+        """Serve a bucket to another host, once this one has it. Raises WeightSyncError when it will not have it."""
+        return await self._host_weights.serve(round_, start, timeout_s)
+
+    async def update_weights(self, request: Any) -> None:
+        """Receive weights, with sync.backend object_store from the file of this host."""
+        from async_rl.weights import ray_store
+
+        if "by_host" in request.update_info:
+            announcement = request.update_info["by_host"][ray_store.host_id()]
+            request = dataclasses.replace(request, update_info=announcement)
+        await super().update_weights(request)
+
     def stats(self) -> WorkerStats:
         """Return the counters, and publish them on /metrics. The driver calls this every second."""
         stats = super().stats()
@@ -306,4 +346,5 @@ class RolloutActor(RolloutReplica):
     async def shutdown(self) -> None:
         """Stop serving metrics, then end the replica."""
         self._metrics.close()
+        self._host_weights.close()
         await super().shutdown()

@@ -60,12 +60,9 @@ class TrainerWorker:
         """Set up weight transfer to these rollout actors, in place of earlier ones."""
         from async_rl.weights.vllm.sender import WeightSender
 
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
-        self._sender = WeightSender(
-            self._config, self._rank, source=self._trainer.weight_source(), rollout_workers=rollout_workers
-        )
+        if self._sender is None:
+            self._sender = WeightSender(self._config, self._rank, source=self._trainer.weight_source())
+        self._sender.connect(rollout_workers)
 
     def fetch(self, mini_batches: Sequence[Groups]) -> list[str]:
         """Read the groups of the next call and keep them, so that all ranks begin that call or none does.
@@ -79,6 +76,7 @@ class TrainerWorker:
         batches = [self._fetcher.groups(payloads) for payloads in mini_batches]
         # All of the step's groups at once: later updates use log-probs from before the first one.
         self._trainer.prepare([group for batch in batches for group in batch], oldest_version=oldest_version)
+        self._outdate_staged_weights()
         return [self._trainer.train_step(batch, version=version, oldest_version=oldest_version) for batch in batches]
 
     def accumulate(self, mini_batches: Sequence[Groups], version: int, oldest_version: int, *, first: bool) -> None:
@@ -89,6 +87,7 @@ class TrainerWorker:
 
     def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
+        self._outdate_staged_weights()
         return self._trainer.finish_step()
 
     def stage_weights(self) -> Mapping[str, Any] | None:
@@ -150,6 +149,10 @@ class TrainerWorker:
         """Write the model as a Hugging Face checkpoint folder. Rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)
         self._trainer.save_hf(folder)
+
+    def _outdate_staged_weights(self) -> None:
+        if self._sender is not None:
+            self._sender.outdate()
 
     def shutdown(self) -> None:
         if self._sender is not None:

@@ -1,5 +1,6 @@
-"""The file that carries one host's weights from the trainer to its engines: layout, writing, verification.
+"""The file that carries the weights to the engines of one host: layout, writing, verification.
 
+The trainer writes it (sync.backend shm), or a rollout worker of the host does, with what it fetched (``object_store``).
 It is an anonymous memory file (memfd) without a name in /dev/shm, so nothing is left behind when a process dies.
 Readers open it as /proc/<pid>/fd/<fd> of the writer. Knows torch, xxhash and safetensors, but not vLLM or Megatron.
 
@@ -18,7 +19,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,30 +62,94 @@ class Announcement:
     round: int
 
 
-class WeightFile:
-    """The writer's end: one file for the life of the trainer, overwritten in each round."""
+class Layout:
+    """Where everything is in a weight file with these tensors, which follows from their name table alone."""
 
     def __init__(self, metas: Sequence[TensorMeta]) -> None:
-        self._metas = list(metas)
-        self._offsets: list[int] = []  # From the first tensor: the table that holds them comes before it.
+        self.metas = list(metas)
+        self.offsets: list[int] = []
+        """Of each tensor from ``data``: the table that holds them precedes it."""
         position = 0
-        for meta in self._metas:
-            self._offsets.append(position)
+        for meta in self.metas:
+            self.offsets.append(position)
             position += _aligned(meta.nbytes)
         self._table = msgpack.packb(
             [
                 [m.name, m.dtype, list(m.shape), offset, m.nbytes]
-                for m, offset in zip(self._metas, self._offsets, strict=True)
+                for m, offset in zip(self.metas, self.offsets, strict=True)
             ]
         )
-        self._data = _aligned(HEAD.size + len(self._table) + 8 * len(self._metas))
-        self._nbytes = self._data + position
-        self._round = 0
-        self._fd = os.memfd_create("async_rl_weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, self._nbytes)
+        self.data = _aligned(HEAD.size + len(self._table) + 8 * len(self.metas))
+        """Where the tensors begin."""
+        self.nbytes = self.data + position
+        """Size of the whole file."""
+
+    def unfinished(self) -> bytes:
+        """Return the head of a file whose round is not complete, which readers refuse."""
+        return self._head(0, 0)
+
+    def finished(self, round_: int, digests: Sequence[int]) -> bytes:
+        """Return head, table and digests of a complete round: the file's bytes before its tensors, without padding."""
+        checked: bytes = self._table + struct.pack(f"<{len(digests)}Q", *digests)
+        return self._head(round_, xxhash.xxh3_64_intdigest(checked)) + checked
+
+    def checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, TensorMeta, int]]:
+        """Yield each tensor with its entry of the table and its offset from ``data``.
+
+        Raises WeightSyncError when ``tensors`` are not those of the table, in its order.
+        """
+        count = 0
+        for (name, tensor), meta, offset in zip(tensors, self.metas, self.offsets, strict=False):
+            given = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if given != meta:
+                raise WeightSyncError(
+                    f"the trainer yielded {_describe(given)} where its name table has {_describe(meta)}"
+                )
+            yield tensor, meta, offset
+            count += 1
+        if count != len(self.metas):
+            raise WeightSyncError(f"the trainer yielded {count} tensors, its name table has {len(self.metas)}")
+
+    def _head(self, round_: int, checksum: int) -> bytes:
+        return HEAD.pack(MAGIC, FORMAT_VERSION, len(self._table), round_, self.nbytes, checksum)
+
+
+class MemoryFile:
+    """An anonymous file of a fixed size, which other processes of this host and user can open while this one lives."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.fd = os.memfd_create("async_rl_weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, nbytes)
         # A reader's mapping can then never reach beyond the file, which would kill it with SIGBUS.
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._map = mmap.mmap(self._fd, self._nbytes)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+    def announce(self, round_: int) -> Announcement:
+        """Return what readers need in order to find that round in it."""
+        return Announcement(os.getpid(), self.fd, self.nbytes, round_)
+
+    def write(self, data: bytes | memoryview, position: int) -> None:
+        """Write ``data`` at ``position``. Other threads of the process run meanwhile. Raises OSError."""
+        left = memoryview(data).cast("B")
+        while left:
+            written = os.pwrite(self.fd, left, position)
+            left, position = left[written:], position + written
+
+    def close(self) -> None:
+        """Free the memory; readers that still map it keep it until they are done."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class WeightFile:
+    """The writer's end: one file for the life of the trainer, overwritten in each round."""
+
+    def __init__(self, metas: Sequence[TensorMeta]) -> None:
+        self._layout = Layout(metas)
+        self._round = 0
+        self._file = MemoryFile(self._layout.nbytes)
+        self._map = mmap.mmap(self._file.fd, self._layout.nbytes)
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
         """Write one round and return its announcement.
@@ -92,39 +157,26 @@ class WeightFile:
         Raises WeightSyncError when ``tensors`` are not those of the name table, in its order.
         """
         self._round += 1
-        self._put_head(0, 0)
+        self._file.write(self._layout.unfinished(), 0)
         digests = []
         whole = memoryview(self._map)
-        written = 0
-        for (name, tensor), meta, offset in zip(tensors, self._metas, self._offsets, strict=False):
-            given = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            if given != meta:
-                raise WeightSyncError(
-                    f"the trainer yielded {_describe(given)} where its name table has {_describe(meta)}"
-                )
-            start = self._data + offset
+        for tensor, meta, offset in self._layout.checked(tensors):
+            start = self._layout.data + offset
             place = whole[start : start + meta.nbytes]
             if meta.nbytes:
                 torch.frombuffer(place, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
             digests.append(xxhash.xxh3_64_intdigest(place))
-            written += 1
-        if written != len(self._metas):
-            raise WeightSyncError(f"the trainer yielded {written} tensors, its name table has {len(self._metas)}")
-        packed = struct.pack(f"<{len(digests)}Q", *digests)
-        checked = self._table + packed
-        self._map[HEAD.size : HEAD.size + len(checked)] = checked
-        self._put_head(self._round, xxhash.xxh3_64_intdigest(checked))
-        return Announcement(os.getpid(), self._fd, self._nbytes, self._round)
+        finished = self._layout.finished(self._round, digests)
+        # What it describes before the head that says so.
+        self._file.write(finished[HEAD.size :], HEAD.size)
+        self._file.write(finished[: HEAD.size], 0)
+        return self._file.announce(self._round)
 
     def close(self) -> None:
         """Free the memory; readers that still map it keep it until they are done."""
-        if self._fd >= 0:
+        if self._file.fd >= 0:
             self._map.close()
-            os.close(self._fd)
-            self._fd = -1
-
-    def _put_head(self, round_: int, checksum: int) -> None:
-        HEAD.pack_into(self._map, 0, MAGIC, FORMAT_VERSION, len(self._table), round_, self._nbytes, checksum)
+            self._file.close()
 
 
 def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tuple[str, torch.Tensor]]:
@@ -211,8 +263,8 @@ def _map(announcement: Announcement) -> mmap.mmap:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise WeightSyncError(
-            f"weight file {path}: {error.strerror}; sync.backend=shm needs trainer and engine on one host, as one "
-            "user, and the trainer alive"
+            f"weight file {path}: {error.strerror}; its writer must be alive, and of this user and host; "
+            "set sync.backend to object_store for engines on other hosts than the trainer's"
         ) from None
     try:
         size = os.fstat(fd).st_size

@@ -12,10 +12,11 @@ ENGINE = "tests.support.scripted_engine:ScriptedEngine"
 STEPS = 3
 
 
-def test_three_steps_with_a_scripted_engine(tmp_path_factory):
+@pytest.mark.parametrize("backend", ["shm", "object_store"])
+def test_three_steps_with_a_scripted_engine(tmp_path_factory, backend):
     folder = tmp_path_factory.mktemp("scripted")
     recipe = make_recipe(folder, make_model(folder / "model"))
-    run = Run(recipe, folder, rollout__engine=ENGINE, trainer__steps=STEPS)
+    run = Run(recipe, folder, rollout__engine=ENGINE, trainer__steps=STEPS, sync__backend=backend)
     try:
         assert run.wait() == 0, run.output
         run.assert_nothing_left()

@@ -258,13 +258,13 @@ class ScriptedEngine:
     async def fingerprints(self, sequences: list[Int32Array]) -> list[Float32Array | None]:
         return [None for _ in sequences]
 
-    # As vLLM's clients call them; shared memory only.
+    # As vLLM's clients call them; from a memory file of this host only.
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         from async_rl.weights.shm_file import TensorMeta
 
         if "table" not in request.init_info:
-            raise WeightSyncError("the scripted engine receives weights with sync.backend shm only")
+            raise WeightSyncError("the scripted engine receives no weights with sync.backend nccl")
         self._table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in request.init_info["table"]]
 
     async def start_weight_update(self) -> None:

@@ -52,6 +52,7 @@ PURE = {
     "async_rl.trainer.parallel",
     "async_rl.trainer.samples",
     "async_rl.types",
+    "async_rl.weights.buckets",
     "async_rl.weights.canary",
     "async_rl.weights.fingerprint",
 }

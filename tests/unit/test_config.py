@@ -141,6 +141,10 @@ def test_run_name_cannot_leave_its_folder(name):
         # Measured on random logits at 0.95: every ratio is 0.951 on average although nothing is stale.
         ({"rollout": {"top_p": 0.95}}, ["rollout.top_p is 0.95", "set rollout.top_p to 1", "rollout.temperature"]),
         ({"sync": {"backend": "nccl"}, "resources": {"device": "cpu"}}, ["sync.backend", "resources.device"]),
+        (
+            {"sync": {"backend": "nccl", "rolling": True}, "resources": {"device": "cuda"}},
+            ["sync.rolling", "sync.backend is nccl"],
+        ),
         ({"data": {"train": "same.jsonl", "eval": "same.jsonl"}}, ["data.eval", "data.train"]),
     ],
 )

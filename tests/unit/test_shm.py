@@ -40,7 +40,7 @@ def file():
 
 
 def poke(file, position, data):
-    os.pwrite(file._fd, data, position)
+    os.pwrite(file._file.fd, data, position)
 
 
 def test_what_is_written_is_read_bit_for_bit(file):
@@ -81,7 +81,7 @@ def test_nothing_appears_in_shared_memory(file):
 def test_every_flipped_byte_is_noticed(file):
     """Head, table, digests and tensors: flip each byte that carries anything."""
     announced = file.write(tensors().items())
-    content = os.pread(file._fd, announced.nbytes, 0)
+    content = os.pread(file._file.fd, announced.nbytes, 0)
     padding = _padding(file)
     for position in range(len(content)):
         if position in padding:
@@ -96,7 +96,7 @@ def test_every_flipped_byte_is_noticed(file):
 def test_invariant_10_a_corrupted_tensor_is_named(file):
     announced = file.write(tensors().items())
     index = list(tensors()).index("layers.0.experts.0.w")
-    poke(file, file._data + file._offsets[index] + 3, b"\xff")
+    poke(file, file._layout.data + file._layout.offsets[index] + 3, b"\xff")
     with pytest.raises(
         WeightSyncError, match=r"layers\.0\.experts\.0\.w float32\[3, 1, 2\] does not match its checksum"
     ):
@@ -186,14 +186,14 @@ def test_a_source_that_strays_from_its_name_table_is_refused(file, name, tensor)
 def test_a_writer_that_is_gone_is_said_so(file):
     announced = file.write(tensors().items())
     file.close()
-    with pytest.raises(WeightSyncError, match="one host, as one user, and the trainer alive"):
+    with pytest.raises(WeightSyncError, match="its writer must be alive, and of this user"):
         read(announced, table())
 
 
 def test_the_file_cannot_shrink_under_a_reader(file):
     announced = file.write(tensors().items())
     with pytest.raises(PermissionError):
-        os.ftruncate(file._fd, announced.nbytes // 2)
+        os.ftruncate(file._file.fd, announced.nbytes // 2)
 
 
 @pytest.fixture
@@ -234,7 +234,8 @@ def test_a_tied_output_layer_may_be_spelled_out_or_not(checkpoint):
 
 def _padding(file):
     """Positions that carry nothing: between head and tensors, and between tensors."""
-    used = set(range(HEAD.size + len(file._table) + 8 * len(file._metas)))
-    for meta, offset in zip(file._metas, file._offsets, strict=True):
-        used.update(range(file._data + offset, file._data + offset + meta.nbytes))
-    return set(range(file._nbytes)) - used
+    layout = file._layout
+    used = set(range(len(layout.finished(1, [0] * len(layout.metas)))))
+    for meta, offset in zip(layout.metas, layout.offsets, strict=True):
+        used.update(range(layout.data + offset, layout.data + offset + meta.nbytes))
+    return set(range(layout.nbytes)) - used

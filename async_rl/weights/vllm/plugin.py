@@ -1,7 +1,7 @@
 """The plugin that vLLM loads in each of its processes: registers the transfer backends, ends engines with their parent.
 
 In engine processes it also installs ``scheduler_leak``. The entry point is declared in pyproject.toml under
-``vllm.general_plugins``. Knows vLLM's two factories and ``shm``.
+``vllm.general_plugins``. Knows vLLM's two factories, and the classes by name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 # parent too, which is the user's process.
 ENGINE_PROCESSES = ("EngineCore", "VllmWorker")
 
+# What the backends of sync.backend are called in vLLM's factories, where ``nccl`` is vLLM's own.
+BACKENDS = {"shm": "shm", "object_store": "object_store", "nccl": "async_rl_nccl"}
+
 
 def register() -> None:
     """Register the backends of both sides; an engine process also ends with its parent from now on. Idempotent."""
@@ -29,12 +32,18 @@ def register() -> None:
         WeightTransferTrainerFactory,
     )
 
-    for factory, class_name in (
-        (WeightTransferEngineFactory, "ShmWeightTransferEngine"),
-        (WeightTransferTrainerFactory, "ShmTrainerWeightTransferEngine"),
+    for factory, backend, path in (
+        (WeightTransferEngineFactory, "shm", "shm:ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "shm", "shm:ShmTrainerWeightTransferEngine"),
+        # What an engine loads from is a memory file of its host with both.
+        (WeightTransferEngineFactory, "object_store", "shm:ShmWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "object_store", "object_store:ObjectStoreTrainerWeightTransferEngine"),
+        (WeightTransferEngineFactory, "nccl", "nccl:TimedNCCLWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "nccl", "nccl:TimedNCCLTrainerWeightTransferEngine"),
     ):
-        if "shm" not in factory._registry:
-            factory.register_engine("shm", "async_rl.weights.vllm.shm", class_name)
+        module, class_name = path.split(":")
+        if BACKENDS[backend] not in factory._registry:
+            factory.register_engine(BACKENDS[backend], f"async_rl.weights.vllm.{module}", class_name)
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
         log_libraries(name)
         die_with_parent()

@@ -1,4 +1,4 @@
-"""The trainer's end of a weight transfer: vLLM's transfer backend, and the client that reaches the rollout actors.
+"""The trainer's end of a weight transfer: vLLM's transfer backend, and the clients that reach the rollout actors.
 
 Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processes import this module.
 """
@@ -6,45 +6,170 @@ Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processe
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightSource
-from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+from ray.exceptions import GetTimeoutError
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    WeightSource,
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from async_rl.config.schema import RunConfig
+from async_rl.errors import WeightSyncError
+from async_rl.runtime import timeouts
+from async_rl.weights import ray_store
+from async_rl.weights.buckets import Publication
+from async_rl.weights.object_store import Publisher, Staged
+from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
+from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
-from async_rl.weights.vllm.shm import ShmTrainerInitInfo, ShmTrainerWeightTransferEngine
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo, name_table
+
+# Of sync.timeout_s, the most that one call may take in which processes wait for each other: so it ends with an error of
+# its own, and a second attempt has as much.
+_SHARE = 0.5
 
 
-class VersionedSyncClient(RayVLLMWeightSyncClient):  # type: ignore[misc]
-    """vLLM's client for Ray actors, which also names the policy version when an update is finished.
+class SyncClient:
+    """Calls rollout actors as vLLM's trainer engines want it (its ``VLLMWeightSyncClient``), all of them at once.
 
-    vLLM's trainer engines finish an update without a version (``send_weights`` takes no argument), so the version of
-    the transfer in progress is kept here.
+    Unlike vLLM's client for Ray it names the policy version when an update is finished: vLLM's trainer engines finish
+    one without a version (``send_weights`` takes no argument), so that of the transfer in progress is kept here. And
+    when a call fails it waits for the others, at most ``limit_s`` seconds: an engine that is loading has not failed.
     """
 
-    def __init__(self, rollout_workers: Sequence[Any]) -> None:
-        super().__init__(list(rollout_workers))
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
         self.all_handles = list(rollout_workers)
+        self.handles = self.all_handles
+        """Those that the transfer in progress is for."""
         self.version = 0
+        self.failed: Callable[[Exception], None] = lambda _: None
+        """Called with the first failure, before the other calls have ended."""
+        self._limit_s = limit_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        request = WeightTransferInitRequest(init_info=init_info)
+        self._together([handle.init_weight_transfer_engine.remote(request) for handle in self.all_handles])
+
+    def start_weight_update(self) -> None:
+        self._together([handle.start_weight_update.remote() for handle in self.handles])
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        self._together([handle.update_weights.remote(request) for handle in self.handles])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        super().finish_weight_update(weight_version or str(self.version))
+        self._together([handle.finish_weight_update.remote() for handle in self.handles])
+        version = weight_version or str(self.version)
+        self._together([handle.update_weight_version.remote(version) for handle in self.handles])
+
+    def _together(self, calls: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """Return the results of all calls. Raises what the first one raised that failed, and GetTimeoutError."""
+        try:
+            results: list[Any] = ray.get(calls, timeout=timeout_s)
+        except Exception as error:
+            self.failed(error)
+            ray.wait(calls, num_returns=len(calls), timeout=self._limit_s + timeouts.ANSWER_S, fetch_local=False)
+            raise
+        return results
+
+
+class NcclSyncClient(SyncClient):
+    """The client for sync.backend nccl: the ranks of each replica follow those of the one connected before it."""
+
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float, *, ranks: int) -> None:
+        """Take the actors of replicas that have so many ranks each."""
+        super().__init__(rollout_workers, limit_s)
+        self._ranks = ranks
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        first = init_info["rank_offset"]
+        requests = [
+            WeightTransferInitRequest(init_info=init_info | {"rank_offset": first + place * self._ranks})
+            for place in range(len(self.all_handles))
+        ]
+        pairs = zip(self.all_handles, requests, strict=True)
+        self._together([handle.init_weight_transfer_engine.remote(request) for handle, request in pairs])
+
+
+class HostsSyncClient(SyncClient):
+    """The client for sync.backend object_store: one rollout worker of each host fetches the weights for its engines.
+
+    That is the first worker of the host, among those connected. If it dies, they are connected again without it, and
+    another one is the first.
+    """
+
+    def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
+        super().__init__(rollout_workers, limit_s)
+        self._hosts: dict[Any, str] = {}  # of each of ``all_handles``
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        hosts = self._together([handle.weights_host.remote() for handle in self.all_handles])
+        self._hosts = dict(zip(self.all_handles, hosts, strict=True))
+        super().init_weight_transfer_engine(init_info)
+
+    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
+        """Have each host fetch ``publication``, and return the announcements of their files, for ``update_weights``.
+
+        Raises WeightSyncError, and RayError for a worker that is gone.
+        """
+        first: dict[str, Any] = {}
+        for handle, host in self._hosts.items():
+            first.setdefault(host, handle)
+        # This host has the buckets already, and sends each of them to one of the others.
+        here = ray_store.host_id()
+        others = [handle for host, handle in first.items() if host != here]
+        calls = []
+        for host, handle in first.items():
+            alone = host == here or len(others) == 1
+            number, peers = (0, []) if alone else (others.index(handle), others)
+            calls.append(handle.fetch_weights.remote(publication, number, max(len(peers), 1), self._limit_s, peers))
+        try:
+            announced = self._together(calls, self._limit_s + timeouts.ANSWER_S)
+        except GetTimeoutError:
+            raise WeightSyncError(
+                f"a host did not say within {self._limit_s:g} s that it has the weights; raise sync.timeout_s"
+            ) from None
+        return {"by_host": {host: asdict(file) for host, file in zip(first, announced, strict=True)}}
 
 
 class WeightSender:
-    """Transfers ``source`` to the rollout actors at each ``send``; every trainer rank has one and calls it in step."""
+    """Transfers ``source`` to the connected rollout actors at each ``send``.
 
-    def __init__(self, config: RunConfig, rank: int, *, source: WeightSource, rollout_workers: Sequence[Any]) -> None:
+    Every trainer rank has one for its life, and calls it in step with the others.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, *, source: WeightSource) -> None:
         register()
-        self._client = VersionedSyncClient(rollout_workers)
+        self._config = config
+        self._rank = rank
+        self._limit_s = _SHARE * config.sync.timeout_s
+        self._source = source
+        self._staged = Staged()
+        self._publisher: Publisher | None = None
+        if config.sync_backend == "object_store" and rank == 0:
+            self._publisher = Publisher(name_table(source), ray_store.put)
+        self._client: SyncClient | None = None
+        self._engine: Any = None
+
+    def connect(self, rollout_workers: Sequence[Any]) -> None:
+        """Set up the transfer to these rollout actors, in place of earlier ones."""
+        self._disconnect()
+        self._staged.connect(rollout_workers)
+        self._client = self._make_client(rollout_workers)
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(config, rank), client=self._client, source=source
+            self._init_info(len(rollout_workers)), client=self._client, source=self._source
         )
+
+    def outdate(self) -> None:
+        """Note that the weights change, so that those staged before are not sent again."""
+        self._staged.outdate()
 
     def stage(self) -> dict[str, Any] | None:
         """Do what of the next ``send`` needs no engine, so that engines generate meanwhile.
@@ -52,32 +177,54 @@ class WeightSender:
         Returns the update that each engine can take by itself; None if it needs ``send``, and on ranks that do not
         send.
         """
-        if isinstance(self._engine, ShmTrainerWeightTransferEngine):  # NCCL sends from the GPU's memory
-            return self._engine.stage()
-        return None
+        if self._engine is None:
+            raise RuntimeError("connect() must be called before stage()")
+        if self._config.sync_backend == "nccl":  # sends from the GPU's memory
+            return None
+        update: dict[str, Any] | None = self._engine.stage()
+        return update
 
     def send(self, version: int, only: int | None = None) -> None:
         """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""
+        if self._client is None:
+            raise RuntimeError("connect() must be called before send()")
         handles = self._client.all_handles
         self._client.handles = handles if only is None else [handles[only]]
         self._client.version = version
         self._engine.send_weights()
 
     def close(self) -> None:
-        """Release what the backend holds, such as its shared memory."""
-        self._engine.shutdown()
+        """Release what the backend holds, such as its shared memory and the weights in the object store."""
+        self._disconnect()
+        if self._publisher is not None:
+            self._publisher.withdraw()
 
+    def _disconnect(self) -> None:
+        engine, self._engine, self._client = self._engine, None, None
+        if engine is not None:
+            engine.shutdown()
 
-def _init_info(config: RunConfig, rank: int) -> TrainerInitInfo:
-    if config.sync.backend == "shm":
-        return ShmTrainerInitInfo(rank=rank)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    return NCCLTrainerInitInfo(
-        master_address=ray.util.get_node_ip_address(),
-        master_port=port,
-        # The sender, and every GPU of every replica.
-        world_size=1 + config.rollout.replicas * config.rollout.tensor_parallel_size,
-        rank=rank,
-    )
+    def _make_client(self, rollout_workers: Sequence[Any]) -> SyncClient:
+        if self._config.sync_backend == "shm":
+            return SyncClient(rollout_workers, self._limit_s)
+        if self._config.sync_backend == "object_store":
+            return HostsSyncClient(rollout_workers, self._limit_s)
+        ranks = self._config.rollout.tensor_parallel_size
+        return NcclSyncClient(rollout_workers, self._limit_s, ranks=ranks)
+
+    def _init_info(self, replicas: int) -> TrainerInitInfo:
+        if self._config.sync_backend == "shm":
+            return ShmTrainerInitInfo(rank=self._rank)
+        if self._config.sync_backend == "object_store":
+            return ObjectStoreTrainerInitInfo(rank=self._rank, staged=self._staged, publisher=self._publisher)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return TimedNCCLTrainerInitInfo(
+            master_address=ray.util.get_node_ip_address(),
+            master_port=port,
+            # The sender, and every GPU of every replica that is connected.
+            world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
+            rank=self._rank,
+            timeout_s=self._limit_s,
+        )

@@ -1,8 +1,9 @@
 """The ``shm`` weight-transfer backend of vLLM: trainer and engine on one host, weights through ``shm_file``.
 
-Owns the two classes that ``plugin`` registers with vLLM's factories. The trainer's end runs on every trainer rank,
-because gathering a parameter may take them all; rank 0 writes and announces. The engine's end verifies everything
-before it touches the model, so that a transfer that is refused leaves the weights as they were.
+Owns two classes that ``plugin`` registers with vLLM's factories. The trainer's end runs on every trainer rank, because
+gathering a parameter may take them all; rank 0 writes and announces. The engine's end, which serves ``object_store``
+too, verifies everything before it touches the model, so that a transfer that is refused leaves the weights as they
+were.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is 
     round: int
 
 
+def name_table(source: WeightSource) -> list[TensorMeta]:
+    """Return the name table of the tensors that ``source`` yields."""
+    return [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
+
+
 @dataclass
 class ShmTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
     """The trainer's rank alone: the memory file has no address to agree on."""
@@ -60,7 +66,7 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
 
     def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool) -> None:
         super().__init__(client=client, source=source, is_sender=is_sender)
-        metas = [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
+        metas = name_table(source)
         self._file = WeightFile(metas) if is_sender else None
         self._announcement: Announcement | None = None
         self._staged = False

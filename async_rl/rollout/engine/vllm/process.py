@@ -93,6 +93,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from async_rl.weights.vllm.plugin import BACKENDS
+
     if not vllm.__version__.startswith(VLLM_VERSION):
         raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
     cpu = on_cpu(config)
@@ -113,7 +115,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         enable_return_routed_experts=model.routing_spec is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=config.sync.backend),
+        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[config.sync_backend]),
         # More methods on the worker; without a call of them nothing is hooked into the model.
         worker_extension_cls="async_rl.weights.vllm.extension.WorkerExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.

@@ -1,0 +1,101 @@
+"""The trainer's end of the ``object_store`` weight-transfer backend of vLLM: any number of hosts, without NCCL.
+
+Runs on every trainer rank, because gathering a parameter may take them all; rank 0 publishes, and its ``client`` has
+each host put the weights together. The engine's end is that of ``shm``, on the host's file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+)
+
+from async_rl.errors import WeightSyncError
+from async_rl.weights.buckets import Publication
+from async_rl.weights.object_store import Publisher, Staged
+from async_rl.weights.vllm.shm import name_table
+
+
+class HostsClient(VLLMWeightSyncClient, Protocol):  # type: ignore[misc]  # vLLM is not followed
+    """A client that reaches engines on several hosts."""
+
+    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
+        """Have each host fetch ``publication``, and return what ``update_weights`` takes: the file of each host."""
+
+
+@dataclass
+class ObjectStoreTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
+    """The trainer's rank, and what outlives a connection."""
+
+    backend: ClassVar[str] = "object_store"
+
+    staged: Staged
+    publisher: Publisher | None
+    """Only rank 0 has one."""
+
+
+class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectStoreTrainerInitInfo]):  # type: ignore[misc]
+    """The trainer's end, which gathers the weights where they have changed, publishes and announces them."""
+
+    init_info_cls = ObjectStoreTrainerInitInfo
+
+    def __init__(self, init_info: ObjectStoreTrainerInitInfo, client: HostsClient, source: WeightSource) -> None:
+        super().__init__(client=client, source=source, is_sender=init_info.is_sender)
+        self._staged = init_info.staged
+        self._publisher = init_info.publisher
+        self._ready = False
+        self._update: dict[str, Any] | None = None
+        if init_info.is_sender:
+            table = [[meta.name, meta.dtype, list(meta.shape)] for meta in name_table(source)]
+            client.init_weight_transfer_engine({"table": table})
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: ObjectStoreTrainerInitInfo,
+        *,
+        client: HostsClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        if source is None:
+            raise WeightSyncError("the object_store backend transfers whole models: it needs a WeightSource")
+        return cls(init_info, client, source)
+
+    def stage(self) -> dict[str, Any] | None:
+        """Bring the weights of now to every host.
+
+        Returns what a replica needs in order to take them there; None on ranks that do not send.
+        """
+        if self._staged.stage():
+            self._gather()
+        if self._publisher is not None:
+            if self._publisher.current is None:  # other ranks gather no more than this one does
+                raise WeightSyncError("no weights are in the object store: they could not be published before")
+            self._update = self.client.fetch_weights(self._publisher.current)
+        self._ready = True
+        return self._update
+
+    def send_weights(self) -> None:
+        if not self._ready:
+            self.stage()
+        self._ready = False
+        if self._update is None:
+            return
+        self.client.start_weight_update()
+        self.client.update_weights(self._update)
+        self.client.finish_weight_update()
+
+    def _gather(self) -> None:
+        tensors: Any = iter(self.source)
+        try:
+            if self._publisher is not None:
+                self._publisher.publish(tensors)
+        finally:
+            for _ in tensors:  # gathering a parameter is a collective: take part in it, also if the store failed
+                pass

@@ -1,0 +1,282 @@
+"""Both ends of sync.backend nccl, vLLM's own classes under ours, on stand-ins for NCCL: who takes part, what ends."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+from async_rl.config.loading import validate
+from async_rl.errors import WeightSyncError
+from async_rl.weights.vllm import sender
+from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
+from async_rl.weights.vllm.plugin import BACKENDS, register
+from tests.support import nccl
+
+pytestmark = pytest.mark.slow
+
+LIMIT_S = 60.0  # nothing waits for it
+SHORT_S = 0.5  # for what ends by it
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loaded = {}
+
+    def load_weights(self, weights):
+        self.loaded.update({name: tensor.clone() for name, tensor in weights})
+
+
+class Replica:
+    """An engine of some ranks, each in a thread, as a rollout actor has it."""
+
+    def __init__(self, ranks=1):
+        self.models = [Model() for _ in range(ranks)]
+        self.dead = threading.Event()
+        config = SimpleNamespace(backend=BACKENDS["nccl"])
+        self.engines = [
+            WeightTransferEngineFactory.create_engine(
+                config,
+                SimpleNamespace(
+                    model_config=None,
+                    parallel_config=SimpleNamespace(data_parallel_index=0, world_size=ranks, rank=rank),
+                ),
+                torch.device("cpu"),
+                model,
+            )
+            for rank, model in enumerate(self.models)
+        ]
+
+    def call(self, method, *arguments):
+        if self.dead.is_set():
+            raise RuntimeError("the actor died")
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            list(pool.map(lambda engine: getattr(engine, method)(*arguments), self.engines))
+
+
+class Handle:
+    """The Ray actor of a replica; a call returns a future."""
+
+    pool = ThreadPoolExecutor(32)
+
+    def __init__(self, replica):
+        self.replica, self.calls = replica, []
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=lambda *arguments: self.pool.submit(self._answer, method, *arguments))
+
+    def _answer(self, method, request=None):
+        self.calls.append(method)
+        if method == "init_weight_transfer_engine":
+            info = self.replica.engines[0].parse_init_info(request.init_info)
+            self.replica.call("init_transfer_engine", info)
+        elif method == "update_weights":
+            self.replica.call("update_weights", request.update_info)
+
+
+def ray_get(futures, timeout=None):
+    """Raises at the first failure, as Ray does."""
+    for future in as_completed(futures, timeout):
+        future.result()
+    return [future.result() for future in futures]
+
+
+RAY = SimpleNamespace(
+    get=ray_get,
+    wait=lambda futures, num_returns, timeout, fetch_local: wait(futures, timeout),
+    util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"),
+)
+
+
+class Source(WeightSource):
+    """Three tensors, whose value the trainer changes; counts those gathered."""
+
+    def __init__(self):
+        self.value, self.gathered = 1.0, 0
+
+    def metadata(self):
+        return [ParamMeta(f"w{i}", torch.float32, (i + 1, 2)) for i in range(3)]
+
+    def __iter__(self):
+        for meta in self.metadata():
+            self.gathered += 1
+            yield meta.name, torch.full(meta.shape, self.value)
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins():
+    register()
+    with nccl.on_cpu(), mock.patch.object(sender, "ray", RAY):
+        yield
+
+
+@pytest.fixture
+def connect():
+    """Connects a trainer to replicas; a port for each connection."""
+    senders, ports = [], itertools.count()
+
+    def _connect(replicas, source, *, rank=0, ranks=1, world_size=None, limit_s=LIMIT_S):
+        info = TimedNCCLTrainerInitInfo(
+            rank=rank,
+            master_address="127.0.0.1",
+            master_port=next(ports),
+            world_size=world_size or 1 + len(replicas) * ranks,
+            packed_buffer_size_bytes=8,  # several broadcasts
+            timeout_s=limit_s,
+        )
+        client = sender.NcclSyncClient([Handle(replica) for replica in replicas], limit_s, ranks=ranks)
+        senders.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source))
+        return senders[-1]
+
+    yield _connect
+    for each in senders:
+        each.shutdown()
+
+
+def received(replica):
+    return [{name: set(tensor.flatten().tolist()) for name, tensor in model.loaded.items()} for model in replica.models]
+
+
+def all_are(value):
+    return {f"w{i}": {value} for i in range(3)}
+
+
+def test_the_replicas_that_are_connected_receive_the_weights(connect):
+    replicas, source = [Replica(ranks=2), Replica(ranks=2)], Source()
+    trainer = connect(replicas, source, ranks=2)
+    for value in (1.0, 2.0):
+        source.value = value
+        trainer.send_weights()
+        assert [received(replica) for replica in replicas] == [[all_are(value)] * 2] * 2
+
+
+def test_after_the_death_of_a_replica_the_others_are_connected_without_it(connect):
+    replicas, source = [Replica(), Replica()], Source()
+    first = connect(replicas, source)
+    first.send_weights()
+    replicas[0].dead.set()
+    first.shutdown()
+    source.value = 3.0
+    connect(replicas[1:], source).send_weights()
+    assert received(replicas[1]) == [all_are(3.0)]
+    assert received(replicas[0]) == [all_are(1.0)]
+
+
+def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects():
+    """Two of the three that the settings name, then the last one alone, which is the first there."""
+    config = validate(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "t"},
+            "rollout": {"replicas": 3, "tensor_parallel_size": 2},
+            "sync": {"backend": "nccl"},
+        }
+    )
+    replicas, source = [Replica(ranks=2) for _ in range(3)], Source()
+    trainer = sender.WeightSender(config, 0, source=source)
+    handles = [Handle(replica) for replica in replicas]
+    trainer.connect(handles[1:])
+    trainer.stage()
+    trainer.send(7)
+    source.value = 2.0
+    trainer.connect(handles[2:])
+    trainer.send(8)
+    trainer.close()
+    assert [received(replica) for replica in replicas] == [[{}] * 2, [all_are(1.0)] * 2, [all_are(2.0)] * 2]
+    assert handles[2].calls[-2:] == ["finish_weight_update", "update_weight_version"]
+
+
+def test_a_replica_that_does_not_come_ends_the_connection_and_another_attempt_works(connect):
+    replicas, source = [Replica(), Replica()], Source()
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"did not meet for NCCL within 0\.5 s, half of sync\.timeout_s"):
+        connect(replicas[:1], source, world_size=3, limit_s=SHORT_S)
+    assert time.monotonic() - began < LIMIT_S / 2
+    connect(replicas, source).send_weights()
+    assert received(replicas[0]) == received(replicas[1]) == [all_are(1.0)]
+
+
+def test_a_replica_that_dies_at_the_connection_is_named_by_its_own_error(connect):
+    replicas, source = [Replica(), Replica()], Source()
+    replicas[0].dead.set()
+    with pytest.raises(RuntimeError, match="the actor died"):
+        connect(replicas, source, limit_s=SHORT_S)
+    connect(replicas[1:], source).send_weights()
+    assert received(replicas[1]) == [all_are(1.0)]
+
+
+def test_a_replica_that_dies_in_a_transfer_ends_the_broadcast_and_the_gathering(connect):
+    """The trainer learns of it from the call of the replica, not from NCCL."""
+    replicas, source = [Replica(), Replica()], Source()
+    trainer = connect(replicas, source)
+    replicas[0].dead.set()
+    with pytest.raises(RuntimeError, match="the actor died"):
+        trainer.send_weights()
+    assert source.gathered == 3  # as often as on the ranks that do not send, or they would wait
+    assert trainer.client.all_handles[1].calls[-1] == "update_weights"  # not finished
+    source.value = 5.0
+    connect(replicas[1:], source).send_weights()
+    assert received(replicas[1]) == [all_are(5.0)]
+
+
+def test_a_broadcast_that_blocks_ends_within_the_limit_on_both_sides(connect):
+    """A replica takes no part, and does not die either."""
+    replicas, source = [Replica(), Replica()], Source()
+    trainer = connect(replicas, source, limit_s=5 * SHORT_S)
+    hang = threading.Event()
+    replicas[0].engines[0].update_weights = lambda _: hang.wait(LIMIT_S)
+    threading.Timer(10 * SHORT_S, hang.set).start()
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"a weight transfer over NCCL took longer than 2\.5 s"):
+        trainer.send_weights()
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert source.gathered == 3
+    # The healthy one has not taken what was in its buffers for weights.
+    assert received(replicas[1]) in ([{}], [{"w0": {1.0}}], [{"w0": {1.0}, "w1": {1.0}}])
+    del replicas[0].engines[0].update_weights
+    source.value = 7.0
+    connect(replicas, source).send_weights()
+    assert received(replicas[0]) == received(replicas[1]) == [all_are(7.0)]
+
+
+def test_an_engine_whose_transfer_was_aborted_says_so():
+    """vLLM skips the broadcasts of an aborted communicator, and would load what its buffers hold."""
+    replica = Replica()
+    engine = replica.engines[0]
+    info = {"master_address": "127.0.0.1", "master_port": 0, "rank_offset": 1, "world_size": 2, "packed": True}
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(nccl.Group.create, host="127.0.0.1", port=0, rank=0, world_size=2)
+        engine.init_transfer_engine(engine.parse_init_info(info | {"timeout_s": 4 * SHORT_S}))
+        other.result()
+    update = {"names": ["w0"], "dtype_names": ["float32"], "shapes": [[1, 2]]}
+    with pytest.raises(WeightSyncError, match="over NCCL took longer"):
+        engine.update_weights(update)
+    with pytest.raises(WeightSyncError, match="over NCCL took longer"):  # not that it has received anything
+        engine.update_weights(update)
+
+
+def test_every_communicator_is_destroyed(connect):
+    replicas, source = [Replica(), Replica()], Source()
+    for _ in range(3):
+        trainer = connect(replicas, source)
+        trainer.send_weights()
+        trainer.shutdown()
+    for replica in replicas:
+        replica.call("shutdown")
+    assert len(nccl.Communicator.made) == 9
+    assert all(communicator.disabled for communicator in nccl.Communicator.made)
+
+
+def test_ranks_that_do_not_send_only_gather(connect):
+    source = Source()
+    connect([], source, rank=1).send_weights()
+    assert source.gathered == 3

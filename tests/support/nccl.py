@@ -1,0 +1,110 @@
+"""Stand-ins for what vLLM's NCCL transfer meets and broadcasts with, between threads of one process and on the CPU.
+
+They wait as NCCL does: for ranks that never come, and for peers that take no part in a broadcast, until ``destroy``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+
+class Meeting:
+    """Ranks that come to one port; complete when there are as many as the first one said."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.ranks: set[int] = set()
+        self.changed = threading.Condition()
+        self.sent: list[torch.Tensor] = []
+        self.received = 0
+
+
+class Group:
+    """In place of StatelessProcessGroup, whose ``create`` waits for all ranks."""
+
+    meetings: dict[int, Meeting]
+    patience_s = 120.0  # of a test, when what is tested does not end the wait
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.world_size, self.meeting = rank, meeting.world_size, meeting
+
+    @classmethod
+    def create(cls, *, host: str, port: int, rank: int, world_size: int) -> Group:
+        meeting = cls.meetings.setdefault(port, Meeting(world_size))
+        with meeting.changed:
+            assert meeting.world_size == world_size
+            assert rank not in meeting.ranks, f"rank {rank} is there twice"
+            assert rank < world_size
+            meeting.ranks.add(rank)
+            meeting.changed.notify_all()
+            meeting.changed.wait_for(lambda: len(meeting.ranks) == world_size, cls.patience_s)
+            if len(meeting.ranks) < world_size:
+                raise RuntimeError("ranks have not come")
+        return cls(rank, meeting)
+
+
+class Communicator:
+    """In place of PyNcclCommunicator: a broadcast ends when every rank has taken part in it, or by ``destroy``."""
+
+    made: list[Communicator]
+
+    def __init__(self, group: Group, device: object) -> None:
+        self.group, self.device = group, device
+        self.disabled = False
+        self.count = 0
+        self.made.append(self)
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
+        if self.disabled:
+            return
+        meeting, index = self.group.meeting, self.count
+        self.count += 1
+        with meeting.changed:
+            if self.group.rank == src:
+                meeting.sent.append(tensor.clone())
+            else:
+                self._wait(lambda: len(meeting.sent) > index)
+                tensor.copy_(meeting.sent[index])
+                meeting.received += 1
+            meeting.changed.notify_all()
+            self._wait(lambda: meeting.received >= (index + 1) * (meeting.world_size - 1))
+
+    def destroy(self) -> None:
+        with self.group.meeting.changed:
+            self.disabled = True
+            self.group.meeting.changed.notify_all()
+
+    def _wait(self, done) -> None:
+        meeting = self.group.meeting
+        if not meeting.changed.wait_for(lambda: self.disabled or done(), Group.patience_s):
+            raise AssertionError("the broadcast was not ended")
+        if self.disabled:
+            raise RuntimeError("NCCL error: aborted")
+
+
+class _Stream:
+    def synchronize(self) -> None: ...
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Let vLLM's NCCL engines run in this process without a GPU, with the stand-ins of this module."""
+    from vllm.distributed import utils
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    Group.meetings, Communicator.made = {}, []
+    with (
+        mock.patch.object(utils, "StatelessProcessGroup", Group),
+        mock.patch.object(pynccl, "PyNcclCommunicator", Communicator),
+        mock.patch.object(packed_tensor, "_get_streams", lambda _, count: [_Stream()] * count),
+        mock.patch.object(torch.cuda, "stream", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.accelerator, "current_device_index", return_value=None),
+        mock.patch.object(torch.accelerator, "synchronize"),
+    ):
+        yield
