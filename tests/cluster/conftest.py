@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, why_unavailable
+from tests.cluster.runs import HostRun
 
 
 @pytest.fixture
@@ -19,3 +20,16 @@ def make_hosts(tmp_path):
             return made.enter_context(Hosts(count, folder, **options))
 
         yield make
+
+
+@pytest.fixture
+def run_on(make_hosts, recipe, tmp_path):
+    """run_on(hosts, driver=0, join=True, section__key=value, ...) -> HostRun, which ends before its hosts do."""
+    with contextlib.ExitStack() as made:
+
+        def start(hosts: Hosts, *, folder: Path = tmp_path, **options) -> HostRun:
+            run = HostRun(hosts, recipe, folder, **options)
+            made.callback(run.close)
+            return run
+
+        yield start

@@ -1,4 +1,4 @@
-"""Two to four hosts on this machine, for tests: what differs between hosts differs between them, the rest is shared.
+"""Up to four hosts on this machine, for tests: what differs between hosts differs between them, the rest is shared.
 
 Each host is a set of namespaces of the kernel: network, processes, mounts, host name, inter-process communication. It
 has an address of its own behind a switch, its own /dev/shm, a folder of its own at ``INSIDE`` for Ray's temporary files
@@ -43,6 +43,8 @@ STARTED_WITHIN_S = 120.0
 
 _NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--mount-proc")
 _PROGRAMS = ("ip", "tc", "bridge", "unshare", "nsenter", "setpriv", "mount", "hostname")
+# How this process has to do with a cluster does not matter to the hosts.
+_NOT_INHERITED = ("-u", "RAY_ADDRESS", "-u", "RAY_AUTH_TOKEN")
 # The first process of a host: it sets the host up, says so, and then adopts processes whose parents ended.
 _FIRST_PROCESS = """
 set -e
@@ -170,12 +172,14 @@ class Host:
             os.kill(self.first_process, 9)
         self._holder.wait(STARTED_WITHIN_S)
         self._holder = None
+        with contextlib.suppress(HostsError):  # the kernel removes it, at some moment
+            _inside(self._switch, "ip", "link", "del", self._port)
 
     def command(self, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs ``arguments`` on the host, in its working directory."""
         variables = [f"{name}={value}" for name, value in self._environment(env or {}).items()]
         enter = ["nsenter", "-t", str(self.first_process), "-m", "-u", "-i", "-n", "-p", "--"]
-        return [*enter, "env", "-C", str(INSIDE / "work"), "-u", "RAY_ADDRESS", *variables, *arguments]
+        return [*enter, "env", "-C", str(INSIDE / "work"), *_NOT_INHERITED, *variables, *arguments]
 
     def popen(self, arguments: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
         """Start a process on the host."""
@@ -225,19 +229,19 @@ class Host:
 
 
 class Hosts(Sequence[Host]):
-    """Two to four hosts behind one switch, as a context manager; the first one is the head of Ray's cluster."""
+    """One to four hosts behind one switch, as a context manager; the first one is the head of Ray's cluster."""
 
     def __init__(
         self,
         count: int,
         folder: Path,
         *,
-        cpus: int = 2,
-        gpus: int = 0,
+        cpus: int | Sequence[int] = 2,
+        gpus: int | Sequence[int] = 0,
         store_bytes: int = 300 * 2**20,
         boot: bool = True,
     ) -> None:
-        """Make ``count`` hosts whose folders are in ``folder``. cpus, gpus: what Ray is told that each host has."""
+        """Make ``count`` hosts with folders in ``folder``. cpus, gpus: what Ray is to count, on every host or on each."""
         if reason := why_unavailable():
             raise HostsError(reason)
         self.folder = folder
@@ -245,8 +249,9 @@ class Hosts(Sequence[Host]):
         self._switch, switch = _hold(
             ["--net", "--fork", "--kill-child=SIGKILL", "bash", "-c", "echo ready; sleep infinity"]
         )
+        cpus, gpus = ([each] * count if isinstance(each, int) else list(each) for each in (cpus, gpus))
         self._hosts = [
-            Host(number, folder, switch, cpus=cpus, gpus=gpus, store_bytes=store_bytes)
+            Host(number, folder, switch, cpus=cpus[number - 1], gpus=gpus[number - 1], store_bytes=store_bytes)
             for number in range(1, count + 1)
         ]
         try:
@@ -255,6 +260,7 @@ class Hosts(Sequence[Host]):
             lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in self._hosts)]
             (folder / "etc-hosts").write_text("\n".join(lines) + "\n")
             (folder / "etc-resolv.conf").write_text("")  # names of other networks are refused at once
+            (folder / "token").touch(0o600)
             (folder / "token").write_text(secrets.token_hex(32))
             for host in self._hosts if boot else ():
                 host.boot()
@@ -277,8 +283,8 @@ class Hosts(Sequence[Host]):
         return f"{self._hosts[0].address}:{RAY_PORT}"
 
     def start_ray(self) -> None:
-        """Start Ray's head on the first host, then let the others join at the same time."""
-        head, *others = self._hosts
+        """Start Ray's head on the first host, then let the others that are on join at the same time."""
+        head, *others = (host for host in self._hosts if host.on)
         head.start_ray()
         with ThreadPoolExecutor(max(1, len(others))) as pool:
             list(pool.map(lambda host: host.start_ray(head), others))

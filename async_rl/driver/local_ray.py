@@ -1,0 +1,57 @@
+"""Starts a Ray cluster of this host alone, which no other host can reach and no other user can enter.
+
+Whoever reaches the ports of a Ray cluster and has its token, if it asks for one, runs code as its user. Ray 2.60 opens
+its ports on every interface of the host even where no other host is to join. It listens on loopback alone if 127.0.0.1
+is the host's address, and replaces just that address by one of a network interface, except on Windows and macOS. This
+module switches the exception on, by patching a constant, while Ray starts.
+
+Ray asks for a token unless the environment says otherwise. By default it keeps one in the home folder, in a file that
+every user of the host may read. A cluster started here has a token of its own, which only its processes have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
+
+ADDRESS = "127.0.0.1"
+
+_MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+def start(**arguments: Any) -> None:
+    """Call ``ray.init`` with these arguments for a new cluster on loopback that asks for a token.
+
+    The token is that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH where one of them is set, so that Ray's own programs can
+    be used on the cluster. Raises what ``ray.init`` raises.
+    """
+    _ask_for_token()
+    with loopback():
+        ray.init(_node_ip_address=ADDRESS, **arguments)
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[None]:
+    """Let Ray accept 127.0.0.1 as the address of this host."""
+    accepts_networks = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = accepts_networks
+
+
+def _ask_for_token() -> None:
+    os.environ[_MODE] = "token"  # inherited by every process of the cluster
+    if not os.environ.get(_TOKEN) and not os.environ.get(_TOKEN_FILE):
+        os.environ[_TOKEN] = secrets.token_hex(32)
+    # Ray has read both when it was imported.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
