@@ -1,9 +1,9 @@
 """Starts a Ray cluster of this host alone, which no other host can reach and no other user can enter.
 
-Whoever reaches the ports of a Ray cluster and has its token, if it asks for one, runs code as its user. Ray 2.60 opens
-its ports on every interface of the host even where no other host is to join. It listens on loopback alone if 127.0.0.1
-is the host's address, and replaces just that address by one of a network interface, except on Windows and macOS. This
-module switches the exception on, by patching a constant, while Ray starts.
+A process that reaches the ports of a Ray cluster can run code as its user, if it has the token that the cluster asks
+for, or if that asks for none. Ray 2.60 listens on every interface of the host, also where no other host is to join. It
+would listen on loopback alone if 127.0.0.1 were the host's address, but replaces that address by one of a network
+interface, except on Windows and macOS. While Ray starts, this module patches the constant that says so.
 
 Ray asks for a token unless the environment says otherwise. By default it keeps one in the home folder, in a file that
 every user of the host may read. A cluster started here has a token of its own, which only its processes have.

@@ -1,4 +1,4 @@
-"""Up to four hosts on this machine, for tests: what differs between hosts differs between them, the rest is shared.
+"""Hosts on this machine, for tests: what differs between hosts differs between them, the rest is shared.
 
 Each host is a set of namespaces of the kernel: network, processes, mounts, host name, inter-process communication. It
 has an address of its own behind a switch, its own /dev/shm, a folder of its own at ``INSIDE`` for Ray's temporary files
@@ -42,6 +42,10 @@ RAY_PORT = 6379
 STARTED_WITHIN_S = 120.0
 
 _NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--mount-proc")
+# Who is not root becomes root of a namespace of users, which the switch has and the hosts enter.
+_IS_ROOT = os.geteuid() == 0
+_NEW_USERS = () if _IS_ROOT else ("--user", "--map-root-user")
+_ENTER_USERS = () if _IS_ROOT else ("-U", "--preserve-credentials")
 _PROGRAMS = ("ip", "tc", "bridge", "unshare", "nsenter", "setpriv", "mount", "hostname")
 # How this process has to do with a cluster does not matter to the hosts.
 _NOT_INHERITED = ("-u", "RAY_ADDRESS", "-u", "RAY_AUTH_TOKEN")
@@ -69,13 +73,28 @@ def why_unavailable() -> str | None:
     if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
         return f"hosts need the programs {', '.join(missing)} (packages iproute2 and util-linux)"
     tried = subprocess.run(
-        ["unshare", *_NAMESPACES, "--fork", "ip", "link", "add", "name", "one", "type", "veth", "peer", "name", "two"],
+        [
+            "unshare",
+            *_NEW_USERS,
+            *_NAMESPACES,
+            "--fork",
+            "ip",
+            "link",
+            "add",
+            "name",
+            "one",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "two",
+        ],
         capture_output=True,
         text=True,
         check=False,
     )
     if tried.returncode:
-        return f"hosts need root and a kernel that grants namespaces and veth links: {tried.stderr.strip()}"
+        return f"hosts need a kernel that grants namespaces and veth links, or root: {tried.stderr.strip()}"
     return None
 
 
@@ -121,6 +140,7 @@ class Host:
     """One host; see the module. It is off until ``boot``."""
 
     def __init__(self, number: int, folder: Path, switch: int, *, cpus: int, gpus: int, store_bytes: int) -> None:
+        self._number = number
         self.name, self.address = f"host-{number}", f"{NETWORK}.{number}"
         self.folder = folder / self.name
         """What the host sees at INSIDE; it outlives the host."""
@@ -142,11 +162,11 @@ class Host:
         size = str(self._store_bytes + 2**29)  # Ray's store, semaphores, what else uses shared memory
         script = _FIRST_PROCESS.format(inside=INSIDE)
         first = ["bash", "-c", script, self.name, self.name, size, str(self.folder), *files]
-        self._holder, self.first_process = _hold([*_NAMESPACES, "--fork", "--kill-child=SIGKILL", *first])
+        self._holder, self.first_process = _hold([*_NAMESPACES, *first], users_of=self._switch)
         pid, port = str(self.first_process), self._port
-        _run(
-            "ip", "link", "add", "eth0", "netns", pid, "type", "veth", "peer", "name", port, "netns", str(self._switch)
-        )
+        _inside(self._switch, "ip", "link", "add", "name", port, "type", "veth", "peer", "name", "eth0", "netns", pid)
+        # Always the same, as a card in a host has: the others keep it for a minute.
+        _inside(self.first_process, "ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{self._number:02x}")
         _inside(self.first_process, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         _inside(self.first_process, "ip", "link", "set", "eth0", "up")
         # Libraries ask for the route to a public address in order to learn the host's own.
@@ -178,8 +198,12 @@ class Host:
     def command(self, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs ``arguments`` on the host, in its working directory."""
         variables = [f"{name}={value}" for name, value in self._environment(env or {}).items()]
-        enter = ["nsenter", "-t", str(self.first_process), "-m", "-u", "-i", "-n", "-p", "--"]
+        enter = ["nsenter", "-t", str(self.first_process), *_ENTER_USERS, "-m", "-u", "-i", "-n", "-p", "--"]
         return [*enter, "env", "-C", str(INSIDE / "work"), *_NOT_INHERITED, *variables, *arguments]
+
+    def network_command(self, *command: str) -> list[str]:
+        """Return the command that runs ``command`` with the host's network and all else of this machine."""
+        return _network_command(self.first_process, *command)
 
     def popen(self, arguments: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
         """Start a process on the host."""
@@ -229,7 +253,7 @@ class Host:
 
 
 class Hosts(Sequence[Host]):
-    """One to four hosts behind one switch, as a context manager; the first one is the head of Ray's cluster."""
+    """Some hosts behind one switch, as a context manager; the first one is the head of Ray's cluster."""
 
     def __init__(
         self,
@@ -241,14 +265,12 @@ class Hosts(Sequence[Host]):
         store_bytes: int = 300 * 2**20,
         boot: bool = True,
     ) -> None:
-        """Make ``count`` hosts with folders in ``folder``. cpus, gpus: what Ray is to count, on every host or on each."""
+        """Make ``count`` hosts with folders in ``folder``. cpus, gpus: what Ray counts, on every host or on each."""
         if reason := why_unavailable():
             raise HostsError(reason)
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._switch, switch = _hold(
-            ["--net", "--fork", "--kill-child=SIGKILL", "bash", "-c", "echo ready; sleep infinity"]
-        )
+        self._switch, switch = _hold(["--net", "bash", "-c", "echo ready; exec sleep infinity"])
         cpus, gpus = ([each] * count if isinstance(each, int) else list(each) for each in (cpus, gpus))
         self._hosts = [
             Host(number, folder, switch, cpus=cpus[number - 1], gpus=gpus[number - 1], store_bytes=store_bytes)
@@ -303,13 +325,19 @@ class Hosts(Sequence[Host]):
         self.close()
 
 
-def _hold(arguments: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
+def _hold(arguments: Sequence[str], users_of: int | None = None) -> tuple[subprocess.Popen[str], int]:
     """Start the first process in new namespaces; return the process that holds it, and its pid.
 
-    The kernel kills the holder when the thread that runs this ends, and the first process with the holder.
+    The kernel kills the holder when the thread that runs this ends, and the first process with the holder. It forgets
+    that when a process becomes root, so that comes first: by entering the namespace of ``users_of``, or in a new one.
     """
+    become_root: Sequence[str] = ()
+    if users_of is None and _NEW_USERS:
+        become_root = ["unshare", *_NEW_USERS]
+    elif users_of is not None and _ENTER_USERS:
+        become_root = ["nsenter", "-t", str(users_of), *_ENTER_USERS]
     holder = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "unshare", *arguments],
+        [*become_root, "setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child=SIGKILL", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -326,7 +354,11 @@ def _hold(arguments: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
 
 def _inside(pid: int, *command: str) -> str:
     """Run a command of this machine in the network of the process ``pid``."""
-    return _run("nsenter", "-t", str(pid), "-n", "--", *command)
+    return _run(*_network_command(pid, *command))
+
+
+def _network_command(pid: int, *command: str) -> list[str]:
+    return ["nsenter", "-t", str(pid), *_ENTER_USERS, "-n", "--", *command]
 
 
 def _run(*command: str) -> str:

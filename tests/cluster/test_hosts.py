@@ -44,6 +44,14 @@ def send(host, to, nbytes: int = 1, timeout_s: float = 20) -> float:
     return float(host.python(SEND, to.address, str(nbytes), str(timeout_s)))
 
 
+def reaches(host, to) -> bool:
+    """Whether a connection comes about. Not always at once: a search for the host may be under way, in vain."""
+    try:
+        return send(host, to) < 20
+    except HostsError:
+        return False
+
+
 def processes_of(hosts) -> list[int]:
     return [process.pid for host in hosts for process in host.processes()]
 
@@ -137,7 +145,7 @@ def test_a_killed_host_is_dead_and_comes_back_with_its_folder_and_address(make_h
         send(one, two, timeout_s=1)
     two.boot()
     serve(two)
-    assert send(one, two) < 20
+    wait_until(lambda: reaches(one, two), 20, "the host that came back is reached")
     assert two.python("import os; print(os.listdir('/dev/shm'), os.listdir('.'))") == "[] ['kept']\n"
 
 

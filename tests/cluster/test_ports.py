@@ -11,7 +11,7 @@ SCRIPTED = "tests.support.scripted_engine:ScriptedEngine"
 
 
 def found_on(host) -> list[Listener]:
-    return listeners(host.processes(), network_of=host.first_process)
+    return listeners(host.processes(), enter=host.network_command())
 
 
 def check_host(host, *, joined: bool) -> set[str]:

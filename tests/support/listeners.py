@@ -54,11 +54,10 @@ class Row(NamedTuple):
     several_hosts: str
 
 
-def listeners(processes: Collection[psutil.Process], network_of: int | None = None) -> list[Listener]:
-    """Return the TCP and UDP ports on which these processes wait, in the network that process ``network_of`` is in."""
+def listeners(processes: Collection[psutil.Process], enter: Sequence[str] = ()) -> list[Listener]:
+    """Return the TCP and UDP ports on which these processes wait. ``enter``: a command that enters their network."""
     named = {process.pid: _name(process) for process in processes}
-    inside = [] if network_of is None else ["nsenter", "-t", str(network_of), "-n", "--"]
-    listed = subprocess.run([*inside, "ss", "-H", "-tulnp"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([*enter, "ss", "-H", "-tulnp"], capture_output=True, text=True, check=True).stdout
     found = []
     for line in listed.splitlines():
         protocol, _, _, _, local = line.split()[:5]
