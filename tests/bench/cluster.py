@@ -147,7 +147,7 @@ def _run(folder: Path, tokens: int, steps: int) -> dict[str, float]:
         hosts.start_ray()
         tree = json.loads(config.model_dump_json(exclude_unset=True))
         tree["cluster"] = {"address": hosts.address}
-        tree["metrics"] = {"samples_per_step": 0, "host": "0.0.0.0"}
+        tree["metrics"] = {"samples_per_step": 0}
         tree["rollout"]["replicas"] = 2
         tree["resources"] = {"pin_cores": False, "device": "cpu"}
         (folder / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -30,7 +30,7 @@ class HostRun(Run):
     ):
         self.hosts, self._driver_host = hosts, hosts[driver]
         if join:
-            settings = {"cluster__address": hosts.address, "metrics__host": "0.0.0.0"} | settings
+            settings = {"cluster__address": hosts.address} | settings
         super().__init__(recipe, folder, **settings)
 
     def _start(self, command: list[str]) -> subprocess.Popen:
