@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,27 @@ PROCESSES = ("RolloutActor", "TrainerActor", "QueueProcess", "EngineCore", "VLLM
 class HostRun(Run):
     """One start of a run whose driver is on ``hosts[driver]``.
 
-    With ``join`` it runs over the cluster of all hosts, else on the driver's host alone.
+    With ``join`` it runs over the cluster of all hosts, else on the driver's host alone. ``env`` is the driver's alone.
     """
 
     def __init__(
-        self, hosts: Hosts, recipe: Path, folder: Path, *, driver: int = 0, join: bool = True, **settings: Any
-    ):
-        self.hosts, self._driver_host = hosts, hosts[driver]
+        self,
+        hosts: Hosts,
+        recipe: Path,
+        folder: Path,
+        *,
+        driver: int = 0,
+        join: bool = True,
+        env: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.hosts, self._driver_host, self._env = hosts, hosts[driver], env
         if join:
             settings = {"cluster__address": hosts.address} | settings
         super().__init__(recipe, folder, **settings)
 
     def _start(self, command: list[str]) -> subprocess.Popen:
-        return self._driver_host.popen(command, stdout=self._output, stderr=subprocess.STDOUT)
+        return self._driver_host.popen(command, self._env, stdout=self._output, stderr=subprocess.STDOUT)
 
     def terminate(self, signum: int = signal.SIGTERM) -> None:
         """Send a signal to the supervisor; it would not pass from the process that entered the host."""

@@ -105,6 +105,7 @@ def test_a_limited_link_is_slow_in_both_directions_and_its_bytes_are_counted(mak
     assert send(one, two, nbytes) < 0.8 * took
 
 
+@pytest.mark.slow
 def test_a_delayed_link_delays(make_hosts):
     one, two = make_hosts(2)
     serve(two)
@@ -127,7 +128,7 @@ def test_a_link_that_is_cut_carries_nothing_until_it_heals(make_hosts):
     assert send(one, two) < 20
 
 
-@pytest.mark.parametrize("silently", [True, False])
+@pytest.mark.parametrize("silently", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_host_is_dead_and_comes_back_with_its_folder_and_address(make_hosts, silently):
     one, two = make_hosts(2)
     server = serve(two)
@@ -161,6 +162,7 @@ def test_nothing_is_left_of_hosts(make_hosts, tmp_path):
     assert _of_the_machine() == before
 
 
+@pytest.mark.slow
 def test_two_sets_of_hosts_with_the_same_addresses_do_not_meet(make_hosts, tmp_path):
     (one, two), (other, _) = make_hosts(2), make_hosts(2, folder=tmp_path / "other")
     assert two.address == other.address.replace(".1", ".2")
@@ -182,7 +184,7 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_nothing_is_left_of_hosts_whose_maker_was_killed(make_hosts, tmp_path, signum):
     before = _of_the_machine()
     maker = subprocess.Popen([sys.executable, "-c", MAKE, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
