@@ -23,15 +23,22 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 
 ADDRESS = "127.0.0.1"
 
+# The trainer's process groups. Their libraries would listen at the address of the host's name, or of its first network.
+_LIBRARIES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 def start(**arguments: Any) -> None:
     """Call ``ray.init`` with these arguments for a new cluster on loopback that asks for a token.
 
+    The environment, which the cluster's processes inherit, keeps the trainer's process groups on loopback as well.
+
     The token is that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH where one of them is set, so that Ray's own programs can
     be used on the cluster. Raises what ``ray.init`` raises.
     """
+    for name, interface in _LIBRARIES.items():
+        os.environ.setdefault(name, interface)
     _ask_for_token()
     with loopback():
         ray.init(_node_ip_address=ADDRESS, **arguments)

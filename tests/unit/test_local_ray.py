@@ -12,7 +12,7 @@ from async_rl.driver import local_ray
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     yield
