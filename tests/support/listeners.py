@@ -18,7 +18,9 @@ _NAMES = (
     ("gcs_server", "gcs_server"),
     ("raylet/raylet", "raylet"),
     ("ray/dashboard/agent.py", "dashboard_agent"),
+    ("ray::DashboardAgent", "dashboard_agent"),
     ("ray/_private/runtime_env/agent", "runtime_env_agent"),
+    ("ray::RuntimeEnvAgent", "runtime_env_agent"),
     ("ray/_private/log_monitor.py", "log_monitor"),
     ("ray/dashboard/dashboard.py", "dashboard"),
     ("autoscaler", "autoscaler"),
@@ -64,7 +66,7 @@ def listeners(processes: Collection[psutil.Process], enter: Sequence[str] = ()) 
         address, _, port = local.rpartition(":")
         for pid in map(int, re.findall(r"pid=(\d+)", line)):
             if pid in named:
-                found.append(Listener(named[pid], protocol, address.strip("[]"), int(port), pid))
+                found.append(Listener(named[pid], protocol, _plain(address), int(port), pid))
     return found
 
 
@@ -89,7 +91,7 @@ def scope(address: str, own: str) -> str:
     """Return who can reach a port at ``address``, in the table's words; ``own`` is the host's address."""
     if address in ("*", "0.0.0.0", "::"):
         return "all interfaces"
-    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    if ipaddress.ip_address(address).is_loopback:
         return "loopback"
     return "host's address" if address == own else address
 
@@ -118,6 +120,12 @@ def undocumented(found: Sequence[Listener], *, own: str, joined: bool) -> Iterat
 def _places(row: Row, *, joined: bool) -> set[str]:
     cell = row.several_hosts if joined else row.one_host
     return {place.strip() for place in cell.split(",")} - {"none"}
+
+
+def _plain(address: str) -> str:
+    """Return an address without brackets and interface, and an IPv4 address that is written as IPv6 as itself."""
+    address = address.strip("[]").partition("%")[0]
+    return address.removeprefix("::ffff:") if "." in address else address
 
 
 def _name(process: psutil.Process) -> str:
