@@ -24,6 +24,7 @@ _NAMES = (
     ("ray/_private/log_monitor.py", "log_monitor"),
     ("ray/dashboard/dashboard.py", "dashboard"),
     ("autoscaler", "autoscaler"),
+    ("ray.util.client.server", "ray_client_server"),
     ("RolloutActor", "RolloutActor"),
     ("TrainerActor", "TrainerActor"),
     ("QueueProcess", "QueueProcess"),
