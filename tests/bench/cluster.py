@@ -1,8 +1,8 @@
 """What crosses the links of a cluster, made of ``tests.cluster.hosts``: weights to its hosts, groups to its trainer.
 
 Weights: the real ends of sync.backend object_store around plain tensors, from one host to N others over links that are
-limited. Groups: a whole run of real size in which engines and trainer compute nothing (``driver_at_scale``), made with
-few and with many steps; the difference is what a step costs. Both need root. Printed last, one JSON line:
+limited. Groups, with --payloads: a whole run of real size in which engines and trainer compute nothing (``driver_at_scale``), made with
+few and with many steps; the difference is what a step costs. Printed last, one JSON line:
 
     weights                     by bytes and hosts, seconds until the last host has the finished file, over bytes / rate
     weights_sent                by bytes and hosts, bytes that left the trainer's host, over bytes
@@ -12,7 +12,7 @@ few and with many steps; the difference is what a step costs. Both need root. Pr
     local_gbit                  what one host receives over a link without a limit: far above the limit, or it is the
                                 machine that is measured
 
-    .venv/bin/python -m tests.bench.cluster [--mb 64 256] [--hosts 1 2 4] [--mbit 1000] [--skip-payloads]
+    .venv/bin/python -m tests.bench.cluster [--mb 64 256] [--hosts 1 2 4] [--mbit 1000] [--payloads]
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--mbit", type=float, default=1000.0)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a response of the payloads")
-    parser.add_argument("--skip-payloads", action="store_true")
+    parser.add_argument("--payloads", action="store_true", help="also count the bytes of groups, in two whole runs")
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +202,7 @@ def main() -> None:
                 result["weights"][f"{mb} MB to {count}"] = seconds / (nbytes * 8 / (options.mbit * 1e6))
                 result["weights_sent"][f"{mb} MB to {count}"] = sent / nbytes
                 print(f"{mb} MB to {count}: {seconds:.2f} s", flush=True)
-        if not options.skip_payloads:
+        if options.payloads:
             result |= measure_payloads(folder / "payloads", options.tokens, 2, 8)
     print(json.dumps(_rounded(result)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -114,12 +113,6 @@ class HostRun(Run):
         """Do nothing: the hosts know their processes."""
 
 
-def scripted_losses(run: Run) -> list[dict]:
-    """Return what training computed in each step, without times."""
-    names = ("step", "policy_version", "reward_mean", "grad_norm", "loss", "ppo_kl", "entropy")
-    return [{name: row[name] for name in names if name in row} for row in run.rows]
-
-
 def summary_is_whole(run: Run) -> dict:
     """Check conservation (invariant 5) and that each push was verified (invariant 10); return the summary."""
     summary = run.summary
@@ -129,12 +122,3 @@ def summary_is_whole(run: Run) -> dict:
     assert summary["sync"]["count"] == summary["steps"]
     assert summary["sync"]["canary_max"] <= 1e-4
     return summary
-
-
-def logs_of(run: Run) -> str:
-    """Return the last lines of every log of the run, for the message of a test that fails."""
-    texts = []
-    for path in sorted((run.folder / "logs").glob("*.jsonl")):
-        for line in path.read_text().splitlines()[-5:]:
-            texts.append(f"{path.stem}: {json.loads(line)}")
-    return "\n".join(texts)
