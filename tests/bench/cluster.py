@@ -1,8 +1,9 @@
 """What crosses the links of a cluster, made of ``tests.cluster.hosts``: weights to its hosts, groups to its trainer.
 
 Weights: the real ends of sync.backend object_store around plain tensors, from one host to N others over links that are
-limited. Groups, with --payloads: a whole run of real size in which engines and trainer compute nothing (``driver_at_scale``), made with
-few and with many steps; the difference is what a step costs. Printed last, one JSON line:
+limited. Groups, with --payloads: a whole run of real size in which engines and trainer compute nothing
+(``driver_at_scale``), made with few and with many steps; the difference is what a step costs. Printed last, one JSON
+line:
 
     weights                     by bytes and hosts, seconds until the last host has the finished file, over bytes / rate
     weights_sent                by bytes and hosts, bytes that left the trainer's host, over bytes
