@@ -17,6 +17,7 @@ import ray
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.sizes import object_store_bytes
+from async_rl.driver import local_ray
 from async_rl.errors import ResourceError
 from async_rl.runtime.addresses import with_port
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
@@ -72,7 +73,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, namespace=config.name)
         else:
-            ray.init(
+            local_ray.start(
                 num_cpus=os.cpu_count(),
                 object_store_memory=object_store_bytes(config.queue.max_bytes, shutil.disk_usage("/dev/shm").free),
                 include_dashboard=False,

@@ -72,18 +72,23 @@ class Run:
         self.recipe = recipe
         self._output = (folder / "output.txt").open("a+" if resume else "w+")
         arguments += ["--resume", "auto"] if resume else []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "async_rl.cli", "train", str(recipe), f"--runs={folder / 'runs'}", *arguments],
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=folder,
-            # For the rewards and environments in tests.support.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        self.process = self._start(
+            [sys.executable, "-m", "async_rl.cli", "train", str(recipe), f"--runs={folder / 'runs'}", *arguments]
         )
         self._seen: dict[tuple[int, float], psutil.Process] = {}
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
+
+    def _start(self, command: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=self.folder.parent.parent,
+            # For the rewards and environments in tests.support.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )
 
     @property
     def output(self) -> str:

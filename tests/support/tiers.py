@@ -57,7 +57,8 @@ ALL_EXAMPLES = ("--hypothesis-profile", "all")
 # process, for their module's fixtures.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 UNIT = (*TWO_AT_A_TIME, "tests/unit")
-REAL = (*TWO_AT_A_TIME, "tests/integration", "tests/chaos", "tests/gpu")
+# The longest files first: nothing runs beside one that begins last.
+REAL = (*TWO_AT_A_TIME, "tests/chaos", "tests/cluster", "tests/integration", "tests/gpu")
 
 TIERS = {
     "lint": Tier(60, LINT),

@@ -16,6 +16,9 @@ CONFIG = validate({"model": {"path": "m"}, "data": {"train": "t"}})
 def _restored(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("RAY_ADDRESS", "")
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -34,6 +34,10 @@ ENVIRONMENT = {
     "VLLM_CONFIGURE_LOGGING": "0",
     # The semaphores of an engine core that was killed are removed by Python's resource tracker, with a warning.
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+    # An engine is on one host. By default its processes would wait for each other at the host's address, which others
+    # reach: those of its process groups, and whatever vLLM opens at "the host's address".
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 
 

@@ -1,0 +1,137 @@
+"""The ports on which processes listen, as ``ss`` lists them, and the table of docs/reference/ports.md beside them."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "ports.md"
+
+# By what a process has in its command line, in this order: its name in the table.
+_NAMES = (
+    ("gcs_server", "gcs_server"),
+    ("raylet/raylet", "raylet"),
+    ("ray/dashboard/agent.py", "dashboard_agent"),
+    ("ray::DashboardAgent", "dashboard_agent"),
+    ("ray/_private/runtime_env/agent", "runtime_env_agent"),
+    ("ray::RuntimeEnvAgent", "runtime_env_agent"),
+    ("ray/_private/log_monitor.py", "log_monitor"),
+    ("ray/dashboard/dashboard.py", "dashboard"),
+    ("autoscaler", "autoscaler"),
+    ("ray.util.client.server", "ray_client_server"),
+    ("RolloutActor", "RolloutActor"),
+    ("TrainerActor", "TrainerActor"),
+    ("QueueProcess", "QueueProcess"),
+    ("EngineCore", "EngineCore"),
+    ("VLLM::Worker", "EngineCore"),
+    ("ray::", "Ray's other workers"),
+    ("default_worker.py", "Ray's other workers"),
+    ("async_rl.cli train", "driver"),
+    ("redis-server", "redis-server"),
+)
+
+
+class Listener(NamedTuple):
+    """One port, or one Unix socket, on which a process waits for others."""
+
+    process: str
+    """Its name in the table, or its command line if it is not there."""
+    protocol: str
+    address: str
+    port: int
+    pid: int
+
+
+class Row(NamedTuple):
+    """One row of the table: a process, what it serves, and where it may listen."""
+
+    process: str
+    serves: str
+    one_host: str
+    several_hosts: str
+
+
+def listeners(processes: Collection[psutil.Process], enter: Sequence[str] = ()) -> list[Listener]:
+    """Return the TCP and UDP ports on which these processes wait. ``enter``: a command that enters their network."""
+    named = {process.pid: _name(process) for process in processes}
+    listed = subprocess.run([*enter, "ss", "-H", "-tulnp"], capture_output=True, text=True, check=True).stdout
+    found = []
+    for line in listed.splitlines():
+        protocol, _, _, _, local = line.split()[:5]
+        address, _, port = local.rpartition(":")
+        for pid in map(int, re.findall(r"pid=(\d+)", line)):
+            if pid in named:
+                found.append(Listener(named[pid], protocol, _plain(address), int(port), pid))
+    return found
+
+
+def open_to_other_users(processes: Collection[psutil.Process]) -> list[str]:
+    """Return the paths of Unix sockets of these processes that another user of the host may connect to."""
+    pids = {process.pid for process in processes}
+    listed = subprocess.run(["ss", "-H", "-xlp"], capture_output=True, text=True, check=True).stdout
+    found = []
+    for line in listed.splitlines():
+        words = line.split()
+        if pids.isdisjoint(map(int, re.findall(r"pid=(\d+)", line))):
+            continue
+        path = words[4]
+        file = Path(f"/proc/{re.findall(r'pid=([0-9]+)', line)[0]}/root{path}")
+        # Without a file there are no permissions.
+        if path.startswith("@") or (file.is_socket() and file.stat().st_mode & 0o002):
+            found.append(path)
+    return found
+
+
+def scope(address: str, own: str) -> str:
+    """Return who can reach a port at ``address``, in the table's words; ``own`` is the host's address."""
+    if address in ("*", "0.0.0.0", "::"):
+        return "all interfaces"
+    if ipaddress.ip_address(address).is_loopback:
+        return "loopback"
+    return "host's address" if address == own else address
+
+
+def table() -> list[Row]:
+    """Return the rows of the document's table."""
+    rows = []
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and len(cells) >= 5 and cells[0] != "process":
+            rows.append(Row(cells[0].strip("`"), cells[1], cells[2], cells[3]))
+    return rows
+
+
+def undocumented(found: Sequence[Listener], *, own: str, joined: bool) -> Iterator[str]:
+    """Yield each port that the table does not have, or has at another place."""
+    allowed: Mapping[str, set[str]] = {}
+    for row in table():
+        allowed = {**allowed, row.process: allowed.get(row.process, set()) | _places(row, joined=joined)}
+    for port in found:
+        where = scope(port.address, own)
+        if where not in allowed.get(port.process, set()):
+            yield f"{port.process} (pid {port.pid}): {port.protocol} {port.address}:{port.port} is on {where}"
+
+
+def _places(row: Row, *, joined: bool) -> set[str]:
+    cell = row.several_hosts if joined else row.one_host
+    return {place.strip() for place in cell.split(",")} - {"none"}
+
+
+def _plain(address: str) -> str:
+    """Return an address without brackets and interface, and an IPv4 address that is written as IPv6 as itself."""
+    address = address.strip("[]").partition("%")[0]
+    return address.removeprefix("::ffff:") if "." in address else address
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return "ended"
+    return next((name for part, name in _NAMES if part in words), words)
