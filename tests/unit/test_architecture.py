@@ -21,6 +21,7 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 # module of this package that does.
 PURE = {
     "async_rl.driver.checkpoint_schedule",
+    "async_rl.driver.placement",
     "async_rl.driver.shares",
     "async_rl.driver.watchdog",
     "async_rl.errors",
@@ -43,6 +44,7 @@ PURE = {
     "async_rl.rollout.rewards.text",
     "async_rl.rollout.routing_policies",
     "async_rl.rollout.user_values",
+    "async_rl.runtime.cores",
     "async_rl.trainer.logprobs",
     "async_rl.trainer.packing",
     "async_rl.trainer.parallel",
