@@ -33,7 +33,8 @@ from async_rl.rollout.routing_policies import check_probe
 from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs
-from async_rl.runtime.process import mark_semaphores
+from async_rl.runtime.cores import CoreShare
+from async_rl.runtime.process import mark_semaphores, own_cores
 from async_rl.types import Float32Array, Int32Array, Prompt
 
 log = structlog.get_logger(__name__)
@@ -217,14 +218,14 @@ class RolloutReplica:
 class RolloutActor(RolloutReplica):
     """A replica in a process of its own, with a real engine, tokenizer, reward, logs and metrics."""
 
-    def __init__(self, config: RunConfig, replica: int, queue: Any, cores: tuple[int, ...] | None) -> None:
+    def __init__(self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None) -> None:
         from async_rl.rollout.engine.loader import load_engine
 
         name = worker_id(replica)
         logs.configure(config.run_dir, name, console=False)
         mark_semaphores()  # those of vLLM
         tokenizer = load_tokenizer(config)
-        engine = load_engine(config.rollout.engine)(config, replica, cores=cores)
+        engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores))
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
         self._outbox = Outbox(queue, open_groups(config, name))

@@ -9,6 +9,8 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.config.schema import ParallelSection
 from async_rl.driver.placement import block_size, bundle_order, core_shares, needs, plan
+from async_rl.driver.places import Place as ActorPlace
+from async_rl.driver.places import Places
 from async_rl.trainer.parallel import Place, world_size
 
 GPUS = 8
@@ -179,3 +181,13 @@ def test_no_core_is_given_where_none_is_wanted_or_gpus_compute(resources):
 def test_too_few_cores_leave_every_process_to_the_system():
     shares = core_shares(config(), {0: "", 1: ""}, [""])
     assert {share.of([0, 1]) for share in (*shares.engines.values(), *shares.trainers.values())} == {None}
+
+
+async def test_a_run_on_one_host_reserves_nothing_and_needs_no_cluster_for_it(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    settings = config(replicas=2, parallel={"dp": 2})
+    places, shares = Places(settings), core_shares(settings, {0: "", 1: ""}, ["", ""])
+    assert not places.reserved()
+    assert await places.of_trainer() == [ActorPlace(shares.trainers[0]), ActorPlace(shares.trainers[1])]
+    assert places.of_replica(1) == ActorPlace(shares.engines[1])
+    places.release()
