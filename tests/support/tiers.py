@@ -55,7 +55,7 @@ LINT = (
 # process, for their module's fixtures.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 UNIT = tests("unit", *TWO_AT_A_TIME, "tests/unit")
-REAL = (*TWO_AT_A_TIME, "tests/integration", "tests/chaos", "tests/gpu")
+REAL = (*TWO_AT_A_TIME, "tests/integration", "tests/cluster", "tests/chaos", "tests/gpu")
 
 TIERS = {
     "lint": Tier(60, LINT),
