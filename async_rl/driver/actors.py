@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import socket
+import os
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver.cluster import CoreAssignment
+from async_rl.driver.places import Place, Places
 from async_rl.errors import TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
@@ -36,7 +36,6 @@ from async_rl.runtime.failures import (
 )
 from async_rl.runtime.manifest import Entries
 from async_rl.trainer.actor import TrainerActor
-from async_rl.trainer.parallel import world_size
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
 from async_rl.weights.sides import Replica
 
@@ -46,6 +45,14 @@ _MAX_CONCURRENT_CALLS = 1000
 # oneDNN keeps what it generated for each shape of a matrix product, 1024 of them by default, some hundred KiB each: an
 # engine grows by 300 MiB within minutes. More than one step needs is useless, because shapes hardly ever recur.
 _ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+# Threads of a GPU rank's work on the CPU: packing, checkpoints, export. GPU hosts have a dozen cores or more per GPU,
+# and Ray sets one thread where nothing is set.
+_GPU_RANK_THREADS = 8
+
+# Megatron's overlap of communication and computation under tensor parallelism relies on kernels that start in the order
+# in which they were launched, which GPUs before Blackwell do on a single queue.
+_GPU_RANK_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 T = TypeVar("T")
 
@@ -62,10 +69,10 @@ class TrainerRanks:
     Those that train also raise TrainerDied for what other faults of a machine raise in a library: memory that is short.
     """
 
-    def __init__(self, config: RunConfig, cores: CoreAssignment) -> None:
+    def __init__(self, config: RunConfig, places: Places) -> None:
         self._config = config
-        self._cores = cores
-        self._ranks = start_trainers(config, cores)
+        self._places = places
+        self._ranks: list[Any] = []  # until ``start``
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -75,8 +82,17 @@ class TrainerRanks:
         return list(self._ranks)
 
     async def start(self, checkpoint: Path | None = None) -> None:
-        """Build the model on every rank, and load ``checkpoint`` where one is given."""
-        await self._together("start", [rank.start.remote(checkpoint) for rank in self._ranks])
+        """Create the ranks at their places, build the model on each, and load ``checkpoint`` where one is given."""
+        if not self._ranks:
+            places = await self._places.of_trainer()
+            one_host = self._places.one_host
+            self._ranks = [
+                start_trainer(self._config, rank, place, one_host=one_host) for rank, place in enumerate(places)
+            ]
+        store = None
+        if len(self._ranks) > 1:
+            store = await self._together("open_store", [rank.open_store.remote() for rank in self._ranks])
+        await self._together("start", [rank.start.remote(checkpoint, store) for rank in self._ranks])
 
     async def fetch(self, shares: Shares) -> list[str]:
         """Have every rank read its groups ahead of the call that computes on them.
@@ -164,10 +180,10 @@ class TrainerRanks:
         return [rank.shutdown.remote() for rank in self._ranks]
 
     def replace(self) -> None:
-        """End every rank and create new ones in their place, which are not started yet."""
+        """End every rank, so that ``start`` creates new ones in their place."""
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = start_trainers(self._config, self._cores)
+        self._ranks = []
 
     async def unplaced(self) -> list[str]:
         """Return the ranks that have no process, for example because no host has the resources that they ask for."""
@@ -314,15 +330,20 @@ class RolloutHandle:
 class RolloutWorkers:
     """One rollout worker per replica, by replica number. The counters of workers that have died are kept."""
 
-    def __init__(self, config: RunConfig, queue: Any, cores: CoreAssignment) -> None:
+    def __init__(self, config: RunConfig, queue: Any, places: Places) -> None:
         self._config = config
         self._queue = queue
-        self._cores = cores
+        self._places = places
         self.silent: list[int] = []
         """Replicas that did not respond when they were last asked for their stats."""
         self._ended: dict[int, WorkerStats] = {}
         self._last: dict[int, WorkerStats] = {}
-        self.workers = {replica: self._make(replica) for replica in range(config.rollout.replicas)}
+        self.workers: dict[int, RolloutHandle] = {}
+
+    def create(self) -> dict[int, RolloutHandle]:
+        """Create a worker for each replica, at places that are reserved; they are not started yet."""
+        self.workers = {replica: self._make(replica) for replica in range(self._config.rollout.replicas)}
+        return self.workers
 
     @property
     def actors(self) -> list[Any]:
@@ -361,7 +382,7 @@ class RolloutWorkers:
         return [_sum(stats, self._ended.get(replica)) for replica, stats in known.items()]
 
     def _make(self, replica: int) -> RolloutHandle:
-        return start_rollout_worker(self._config, replica, self._queue, self._cores)
+        return start_rollout_worker(self._config, replica, self._queue, self._places.of_replica(replica))
 
 
 def _typed(call: Awaitable[T]) -> Awaitable[T]:
@@ -378,7 +399,7 @@ def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
 
 
-def start_rollout_worker(config: RunConfig, replica: int, queue: Any, cores: CoreAssignment) -> RolloutHandle:
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, place: Place) -> RolloutHandle:
     """Create the actor of one replica, whose engine is not started yet. ``queue`` is the queue's actor."""
     actor = (
         ray.remote(RolloutActor)
@@ -387,26 +408,24 @@ def start_rollout_worker(config: RunConfig, replica: int, queue: Any, cores: Cor
             num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
+            **place.options,
         )
-        .remote(config, replica, queue, cores.engines[replica])
+        .remote(config, replica, queue, place.cores)
     )
     return RolloutHandle(actor)
 
 
-def start_trainers(config: RunConfig, cores: CoreAssignment) -> list[Any]:
-    """Create one actor per rank of trainer.parallel; their models are not built yet."""
-    ranks = world_size(config.trainer.parallel)
-    init_method = f"tcp://127.0.0.1:{_free_port()}" if ranks > 1 else None
-    return [
+def start_trainer(config: RunConfig, rank: int, place: Place, *, one_host: bool) -> Any:
+    """Create the actor of one rank of trainer.parallel, whose model is not built yet."""
+    on_gpu = config.resources.device == "cuda"
+    environment = _process_environment(_GPU_RANK_THREADS if on_gpu else config.resources.trainer_threads)
+    if on_gpu:
+        environment |= {name: os.environ.get(name, value) for name, value in _GPU_RANK_ENVIRONMENT.items()}
+    return (
         ray.remote(TrainerActor)
-        .options(
-            num_cpus=0,
-            num_gpus=1 if config.resources.device == "cuda" else 0,
-            runtime_env={"env_vars": _process_environment(config.resources.trainer_threads)},
-        )
-        .remote(config, rank, init_method, rank_cores)
-        for rank, rank_cores in enumerate(cores.trainers)
-    ]
+        .options(num_cpus=0, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": environment}, **place.options)
+        .remote(config, rank, place.cores, one_host=one_host)
+    )
 
 
 def _process_environment(threads: int) -> dict[str, str]:
@@ -417,9 +436,3 @@ def _process_environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,27 +1,28 @@
-"""The Ray cluster of a run, and which cores each of its processes computes on. Knows no actor.
-
-On one CPU host each engine and each trainer rank gets cores of its own: two compute-thread pools that share cores spin
-against each other, and an engine client in the trainer's process would share its interpreter lock.
-"""
+"""The Ray cluster of a run: one that it joins, or one of its own on this host. Knows no actor of the run."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import ray
+from ray._common.network_utils import parse_address
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.sizes import object_store_bytes
 from async_rl.driver import local_ray
-from async_rl.errors import ResourceError
+from async_rl.errors import ConfigError, ResourceError
 from async_rl.runtime.addresses import with_port
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
-from async_rl.trainer.parallel import world_size
 
 # Set in every process of the run, before its libraries are imported.
 _ENVIRONMENT = {
@@ -30,6 +31,10 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+}
+
+# What Ray's own processes read, on a cluster that the run starts.
+_DAEMON_ENVIRONMENT = {
     # Finished calls that Ray's control process remembers: about 3 KiB each, a hundred a second. By default it grows by
     # 300 MiB before it forgets the first, and then keeps the ids of a million that it has forgotten.
     "RAY_task_events_max_num_task_in_gcs": "5000",
@@ -40,57 +45,36 @@ _ENVIRONMENT = {
     "RAY_JEMALLOC_CONF": "narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0",
 }
 
+# Of the messages of Ray that the user gets to see.
+_REASON_CHARACTERS = 300
 
-@dataclass(frozen=True, slots=True)
-class CoreAssignment:
-    """The cores of each process; None where it may use any."""
+# Within which a host of the cluster accepts a connection.
+_REACHED_S = 10.0
 
-    engines: tuple[tuple[int, ...] | None, ...]
-    """By replica."""
-    trainers: tuple[tuple[int, ...] | None, ...]
-    """By trainer rank."""
-
-
-def assign_cores(config: RunConfig, cores: Sequence[int]) -> CoreAssignment:
-    """Give engines and trainer ranks disjoint cores, engines first; no process is pinned if there are not enough."""
-    replicas, ranks = config.rollout.replicas, world_size(config.trainer.parallel)
-    engine_threads, trainer_threads = config.resources.engine_threads, config.resources.trainer_threads
-    needed = replicas * engine_threads + ranks * trainer_threads
-    if not config.resources.pin_cores or needed > len(cores):
-        return CoreAssignment((None,) * replicas, (None,) * ranks)
-    free = iter(cores)
-    return CoreAssignment(
-        tuple(tuple(next(free) for _ in range(engine_threads)) for _ in range(replicas)),
-        tuple(tuple(next(free) for _ in range(trainer_threads)) for _ in range(ranks)),
-    )
+# A run that has just ended, or was killed, has its name for this long at most: Ray takes a moment to see the end.
+_NAME_HELD_S = 10.0
 
 
 @contextlib.contextmanager
 def ray_cluster(config: RunConfig) -> Iterator[None]:
-    """Connect to the Ray cluster at RAY_ADDRESS, or start one on this host that ends with the block."""
-    os.environ.update(_ENVIRONMENT)
+    """Join the Ray cluster at cluster.address or RAY_ADDRESS, or start one on this host that ends with the block.
+
+    Raises ResourceError if that fails, ConfigError for a cluster that has a run of this name already.
+    """
+    os.environ.update(_ENVIRONMENT | _DAEMON_ENVIRONMENT)
+    address = config.cluster.joined_address
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, namespace=config.name)
+        if address is None:
+            _start(config)
         else:
-            local_ray.start(
-                num_cpus=os.cpu_count(),
-                object_store_memory=object_store_bytes(config.queue.max_bytes, shutil.disk_usage("/dev/shm").free),
-                include_dashboard=False,
-                log_to_driver=False,
-                namespace=config.name,
-                logging_level="warning",
-            )
+            _join(config, address)
     except SystemExit:  # the answer to SIGTERM of a handler that Ray has installed
         ignore_interrupts()
         raise KeyboardInterrupt from None
-    except Exception as error:  # a plain Exception when a daemon of Ray has not answered in time
-        raise ResourceError(
-            f"Ray did not start: {error} (logs: session_latest/logs in /tmp/ray or RAY_TMPDIR); if the machine is "
-            "busy, start the run again when it is less so"
-        ) from error
     interrupt_once()
     try:
+        # The handle is kept: without one Ray ends the actor.
+        _holder = None if address is None else _hold_name(config.name, address)
         yield
     finally:
         # A second signal, within Ray's libraries, would abort the process before it has written how the run ended.
@@ -98,14 +82,100 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def _start(config: RunConfig) -> None:
+    """Start a cluster on this host alone."""
+    try:
+        local_ray.start(
+            address="local",  # also where RAY_ADDRESS is empty, or another cluster was started on this host
+            num_cpus=os.cpu_count(),
+            object_store_memory=object_store_bytes(config.queue.max_bytes, shutil.disk_usage("/dev/shm").free),
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=config.name,
+            logging_level="warning",
+        )
+    except Exception as error:  # a plain Exception when a daemon of Ray has not answered in time
+        raise ResourceError(
+            f"Ray did not start: {error} (logs: session_latest/logs in /tmp/ray or RAY_TMPDIR); if the machine is "
+            "busy, start the run again when it is less so"
+        ) from error
+
+
+def _join(config: RunConfig, address: str) -> None:
+    """Connect to a cluster that runs already."""
+    if "://" in address:
+        raise ConfigError(f"cluster.address {address} is not host:port; the driver runs on a host of the cluster")
+    try:
+        _reach(address)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            namespace=config.name,
+            logging_level="warning",
+            # Its processes inherit their environment from the daemons of their hosts, not from the driver.
+            runtime_env={"env_vars": _job_environment()},
+        )
+    except Exception as error:
+        raise ResourceError(f"the Ray cluster at {address} cannot be joined: {why_not_joined(error)}") from error
+
+
+def _reach(address: str) -> None:
+    """Raise OSError at once where nothing listens at ``address``: Ray itself tries for minutes."""
+    found = parse_address(canonicalize_bootstrap_address(address) or "")
+    if found is None:
+        raise ConnectionError("it is not host:port")
+    with socket.create_connection((found[0], int(found[1])), timeout=_REACHED_S):
+        pass
+
+
+def why_not_joined(error: BaseException) -> str:
+    """Return in one line why Ray did not connect, with what to do."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    reason = " ".join(str(causes[-1]).split())[:_REASON_CHARACTERS]
+    if any(word in str(cause) for cause in causes for word in ("uthenticat", "token")):
+        return f"{reason}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+    if isinstance(error, OSError):
+        return f"{reason}; set cluster.address to host:port of its head, which `ray status` must reach from this host"
+    return f"{reason}; the driver needs a host of the cluster (`ray start --address`) and the cluster's version of Ray"
+
+
+def _job_environment() -> dict[str, str]:
+    """Return the environment of the run's processes, without what ``ray job submit`` sets in them already."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in _ENVIRONMENT.items() if name not in given}
+
+
+class _NameHolder:
+    """Has the run's name on the cluster while its driver lives: Ray ends it with the driver, however that ends."""
+
+    def is_mine(self) -> bool:
+        return True
+
+
+def _hold_name(name: str, address: str) -> Any:
+    """Claim ``name``, the namespace, for this run. Returns what holds it. Raises ConfigError if another run has it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": "run", "num_cpus": 0, "scheduling_strategy": here}
+    end = time.monotonic() + _NAME_HELD_S
+    while True:
+        try:
+            holder = ray.remote(_NameHolder).options(**options).remote()
+            ray.get(holder.is_mine.remote())  # of two at the same time, Ray lets the one start that came first
+            return holder
+        except (ValueError, RayActorError) as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"a run named {name} is under way on the Ray cluster at {address}; give this run another --name, "
+                    "or end that one"
+                ) from error
+            time.sleep(0.5)
+
+
 def ray_exporters() -> list[str]:
     """Return host:port of each node on which Ray serves its own metrics, which needs the packages of ray[default]."""
     # Without those packages the port is -1.
     nodes = (node for node in ray.nodes() if node["Alive"] and node.get("MetricsExportPort", -1) > 0)
     return [with_port(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in nodes]
-
-
-async def free_resources() -> str:
-    """Return the CPUs and GPUs that no actor has taken, for example ``1 CPU, 0 GPU``."""
-    free = await asyncio.to_thread(ray.available_resources)
-    return ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))

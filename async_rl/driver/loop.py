@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
@@ -38,10 +37,10 @@ from async_rl.data.dataset import Dataset
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer, RunMoment
-from async_rl.driver.cluster import assign_cores, free_resources
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.leases import Leased, LeasedGroups
 from async_rl.driver.monitor import Monitor
+from async_rl.driver.places import Places
 from async_rl.driver.push import Pusher
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
@@ -85,12 +84,12 @@ class TrainingLoop:
         self._training = self._stopping = False
         self._recovery = Recovery(config, recorder)
         cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
-        cores = assign_cores(config, sorted(os.sched_getaffinity(0)))
         recorder.journal.unlink(missing_ok=True)
         state = None if restored is None else restored.queue
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)
-        self._trainers = TrainerRanks(config, cores)
-        self._rollouts = RolloutWorkers(config, self._queue.actor, cores)
+        self._places = Places(config)
+        self._trainers = TrainerRanks(config, self._places)
+        self._rollouts = RolloutWorkers(config, self._queue.actor, self._places)
         model = read_model_config(config.model.path)
         self._shares = functools.partial(rank_shares, sizes=config.trainer.parallel, cost=model.sequence_cost)
         self._groups = LeasedGroups(self._queue, self._trainers, recorder)
@@ -164,10 +163,11 @@ class TrainingLoop:
 
     async def _start(self) -> None:
         """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
-        workers = self._rollouts.workers
+        await wait_started(self._places.reserved(), self._config.watchdog, self._recorder.event, self._places.free)
+        workers = self._rollouts.create()
         starting: dict[str, Awaitable[None]] = {"trainer": self._trainers.start(self._found)}
         starting |= {worker_id(replica): worker.start() for replica, worker in workers.items()}
-        await wait_started(starting, self._config.watchdog, self._recorder.event, free_resources)
+        await wait_started(starting, self._config.watchdog, self._recorder.event, self._places.free)
         self._sync.members = dict(workers)
         if self._found is not None:
             self._pusher.version = await self._checkpointer.restore(self._found)
@@ -319,6 +319,7 @@ class TrainingLoop:
             await asyncio.wait_for(ends, timeouts.SHUTDOWN_S)
         except TimeoutError:
             log.warning("shutdown_timed_out", seconds=timeouts.SHUTDOWN_S)  # Ray kills the processes that are left
+        self._places.release()
 
 
 class _StepLeft(Exception):

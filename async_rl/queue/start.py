@@ -69,7 +69,9 @@ def start_queue(
         if given_up := unusable_prompts(plain, source):
             log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows by now")
     open_journal: Callable[[], Journal] | None = None
-    options: dict[str, Any] = {}
+    # On the driver's host, which has the journal, and without which there is no run to rebuild the queue for.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"scheduling_strategy": here}
     if config.queue.backend == "redis":
         from async_rl.queue.redis_store import RedisJournal
 
@@ -78,9 +80,6 @@ def start_queue(
     elif journal is not None:
         open_journal = functools.partial(FileJournal, journal)
         _begin(FileJournal(journal, create=True), broker)
-        # On the host that has the file. That is the driver's, without which there is no run to rebuild the queue for.
-        here = ray.get_runtime_context().get_node_id()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
     if open_journal is not None:
         options |= {"max_restarts": config.recovery.max_restarts, "max_task_retries": -1}
     actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CONCURRENCY, **options)(_QueueProcess)

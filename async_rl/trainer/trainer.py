@@ -53,19 +53,19 @@ MICROBATCHES_PER_STAGE = 4
 class Trainer:
     """Builds this rank's part of the model of ``config.model.path``, as trainer.parallel lays it out, and trains it.
 
-    init_method: where the ranks meet, for example "tcp://127.0.0.1:29500"; needed for more than one rank. Every rank
-    must make the same calls in the same order: ranks of one data-parallel index with the same groups, others with
-    groups of their own. Megatron's state is global: one Trainer per process at a time.
+    store: where the ranks meet (``rendezvous``); needed for more than one rank. Every rank must make the same calls in
+    the same order: ranks of one data-parallel index with the same groups, others with groups of their own. Megatron's
+    state is global: one Trainer per process at a time.
     """
 
-    def __init__(self, config: RunConfig, *, rank: int = 0, init_method: str | None = None) -> None:
+    def __init__(self, config: RunConfig, *, rank: int = 0, store: torch.distributed.Store | None = None) -> None:
         self._config = config
         self._model_config = read_model_config(config.model.path)
         check_run(config, self._model_config)
         self._device = platform.resolve(config.resources.device)
         self._place = Place.of(config.trainer.parallel, rank)
         platform.activate(self._device)
-        self._groups = platform.init_distributed(self._device, self._place, init_method)
+        self._groups = platform.init_distributed(self._device, self._place, store)
         self._ranks = Collectives(self._groups, self._device)
         try:
             self._build()

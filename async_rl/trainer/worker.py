@@ -25,6 +25,8 @@ Groups = Mapping[str, Payload]
 """Groups by id, given by reference."""
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from async_rl.metrics.records import StepReport
     from async_rl.runtime.manifest import Entries
     from async_rl.trainer.megatron.distributed_checkpoint import Save
@@ -32,26 +34,50 @@ if TYPE_CHECKING:
 
 
 class TrainerWorker:
-    """One rank of trainer.parallel, a thin shell around ``Trainer``. Ranks meet at ``init_method`` (tcp://host:port).
+    """One rank of trainer.parallel, a thin shell around ``Trainer``; ``host`` is the address of its host.
 
     Every method is called on all ranks at once. Megatron and vLLM are imported in the methods, because the driver loads
     this module to create the actor.
     """
 
-    def __init__(self, config: RunConfig, rank: int, init_method: str | None) -> None:
+    def __init__(self, config: RunConfig, rank: int, host: str) -> None:
         self._config = config
         self._rank = rank
-        self._init_method = init_method
+        self._host = host
+        self._store: Store | None = None
         self._fetcher = Fetcher(config)
         self._sender: WeightSender | None = None
         self._save: Save | None = None
 
-    def start(self, checkpoint: Path | None = None) -> None:
-        """Build the model, and load ``checkpoint`` where one is given. Blocks until every rank has started."""
+    def open_store(self) -> str | None:
+        """Serve the store where the ranks meet, on rank 0, at cluster.interface or else at the host's address.
+
+        Returns its address, host:port. Other ranks load the libraries meanwhile, and return None.
+        """
+        from async_rl.trainer import rendezvous, trainer  # noqa: F401
+
+        if self._rank != 0:
+            return None
+        interface = self._config.cluster.interface
+        self._store, address = rendezvous.open_store(
+            self._host if interface is None else rendezvous.interface_address(interface)
+        )
+        return address
+
+    def start(self, checkpoint: Path | None = None, store: str | None = None) -> None:
+        """Build the model, and load ``checkpoint`` where one is given. Blocks until every rank has started.
+
+        ``store`` is the address that ``open_store`` returned on rank 0; None if there is one rank only.
+        """
+        from async_rl.trainer import rendezvous
         from async_rl.trainer.trainer import Trainer
 
         began = time.monotonic()
-        self._trainer = Trainer(self._config, rank=self._rank, init_method=self._init_method)
+        if store is not None:
+            rendezvous.use_interface(self._config.cluster.interface, store)
+            if self._rank != 0:
+                self._store = rendezvous.join_store(store)
+        self._trainer = Trainer(self._config, rank=self._rank, store=self._store)
         if checkpoint is not None:
             self._trainer.load(checkpoint)
         log.info("trainer_ready", seconds=round(time.monotonic() - began, 1))

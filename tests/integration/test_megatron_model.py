@@ -61,6 +61,22 @@ def test_export_is_the_checkpoint_bit_for_bit(ranks, models, tmp_path, name):
     )
 
 
+def waits_of_groups(path):
+    """Return how many process groups there are, and after how many seconds they give up on a rank."""
+    import torch
+    from torch.distributed.distributed_c10d import _world
+
+    with Opened(path):
+        backends = [group._get_backend(torch.device("cpu")) for group in _world.pg_map]
+        return len(backends), {backend.options._timeout.total_seconds() for backend in backends}
+
+
+def test_every_process_group_gives_up_on_a_dead_rank_after_the_same_time(ranks, models):
+    count, waits = ranks.call(waits_of_groups, models / "moe")
+    assert count > 10
+    assert waits == {15 * 60}
+
+
 def open_and_close(path):
     with Opened(path):
         pass

@@ -135,7 +135,7 @@ def loads_in_a_step(path):
 
     overrides = {"trainer__loss__kl": "k3", "trainer__loss__kl_coef": 0.1, "trainer__tokens_per_microbatch": 40}
     with Opened(path, **overrides) as (trainer, _):
-        worker = TrainerWorker(trainer._config, 0, None)
+        worker = TrainerWorker(trainer._config, 0, "127.0.0.1")
         worker._trainer, worker._fetcher = trainer, SimpleNamespace(groups=list)
         loaded, loads = trainer._reference.loaded, []
         trainer._reference.loaded = lambda: loads.append(1) or loaded()

@@ -66,13 +66,13 @@ def hf_logprobs(path, sequences, temperature=1.0):
 class Opened:
     """A Trainer that is closed at the end, and the maps that its routers really executed."""
 
-    def __init__(self, path, rank=0, init_method=None, **overrides):
+    def __init__(self, path, **overrides):
         import torch
 
         from async_rl.trainer.trainer import Trainer
 
         torch.set_num_threads(1)
-        self.trainer = Trainer(run_config(path, **overrides), rank=rank, init_method=init_method)
+        self.trainer = Trainer(run_config(path, **overrides))
         self.executed = []  # bool[T, E] per call of a router, in order
 
     def __enter__(self):

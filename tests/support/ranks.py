@@ -1,9 +1,7 @@
 """Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
 import signal
-import socket
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from contextlib import closing
 from multiprocessing import get_context
 
 from async_rl.config.loading import validate
@@ -67,11 +65,9 @@ class Ranks:
     def run(self, function, config, *arguments):
         """Call ``function(trainer, *arguments)`` on every rank of the config's layout; return the results by rank."""
         count = world_size(config.trainer.parallel)
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            init_method = f"tcp://127.0.0.1:{probe.getsockname()[1]}" if count > 1 else None
+        address = self.call(_open_store) if count > 1 else None
         futures = [
-            process.submit(_with_trainer, config, rank, init_method, function, arguments)
+            process.submit(_with_trainer, config, rank, address, function, arguments)
             for rank, process in enumerate(self._processes[:count])
         ]
         done, running = wait(futures, TIMEOUT_S, return_when=FIRST_EXCEPTION)
@@ -83,13 +79,28 @@ class Ranks:
         return [future.result() for future in futures]
 
 
-def _with_trainer(config, rank, init_method, function, arguments):
+_STORES = []  # of rank 0, until its ranks have met
+
+
+def _open_store():
+    from async_rl.trainer import rendezvous
+
+    store, address = rendezvous.open_store(rendezvous.LOOPBACK)
+    _STORES.append(store)
+    return address
+
+
+def _with_trainer(config, rank, address, function, arguments):
     import torch
 
+    from async_rl.trainer import rendezvous
     from async_rl.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
-    trainer = Trainer(config, rank=rank, init_method=init_method)
+    store = _STORES.pop() if _STORES else None
+    if store is None and address is not None:
+        store = rendezvous.join_store(address)
+    trainer = Trainer(config, rank=rank, store=store)
     try:
         return function(trainer, *arguments)
     finally:

@@ -26,8 +26,8 @@ LOGPROB = -3.0
 class ScriptedTrainer(TrainerActor):
     """One rank. Stands in for ``TrainerActor``."""
 
-    def start(self, checkpoint: Path | None = None) -> None:
-        del checkpoint
+    def start(self, checkpoint: Path | None = None, store: str | None = None) -> None:
+        del checkpoint, store
         self._actors: list[Any] = []
         self._groups = 0
 

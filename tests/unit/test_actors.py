@@ -2,12 +2,16 @@
 
 import asyncio
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
+from async_rl.config.loading import validate
+from async_rl.driver import actors
 from async_rl.driver.actors import RolloutHandle, TrainerRanks
+from async_rl.driver.places import Place
 from async_rl.errors import TrainerDied
 from async_rl.rollout.actor import RolloutActor
 from async_rl.runtime import timeouts
@@ -173,3 +177,60 @@ async def test_the_groups_that_any_rank_cannot_read_are_lost():
         return ["a", "c"]
 
     assert await ranks(Recorded(lost), Recorded(others)).fetch([[], []]) == ["b", "a", "c"]
+
+
+async def test_ranks_meet_where_the_first_of_them_opened_a_store():
+    async def address():
+        return "10.0.0.7:1234"
+
+    first, second = Recorded(address), Recorded()
+    await ranks(first, second).start("checkpoint")
+    for actor in (first, second):
+        assert list(actor.calls) == ["open_store", "start"]
+        assert actor.calls["start"][0] == ("checkpoint", "10.0.0.7:1234")
+    alone = Recorded()
+    await ranks(alone).start()
+    assert alone.calls == {"start": ((None, None), {})}
+
+
+NOWHERE = Place(None)
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """Return the options with which an actor is created, and its arguments."""
+    seen = {}
+
+    def remote(_):
+        def options(**given):
+            seen.update(given)
+            return SimpleNamespace(remote=lambda *_, **named: seen.update(named))
+
+        return SimpleNamespace(options=options)
+
+    monkeypatch.setattr(actors.ray, "remote", remote)
+
+    def create(device, place=NOWHERE):
+        tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"device": device, "trainer_threads": 2}}
+        actors.start_trainer(validate(tree), 0, place, one_host=False)
+        return seen
+
+    return create
+
+
+def test_a_rank_has_the_threads_of_the_settings_on_a_cpu_and_more_than_one_beside_a_gpu(monkeypatch, created):
+    on_cpu = created("cpu")
+    assert on_cpu["num_gpus"] == 0
+    assert on_cpu["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in on_cpu["runtime_env"]["env_vars"]
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    on_gpu = created("cuda")
+    assert on_gpu["num_gpus"] == 1
+    assert on_gpu["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "8"
+    assert on_gpu["runtime_env"]["env_vars"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    assert created("cuda")["runtime_env"]["env_vars"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_an_actor_is_created_at_its_place(created):
+    assert created("cpu", Place(None, {"scheduling_strategy": "there"}))["scheduling_strategy"] == "there"

@@ -1,15 +1,21 @@
-"""How the start of Ray fails: every reason is named, and a signal meanwhile interrupts the run."""
+"""How Ray starts or is joined, and fails to: every reason is named, and a signal meanwhile interrupts the run."""
 
+import json
+import os
 import signal
+import socket
+import time
 
 import pytest
 import ray
 
 from async_rl.config.loading import validate
+from async_rl.driver import cluster
 from async_rl.driver.cluster import ray_cluster
-from async_rl.errors import ResourceError
+from async_rl.errors import ConfigError, ResourceError
 
 CONFIG = validate({"model": {"path": "m"}, "data": {"train": "t"}})
+JOINS = validate({"model": {"path": "m"}, "data": {"train": "t"}, "cluster": {"address": "10.0.0.1:6379"}})
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +25,7 @@ def _restored(monkeypatch):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -53,9 +60,74 @@ def test_sigterm_after_ray_has_started_interrupts_the_run_and_not_its_end(monkey
     def init():
         signal.signal(signal.SIGTERM, lambda number, _: exit(number))
 
-    cluster = start(monkeypatch, init)
+    started = start(monkeypatch, init)
     monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt), cluster:
+    with pytest.raises(KeyboardInterrupt), started:
         signal.raise_signal(signal.SIGTERM)
     with start(monkeypatch, init):
         monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGTERM))
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Return the arguments with which a run that joins a cluster connects."""
+    arguments = {}
+    monkeypatch.setattr(ray, "init", arguments.update)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "_reach", lambda _: None)
+    monkeypatch.setattr(cluster, "_hold_name", lambda *_: None)
+
+    def join(config=JOINS):
+        arguments.clear()
+        with ray_cluster(config):
+            return arguments
+
+    return join
+
+
+def test_a_run_joins_the_cluster_of_its_settings_or_else_of_the_environment(monkeypatch, joined):
+    assert joined()["address"] == "10.0.0.1:6379"
+    assert joined(CONFIG)["address"] == "local", "not one that was started on this host by chance"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert joined()["address"] == "10.0.0.1:6379"
+    assert joined(CONFIG)["address"] == "10.0.0.2:6379"
+
+
+def test_processes_of_a_joined_cluster_get_the_environment_that_they_cannot_inherit(monkeypatch, joined):
+    assert joined()["runtime_env"]["env_vars"]["HF_HUB_OFFLINE"] == os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "runtime_env" not in joined(CONFIG)
+    job = {"runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "0"}}}  # ``ray job submit`` lets no name be set twice
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    left = joined()["runtime_env"]["env_vars"]
+    assert "HF_HUB_OFFLINE" not in left
+    assert "DO_NOT_TRACK" in left
+
+
+def at(address):
+    return JOINS.model_copy(update={"cluster": JOINS.cluster.model_copy(update={"address": address})})
+
+
+def test_an_address_of_ray_client_is_refused(joined):
+    with pytest.raises(ConfigError, match=r"cluster\.address ray://head:10001 is not host:port"):
+        joined(at("ray://head:10001"))
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.2:{closed}"])
+def test_an_address_at_which_nothing_listens_is_one_line_at_once(address):
+    began = time.monotonic()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.2", 0))
+        address = address.format(closed=closed.getsockname()[1])
+        said = pytest.raises(ResourceError, match=rf"the Ray cluster at {address} cannot be joined: .*; ")
+        with said as error, ray_cluster(at(address)):
+            pass
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 30, "Ray itself tries for minutes"
+
+
+def test_why_ray_did_not_connect_is_one_line_with_what_to_do():
+    token = ConnectionError("Failed to connect")
+    token.__cause__ = RuntimeError("InvalidAuthToken: the authentication\n token is wrong")
+    said = cluster.why_not_joined(token)
+    assert said.startswith("InvalidAuthToken: the authentication token is wrong; set RAY_AUTH_MODE=token, and")
+    assert "cluster's version of Ray" in cluster.why_not_joined(RuntimeError("Version mismatch:\n Ray: 2.0"))

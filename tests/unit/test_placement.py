@@ -1,39 +1,193 @@
-"""Which cores the processes of a run get."""
+"""Which processes of a run share a host, and which cores each of them gets."""
+
+import math
+import random
+from itertools import product
 
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.driver.cluster import assign_cores
+from async_rl.config.schema import ParallelSection
+from async_rl.driver.placement import block_size, bundle_order, core_shares, needs, plan
+from async_rl.driver.places import Place as ActorPlace
+from async_rl.driver.places import Places
+from async_rl.trainer.parallel import Place, world_size
+
+GPUS = 8
+LAYOUTS = [
+    ParallelSection(dp=dp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
+    for dp, tp, cp, pp, ep, etp in product((1, 2, 3, 8), (1, 2, 3, 4, 8, 16), (1, 2, 4), (1, 2), (1, 4, 16), (1, 2))
+    if (dp * tp * cp) % (ep * etp) == 0
+]
 
 
-def config(**resources):
-    tree = {"model": {"path": "m"}, "data": {"train": "t"}}
-    replicas, ranks = resources.pop("replicas", 1), resources.pop("ranks", 1)
+def config(replicas=1, parallel=None, engine_gpus=1, **resources):
     return validate(
         {
-            **tree,
-            "rollout": {"replicas": replicas},
-            "trainer": {"parallel": {"dp": ranks}},
+            "model": {"path": "m"},
+            "data": {"train": "t"},
+            "rollout": {"replicas": replicas, "tensor_parallel_size": engine_gpus},
+            "trainer": {"parallel": parallel or {}},
             "resources": resources,
         }
     )
 
 
+def gpu_plan(hosts, **settings):
+    return plan(config(device="cuda", **settings), [{"CPU": 64.0, "GPU": float(gpus)} for gpus in hosts])
+
+
+def cpu_plan(hosts, **settings):
+    return plan(config(device="cpu", **settings), [{"CPU": float(cores)} for cores in hosts])
+
+
+def groups(sizes, *coordinates):
+    """Return the ranks that differ in these coordinates alone."""
+    found = {}
+    for rank in range(world_size(sizes)):
+        place = Place.of(sizes, rank)
+        if coordinates == ("ep", "etp"):  # an expert layer's own way to lay out a stage
+            key = place.pp, rank % (sizes.tp * sizes.cp * sizes.dp) // (sizes.ep * sizes.etp)
+        else:
+            key = tuple(getattr(place, name) for name in {"pp", "dp", "cp", "tp"}.difference(coordinates))
+        found.setdefault(key, []).append(rank)
+    return found.values()
+
+
+def within_blocks(found, block):
+    return all(len({rank // block for rank in group}) == 1 for group in found)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_groups_that_fit_a_host_are_within_a_block_and_tensor_parallel_ones_first(pp):
+    whole = {"tp": 0, "cp": 0, "ep": 0}
+    for sizes in (sizes for sizes in LAYOUTS if sizes.pp == pp):
+        block = block_size(sizes, GPUS)
+        assert block <= GPUS
+        assert (world_size(sizes) // sizes.pp) % block == 0, "a block does not cross a pipeline stage"
+        if sizes.tp <= GPUS:
+            whole["tp"] += 1
+            assert within_blocks(groups(sizes, "tp"), block)
+        if math.lcm(sizes.tp * sizes.cp, sizes.etp) <= GPUS:
+            whole["cp"] += 1
+            assert within_blocks(groups(sizes, "tp", "cp"), block)
+        if math.lcm(sizes.tp * sizes.cp, sizes.etp * sizes.ep) <= GPUS:
+            whole["ep"] += 1
+            assert within_blocks(groups(sizes, "ep", "etp"), block)
+    assert min(whole.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("parallel", "hosts", "block"),
+    [
+        ({"tp": 16}, 8, 8),  # half a group on each of two hosts
+        ({"tp": 4, "cp": 4}, 8, 8),  # two of the four context-parallel parts
+        ({"tp": 4, "cp": 4}, 4, 4),
+        ({"tp": 3, "cp": 2}, 8, 6),
+        ({"tp": 3, "cp": 2}, 4, 3),
+        ({"tp": 2, "dp": 8, "ep": 8}, 8, 8),
+        ({"dp": 16, "ep": 16}, 8, 8),
+        ({"dp": 8}, 8, 1),
+    ],
+)
+def test_a_host_has_as_many_neighbours_as_divide_a_larger_group(parallel, hosts, block):
+    assert block_size(ParallelSection(**parallel), hosts) == block
+
+
+def test_blocks_become_smaller_where_large_ones_leave_no_room():
+    parallel = {"tp": 2, "cp": 2, "dp": 2}
+    assert gpu_plan([8, 8], parallel=parallel).block == 4
+    assert gpu_plan([6, 6], parallel=parallel, replicas=2, engine_gpus=2).block == 4
+    assert gpu_plan([3, 3, 3, 3], parallel=parallel).block == 2
+    assert gpu_plan([5, 3, 3, 3], parallel=parallel, engine_gpus=1, replicas=5).block == 2
+
+
+def test_engines_are_whole_and_placed_first_where_the_trainer_would_take_their_host():
+    alike = gpu_plan([8, 8, 8], parallel={"tp": 4}, replicas=2, engine_gpus=8)
+    assert (alike.per_replica, alike.per_block, alike.trainer_first) == ({"GPU": 8}, {"GPU": 4}, True)
+    assert not gpu_plan([8, 4], parallel={"tp": 4}, engine_gpus=8).trainer_first
+
+
+@pytest.mark.parametrize(("hosts", "block"), [([], 4), ([0, 0], 4), ([2, 2], 2)])
+def test_hosts_that_are_too_few_by_now_are_waited_for(hosts, block):
+    waiting = gpu_plan(hosts, parallel={"tp": 4, "cp": 2}, engine_gpus=8)
+    assert waiting.per_replica == {"GPU": 8}
+    assert (waiting.block, waiting.blocks) == (block, 8 // block)
+
+
+def test_on_cpus_a_rank_takes_its_threads_and_all_share_where_cores_are_too_few():
+    enough = cpu_plan([4, 4], parallel={"tp": 2}, trainer_threads=2, replicas=2)
+    assert (enough.block, enough.per_block, enough.per_replica) == (2, {"CPU": 4}, {"CPU": 1})
+    apart = cpu_plan([1, 1, 2], parallel={"tp": 2}, replicas=2)
+    assert (apart.block, apart.blocks, apart.per_block) == (2, 1, {"CPU": 2})
+    one_each = cpu_plan([1, 1, 1, 1], parallel={"tp": 2}, replicas=2)
+    assert (one_each.block, one_each.blocks, one_each.per_block) == (1, 2, {"CPU": 1})
+    shared = cpu_plan([2], parallel={"tp": 2}, replicas=3)
+    assert (shared.block, shared.per_block, shared.per_replica) == (2, {"CPU": 0.6666}, {"CPU": 0.3333})
+
+
+def test_blocks_of_one_host_are_neighbours_and_the_same_hosts_give_the_same_ranks():
+    hosts = ["b", "a", "b", "c", "a", "c"]
+    order = bundle_order(hosts)
+    assert [hosts[bundle] for bundle in order] == ["b", "b", "a", "a", "c", "c"]
+    assert bundle_order(list(hosts)) == order
+    moved = ["b", "d", "b", "c", "d", "c"]  # host a was lost: its bundles are on another
+    assert bundle_order(moved) == order
+
+
+def test_what_a_group_needs_is_said():
+    assert needs([{"GPU": 8.0}]) == "8 GPU on one host"
+    assert needs([{"GPU": 4.0}] * 2) == "2 x 4 GPU, each on one host"
+
+
 def test_two_cores_are_split():
-    assigned = assign_cores(config(), [0, 1])
-    assert assigned.engines == ((0,),)
-    assert assigned.trainers == ((1,),)
+    shares = core_shares(config(), {0: ""}, [""])
+    assert shares.engines[0].of([0, 1]) == (0,)
+    assert shares.trainers[0].of([0, 1]) == (1,)
 
 
 @pytest.mark.parametrize(("replicas", "ranks", "engine_threads", "trainer_threads"), [(2, 1, 1, 1), (1, 2, 2, 3)])
 def test_no_core_is_given_twice(replicas, ranks, engine_threads, trainer_threads):
-    settings = config(replicas=replicas, ranks=ranks, engine_threads=engine_threads, trainer_threads=trainer_threads)
-    assigned = assign_cores(settings, range(3, 16))
-    given = [core for cores in (*assigned.engines, *assigned.trainers) for core in cores]
+    settings = config(engine_threads=engine_threads, trainer_threads=trainer_threads)
+    shares = core_shares(settings, dict.fromkeys(range(replicas), ""), [""] * ranks)
+    given = [core for share in (*shares.engines.values(), *shares.trainers.values()) for core in share.of(range(3, 16))]
     assert len(given) == len(set(given)) == replicas * engine_threads + ranks * trainer_threads
     assert set(given) <= set(range(3, 16))
 
 
-def test_too_few_cores_or_no_pinning_leave_assigned_to_the_system():
-    for assigned in (assign_cores(config(replicas=2), [0, 1]), assign_cores(config(pin_cores=False), [0, 1])):
-        assert set(assigned.engines) == set(assigned.trainers) == {None}
+def test_each_host_has_its_own_cores_and_too_few_of_one_leave_its_processes_to_the_system():
+    names, cores = "abcd", {"a": [7, 9, 11], "b": [0, 1], "c": range(8), "d": [4]}
+    random.seed(0)
+    replicas = {replica: random.choice(names) for replica in range(4)}
+    ranks = ["b", "b", "b", "d"]
+    shares = core_shares(config(), replicas, ranks)
+    for host in names:
+        here = [shares.engines[replica] for replica, where in replicas.items() if where == host]
+        here += [shares.trainers[rank] for rank, where in enumerate(ranks) if where == host]
+        given = [share.of(cores[host]) for share in here]
+        if len(here) > len(cores[host]):
+            assert set(given) == {None}
+        else:
+            assert given == [(core,) for core in cores[host][: len(here)]]
+
+
+@pytest.mark.parametrize("resources", [{"pin_cores": False}, {"device": "cuda"}])
+def test_no_core_is_given_where_none_is_wanted_or_gpus_compute(resources):
+    shares = core_shares(config(**resources), {0: ""}, [""])
+    assert not shares.engines
+    assert not shares.trainers
+
+
+def test_too_few_cores_leave_every_process_to_the_system():
+    shares = core_shares(config(), {0: "", 1: ""}, [""])
+    assert {share.of([0, 1]) for share in (*shares.engines.values(), *shares.trainers.values())} == {None}
+
+
+async def test_a_run_on_one_host_reserves_nothing_and_needs_no_cluster_for_it(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    settings = config(replicas=2, parallel={"dp": 2})
+    places, shares = Places(settings), core_shares(settings, {0: "", 1: ""}, ["", ""])
+    assert not places.reserved()
+    assert await places.of_trainer() == [ActorPlace(shares.trainers[0]), ActorPlace(shares.trainers[1])]
+    assert places.of_replica(1) == ActorPlace(shares.engines[1])
+    places.release()

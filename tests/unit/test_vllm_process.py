@@ -1,13 +1,15 @@
 """The engine's reading of a checkpoint against the trainer's, and its environment. Without vLLM."""
 
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from async_rl.config.loading import validate
 from async_rl.errors import ModelError
 from async_rl.models.config import ModelConfig
-from async_rl.rollout.engine.vllm.process import check_layout, prepare
+from async_rl.rollout.engine.vllm.process import check_layout, engine_args, prepare
 
 SHAPE = {
     "architecture": "a", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 4, "num_heads": 1,
@@ -55,3 +57,18 @@ def test_on_a_cpu_an_engine_that_does_not_compile_its_model_compiles_nothing(mon
     )
     prepare(config, model)
     assert ("TORCHDYNAMO_DISABLE" not in os.environ) == compiles
+
+
+@pytest.mark.parametrize(("gpus", "executor"), [(1, None), (2, "mp")])
+def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(monkeypatch, gpus, executor):
+    stubs = {
+        "vllm": SimpleNamespace(__version__="0.30.0"),
+        "vllm.config": SimpleNamespace(WeightTransferConfig=dict),
+        "vllm.engine": SimpleNamespace(),
+        "vllm.engine.arg_utils": SimpleNamespace(AsyncEngineArgs=dict),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    rollout = {"tensor_parallel_size": gpus}
+    config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout})
+    assert engine_args(config, 0, DENSE)["distributed_executor_backend"] == executor

@@ -17,7 +17,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +27,7 @@ from async_rl.config.schema import OptimizerSection
 from async_rl.errors import ResourceError, TrainerError
 from async_rl.models.names import Layout
 from async_rl.trainer.parallel import Place, world_size
+from async_rl.trainer.rendezvous import COLLECTIVE_TIMEOUT
 
 if TYPE_CHECKING:
     from async_rl.trainer.megatron.optimizer import Optimizer
@@ -36,10 +36,6 @@ Device = Literal["cpu", "cuda"]
 
 # The patches below follow this version's sources line by line; check each of them before changing it.
 MEGATRON_VERSION = "0.16.1"
-
-# After waiting this long, a rank considers the others dead: half of Megatron's own default, so that a dead peer
-# surfaces as an error within minutes.
-COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,29 +94,24 @@ def activate(device: Device) -> None:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
 
-def init_distributed(device: Device, place: Place, init_method: str | None) -> Groups:
+def init_distributed(device: Device, place: Place, store: torch.distributed.Store | None) -> Groups:
     """Start torch.distributed and Megatron's process groups, and return those of this rank.
+
+    ``store`` is where the ranks meet; a rank that is alone needs none. A rank that waits in any of the groups for
+    COLLECTIVE_TIMEOUT raises RuntimeError.
 
     Raises TrainerError if Megatron numbers its ranks in another way than ``Place`` does.
     """
     from megatron.core import parallel_state
 
     sizes, ranks = place.sizes, world_size(place.sizes)
-    if init_method is None:
+    if store is None:
         if ranks != 1:
-            raise TrainerError(f"init_method is needed for {ranks} ranks, for example tcp://<host>:<port>")
-        store: Any = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            _backend(device), rank=0, world_size=1, store=store, timeout=COLLECTIVE_TIMEOUT
-        )
-    else:
-        torch.distributed.init_process_group(
-            _backend(device),
-            init_method=init_method,
-            rank=place.rank,
-            world_size=ranks,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+            raise TrainerError(f"{ranks} trainer ranks need a store where they meet (trainer.rendezvous)")
+        store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        _backend(device), store=store, rank=place.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
@@ -128,6 +119,7 @@ def init_distributed(device: Device, place: Place, init_method: str | None) -> G
         context_parallel_size=sizes.cp,
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.etp,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),  # it knows nothing of the default
         # The extra gloo groups serve distributed checkpoints of GPU runs; on CPU every group is gloo already.
         create_gloo_process_groups=device == "cuda",
     )
@@ -147,7 +139,8 @@ def init_distributed(device: Device, place: Place, init_method: str | None) -> G
         # Nothing is initialized at random or dropped out, but Megatron asks for the generators.
         model_parallel_cuda_manual_seed(0)
     of_data = [[rank for rank in range(ranks) if Place.of(sizes, rank).dp == dp] for dp in range(sizes.dp)]
-    model_groups = [torch.distributed.new_group(members) for members in of_data]  # all ranks take part in making each
+    # All ranks take part in making each.
+    model_groups = [torch.distributed.new_group(members, timeout=COLLECTIVE_TIMEOUT) for members in of_data]
     return Groups(
         model=model_groups[place.dp],
         data=parallel_state.get_data_parallel_group(),

@@ -112,6 +112,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         max_num_seqs=config.rollout.max_num_seqs,
         max_num_batched_tokens=config.rollout.max_num_batched_tokens,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
+        # In a Ray actor that is in a placement group vLLM would choose Ray, and spread one engine over actors.
+        distributed_executor_backend="mp" if config.rollout.tensor_parallel_size > 1 else None,
         kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         enforce_eager=_eager(config, model),

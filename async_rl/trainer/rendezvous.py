@@ -1,0 +1,158 @@
+"""Where the trainer's ranks meet: a key-value store that rank 0 serves, and the network interface of each rank.
+
+Rank 0 holds the store's port from the moment at which the kernel chose it, so no other process can take it. Knows
+torch.distributed and this host's interfaces; neither Ray nor Megatron.
+
+Source: torch.distributed.TCPStore; the variables of Gloo and NCCL in torch's and NVIDIA's documentation.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+from datetime import timedelta
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING
+
+import psutil
+
+from async_rl.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
+
+# After waiting this long, a rank considers the others dead: half of Megatron's own default, so that a dead peer
+# surfaces as an error within minutes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+
+# The port is open before another rank has its address: what takes longer is a network that does not let it through.
+CONNECT_TIMEOUT = timedelta(minutes=2)
+
+
+def open_store(host: str) -> tuple[TCPStore, str]:
+    """Serve a store at ``host``, an address of this host, and at no other. Returns it with its address, host:port.
+
+    It ends with the process or its last reference. Raises ResourceError if ``host`` is no address of this host.
+    """
+    from torch.distributed import TCPStore
+
+    family, where = _resolve(host)
+    with socket.socket(family) as listening:
+        try:
+            listening.bind(where)
+        except OSError as error:
+            raise ResourceError(
+                f"trainer rank 0 cannot listen at {host} ({error.strerror}); set cluster.interface to a network "
+                "interface of its host"
+            ) from error
+        listening.listen()
+        port = int(listening.getsockname()[1])
+        store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=COLLECTIVE_TIMEOUT,
+            master_listen_fd=listening.detach(),
+        )
+    return store, join_port(host, port)
+
+
+def join_store(address: str) -> TCPStore:
+    """Connect to the store that rank 0 serves at ``address``. Raises ResourceError if this host does not reach it."""
+    from torch.distributed import DistError, TCPStore
+
+    host, port = split_port(address)
+    try:
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
+    except DistError as error:
+        raise ResourceError(
+            f"host {socket.gethostname()} does not reach trainer rank 0 at {address} within "
+            f"{CONNECT_TIMEOUT.total_seconds():g} s; open the hosts' ports to each other, or set cluster.interface to "
+            "a network that connects them"
+        ) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
+
+
+def join_port(host: str, port: int) -> str:
+    """Return host:port, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_port(address: str) -> tuple[str, int]:
+    """Return host and port of host:port."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def use_interface(name: str | None, address: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have Gloo and NCCL use interface ``name`` here, or without one that with the route to rank 0 at ``address``.
+
+    Call it before the process groups are made. Where rank 0 is at the loopback address, all ranks are on its host, and
+    the libraries choose for themselves. What ``environment`` has already wins over the route, not over ``name``.
+    Raises ConfigError for an interface that this host does not have.
+    """
+    host, _ = split_port(address)
+    if name is not None:
+        interface_address(name)
+        environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"] = name, f"={name}"
+    elif not ip_address(_resolve(host)[1][0]).is_loopback and (route := interface_towards(host)) is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", route)
+        environment.setdefault("NCCL_SOCKET_IFNAME", f"={route}")  # NCCL takes a name without = for a prefix
+
+
+def interface_address(name: str, interfaces: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return the address of this host's interface ``name``: IPv4 if it has one, else IPv6.
+
+    ``interfaces`` has addresses by interface, by default those of this host. Raises ConfigError for an interface that
+    does not exist, or has no address that other hosts can connect to.
+    """
+    interfaces = _interfaces() if interfaces is None else interfaces
+    if name not in interfaces:
+        raise ConfigError(
+            f"cluster.interface: {name} is no network interface of host {socket.gethostname()}, which has "
+            f"{', '.join(sorted(interfaces))}"
+        )
+    addresses = sorted((ip_address(text) for text in interfaces[name] if "%" not in text), key=lambda one: one.version)
+    usable = [one for one in addresses if not (isinstance(one, IPv6Address) and one.is_link_local)]
+    if not usable:
+        raise ConfigError(
+            f"cluster.interface: {name} has no IP address on host {socket.gethostname()} that other hosts can connect "
+            "to; name another interface"
+        )
+    return str(usable[0])
+
+
+def interface_towards(host: str, interfaces: Mapping[str, Sequence[str]] | None = None) -> str | None:
+    """Return the interface of this host with the route to address ``host``; None if it cannot be found out."""
+    family, (target, *_) = _resolve(host)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))  # which sends nothing: the kernel chooses the route and the address
+        except OSError:
+            return None
+        own = probe.getsockname()[0].partition("%")[0]
+    interfaces = _interfaces() if interfaces is None else interfaces
+    return next((name for name, addresses in interfaces.items() if own in addresses), None)
+
+
+def _interfaces() -> dict[str, list[str]]:
+    """Return the IP addresses of each interface of this host."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [entry.address for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Return the address family of ``host`` and what to bind there for a port that the kernel chooses."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ResourceError(f"{host} is no address of a host ({error})") from error
+    return family, (str(where[0]), int(where[1]))
