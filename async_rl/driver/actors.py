@@ -105,8 +105,8 @@ class TrainerRanks:
     async def train_step(self, shares: Shares, version: int, oldest_version: int) -> list[StepReport]:
         """Do one optimizer update per mini-batch."""
         calls = [rank.train_step.remote(share, version, oldest_version) for rank, share in self._with(shares)]
-        reports: list[StepReport] = (await self._trained("train_step", calls))[0]
-        return reports
+        reports: list[list[StepReport]] = await self._trained("train_step", calls)
+        return reports[0]
 
     async def accumulate(self, shares: Shares, version: int, oldest_version: int, *, first: bool) -> None:
         """Compute the gradients of a part of a step's groups; ``first`` begins the step."""
@@ -117,10 +117,10 @@ class TrainerRanks:
 
     async def finish_step(self) -> StepReport:
         """Do the optimizer update of the step whose groups were accumulated."""
-        report: StepReport = (await self._trained("finish_step", [rank.finish_step.remote() for rank in self._ranks]))[
-            0
-        ]
-        return report
+        reports: list[StepReport] = await self._trained(
+            "finish_step", [rank.finish_step.remote() for rank in self._ranks]
+        )
+        return reports[0]
 
     async def connect(self, replicas: Sequence[Replica]) -> None:
         """Set up weight transfer to these replicas, in place of earlier ones."""
@@ -184,12 +184,6 @@ class TrainerRanks:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
-
-    async def unplaced(self) -> list[str]:
-        """Return the ranks that have no process, for example because no host has the resources that they ask for."""
-        table = await asyncio.to_thread(ray._private.state.actors)
-        states = [table.get(rank._actor_id.hex(), {}).get("State") for rank in self._ranks]
-        return [f"trainer-{rank}" for rank, state in enumerate(states) if state != "ALIVE"]
 
     def _with(self, shares: Sequence[T]) -> list[tuple[Any, T]]:
         return list(zip(self._ranks, shares, strict=True))

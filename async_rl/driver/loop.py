@@ -127,6 +127,7 @@ class TrainingLoop:
             checkpointer=self._checkpointer,
             recovery=self._recovery,
             recorder=recorder,
+            free=self._places.free,
         )
 
     def request_checkpoint(self) -> None:

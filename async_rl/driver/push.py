@@ -20,12 +20,11 @@ import contextlib
 import functools
 from collections.abc import Awaitable, Callable
 
-from async_rl.driver.checkpoint import Checkpointer
+from async_rl.driver.checkpoint import Checkpointer, RunMoment
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor
-from async_rl.driver.run_state import RunState
 from async_rl.errors import ReplicaFailed, TrainerDied
 from async_rl.metrics.records import SyncRecord
 from async_rl.queue.client import QueueClient
@@ -58,7 +57,7 @@ class Pusher:
         self.synced_step = step
         """The training step whose weights all members have, of the last sync that is over."""
         self._attempted = version  # the last version that a weight sync was begun with
-        self._pushing: asyncio.Future[RunState | None] | None = None
+        self._pushing: asyncio.Future[RunMoment | None] | None = None
         self._queue = queue
         self._sync = sync
         self._replicas = replicas
@@ -67,7 +66,7 @@ class Pusher:
         self._monitor = monitor
         self._recorder = recorder
 
-    async def begin(self, step: int, *, snapshot: bool = False, then: Then | None = None) -> RunState | None:
+    async def begin(self, step: int, *, snapshot: bool = False, then: Then | None = None) -> RunMoment | None:
         """Begin to bring the weights of ``step`` to every replica as version v+1; return once the trainer may compute.
 
         Restarted workers take part. With ``snapshot``, returns the run's state as it is while the engines are paused.
@@ -86,7 +85,7 @@ class Pusher:
                 opened.cancel()
         return await self.finished(step) if self._pushing.done() else None
 
-    async def finished(self, step: int) -> RunState | None:
+    async def finished(self, step: int) -> RunMoment | None:
         """Return once no weight sync is under way, in training step ``step``. Raises what it raised."""
         pushing, state = self._pushing, None
         if pushing is not None:
@@ -120,7 +119,7 @@ class Pusher:
 
     async def _push(
         self, version: int, step: int, window: asyncio.Event, *, snapshot: bool, then: Then | None
-    ) -> RunState | None:
+    ) -> RunMoment | None:
         """Sync, and do what surrounds it. Sets ``window`` when the trainer may compute before the sync is over."""
         paused = functools.partial(self._checkpointer.freeze, step) if snapshot else None
         held = snapshot or self._evaluator.pauses(version)

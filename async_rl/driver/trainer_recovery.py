@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import structlog
@@ -15,7 +15,6 @@ from async_rl.config.schema import RunConfig
 from async_rl.driver import run_state
 from async_rl.driver.actors import TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer
-from async_rl.driver.cluster import free_resources
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.restarts import Recovery
 from async_rl.driver.starting import wait_started
@@ -56,13 +55,16 @@ class TrainerRecovery:
         checkpointer: Checkpointer,
         recovery: Recovery,
         recorder: Recorder,
+        free: Callable[[], Awaitable[str]],
     ) -> None:
+        """``free`` returns what the cluster has left, and what waits for a place, in words."""
         self._config = config
         self._queue = queue
         self._trainers = trainers
         self._checkpointer = checkpointer
         self._recovery = recovery
         self._recorder = recorder
+        self._free = free
         self._suspects = Suspects()
 
     async def give_back(self, group_ids: list[str], error: Exception) -> None:
@@ -122,8 +124,3 @@ class TrainerRecovery:
             if is_machine_fault(error):  # memory that a former rank still has, for example
                 raise TrainerDied(f"the trainer failed in start: {brief(error)}") from error
             raise
-
-    async def _free(self) -> str:
-        """Return what the cluster has left, and the ranks for which that is too little."""
-        free, unplaced = await asyncio.gather(free_resources(), self._trainers.unplaced())
-        return f"{free} (no place for {', '.join(unplaced)})" if unplaced else free

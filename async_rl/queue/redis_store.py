@@ -205,7 +205,7 @@ class RedisGroups:
     def claim(self, addresses: Sequence[str]) -> None:
         """Mark messages as this consumer's, even if they were another's."""
         with _errors(self._settings):
-            self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, _ids(addresses), force=True, justid=True)
+            self._client.xclaim(self._key, _CONSUMERS, self._consumer, 0, [*_ids(addresses)], force=True, justid=True)
 
     def forget(self, addresses: Sequence[str]) -> None:
         """Acknowledge and delete the messages of trained or dropped groups."""

@@ -72,7 +72,7 @@ async def test_every_call_of_a_rollout_worker_fits_its_actor(name):
     inspect.signature(getattr(RolloutActor, name)).bind(None, *given, **given_by_name)
 
 
-@pytest.mark.parametrize("name", [name for name in public(TrainerRanks) if name not in ("replace", "unplaced")])
+@pytest.mark.parametrize("name", [name for name in public(TrainerRanks) if name != "replace"])
 async def test_every_call_of_the_trainer_fits_its_actor(name):
     first, second = Recorded(empty), Recorded(empty)
     positional, named = arguments(getattr(TrainerRanks, name))

@@ -8,7 +8,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from async_rl.config.schema import CheckpointSection, WatchdogSection
-from async_rl.driver import run_state, trainer_recovery
+from async_rl.driver import run_state
 from async_rl.driver.run_state import RunState
 from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery
 from async_rl.errors import CheckpointDamaged, StalledError, TrainerDied, TrainerError
@@ -64,6 +64,13 @@ class Records(Parts):
         self.calls.append(("records rewound", step))
 
 
+FREE = "3 CPU, 0 GPU (not placed: trainer, 2 GPU on one host)"
+
+
+async def free():
+    return FREE
+
+
 def recovery(tmp_path, found=None, damaged=0):
     parts, records = Parts(found, damaged), Records(found)
     records.calls = parts.calls
@@ -78,6 +85,7 @@ def recovery(tmp_path, found=None, damaged=0):
         checkpointer=parts,
         recovery=parts,
         recorder=records,
+        free=free,
     )
     return subject, parts.calls
 
@@ -129,31 +137,25 @@ async def test_a_checkpoint_that_is_found_damaged_as_it_is_loaded_is_passed_over
 
 def with_checkpoint(tmp_path):
     state = RunState(step=7, version=8, synced=True, queue={}, recorder={}, queued={}, in_flight={})
-    manifest.write(tmp_path, run_state.write_queued(tmp_path, ()) | run_state.write_head(tmp_path, state))
+    manifest.write(tmp_path, run_state.write_head(tmp_path, state))
     return recovery(tmp_path, found=tmp_path)
 
 
-async def test_a_rank_whose_host_is_gone_is_named_while_there_is_no_place_for_it(tmp_path, monkeypatch):
+async def test_what_waits_for_a_place_is_named_while_there_is_none_for_a_rank_whose_host_is_gone(tmp_path):
     subject, calls = with_checkpoint(tmp_path)
     events = []
 
     async def never(_):
         await asyncio.Event().wait()
 
-    async def free():
-        return "3 CPU, 0 GPU"
-
-    async def unplaced():
-        return ["trainer-1"]
-
-    monkeypatch.setattr(trainer_recovery, "free_resources", free)
-    subject._trainers = SimpleNamespace(replace=lambda: None, start=never, unplaced=unplaced)
+    subject._trainers = SimpleNamespace(replace=lambda: None, start=never)
     subject._recorder.event = lambda name, **fields: events.append((name, fields["free"]))
     with pytest.raises(
-        StalledError, match=r"trainer did not start within .*3 CPU, 0 GPU \(no place for trainer-1\) left"
+        StalledError,
+        match=r"trainer did not start within .*3 CPU, 0 GPU \(not placed: trainer, 2 GPU on one host\) left",
     ):
         await subject.restart(DIED)
-    assert events[0] == ("start_takes_long", "3 CPU, 0 GPU (no place for trainer-1)")
+    assert events[0] == ("start_takes_long", FREE)
     assert "rewind" not in [name for name, *_ in calls]
 
 
