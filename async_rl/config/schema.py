@@ -369,9 +369,6 @@ class QueueSection(Section):
     max_bytes: Positive = 2 * 2**30
     """Payload bytes of queued and leased groups above which workers wait; the groups of one training step are admitted
     whatever their size."""
-    copies: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2)] = 1
-    """Hosts that keep each finished group: 2 for one besides its worker's, so that none is lost with a host; the second
-    copy takes room in Ray's object stores too, and queue.max_bytes does not count it."""
 
 
 class SyncSection(Section):

@@ -2,7 +2,7 @@
 
 Payloads never pass through the queue's process. The client of the driver keeps the reference to each encoded group
 until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there,
-``fetcher`` how it is read, and ``copies`` how it outlives its host.
+``fetcher`` how it is read.
 
 Knows Ray, the codec, and the actor's methods.
 """
@@ -35,7 +35,6 @@ from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
 if TYPE_CHECKING:
-    from async_rl.queue.copies import Copies
     from async_rl.queue.redis_store import RedisGroups
 
 log = structlog.get_logger(__name__)
@@ -65,14 +64,10 @@ class QueueClient:
     share the next one: a remote call costs about as much as storing a megabyte.
     """
 
-    def __init__(self, actor: Any, groups: RedisGroups | None = None, copies: Copies | None = None) -> None:
-        """Wrap the handle of a ``QueueActor``.
-
-        ``groups`` is the message store with queue.backend redis, ``copies`` those of the driver with queue.copies 2.
-        """
+    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
+        """Wrap the handle of a ``QueueActor``; ``groups`` is the message store with queue.backend redis."""
         self.actor = actor
         self._groups = groups
-        self._copies = copies
         self._name = uuid.uuid4().hex[:16]
         self._calls = itertools.count()
         self._payloads: dict[str, Payload] = {}  # {group id: payload}
@@ -101,7 +96,6 @@ class QueueClient:
         """
         if meta.address:
             payload = meta.address
-        await self._copy(meta.group_id, payload)
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._send())
         position, batch = len(self._outbox), self._gathering
@@ -111,8 +105,8 @@ class QueueClient:
         answer = (await asyncio.shield(batch))[position]  # one caller's cancellation must not cancel the others'
         if answer is not True:
             if kept is payload:
-                await self._let_go([meta.group_id])
-            elif self._groups is not None and isinstance(payload, str):
+                del self._payloads[meta.group_id]
+            if self._groups is not None and isinstance(payload, str):
                 await asyncio.to_thread(self._groups.forget, [payload])
         if isinstance(answer, QueueError):
             raise answer
@@ -188,10 +182,8 @@ class QueueClient:
         for meta in metas:
             if meta.address in stored and self._groups is not None:
                 self._payloads[meta.group_id] = meta.address
-            elif (held := self._payloads.get(meta.group_id)) is None:
+            elif meta.group_id not in self._payloads:
                 await self.return_group(meta.group_id, PAYLOAD_LOST)
-            else:
-                await self._copy(meta.group_id, held)
         return max((meta.newest_version for meta in metas), default=-1)
 
     async def checkpointed(self, oldest_step: int) -> None:
@@ -238,15 +230,8 @@ class QueueClient:
             batch, self._outbox, self._gathering = self._outbox, [], None
             return await self._call(QueueActor.put_many, batch)
 
-    async def _copy(self, group_id: str, payload: Payload) -> None:
-        if self._copies is not None and not isinstance(payload, str):
-            await self._copies.add(group_id, payload[0])
-
     async def _let_go(self, group_ids: Iterable[str]) -> None:
-        ids = list(group_ids)
-        payloads = [self._payloads.pop(group_id, None) for group_id in ids]
-        if self._copies is not None:
-            self._copies.drop(ids)
+        payloads = [self._payloads.pop(group_id, None) for group_id in group_ids]
         stored = [payload for payload in payloads if isinstance(payload, str)]
         if self._groups is not None and stored:
             await asyncio.to_thread(self._groups.forget, stored)

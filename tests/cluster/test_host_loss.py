@@ -27,6 +27,7 @@ from async_rl.queue.handover import Outbox, collect
 from async_rl.queue.records import Ticket
 from async_rl.queue.start import start_queue
 from async_rl.runtime import timeouts
+from async_rl.runtime.failures import is_worker_lost
 from async_rl.trainer.worker import TrainerWorker
 from async_rl.types import Group, RoutingSpec, Segment, Trajectory
 from tests.support import queue_parts
@@ -232,18 +233,38 @@ async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_t
     ray.kill(client.actor)
 
 
-async def test_with_two_copies_no_finished_group_is_lost_with_a_host(hosts, start):
-    cluster = hosts("a", "b")
-    client, config = start(copies=2)
-    await asyncio.wait_for(produce(client, cluster.start("a", Worker, "w", client.actor), 4), WITHIN_S)
-    cluster.kill("a")
-    loop, records = make_loop(client, cluster.start("driver", Rank, config))
-    async with asyncio.timeout(WITHIN_S):
-        (trained,) = await loop._streamed_update([])
-    assert records == []
-    assert trained == {f"0-{row}.0": bytes(encode(make_group(ticket_of(row)))) for row in range(1, 5)}
-    await client.ack(list(trained), 1)
-    assert client._copies._hosts == {}
+async def test_a_run_goes_on_when_the_host_of_one_of_its_workers_is_lost(hosts, start):
+    """Steps follow each other while groups are finished, queued and leased. No prompt is trained twice."""
+    cluster = hosts("a", "b", "c")
+    client, config = start()
+    loop, _ = make_loop(client, cluster.start("c", Rank, config), cluster.start("driver", Rank, config))
+
+    async def supervise(name, host):
+        worker = cluster.start(host, Worker, name, client.actor)
+        (error,) = await asyncio.gather(produce(client, worker), return_exceptions=True)
+        assert is_worker_lost(error), error
+        await client.worker_lost(name)
+        await produce(client, cluster.start("b", Worker, name, client.actor))
+
+    supervised = [asyncio.create_task(supervise(f"w{number}", host)) for number, host in enumerate("ab")]
+    trained = []
+    async with asyncio.timeout(2 * WITHIN_S):
+        for step in range(1, 21):
+            if step == 6:
+                killing = asyncio.create_task(asyncio.to_thread(cluster.kill, "a"))
+            leased = []
+            await loop._streamed_update(leased)
+            await client.ack([meta.group_id for meta, _ in leased], step)
+            trained += [meta.group_id.partition(".")[0] for meta, _ in leased]
+            await client.advance(step)
+            loop._version = step
+        await killing
+    for task in supervised:
+        task.cancel()
+    assert len(trained) == 80 == len(set(trained)), "a prompt was trained twice"
+    counts = await client.counts()
+    assert counts.add_up
+    assert counts.trained == 80
     ray.kill(client.actor)
 
 
