@@ -17,7 +17,7 @@ from typing import Literal
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
-from async_rl.doctor.packing import counted, listed, misfit, pack
+from async_rl.doctor.packing import counted, listed, misfit
 from async_rl.errors import ConfigError
 
 _DRIVER_ONLY = "data."
@@ -49,7 +49,7 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     used = used_hosts(needs, hosts, own)
     silent, answering = [host for host in used if host.fault], [host for host in used if not host.fault]
     found = [_answers(silent, answering)]
-    for check in (_versions, _modules, _paths, _runs, _interface, _metrics):
+    for check in (_versions, _modules, _paths, _runs, _interface, _metrics, _backend):
         found.extend(check(config, answering, own))
     found.extend(_room(needs, answering))
     if needs.device == "cuda":
@@ -241,6 +241,18 @@ def _parsed(address: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
+def _backend(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterator[Check]:  # noqa: ARG001
+    """Check that weights reach engines on other hosts than the trainer's."""
+    if config.sync_backend == "shm" and len(hosts) > 1:
+        yield Check(
+            "sync.backend",
+            "FAIL",
+            f"shm reaches engines on the trainer's host alone, but the cluster has {len(hosts)} hosts",
+            "set sync.backend to auto",
+            ConfigError,
+        )
+
+
 def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     """Check that every process finds a host with enough GPUs; with too few CPUs, processes only slow each other."""
     room = room_of(needs, hosts)
@@ -254,7 +266,7 @@ def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
 
 
 def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
-    """Check the builds for GPUs, that GPUs are free, and that shared memory is not asked to reach another host."""
+    """Check the builds for GPUs, and that GPUs are free."""
     room = room_of(needs, hosts)
     builds = [host.name for host in hosts if host.gpus and host.packages.get("torch", "").endswith("+cpu")]
     if builds:
@@ -262,16 +274,6 @@ def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
     free = {host.name: host.free_gpus for host in hosts}
     if misfit(room, needs.processes, needs.unit) is None and (fault := misfit(free, needs.processes, "free GPUs")):
         yield Check("free GPUs", "warn", fault, "wait until others have ended (ray status)")
-    one = any(not pack({name: gpus}, needs.processes).left for name, gpus in room.items())
-    if config.sync.backend == "shm" and not one:
-        yield Check(
-            "sync.backend",
-            "FAIL",
-            "shm reaches engines on the trainer's host only, but no host has GPUs for trainer and engines together "
-            f"({listed([f'{name}: {gpus}' for name, gpus in room.items()])})",
-            "set sync.backend to one that crosses hosts",
-            ConfigError,
-        )
 
 
 def _processors(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
@@ -281,7 +283,7 @@ def _processors(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) ->
             "sync.backend",
             "FAIL",
             "nccl needs GPUs, and no host of the cluster has one",
-            "set sync.backend to one that works on CPU",
+            "set sync.backend to auto",
             ConfigError,
         )
     cores = {host.name: host.cores for host in hosts}

@@ -27,7 +27,6 @@ from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.hosts import joined
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
-from async_rl.driver.weight_backend import require_backend, with_backend
 from async_rl.errors import CheckpointDamaged, ConfigError
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
@@ -56,7 +55,7 @@ def run(config: RunConfig, *, resume: bool = False) -> int:
     started = time.monotonic()
     doctor.require(config)
     prepare(config)
-    config = with_backend(resolved(config, resume=resume))
+    config = resolved(config, resume=resume)
     # Transformers takes seconds to import, and Ray to start: side by side.
     with ThreadPoolExecutor(1) as background:
         inputs = background.submit(read_inputs, config)
@@ -75,7 +74,6 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
             prepare_store(config, resume=resume, clear=checked is None)
             with own_cluster:
                 recorder.announce_ray_exporters(ray_exporters())
-                require_backend(config)
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
                 _train(config, recorder, read, resume=resume)
@@ -116,10 +114,12 @@ def prepare(config: RunConfig) -> None:
 def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     """Return the config with what depends on this machine filled in.
 
-    That is absolute paths, the device (on a cluster, its hosts decide) and, unless a run is resumed, a free name: name,
-    name-2, ...
+    That is absolute paths, the backend of weight syncs, the device (on a cluster, its hosts decide) and, unless a run
+    is resumed, a free name: name, name-2, ...
     """
     config = absolute(config)
+    # For the run folder, and for actors whose environment is another one.
+    config = config.model_copy(update={"sync": config.sync.model_copy(update={"backend": config.sync_backend})})
     if config.cluster.joined_address is None:
         device = "cuda" if doctor.uses_gpu(config) else "cpu"
         config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from async_rl.errors import ConfigError, ResourceError
+from async_rl.runtime.addresses import split_port, with_port
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -58,14 +59,14 @@ def open_store(host: str) -> tuple[TCPStore, str]:
             timeout=COLLECTIVE_TIMEOUT,
             master_listen_fd=listening.detach(),
         )
-    return store, join_port(host, port)
+    return store, with_port(host, port)
 
 
 def join_store(address: str) -> TCPStore:
     """Connect to the store that rank 0 serves at ``address``. Raises ResourceError if this host does not reach it."""
     from torch.distributed import DistError, TCPStore
 
-    host, port = split_port(address)
+    host, port = _parts(address)
     try:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
     except DistError as error:
@@ -78,17 +79,6 @@ def join_store(address: str) -> TCPStore:
     return store
 
 
-def join_port(host: str, port: int) -> str:
-    """Return host:port, with an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def split_port(address: str) -> tuple[str, int]:
-    """Return host and port of host:port."""
-    host, _, port = address.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def use_interface(name: str | None, address: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Have Gloo and NCCL use interface ``name`` here, or without one that with the route to rank 0 at ``address``.
 
@@ -96,7 +86,7 @@ def use_interface(name: str | None, address: str, environment: MutableMapping[st
     the libraries choose for themselves. What ``environment`` has already wins over the route, not over ``name``.
     Raises ConfigError for an interface that this host does not have.
     """
-    host, _ = split_port(address)
+    host, _ = _parts(address)
     if name is not None:
         interface_address(name)
         environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"] = name, f"={name}"
@@ -138,6 +128,14 @@ def interface_towards(host: str, interfaces: Mapping[str, Sequence[str]] | None 
         own = probe.getsockname()[0].partition("%")[0]
     interfaces = _interfaces() if interfaces is None else interfaces
     return next((name for name, addresses in interfaces.items() if own in addresses), None)
+
+
+def _parts(address: str) -> tuple[str, int]:
+    """Return host and port of the store's address."""
+    parts = split_port(address)
+    if parts is None:
+        raise ResourceError(f"{address} is no address of a store, which is host:port")
+    return parts
 
 
 def _interfaces() -> dict[str, list[str]]:

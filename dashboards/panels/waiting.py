@@ -164,7 +164,7 @@ WAITING = Row(
                     ),
                     Query(mean("async_rl_sync_seconds", "run, phase", 'phase!="total"'), "{{run}} {{phase}}"),
                 ),
-                "Mean duration of a weight sync and of each of its phases: pause, transfer, wake, canary.",
+                "Mean duration of a weight sync and of its phases for the slowest replica: pause, transfer, canary.",
                 "transfer is most of it. Generation is paused for this long.",
                 "pause is long with `async_training.partial_rollout.mode` drain: use resume. Transfer: `sync.backend`. "
                 "Too frequent: `async_training.trigger_parameter_sync_step` up, `sync.rolling`.",

@@ -27,8 +27,8 @@ from async_rl.driver.places import Places
 from async_rl.driver.starting import wait_started
 from async_rl.errors import ConfigError, ResourceError, StalledError, TrainerDied
 from async_rl.queue.start import start_queue
+from async_rl.runtime.addresses import split_port
 from async_rl.trainer.parallel import Place, world_size
-from async_rl.trainer.rendezvous import split_port
 from tests.support import placed_actors, queue_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

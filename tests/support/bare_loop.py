@@ -27,6 +27,6 @@ def bare_loop(queue, trainers, recorder, *, groups: int, batches: int = 1, ranks
     loop._groups = LeasedGroups(queue, trainers, recorder)
     loop._monitor = SimpleNamespace(phase=lambda *_: contextlib.nullcontext(), poll=nothing)
     loop._replicas = SimpleNamespace(admit=nothing)
-    loop._step = loop._synced_step = loop._version = 0
-    loop._stopping = False
+    loop._pusher = SimpleNamespace(version=0, synced_step=0, finished=nothing, under_way=lambda: False)
+    loop._step, loop._stopping = 0, False
     return loop

@@ -193,18 +193,19 @@ def test_gpus_that_others_use_are_a_warning():
 def test_hosts_without_gpus_need_nothing_of_a_run_on_gpus():
     bare = HostReport("10.0.0.3", "10.0.0.3", "node3", cpus=4, python="3.9.0")
     assert {check.status for check in judged([host(1), host(2), bare])} == {"ok"}
-    on_cpu, shm = needs(device="cpu"), config(sync={"backend": "shm"})
-    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, shm))
-    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], on_cpu, shm))
+    on_cpu, auto = needs(device="cpu"), config(sync={"backend": "auto"})
+    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, auto))
+    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], on_cpu, auto))
 
 
 def test_shared_memory_of_one_host_for_engines_on_others():
     shm = config(sync={"backend": "shm"})
-    assert fault([host(1), host(2)], settings=shm).startswith(
-        "sync.backend: shm reaches engines on the trainer's host only, but no host has GPUs for trainer and engines "
-        "together (10.0.0.1: 8, 10.0.0.2: 8); "
-    )
-    assert {check.status for check in judged([host(1), host(2)], needs(1, 4, 4), shm)} == {"ok"}
+    for device in ("cuda", "cpu"):
+        assert fault([host(1), host(2)], needs(1, 4, 4, device=device), shm) == (
+            "sync.backend: shm reaches engines on the trainer's host alone, but the cluster has 2 hosts; set "
+            "sync.backend to auto"
+        )
+    assert {check.status for check in judged([host(1)], needs(1, 4, 4), shm)} == {"ok"}
 
 
 def test_an_interface_that_does_not_exist():
@@ -246,21 +247,21 @@ def test_metrics_that_no_other_host_reaches(address, part):
 
 
 def test_on_cpu_too_few_cores_only_slow_the_run():
-    shm = config(sync={"backend": "shm"})
+    auto = config(sync={"backend": "auto"})
     small = [host(1, gpus=0, cpus=2, cores=2), host(2, gpus=0, cpus=2, cores=2)]
     threads = (Need("engine", 3, 1, "rollout.replicas"), Need("trainer rank", 2, 1, "trainer.parallel"))
     on_cpu = Needs("cpu", threads, memory_bytes=8 * GB, compiles=True)
-    assert warnings(judged(small, on_cpu, shm)) == [
+    assert warnings(judged(small, on_cpu, auto)) == [
         "CPUs: 4 CPUs in all (10.0.0.1: 2, 10.0.0.2: 2), but 5 are needed for 3 engines and 2 trainer ranks"
     ]
     wide = Needs("cpu", (Need("engine", 1, 3, "resources.engine_threads"),))
-    assert fault(small, wide, shm).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
+    assert fault(small, wide, auto).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
     # Ray was started with fewer CPUs than there are: processes share them.
-    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide, shm))
+    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide, auto))
     without = [small[0], dataclasses.replace(small[1], compiler=False)]
-    assert "C++ compiler: none on 10.0.0.2" in fault(without, on_cpu, shm)
+    assert "C++ compiler: none on 10.0.0.2" in fault(without, on_cpu, auto)
     poor = [dataclasses.replace(each, memory_bytes=3 * GB) for each in small]
-    assert "memory: 6.0 GB available in all, about 8.0 GB needed" in fault(poor, on_cpu, shm)
+    assert "memory: 6.0 GB available in all, about 8.0 GB needed" in fault(poor, on_cpu, auto)
     assert "nccl needs GPUs" in fault(small, on_cpu, config())
 
 

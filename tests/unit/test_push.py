@@ -11,6 +11,7 @@ import pytest
 
 from async_rl.config.schema import EvalSection
 from async_rl.driver.evaluation import Evaluator
+from async_rl.driver.leases import LeasedGroups
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.push import Pusher
 from async_rl.errors import TrainerDied, WeightSyncMismatch
@@ -51,6 +52,9 @@ class Parts(Trainer):
         await self.finish_step()
         return []
 
+    async def fetch(self, shares):
+        return []
+
     # queue
     async def lease(self, consumer, n, *, timeout_s, at_least):
         with contextlib.suppress(TimeoutError):
@@ -80,6 +84,10 @@ class Parts(Trainer):
         del self.sync.members[error.replica]
 
     def on_sync_done(self): ...
+
+    # trainer recovery
+    async def give_back(self, group_ids, error):
+        await self.release(group_ids)
 
     # checkpointer
     def due(self, step):
@@ -143,6 +151,7 @@ def training(steps=2, streaming=True, sends=False, dtype="float32", slow="score"
         event=parts.event,
     )  # fmt: skip
     loop._shares = lambda groups, loads=None: [groups]
+    loop._groups = LeasedGroups(parts, parts, parts)
     loop._trainer_recovery = parts
     loop._evaluator = Evaluator(
         SimpleNamespace(eval=EvalSection(every=0)), [], sync=subject, replicas=parts, monitor=parts, recorder=parts
@@ -280,10 +289,7 @@ async def test_a_trainer_that_dies_beside_a_sync_is_restarted_once_the_sync_is_o
         events.append("restart")
         return 0, []
 
-    async def set_aside(group_ids, error):
-        return group_ids
-
-    parts.restart, parts.set_aside = restart, set_aside
+    parts.restart = restart
     parts.dies_at = 1
     running = asyncio.ensure_future(loop._train())
     await until(events, contains="release 1")

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from async_rl.errors import ConfigError, ResourceError
+from async_rl.runtime import addresses
 from async_rl.trainer import rendezvous
 
 INTERFACES = {
@@ -33,13 +34,13 @@ def test_what_one_rank_sets_another_gets(host):
     other = rendezvous.join_store(address)
     store.set("version", "7")
     assert other.get("version") == b"7"
-    assert rendezvous.split_port(address) == (host, store.port)
+    assert addresses.split_port(address) == (host, store.port)
     assert address.startswith("[") == (":" in host)
 
 
 def test_the_port_is_held_and_closed_at_every_other_address():
     store, address = rendezvous.open_store("127.0.0.1")
-    _, port = rendezvous.split_port(address)
+    _, port = addresses.split_port(address)
     with socket.socket() as taker, pytest.raises(OSError, match="in use"):
         taker.bind(("127.0.0.1", port))
     with pytest.raises(ConnectionRefusedError):
@@ -58,7 +59,7 @@ def test_a_rank_that_is_not_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        address = rendezvous.join_port(*closed.getsockname())
+        address = addresses.with_port(*closed.getsockname())
         with pytest.raises(ResourceError, match=f"not reach trainer rank 0 at {address} within 1 s; open") as error:
             rendezvous.join_store(address)
     assert "\n" not in str(error.value)

@@ -1,11 +1,9 @@
 """Which backend takes weights to the engines, by where the run is."""
 
 import pytest
-import ray
 
 from async_rl.config.loading import validate
-from async_rl.driver.weight_backend import require_backend, with_backend
-from async_rl.errors import ConfigError
+from async_rl.driver.run import resolved
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "t"}}
 
@@ -26,19 +24,6 @@ def test_weights_leave_the_host_only_where_the_run_joins_a_cluster(monkeypatch, 
     config = validate({**MINIMAL, **sections, "resources": {"device": "cpu"}})
     assert config.sync_backend == used
     # As actors on other hosts see it, and the run folder.
-    resolved_config = with_backend(config)
+    made = resolved(config, resume=True)
     monkeypatch.setenv("RAY_ADDRESS", "")
-    assert resolved_config.sync.backend == resolved_config.sync_backend == used
-
-
-@pytest.mark.parametrize(("backend", "refused"), [("shm", True), ("object_store", False), ("nccl", False)])
-def test_shared_memory_is_refused_on_several_hosts(monkeypatch, backend, refused):
-    config = validate({**MINIMAL, "sync": {"backend": backend}})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}])
-    require_backend(config)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": False}, {"Alive": True}])
-    if not refused:
-        require_backend(config)
-        return
-    with pytest.raises(ConfigError, match=r"sync\.backend is shm.* the cluster has 2 hosts; set sync\.backend to auto"):
-        require_backend(config)
+    assert made.sync.backend == made.sync_backend == used
