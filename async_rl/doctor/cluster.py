@@ -53,7 +53,7 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
         found.extend(check(config, answering, own))
     found.extend(_room(needs, answering))
     if needs.device == "cuda":
-        found.extend(_gpus(config, needs, answering))
+        found.extend(_gpus(needs, answering))
     else:
         found.extend(_processors(config, needs, answering))
     found.extend(_shared_memory(needs, answering))
@@ -265,7 +265,7 @@ def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
         yield Check(needs.unit, "FAIL" if needs.device == "cuda" else "warn", fault, fix)
 
 
-def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
+def _gpus(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     """Check the builds for GPUs, and that GPUs are free."""
     room = room_of(needs, hosts)
     builds = [host.name for host in hosts if host.gpus and host.packages.get("torch", "").endswith("+cpu")]
