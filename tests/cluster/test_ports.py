@@ -40,10 +40,11 @@ def test_a_run_on_one_host_listens_on_loopback_alone(make_hosts, run_on, engine)
     expected = {"gcs_server", "raylet", "driver", "QueueProcess", "RolloutActor", "TrainerActor"}
     assert expected | ({"EngineCore"} if engine == "vllm" else set()) <= seen
     assert {port.address for port in found_on(host)} <= {"127.0.0.1", "::1"}
-    # Without the token, no process enters: neither one that has none nor one that has the user's.
+    # Without the token, no process enters: neither one that has none nor one that has another.
     gcs = next(port for port in found_on(host) if port.process == "gcs_server")
-    code = f"import ray; ray.init('127.0.0.1:{gcs.port}')"
-    for env in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token"}):
+    # Not ray.init, which would look for the cluster at the host's address on the network, for minutes.
+    code = f"from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:{gcs.port}').get_all_node_info(timeout=30)"
+    for env in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
         with pytest.raises(HostsError, match=r"(?i)auth|token"):
             host.python(code, env=env)
     run.terminate()
