@@ -42,6 +42,7 @@ from async_rl.types import Float32Array, Int32Array, Prompt
 
 if TYPE_CHECKING:
     from async_rl.weights.buckets import Array, Publication
+    from async_rl.weights.object_store import HostWeights
     from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
@@ -251,8 +252,6 @@ class RolloutActor(RolloutReplica):
 
     def __init__(self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None) -> None:
         from async_rl.rollout.engine.loader import load_engine
-        from async_rl.weights import ray_store
-        from async_rl.weights.object_store import HostWeights
 
         name = worker_id(replica)
         logs.configure(config.run_dir, name, console=False)
@@ -271,7 +270,17 @@ class RolloutActor(RolloutReplica):
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
-        self._host_weights = HostWeights(ray_store.get)
+        self._fetched_weights: HostWeights | None = None
+
+    @property
+    def _host_weights(self) -> HostWeights:
+        """The weights of this host with sync.backend object_store; made when first needed, as it imports torch."""
+        from async_rl.weights import ray_store
+        from async_rl.weights.object_store import HostWeights
+
+        if self._fetched_weights is None:
+            self._fetched_weights = HostWeights(ray_store.get)
+        return self._fetched_weights
 
     async def groups(self) -> AsyncIterator[Any]:
         """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
@@ -347,5 +356,6 @@ class RolloutActor(RolloutReplica):
     async def shutdown(self) -> None:
         """Stop serving metrics, then end the replica."""
         self._metrics.close()
-        self._host_weights.close()
+        if self._fetched_weights is not None:
+            self._fetched_weights.close()
         await super().shutdown()

@@ -117,7 +117,7 @@ class Receiver(RolloutActor):
         from async_rl.weights.object_store import HostWeights
 
         self._pending_engine_call = None
-        self._host_weights = HostWeights(self._get)
+        self._fetched_weights = HostWeights(self._get)
         self._really_get = ray_store.get
         self.reset_now()
 
