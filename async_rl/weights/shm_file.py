@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import msgpack
 import torch
@@ -36,6 +37,15 @@ HEAD = struct.Struct("<8sIIQQQ")
 ALIGNMENT = 64  # The size of a cache line, and more than any dtype needs.
 
 
+class Described(Protocol):
+    """A tensor, or what describes one, such as vLLM's ParamMeta."""
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def shape(self) -> Iterable[int]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
     """One entry of the name table."""
@@ -44,6 +54,11 @@ class TensorMeta:
     dtype: str
     """As torch spells it, without the leading "torch."."""
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: Described) -> Self:
+        """Return the entry of a tensor, or of what describes one."""
+        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +83,7 @@ class Layout:
     def __init__(self, metas: Sequence[TensorMeta]) -> None:
         self.metas = list(metas)
         self.offsets: list[int] = []
-        """Of each tensor from ``data``: the table that holds them precedes it."""
+        """Where each tensor is, counted from ``data``: the table that holds them precedes it."""
         position = 0
         for meta in self.metas:
             self.offsets.append(position)
@@ -100,7 +115,7 @@ class Layout:
         """
         count = 0
         for (name, tensor), meta, offset in zip(tensors, self.metas, self.offsets, strict=False):
-            given = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            given = TensorMeta.of(name, tensor)
             if given != meta:
                 raise WeightSyncError(
                     f"the trainer yielded {_describe(given)} where its name table has {_describe(meta)}"

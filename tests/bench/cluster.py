@@ -51,7 +51,7 @@ class Sender:
         count = max(1, nbytes // TENSOR_BYTES)
         size = nbytes // count
         self._tensors = [(f"layer.{i}", torch.full((size,), i % 251, dtype=torch.uint8)) for i in range(count)]
-        metas = [TensorMeta(name, "uint8", tuple(tensor.shape)) for name, tensor in self._tensors]
+        metas = [TensorMeta.of(name, tensor) for name, tensor in self._tensors]
         self._publisher = Publisher(metas, ray.put)
 
     def publish(self) -> Any:

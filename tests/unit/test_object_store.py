@@ -38,7 +38,7 @@ def tensors(seed=0):
     }
 
 
-TABLE = [TensorMeta(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors().items()]
+TABLE = [TensorMeta.of(name, tensor) for name, tensor in tensors().items()]
 
 
 class Reference:
@@ -374,7 +374,7 @@ def test_nothing_appears_in_shared_memory(store, host):
     assert set(os.listdir("/dev/shm")) <= before
 
 
-def test_publications_of_two_trainers_are_told_apart(store, host):
+def test_publications_of_two_trainers_are_distinct(store, host):
     fetch(host, Publisher(TABLE, store.put).publish(tensors(1).items()))
     publication = Publisher(TABLE, store.put).publish(tensors(2).items())
     assert same(read(fetch(host, publication), TABLE), tensors(2))

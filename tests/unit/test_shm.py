@@ -29,7 +29,7 @@ def tensors():
 
 
 def table(of=None):
-    return [TensorMeta(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in (of or tensors()).items()]
+    return [TensorMeta.of(name, tensor) for name, tensor in (of or tensors()).items()]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 
 from async_rl.errors import WeightSyncError
 from async_rl.weights.vllm.plugin import BACKENDS
+from async_rl.weights.vllm.staging import gathered
 
 
 @dataclass
@@ -116,12 +117,8 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
             super().send_weights()
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
-        tensors = iter(source)
-        try:
+        with gathered(source) as tensors:
             super()._broadcast(tensors, meta)
-        finally:
-            for _ in tensors:  # gathering a parameter is a collective: take part in it, also if the broadcast failed
-                pass
 
     def shutdown(self) -> None:
         if self.model_update_group is not None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol, Self
 
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
-    TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
 )
@@ -20,6 +19,7 @@ from async_rl.errors import WeightSyncError
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
 from async_rl.weights.vllm.shm import name_table
+from async_rl.weights.vllm.staging import StagingTrainerEngine, gathered
 
 
 class HostsClient(VLLMWeightSyncClient, Protocol):  # type: ignore[misc]  # vLLM is not followed
@@ -40,7 +40,7 @@ class ObjectStoreTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM
     """Only rank 0 has one."""
 
 
-class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectStoreTrainerInitInfo]):  # type: ignore[misc]
+class ObjectStoreTrainerWeightTransferEngine(StagingTrainerEngine):
     """The trainer's end, which gathers the weights where they have changed, publishes and announces them."""
 
     init_info_cls = ObjectStoreTrainerInitInfo
@@ -49,8 +49,6 @@ class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectS
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self._staged = init_info.staged
         self._publisher = init_info.publisher
-        self._ready = False
-        self._update: dict[str, Any] | None = None
         if init_info.is_sender:
             table = [[meta.name, meta.dtype, list(meta.shape)] for meta in name_table(source)]
             client.init_weight_transfer_engine({"table": table})
@@ -67,35 +65,16 @@ class ObjectStoreTrainerWeightTransferEngine(TrainerWeightTransferEngine[ObjectS
             raise WeightSyncError("the object_store backend transfers whole models: it needs a WeightSource")
         return cls(init_info, client, source)
 
-    def stage(self) -> dict[str, Any] | None:
-        """Bring the weights of now to every host.
-
-        Returns what a replica needs in order to take them there; None on ranks that do not send.
-        """
+    def _bring(self) -> dict[str, Any] | None:
+        """Gather and publish the weights if they have changed, and have every host fetch them."""
+        assert self.source is not None  # ``trainer_init`` took one
         if self._staged.stage():
-            self._gather()
-        if self._publisher is not None:
-            if self._publisher.current is None:  # other ranks gather no more than this one does
-                raise WeightSyncError("no weights are in the object store: they could not be published before")
-            self._update = self.client.fetch_weights(self._publisher.current)
-        self._ready = True
-        return self._update
-
-    def send_weights(self) -> None:
-        if not self._ready:
-            self.stage()
-        self._ready = False
-        if self._update is None:
-            return
-        self.client.start_weight_update()
-        self.client.update_weights(self._update)
-        self.client.finish_weight_update()
-
-    def _gather(self) -> None:
-        tensors: Any = iter(self.source)
-        try:
-            if self._publisher is not None:
-                self._publisher.publish(tensors)
-        finally:
-            for _ in tensors:  # gathering a parameter is a collective: take part in it, also if the store failed
-                pass
+            with gathered(self.source) as tensors:
+                if self._publisher is not None:
+                    self._publisher.publish(tensors)
+        if self._publisher is None:
+            return None
+        if self._publisher.current is None:  # other ranks gather no more than this one does
+            raise WeightSyncError("no weights are in the object store: they could not be published before")
+        update: dict[str, Any] = self.client.fetch_weights(self._publisher.current)
+        return update

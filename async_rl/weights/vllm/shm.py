@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
-    TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
     WeightTransferEngine,
@@ -28,6 +27,7 @@ from async_rl.models import names
 from async_rl.models.config import read_model_config
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
 from async_rl.weights.vllm.reload import Reload
+from async_rl.weights.vllm.staging import StagingTrainerEngine, gathered
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is 
 
 def name_table(source: WeightSource) -> list[TensorMeta]:
     """Return the name table of the tensors that ``source`` yields."""
-    return [TensorMeta(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape)) for m in source.metadata()]
+    return [TensorMeta.of(meta.name, meta) for meta in source.metadata()]
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ShmTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not 
     backend: ClassVar[str] = "shm"
 
 
-class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitInfo]):  # type: ignore[misc]
+class ShmTrainerWeightTransferEngine(StagingTrainerEngine):
     """The trainer's end, which gathers the weights, writes them to the file and announces each round."""
 
     init_info_cls = ShmTrainerInitInfo
@@ -68,8 +68,6 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
         super().__init__(client=client, source=source, is_sender=is_sender)
         metas = name_table(source)
         self._file = WeightFile(metas) if is_sender else None
-        self._announcement: Announcement | None = None
-        self._staged = False
         if is_sender:
             client.init_weight_transfer_engine({"table": [[m.name, m.dtype, list(m.shape)] for m in metas]})
 
@@ -85,29 +83,11 @@ class ShmTrainerWeightTransferEngine(TrainerWeightTransferEngine[ShmTrainerInitI
             raise WeightSyncError("the shm backend transfers whole models: it needs a WeightSource")
         return cls(client=client, source=source, is_sender=init_info.is_sender)
 
-    def stage(self) -> dict[str, Any] | None:
-        """Gather the weights and write them to the file, for the next ``send_weights`` to announce.
-
-        Returns the announcement, which an engine takes as ``update_info``; None on ranks that do not send.
-        """
+    def _bring(self) -> dict[str, Any] | None:
+        """Gather the weights and write them to the file. Returns its announcement."""
         assert self.source is not None  # the constructor took one
-        if self._file is None:
-            for _ in self.source:  # gathering a parameter is a collective: take part in it
-                pass
-        else:
-            self._announcement = self._file.write(self.source)
-        self._staged = True
-        return None if self._announcement is None else asdict(self._announcement)
-
-    def send_weights(self) -> None:
-        if not self._staged:
-            self.stage()
-        self._staged = False
-        if self._announcement is None:
-            return
-        self.client.start_weight_update()
-        self.client.update_weights(asdict(self._announcement))
-        self.client.finish_weight_update()
+        with gathered(self.source) as tensors:
+            return None if self._file is None else asdict(self._file.write(tensors))
 
     def shutdown(self) -> None:
         if self._file is not None:
