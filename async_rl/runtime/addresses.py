@@ -1,8 +1,10 @@
-"""Network addresses as text, and this host's own address in a cluster's network. Knows sockets, not Ray."""
+"""Network addresses as text, this host's interfaces, and its own address in a cluster's network. Does not know Ray."""
 
 from __future__ import annotations
 
 import socket
+
+import psutil
 
 WILDCARDS = ("", "0.0.0.0", "::")
 """Addresses to listen on that mean every interface of the host."""
@@ -19,6 +21,15 @@ def split_port(address: str) -> tuple[str, int] | None:
     if not (colon and host and port.isdecimal()):
         return None
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Return the IP addresses of each network interface of this host by its name."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
+    }
 
 
 def address_towards(peer: str) -> str | None:

@@ -15,10 +15,9 @@ from datetime import timedelta
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
-import psutil
-
 from async_rl.errors import ConfigError, ResourceError
-from async_rl.runtime.addresses import split_port, with_port
+from async_rl.runtime import addresses
+from async_rl.runtime.addresses import address_towards, split_port, with_port
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -101,14 +100,14 @@ def interface_address(name: str, interfaces: Mapping[str, Sequence[str]] | None 
     ``interfaces`` has addresses by interface, by default those of this host. Raises ConfigError for an interface that
     does not exist, or has no address that other hosts can connect to.
     """
-    interfaces = _interfaces() if interfaces is None else interfaces
+    interfaces = addresses.interfaces() if interfaces is None else interfaces
     if name not in interfaces:
         raise ConfigError(
             f"cluster.interface: {name} is no network interface of host {socket.gethostname()}, which has "
             f"{', '.join(sorted(interfaces))}"
         )
-    addresses = sorted((ip_address(text) for text in interfaces[name] if "%" not in text), key=lambda one: one.version)
-    usable = [one for one in addresses if not (isinstance(one, IPv6Address) and one.is_link_local)]
+    found = sorted((ip_address(text) for text in interfaces[name] if "%" not in text), key=lambda one: one.version)
+    usable = [one for one in found if not (isinstance(one, IPv6Address) and one.is_link_local)]
     if not usable:
         raise ConfigError(
             f"cluster.interface: {name} has no IP address on host {socket.gethostname()} that other hosts can connect "
@@ -119,15 +118,9 @@ def interface_address(name: str, interfaces: Mapping[str, Sequence[str]] | None 
 
 def interface_towards(host: str, interfaces: Mapping[str, Sequence[str]] | None = None) -> str | None:
     """Return the interface of this host with the route to address ``host``; None if it cannot be found out."""
-    family, (target, *_) = _resolve(host)
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target, 9))  # which sends nothing: the kernel chooses the route and the address
-        except OSError:
-            return None
-        own = probe.getsockname()[0].partition("%")[0]
-    interfaces = _interfaces() if interfaces is None else interfaces
-    return next((name for name, addresses in interfaces.items() if own in addresses), None)
+    own = address_towards(with_port(host, 9))  # any port: nothing is sent there
+    interfaces = addresses.interfaces() if interfaces is None else interfaces
+    return next((name for name, there in interfaces.items() if own in there), None)
 
 
 def _parts(address: str) -> tuple[str, int]:
@@ -136,15 +129,6 @@ def _parts(address: str) -> tuple[str, int]:
     if parts is None:
         raise ResourceError(f"{address} is no address of a store, which is host:port")
     return parts
-
-
-def _interfaces() -> dict[str, list[str]]:
-    """Return the IP addresses of each interface of this host."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    return {
-        name: [entry.address for entry in entries if entry.family in families]
-        for name, entries in psutil.net_if_addrs().items()
-    }
 
 
 def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
