@@ -68,13 +68,12 @@ class Fetcher:
         references = [payload[0] for _, payload, _ in chosen if not isinstance(payload, str)]
         found = ray.experimental.get_object_locations(references) if references else {}
         here = ray.get_runtime_context().get_node_id()
-        there = ray.remote(num_cpus=0)(_excerpt)  # Ray runs a task where its large arguments are
 
         def read(group_id: str, payload: Payload, index: int) -> Excerpt:
             if isinstance(payload, str) or here in found[payload[0]]["node_ids"]:
                 return _excerpt(self.messages({group_id: payload})[group_id], index)
             try:
-                excerpt: Excerpt = ray.get(there.remote(payload[0], index), timeout=timeouts.PAYLOAD_S)
+                excerpt: Excerpt = ray.get(_EXCERPT.remote(payload[0], index), timeout=timeouts.PAYLOAD_S)
             except RayError as error:
                 _require_lost(error)
                 raise PayloadLost([group_id]) from error
@@ -133,3 +132,7 @@ def _require_lost(error: RayError) -> None:
 
 def _excerpt(message: Any, index: int) -> Excerpt:
     return Excerpt.of(decode(message), index)
+
+
+# Ray runs a task where its large arguments are. Made once: Ray keeps every remote function that is ever called.
+_EXCERPT = ray.remote(num_cpus=0)(_excerpt)

@@ -22,7 +22,7 @@ LOST = ObjectReconstructionFailedError("00")
 
 
 class Store:
-    """The object stores of a cluster: a value for each reference, an error in its place, or nothing for ever."""
+    """The object stores of a cluster: a value for each reference, an error in its place, or nothing at all."""
 
     def __init__(self, **values):
         self.values, self.read, self.waits = values, [], []
@@ -122,12 +122,12 @@ def test_a_message_that_redis_has_no_more_is_lost(reader):
 
 
 def test_an_excerpt_of_a_lost_group_is_none(reader, monkeypatch):
-    """Of a group on another host, whose task fails, and of one on this host."""
+    """One group is on another host, whose task fails, and one on this host."""
     subject, store = reader(a=LOST, task=LOST)
     store.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "here")
     places = {"a": {"node_ids": ["here"]}, "b": {"node_ids": ["there"]}}
     store.experimental = SimpleNamespace(get_object_locations=lambda _: places)
-    store.remote = lambda **_: lambda _: SimpleNamespace(remote=lambda *_: "task")
+    monkeypatch.setattr(fetcher_module, "_EXCERPT", SimpleNamespace(remote=lambda *_: "task"))
     for name in ("a", "b"):
         with pytest.raises(PayloadLost, match=f"group {name}"):
             subject.excerpts([(f"group {name}", [name], 0)])
