@@ -12,7 +12,6 @@ import signal
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import ray
 from ray._private import ray_constants
@@ -29,10 +28,9 @@ from async_rl.queue.start import start_queue
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import is_worker_lost
 from async_rl.trainer.worker import TrainerWorker
-from async_rl.types import Group, RoutingSpec, Segment, Trajectory
 from tests.support import queue_parts
 from tests.support.bare_loop import bare_loop
-from tests.support.queue_parts import Source
+from tests.support.queue_parts import Source, make_group
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -121,23 +119,9 @@ def start(tmp_path):
     return make
 
 
-def make_group(ticket, tokens=2600):
-    """Return a group of one trajectory whose message takes 1 MB. The same id always has the same content."""
-    rng = np.random.default_rng(ticket.prompt.row)
-    prompt = len(ticket.prompt.token_ids)
-    trajectory = Trajectory(
-        trajectory_id=f"{ticket.group_id}/0",
-        prompt_ids=ticket.prompt.token_ids,
-        response_ids=rng.integers(0, 100, tokens).astype(np.int32),
-        logprobs=rng.normal(size=tokens).astype(np.float32),
-        versions=np.full(tokens, ticket.version, dtype=np.int32),
-        segments=(Segment(0, tokens, ticket.version),),
-        reward=1.0,
-        finish_reason="stop",
-        routed_experts=rng.integers(0, 128, (prompt + tokens - 1, 48, 8)).astype(np.uint8),
-        routing_spec=RoutingSpec(48, 8, 128),
-    )
-    return Group(ticket.group_id, ticket.prompt, (trajectory,))
+def megabyte(ticket):
+    """Return a group whose message takes 1 MB. The same id always has the same content."""
+    return make_group(ticket, tokens=2600, seed=ticket.prompt.row)
 
 
 def ticket_of(row):
@@ -160,7 +144,7 @@ class Worker:
             tickets = await self._outbox.take(self._name, 1)
             if not tickets:
                 return
-            await self._outbox.put(make_group(tickets[0]))
+            await self._outbox.put(megabyte(tickets[0]))
 
     async def accepted(self, group_id):
         self._outbox.accepted(group_id)

@@ -21,9 +21,8 @@ from async_rl.queue.handover import Outbox, incoming
 from async_rl.queue.records import GroupMeta
 from async_rl.queue.start import start_queue
 from async_rl.runtime.manifest import checksum_of
-from async_rl.types import Group, RoutingSpec, Segment, Trajectory
 from tests.support import queue_parts
-from tests.support.queue_parts import Source
+from tests.support.queue_parts import Source, make_group
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +81,6 @@ def start(cluster, config):
     yield _start
     for client in clients:
         ray.kill(client.actor)
-
-
-def make_group(ticket, tokens=50, seed=0):
-    rng = np.random.default_rng(seed)
-    spec = RoutingSpec(48, 8, 128)
-    p = len(ticket.prompt.token_ids)
-    trajectory = Trajectory(
-        trajectory_id=f"{ticket.group_id}/0",
-        prompt_ids=ticket.prompt.token_ids,
-        response_ids=rng.integers(0, 100, tokens).astype(np.int32),
-        logprobs=rng.normal(size=tokens).astype(np.float32),
-        versions=np.full(tokens, ticket.version, dtype=np.int32),
-        segments=(Segment(0, tokens, ticket.version),),
-        reward=1.0,
-        finish_reason="stop",
-        routed_experts=rng.integers(0, 128, (p + tokens - 1, 48, 8)).astype(np.uint8),
-        routing_spec=spec,
-    )
-    return Group(ticket.group_id, ticket.prompt, (trajectory,))
 
 
 @pytest.mark.ray

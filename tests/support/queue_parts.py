@@ -11,7 +11,7 @@ from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
-from async_rl.types import Prompt
+from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
 
 class Source:
@@ -49,6 +49,26 @@ class Source:
         self.rows, self.row = state["rows"], state["row"]
         self.circulating = deque(map(self.prompt, state["circulating"]))
         self.deferred = deque(map(self.prompt, state.get("deferred", ())))
+
+
+def make_group(ticket, tokens=50, seed=0):
+    """Return a group of one trajectory with routed experts, 384 bytes a token. The same seed gives the same content."""
+    rng = np.random.default_rng(seed)
+    spec = RoutingSpec(48, 8, 128)
+    p = len(ticket.prompt.token_ids)
+    trajectory = Trajectory(
+        trajectory_id=f"{ticket.group_id}/0",
+        prompt_ids=ticket.prompt.token_ids,
+        response_ids=rng.integers(0, 100, tokens).astype(np.int32),
+        logprobs=rng.normal(size=tokens).astype(np.float32),
+        versions=np.full(tokens, ticket.version, dtype=np.int32),
+        segments=(Segment(0, tokens, ticket.version),),
+        reward=1.0,
+        finish_reason="stop",
+        routed_experts=rng.integers(0, 128, (p + tokens - 1, 48, 8)).astype(np.uint8),
+        routing_spec=spec,
+    )
+    return Group(ticket.group_id, ticket.prompt, (trajectory,))
 
 
 def make_broker(source=None, version=0, **settings):

@@ -53,7 +53,7 @@ def test_a_worker_whose_host_is_gone_is_lost_and_one_that_tells_of_another_is_no
     assert not is_worker_lost(ObjectLostError("00", None, ""))
 
 
-def test_a_fault_of_the_machine_is_told_from_one_of_the_program():
+def test_a_fault_of_the_machine_differs_from_one_of_the_program():
     for fault in (RuntimeError("no memory"), OSError(5, "I/O error"), ObjectLostError("00", None, "")):
         assert is_machine_fault(RayTaskError("start", "traceback", fault))
     for fault in (TrainerError("no replay"), ValueError("x"), KeyError("x")):

@@ -194,29 +194,29 @@ async def test_a_replica_that_disagrees_stays_paused_and_alone_is_tried_again(se
     assert trainer.calls.count("stage_weights") == 4
 
 
-async def test_the_caller_is_told_once_when_no_replica_has_old_weights_any_more():
+async def test_the_caller_is_notified_once_when_no_replica_has_old_weights_any_more():
     subject, _, engines = fleet(2)
     subject.members[1] = slow = Slow("pause")
-    told = []
+    notified = []
 
     async def all_paused():
-        told.append([engine.calls[-1] for engine in (engines[0], slow)])
+        notified.append([engine.calls[-1] for engine in (engines[0], slow)])
 
     syncing = asyncio.ensure_future(subject.run(1, all_paused=all_paused))
     await settled()
-    assert told == []
+    assert notified == []
     slow.may_answer.set()
     await syncing
-    assert [calls[0] for calls in told] == ["resume"]
+    assert [calls[0] for calls in notified] == ["resume"]
     assert "pause" in slow.calls
     # One that dies before is not waited for, once it is known to be dead.
     engines[0].dead = "pause"
     with pytest.raises(ReplicaFailed):
         await subject.run(2, all_paused=all_paused)
-    assert len(told) == 1
+    assert len(notified) == 1
     del subject.members[0]
     await subject.run(2, all_paused=all_paused)
-    assert len(told) == 2
+    assert len(notified) == 2
 
 
 async def test_a_fault_of_the_caller_while_all_are_paused_ends_the_sync():
