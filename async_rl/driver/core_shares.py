@@ -23,7 +23,7 @@ def core_shares(config: RunConfig, replicas: Mapping[int, str], ranks: Sequence[
     """Give engines and trainer ranks cores of their own on their hosts, engines first.
 
     ``replicas`` and ``ranks`` name the host of each. GPU hosts have more cores than processes, whose helper threads
-    (autograd, NCCL, the driver's) need some too: nothing is bound there.
+    (autograd, NCCL, the driver's) need some too: no process has cores of its own there (``runtime.numa``).
     """
     if not config.resources.pin_cores or config.resources.device == "cuda":
         return Shares({}, {})
