@@ -16,7 +16,7 @@ from typing import Literal
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
-from async_rl.doctor.placement import counted, kind, listed, misfit, plan, processes, too_large
+from async_rl.doctor.placement import counted, listed, misfit, plan_on, processes, too_large
 from async_rl.errors import ConfigError
 
 _DRIVER_ONLY = "data."
@@ -260,9 +260,8 @@ def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
         needed = sum(need.count * need.size for need in processes(config))
         yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
         return
-    fits = plan(config, [{kind(config): amount} for amount in room.values()]).fits
     fix = f"lower {', '.join(need.settings for need in processes(config))}, or join a larger cluster"
-    yield Check(needs.unit, "warn" if fits else "FAIL", fault, fix)
+    yield Check(needs.unit, "warn" if plan_on(config, room).fits else "FAIL", fault, fix)
 
 
 def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:

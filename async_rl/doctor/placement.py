@@ -103,6 +103,11 @@ def plan(config: RunConfig, hosts: Sequence[Resources]) -> Plan:
     return next((found for found in candidates if found.fits), replace(first, loads=_unshared(config, room)))
 
 
+def plan_on(config: RunConfig, room: Mapping[str, float]) -> Plan:
+    """Return the plan for hosts with so much room each, by name: GPUs, or on CPU Ray's CPUs."""
+    return plan(config, [{kind(config): amount} for amount in room.values()])
+
+
 def _candidates(config: RunConfig, room: Sequence[float]) -> Iterator[Plan]:
     """Yield the possible plans, the best first."""
     unit, (engine, rank), sizes = kind(config), processes(config), config.trainer.parallel
@@ -188,7 +193,7 @@ def misfit(config: RunConfig, room: Mapping[str, float], units: str) -> str | No
 
     For example that no host has 8 GPUs for an engine; None if all fit. units: what is counted, for example ``GPUs``.
     """
-    found = plan(config, [{kind(config): amount} for amount in room.values()])
+    found = plan_on(config, room)
     if found.fits and found.sharing == 1:
         return None
     if (fault := too_large(config, room, units)) is not None:
