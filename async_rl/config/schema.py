@@ -480,6 +480,9 @@ class ResourcesSection(Section):
 
     pin_cores: bool = True
     """Whether to pin each engine core and each trainer rank to cores of its own, on CPU and if there are enough."""
+    numa_bind: bool = True
+    """Whether to bind engines and trainer ranks to the cores of the NUMA node of their GPUs, where hosts have several
+    nodes."""
     engine_threads: Positive = 1
     """Compute threads per engine on CPU."""
     trainer_threads: Positive = 1

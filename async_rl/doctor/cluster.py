@@ -10,14 +10,13 @@ cluster need nothing of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
-from async_rl.doctor.packing import counted, listed, misfit
+from async_rl.doctor.placement import counted, listed, misfit, plan_on, processes, too_large
 from async_rl.errors import ConfigError
 
 _DRIVER_ONLY = "data."
@@ -51,9 +50,9 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     found = [_answers(silent, answering)]
     for check in (_versions, _modules, _paths, _runs, _interface, _metrics, _backend):
         found.extend(check(config, answering, own))
-    found.extend(_room(needs, answering))
+    found.extend(_room(config, needs, answering))
     if needs.device == "cuda":
-        found.extend(_gpus(needs, answering))
+        found.extend(_gpus(config, needs, answering))
     else:
         found.extend(_processors(config, needs, answering))
     found.extend(_shared_memory(needs, answering))
@@ -253,26 +252,26 @@ def _backend(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) ->
         )
 
 
-def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
-    """Check that every process finds a host with enough GPUs; with too few CPUs, processes only slow each other."""
+def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
+    """Check that the run will place every process; on too few CPUs it does, and they slow each other."""
     room = room_of(needs, hosts)
-    fault = misfit(room, needs.processes, needs.unit)
-    fix = f"lower {', '.join(dict.fromkeys(need.settings for need in needs.processes))}, or join a larger cluster"
+    fault = misfit(config, room, needs.unit)
     if fault is None:
-        needed = sum(need.count * need.size for need in needs.processes)
+        needed = sum(need.count * need.size for need in processes(config))
         yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
-    else:
-        yield Check(needs.unit, "FAIL" if needs.device == "cuda" else "warn", fault, fix)
+        return
+    fix = f"lower {', '.join(need.settings for need in processes(config))}, or join a larger cluster"
+    yield Check(needs.unit, "warn" if plan_on(config, room).fits else "FAIL", fault, fix)
 
 
-def _gpus(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
+def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     """Check the builds for GPUs, and that GPUs are free."""
     room = room_of(needs, hosts)
     builds = [host.name for host in hosts if host.gpus and host.packages.get("torch", "").endswith("+cpu")]
     if builds:
         yield Check("torch build", "FAIL", f"a CPU build on {listed(builds)}", "install torch's CUDA build there")
     free = {host.name: host.free_gpus for host in hosts}
-    if misfit(room, needs.processes, needs.unit) is None and (fault := misfit(free, needs.processes, "free GPUs")):
+    if misfit(config, room, needs.unit) is None and (fault := misfit(config, free, "free GPUs")):
         yield Check("free GPUs", "warn", fault, "wait until others have ended (ray status)")
 
 
@@ -287,7 +286,7 @@ def _processors(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) ->
             ConfigError,
         )
     cores = {host.name: host.cores for host in hosts}
-    if fault := misfit(cores, [replace(need, count=1) for need in needs.processes], "cores"):
+    if fault := too_large(config, cores, "cores"):
         yield Check("cores", "FAIL", fault, "lower resources.engine_threads or resources.trainer_threads")
     without = [host.name for host in hosts if not host.compiler]
     if needs.compiles and without:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from async_rl.doctor.packing import Need, counted, pack
+from async_rl.config.schema import RunConfig
+from async_rl.doctor.placement import Load, counted, plan_on
 
 GB = 10**9
 
@@ -56,7 +57,6 @@ class Needs:
     """What a run needs of its hosts."""
 
     device: Literal["cpu", "cuda"]
-    processes: tuple[Need, ...]
     memory_bytes: int = 0
     """Memory of all processes on CPU."""
     shm_bytes: int = 0
@@ -81,16 +81,18 @@ def room_of(needs: Needs, hosts: Sequence[HostReport]) -> dict[str, int]:
     return {host.name: host.gpus if needs.device == "cuda" else host.cpus for host in hosts}
 
 
-def table(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> str:
-    """Return a table with a line per host: what it has, and which processes fit there."""
+def table(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> str:
+    """Return a table with a line per host: what it has, and which processes of the run come there."""
     used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
-    placed = pack(room_of(needs, [host for host in hosts if host.name in used]), needs.processes).placed
+    room = room_of(needs, [host for host in hosts if host.name in used])
+    loads = dict(zip(room, plan_on(config, room).loads, strict=True))
     rows: list[tuple[str, ...]] = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
     for host in hosts:
         if host.fault:
             rows.append((host.name, str(host.gpus), *[""] * 5, host.fault))
             continue
-        there = ", ".join(counted(count, what) for what, count in placed.get(host.name, {}).items())
+        load = loads.get(host.name, Load(0, 0))
+        there = ", ".join(counted(n, what) for n, what in ((load.engines, "engine"), (load.ranks, "trainer rank")) if n)
         rows.append(
             (
                 host.name,

@@ -14,7 +14,6 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import Needs
-from async_rl.doctor.packing import Need
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
 from async_rl.models.config import ModelConfig, read_model_config
@@ -49,25 +48,14 @@ def device_is_known(config: RunConfig) -> bool:
 
 
 def needs(config: RunConfig) -> Needs:
-    """Return what a run whose device is known needs of the hosts of a cluster."""
-    rollout, resources, ranks = config.rollout, config.resources, world_size(config.trainer.parallel)
-    on_gpu = resources.device == "cuda"
-    sizes = (rollout.tensor_parallel_size, 1) if on_gpu else (resources.engine_threads, resources.trainer_threads)
-    settings = (
-        ("rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel")
-        if on_gpu
-        else ("rollout.replicas or resources.engine_threads", "trainer.parallel or resources.trainer_threads")
-    )
+    """Return what a run whose device is known needs of a cluster's hosts, without the room for processes."""
+    on_gpu = config.resources.device == "cuda"
     model, parameters = _model(config)
     return Needs(
         device="cuda" if on_gpu else "cpu",
-        processes=(
-            Need("engine", rollout.replicas, sizes[0], settings[0]),
-            Need("trainer rank", ranks, sizes[1], settings[1]),
-        ),
         memory_bytes=0 if on_gpu else estimate.run_memory(config, model, parameters).fixed,
         shm_bytes=estimate.shared_weights(config, parameters),
-        compiles=not (on_gpu or rollout.enforce_eager) and rollout.engine == "vllm",
+        compiles=not (on_gpu or config.rollout.enforce_eager) and config.rollout.engine == "vllm",
     )
 
 

@@ -76,7 +76,7 @@ def examine(config: RunConfig) -> tuple[str, bool]:
         survey = surveyed(config)
         config = settled(config, survey)
     found = [*doctor.checks(config), *doctor.cluster_checks(config, survey.hosts, survey.own)]
-    shown = table(machine.needs(config), survey.hosts, survey.own)
+    shown = table(config, machine.needs(config), survey.hosts, survey.own)
     return f"{shown}\n{doctor.report(found, 'cluster')}", not doctor.failed(found)
 
 

@@ -2,13 +2,13 @@
 
 One group is the trainer's, with a bundle per block of ranks, and one each rollout worker's. They outlive the actors in
 them, so that an actor which replaces another comes back at its place; bundles of a lost host are placed again by Ray.
-``placement`` decides what is in them. This module reserves it and looks where it came to be.
+``doctor.placement`` decides what is in them. This module reserves it and looks where it came to be.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from async_rl.config.schema import RunConfig
-from async_rl.driver import placement
+from async_rl.doctor import placement
+from async_rl.doctor.placement import Resources
+from async_rl.driver.core_shares import Shares, core_shares
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime.cores import CoreShare
 from async_rl.trainer.parallel import world_size
@@ -91,13 +93,13 @@ class Places:
 
     def _bundles(self) -> list[int]:
         """Return the trainer's bundle of each rank."""
-        order = placement.bundle_order(self._hosts[TRAINER])
+        order = bundle_order(self._hosts[TRAINER])
         return [order[rank // self._block] for rank in range(self._ranks)]
 
-    def _shares(self) -> placement.Shares:
+    def _shares(self) -> Shares:
         ranks = [self._hosts[TRAINER][bundle] for bundle in self._bundles()]
         replicas = {replica: self._hosts[worker_id(replica)][0] for replica in self._replicas}
-        return placement.core_shares(self._config, replicas, ranks)
+        return core_shares(self._config, replicas, ranks)
 
     def _options(self, name: str, bundle: int) -> dict[str, Any]:
         if name not in self._groups:
@@ -122,20 +124,20 @@ class Places:
         """
         free = await asyncio.to_thread(ray.available_resources)
         if self.one_host:
-            return placement.amounts(free)
+            return amounts(free)
         by_host = await asyncio.to_thread(_free_by_host)
-        named = [f"{host}: {placement.amounts(left)}" for host, left in by_host[:_NAMED_HOSTS]]
+        named = [f"{host}: {amounts(left)}" for host, left in by_host[:_NAMED_HOSTS]]
         if len(by_host) > _NAMED_HOSTS:
             named.append(f"and {len(by_host) - _NAMED_HOSTS} more hosts")
         if waiting := await asyncio.to_thread(self._waiting):
             named.append("not placed: " + ", ".join(waiting))
-        return f"{placement.amounts(free)} ({'; '.join(named)})"
+        return f"{amounts(free)} ({'; '.join(named)})"
 
     def _waiting(self) -> list[str]:
         """Return the groups that are not placed, each with what it needs."""
         tables = {name: ray.util.placement_group_table(group) for name, group in self._groups.items()}
         return [
-            f"{name}, {placement.needs(list(table['bundles'].values()))}"
+            f"{name}, {needs(list(table['bundles'].values()))}"
             for name, table in tables.items()
             if table["state"] != "CREATED"
         ]
@@ -146,3 +148,23 @@ def _free_by_host() -> list[tuple[str, dict[str, float]]]:
     left = available_resources_per_node()
     found = [(node["NodeManagerAddress"], left.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
     return sorted(found, key=lambda host: (-host[1].get("GPU", 0), -host[1].get("CPU", 0), host[0]))
+
+
+def bundle_order(hosts: Sequence[str]) -> list[int]:
+    """Return the bundles in the order in which the blocks take them: those of one host are neighbours.
+
+    ``hosts`` are the hosts of the bundles. The same hosts give the same order, whatever ran on them meanwhile.
+    """
+    first = {host: hosts.index(host) for host in set(hosts)}
+    return sorted(range(len(hosts)), key=lambda bundle: (first[hosts[bundle]], bundle))
+
+
+def amounts(resources: Resources) -> str:
+    """Return CPUs and GPUs in words, for example ``1 CPU, 0 GPU``."""
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+
+
+def needs(bundles: Sequence[Resources]) -> str:
+    """Return what the equal bundles of a group need, for example ``2 x 8 GPU, each on one host``."""
+    each = ", ".join(f"{amount:g} {kind}" for kind, amount in bundles[0].items())
+    return f"{each} on one host" if len(bundles) == 1 else f"{len(bundles)} x {each}, each on one host"

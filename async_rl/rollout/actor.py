@@ -37,7 +37,8 @@ from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs
 from async_rl.runtime.cores import CoreShare
-from async_rl.runtime.process import mark_semaphores, own_cores
+from async_rl.runtime.numa import own_cores
+from async_rl.runtime.process import mark_semaphores
 from async_rl.types import Float32Array, Int32Array, Prompt
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class RolloutActor(RolloutReplica):
         logs.configure(config.run_dir, name, console=False)
         mark_semaphores()  # those of vLLM
         tokenizer = load_tokenizer(config)
-        engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores))
+        engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores, config.resources))
         multi_turn = config.rollout.environment.function is not None
         environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
         self._outbox = Outbox(queue, open_groups(config, name))

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
 
-from async_rl.runtime.cores import CoreShare
-
 DUMP_STACKS = Signals.SIGUSR1
 CHECKPOINT = Signals.SIGUSR2
 INTERRUPTS = (Signals.SIGINT, Signals.SIGTERM)
@@ -23,11 +21,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 _SEMAPHORES = Path("/dev/shm")
 _RUN_TOKEN = "ASYNC_RL_RUN_TOKEN"
-
-
-def own_cores(share: CoreShare | None) -> tuple[int, ...] | None:
-    """Return the cores of ``share`` on this host; None if the process may compute on any."""
-    return None if share is None else share.of(sorted(os.sched_getaffinity(0)))
 
 
 def pin(cores: Iterable[int]) -> None:

@@ -8,7 +8,8 @@ from async_rl.config.schema import RunConfig
 from async_rl.metrics.exporter import serve_metrics
 from async_rl.runtime import logs
 from async_rl.runtime.cores import CoreShare
-from async_rl.runtime.process import own_cores, pin
+from async_rl.runtime.numa import own_cores
+from async_rl.runtime.process import pin
 from async_rl.trainer.rendezvous import LOOPBACK
 from async_rl.trainer.worker import TrainerWorker
 
@@ -19,7 +20,7 @@ class TrainerActor(TrainerWorker):
     def __init__(self, config: RunConfig, rank: int, cores: CoreShare | None, *, one_host: bool) -> None:
         """Set the process up; ``one_host``: whether all of the run's processes are on this host."""
         logs.configure(config.run_dir, f"trainer-{rank}", console=False)
-        if (own := own_cores(cores)) is not None:
+        if (own := own_cores(cores, config.resources)) is not None:
             pin(own)
         super().__init__(config, rank, LOOPBACK if one_host else ray.util.get_node_ip_address())
         self._metrics = serve_metrics(config, "trainer", rank, order=1 + config.rollout.replicas + rank)

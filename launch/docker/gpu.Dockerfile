@@ -2,7 +2,7 @@
 #   docker build -f launch/docker/gpu.Dockerfile -t async-rl:gpu .
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu22.04
 
-RUN apt-get update && apt-get install -y --no-install-recommends g++ git make software-properties-common \
+RUN apt-get update && apt-get install -y --no-install-recommends g++ git make numactl software-properties-common \
     && add-apt-repository -y ppa:deadsnakes/ppa \
     && apt-get install -y --no-install-recommends python3.11 python3.11-dev python3.11-venv \
     && rm -rf /var/lib/apt/lists/*

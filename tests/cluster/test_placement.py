@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import astuple
 
 import pytest
 import ray
@@ -20,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import WatchdogSection
+from async_rl.doctor import placement
 from async_rl.driver import actors, cluster
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.cluster import ray_cluster
@@ -153,9 +155,10 @@ async def test_ranks_that_exchange_most_share_a_host_engines_are_whole_and_a_res
         ({"tp": 4, "cp": 2, "pp": 3}, 1, 8),
         ({"tp": 2, "dp": 4, "ep": 8}, 12, 2),
         ({"dp": 4}, 3, 8),
+        ({"dp": 12}, 4, 5),  # placed first, the ranks would leave room for two engines
     ],
 )
-async def test_a_layout_that_fits_is_placed_and_whole(join, parallel, replicas, engine_gpus):
+async def test_a_layout_that_fits_is_placed_and_whole_where_the_plan_says(join, parallel, replicas, engine_gpus):
     config = join(trainer={"parallel": parallel}, rollout={"replicas": replicas, "tensor_parallel_size": engine_gpus})
     places = await placed(config)
     chosen = [place.options["scheduling_strategy"] for place in await places.of_trainer()]
@@ -167,9 +170,15 @@ async def test_a_layout_that_fits_is_placed_and_whole(join, parallel, replicas, 
         assert len(set(hosts[first : first + inner])) == 1
     # Each host is one run of neighbours: its ranks are numbered in turn.
     assert len(set(hosts)) == 1 + sum(here != there for here, there in itertools.pairwise(hosts))
+    engines = []
     for replica in range(replicas):
         group = places.of_replica(replica).options["scheduling_strategy"].placement_group
         assert group.bundle_specs == [{"GPU": engine_gpus}]
+        engines += ray.util.placement_group_table(group)["bundles_to_node_id"].values()
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    planned = placement.plan(config, list(nodes.values())).loads
+    # Of hosts that are alike, Ray takes any.
+    assert Counter((engines.count(node), hosts.count(node)) for node in nodes) == Counter(map(astuple, planned))
 
 
 async def restarted(ranks):

@@ -2,29 +2,41 @@
 
 import dataclasses
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from async_rl import doctor
 from async_rl.config.loading import validate
-from async_rl.doctor import cluster, packing
+from async_rl.doctor import cluster, placement
 from async_rl.doctor import machine as probes
 from async_rl.doctor.host_report import HostReport, Needs, table
-from async_rl.doctor.packing import Need
 from async_rl.errors import ConfigError, ResourceError
+from tests.support.examples import examples
 
 GB = 10**9
 MODEL = {"config.json": "aa", "model.safetensors": "bb"}
 
 
-def config(**sections):
+def config(engines=1, size=8, ranks=8, **sections):
+    """The settings of a run with so many engines of so many GPUs each, and so many trainer ranks."""
     base = {
         "model": {"path": "/models/a"},
         "data": {"train": "/data/train.jsonl"},
+        "rollout": {"replicas": engines, "tensor_parallel_size": size},
+        "trainer": {"parallel": {"dp": ranks}},
         "sync": {"backend": "nccl"},
         "runs": "/shared/runs",
         "cluster": {"address": "10.0.0.1:6379"},
+        "resources": {"device": "cuda"},
     }
     return validate({**base, **sections})
+
+
+def cpu_config(engines=1, ranks=1, engine_threads=1, trainer_threads=1, **sections):
+    resources = {"device": "cpu", "engine_threads": engine_threads, "trainer_threads": trainer_threads}
+    return config(engines, 1, ranks, **{"sync": {"backend": "auto"}, "resources": resources} | sections)
 
 
 def host(number: int, **changes) -> HostReport:
@@ -53,18 +65,15 @@ def host(number: int, **changes) -> HostReport:
     return dataclasses.replace(report, **changes)
 
 
-def needs(engines=1, size=8, ranks=8, **changes) -> Needs:
-    processes = (Need("engine", engines, size, "rollout.replicas"), Need("trainer rank", ranks, 1, "trainer.parallel"))
-    return dataclasses.replace(Needs("cuda", processes, shm_bytes=2 * GB), **changes)
+def judged(hosts, settings=None, own=None, **changes):
+    settings = settings or config()
+    needed = dataclasses.replace(Needs(settings.resources.device, shm_bytes=2 * GB), **changes)
+    return cluster.judge(settings, needed, hosts, own or hosts[0])
 
 
-def judged(hosts, needed=None, settings=None, own=None):
-    return cluster.judge(settings or config(), needed or needs(), hosts, own or hosts[0])
-
-
-def fault(hosts, needed=None, settings=None, own=None) -> str:
+def fault(hosts, settings=None, own=None, **changes) -> str:
     """The one FAIL, in one line, as a run would end with."""
-    fails = [check for check in judged(hosts, needed, settings, own) if check.status == "FAIL"]
+    fails = [check for check in judged(hosts, settings, own, **changes) if check.status == "FAIL"]
     assert len(fails) == 1, fails
     line = f"{fails[0].name}: {fails[0].detail}; {fails[0].fix}"
     assert "\n" not in line
@@ -85,8 +94,9 @@ def test_the_driver_may_have_no_gpu_and_another_build_of_torch():
     own = host(1, gpus=0, free_gpus=0, packages=host(1).packages | {"torch": "2.13.0+cpu"})
     found = judged([own, host(2), host(3)], own=own)
     assert {check.status for check in found} == {"ok"}
-    assert cluster.device_of(config(), [own, host(2)]) == "cuda"
-    assert cluster.device_of(config(), [own]) == "cpu"
+    auto = config(resources={"device": "auto"})
+    assert cluster.device_of(auto, [own, host(2)]) == "cuda"
+    assert cluster.device_of(auto, [own]) == "cpu"
     assert cluster.device_of(config(resources={"device": "cuda"}), [own]) == "cuda"
 
 
@@ -146,39 +156,87 @@ def test_a_folder_of_runs_that_is_not_shared():
 
 
 def test_modules_of_the_user():
-    settings = config(reward={"function": "my.rewards:score"}, trainer={"loss": {"policy": "my.losses:loss"}})
+    losses = {"parallel": {"dp": 8}, "loss": {"policy": "my.losses:loss"}}
+    settings = config(reward={"function": "my.rewards:score"}, trainer=losses)
     assert cluster.user_modules(settings) == {"my.rewards": "reward.function", "my.losses": "trainer.loss.policy"}
     mine = {"my.rewards": "1", "my.losses": "2"}
     absent, other = host(2, modules={"my.losses": "2"}), host(2, modules=mine | {"my.losses": "0"})
     own = host(1, modules=mine)
-    assert fault([own, absent], settings=settings).startswith(
+    assert fault([own, absent], settings).startswith(
         "reward.function: the module my.rewards is not found on 10.0.0.2; "
     )
-    assert fault([own, other], settings=settings).startswith(
-        "trainer.loss.policy: the module my.losses is another on 10.0.0.2 "
-    )
+    assert fault([own, other], settings).startswith("trainer.loss.policy: the module my.losses is another on 10.0.0.2 ")
 
 
 @pytest.mark.parametrize(
-    ("gpus", "needed", "line"),
+    ("gpus", "layout", "line"),
     [
-        ((4, 4), needs(1, 8, 0), "no host has 8 GPUs for an engine (10.0.0.1: 4, 10.0.0.2: 4)"),
+        ((4, 4), (1, 8, 1), "no host has 8 GPUs for an engine (10.0.0.1: 4, 10.0.0.2: 4)"),
         (
             (8, 8),
-            needs(2, 8, 8),
+            (2, 8, 8),
             "16 GPUs in all (10.0.0.1: 8, 10.0.0.2: 8), but 24 are needed for 2 engines of 8 and 8 trainer ranks",
         ),
         (
-            (6, 6),
-            needs(3, 4, 0),
-            "12 GPUs are enough in all (10.0.0.1: 6, 10.0.0.2: 6), but 1 of 3 engines of 4 find no host with 4 free: "
-            "each needs its GPUs on one host",
+            (7, 7),
+            (3, 4, 2),
+            "14 GPUs are enough in all (10.0.0.1: 7, 10.0.0.2: 7), but 1 of 3 engines of 4 and 2 trainer ranks find no "
+            "host with 4 free: each needs its GPUs on one host",
         ),
     ],
 )
-def test_too_few_gpus_on_every_host(gpus, needed, line):
+def test_too_few_gpus_on_every_host(gpus, layout, line):
     hosts = [host(number, gpus=count, free_gpus=count) for number, count in enumerate(gpus, 1)]
-    assert fault(hosts, needed).startswith(f"GPUs: {line}; lower rollout.replicas, trainer.parallel, or join")
+    assert fault(hosts, config(*layout)).startswith(
+        f"GPUs: {line}; lower rollout.replicas or rollout.tensor_parallel_size, trainer.parallel, or join"
+    )
+
+
+def test_engines_and_ranks_that_fit_only_with_the_engines_first_are_accepted():
+    """Four ranks packed on the first host would leave room for one engine there and one on the other."""
+    hosts = [host(number, gpus=6, free_gpus=6) for number in (1, 2)]
+    assert {check.status for check in judged(hosts, config(2, 4, 4))} == {"ok"}
+    lines = table(config(2, 4, 4), Needs("cuda"), hosts, hosts[0]).splitlines()
+    assert [line.endswith("1 engine, 2 trainer ranks") for line in lines] == [False, True, True]
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {"dp": st.integers(1, 4), "tp": st.integers(1, 4), "cp": st.integers(1, 2), "pp": st.integers(1, 2)}
+)
+
+
+@given(
+    room=st.lists(st.integers(0, 9), max_size=5),
+    engines=st.integers(1, 4),
+    size=st.integers(1, 8),
+    parallel=LAYOUTS,
+)
+@hypothesis.settings(max_examples=examples(400))
+def test_the_doctor_says_yes_if_and_only_if_the_run_places_all(room, engines, size, parallel):
+    hosts = [host(number, gpus=gpus, free_gpus=gpus) for number, gpus in enumerate(room, 1)]
+    settings = config(engines, size, trainer={"parallel": parallel})
+    places = placement.plan(settings, [{"GPU": float(gpus)} for gpus in room])
+    found = judged(hosts, settings, own=host(9, gpus=0))
+    assert doctor.failed(found) != places.fits
+    lines = [check.detail for check in found if check.name == "GPUs"]
+    assert len(lines) == 1
+    assert ("needed" in lines[0]) or (f"{size} GPUs for" in lines[0]) or (f"{size} free" in lines[0])
+
+
+@given(
+    room=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    engines=st.integers(1, 40),
+    ranks=st.integers(1, 40),
+    threads=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+)
+@hypothesis.settings(max_examples=examples(400))
+def test_on_cpu_the_doctor_warns_if_and_only_if_processes_will_share_cores(room, engines, ranks, threads):
+    hosts = [host(number, gpus=0, cpus=cpus) for number, cpus in enumerate(room, 1)]
+    settings = cpu_config(engines, ranks, *threads)
+    places = placement.plan(settings, [{"CPU": float(cpus)} for cpus in room])
+    (check,) = (check for check in judged(hosts, settings) if check.name == "CPUs")
+    expected = "FAIL" if not places.fits else "warn" if places.sharing > 1 else "ok"
+    assert check.status == expected
 
 
 def test_gpus_that_others_use_are_a_warning():
@@ -193,33 +251,32 @@ def test_gpus_that_others_use_are_a_warning():
 def test_hosts_without_gpus_need_nothing_of_a_run_on_gpus():
     bare = HostReport("10.0.0.3", "10.0.0.3", "node3", cpus=4, python="3.9.0")
     assert {check.status for check in judged([host(1), host(2), bare])} == {"ok"}
-    on_cpu, auto = needs(device="cpu"), config(sync={"backend": "auto"})
-    assert doctor.failed(judged([host(1), host(2), bare], on_cpu, auto))
-    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], on_cpu, auto))
+    assert doctor.failed(judged([host(1), host(2), bare], cpu_config()))
+    assert not doctor.failed(judged([host(1), host(2), dataclasses.replace(bare, cpus=0)], cpu_config()))
 
 
 def test_shared_memory_of_one_host_for_engines_on_others():
-    shm = config(sync={"backend": "shm"})
-    for device in ("cuda", "cpu"):
-        assert fault([host(1), host(2)], needs(1, 4, 4, device=device), shm) == (
+    shm = {"sync": {"backend": "shm"}}
+    for settings in (config(1, 4, 4, **shm), cpu_config(**shm)):
+        assert fault([host(1), host(2)], settings) == (
             "sync.backend: shm reaches engines on the trainer's host alone, but the cluster has 2 hosts; set "
             "sync.backend to auto"
         )
-    assert {check.status for check in judged([host(1)], needs(1, 4, 4), shm)} == {"ok"}
+    assert {check.status for check in judged([host(1)], config(1, 4, 4, **shm))} == {"ok"}
 
 
 def test_an_interface_that_does_not_exist():
     settings = config(cluster={"interface": "eth0"})
-    assert {check.status for check in judged([host(1), host(2)], settings=settings)} == {"ok"}
+    assert {check.status for check in judged([host(1), host(2)], settings)} == {"ok"}
     other = host(2, interfaces={"lo": ["127.0.0.1"], "ens3": ["10.0.0.2"], "eth0": []})
-    assert fault([host(1), other], settings=settings).startswith(
+    assert fault([host(1), other], settings).startswith(
         "cluster.interface: eth0 is no interface with an address on every host: 10.0.0.2 has lo, ens3; "
     )
     local = host(2, interfaces={"lo": ["127.0.0.1", "::1"], "eth0": ["fe80::2"]})
-    assert "10.0.0.2 has lo; " in fault([host(1), local], settings=settings)
-    loopback = config(cluster={"interface": "lo"})
-    assert "lo is loopback on 10.0.0.1, 10.0.0.2" in fault([host(1), host(2)], settings=loopback)
-    assert {check.status for check in judged([host(1)], needs(1, 4, 4), loopback)} == {"ok"}
+    assert "10.0.0.2 has lo; " in fault([host(1), local], settings)
+    loopback = config(1, 4, 4, cluster={"interface": "lo"})
+    assert "lo is loopback on 10.0.0.1, 10.0.0.2" in fault([host(1), host(2)], loopback)
+    assert {check.status for check in judged([host(1)], loopback)} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -236,33 +293,32 @@ def test_an_interface_that_does_not_exist():
     ],
 )
 def test_metrics_that_no_other_host_reaches(address, part):
-    settings = config(metrics={"host": address})
+    settings = config(1, 4, 4, metrics={"host": address})
     if part is None:
-        assert not doctor.failed(judged([host(1), host(2)], settings=settings))
+        assert not doctor.failed(judged([host(1), host(2)], settings))
     else:
-        line = fault([host(1), host(2)], settings=settings)
+        line = fault([host(1), host(2)], settings)
         assert line.startswith(f"metrics.host: {part}")
         assert "set it to null for the address of each host" in line
-    assert not doctor.failed(judged([host(1)], needs(1, 4, 4), settings))
+    assert not doctor.failed(judged([host(1)], settings))
 
 
 def test_on_cpu_too_few_cores_only_slow_the_run():
-    auto = config(sync={"backend": "auto"})
+    settings, takes = cpu_config(3, 2), {"memory_bytes": 8 * GB, "compiles": True}
     small = [host(1, gpus=0, cpus=2, cores=2), host(2, gpus=0, cpus=2, cores=2)]
-    threads = (Need("engine", 3, 1, "rollout.replicas"), Need("trainer rank", 2, 1, "trainer.parallel"))
-    on_cpu = Needs("cpu", threads, memory_bytes=8 * GB, compiles=True)
-    assert warnings(judged(small, on_cpu, auto)) == [
+    assert warnings(judged(small, settings, **takes)) == [
         "CPUs: 4 CPUs in all (10.0.0.1: 2, 10.0.0.2: 2), but 5 are needed for 3 engines and 2 trainer ranks"
     ]
-    wide = Needs("cpu", (Need("engine", 1, 3, "resources.engine_threads"),))
-    assert fault(small, wide, auto).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
+    wide = cpu_config(engine_threads=3)
+    assert fault(small, wide).startswith("cores: no host has 3 cores for an engine (10.0.0.1: 2, 10.0.0.2: 2); ")
     # Ray was started with fewer CPUs than there are: processes share them.
-    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide, auto))
+    assert not doctor.failed(judged([dataclasses.replace(each, cores=8) for each in small], wide))
+    assert "and at most 64 processes share one; lower" in fault(small, cpu_config(298))
     without = [small[0], dataclasses.replace(small[1], compiler=False)]
-    assert "C++ compiler: none on 10.0.0.2" in fault(without, on_cpu, auto)
+    assert "C++ compiler: none on 10.0.0.2" in fault(without, settings, **takes)
     poor = [dataclasses.replace(each, memory_bytes=3 * GB) for each in small]
-    assert "memory: 6.0 GB available in all, about 8.0 GB needed" in fault(poor, on_cpu, auto)
-    assert "nccl needs GPUs" in fault(small, on_cpu, config())
+    assert "memory: 6.0 GB available in all, about 8.0 GB needed" in fault(poor, settings, **takes)
+    assert "nccl needs GPUs" in fault(small, config(3, 1, 2, resources={"device": "auto"}), **takes)
 
 
 def test_weights_need_shared_memory_where_engines_are():
@@ -276,26 +332,17 @@ def test_weights_need_shared_memory_where_engines_are():
 def test_the_table_has_a_line_per_host():
     silent = HostReport("10.0.0.2", "10.0.0.2", "node2", gpus=8, fault="no answer within 60 s")
     bare = HostReport("10.0.0.4", "10.0.0.4", "node4", python="3.9.0", code="0.0.1 (0)")
-    lines = table(needs(), [host(1), silent, host(3), bare], host(1)).splitlines()
+    lines = table(config(), Needs("cuda"), [host(1), silent, host(3), bare], host(1)).splitlines()
     assert " ".join(lines[0].split()) == "host GPUs cores memory /dev/shm Python async_rl room for"
-    assert " ".join(lines[1].split()) == "10.0.0.1 8 96 900.0 GB 400.0 GB 3.11.9 0.1.0 (3fa2c1d0) 1 engine"
+    assert " ".join(lines[1].split()) == "10.0.0.1 8 96 900.0 GB 400.0 GB 3.11.9 0.1.0 (3fa2c1d0) 8 trainer ranks"
     assert " ".join(lines[2].split()) == "10.0.0.2 8 no answer within 60 s"
-    assert lines[3].endswith("8 trainer ranks")
+    assert lines[3].endswith("1 engine")
     assert lines[4].endswith("not used")
-
-
-def test_packing_takes_the_largest_first():
-    engines, ranks = Need("engine", 2, 4, ""), Need("trainer rank", 4, 1, "")
-    found = packing.pack({"a": 6, "b": 6}, [ranks, engines])
-    assert found.placed == {"a": {"engine": 1, "trainer rank": 2}, "b": {"engine": 1, "trainer rank": 2}}
-    assert found.left == {}
-    assert packing.pack({"a": 3}, [engines]).left == {"engine": 2}
-    assert packing.misfit({}, [engines], "GPUs") == "no host has 4 GPUs for an engine ()"
 
 
 def test_a_long_list_is_cut():
     hosts = {f"10.0.1.{number}": 4 for number in range(64)}
-    line = packing.misfit(hosts, [Need("engine", 1, 8, "")], "GPUs")
+    line = placement.misfit(config(), hosts, "GPUs")
     assert line == (
         "no host has 8 GPUs for an engine (" + ", ".join(f"10.0.1.{n}: 4" for n in range(8)) + " and 56 more)"
     )
@@ -320,24 +367,26 @@ def test_the_driver_s_host_is_not_the_measure_of_a_run_on_a_cluster(monkeypatch)
 
 def test_needs_of_a_run():
     layout = {"rollout": {"replicas": 3, "tensor_parallel_size": 4}, "trainer": {"parallel": {"dp": 2, "tp": 2}}}
-    found = probes.needs(config(**layout, resources={"device": "cuda"}))
-    assert [(need.what, need.count, need.size) for need in found.processes] == [
+    settings = config(**layout)
+    assert [(need.what, need.count, need.size) for need in placement.processes(settings)] == [
         ("engine", 3, 4),
         ("trainer rank", 4, 1),
     ]
+    found = probes.needs(settings)
     assert (found.device, found.unit, found.compiles) == ("cuda", "GPUs", False)
     threads = {"device": "cpu", "engine_threads": 5, "trainer_threads": 6}
-    found = probes.needs(config(**layout, resources=threads, sync={"backend": "shm"}))
-    assert [need.size for need in found.processes] == [5, 6]
+    settings = config(**layout, resources=threads, sync={"backend": "shm"})
+    assert [need.size for need in placement.processes(settings)] == [5, 6]
+    found = probes.needs(settings)
     assert (found.device, found.unit, found.compiles) == ("cpu", "CPUs", True)
     assert found.memory_bytes > 3 * GB
 
 
 def test_the_first_fail_of_the_hosts_is_raised_in_one_line():
     few = [host(1, gpus=4), host(2, gpus=4)]
-    settings = config(rollout={"tensor_parallel_size": 8}, resources={"device": "cuda"})
+    settings = config(ranks=1)
     with pytest.raises(ResourceError) as caught:
         doctor.require_cluster(settings, few, few[0])
     assert str(caught.value).startswith("GPUs: no host has 8 GPUs for an engine (10.0.0.1: 4, 10.0.0.2: 4); lower ")
     with pytest.raises(ConfigError, match=r"^metrics\.host: 127\.0\.0\.1 reaches no other host"):
-        doctor.require_cluster(config(metrics={"host": "127.0.0.1"}, resources={"device": "cuda"}), few, few[0])
+        doctor.require_cluster(config(metrics={"host": "127.0.0.1"}), few, few[0])

@@ -4,14 +4,19 @@ import math
 import random
 from itertools import product
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import ParallelSection
-from async_rl.driver.placement import block_size, bundle_order, core_shares, needs, plan
+from async_rl.doctor.placement import Load, block_size, plan
+from async_rl.driver.core_shares import core_shares
 from async_rl.driver.places import Place as ActorPlace
-from async_rl.driver.places import Places
+from async_rl.driver.places import Places, bundle_order, needs
 from async_rl.trainer.parallel import Place, world_size
+from tests.support.examples import examples
 
 GPUS = 8
 LAYOUTS = [
@@ -108,9 +113,78 @@ def test_engines_are_whole_and_placed_first_where_the_trainer_would_take_their_h
     assert not gpu_plan([8, 4], parallel={"tp": 4}, engine_gpus=8).trainer_first
 
 
+def test_engines_are_placed_first_where_ranks_would_leave_too_few_gpus_together():
+    """Four ranks packed on the first of two alike hosts leave room for one engine there, and for one on the other."""
+    found = gpu_plan([6, 6], parallel={"dp": 4}, replicas=2, engine_gpus=4)
+    assert (found.fits, found.trainer_first) == (True, False)
+    assert found.loads == (Load(1, 2), Load(1, 2))
+
+
+def test_ranks_take_every_gpu_that_engines_leave_free():
+    for gpus, count, replicas in product(range(2, 9), (1, 2, 3), (1, 2, 3, 4)):
+        for engine_gpus in range(1, gpus + 1):
+            free = gpus * count - replicas * engine_gpus
+            if free > 0 and replicas <= gpus // engine_gpus * count:
+                found = gpu_plan([gpus] * count, parallel={"dp": free}, replicas=replicas, engine_gpus=engine_gpus)
+                assert found.fits
+                assert [load.engines * engine_gpus + load.ranks for load in found.loads] == [gpus] * count
+
+
+def most_room(hosts, replicas, engine_gpus, block):
+    """The most blocks for which hosts have room beside the engines, of all their distributions; -1 if these have none.
+
+    Tries them all.
+    """
+    best = -1
+    for engines in product(*(range(gpus // engine_gpus + 1) for gpus in hosts)):
+        if sum(engines) == replicas:
+            left = (gpus - here * engine_gpus for gpus, here in zip(hosts, engines, strict=True))
+            best = max(best, sum(gpus // block for gpus in left))
+    return best
+
+
+SMALL_LAYOUTS = st.builds(dict, dp=st.integers(1, 8), tp=st.integers(1, 3), cp=st.integers(1, 2), pp=st.integers(1, 2))
+
+
+@given(
+    hosts=st.lists(st.integers(0, 9), max_size=5),
+    replicas=st.integers(1, 4),
+    engine_gpus=st.integers(1, 8),
+    parallel=SMALL_LAYOUTS,
+)
+@hypothesis.settings(max_examples=examples(1000))
+def test_on_gpus_everything_is_placed_whenever_that_is_possible(hosts, replicas, engine_gpus, parallel):
+    found = gpu_plan(hosts, parallel=parallel, replicas=replicas, engine_gpus=engine_gpus)
+    ranks = world_size(ParallelSection(**parallel))
+    assert found.fits == (most_room(hosts, replicas, engine_gpus, 1) >= ranks)
+    for gpus, load in zip(hosts, found.loads, strict=True):
+        assert load.engines * engine_gpus + load.ranks <= gpus
+        assert load.ranks % found.block == 0 or not found.fits
+    if found.fits:
+        assert sum(load.engines for load in found.loads) == replicas
+        assert sum(load.ranks for load in found.loads) == ranks
+        assert most_room(hosts, replicas, engine_gpus, found.block) >= found.blocks
+
+
+@pytest.mark.parametrize("hosts", [[8], [8, 8], [8, 8, 8], [4, 8], [8, 4, 4], [16, 8]])
+def test_blocks_are_as_large_as_any_distribution_allows_where_sizes_are_powers_of_two(hosts):
+    tried = 0
+    layouts = {"tp": 8}, {"tp": 4, "dp": 2}, {"tp": 2, "cp": 2, "dp": 3}, {"dp": 5}
+    for parallel, replicas, engine_gpus in product(layouts, (1, 2, 3), (1, 2, 4, 8)):
+        sizes = ParallelSection(**parallel)
+        found = gpu_plan(hosts, parallel=parallel, replicas=replicas, engine_gpus=engine_gpus)
+        if found.fits:
+            tried += 1
+            possible = {block_size(sizes, limit) for limit in range(1, max(hosts) + 1)}
+            fitting = (b for b in possible if most_room(hosts, replicas, engine_gpus, b) >= world_size(sizes) // b)
+            assert found.block == max(fitting)
+    assert tried
+
+
 @pytest.mark.parametrize(("hosts", "block"), [([], 4), ([0, 0], 4), ([2, 2], 2)])
 def test_hosts_that_are_too_few_by_now_are_waited_for(hosts, block):
     waiting = gpu_plan(hosts, parallel={"tp": 4, "cp": 2}, engine_gpus=8)
+    assert not waiting.fits
     assert waiting.per_replica == {"GPU": 8}
     assert (waiting.block, waiting.blocks) == (block, 8 // block)
 

@@ -9,6 +9,7 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import ModelError
 from async_rl.models.config import ModelConfig
+from async_rl.rollout.engine.vllm import process
 from async_rl.rollout.engine.vllm.process import check_layout, engine_args, prepare
 
 SHAPE = {
@@ -59,8 +60,8 @@ def test_on_a_cpu_an_engine_that_does_not_compile_its_model_compiles_nothing(mon
     assert ("TORCHDYNAMO_DISABLE" not in os.environ) == compiles
 
 
-@pytest.mark.parametrize(("gpus", "executor"), [(1, None), (2, "mp")])
-def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(monkeypatch, gpus, executor):
+@pytest.fixture
+def _stub_of_vllm(monkeypatch):
     stubs = {
         "vllm": SimpleNamespace(__version__="0.30.0"),
         "vllm.config": SimpleNamespace(WeightTransferConfig=dict),
@@ -69,6 +70,19 @@ def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(m
     }
     for name, stub in stubs.items():
         monkeypatch.setitem(sys.modules, name, stub)
+
+
+@pytest.mark.usefixtures("_stub_of_vllm")
+@pytest.mark.parametrize(("gpus", "executor"), [(1, None), (2, "mp")])
+def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(gpus, executor):
     rollout = {"tensor_parallel_size": gpus}
     config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout})
     assert engine_args(config, 0, DENSE)["distributed_executor_backend"] == executor
+
+
+@pytest.mark.usefixtures("_stub_of_vllm")
+@pytest.mark.parametrize(("nodes", "bind"), [([0, 1], True), (None, False)])
+def test_vllm_is_given_the_numa_nodes_of_its_gpus(monkeypatch, nodes, bind):
+    monkeypatch.setattr(process, "_gpu_nodes", lambda _: nodes)
+    arguments = engine_args(validate({"model": {"path": "m"}, "data": {"train": "t"}}), 0, DENSE)
+    assert (arguments["numa_bind"], arguments["numa_bind_nodes"]) == (bind, nodes)

@@ -69,7 +69,7 @@ class _Call:
 
 
 class VllmEngine:
-    """One vLLM engine. ``cores``: the CPUs of its engine core, which computes; None leaves placement to the system.
+    """One vLLM engine. ``cores``: the CPUs of its engine core and workers; None leaves placement to the system.
 
     ``start`` must be called on the event loop that ``generate`` will run on, and blocks it while the model loads; in a
     thread that lives as long as the engine, for the engine core dies with the thread that started it.
@@ -118,7 +118,7 @@ class VllmEngine:
         logs.lend_to_children(self._config.run_dir, role)
         before = logs.children_logs(self._config.run_dir, role)
         try:
-            with starting_on(self._cores if vllm_process.on_cpu(self._config) else None):
+            with starting_on(self._cores):
                 self._llm = AsyncLLM.from_engine_args(
                     vllm_process.engine_args(self._config, self._replica, self._model),
                     stat_loggers=vllm_process.stat_loggers(self._config),

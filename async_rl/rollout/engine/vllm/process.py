@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from async_rl.data.tokenizer import end_token
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
 from async_rl.runtime import logs
+from async_rl.runtime.numa import near_gpus
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -91,6 +93,16 @@ def _eager(config: RunConfig, model: ModelConfig) -> bool:
     return config.rollout.enforce_eager or (on_cpu(config) and model.routing_spec is not None)
 
 
+def _gpu_nodes(config: RunConfig) -> list[int] | None:
+    """Return the NUMA node of each of the engine's GPUs, for vLLM to bind each of its processes and their memory.
+
+    None where that is unknown, and without the program numactl, by which vLLM does it: its processes then inherit the
+    cores near all of the engine's GPUs.
+    """
+    near = near_gpus(config.resources)
+    return None if near is None or shutil.which("numactl") is None else list(near.nodes)
+
+
 def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
     """Return the arguments of the vLLM engine. Raises EngineError when another version of vLLM is installed."""
     import vllm
@@ -101,7 +113,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
 
     if not vllm.__version__.startswith(VLLM_VERSION):
         raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
-    cpu = on_cpu(config)
+    cpu, nodes = on_cpu(config), _gpu_nodes(config)
     return AsyncEngineArgs(
         model=str(config.model.path),
         dtype=config.engine_dtype,
@@ -116,6 +128,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         distributed_executor_backend="mp" if config.rollout.tensor_parallel_size > 1 else None,
         kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        numa_bind=nodes is not None,
+        numa_bind_nodes=nodes,
         enforce_eager=_eager(config, model),
         enable_prefix_caching=True,
         enable_return_routed_experts=model.routing_spec is not None and config.rollout.return_routed_experts,

@@ -1,0 +1,240 @@
+"""Finds room for a run's processes on the hosts of a cluster: which share a host, and what each reserves. Pure.
+
+The driver reserves what ``plan`` returns. The doctor says by the same plan whether a run fits, and ``misfit`` why not.
+This module does not know Ray, which does the placing: ``_place`` predicts where.
+
+The trainer's ranks are numbered so that neighbours exchange most (Megatron's order tp-cp-ep-dp-pp). A *block* is a run
+of neighbours that must share a host, and one bundle of the trainer's placement group. An engine is never split.
+
+On GPUs a plan fits whenever the run can be placed at all: engines of one size leave the same number of GPUs free
+however they are distributed, and each rank takes any one of these. Blocks of more ranks are placed if they find room
+with all engines placed before them, or all after them, as Ray places: other distributions are not tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from async_rl.config.schema import ParallelSection, RunConfig
+from async_rl.trainer.parallel import world_size
+
+Resources = Mapping[str, float]
+"""Amounts by Ray's names, for example ``{"GPU": 8.0}``."""
+
+# Most processes of a run that share one core of a CPU host. Beyond them the run waits for more hosts.
+_MOST_PER_CORE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Processes of one kind, alike in what they need."""
+
+    what: str
+    """One of them, for example ``engine``."""
+    count: int
+    size: int
+    """GPUs that each needs on one host, or on CPU its threads."""
+    settings: str
+    """The settings that ``count`` and ``size`` come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The processes of a run on one host."""
+
+    engines: int
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run reserves on a cluster."""
+
+    block: int
+    """Trainer ranks per block: rank r is in block r // block."""
+    blocks: int
+    per_block: dict[str, float]
+    """What each block needs on one host."""
+    per_replica: dict[str, float]
+    """What each rollout engine needs on one host."""
+    trainer_first: bool
+    """Whether the trainer is placed before the engines."""
+    sharing: int
+    """The most processes that share a core; 1 on GPUs, which are not shared."""
+    fits: bool
+    """Whether the hosts have room for all; else the plan is for hosts that are still to come."""
+    loads: tuple[Load, ...]
+    """The processes of each host, in the order of the hosts; where not all fit, those that do."""
+
+
+def kind(config: RunConfig) -> str:
+    """Return Ray's name of what processes take of a host."""
+    return "GPU" if config.resources.device == "cuda" else "CPU"
+
+
+def processes(config: RunConfig) -> tuple[Need, Need]:
+    """Return what the engines and the trainer's ranks need, for a run whose device is known."""
+    rollout, resources = config.rollout, config.resources
+    engine, rank = rollout.tensor_parallel_size, 1
+    settings = "rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel"
+    if kind(config) == "CPU":
+        engine, rank = resources.engine_threads, resources.trainer_threads
+        settings = "rollout.replicas or resources.engine_threads", "trainer.parallel or resources.trainer_threads"
+    return (
+        Need("engine", rollout.replicas, engine, settings[0]),
+        Need("trainer rank", world_size(config.trainer.parallel), rank, settings[1]),
+    )
+
+
+def plan(config: RunConfig, hosts: Sequence[Resources]) -> Plan:
+    """Return what the run reserves on a cluster of hosts with these resources.
+
+    The blocks are the largest for which blocks and engines fit. On CPUs that are too few, processes share cores, as
+    they do on one host. If nothing fits, the plan is for hosts that are still to come; where none has a GPU yet, blocks
+    are the tensor-parallel groups.
+    """
+    room = [host.get(kind(config), 0.0) for host in hosts]
+    candidates = _candidates(config, room)
+    first = next(candidates)
+    if first.fits:
+        return first
+    return next((found for found in candidates if found.fits), replace(first, loads=_unshared(config, room)))
+
+
+def plan_on(config: RunConfig, room: Mapping[str, float]) -> Plan:
+    """Return the plan for hosts with so much room each, by name: GPUs, or on CPU Ray's CPUs."""
+    return plan(config, [{kind(config): amount} for amount in room.values()])
+
+
+def _candidates(config: RunConfig, room: Sequence[float]) -> Iterator[Plan]:
+    """Yield the possible plans, the best first."""
+    unit, (engine, rank), sizes = kind(config), processes(config), config.trainer.parallel
+    largest = max(room, default=0) or sizes.tp * rank.size
+    # On hosts that are alike the trainer leaves whole hosts to the engines. Else it could take those that they need.
+    alike = len({amount for amount in room if amount}) <= 1
+    for sharing in range(1, 2 if unit == "GPU" else _MOST_PER_CORE + 1):
+        for block in _block_sizes(sizes, int(largest * sharing / rank.size)):
+            per_block, per_replica = _units(rank.size * block / sharing), _units(engine.size / sharing)
+            blocks = rank.count // block
+            trainer_first = alike or per_block >= per_replica
+            for order in (trainer_first, not trainer_first):
+                loads = _place(room, (per_replica, engine.count), (per_block, blocks), trainer_first=order)
+                yield Plan(
+                    block=block,
+                    blocks=blocks,
+                    per_block={unit: per_block},
+                    per_replica={unit: per_replica},
+                    trainer_first=order,
+                    sharing=sharing,
+                    fits=sum(load.engines + load.ranks for load in loads) == engine.count + blocks,
+                    loads=tuple(Load(load.engines, load.ranks * block) for load in loads),
+                )
+
+
+def _unshared(config: RunConfig, room: Sequence[float]) -> tuple[Load, ...]:
+    """Return the processes of each host, where none share a core and ranks are apart: as many as find room."""
+    engine, rank = processes(config)
+    return _place(room, (engine.size, engine.count), (rank.size, rank.count), trainer_first=rank.size > engine.size)
+
+
+def _place(
+    room: Sequence[float], engines: tuple[float, int], blocks: tuple[float, int], *, trainer_first: bool
+) -> tuple[Load, ...]:
+    """Return how many engines and blocks come to each host, of so many that take so much each; ``ranks`` are blocks.
+
+    Ray packs the bundles of a group on as few hosts as possible, and begins each group on the host with most room. The
+    blocks are one group, each engine is one.
+    """
+    left, placed = list(room), {"engines": [0] * len(room), "ranks": [0] * len(room)}
+    in_order = (("engines", engines, 1), ("ranks", blocks, blocks[1]))
+    for name, (amount, count), together in reversed(in_order) if trainer_first else in_order:
+        while count and left:
+            host = max(range(len(left)), key=left.__getitem__)
+            here = min(count, together, int((left[host] + 1e-9) / amount))
+            if not here:
+                break
+            left[host] -= here * amount
+            placed[name][host] += here
+            count -= here
+    return tuple(map(Load, placed["engines"], placed["ranks"]))
+
+
+def _units(amount: float) -> float:
+    """Return ``amount`` as Ray counts it, in ten-thousandths."""
+    return math.floor(amount * 10_000) / 10_000
+
+
+def block_size(sizes: ParallelSection, limit: int) -> int:
+    """Return the ranks of a block on hosts with places for ``limit`` of them.
+
+    Whole tensor-parallel groups come first, then those that split an expert, then context and expert parallelism. Of a
+    group that no host has room for, a block has as many neighbours as divide it.
+    """
+    block = 1
+    for group in (sizes.tp, sizes.etp, sizes.tp * sizes.cp, sizes.etp * sizes.ep):
+        divisors = (size for size in range(1, group + 1) if group % size == 0)
+        block = max(grown for size in divisors if (grown := math.lcm(block, size)) <= max(limit, block))
+    return block
+
+
+def _block_sizes(sizes: ParallelSection, limit: int) -> Iterator[int]:
+    """Yield the possible sizes of a block from the largest down."""
+    size = block_size(sizes, max(limit, 1))
+    yield size
+    while size > 1:
+        size = block_size(sizes, size - 1)
+        yield size
+
+
+def misfit(config: RunConfig, room: Mapping[str, float], units: str) -> str | None:
+    """Say in one line why a run does not fit on hosts with so much room, by name, each process with its own.
+
+    For example that no host has 8 GPUs for an engine; None if all fit. units: what is counted, for example ``GPUs``.
+    """
+    found = plan_on(config, room)
+    if found.fits and found.sharing == 1:
+        return None
+    if (fault := too_large(config, room, units)) is not None:
+        return fault
+    there, needs = _listed_room(room), processes(config)
+    total, needed = sum(room.values()), sum(need.count * need.size for need in needs)
+    wanted = " and ".join(counted(need.count, need.what) + (f" of {need.size}" * (need.size > 1)) for need in needs)
+    if total < needed:
+        most = "" if found.fits or kind(config) == "GPU" else f", and at most {_MOST_PER_CORE} processes share one"
+        return f"{total:g} {units} in all ({there}), but {needed} are needed for {wanted}{most}"
+    loads = _unshared(config, list(room.values()))
+    engines, ranks = sum(load.engines for load in loads), sum(load.ranks for load in loads)
+    need, placed = (needs[0], engines) if engines < needs[0].count else (needs[1], ranks)
+    return (
+        f"{total:g} {units} are enough in all ({there}), but {need.count - placed} of {wanted} find no host with "
+        f"{need.size} free: each needs its {units} on one host"
+    )
+
+
+def too_large(config: RunConfig, room: Mapping[str, float], units: str) -> str | None:
+    """Say in one line which process alone fits no host with so much room; None if each does."""
+    for need in processes(config):
+        if need.size > max(room.values(), default=0):
+            return f"no host has {need.size} {units} for {_one(need.what)} ({_listed_room(room)})"
+    return None
+
+
+def _listed_room(room: Mapping[str, float]) -> str:
+    return listed([f"{host}: {amount:g}" for host, amount in room.items()])
+
+
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """Join items by commas, of many only the first ones and how many more there are."""
+    more = len(items) - most
+    return ", ".join(items) if more <= 0 else f"{', '.join(items[:most])} and {more} more"
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words, for example ``1 engine`` or ``2 engines``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _one(what: str) -> str:
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
