@@ -46,6 +46,7 @@ from async_rl.config.loading import validate
 from async_rl.config.schema import RunConfig
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.loop import Leased, TrainingLoop
+from async_rl.driver.push import Pusher
 from async_rl.driver.recorder import Recorder
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.queue.records import GroupMeta, Ticket
@@ -54,6 +55,7 @@ from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.moments import SavedGroup
 from async_rl.types import ExpertIds, Int32Array, Prompt, RoutingSpec
+from async_rl.weights.sync_attempt import AllPaused
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 from tests.support.step_records import step_report
 
@@ -119,16 +121,16 @@ async def lateness(until: asyncio.Event) -> float:
 
 
 def scripted(calls: int, tokens: int, rows: ExpertIds) -> tuple[RunConfig, Engine]:
-    """Return an engine, and settings for it, whose calls sample so many tokens at once and then go on for as many."""
+    """Return an engine, and settings for it, whose calls sample so many tokens at once, four times."""
     config = validate(
         {
             "model": {"path": "model"},
             "data": {"train": "train.jsonl", "max_prompt_tokens": PROMPT_TOKENS},
-            "rollout": {"n": GROUP_SIZE, "max_num_seqs": calls, "max_response_tokens": 2 * tokens},
+            "rollout": {"n": GROUP_SIZE, "max_num_seqs": calls, "max_response_tokens": 4 * tokens},
         }
     )
     layout = Layout(SPEC, frozenset({0}), vocab_size=150_000)
-    engine = Engine(config, script=Script(length=2 * tokens, tokens_per_turn=tokens, turn_s=0.01, layout=layout))
+    engine = Engine(config, script=Script(length=4 * tokens, tokens_per_turn=tokens, turn_s=0.01, layout=layout))
     engine.rows = rows
     return config, engine
 
@@ -143,7 +145,7 @@ async def measure_engine(calls: int, tokens: int, rows: ExpertIds) -> dict[str, 
     """Interrupt the same calls without a worker."""
     _, engine = scripted(calls, tokens, rows)
     ids, sampling = np.arange(PROMPT_TOKENS, dtype=np.int32), Sampling(1.0, 1.0)
-    requests = [engine.generate(f"0-{i}.0/0/0", ids, sampling, 2 * tokens) for i in range(calls)]
+    requests = [engine.generate(f"0-{i}.0/0/0", ids, sampling, 4 * tokens) for i in range(calls)]
     ended = asyncio.gather(*requests)
     await sampled(engine, calls * tokens)
     over = asyncio.Event()
@@ -231,33 +233,41 @@ class ScriptedLoop(TrainingLoop):
         self._config = recorder._config
         self._recorder, self._trained = recorder, step
         recorder.samples = parts(before_ack=done, begin=done)  # read once the engines have resumed
-        self._step = self._version = self._attempted = self._synced_step = 0
-        self._monitor = parts(phase=lambda *_: contextlib.nullcontext())
-        self._evaluator = parts(finished=done, while_paused=done, beside_rollouts=lambda _: None)
-        self._checkpointer = parts(due=lambda _: False)
-        self._replicas = parts(add_waiting_members=done, on_sync_done=lambda: None)
-        self._queue = parts(ack=done, advance=done)
-        self._sync = parts(run=self._transferred, resume=self._resumed)
+        self._step = 0
+        self._monitor = monitor = parts(phase=lambda *_: contextlib.nullcontext())
+        self._checkpointer = checkpointer = parts(due=lambda _: False)
+        self._queue = queue = parts(ack=done, advance=done)
+        self._pusher = Pusher(
+            0,
+            0,
+            queue=queue,
+            sync=parts(run=self._transferred, needs_trainer=False),
+            replicas=parts(add_waiting_members=done, on_sync_done=lambda: None),
+            evaluator=parts(finished=done, while_paused=done, pauses=lambda _: False, beside_rollouts=lambda _: None),
+            checkpointer=checkpointer,
+            monitor=monitor,
+            recorder=recorder,
+        )
         self.delays: list[float] = []
-        self._there = 0.0
 
     async def _update(self, leased: Leased) -> list[StepReport]:
+        await self._pusher.finished(self._step + 1)
         leased += self._trained
-        report: StepReport = step_report(version=self._version)
+        report: StepReport = step_report(version=self._pusher.version)
         return [report]
 
-    async def _transferred(self, version: int, **_: Any) -> SyncRecord:
+    async def _transferred(self, version: int, *, all_paused: AllPaused, **_: Any) -> SyncRecord:
+        await all_paused()
         # The step is recorded meanwhile, on the loop that is to notice the end.
-        self._there = await asyncio.to_thread(lambda: time.sleep(0.001) or time.perf_counter())
+        there = await asyncio.to_thread(lambda: time.sleep(0.001) or time.perf_counter())
+        self.delays.append(time.perf_counter() - there)
         return SyncRecord(policy_version=version, seconds=0.1)
-
-    async def _resumed(self) -> None:
-        self.delays.append(time.perf_counter() - self._there)
 
     async def trained(self, steps: int) -> float:
         """Train so many steps; return the median delay of a resume."""
         for _ in range(steps):
             await self._train_step()
+        await self._pusher.finished(self._step)
         return statistics.median(self.delays)
 
 
@@ -291,7 +301,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--no-run", action="store_true", help="leave out what needs Ray")
     options = parser.parse_args()
-    rows = distinct_rows(PROMPT_TOKENS + 2 * options.tokens)
+    rows = distinct_rows(PROMPT_TOKENS + 4 * options.tokens)
     found = measure_checks(rows[: PROMPT_TOKENS + options.tokens])
     found |= asyncio.run(measure_pause(options.calls, options.tokens, rows))
     found |= asyncio.run(measure_engine(options.calls, options.tokens, rows))
