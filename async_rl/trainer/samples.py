@@ -185,7 +185,7 @@ def check_routed_experts(sample: Sample, spec: RoutingSpec | None) -> None:
             )
         # Any distinct experts do in place of a row without routing, which would count as a repetition.
         chosen = np.where(absent[..., None], np.arange(spec.top_k, dtype=routed_experts.dtype), routed_experts)
-    if (place := repeated_expert(chosen)) is not None:
+    if (place := repeated_expert(chosen, spec.num_experts)) is not None:
         row, layer = place
         raise ReplayError(
             f"{name}: row {row}, MoE layer {layer}: expert repeated in {routed_experts[row, layer].tolist()}; "

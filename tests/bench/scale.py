@@ -10,6 +10,8 @@ last line of stdout is one JSON object:
     pause_s_256x16k           from the start of a pause, with every call under way, to its end
     pause_blocked_ms_max      longest time that the event loop did not run, from that start until all answers are merged
     merged_s                  from that start until all answers are merged
+    engine_pause_s            the pause of the scripted engine by itself, with the same calls and no worker
+    engine_blocked_ms_max     longest time that it keeps the event loop, until all its calls have ended
     snapshot_s_64_members     until 64 workers have written their groups in flight, of which the slowest takes a second
     resume_delay_s_with_13gb_step   from the end of the transfer until the engines resume, after a step of 64 groups of
                                     16 responses of 32,768 tokens
@@ -41,15 +43,19 @@ from typing import Any
 import numpy as np
 
 from async_rl.config.loading import validate
+from async_rl.config.schema import RunConfig
 from async_rl.driver.checkpoint import Checkpointer
 from async_rl.driver.loop import Leased, TrainingLoop
+from async_rl.driver.push import Pusher
 from async_rl.driver.recorder import Recorder
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.queue.records import GroupMeta, Ticket
 from async_rl.rollout import routing_policies
 from async_rl.rollout.actor import RolloutReplica
+from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.moments import SavedGroup
 from async_rl.types import ExpertIds, Int32Array, Prompt, RoutingSpec
+from async_rl.weights.sync_attempt import AllPaused
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 from tests.support.step_records import step_report
 
@@ -106,38 +112,67 @@ class Endless:
 
 async def lateness(until: asyncio.Event) -> float:
     """Return the longest time in seconds that the event loop did not run until the event is set."""
-    longest, last = 0.0, time.perf_counter()
+    longest = 0.0
     while not until.is_set():
-        await asyncio.sleep(0)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
+        due = time.perf_counter() + 0.001
+        await asyncio.sleep(0.001)  # without one, this would take processor and interpreter from the threads
+        longest = max(longest, time.perf_counter() - due)
     return longest
 
 
-async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, float]:
-    """Interrupt all calls of a replica as a weight sync does, when each has sampled that many tokens."""
+def scripted(calls: int, tokens: int, rows: ExpertIds) -> tuple[RunConfig, Engine]:
+    """Return an engine, and settings for it, whose calls sample so many tokens at once, four times."""
     config = validate(
         {
             "model": {"path": "model"},
             "data": {"train": "train.jsonl", "max_prompt_tokens": PROMPT_TOKENS},
-            "rollout": {"n": GROUP_SIZE, "max_num_seqs": calls, "max_response_tokens": 2 * tokens},
+            "rollout": {"n": GROUP_SIZE, "max_num_seqs": calls, "max_response_tokens": 4 * tokens},
         }
     )
     layout = Layout(SPEC, frozenset({0}), vocab_size=150_000)
-    engine = Engine(config, script=Script(length=2 * tokens, tokens_per_turn=tokens, turn_s=0.01, layout=layout))
+    engine = Engine(config, script=Script(length=4 * tokens, tokens_per_turn=tokens, turn_s=0.01, layout=layout))
     engine.rows = rows
+    return config, engine
+
+
+async def sampled(engine: Engine, tokens: int) -> None:
+    """Wait until the engine has sampled so many tokens."""
+    while engine.sampled < tokens:
+        await asyncio.sleep(0.001)
+
+
+async def measure_engine(calls: int, tokens: int, rows: ExpertIds) -> dict[str, float]:
+    """Interrupt the same calls without a worker."""
+    _, engine = scripted(calls, tokens, rows)
+    ids, sampling = np.arange(PROMPT_TOKENS, dtype=np.int32), Sampling(1.0, 1.0)
+    requests = [engine.generate(f"0-{i}.0/0/0", ids, sampling, 4 * tokens) for i in range(calls)]
+    ended = asyncio.gather(*requests)
+    await sampled(engine, calls * tokens)
+    over = asyncio.Event()
+    watching = asyncio.create_task(lateness(over))
+    began = time.perf_counter()
+    await engine.pause("abort")
+    paused = time.perf_counter() - began
+    await ended
+    over.set()
+    return {"engine_pause_s": paused, "engine_blocked_ms_max": 1e3 * await watching}
+
+
+async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, float]:
+    """Interrupt all calls of a replica as a weight sync does, when each has sampled that many tokens."""
+    config, engine = scripted(calls, tokens, rows)
     stand_in: Any = Endless()
     replica = RolloutReplica(config, 0, stand_in, engine, None, stand_in)
     work = asyncio.create_task(replica.run())
-    while engine.sampled < calls * tokens:
-        await asyncio.sleep(0.001)
+    await sampled(engine, calls * tokens)
     merged = asyncio.Event()
     watching = asyncio.create_task(lateness(merged))
     began = time.perf_counter()
     await replica.pause()
     paused = time.perf_counter() - began
-    while replica._worker._merging:
-        await asyncio.sleep(0)
+    await replica._gate.wait_quiet()
+    while merging := replica._worker._merging:
+        await asyncio.wait(merging.values())
     all_merged = time.perf_counter() - began
     merged.set()
     work.cancel()
@@ -198,33 +233,41 @@ class ScriptedLoop(TrainingLoop):
         self._config = recorder._config
         self._recorder, self._trained = recorder, step
         recorder.samples = parts(before_ack=done, begin=done)  # read once the engines have resumed
-        self._step = self._version = self._attempted = self._synced_step = 0
-        self._monitor = parts(phase=lambda *_: contextlib.nullcontext())
-        self._evaluator = parts(finished=done, while_paused=done, beside_rollouts=lambda _: None)
-        self._checkpointer = parts(due=lambda _: False)
-        self._replicas = parts(add_waiting_members=done, on_sync_done=lambda: None)
-        self._queue = parts(ack=done, advance=done)
-        self._sync = parts(run=self._transferred, resume=self._resumed)
+        self._step = 0
+        self._monitor = monitor = parts(phase=lambda *_: contextlib.nullcontext())
+        self._checkpointer = checkpointer = parts(due=lambda _: False)
+        self._queue = queue = parts(ack=done, advance=done)
+        self._pusher = Pusher(
+            0,
+            0,
+            queue=queue,
+            sync=parts(run=self._transferred, needs_trainer=False),
+            replicas=parts(add_waiting_members=done, on_sync_done=lambda: None),
+            evaluator=parts(finished=done, while_paused=done, pauses=lambda _: False, beside_rollouts=lambda _: None),
+            checkpointer=checkpointer,
+            monitor=monitor,
+            recorder=recorder,
+        )
         self.delays: list[float] = []
-        self._there = 0.0
 
     async def _update(self, leased: Leased) -> list[StepReport]:
+        await self._pusher.finished(self._step + 1)
         leased += self._trained
-        report: StepReport = step_report(version=self._version)
+        report: StepReport = step_report(version=self._pusher.version)
         return [report]
 
-    async def _transferred(self, version: int, **_: Any) -> SyncRecord:
+    async def _transferred(self, version: int, *, all_paused: AllPaused, **_: Any) -> SyncRecord:
+        await all_paused()
         # The step is recorded meanwhile, on the loop that is to notice the end.
-        self._there = await asyncio.to_thread(lambda: time.sleep(0.001) or time.perf_counter())
+        there = await asyncio.to_thread(lambda: time.sleep(0.001) or time.perf_counter())
+        self.delays.append(time.perf_counter() - there)
         return SyncRecord(policy_version=version, seconds=0.1)
-
-    async def _resumed(self) -> None:
-        self.delays.append(time.perf_counter() - self._there)
 
     async def trained(self, steps: int) -> float:
         """Train so many steps; return the median delay of a resume."""
         for _ in range(steps):
             await self._train_step()
+        await self._pusher.finished(self._step)
         return statistics.median(self.delays)
 
 
@@ -258,9 +301,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--no-run", action="store_true", help="leave out what needs Ray")
     options = parser.parse_args()
-    rows = distinct_rows(PROMPT_TOKENS + 2 * options.tokens)
+    rows = distinct_rows(PROMPT_TOKENS + 4 * options.tokens)
     found = measure_checks(rows[: PROMPT_TOKENS + options.tokens])
     found |= asyncio.run(measure_pause(options.calls, options.tokens, rows))
+    found |= asyncio.run(measure_engine(options.calls, options.tokens, rows))
     found |= asyncio.run(measure_snapshot(64))
     found |= measure_resume()
     if not options.no_run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,9 @@ import torch
 from prometheus_client import REGISTRY
 
 from async_rl.errors import EngineError, WeightSyncError
+from async_rl.rollout import aside
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
+from async_rl.rollout.engine.vllm.engine import VllmEngine
 from async_rl.rollout.partial import PartialRollout
 from async_rl.types import RoutingSpec
 from async_rl.weights.canary import make_probe
@@ -390,6 +393,25 @@ async def test_invariant_7_stamps_are_true_when_calls_are_aborted(engine, traine
     for output in await asyncio.gather(*calls):
         assert set(output.versions.tolist()) <= {version}
     assert set((await during).versions.tolist()) == {version + 1}
+
+
+async def test_invariant_7_stamps_are_true_when_weights_come_before_an_answer_is_made_of_arrays(
+    engine, trainer, weights, monkeypatch
+):
+    may_go, output, version = threading.Event(), VllmEngine._output, engine.version
+
+    def late(*arguments):
+        may_go.wait(30)
+        return output(*arguments)
+
+    monkeypatch.setattr(aside, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(VllmEngine, "_output", late)
+    call = asyncio.create_task(engine.generate("late", SHORT_PROMPT, RANDOM, 200))
+    await until_sampled(engine, 2)
+    assert await trainer.push(perturbed(weights)) == version + 1
+    assert not call.done(), "the event loop waits for no array"
+    may_go.set()
+    assert set((await call).versions.tolist()) == {version}
 
 
 @pytest.mark.parametrize("mode", ["abort", "keep", "wait"])

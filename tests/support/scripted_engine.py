@@ -30,6 +30,9 @@ from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 
 Length = int | Sequence[int] | Callable[[str], int]
 
+# Calls that end in one turn of the event loop, as with vLLM's front end under ``vllm.process.ENVIRONMENT``.
+_ENDS_PER_TURN = 32
+
 
 def lognormal(mean: float, sigma: float = 0.5) -> Callable[[str], int]:
     """Return lengths of a log-normal distribution with that mean in tokens, drawn by trajectory id."""
@@ -103,6 +106,7 @@ class ScriptedEngine:
         self._moving.set()
         self._aborting = False
         self._calls = Outstanding()
+        self._ends = asyncio.Semaphore(_ENDS_PER_TURN)
         self.version = 0
         self.dead = False
         self.hangs = False
@@ -154,19 +158,23 @@ class ScriptedEngine:
             turns.append((count, self.version))
             self.sampled += count
             left -= count
-        count = sum(tokens for tokens, _ in turns)
-        versions = np.repeat(*reversed(np.array(turns, dtype=np.int32).reshape(-1, 2).T)).astype(np.int32)
+        async with self._ends:
+            await asyncio.sleep(0)
+            versions = np.repeat(*reversed(np.array(turns, dtype=np.int32).reshape(-1, 2).T)).astype(np.int32)
+            stopped = len(versions) > 0 and done + len(versions) > last
+            return EngineOutput(
+                token_ids=self._tokens(done, len(versions), stopped=stopped),
+                logprobs=self._logprobs(versions),
+                versions=versions,
+                routed_experts=self._rows(len(token_ids), versions, first_row) if len(versions) else None,
+                finish_reason="abort" if aborted else "stop" if stopped else "length",
+            )
+
+    def _tokens(self, done: int, count: int, *, stopped: bool) -> Int32Array:
         sampled = self._ordinary[np.arange(done, done + count) % len(self._ordinary)].astype(np.int32)
-        stopped = count > 0 and done + count > last
         if stopped:
             sampled[-1] = min(self.stop_token_ids)
-        return EngineOutput(
-            token_ids=sampled,
-            logprobs=self._logprobs(versions),
-            versions=versions,
-            routed_experts=self._rows(len(token_ids), versions, first_row) if count else None,
-            finish_reason="abort" if aborted else "stop" if stopped else "length",
-        )
+        return sampled
 
     def last_position(self, trajectory_id: str, response: Int32Array) -> int:
         """Return where the response, of which these tokens are there, has its stop token."""

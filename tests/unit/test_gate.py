@@ -75,3 +75,28 @@ async def test_a_call_that_ends_during_the_pause_is_not_busy_afterwards(clock):
     assert (gate.busy_s, gate.paused_s) == (0, 8)
     gate.close()
     assert gate.open() == 0, "a gate that was only closed was not paused"
+
+
+async def test_at_a_resume_calls_enter_one_per_turn_in_the_order_of_their_arrival():
+    gate, entered, turn = Gate(), [], 0
+
+    async def call(n):
+        await gate.enter()
+        entered.append((n, turn))
+
+    gate.close()
+    calls = [asyncio.create_task(call(n)) for n in range(9)]
+    await turns()
+    gate.open()
+    while turn < 5:
+        turn += 1
+        await asyncio.sleep(0)
+    gate.close()
+    inside = len(entered)
+    await turns()
+    assert 0 < inside == len(entered) < 9, "nor does one enter that was next when the gate was closed"
+    gate.open()
+    turn = 6
+    await asyncio.gather(*calls)
+    assert [n for n, _ in entered] == list(range(9))
+    assert len({when for _, when in entered[:inside]}) == inside

@@ -12,8 +12,7 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import EngineDied, EngineError, EnvironmentFailure, RewardError, RewardNotApplicable
 from async_rl.queue.records import Ticket
-from async_rl.rollout import in_flight, routing_policies
-from async_rl.rollout import worker as worker_module
+from async_rl.rollout import aside, in_flight, routing_policies
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import EngineOutput, Score
 from async_rl.runtime import manifest
@@ -399,7 +398,7 @@ async def test_another_worker_goes_on_with_groups_as_they_stood(routing):
 @pytest.fixture
 def may_check(monkeypatch):
     """An event without which no answer of an engine is checked, and so none is merged; all are checked in threads."""
-    monkeypatch.setattr(worker_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(aside, "_SMALL_BYTES", 0)
     may_check, check = threading.Event(), routing_policies.check
 
     def slow_check(*arguments, **keywords):

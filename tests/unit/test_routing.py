@@ -78,6 +78,7 @@ def test_a_layer_that_is_constant_over_many_short_sequences_is_refused_on_the_pr
         (lambda r: _with(r, (7, 1, 0), 8), r"routed_experts\[7, 1, 0\] is 8, the model has 8 experts"),
         (lambda r: _with(r, (4, 1), 3), r"routed_experts\[4, 1\] names an expert twice: \[3, 3\]"),
         (lambda r: np.zeros_like(r), r"routed_experts\[0, 0\] names an expert twice"),
+        (lambda r: _with(r, (slice(None), 1), 0), r"routed_experts\[0, 1\] names an expert twice: \[0, 0\]"),
     ],
 )
 def test_a_bad_array_is_refused_by_the_name_of_its_trajectory(spoil, message):
@@ -117,11 +118,56 @@ def test_the_first_row_that_names_an_expert_twice_is_found_wherever_it_is(dtype,
     rng = np.random.default_rng(top_k)
     rows, layers = 4000, 9  # several blocks, the last one of other size
     distinct = np.argsort(rng.random((rows, layers, 12)), axis=-1)[..., :top_k].astype(dtype)
-    assert repeated_expert(distinct) is None
-    assert repeated_expert(distinct[:0]) is None
+    assert repeated_expert(distinct, 12) is None
+    assert repeated_expert(distinct[:0], 12) is None
     for one, other in itertools.combinations(range(top_k), 2):
         routed = distinct.copy()
         places = sorted((int(rng.integers(rows)), int(rng.integers(layers))) for _ in range(2))
         for row, layer in places:
             routed[row, layer, other] = routed[row, layer, one]
-        assert repeated_expert(routed) == places[0]
+        assert repeated_expert(routed, 12) == places[0]
+
+
+def first_repeat(routed):
+    """The plain definition: the first row with two equal neighbours once it is sorted."""
+    ordered = np.sort(routed, axis=-1)
+    places = np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=-1))
+    return tuple(places[0].tolist()) if len(places) else None
+
+
+@st.composite
+def routed_rows(draw, types=(np.uint8, np.uint16, np.int32)):
+    """Rows of distinct ids below 16 or all over their type, some of them alike; then a few elements overwritten."""
+    dtype = np.dtype(draw(st.sampled_from(types)))
+    rows, layers, top_k = draw(st.integers(0, 20)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    apart = draw(st.sampled_from([1, (int(np.iinfo(dtype).max) + 1) // 16]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    kinds = rng.random((4, layers, 16)).argsort(axis=-1)[..., :top_k]
+    routed = (apart * kinds[rng.integers(0, 4, size=rows)]).astype(dtype)
+    if routed.size:
+        element = st.tuples(*(st.integers(0, length - 1) for length in routed.shape))
+        for place in draw(st.lists(element, max_size=3)):
+            routed[place] = draw(st.one_of(st.sampled_from(routed[place[:2]].tolist()), st.integers(0, 255)))
+    return routed
+
+
+@given(routed_rows(), st.sampled_from([1, 64, 1 << 17]))
+def test_a_repeated_expert_is_found_as_by_sorting_the_rows(routed, block_bytes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("async_rl.models.routing._BLOCK_BYTES", block_bytes)
+        for rows in (routed, routed[::2]):
+            assert repeated_expert(rows, int(rows.max(initial=0)) + 1) == first_repeat(rows)
+
+
+@pytest.mark.parametrize("experts", [128, 129, 256])
+def test_ids_that_differ_by_their_highest_bit_only_are_no_repetition(experts):
+    rows = np.array([[1, 0], [128, 127], [2, 128], [0, 3]]) % experts
+    assert repeated_expert(rows.astype(np.uint8), experts) is None
+
+
+@given(routed_rows(types=(np.uint8,)), st.sampled_from([16, 128, 256]))
+def test_the_verdict_on_rows_is_that_of_the_plain_definition(rows, experts):
+    spec = RoutingSpec(num_moe_layers=rows.shape[1], top_k=rows.shape[2], num_experts=experts)
+    bad = (rows >= experts).any() or first_repeat(rows) is not None
+    with pytest.raises(InvalidTrajectory, match=r"the model has|names an expert twice") if bad else nullcontext():
+        check(rows, spec=spec)

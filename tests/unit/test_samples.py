@@ -1,9 +1,12 @@
 """A trajectory's samples: what has a loss, and labels and routed experts aligned."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from async_rl.errors import ReplayError
 from async_rl.trainer.samples import NO_ROUTING, check_routed_experts, plain_sample, resume_positions, samples_of
@@ -134,6 +137,24 @@ def test_routed_experts_that_the_model_cannot_execute_are_refused(row, layer, ex
     sample.routed_experts[row, layer] = experts
     with pytest.raises(ReplayError, match=words):
         check_routed_experts(sample, SPEC)
+
+
+@given(
+    st.integers(0, 999), st.lists(st.tuples(*(st.integers(0, n) for n in (8, 2, 1)), st.integers(-2, 6)), max_size=4)
+)
+def test_the_verdict_on_routed_experts_is_that_of_the_plain_definition(seed, overwritten):
+    rng = np.random.default_rng(seed)
+    rows = rng.random((9, 3, 6)).argsort(axis=-1)[..., :2].astype(np.int32)
+    rows[rng.random(9) < 0.3] = NO_ROUTING
+    for row, layer, slot, expert in overwritten:
+        rows[row, layer, slot] = expert
+
+    def can_be_executed(experts):
+        return experts == [NO_ROUTING] * 2 or (len(set(experts)) == 2 and all(0 <= e < 6 for e in experts))
+
+    good = all(can_be_executed(experts) for experts in rows.reshape(-1, 2).tolist())
+    with nullcontext() if good else pytest.raises(ReplayError, match=r"s: row \d, MoE layer \d"):
+        check_routed_experts(plain_sample("s", np.arange(10, dtype=np.int32)).with_routed_experts(rows), SPEC)
 
 
 def test_routed_experts_of_another_shape_are_refused():

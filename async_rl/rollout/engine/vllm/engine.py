@@ -30,6 +30,7 @@ import structlog
 from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
+from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.routing_policies import moe_columns
@@ -53,6 +54,9 @@ _CALL_END: dict[str, CallEnd] = {"stop": "stop", "length": "length", "abort": "a
 # vLLM calls its finish reason "error" retryable: a KV block that could not be loaded, for example.
 _MAX_FAILURES = 4
 _BACKOFF_S = 0.1
+
+# What a token's id and log-prob take in vLLM's lists, references included.
+_BYTES_PER_TOKEN = 72
 
 # So many more objects than at the last collection begin the next one. Python's 700 are those of one iteration, which
 # end with it: collections took a fifteenth of the frontend's time per token.
@@ -202,13 +206,19 @@ class VllmEngine:
                 await self._back_off(request_id, failures)
             elif not (call.restart and not completion.token_ids):
                 break
-        sampled = np.asarray(completion.token_ids, dtype=np.int32)
-        self._ended_tokens += len(sampled)
+        self._ended_tokens += len(completion.token_ids)
+        # Now: the version may change while the rest is done.
+        versions = self._stamps(call, len(completion.token_ids))
+        nbytes = _BYTES_PER_TOKEN * len(versions) + getattr(completion.routed_experts, "nbytes", 0)
+        return await aside(nbytes, lambda: self._output(completion, versions))
+
+    def _output(self, completion: Any, versions: Int32Array) -> EngineOutput:
+        """Return what a call has sampled. Of vLLM's lists and columns it makes arrays."""
         return EngineOutput(
-            token_ids=sampled,
+            token_ids=np.asarray(completion.token_ids, dtype=np.int32),
             logprobs=_logprobs(completion.logprobs),
-            versions=self._stamps(call, len(sampled)),
-            routed_experts=self._columns(completion.routed_experts) if len(sampled) else None,
+            versions=versions,
+            routed_experts=self._columns(completion.routed_experts) if len(versions) else None,
             finish_reason=_CALL_END[completion.finish_reason],
         )
 
