@@ -33,6 +33,11 @@ def _check_queue(config: RunConfig) -> None:
             f"queue.max_groups is {queue.max_groups}, but a training step needs {required} groups at once "
             f"(trainer.groups_per_step x async_training.require_batches); set it to at least {required}"
         )
+    if queue.copies > 1 and queue.backend == "redis":
+        raise ValueError(
+            f"queue.copies is {queue.copies}, but queue.backend is redis, whose server has every group, and its copies "
+            "if it is set up so; set queue.copies to 1"
+        )
     if queue.redis.ca_file is not None and not queue.redis.url.startswith("rediss://"):
         raise ValueError(
             f"queue.redis.ca_file is set, but queue.redis.url ({queue.redis.url}) does not use TLS; start it with "

@@ -32,7 +32,14 @@ __all__ = [
 ]
 
 # Of the host that computes.
-_COMPUTING = (machine.devices, machine.compiler, machine.cores, machine.memory, machine.shared_memory)
+_COMPUTING = (
+    machine.copies,
+    machine.devices,
+    machine.compiler,
+    machine.cores,
+    machine.memory,
+    machine.shared_memory,
+)
 
 
 def checks(config: RunConfig | None) -> list[Check]:

@@ -16,7 +16,7 @@ from typing import Literal
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
-from async_rl.doctor.placement import counted, listed, misfit, plan_on, processes, too_large
+from async_rl.doctor.placement import counted, kind, listed, misfit, plan, processes, too_large
 from async_rl.errors import ConfigError
 
 _DRIVER_ONLY = "data."
@@ -48,7 +48,7 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     used = used_hosts(needs, hosts, own)
     silent, answering = [host for host in used if host.fault], [host for host in used if not host.fault]
     found = [_answers(silent, answering)]
-    for check in (_versions, _modules, _paths, _runs, _interface, _metrics, _backend):
+    for check in (_versions, _modules, _paths, _runs, _interface, _metrics, _backend, _copies):
         found.extend(check(config, answering, own))
     found.extend(_room(config, needs, answering))
     if needs.device == "cuda":
@@ -252,6 +252,30 @@ def _backend(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) ->
         )
 
 
+def _copies(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iterator[Check]:
+    """Check that there is a second host for the copies of finished groups, and room for them in the object stores."""
+    if config.queue.copies == 1:
+        return
+    store, needed = sum(host.store_bytes for host in hosts), config.queue.max_bytes * config.queue.copies
+    detail = f"{config.queue.copies}: finished groups take up to {needed / GB:.1f} GB in the object stores of all hosts"
+    if len(hosts) == 1:
+        yield Check(
+            "queue.copies",
+            "warn",
+            f"{config.queue.copies}, but the cluster has one host: groups have one copy until another host joins",
+            "join another host, or set queue.copies to 1",
+        )
+    elif store < needed:
+        yield Check(
+            "queue.copies",
+            "warn",
+            f"{detail}, which have {store / GB:.1f} GB: Ray then writes groups to disk",
+            "start Ray with a larger --object-store-memory, or lower queue.max_bytes",
+        )
+    else:
+        yield Check("queue.copies", "ok", f"{detail}, which have {store / GB:.1f} GB")
+
+
 def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     """Check that the run will place every process; on too few CPUs it does, and they slow each other."""
     room = room_of(needs, hosts)
@@ -260,8 +284,9 @@ def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
         needed = sum(need.count * need.size for need in processes(config))
         yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
         return
+    fits = plan(config, [{kind(config): amount} for amount in room.values()]).fits
     fix = f"lower {', '.join(need.settings for need in processes(config))}, or join a larger cluster"
-    yield Check(needs.unit, "warn" if plan_on(config, room).fits else "FAIL", fault, fix)
+    yield Check(needs.unit, "warn" if fits else "FAIL", fault, fix)
 
 
 def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:

@@ -27,6 +27,8 @@ class HostReport:
     """Those of them that no process has now."""
     cpus: int = 0
     """CPUs that Ray distributes; ``cores`` are those of the host."""
+    store_bytes: int = 0
+    """Size of Ray's object store."""
     fault: str = ""
     """Why there is no report."""
     python: str = ""

@@ -59,6 +59,18 @@ def needs(config: RunConfig) -> Needs:
     )
 
 
+def copies(config: RunConfig) -> Iterator[Check]:
+    """Check that finished groups are not to have a second host."""
+    if config.queue.copies > 1:
+        yield Check(
+            "queue.copies",
+            "FAIL",
+            f"{config.queue.copies}, but the run has this host alone, with which every copy would be lost",
+            "set queue.copies to 1, or cluster.address to a Ray cluster of several hosts",
+            ConfigError,
+        )
+
+
 def devices(config: RunConfig) -> Iterator[Check]:
     """Check that there are as many GPUs as the run needs."""
     count = gpu_count()

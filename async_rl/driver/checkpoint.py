@@ -55,8 +55,8 @@ class RunMoment:
 
     state: RunState
     """The state without its files."""
-    queued: dict[str, Any]
-    """References to the messages of finished groups in the object store, by group id."""
+    queued: dict[str, list[Any]]
+    """References to the messages of finished groups in the object store, one for each copy, by group id."""
 
 
 class Checkpointer:
@@ -139,7 +139,7 @@ class Checkpointer:
             canary=None if self._sync.canary.noise is None else asdict(self._sync.canary.noise),
         )
         # With queue.backend redis the payloads are addresses of messages that outlive the run there.
-        return RunMoment(state, {i: payload[0] for i, payload in payloads.items() if isinstance(payload, list)})
+        return RunMoment(state, {i: [*payload] for i, payload in payloads.items() if isinstance(payload, list)})
 
     # -- written ------------------------------------------------------------------------------------------------
 
@@ -212,9 +212,9 @@ class Checkpointer:
                 saved |= written
         return saved
 
-    async def _write_queued(self, partial: Path, references: dict[str, Any]) -> dict[str, SavedGroup]:
+    async def _write_queued(self, partial: Path, payloads: dict[str, list[Any]]) -> dict[str, SavedGroup]:
         async with self._writing_queued:
-            return await queued_groups.write(partial / run_state.QUEUED, references)
+            return await queued_groups.write(partial / run_state.QUEUED, payloads)
 
     async def _trainer_files(self) -> Entries:
         """Return the entries of the trainer's files once all are written. Its ranks train meanwhile."""

@@ -162,7 +162,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _known(nodes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return name, address, id, GPUs and CPUs of each node by its id."""
+    """Return name, address, id, GPUs, CPUs and size of the object store of each node by its id."""
     free, nodes_at = available_resources_per_node(), Counter(node["NodeManagerAddress"] for node in nodes)
     known = {}
     for node in nodes:
@@ -174,6 +174,7 @@ def _known(nodes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "gpus": int(node["Resources"].get("GPU", 0)),
             "free_gpus": int(free.get(node_id, {}).get("GPU", 0)),
             "cpus": int(node["Resources"].get("CPU", 0)),
+            "store_bytes": int(node["Resources"].get("object_store_memory", 0)),
         }
     return known
 

@@ -34,22 +34,21 @@ log = structlog.get_logger(__name__)
 _STREAMS = 4
 
 
-async def write(folder: Path, references: Mapping[str, Any]) -> dict[str, SavedGroup]:
-    """Write the messages at these references, by group id, to new files of ``folder``; return the files by group id.
+async def write(folder: Path, payloads: Mapping[str, Sequence[Any]]) -> dict[str, SavedGroup]:
+    """Write the messages of groups to new files of ``folder``; return the files by group id.
 
-    All hosts write at once, each the messages that it has. A message that is lost with its host is logged and left out.
-    Raises OSError if a file cannot be written.
+    Each message is given by references to its copies, of which one is written: the first that is not lost. All hosts
+    write at once, each the messages that it has. A message that is lost with its hosts is logged and left out. Raises
+    OSError if a file cannot be written.
     """
-    if not references:
+    if not payloads:
         return {}
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-    files = {group_id: f"{number:06}" for number, group_id in enumerate(references)}
-    hosts = await asyncio.to_thread(_by_host, references)
+    files = {group_id: f"{number:06}" for number, group_id in enumerate(payloads)}
     written: dict[str, FileEntry | str] = {}
-    for answers in await asyncio.gather(
-        *(_write_on(host, folder, {files[i]: references[i] for i in ids}) for host, ids in hosts.items())
-    ):
-        written |= answers
+    for number in range(max(map(len, payloads.values()))):
+        left = [i for i, file in files.items() if not isinstance(written.get(file), FileEntry)]
+        written |= await _write_once(folder, {files[i]: payloads[i][number] for i in left if number < len(payloads[i])})
     saved: dict[str, SavedGroup] = {}
     for group_id, file in files.items():
         if isinstance(entry := written[file], FileEntry):
@@ -74,15 +73,26 @@ async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> d
     return {group_id: loaded[group_id] for group_id in files if group_id in loaded}
 
 
+async def _write_once(folder: Path, references: Mapping[str, Any]) -> dict[str, FileEntry | str]:
+    """Have each host write the messages that it has, by file; return the entry of each file, or why there is none."""
+    if not references:
+        return {}
+    hosts = await asyncio.to_thread(_by_host, references)
+    answers = await asyncio.gather(
+        *(_write_on(host, folder, {file: references[file] for file in files}) for host, files in hosts.items())
+    )
+    return {file: answer for each in answers for file, answer in each.items()}
+
+
 def _by_host(references: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the ids of the groups by host, each where its message is."""
+    """Return the files by host, each where its message is."""
     here = ray.get_runtime_context().get_node_id()
     found = ray.experimental.get_object_locations(list(references.values()))
     hosts: dict[str, list[str]] = {}
-    for group_id, reference in references.items():
+    for file, reference in references.items():
         # None for a small message, which the driver's process has, and for one that Ray has moved to a disk.
         places = found.get(reference, {}).get("node_ids") or [here]
-        hosts.setdefault(here if here in places else places[0], []).append(group_id)
+        hosts.setdefault(here if here in places else places[0], []).append(file)
     return hosts
 
 

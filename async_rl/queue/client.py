@@ -2,7 +2,7 @@
 
 Payloads never pass through the queue's process. The client of the driver keeps the reference to each encoded group
 until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there,
-``fetcher`` how it is read.
+``fetcher`` how it is read, ``copies`` how it outlives its host.
 
 Knows Ray, the codec, and the actor's methods.
 """
@@ -35,6 +35,7 @@ from async_rl.runtime.failures import user_facing_error
 from async_rl.types import Group
 
 if TYPE_CHECKING:
+    from async_rl.queue.copies import Copies
     from async_rl.queue.redis_store import RedisGroups
 
 log = structlog.get_logger(__name__)
@@ -43,8 +44,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 Payload = list[Any] | str
-"""[ObjectRef of an encoded group], in a list so that Ray passes the reference on instead of the object; with
-queue.backend redis, the address of the group there."""
+"""[ObjectRef of an encoded group], in a list so that Ray passes the reference on instead of the object, and those of
+its copies with queue.copies 2; with queue.backend redis, the address of the group there."""
 
 
 def open_groups(config: RunConfig, consumer: str) -> RedisGroups | None:
@@ -64,10 +65,15 @@ class QueueClient:
     share the next one: a remote call costs about as much as storing a megabyte.
     """
 
-    def __init__(self, actor: Any, groups: RedisGroups | None = None) -> None:
-        """Wrap the handle of a ``QueueActor``; ``groups`` is the message store with queue.backend redis."""
+    def __init__(self, actor: Any, groups: RedisGroups | None = None, copies: Copies | None = None) -> None:
+        """Wrap the handle of a ``QueueActor``.
+
+        ``groups`` is the message store with queue.backend redis, ``copies`` makes second copies
+        for the driver with queue.copies 2.
+        """
         self.actor = actor
         self._groups = groups
+        self._copies = copies
         self._name = uuid.uuid4().hex[:16]
         self._calls = itertools.count()
         self._payloads: dict[str, Payload] = {}  # {group id: payload}
@@ -96,6 +102,8 @@ class QueueClient:
         """
         if meta.address:
             payload = meta.address
+        elif self._copies is not None and isinstance(payload, list):
+            await self._copies.add(meta.group_id, payload)
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._send())
         position, batch = len(self._outbox), self._gathering
@@ -184,6 +192,8 @@ class QueueClient:
                 self._payloads[meta.group_id] = meta.address
             elif meta.group_id not in self._payloads:
                 await self.return_group(meta.group_id, PAYLOAD_LOST)
+        if self._copies is not None:
+            await self._copies.add_all(self._payloads)
         return max((meta.newest_version for meta in metas), default=-1)
 
     async def checkpointed(self, oldest_step: int) -> None:

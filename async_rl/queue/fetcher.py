@@ -1,8 +1,10 @@
 """Reads the messages of finished groups: ``Fetcher``, for the trainer's ranks and for what the driver shows of groups.
 
-A message lies in the object store of the host whose worker finished the group, or in Redis. It is lost with that host,
-or when another client has deleted it there. That is no failure of the reader: it learns which groups are lost, and the
-queue issues their prompts again.
+A message lies in the object store of the host whose worker finished the group, or in Redis. It is lost with that host
+unless there is a copy on another one, or when another client has deleted it in Redis. That is no failure of the reader:
+it learns which groups are lost, and the queue issues their prompts again.
+
+Of a message with copies one is read: that of this host, or else the first. The next follows only if that one is lost.
 
 Knows Ray and the codec; not the queue's process.
 """
@@ -65,19 +67,23 @@ class Fetcher:
 
         Groups in the object store of another host are read there: their messages, up to gigabytes, stay where they are.
         """
-        references = [payload[0] for _, payload, _ in chosen if not isinstance(payload, str)]
-        found = ray.experimental.get_object_locations(references) if references else {}
+        places = _places([r for _, payload, _ in chosen if not isinstance(payload, str) for r in payload])
         here = ray.get_runtime_context().get_node_id()
 
         def read(group_id: str, payload: Payload, index: int) -> Excerpt:
-            if isinstance(payload, str) or here in found[payload[0]]["node_ids"]:
+            if isinstance(payload, str):
                 return _excerpt(self.messages({group_id: payload})[group_id], index)
-            try:
-                excerpt: Excerpt = ray.get(_EXCERPT.remote(payload[0], index), timeout=timeouts.PAYLOAD_S)
-            except RayError as error:
-                _require_lost(error)
-                raise PayloadLost([group_id]) from error
-            return excerpt
+            for reference in _nearest_first(payload, places):
+                try:
+                    if here in places[reference]:
+                        return _excerpt(self.messages({group_id: [reference]})[group_id], index)
+                    excerpt: Excerpt = ray.get(_EXCERPT.remote(reference, index), timeout=timeouts.PAYLOAD_S)
+                    return excerpt
+                except PayloadLost:
+                    continue
+                except RayError as error:
+                    _require_lost(error)
+            raise PayloadLost([group_id])
 
         # One after the other: for tasks at one time Ray would start as many processes.
         return [read(*each) for each in chosen]
@@ -85,7 +91,7 @@ class Fetcher:
     def _read(self, payloads: Mapping[str, Payload]) -> dict[str, Any]:
         """Return the messages that there are, by group id."""
         addresses = {group_id: payload for group_id, payload in payloads.items() if isinstance(payload, str)}
-        found = _in_memory({i: payload[0] for i, payload in payloads.items() if not isinstance(payload, str)})
+        found = _in_memory({i: payload for i, payload in payloads.items() if not isinstance(payload, str)})
         if addresses:
             stored = self._redis().read(list(addresses.values()))
             found |= {group_id: stored[address] for group_id, address in addresses.items() if address in stored}
@@ -98,8 +104,34 @@ class Fetcher:
         return self._groups
 
 
-def _in_memory(references: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the messages in Ray's object stores that can be read, by group id.
+def _in_memory(payloads: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the messages in Ray's object stores of which a copy can be read, by group id."""
+    places = _places([reference for payload in payloads.values() if len(payload) > 1 for reference in payload])
+    left = {
+        group_id: _nearest_first(payload, places) if len(payload) > 1 else payload
+        for group_id, payload in payloads.items()
+    }
+    found: dict[str, Any] = {}
+    while left:
+        found |= _readable({group_id: references[0] for group_id, references in left.items()})
+        left = {i: references[1:] for i, references in left.items() if i not in found and len(references) > 1}
+    return found
+
+
+def _places(references: Sequence[Any]) -> dict[Any, Sequence[str]]:
+    """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it."""
+    found = ray.experimental.get_object_locations(list(references)) if references else {}
+    return {reference: found.get(reference, {}).get("node_ids") or () for reference in references}
+
+
+def _nearest_first(references: Sequence[Any], places: Mapping[Any, Sequence[str]]) -> list[Any]:
+    """Return references to copies of one message in the order in which they are tried."""
+    here = ray.get_runtime_context().get_node_id()
+    return sorted(references, key=lambda reference: (here not in places[reference], not places[reference]))
+
+
+def _readable(references: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the messages that can be read, by group id.
 
     A message that has an error in its place is lost. So are those that have not come when none has for
     ``timeouts.PAYLOAD_S``: a slow network brings one now and then.

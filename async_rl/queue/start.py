@@ -20,6 +20,7 @@ from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings, PlainState, PromptSource, unusable_prompts
 from async_rl.queue.client import QueueClient, open_groups
+from async_rl.queue.copies import Copies
 from async_rl.queue.journal import FileJournal, Journal
 from async_rl.queue.staleness import window_limit
 from async_rl.runtime import logs
@@ -85,7 +86,8 @@ def start_queue(
     # The broker holds the dataset. Ray does not keep a large argument until the actor restarts, and complains of any
     # reference among the arguments. A pickled reference keeps its object for as long as this process lives.
     actor = actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), open_journal)
-    return QueueClient(actor, open_groups(config, "driver"))
+    copies = Copies(config.resources.device) if config.queue.copies > 1 else None
+    return QueueClient(actor, open_groups(config, "driver"), copies)
 
 
 def _begin(journal: Journal, broker: Broker) -> None:

@@ -66,6 +66,9 @@ class Hosts:
         resources = {"node:__internal_head__": 0.001} if name == "driver" else {name: 1}
         return ray.remote(num_cpus=0, resources=resources)(cls).remote(*arguments)
 
+    def id(self, name):
+        return self._nodes[name].node_id
+
     def kill(self, name):
         """End a host, with all of its processes, as a power cut does."""
         self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
@@ -184,6 +187,13 @@ def make_loop(client, *actors):
     return bare_loop(client, trainers, records, groups=4, ranks=len(actors)), records
 
 
+def hosts_of(client, group_id):
+    """Return the hosts that have each of a group's references."""
+    references = client.payload(group_id)
+    found = ray.experimental.get_object_locations(references)
+    return [set(found[reference]["node_ids"]) for reference in references]
+
+
 async def finished(client, count):
     """Wait until so many groups are queued."""
     async with asyncio.timeout(WITHIN_S):
@@ -214,6 +224,30 @@ async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_t
     assert counts.add_up
     assert (stats.dropped, counts.trained, counts.outstanding) == ({"payload_lost": 3}, 12, 0)
     await asyncio.wait_for(other, WITHIN_S)
+    ray.kill(client.actor)
+
+
+async def test_with_two_copies_no_finished_group_is_lost_with_its_host(hosts, start):
+    cluster = hosts("a", "b")
+    client, config = start(copies=2)
+    producing = produce(client, cluster.start("a", Worker, "w", client.actor))
+    await finished(client, 12)  # as many as the window admits: the worker waits, and its stream has not ended
+    message, copy = hosts_of(client, "0-1.0")
+    assert copy == {cluster.id("b")}
+    assert message <= {cluster.id("a"), cluster.id("b")}, "nothing came to the driver's host"
+    cluster.kill("a")
+    loop, records = make_loop(client, cluster.start("driver", Rank, config))
+    async with asyncio.timeout(WITHIN_S):
+        for step, first_row in enumerate((1, 5, 9), start=1):
+            (trained,) = await loop._streamed_update([])
+            rows = range(first_row, first_row + 4)
+            assert trained == {f"0-{row}.0": bytes(encode(megabyte(ticket_of(row)))) for row in rows}
+            await client.ack(list(trained), step)
+    assert records == []
+    counts, stats = await client.counts(), await client.stats()
+    assert (stats.returned, stats.dropped, counts.trained, counts.outstanding) == ({}, {}, 12, 0)
+    (error,) = await asyncio.gather(producing, return_exceptions=True)
+    assert is_worker_lost(error), error
     ray.kill(client.actor)
 
 

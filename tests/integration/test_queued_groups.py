@@ -60,6 +60,11 @@ class Reader:
     read_message = RolloutActor.read_message
 
 
+def write(folder, references):
+    payloads = {group_id: [reference] for group_id, reference in references.items()}
+    return asyncio.run(asyncio.wait_for(queued_groups.write(folder, payloads), 120))
+
+
 def hosts_of(references):
     found = ray.experimental.get_object_locations(list(references.values()))
     return {group_id: found[reference]["node_ids"] for group_id, reference in references.items()}
@@ -70,7 +75,7 @@ def test_messages_are_written_by_the_host_that_has_them(cluster, tmp_path):
     elsewhere = cluster.other.node_id
     far, near = made_on(elsewhere, (1, 2, 3)), made_on(here, (4, 5))
     small = {"0-6.0": ray.put(message(6, nbytes=100))}
-    saved = asyncio.run(queued_groups.write(tmp_path / "queued", far | near | small))
+    saved = write(tmp_path / "queued", far | near | small)
     for number, (group_id, (file, entry)) in enumerate(saved.items(), start=1):
         assert group_id == f"0-{number}.0"
         written = message(number, nbytes=100 if number == 6 else MESSAGE_BYTES)
@@ -108,13 +113,26 @@ def test_messages_that_are_lost_with_their_host_are_named_and_the_others_written
     far, near = made_on(doomed.node_id, (1, 2)), made_on(here, (3,))
     cluster.remove_node(doomed)
     with capture_logs() as logged:
-        saved = asyncio.run(asyncio.wait_for(queued_groups.write(tmp_path / "queued", far | near), 120))
+        saved = write(tmp_path / "queued", far | near)
     assert list(saved) == ["0-3.0"]
     assert [line["group"] for line in logged if line["event"] == "queued_group_not_saved"] == ["0-1.0", "0-2.0"]
+
+
+def test_a_copy_is_written_of_a_message_that_is_lost_with_its_host(cluster, tmp_path):
+    doomed = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    first, second = made_on(doomed.node_id, (1, 2)), made_on(cluster.other.node_id, (1, 2))
+    cluster.remove_node(doomed)
+    payloads = {group_id: [first[group_id], second[group_id]] for group_id in first}
+    saved = asyncio.run(asyncio.wait_for(queued_groups.write(tmp_path / "queued", payloads), 120))
+    for seed, (file, entry) in enumerate(saved.values(), start=1):
+        assert np.array_equal(np.fromfile(tmp_path / "queued" / file, dtype=np.uint8), message(seed))
+        assert entry.bytes == MESSAGE_BYTES
+    assert list(saved) == ["0-1.0", "0-2.0"]
+    assert set(map(tuple, hosts_of(second).values())) == {(cluster.other.node_id,)}, "they did not come here"
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(cluster, tmp_path):
     (tmp_path / "queued").mkdir()
     (tmp_path / "queued" / "000000").mkdir()  # in the place of the file
     with pytest.raises(IsADirectoryError):
-        asyncio.run(queued_groups.write(tmp_path / "queued", {"0-1.0": ray.put(message(1))}))
+        write(tmp_path / "queued", {"0-1.0": ray.put(message(1))})

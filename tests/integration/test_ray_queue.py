@@ -351,7 +351,8 @@ async def test_messages_of_a_checkpoint_are_written_by_another_process(cluster, 
     sizes = {"0-1.0": 10**6, "0-2.0": 100}  # in the object store, and with the driver's process
     messages = {group_id: np.full(size, 7, np.uint8) for group_id, size in sizes.items()}
     references = {group_id: ray.put(message) for group_id, message in messages.items()}
-    saved = await queued_groups.write(tmp_path / "pipeline" / "queued", references)
+    payloads = {group_id: [reference] for group_id, reference in references.items()}
+    saved = await queued_groups.write(tmp_path / "pipeline" / "queued", payloads)
     assert list(saved) == ["0-1.0", "0-2.0"]
     for group_id, (file, entry) in saved.items():
         content = (tmp_path / "pipeline" / "queued" / file).read_bytes()

@@ -126,6 +126,9 @@ def test_run_name_cannot_leave_its_folder(name):
     ("sections", "keys"),
     [
         ({"queue": {"max_groups": 3}}, ["queue.max_groups", "trainer.groups_per_step"]),
+        ({"queue": {"copies": 2, "backend": "redis"}}, ["queue.copies is 2", "queue.backend is redis"]),
+        ({"queue": {"copies": 3}}, ["queue.copies", "3", "2"]),
+        ({"queue": {"copies": 0}}, ["queue.copies", "0", "1"]),
         ({"trainer": {"parallel": {"dp": 3, "ep": 2}}}, ["trainer.parallel", "ep x etp is 2", "(3)"]),
         ({"trainer": {"parallel": {"vpp": 2}}}, ["trainer.parallel.vpp", "pp is 1"]),
         (

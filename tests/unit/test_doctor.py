@@ -357,6 +357,14 @@ def test_functions_that_cannot_be_loaded(machine, inputs, sections, error):
     assert isinstance(caught.value, AsyncRLError)
 
 
+def test_two_copies_need_a_second_host(machine, inputs, monkeypatch):
+    settings = config(inputs, queue={"copies": 2})
+    with pytest.raises(ConfigError, match=r"^queue\.copies: 2, but the run has this host alone, .*; set queue\.copies"):
+        doctor.require(settings)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "queue.copies" not in {check.name for check in doctor.checks(settings)}
+
+
 def test_a_durable_queue_that_does_not_answer(machine, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(redis_store, "_PING_S", 0.5)
     with socket.socket() as taken:  # bound, and listening to nobody

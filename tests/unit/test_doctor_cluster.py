@@ -155,6 +155,21 @@ def test_a_folder_of_runs_that_is_not_shared():
     assert "cannot be written to on 10.0.0.2" in fault([host(1), host(2, writes_runs=False)])
 
 
+def test_two_copies_of_the_groups_fit_the_object_stores_of_all_hosts():
+    settings = config(queue={"copies": 2, "max_bytes": 3 * GB})
+
+    def found(*stores):
+        hosts = [host(number, store_bytes=size, gpus=16) for number, size in enumerate(stores, start=1)]
+        (check,) = (each for each in judged(hosts, settings=settings) if each.name == "queue.copies")
+        return check.status, check.detail
+
+    detail = "2: finished groups take up to 6.0 GB in the object stores of all hosts, which have "
+    assert found(3 * GB, 3 * GB) == ("ok", f"{detail}6.0 GB")
+    assert found(4 * GB, 1 * GB) == ("warn", f"{detail}5.0 GB: Ray then writes groups to disk")
+    assert found(9 * GB) == ("warn", "2, but the cluster has one host: groups have one copy until another host joins")
+    assert "queue.copies" not in {check.name for check in judged([host(1), host(2)])}
+
+
 def test_modules_of_the_user():
     losses = {"parallel": {"dp": 8}, "loss": {"policy": "my.losses:loss"}}
     settings = config(reward={"function": "my.rewards:score"}, trainer=losses)

@@ -45,6 +45,19 @@ class Store:
         ready = [reference for reference in references if reference in self.values][:1]
         return ready, [reference for reference in references if reference not in ready]
 
+    places, here = {}, "here"
+
+    def get_runtime_context(self):
+        return SimpleNamespace(get_node_id=lambda: self.here)
+
+    @property
+    def experimental(self):
+        return SimpleNamespace(
+            get_object_locations=lambda references: {
+                reference: {"node_ids": self.places[reference]} for reference in references if reference in self.places
+            }
+        )
+
 
 @pytest.fixture
 def reader(monkeypatch):
@@ -124,10 +137,53 @@ def test_a_message_that_redis_has_no_more_is_lost(reader):
 def test_an_excerpt_of_a_lost_group_is_none(reader, monkeypatch):
     """One group is on another host, whose task fails, and one on this host."""
     subject, store = reader(a=LOST, task=LOST)
-    store.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "here")
-    places = {"a": {"node_ids": ["here"]}, "b": {"node_ids": ["there"]}}
-    store.experimental = SimpleNamespace(get_object_locations=lambda _: places)
+    store.places = {"a": ["here"], "b": ["there"]}
     monkeypatch.setattr(fetcher_module, "_EXCERPT", SimpleNamespace(remote=lambda *_: "task"))
     for name in ("a", "b"):
         with pytest.raises(PayloadLost, match=f"group {name}"):
             subject.excerpts([(f"group {name}", [name], 0)])
+
+
+COPIES = {"group a": ["a", "a2"], "group b": ["b", "b2"], "group c": ["c"]}
+
+
+@pytest.mark.parametrize(
+    ("places", "read"),
+    [
+        ({"a": ["x"], "a2": ["y"], "b": ["x"], "b2": ["y"], "c": ["x"]}, ["a", "b", "c"]),
+        ({"a": ["x"], "a2": ["here"], "b": ["x", "here"], "b2": ["here"]}, ["a2", "b", "c"]),
+        ({"a2": ["y"], "b": ["x"]}, ["a2", "b", "c"]),  # what no host has any more comes last
+        ({}, ["a", "b", "c"]),
+    ],
+)
+def test_of_a_message_with_copies_the_nearest_one_is_read_and_no_other(reader, places, read):
+    subject, store = reader(**{name: name.encode() for name in ("a", "a2", "b", "b2", "c")})
+    store.places = places
+    assert list(subject.messages(COPIES).values()) == [name.encode() for name in read]
+    assert store.read == read
+
+
+@pytest.mark.parametrize("first", [LOST, ActorDiedError(), None])
+def test_the_other_copy_is_read_where_the_first_is_lost_or_does_not_come(reader, first):
+    values = {"a": b"1", "a2": b"1", "b": first, "b2": b"2", "c": LOST}
+    subject, store = reader(**{name: value for name, value in values.items() if value is not None})
+    store.places = {"a": ["x"], "a2": ["y"], "b": ["x"], "b2": ["y"]}
+    assert subject.hold(COPIES) == ["group c"]
+    assert store.read == ["a", "b2"], "no second copy of a message that is there"
+    assert subject.messages({"group b": ["b", "b2"]}) == {"group b": b"2"}
+
+
+def test_a_group_is_lost_with_its_last_copy(reader):
+    subject, _ = reader(a=LOST, a2=LOST, b=b"2", b2=b"2", c=b"3")
+    assert subject.hold(COPIES) == ["group a"]
+    with pytest.raises(PayloadLost, match="group a"):
+        subject.messages(COPIES)
+
+
+def test_an_excerpt_is_taken_from_another_copy_where_the_first_is_lost(reader, monkeypatch):
+    subject, store = reader(**{"a2": b"here", "task of b": LOST, "task of b2": "excerpt of b2"})
+    store.places = {"a2": ["here"], "b": ["x"], "b2": ["y"]}
+    monkeypatch.setattr(fetcher_module, "_EXCERPT", SimpleNamespace(remote=lambda name, _: f"task of {name}"))
+    monkeypatch.setattr(fetcher_module, "_excerpt", lambda message, index: f"excerpt of {message.decode()}")
+    chosen = [("group a", ["a", "a2"], 0), ("group b", ["b", "b2"], 0)]
+    assert subject.excerpts(chosen) == ["excerpt of here", "excerpt of b2"]
