@@ -73,6 +73,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.metrics
 	$(BIN)/python -m tests.bench.cluster
+	$(BIN)/python -m tests.bench.hosts_at_scale
 	$(BIN)/python -m tests.bench.scale
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.trainer_memory

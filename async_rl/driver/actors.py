@@ -127,10 +127,10 @@ class TrainerRanks:
         actors = [replica.actor for replica in replicas]
         await self._together("connect", [rank.connect.remote(actors) for rank in self._ranks])
 
-    async def stage_weights(self) -> Mapping[str, Any] | None:
+    async def stage_weights(self) -> Sequence[Mapping[str, Any]] | None:
         """Copy the weights to where replicas take them from, and return what ``RolloutHandle.receive`` needs for it.
 
-        None where ``send_weights`` must be called instead.
+        That is of each replica, in the order in which they were connected. None where ``send_weights`` must be called.
         """
         return await self._together("stage_weights", [rank.stage_weights.remote() for rank in self._ranks])
 
@@ -275,6 +275,10 @@ class RolloutHandle:
     def wake_and_score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]:
         """Do ``wake`` and then ``score``."""
         return _typed(self.actor.wake_and_score.remote(sequences))
+
+    def probed_routing(self) -> Awaitable[list[ExpertIds]]:
+        """Return the routed experts that the last ``wake_and_score`` left behind."""
+        return _typed(self.actor.probed_routing.remote())
 
     def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]:
         """Fingerprint the engine's residual stream layer by layer; None if it cannot."""

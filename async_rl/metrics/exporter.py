@@ -17,6 +17,7 @@ import itertools
 import json
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -179,16 +180,26 @@ class Metrics:
     def observe(self, name: str, value: float, count: int = 1, **labels: str | int) -> None:
         """Add ``count`` equal observations to a histogram."""
         spec = _spec(name, "histogram")
-        key = _labels(spec, labels)
-        at = bisect.bisect_left(spec.buckets, value)
+        self._add(spec, _labels(spec, labels), {bisect.bisect_left(spec.buckets, value): count}, value * count)
+
+    def observe_each(self, name: str, values: Sequence[float]) -> None:
+        """Add one observation of each value to a histogram without labels: tens of thousands within milliseconds."""
+        spec = _spec(name, "histogram")
+        at = Counter(bisect.bisect_left(spec.buckets, value) for value in values)
+        if at:
+            self._add(spec, _labels(spec, {}), at, sum(values))
+
+    def _add(self, spec: MetricSpec, key: LabelValues, counts: Mapping[int, int], total: float) -> None:
+        """Add to a histogram: counts by the index of their bucket, and the sum of what was observed."""
         with self._store.lock:
-            series = self._store.histograms.setdefault(name, {})
+            series = self._store.histograms.setdefault(spec.name, {})
             key = _bounded(series, key)
             histogram = series.get(key)
             if histogram is None:
                 histogram = series[key] = _Histogram(len(spec.buckets))
-            histogram.counts[at] += count
-            histogram.total += value * count
+            for at, count in counts.items():
+                histogram.counts[at] += count
+            histogram.total += total
 
     def serve(
         self, host: str = "127.0.0.1", port: int = 0, run_dir: Path | None = None, *, reached_at: str | None = None

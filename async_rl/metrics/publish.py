@@ -45,8 +45,7 @@ def _publish(metrics: Metrics, spec: MetricSpec, value: Any) -> None:
         for observed, count in value.items():
             metrics.observe(spec.name, observed, count=count)
     else:
-        for observed in value if isinstance(value, tuple) else (value,):
-            metrics.observe(spec.name, observed)
+        metrics.observe_each(spec.name, value if isinstance(value, tuple) else (value,))
 
 
 def _set(metrics: Metrics, spec: MetricSpec, value: Any) -> None:

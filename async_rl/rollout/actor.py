@@ -39,7 +39,8 @@ from async_rl.runtime import logs
 from async_rl.runtime.cores import CoreShare
 from async_rl.runtime.numa import own_cores
 from async_rl.runtime.process import mark_semaphores
-from async_rl.types import Float32Array, Int32Array, Prompt
+from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
+from async_rl.weights.buckets import checksum
 
 if TYPE_CHECKING:
     from async_rl.weights.buckets import Array, Publication
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
+
+# Routed experts of a probe up to this size are sent with its scores, as Ray sends what is small within an answer.
+_SENT_BYTES = 64 * 2**10
 
 # What the engine does with calls under way at a weight sync, by async_training.partial_rollout.mode.
 PAUSE_MODE: dict[str, PauseMode] = {"resume": "abort", "in_flight": "keep", "drain": "wait"}
@@ -76,6 +80,7 @@ class RolloutReplica:
         self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
         self._frozen: tuple[int, Moment] | None = None  # training step and groups of a checkpoint
         self._writing = asyncio.Lock()
+        self._probed: list[ExpertIds] = []  # routed experts of the canary's probe
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -225,13 +230,28 @@ class RolloutReplica:
         return self._checked(scores, sequences)
 
     async def wake_and_score(self, sequences: Sequence[Int32Array]) -> list[Score]:
-        """Do ``wake`` and then ``score``, faster if the engine has a method for both."""
-        if not isinstance(self._engine, ScoresOnResume):
+        """Do ``wake`` and then ``score``, faster if the engine has a method for both.
+
+        Where the routed experts are large, they stay here for ``probed_routing``, with their checksums in the scores:
+        those of all replicas are about the same.
+        """
+        if isinstance(self._engine, ScoresOnResume):
+            with self._waiting_for("score"):
+                scores = await self._engine.resume_and_score(list(sequences))
+            scores = self._checked(scores, sequences)
+        else:
             await self.wake()
-            return await self.score(sequences)
-        with self._waiting_for("score"):
-            scores = await self._engine.resume_and_score(list(sequences))
-        return self._checked(scores, sequences)
+            scores = await self.score(sequences)
+        rows = [np.ascontiguousarray(score.routed_experts) for score in scores if score.routed_experts is not None]
+        self._probed = rows if sum(each.nbytes for each in rows) > _SENT_BYTES else []
+        if not self._probed:
+            return scores
+        kept = zip(scores, self._probed, strict=True)
+        return [Score(score.logprobs, None, left_behind=checksum(each)) for score, each in kept]
+
+    async def probed_routing(self) -> list[ExpertIds]:
+        """Return the routed experts of each sequence that the last ``wake_and_score`` left behind."""
+        return self._probed
 
     def _checked(self, scores: list[Score], sequences: Sequence[Int32Array]) -> list[Score]:
         routed_experts = [score.routed_experts for score in scores if score.routed_experts is not None]

@@ -116,10 +116,11 @@ class TrainerWorker:
         self._outdate_staged_weights()
         return self._trainer.finish_step()
 
-    def stage_weights(self) -> Mapping[str, Any] | None:
+    def stage_weights(self) -> Sequence[Mapping[str, Any]] | None:
         """Copy the weights of now to where replicas take them from, while the engines generate.
 
-        Returns what a replica needs in order to take them; None where ``send_weights`` must be called instead.
+        Returns what each connected replica needs in order to take them; None where ``send_weights`` must be called
+        instead.
         """
         if self._sender is None:
             raise RuntimeError("connect() must be called before stage_weights()")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ import structlog
 from async_rl.config.schema import RunConfig
 from async_rl.models.config import ModelConfig
 from async_rl.types import ExpertIds, Float32Array, Int32Array
+from async_rl.weights.buckets import checksum
 from async_rl.weights.canary import (
     BATCHES,
     CANDIDATES,
@@ -70,6 +71,12 @@ class Expected:
     probe: Sequence[Int32Array]
     logprobs: list[Float32Array]
     """float32[N-1] of each sequence int32[N] of the probe, with the trainer's own routing."""
+    replayed: dict[tuple[int, ...], list[Float32Array]] = field(default_factory=dict)
+    """The same with an engine's routing replayed, by the checksums of that routing."""
+    routing: dict[tuple[int | None, ...], list[ExpertIds]] = field(default_factory=dict)
+    """Routing of engines that was left with them, by its checksums."""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Is held while ``replayed`` or ``routing`` gets another entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +165,8 @@ class CanaryCheck:
             replica, lambda worker: worker.wake_and_score(probe) if paused else worker.score(probe)
         )
         scores, ours = await asyncio.gather(scoring, self._still(expected))
-        report = await self._report(replica, scores, ours.logprobs, replay=replay or self.replays)
+        scores = await self._with_routing(replica, scores, ours)
+        report = await self._report(replica, scores, ours, replay=replay or self.replays)
         return Verdict(report, [score.routed_experts for score in scores])
 
     async def conclude(self, verdicts: Mapping[int, Verdict]) -> Agreement:
@@ -175,9 +183,32 @@ class CanaryCheck:
         """Return ``expected`` if it is of the present probe; else have the trainer compute it again."""
         return expected if expected.probe is self._probe else await self.expect()
 
-    async def _report(
-        self, replica: int, scores: list[Score], native: list[Float32Array], *, replay: bool
-    ) -> CanaryReport:
+    async def _with_routing(self, replica: int, scores: list[Score], ours: Expected) -> list[Score]:
+        """Return the scores with the routed experts that the replica has kept, fetched once of replicas that agree."""
+        key = tuple(score.left_behind for score in scores)
+        if None in key:
+            return scores
+        if key not in ours.routing:
+            async with ours.turn:
+                if key not in ours.routing:
+                    ours.routing[key] = await self._members.on(replica, lambda worker: worker.probed_routing())
+        both = zip(scores, ours.routing[key], strict=True)
+        return [replace(score, routed_experts=rows) for score, rows in both]
+
+    async def _replayed(self, ours: Expected, routed_experts: list[ExpertIds]) -> list[Float32Array]:
+        """Return the trainer's side with an engine's routing replayed, computed once for engines that route alike.
+
+        Engines of one kind do, and a pass of the trainer for each of some hundred replicas takes longer than the rest
+        of a weight sync.
+        """
+        key = tuple(checksum(np.ascontiguousarray(rows)) for rows in routed_experts)
+        if key not in ours.replayed:
+            async with ours.turn:
+                if key not in ours.replayed:
+                    ours.replayed[key] = await self._trainer.logprobs(ours.probe, routed_experts)
+        return ours.replayed[key]
+
+    async def _report(self, replica: int, scores: list[Score], ours: Expected, *, replay: bool) -> CanaryReport:
         """Return how far one replica is from the trainer. Raises WeightSyncMismatch if it is too far."""
         dtype = coarser_dtype(self._config)
         limit = tolerance(self._config, self.noise)
@@ -185,10 +216,10 @@ class CanaryCheck:
         usual, most = (FLOOR[dtype], CEILING[dtype]) if limit is None else (limit, limit)
         logprobs = [score.logprobs for score in scores]
         routed_experts = _routed_experts(scores) or None
-        report = compare(logprobs, native)
+        report = compare(logprobs, ours.logprobs)
         alike = agrees(report, usual)
         if routed_experts is not None and (replay or not alike):
-            replayed = compare(logprobs, await self._trainer.logprobs(self._probe, routed_experts))
+            replayed = compare(logprobs, await self._replayed(ours, routed_experts))
             if alike and not agrees(replayed, most):
                 raise wrong_numbering(replica, replayed, await self._routing_verdict(routed_experts, first=False))
             report = replayed

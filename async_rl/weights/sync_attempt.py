@@ -58,8 +58,8 @@ class Order:
 class _Staged:
     """The trainer's part of a sync, done while the engines generate."""
 
-    update: Mapping[str, Any] | None
-    """What a replica needs in order to take the weights by itself; None where the trainer sends them."""
+    updates: Mapping[int, Mapping[str, Any]] | None
+    """What each connected replica needs in order to take the weights by itself; None where the trainer sends them."""
     expected: Expected
 
 
@@ -109,7 +109,7 @@ class Attempts:
             await opening
             return {}
         sending = None
-        if staged.update is None:
+        if staged.updates is None:
             sending = asyncio.ensure_future(self._send(order, replicas, pausing))
         every = [self._bring(order, replica, pausing[replica], staged, sending) for replica in replicas]
         others = [opening] if sending is None else [opening, sending]
@@ -129,9 +129,10 @@ class Attempts:
         if self._connected != peers:
             await self._of_trainer("connect", self._trainer.connect(list(peers.values())))
             self._connected = dict(peers)
-        update = await self._of_trainer("stage_weights", self._trainer.stage_weights())
-        self.trainer_sends = update is None
-        return _Staged(update, await self._canary.expect())
+        found = await self._of_trainer("stage_weights", self._trainer.stage_weights())
+        self.trainer_sends = found is None
+        updates = None if found is None else dict(zip(self._connected, found, strict=True))
+        return _Staged(updates, await self._canary.expect())
 
     async def _pause(self, order: Order, replica: int) -> None:
         with _timed(order.progress.phases.setdefault(replica, {}), "pause"):
@@ -168,8 +169,8 @@ class Attempts:
         with _timed(phases, "transfer"):
             if sending is not None:
                 await sending
-            elif staged.update is not None:
-                await self._receive(replica, staged.update, order.version)
+            elif staged.updates is not None:
+                await self._receive(replica, staged.updates[replica], order.version)
         with _timed(phases, "canary"):
             verdict = await self._canary.compare(replica, staged.expected, paused=True)
         if order.paused is not None:

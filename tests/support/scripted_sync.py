@@ -13,6 +13,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.interface import Score
+from async_rl.weights.buckets import checksum
 from async_rl.weights.fingerprint import WIDTH
 from async_rl.weights.sync import WeightSync
 
@@ -87,9 +88,18 @@ class Engine(Side):
     def do_pause(self, *, end_calls):
         self.ended_calls = end_calls
 
+    leaves = False  # routed experts with the replica, as it does where they are large
+
     async def wake_and_score(self, sequences):
         await self.wake()
-        return await self.score(sequences)
+        scores = await self.score(sequences)
+        self.probed = [score.routed_experts for score in scores]
+        if not self.leaves:
+            return scores
+        return [Score(score.logprobs, None, left_behind=checksum(score.routed_experts)) for score in scores]
+
+    def do_probed_routing(self):
+        return self.probed
 
     def do_wake(self): ...
     def do_resume(self): ...
@@ -123,7 +133,7 @@ class Trainer(Side):
         self.calls.append("stage_weights")
         self.may_fail("stage_weights")
         self.staged += 1
-        return None if self.sends else {"round": self.staged}
+        return None if self.sends else [{"round": self.staged}] * len(self.workers)
 
     async def send_weights(self, version, only):
         self.calls.append("send_weights")

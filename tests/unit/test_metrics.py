@@ -108,6 +108,7 @@ def test_declarations_follow_the_conventions(spec):
         lambda m: m.set("groups_issued_total", 1),
         lambda m: m.inc("policy_version"),
         lambda m: m.observe("policy_version", 1),
+        lambda m: m.observe_each("policy_version", (1,)),
         lambda m: m.set("policy_version", 1, replica=0),
         lambda m: m.inc("tokens_masked_total", 1),
         lambda m: m.inc("tokens_masked_total", 1, cause="stale"),
@@ -154,6 +155,22 @@ def test_histogram_buckets_are_cumulative_and_weighted(metrics):
     assert samples['async_rl_token_staleness_bucket{le="+Inf"}'] == 8
     assert samples["async_rl_token_staleness_count"] == 8
     assert samples["async_rl_token_staleness_sum"] == 102
+
+
+def test_many_observations_at_once_are_as_many_one_by_one(metrics):
+    values = [0, 8, 9, 250, 40_000, 250]
+    with Metrics("pipeline") as other:
+        for value in values:
+            other.observe("response_tokens", value)
+        metrics.observe_each("response_tokens", values[:2])
+        metrics.observe_each("response_tokens", values[2:])
+        metrics.observe_each("segments_per_trajectory", ())
+        ours, one_by_one = (
+            {name: value for name, value in exposed(each).items() if name.startswith("async_rl_")}
+            for each in (metrics, other)
+        )
+    assert ours == one_by_one
+    assert ours["async_rl_response_tokens_count"] == 6
 
 
 def test_a_label_value_that_no_longer_occurs_vanishes(metrics):

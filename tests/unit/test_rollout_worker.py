@@ -17,6 +17,7 @@ from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import EngineOutput, Score
 from async_rl.runtime import manifest
 from async_rl.types import Prompt, RoutingSpec
+from async_rl.weights.buckets import checksum
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
 EOS = 0
@@ -473,6 +474,25 @@ async def test_a_paused_replica_is_scored_at_once_where_its_engine_can(kind, cal
     assert len(score.logprobs) == 4
     assert (engine.scored, checked) == ([call], [[5]])
     assert not subject._gate.is_open, "rollouts wait for the canary"
+
+
+@pytest.mark.parametrize("kind", [Scorer, ScorerOnResume])
+async def test_routed_experts_of_a_probe_are_sent_with_its_scores_or_kept_where_they_are_large(kind, monkeypatch):
+    monkeypatch.setattr("async_rl.rollout.actor.check_probe", lambda *_: None)
+    subject, _ = worker(scripted(kind=kind), ListQueue(0))
+    small, large = ([np.arange(n, dtype=np.int32)] * 2 for n in (100, 10_000))
+    for sequences, kept in ((small, False), (large, True), (small, False)):
+        await subject.pause()
+        scores = await subject.wake_and_score(sequences)
+        rows = await subject.probed_routing()
+        assert [len(score.logprobs) for score in scores] == [len(s) - 1 for s in sequences]
+        if kept:
+            assert [score.routed_experts for score in scores] == [None, None]
+            assert [score.left_behind for score in scores] == [checksum(each) for each in rows]
+            assert [len(each) for each in rows] == [9_999, 9_999]
+        else:
+            assert [(len(score.routed_experts), score.left_behind) for score in scores] == [(99, None)] * 2
+            assert rows == []
 
 
 class Late(ScriptedEngine):

@@ -48,6 +48,59 @@ async def test_in_bfloat16_the_engines_routing_is_replayed_at_every_sync():
         assert trainer.calls.count("logprobs") == passes
 
 
+async def test_engines_that_route_alike_cost_the_trainer_one_pass_together():
+    """A pass for each of some hundred replicas would take longer than the rest of a weight sync."""
+    subject, trainer, engines = fleet(4, model={"path": "m", "dtype": "bfloat16"})
+    await subject.run(1)
+    assert trainer.calls.count("logprobs") == 2, "its own routing, and that of the engines"
+    # Weights are new at each sync, so nothing of the one before may be used.
+    engines[2].renumber = 1
+    trainer.calls.clear()
+    await subject.run(2)
+    assert trainer.calls.count("logprobs") == 3, "an engine that routes in another way needs its own"
+
+
+async def test_routed_experts_that_are_large_are_fetched_once_of_engines_that_route_alike():
+    subject, trainer, engines = fleet(4, model={"path": "m", "dtype": "bfloat16"})
+    await subject.begin()
+    for engine in engines.values():
+        engine.leaves = True
+    trainer.calls.clear()
+    record = await subject.run(1)
+    assert sum(engine.calls.count("probed_routing") for engine in engines.values()) == 1
+    assert (trainer.calls.count("logprobs"), record.canary) == (2, 0.0)
+    engines[3].renumber = 1
+    await subject.run(2)
+    assert sum(engine.calls.count("probed_routing") for engine in engines.values()) == 3
+
+
+async def test_a_replica_that_dies_before_it_gives_its_routed_experts_is_named_and_the_others_are_synced():
+    subject, _, engines = fleet(3)
+    for engine in engines.values():
+        engine.leaves = True
+    engines[0].dead = "probed_routing"
+    with pytest.raises(ReplicaFailed, match="rollout-0"):
+        await subject.run(1)
+    assert [engine.calls.count("resume") for engine in engines.values()] == [0, 1, 1]
+
+
+async def test_each_replica_takes_what_was_staged_for_it():
+    subject, trainer, engines = fleet(3)
+    taken = {}
+    for replica, engine in engines.items():
+        engine.do_receive = lambda update, version, replica=replica: taken.update({replica: update})
+
+    async def stage_weights():
+        return [{"file of": list(engines.values()).index(engine)} for engine in trainer.workers]
+
+    trainer.stage_weights = stage_weights
+    subject.members = dict(reversed(subject.members.items()))
+    await subject.run(1)
+    subject.members = dict(reversed(subject.members.items()))  # the same replicas, connected in the other order
+    await subject.run(2)
+    assert taken == {replica: {"file of": replica} for replica in engines}
+
+
 async def test_in_flight_generations_cannot_be_undone_so_nothing_is_tried_again():
     mode = {"async_training": {"partial_rollout": {"mode": "in_flight"}}}
     subject, _ = sync(engine := Engine(wrong=2), **mode)

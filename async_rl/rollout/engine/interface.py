@@ -49,6 +49,8 @@ class Score:
     """float32[N-1], of the tokens after the first, of the distribution at temperature 1."""
     routed_experts: ExpertIds | None
     """[N-1, L, K]; None for a dense model."""
+    left_behind: int | None = None
+    """The xxh3_64 of routed experts that the replica has kept instead, for ``probed_routing``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,10 @@ class SyncClient:
         version = weight_version or str(self.version)
         self._together([handle.update_weight_version.remote(version) for handle in self.handles])
 
+    def by_worker(self, update_info: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what each of ``all_handles`` needs of an update, for the caller to send."""
+        return [update_info] * len(self.all_handles)
+
     def _together(self, calls: list[Any], timeout_s: float | None = None) -> list[Any]:
         """Return the results of all calls. Raises what the first one raised that failed, and GetTimeoutError."""
         try:
@@ -138,6 +142,10 @@ class HostsSyncClient(SyncClient):
             ) from None
         return {"by_host": {host: asdict(file) for host, file in zip(first, announced, strict=True)}}
 
+    def by_worker(self, update_info: dict[str, Any]) -> list[dict[str, Any]]:
+        # To each its own host's file: those of all hosts for all workers would grow with the square of the hosts.
+        return [update_info["by_host"][self._hosts[handle]] for handle in self.all_handles]
+
 
 class WeightSender:
     """Transfers ``source`` to the connected rollout actors at each ``send``.
@@ -171,18 +179,18 @@ class WeightSender:
         """Note that the weights change, so that those staged before are not sent again."""
         self._staged.outdate()
 
-    def stage(self) -> dict[str, Any] | None:
+    def stage(self) -> list[dict[str, Any]] | None:
         """Do what of the next ``send`` needs no engine, so that engines generate meanwhile.
 
-        Returns the update that each engine can take by itself; None if it needs ``send``, and on ranks that do not
-        send.
+        Returns the update that each connected engine can take by itself; None if they need ``send``, and on ranks that
+        do not send.
         """
-        if self._engine is None:
+        if self._engine is None or self._client is None:
             raise RuntimeError("connect() must be called before stage()")
         if self._config.sync_backend == "nccl":  # sends from the GPU's memory
             return None
         update: dict[str, Any] | None = self._engine.stage()
-        return update
+        return None if update is None else self._client.by_worker(update)
 
     def send(self, version: int, only: int | None = None) -> None:
         """Transfer the weights as ``version`` to every rollout actor, or to the one at index ``only`` alone."""
