@@ -260,7 +260,16 @@ def _room(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     fix = f"lower {', '.join(dict.fromkeys(need.settings for need in needs.processes))}, or join a larger cluster"
     if fault is None:
         needed = sum(need.count * need.size for need in needs.processes)
-        yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
+        detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed"
+        if needs.elastic:
+            detail += (
+                f" for {counted(needs.processes[0].count, 'engine')} (rollout.replicas.min) and the trainer; "
+                f"{needs.fitting(room)[0].count} fit of {needs.most_engines} (max), the others wait for hosts"
+            )
+        yield Check(needs.unit, "ok", detail)
+    elif needs.elastic and misfit(room, needs.processes[1:], needs.unit) is None:
+        detail = f"{fault}; the trainer fits, and the run waits for hosts, for watchdog.abort_s at most"
+        yield Check(needs.unit, "warn", detail, "nothing, if an autoscaler or a scheduler adds hosts")
     else:
         yield Check(needs.unit, "FAIL" if needs.device == "cuda" else "warn", fault, fix)
 

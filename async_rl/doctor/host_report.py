@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from async_rl.doctor.packing import Need, counted, pack
@@ -57,6 +57,8 @@ class Needs:
 
     device: Literal["cpu", "cuda"]
     processes: tuple[Need, ...]
+    """Engines first; of engines that come and go with their hosts, the fewest."""
+    most_engines: int = 0
     memory_bytes: int = 0
     """Memory of all processes on CPU."""
     shm_bytes: int = 0
@@ -68,6 +70,20 @@ class Needs:
     def unit(self) -> str:
         """What a process takes of a host: GPUs, or on CPU one of Ray's CPUs for each thread."""
         return "GPUs" if self.device == "cuda" else "CPUs"
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the run may have more engines than it needs."""
+        return self.most_engines > self.processes[0].count
+
+    def fitting(self, room: Mapping[str, int]) -> tuple[Need, ...]:
+        """Return the processes with as many engines, of those that the run may have, as fit hosts with this room."""
+        engines, *others = self.processes
+        for count in range(self.most_engines, engines.count, -1):
+            more = (replace(engines, count=count), *others)
+            if not pack(room, more).left:
+                return more
+        return self.processes
 
 
 def used_hosts(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> list[HostReport]:
@@ -84,7 +100,8 @@ def room_of(needs: Needs, hosts: Sequence[HostReport]) -> dict[str, int]:
 def table(needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> str:
     """Return a table with a line per host: what it has, and which processes fit there."""
     used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
-    placed = pack(room_of(needs, [host for host in hosts if host.name in used]), needs.processes).placed
+    room = room_of(needs, [host for host in hosts if host.name in used])
+    placed = pack(room, needs.fitting(room)).placed
     rows: list[tuple[str, ...]] = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
     for host in hosts:
         if host.fault:

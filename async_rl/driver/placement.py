@@ -49,9 +49,9 @@ class Shares:
 def plan(config: RunConfig, hosts: Sequence[Resources]) -> Plan:
     """Return what the run reserves on a cluster of hosts with these resources.
 
-    The blocks are the largest for which blocks and engines fit. On CPUs that are too few, processes share cores, as
-    they do on one host. If nothing fits, the plan is for hosts that are still to come; where none has a GPU yet, blocks
-    are the tensor-parallel groups.
+    The blocks are the largest for which blocks and engines fit, of engines that come and go the fewest. On CPUs that
+    are too few, processes share cores, as they do on one host. If nothing fits, the plan is for hosts that are still to
+    come; where none has a GPU yet, blocks are the tensor-parallel groups.
     """
     if config.resources.device == "cuda":
         kind, rank, engine, most_per_unit = "GPU", 1, config.rollout.tensor_parallel_size, 1
@@ -64,7 +64,7 @@ def plan(config: RunConfig, hosts: Sequence[Resources]) -> Plan:
     for sharing in range(1, most_per_unit + 1):
         for block in _block_sizes(sizes, int(largest * sharing / rank)):
             candidate = _plan(kind, block, world_size(sizes) // block, rank * block / sharing, engine / sharing, room)
-            if _fits(candidate, kind, room, config.rollout.replicas):
+            if _fits(candidate, kind, room, config.rollout.replica_range.min):
                 return candidate
             found = found or candidate
     assert found is not None

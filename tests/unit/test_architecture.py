@@ -25,6 +25,7 @@ PURE = {
     "async_rl.doctor.host_report",
     "async_rl.doctor.packing",
     "async_rl.driver.checkpoint_schedule",
+    "async_rl.driver.fleet",
     "async_rl.driver.placement",
     "async_rl.driver.shares",
     "async_rl.driver.watchdog",

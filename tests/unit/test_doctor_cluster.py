@@ -181,6 +181,27 @@ def test_too_few_gpus_on_every_host(gpus, needed, line):
     assert fault(hosts, needed).startswith(f"GPUs: {line}; lower rollout.replicas, trainer.parallel, or join")
 
 
+def test_of_a_run_whose_replicas_come_and_go_the_trainer_must_fit_and_the_table_shows_how_many_engines_do():
+    hosts, layout = [host(1), host(2)], {"rollout": {"replicas": {"min": 1, "max": 9}, "tensor_parallel_size": 4}}
+    settings = config(**layout, trainer={"parallel": {"dp": 6}}, resources={"device": "cuda"})
+    needed = probes.needs(settings)
+    (check,) = [check for check in judged(hosts, needed, settings) if check.name == "GPUs"]
+    assert check.detail == (
+        "16 on 2 hosts, 10 needed for 1 engine (rollout.replicas.min) and the trainer; 2 fit of 9 (max), the others "
+        "wait for hosts"
+    )
+    assert check.status == "ok"
+    assert "2 engines" in table(needed, hosts, hosts[0])
+    waits = judged(hosts[:1], needed, settings)
+    assert warnings(waits) == [
+        "GPUs: 8 GPUs in all (10.0.0.1: 8), but 10 are needed for 1 engine of 4 and 6 trainer ranks; the trainer fits, "
+        "and the run waits for hosts, for watchdog.abort_s at most"
+    ]
+    assert not doctor.failed(waits), "an autoscaler adds hosts for what waits"
+    few = host(1, gpus=4, free_gpus=4)
+    assert fault([few], needed, settings, few).startswith("GPUs: 4 GPUs in all")
+
+
 def test_gpus_that_others_use_are_a_warning():
     found = judged([host(1, free_gpus=3), host(2)])
     assert warnings(found) == [

@@ -136,6 +136,12 @@ def test_blocks_of_one_host_are_neighbours_and_the_same_hosts_give_the_same_rank
     assert bundle_order(moved) == order
 
 
+def test_of_engines_that_come_and_go_the_fewest_decide_how_the_trainer_is_cut():
+    assert gpu_plan([8], parallel={"tp": 2, "cp": 2}, replicas={"min": 2, "max": 64}, engine_gpus=2).block == 4
+    shared = cpu_plan([2], replicas={"min": 1, "max": 64})
+    assert (shared.per_block, shared.per_replica) == ({"CPU": 1}, {"CPU": 1})
+
+
 def test_what_a_group_needs_is_said():
     assert needs([{"GPU": 8.0}]) == "8 GPU on one host"
     assert needs([{"GPU": 4.0}] * 2) == "2 x 4 GPU, each on one host"
