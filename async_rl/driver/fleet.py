@@ -30,7 +30,8 @@ class Fleet:
         self.needed = needed
         self._patience_s = patience_s
         self._states: dict[str, State] = {}  # of those that have moved
-        self._count: dict[State, int] = dict.fromkeys(STATES, 0) | {"waiting": replicas.max}
+        self._count = dict.fromkeys(STATES, 0)
+        self._count["waiting"] = replicas.max
         self._watched = False
         self._short_since: float | None = None
 

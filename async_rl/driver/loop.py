@@ -165,7 +165,8 @@ class TrainingLoop:
     async def _start(self) -> None:
         """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
         await wait_started(self._places.reserved(), self._config.watchdog, self._recorder.event, self._places.free)
-        starting = {"trainer": self._trainers.start(self._found), **self._replicas.starting()}
+        starting = self._replicas.starting()
+        starting["trainer"] = self._trainers.start(self._found)
         await wait_started(starting, self._config.watchdog, self._recorder.event, self._places.free)
         self._replicas.begin()
         if self._found is not None:

@@ -212,7 +212,8 @@ class Places:
 
         ``12 CPU, 4 GPU (10.0.0.1: 4 CPU, 4 GPU; 10.0.0.2: 8 CPU, 0 GPU; not placed: rollout-1, 8 GPU on one host)``
         """
-        free, named = await asyncio.to_thread(ray.available_resources), []
+        free = await asyncio.to_thread(ray.available_resources)
+        named: list[str] = []
         if not self.one_host:
             by_host = await asyncio.to_thread(_free_by_host)
             named += _first([f"{host}: {placement.amounts(left)}" for host, left in by_host], "hosts")

@@ -98,7 +98,8 @@ class ReplicaSupervisor:
         while not condition():
             self._new_waiting.clear()
             new = asyncio.ensure_future(self._new_waiting.wait())
-            await asyncio.wait([new, self._failed], return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[Any]] = [new, self._failed]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             new.cancel()
             if self._failed.done():
                 self._failed.result()
