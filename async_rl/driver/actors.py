@@ -380,10 +380,11 @@ class RolloutWorkers:
         """
         asked = dict(self.workers)
         calls = {replica: asyncio.ensure_future(worker.stats()) for replica, worker in asked.items()}
-        done, _ = await asyncio.wait(calls.values(), timeout=timeout_s)
-        self.silent = [replica for replica, call in calls.items() if call not in done]
+        if calls:  # none while no replica has a host
+            await asyncio.wait(calls.values(), timeout=timeout_s)
+        self.silent = [replica for replica, call in calls.items() if not call.done()]
         for replica, call in calls.items():
-            if call not in done:
+            if not call.done():
                 call.cancel()
             elif (error := call.exception()) is None:
                 if asked[replica] is self.workers.get(replica):

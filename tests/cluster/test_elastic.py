@@ -151,34 +151,3 @@ def test_invariant_5_a_run_grows_with_its_hosts_and_goes_on_without_them_and_no_
     while hosts.groups("REMOVED") < len(placement_group_table()) or hosts.taken:
         assert time.monotonic() < deadline, f"the run left {placement_group_table()}, {hosts.taken} CPUs taken"
         time.sleep(0.2)
-
-
-def test_invariant_5_a_run_that_has_lost_all_of_its_replicas_continues_when_a_host_comes(hosts, start, tmp_path):
-    only = hosts.add()
-    run = start(1, 2)
-    run.wait_for_step(2)
-    hosts.kill(only)
-    wait_for(run, working=0, waiting=2)
-    (short, _) = run.events("replicas_short")
-    assert (short["present"], short["needed"]) == (0, 1)
-    hosts.add()
-    wait_for(run, working=1, waiting=1)
-    wait_for_more(run, 2)
-    run.process.terminate()
-    assert run.wait() == 130, run.output
-    check(run, tmp_path, scripted=True)
-
-
-def test_on_one_host_as_many_replicas_run_as_have_room(start_run):
-    """A run that starts a cluster of its own: one CPU for the trainer, and one for each engine."""
-    most = os.cpu_count() + 2
-    run = start_run(
-        rollout__engine=SCRIPTED, rollout__replicas__min=1, rollout__replicas__max=most, trainer__steps=8, eval__n=1
-    )
-    room = os.cpu_count() - 1
-    wait_for(run, working=room, waiting=most - room)
-    assert run.wait() == 0, run.output
-    run.assert_nothing_left()
-    groups = run.summary["groups"]
-    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
-    assert len(run.rows[-1]["replica_versions"]) == room

@@ -105,6 +105,10 @@ async def test_the_counters_of_a_replica_that_has_left_stay_and_go_on_when_it_co
     subject.remove(1)
     assert (given_up, list(subject.workers)) == ([1], [0])
     assert [(stats.groups, stats.gone) for stats in await subject.stats(1.0)] == [(3, False), (7, True)]
+    kept = dict(subject.workers)
+    subject.workers.clear()
+    assert [stats.groups for stats in await subject.stats(1.0)] == [7], "no replica has a host"
+    subject.workers |= kept
     monkeypatch.setattr(actors, "start_rollout_worker", lambda config, replica, *_: Stats(replica, groups=2, version=9))
     subject.replace(1)
     assert [(stats.groups, stats.gone, stats.version) for stats in await subject.stats(1.0)] == [
