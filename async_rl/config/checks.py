@@ -86,10 +86,17 @@ def _check_rollout(config: RunConfig) -> None:
 
 
 def _check_recovery(config: RunConfig) -> None:
-    needed, replicas = config.recovery.min_replicas, config.rollout.replicas
-    if needed > replicas:
+    """Raise ValueError where a run would start with fewer replicas than it may continue with."""
+    needed, replicas = config.recovery.min_replicas, config.rollout.replica_range
+    if replicas.min > replicas.max:
         raise ValueError(
-            f"recovery.min_replicas is {needed}, but rollout.replicas is {replicas}; set it to {replicas} at most"
+            f"rollout.replicas.min is {replicas.min}, more than rollout.replicas.max ({replicas.max}); set min to "
+            f"{replicas.max} at most, or raise max"
+        )
+    if needed is not None and needed > replicas.min:
+        key = "rollout.replicas.min" if config.rollout.elastic else "rollout.replicas"
+        raise ValueError(
+            f"recovery.min_replicas is {needed}, but {key} is {replicas.min}; set it to {replicas.min} at most"
         )
 
 

@@ -10,7 +10,8 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -153,9 +154,9 @@ def _field(key: str) -> FieldInfo | None:
     *sections, leaf = key.split(".")
     for part in sections:
         info = section.model_fields.get(part)
-        if info is None or not is_section(info.annotation):
+        section = None if info is None else _section_in(info.annotation)
+        if section is None:
             return None
-        section = info.annotation
     info = section.model_fields.get(leaf)
     return None if info is None or is_section(info.annotation) else info
 
@@ -163,6 +164,15 @@ def _field(key: str) -> FieldInfo | None:
 def is_section(annotation: Any) -> bool:
     """Return whether a field of the tree is a section of further settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _section_in(annotation: Any) -> Any:
+    """Return the section that a field is, or may be in place of a value; None if it cannot be one."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    found = (_section_in(option) for option in options)
+    return annotation if is_section(annotation) else next((section for section in found if section), None)
 
 
 def _is_text(key: str) -> bool:
@@ -176,8 +186,10 @@ def _is_text(key: str) -> bool:
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict) and _field(".".join(sections[:depth])) is not None:
+            inner = tree[section] = {}  # a setting that is a value in the file, and may be a section
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {section} is {_short(inner)} in the file, not a section")
         tree = inner
@@ -193,11 +205,7 @@ def _unknown(key: str) -> str:
 
 
 def _explain(fault: Any) -> str:
-    *section, last = (str(part) for part in fault["loc"] or ("",))
-    key = ".".join((*section, last))
-    setting = _field(".".join(section))
-    if setting is not None and not is_section(setting.annotation):
-        key = ".".join(section)  # Of a setting that takes several types, each has a fault; pydantic names it last.
+    key = _key_of([str(part) for part in fault["loc"]])
     shown = _shown(key)
     if fault["type"] == "extra_forbidden":
         return _unknown(key)
@@ -212,6 +220,16 @@ def _explain(fault: Any) -> str:
         near = difflib.get_close_matches(_short(fault["input"]).strip("'"), choices, n=1)
         message = f"must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{shown}: {_short(fault['input'])} is not valid: {message}"
+
+
+def _key_of(parts: Sequence[str]) -> str:
+    """Return the key of a fault. Of a setting that takes several types, pydantic names one of them after the key."""
+    for number in range(1, len(parts)):
+        setting = _field(".".join(parts[:number]))
+        if setting is not None:
+            within = _section_in(setting.annotation) is not None
+            return ".".join([*parts[:number], *(parts[number + 1 :] if within else ())])
+    return ".".join(parts)
 
 
 def _short(value: Any) -> str:

@@ -70,6 +70,9 @@ def _described(annotation: Any, metadata: list[Any]) -> str:
         return _described(arguments[0], list(arguments[1:]))
     if origin in (Union, UnionType):
         return " or ".join(_described(argument, []) for argument in arguments)
+    if is_section(annotation):
+        fields = annotation.model_fields.items()
+        return "{" + ", ".join(f"`{name}`: {_described(info.annotation, info.metadata)}" for name, info in fields) + "}"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (list, tuple):

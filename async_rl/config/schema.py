@@ -11,7 +11,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from async_rl.config.checks import check_combinations
 
@@ -159,11 +168,30 @@ class EnvironmentSection(Section):
     rollout.min_group_size allows, else its group (counted)."""
 
 
+class ReplicaRange(Section):
+    """How many replicas a run has whose hosts come and go."""
+
+    min: Positive
+    """Replicas with which the run starts."""
+    max: Positive
+    """Replicas that the run asks the cluster for."""
+
+
+def _kind_of_replicas(value: Any) -> str:
+    """Return by which of its two types rollout.replicas is judged, so that a fault is reported once."""
+    return "range" if isinstance(value, dict | ReplicaRange) else "number"
+
+
 class RolloutSection(Section):
     """The rollout engines and how they sample."""
 
-    replicas: Positive = 1
-    """Number of replicas, each a rollout engine with its worker."""
+    replicas: Annotated[
+        Annotated[Positive, Tag("number")] | Annotated[ReplicaRange, Tag("range")], Discriminator(_kind_of_replicas)
+    ] = 1
+    """Number of replicas, each a rollout engine with its worker. Or {min: 2, max: 8} where hosts come and go, as with
+    an autoscaler or preemptible hosts: the run starts with min replicas, asks Ray for places for max, and takes in each
+    further replica once it has a host. Those of a host that goes are asked for again. On the command line:
+    --rollout.replicas.min 2 --rollout.replicas.max 8."""
     engine: EngineName = "vllm"
     """The engine that samples: vllm, or module:Class of one that has the methods of RolloutEngine."""
     dtype: Dtype | None = None
@@ -206,6 +234,18 @@ class RolloutSection(Section):
     """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
     before the run fails; 1 for any."""
     environment: EnvironmentSection = EnvironmentSection()
+
+    @property
+    def replica_range(self) -> ReplicaRange:
+        """The fewest and the most replicas; equal unless rollout.replicas says otherwise."""
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas
+        return ReplicaRange(min=self.replicas, max=self.replicas)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas come and go with their hosts; see rollout.replicas."""
+        return isinstance(self.replicas, ReplicaRange)
 
     @property
     def trajectory_limit(self) -> int:
@@ -416,9 +456,11 @@ class RecoverySection(Section):
     max_restarts: NonNegative = 3
     """How many restarts to allow per process (each rollout worker, queue, trainer) within recovery.period_s. After them
     the run fails, or continues without the rollout worker as recovery.min_replicas says."""
-    min_replicas: Positive = 1
-    """Rollout workers without which a run fails. While at least so many have restarts left, a worker that has none is
-    tried again only once its first restart is recovery.period_s ago."""
+    min_replicas: Positive | None = None
+    """Rollout workers without which a run fails; null for rollout.replicas.min, or 1 where that is not set. While at
+    least so many others have restarts left, a worker that has none is tried again only once its first restart is
+    recovery.period_s ago. With rollout.replicas.min, the run also fails when fewer have had a host for
+    watchdog.abort_s."""
     period_s: PositiveFloat = 3600.0
     """Period of recovery.max_restarts, in seconds; the queue's restarts are counted over the whole run."""
     backoff_s: NonNegativeFloat = 1.0
@@ -542,6 +584,11 @@ class RunConfig(Section):
     def required_groups(self) -> int:
         """Groups that one training step consumes."""
         return self.trainer.groups_per_step * self.async_training.require_batches
+
+    @property
+    def needed_replicas(self) -> int:
+        """Replicas without which the run fails; see recovery.min_replicas."""
+        return self.recovery.min_replicas or (self.rollout.replica_range.min if self.rollout.elastic else 1)
 
     @property
     def streams(self) -> bool:

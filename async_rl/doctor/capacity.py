@@ -100,8 +100,10 @@ def _messages(sizes: Sizes) -> Iterator[Check]:
 
 
 def _places(config: RunConfig, sizes: Sizes) -> Check:
+    rollout = config.rollout
+    fewest = f", {rollout.replica_range.min * rollout.max_num_seqs} with rollout.replicas.min" * rollout.elastic
     detail = (
-        f"{sizes.places} (replicas x max_num_seqs); the staleness budget admits {sizes.outstanding_responses} "
+        f"{sizes.places} (replicas x max_num_seqs{fewest}); the staleness budget admits {sizes.outstanding_responses} "
         f"responses ({sizes.window_groups} groups of {config.rollout.n})"
     )
     if sizes.used_places >= WANTED_PLACES:
@@ -128,7 +130,8 @@ def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:
         )
     tokens = sizes.resumed_tokens
     if not machine.uses_gpu(config):  # What does not fit the KV cache is not running.
-        tokens = min(tokens, config.rollout.replicas * (config.rollout.kv_cache_bytes // kv_token_bytes(config, model)))
+        tokens_per_engine = config.rollout.kv_cache_bytes // kv_token_bytes(config, model)
+        tokens = min(tokens, config.rollout.replica_range.max * tokens_per_engine)
     share = tokens / sizes.window_tokens
     detail = (
         f"up to {tokens:,} tokens (mode resume, {sizes.running_responses} responses half done), "

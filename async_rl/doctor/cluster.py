@@ -16,7 +16,7 @@ from typing import Literal
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
-from async_rl.doctor.placement import counted, kind, listed, misfit, plan, processes, too_large
+from async_rl.doctor.placement import counted, filled, listed, misfit, plan_on, processes, too_large
 from async_rl.errors import ConfigError
 
 _DRIVER_ONLY = "data."
@@ -278,15 +278,24 @@ def _copies(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> It
 
 def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:
     """Check that the run will place every process; on too few CPUs it does, and they slow each other."""
-    room = room_of(needs, hosts)
+    room, replicas = room_of(needs, hosts), config.rollout.replica_range
     fault = misfit(config, room, needs.unit)
     if fault is None:
         needed = sum(need.count * need.size for need in processes(config))
-        yield Check(needs.unit, "ok", f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed")
-        return
-    fits = plan(config, [{kind(config): amount} for amount in room.values()]).fits
-    fix = f"lower {', '.join(need.settings for need in processes(config))}, or join a larger cluster"
-    yield Check(needs.unit, "warn" if fits else "FAIL", fault, fix)
+        detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed"
+        if config.rollout.elastic:
+            fitting = sum(load.engines for load in filled(config, room).values())
+            detail += (
+                f" for {counted(replicas.min, 'engine')} (rollout.replicas.min) and the trainer; {fitting} fit of "
+                f"{replicas.max} (max), the others wait for hosts"
+            )
+        yield Check(needs.unit, "ok", detail)
+    elif config.rollout.elastic and not plan_on(config, room).fits and plan_on(config, room, engines=0).fits:
+        detail = f"{fault}; the trainer fits, and the run waits for hosts, for watchdog.abort_s at most"
+        yield Check(needs.unit, "warn", detail, "nothing, if an autoscaler or a scheduler adds hosts")
+    else:
+        fix = f"lower {', '.join(need.settings for need in processes(config))}, or join a larger cluster"
+        yield Check(needs.unit, "warn" if plan_on(config, room).fits else "FAIL", fault, fix)
 
 
 def _gpus(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]:

@@ -167,13 +167,16 @@ def engine_memory(config: RunConfig, model: ModelConfig | None, parameters: Para
     return base + config.rollout.kv_cache_bytes + (parameters.total + head) * itemsize
 
 
-def run_memory(config: RunConfig, model: ModelConfig | None, parameters: Parameters) -> RunMemory:
-    """Estimate a run on CPU; without a model, what it takes before weights."""
+def run_memory(
+    config: RunConfig, model: ModelConfig | None, parameters: Parameters, engines: int | None = None
+) -> RunMemory:
+    """Estimate a run on CPU; without a model, what it takes before weights. ``engines``: None for the fewest."""
+    engines = config.rollout.replica_range.min if engines is None else engines
     ranks = world_size(config.trainer.parallel)
     rank = None if model is None else trainer_memory(config, model, parameters, gpu=False)
     return RunMemory(
         driver=DRIVER_BYTES,
-        engines=config.rollout.replicas * engine_memory(config, model, parameters),
+        engines=engines * engine_memory(config, model, parameters),
         trainer=ranks * (TRAINER_BYTES + (0 if rank is None else rank.fixed)),
         microbatch=0 if rank is None else ranks * (rank.activations + rank.logits),
         shared_weights=shared_weights(config, parameters),

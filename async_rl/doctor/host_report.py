@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor.placement import Load, counted, plan_on
+from async_rl.doctor.placement import Load, counted, filled
 
 GB = 10**9
 
@@ -87,7 +87,7 @@ def table(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     """Return a table with a line per host: what it has, and which processes of the run come there."""
     used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
     room = room_of(needs, [host for host in hosts if host.name in used])
-    loads = dict(zip(room, plan_on(config, room).loads, strict=True))
+    loads = filled(config, room)
     rows: list[tuple[str, ...]] = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
     for host in hosts:
         if host.fault:

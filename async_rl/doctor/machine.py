@@ -85,12 +85,30 @@ def devices(config: RunConfig) -> Iterator[Check]:
             )
         yield Check("device", "ok", "CPU")
         return
-    needed = config.rollout.replicas * config.rollout.tensor_parallel_size + world_size(config.trainer.parallel)
-    detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank)"
+    needed = config.rollout.replica_range.min * config.rollout.tensor_parallel_size
+    needed += world_size(config.trainer.parallel)
+    detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank){_elastic(config, count)}"
     if count < needed:
         yield Check("device", "FAIL", detail, "lower rollout.replicas, or set resources.device to cpu")
     else:
         yield Check("device", "ok", detail)
+
+
+def _engines_with_room(config: RunConfig, units: int) -> int:
+    """Return how many engines a run with rollout.replicas.min begins with on ``units`` GPUs or cores of one host."""
+    rollout, resources, ranks = config.rollout, config.resources, world_size(config.trainer.parallel)
+    each, rank = (
+        (rollout.tensor_parallel_size, 1) if uses_gpu(config) else (resources.engine_threads, resources.trainer_threads)
+    )
+    return max(rollout.replica_range.min, min(rollout.replica_range.max, (units - ranks * rank) // each))
+
+
+def _elastic(config: RunConfig, units: int) -> str:
+    """Return what becomes of rollout.replicas.min and max on this host, to be appended; empty without them."""
+    replicas, here = config.rollout.replica_range, _engines_with_room(config, units)
+    if not config.rollout.elastic:
+        return ""
+    return f"; {here} replicas run here (rollout.replicas.min {replicas.min}, max {replicas.max}), the others wait"
 
 
 def compiler(config: RunConfig) -> Iterator[Check]:
@@ -136,9 +154,10 @@ def cores(config: RunConfig) -> Iterator[Check]:
                 f"{threads} threads for one process, but this machine has {count} usable cores",
                 f"set it to at most {count}",
             )
-    needed = config.rollout.replicas * resources.engine_threads
+    needed = config.rollout.replica_range.min * resources.engine_threads
     needed += world_size(config.trainer.parallel) * resources.trainer_threads
     detail = f"{count} usable, {needed} wanted (replicas x engine_threads + ranks x trainer_threads)"
+    detail += _elastic(config, count)
     if needed <= count:
         yield Check("cores", "ok", detail)
     else:
@@ -173,7 +192,8 @@ def memory(config: RunConfig) -> Iterator[Check]:
         if model is not None:
             yield _memory_of_rank(estimate.trainer_memory(config, model, parameters, gpu=True))
         return
-    needed, free = estimate.run_memory(config, model, parameters), available_memory()
+    engines = _engines_with_room(config, len(available_cores()))
+    needed, free = estimate.run_memory(config, model, parameters, engines), available_memory()
     detail = f"{free / GB:.1f} GB available, about {needed.total / GB:.1f} GB needed"
     if model is None:
         detail += ", and what the model takes, which cannot be read yet"
@@ -247,7 +267,8 @@ def ports(config: RunConfig) -> Iterator[Check]:
     """Check that the ports for /metrics of driver, replicas and ranks are free."""
     host, first = config.metrics.host or "127.0.0.1", config.metrics.port
     # On a cluster, only the driver is sure to be on this host.
-    others = 0 if config.cluster.joined_address else config.rollout.replicas + world_size(config.trainer.parallel)
+    processes = config.rollout.replica_range.max + world_size(config.trainer.parallel)
+    others = 0 if config.cluster.joined_address else processes
     wanted = range(first, first + 1 + others) if first else range(1)
     for port in wanted:
         try:

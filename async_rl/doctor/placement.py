@@ -74,8 +74,11 @@ def kind(config: RunConfig) -> str:
     return "GPU" if config.resources.device == "cuda" else "CPU"
 
 
-def processes(config: RunConfig) -> tuple[Need, Need]:
-    """Return what the engines and the trainer's ranks need, for a run whose device is known."""
+def processes(config: RunConfig, engines: int | None = None) -> tuple[Need, Need]:
+    """Return what the engines and the trainer's ranks need, for a run whose device is known.
+
+    ``engines`` is their number; None for that of the run, of engines that come and go for the fewest.
+    """
     rollout, resources = config.rollout, config.resources
     engine, rank = rollout.tensor_parallel_size, 1
     settings = "rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel"
@@ -83,34 +86,54 @@ def processes(config: RunConfig) -> tuple[Need, Need]:
         engine, rank = resources.engine_threads, resources.trainer_threads
         settings = "rollout.replicas or resources.engine_threads", "trainer.parallel or resources.trainer_threads"
     return (
-        Need("engine", rollout.replicas, engine, settings[0]),
+        Need("engine", rollout.replica_range.min if engines is None else engines, engine, settings[0]),
         Need("trainer rank", world_size(config.trainer.parallel), rank, settings[1]),
     )
 
 
-def plan(config: RunConfig, hosts: Sequence[Resources]) -> Plan:
-    """Return what the run reserves on a cluster of hosts with these resources.
+def plan(config: RunConfig, hosts: Sequence[Resources], engines: int | None = None) -> Plan:
+    """Return what the run reserves on a cluster of hosts with these resources; ``engines`` as for ``processes``.
 
     The blocks are the largest for which blocks and engines fit. On CPUs that are too few, processes share cores, as
     they do on one host. If nothing fits, the plan is for hosts that are still to come; where none has a GPU yet, blocks
     are the tensor-parallel groups.
     """
     room = [host.get(kind(config), 0.0) for host in hosts]
-    candidates = _candidates(config, room)
+    candidates = _candidates(config, room, processes(config, engines))
     first = next(candidates)
     if first.fits:
         return first
     return next((found for found in candidates if found.fits), replace(first, loads=_unshared(config, room)))
 
 
-def plan_on(config: RunConfig, room: Mapping[str, float]) -> Plan:
+def plan_on(config: RunConfig, room: Mapping[str, float], engines: int | None = None) -> Plan:
     """Return the plan for hosts with so much room each, by name: GPUs, or on CPU Ray's CPUs."""
-    return plan(config, [{kind(config): amount} for amount in room.values()])
+    return plan(config, [{kind(config): amount} for amount in room.values()], engines)
 
 
-def _candidates(config: RunConfig, room: Sequence[float]) -> Iterator[Plan]:
+def filled(config: RunConfig, room: Mapping[str, float]) -> dict[str, Load]:
+    """Return the processes of each host once all engines have come that may come and find room there."""
+    found = plan_on(config, room)
+    loads = dict(zip(room, found.loads, strict=True))
+    if not found.fits:
+        return loads
+    (unit,) = found.per_replica
+    engine, block = found.per_replica[unit], found.per_block[unit]
+    left = {
+        host: room[host] - load.engines * engine - load.ranks // found.block * block for host, load in loads.items()
+    }
+    for _ in range(config.rollout.replica_range.max - config.rollout.replica_range.min):
+        host = max(left, key=left.__getitem__)
+        if left[host] + 1e-9 < engine:
+            break
+        left[host] -= engine
+        loads[host] = replace(loads[host], engines=loads[host].engines + 1)
+    return loads
+
+
+def _candidates(config: RunConfig, room: Sequence[float], needs: tuple[Need, Need]) -> Iterator[Plan]:
     """Yield the possible plans, the best first."""
-    unit, (engine, rank), sizes = kind(config), processes(config), config.trainer.parallel
+    unit, (engine, rank), sizes = kind(config), needs, config.trainer.parallel
     largest = max(room, default=0) or sizes.tp * rank.size
     # On hosts that are alike the trainer leaves whole hosts to the engines. Else it could take those that they need.
     alike = len({amount for amount in room if amount}) <= 1

@@ -39,7 +39,7 @@ class Sizes:
     outstanding_responses: int
     """Responses of the groups that may be outstanding."""
     places: int
-    """Sequences that all engines together decode at once."""
+    """Sequences that all engines together decode at once, with rollout.replicas.max of them."""
     running_responses: int
     """Responses that can be in the engines at one moment."""
     resumed_tokens: int
@@ -79,7 +79,7 @@ def worst_case(config: RunConfig, model: ModelConfig) -> Sizes:
         config.required_groups, training.staleness_threshold, training.trigger_parameter_sync_step
     )
     outstanding = window_groups * rollout.n
-    places = rollout.replicas * rollout.max_num_seqs
+    places = rollout.replica_range.max * rollout.max_num_seqs
     running = min(places, outstanding)
     return Sizes(
         routing_bytes=routing_bytes,

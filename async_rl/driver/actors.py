@@ -326,7 +326,7 @@ class RolloutHandle:
 
 
 class RolloutWorkers:
-    """One rollout worker per replica, by replica number. The counters of workers that have died are kept."""
+    """The rollout worker of each replica that has one, by number. The counters of workers that have died are kept."""
 
     def __init__(self, config: RunConfig, queue: Any, places: Places) -> None:
         self._config = config
@@ -338,49 +338,66 @@ class RolloutWorkers:
         self._last: dict[int, WorkerStats] = {}
         self.workers: dict[int, RolloutHandle] = {}
 
-    def create(self) -> dict[int, RolloutHandle]:
-        """Create a worker for each replica, at places that are reserved; they are not started yet."""
-        self.workers = {replica: self._make(replica) for replica in range(self._config.rollout.replicas)}
-        return self.workers
-
     @property
     def actors(self) -> list[Any]:
         return [worker.actor for worker in self.workers.values()]
 
+    async def placed(self, replica: int) -> None:
+        """Return once a replica has a place; see ``Places.placed``."""
+        await self._places.placed(replica)
+
+    async def has_left(self, replica: int, error: BaseException) -> bool:
+        """Return whether the host of a worker that died of ``error`` is gone; see ``Places.has_left``."""
+        return await self._places.has_left(replica, error)
+
+    async def until_gone(self, replica: int) -> None:
+        """Return once the host of a replica is gone; see ``Places.until_gone``."""
+        await self._places.until_gone(replica)
+
     def replace(self, replica: int) -> RolloutHandle:
-        """End a worker and create another in its place, which is not started yet."""
+        """Create a worker at the place of its replica, which is not started yet. An earlier one is ended."""
+        self._end(replica)
+        place = self._places.of_replica(replica)
+        self.workers[replica] = start_rollout_worker(self._config, replica, self._queue, place)
+        return self.workers[replica]
+
+    def remove(self, replica: int) -> None:
+        """Give up the worker of a replica, and its place, because its host is gone."""
+        self._end(replica)
+        self.workers.pop(replica, None)
+        self._places.give_up(replica)
+
+    def _end(self, replica: int) -> None:
         self.kill(replica)
         if (last := self._last.pop(replica, None)) is not None:
             self._ended[replica] = _sum(last, self._ended.get(replica))
-        self.workers[replica] = self._make(replica)
-        return self.workers[replica]
 
     def kill(self, replica: int) -> None:
-        """End a worker's process, and its engine with it. Calls of it that are under way fail."""
-        ray.kill(self.workers[replica].actor)
+        """End a worker's process, if there is one, and its engine with it. Calls of it that are under way fail."""
+        if replica in self.workers:
+            ray.kill(self.workers[replica].actor)
 
     async def stats(self, timeout_s: float) -> list[WorkerStats]:
-        """Return each replica's counters, including those of workers that were replaced since.
+        """Return each replica's counters, including those of workers that are gone by now.
 
         A worker that does not respond within ``timeout_s`` is reported as it last was.
         """
         asked = dict(self.workers)
         calls = {replica: asyncio.ensure_future(worker.stats()) for replica, worker in asked.items()}
-        done, _ = await asyncio.wait(calls.values(), timeout=timeout_s)
-        self.silent = [replica for replica, call in calls.items() if call not in done]
+        if calls:  # none while no replica has a host
+            await asyncio.wait(calls.values(), timeout=timeout_s)
+        self.silent = [replica for replica, call in calls.items() if not call.done()]
         for replica, call in calls.items():
-            if call not in done:
+            if not call.done():
                 call.cancel()
             elif (error := call.exception()) is None:
-                if asked[replica] is self.workers[replica]:
+                if asked[replica] is self.workers.get(replica):
                     self._last[replica] = call.result()
             elif not is_worker_lost(error):
                 raise error
-        known = {replica: self._last.get(replica, WorkerStats(replica)) for replica in self.workers}
-        return [_sum(stats, self._ended.get(replica)) for replica, stats in known.items()]
-
-    def _make(self, replica: int) -> RolloutHandle:
-        return start_rollout_worker(self._config, replica, self._queue, self._places.of_replica(replica))
+        gone = {replica: WorkerStats(replica, gone=True) for replica in self._ended}
+        known = gone | {replica: self._last.get(replica, WorkerStats(replica)) for replica in self.workers}
+        return [_sum(stats, self._ended.get(replica)) for replica, stats in sorted(known.items())]
 
 
 def _typed(call: Awaitable[T]) -> Awaitable[T]:
@@ -392,7 +409,7 @@ def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
     """Add up the counters; momentary values are those of ``stats``, the later ones."""
     if before is None:
         return stats
-    momentary = {"replica", "version", "running_trajectories"}
+    momentary = {"replica", "gone", "version", "running_trajectories"}
     names = [field.name for field in dataclasses.fields(stats) if field.name not in momentary]
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
 

@@ -245,7 +245,8 @@ class Checkpointer:
         """
         state = await asyncio.to_thread(run_state.read, found)
         self.latest_step = state.step
-        workers = list(self._rollouts.workers.values())
+        # Not those that are still being started.
+        workers = [self._rollouts.workers[replica] for replica in self._sync.members]
         for group_id, message in (await queued_groups.load(state.queued, workers)).items():
             self._queue.hold(group_id, [message])
         newest = await self._queue.recover(state.step)
@@ -267,7 +268,7 @@ class Checkpointer:
 
     async def _adopt(self, state: RunState) -> list[str]:
         """Spread the groups in flight over the replicas. Returns the ids of those that are resumed."""
-        groups, replicas = list(state.in_flight.items()), list(self._rollouts.workers)
+        groups, replicas = list(state.in_flight.items()), list(self._sync.members)
         shares = {replica: dict(groups[index :: len(replicas)]) for index, replica in enumerate(replicas)}
         for replica, share in shares.items():
             await self._queue.adopt(worker_id(replica), share)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from async_rl.config.schema import RunConfig
-from async_rl.runtime.cores import CoreShare
+from async_rl.runtime.cores import CoreShare, HostCores
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +19,26 @@ class Shares:
     """By rank."""
 
 
-def core_shares(config: RunConfig, replicas: Mapping[int, str], ranks: Sequence[str]) -> Shares:
+def core_shares(
+    config: RunConfig, replicas: Mapping[int, str], ranks: Sequence[str], given: HostCores | None = None
+) -> Shares:
     """Give engines and trainer ranks cores of their own on their hosts, engines first.
 
-    ``replicas`` and ``ranks`` name the host of each. GPU hosts have more cores than processes, whose helper threads
-    (autograd, NCCL, the driver's) need some too: no process has cores of its own there (``runtime.numa``).
+    ``replicas`` and ``ranks`` name the host of each. ``given`` are the cores that they have by now; those that stay on
+    their host keep them. GPU hosts have more cores than processes, whose helper threads (autograd, NCCL, the driver's)
+    need some too: nothing is bound there.
     """
     if not config.resources.pin_cores or config.resources.device == "cuda":
         return Shares({}, {})
-    engine_threads, trainer_threads = config.resources.engine_threads, config.resources.trainer_threads
-    taken: dict[str, int] = {}
-
-    def take(host: str, threads: int) -> int:
-        first = taken.get(host, 0)
-        taken[host] = first + threads
-        return first
-
-    engines = {replica: take(host, engine_threads) for replica, host in replicas.items()}
-    trainers = {rank: take(host, trainer_threads) for rank, host in enumerate(ranks)}
+    given = HostCores() if given is None else given
+    engines = {f"engine {replica}": host for replica, host in replicas.items()}
+    trainers = {f"rank {rank}": host for rank, host in enumerate(ranks)}
+    given.keep(engines | trainers)
+    for process, host in engines.items():
+        given.give(process, host, config.resources.engine_threads)
+    for process, host in trainers.items():
+        given.give(process, host, config.resources.trainer_threads)
     return Shares(
-        {replica: CoreShare(first, engine_threads, taken[replicas[replica]]) for replica, first in engines.items()},
-        {rank: CoreShare(first, trainer_threads, taken[ranks[rank]]) for rank, first in trainers.items()},
+        {replica: given.share(process) for replica, process in zip(replicas, engines, strict=True)},
+        {rank: given.share(process) for rank, process in enumerate(trainers)},
     )

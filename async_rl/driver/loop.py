@@ -4,9 +4,9 @@
                      ▲                                                      │
                      └──────────────── WeightSync, version v+1 ◄────────────┘
 
-Three kinds of coroutines run at once in the driver's event loop: the training loop; ``ReplicaSupervisor.supervise`` for
-each replica, which submits finished groups to the queue and replaces the worker when it dies; and the monitor, which
-publishes the actors' counters. The first one that raises ends the run.
+Three kinds of coroutines run at once in the driver's event loop: the training loop; the life of each replica
+(``ReplicaSupervisor``), which submits finished groups to the queue and replaces the worker when it dies; and the
+monitor, which publishes the actors' counters. The first one that raises ends the run.
 
     loop              waits for                                    unblocked by
     rollout           admission (staleness budget)                 a weight sync, or a group that is given back
@@ -16,7 +16,7 @@ publishes the actors' counters. The first one that raises ends the run.
                       (trainer.streaming: one, or one per rank)
     update            the weight sync of the step before           its end
     weight sync       generations in flight (mode drain only)      their end
-    restarted worker  current weights                              the training loop, while it waits for groups
+    new worker        current weights                              the training loop, while it waits for groups
 
 What can die, and what follows: docs/concepts/reliability.md. Checkpoints: ``driver.checkpoint``.
 """
@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -53,7 +53,6 @@ from async_rl.metrics.records import StepReport
 from async_rl.models.config import read_model_config
 from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
-from async_rl.rollout.stats import worker_id
 from async_rl.runtime import timeouts
 from async_rl.runtime.interrupt import first_failure
 from async_rl.types import Prompt
@@ -151,8 +150,8 @@ class TrainingLoop:
             if self._found is None:
                 await self._evaluator.evaluate(self._pusher.version, self._step)
             self._recorder.training_begins()
-            supervised = (self._replicas.supervise(replica) for replica in self._rollouts.workers)
             self._training = True
+            supervised = self._replicas.training()
             await first_failure(self._train(), self._monitor.run(), self._checkpointer.watch(), *supervised)
             self._training = False
             if not self._stopping:
@@ -160,16 +159,16 @@ class TrainingLoop:
         finally:
             self._evaluator.cancel()
             self._pusher.cancel()
+            self._replicas.close()
             await self._shut_down()
 
     async def _start(self) -> None:
         """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
         await wait_started(self._places.reserved(), self._config.watchdog, self._recorder.event, self._places.free)
-        workers = self._rollouts.create()
-        starting: dict[str, Awaitable[None]] = {"trainer": self._trainers.start(self._found)}
-        starting |= {worker_id(replica): worker.start() for replica, worker in workers.items()}
+        starting = self._replicas.starting()
+        starting["trainer"] = self._trainers.start(self._found)
         await wait_started(starting, self._config.watchdog, self._recorder.event, self._places.free)
-        self._sync.members = dict(workers)
+        self._replicas.begin()
         if self._found is not None:
             self._pusher.version = await self._checkpointer.restore(self._found)
         agreement = await self._sync.begin()

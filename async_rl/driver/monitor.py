@@ -116,6 +116,7 @@ class Monitor:
             refusal=None if queue is None else queue.refusal,
             unresponsive=[*silent, *(["the queue"] if stats is None else [])],
             restarting=[worker_id(r) for r in self._rollouts.workers if r not in self._sync.members],
+            without_host=self._config.rollout.replica_range.max - len(self._rollouts.workers),
         )
         if queue is None:
             return 0.0, snapshot

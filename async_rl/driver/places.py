@@ -3,11 +3,17 @@
 One group is the trainer's, with a bundle per block of ranks, and one each rollout worker's. They outlive the actors in
 them, so that an actor which replaces another comes back at its place; bundles of a lost host are placed again by Ray.
 ``doctor.placement`` decides what is in them. This module reserves it and looks where it came to be.
+
+A run whose replicas come and go (``config.rollout.elastic``) has groups on one host too. Those of its first replicas
+are reserved with the trainer's. Those of the others are asked for once the trainer has its place, and wait for hosts as
+long as the run lasts: Ray's autoscaler starts hosts for groups that wait, and Ray places them by itself when a host
+joins. Nothing is polled for them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,16 +28,22 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import placement
 from async_rl.doctor.placement import Resources
 from async_rl.driver.core_shares import Shares, core_shares
+from async_rl.driver.host_watch import HostWatch
 from async_rl.rollout.stats import worker_id
-from async_rl.runtime.cores import CoreShare
+from async_rl.runtime.cores import CoreShare, HostCores
+from async_rl.runtime.failures import is_host_lost
 from async_rl.trainer.parallel import world_size
 
 log = structlog.get_logger(__name__)
 
 TRAINER = "trainer"
 
-# Hosts that a message names with what they have left.
-_NAMED_HOSTS = 8
+# Hosts that a message names with what they have left, and groups that it names because they are not placed.
+_NAMED = 8
+
+# For so long a worker that cannot be reached may turn out to be gone with its host, for which Ray takes this long where
+# the host's connections are refused. Its restart is not counted then.
+_CONCLUDED_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +57,34 @@ class Place:
 
 
 class Places:
-    """The places of a run's actors; begins to reserve them where the run has joined a cluster."""
+    """The places of a run's actors; begins to reserve them, unless a run on one host has a fixed number of replicas."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._ranks = world_size(config.trainer.parallel)
-        self._replicas = range(config.rollout.replicas)
+        self._replicas = config.rollout.replica_range
+        self._elastic = config.rollout.elastic
         self.one_host = config.cluster.joined_address is None
         """Whether all processes of the run are on the driver's host."""
         self._block = self._ranks
+        self._per_replica: dict[str, float] = {}
         self._groups: dict[str, PlacementGroup] = {}
-        # The host of each bundle, where it was last seen: on one host, that one.
-        self._hosts: dict[str, list[str]] = {name: [""] for name in (TRAINER, *map(worker_id, self._replicas))}
-        if not self.one_host:
+        # The host of each bundle that is placed, where it was last seen: on one host, that one.
+        self._hosts: dict[str, list[str]] = {TRAINER: [""]}
+        self._cores = HostCores()
+        self._watch = HostWatch()
+        self._trainer_placed, self._trainer_missing = asyncio.Event(), asyncio.Event()
+        if self.one_host and not self._elastic:
+            self._hosts |= {worker_id(replica): [""] for replica in range(self._replicas.max)}
+        else:
             self._reserve()
 
     def _reserve(self) -> None:
         plan = placement.plan(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        self._block = plan.block
+        self._block, self._per_replica = plan.block, plan.per_replica
         trainer = {TRAINER: ([plan.per_block] * plan.blocks, "PACK")}
-        replicas = {worker_id(replica): ([plan.per_replica], "STRICT_PACK") for replica in self._replicas}
+        first = map(worker_id, range(self._replicas.min))
+        replicas = {name: ([plan.per_replica], "STRICT_PACK") for name in first}
         for name, (bundles, strategy) in (trainer | replicas if plan.trainer_first else replicas | trainer).items():
             self._groups[name] = ray.util.placement_group(bundles, strategy=strategy)
         log.info("places_reserved", blocks=plan.blocks, ranks_per_block=plan.block, replicas=len(replicas))
@@ -79,16 +99,84 @@ class Places:
         table = await asyncio.to_thread(ray.util.placement_group_table, group)
         by_bundle = table["bundles_to_node_id"]
         self._hosts[name] = [by_bundle[bundle] for bundle in sorted(by_bundle)]
+        if name == TRAINER:
+            self._trainer_missing.clear()
+            self._trainer_placed.set()
+
+    async def placed(self, replica: int) -> None:
+        """Return once a replica has a place, which an elastic run asks for here unless the replica has one.
+
+        While the trainer has none, no other is asked for: a replica must not take the host that the trainer waits for.
+        """
+        name = worker_id(replica)
+        if self._elastic:
+            if name in self._hosts and await self._watch.is_gone(self._hosts[name][0]):
+                self.give_up(replica)
+            while not await self._placed_after_trainer(name):
+                self.give_up(replica)
+        elif name in self._groups:
+            await self._placed(name)
+
+    async def _placed_after_trainer(self, name: str) -> bool:
+        """Return once a group is placed, or the trainer has lost its place before: whether the group is placed."""
+        await self._trainer_placed.wait()
+        if name not in self._groups:
+            self._groups[name] = ray.util.placement_group([self._per_replica], strategy="STRICT_PACK")
+            log.info("replica_waiting", replica=name, needs=needs([self._per_replica]))
+        placing = asyncio.ensure_future(self._placed(name))
+        missing = asyncio.ensure_future(self._trainer_missing.wait())
+        try:
+            await asyncio.wait([placing, missing], return_when=asyncio.FIRST_COMPLETED)
+            if placing.done():
+                placing.result()
+            return placing.done()
+        finally:
+            placing.cancel()
+            missing.cancel()
+
+    def give_up(self, replica: int) -> None:
+        """Give the place of a replica back, and end what is still in it.
+
+        Ray would place the group of a lost host again by itself. But as long as no host has room for it, Ray tries this
+        one again without a pause, and no other group.
+        """
+        self._hosts.pop(worker_id(replica), None)
+        if (group := self._groups.pop(worker_id(replica), None)) is not None:
+            ray.util.remove_placement_group(group)
+
+    async def has_left(self, replica: int, error: BaseException) -> bool:
+        """Return whether the host of a replica of an elastic run is gone, whose worker died of ``error``."""
+        host = self._hosts.get(worker_id(replica))
+        if not self._elastic or host is None:
+            return False
+        if await self._watch.is_gone(host[0]):
+            return True
+        if is_host_lost(error) or is_host_lost(error.__cause__):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._watch.gone(host[0]), _CONCLUDED_S)
+                return True
+        return False
+
+    async def until_gone(self, replica: int) -> None:
+        """Return once the host of a replica of an elastic run is gone. Otherwise never return."""
+        if self._elastic:
+            await self._watch.gone(self._hosts[worker_id(replica)][0])
+        else:
+            await asyncio.Event().wait()
 
     async def of_trainer(self) -> list[Place]:
         """Return the place of each rank once all of them have one, also after Ray had to find others for some."""
         if TRAINER in self._groups:
+            table = await asyncio.to_thread(ray.util.placement_group_table, self._groups[TRAINER])
+            if table["state"] != "CREATED":
+                self._trainer_placed.clear()
+                self._trainer_missing.set()
             await self._placed(TRAINER)
         shares, bundles = self._shares().trainers, self._bundles()
         return [Place(shares.get(rank), self._options(TRAINER, bundle)) for rank, bundle in enumerate(bundles)]
 
     def of_replica(self, replica: int) -> Place:
-        """Return the place of a replica. Where its bundle is to be placed again, Ray creates the actor afterwards."""
+        """Return the place of a replica, which it has; see ``placed``."""
         return Place(self._shares().engines.get(replica), self._options(worker_id(replica), 0))
 
     def _bundles(self) -> list[int]:
@@ -98,8 +186,12 @@ class Places:
 
     def _shares(self) -> Shares:
         ranks = [self._hosts[TRAINER][bundle] for bundle in self._bundles()]
-        replicas = {replica: self._hosts[worker_id(replica)][0] for replica in self._replicas}
-        return core_shares(self._config, replicas, ranks)
+        replicas = {
+            replica: hosts[0]
+            for replica in range(self._replicas.max)
+            if (hosts := self._hosts.get(worker_id(replica))) is not None
+        }
+        return core_shares(self._config, replicas, ranks, self._cores)
 
     def _options(self, name: str, bundle: int) -> dict[str, Any]:
         if name not in self._groups:
@@ -123,24 +215,28 @@ class Places:
         ``12 CPU, 4 GPU (10.0.0.1: 4 CPU, 4 GPU; 10.0.0.2: 8 CPU, 0 GPU; not placed: rollout-1, 8 GPU on one host)``
         """
         free = await asyncio.to_thread(ray.available_resources)
-        if self.one_host:
-            return amounts(free)
-        by_host = await asyncio.to_thread(_free_by_host)
-        named = [f"{host}: {amounts(left)}" for host, left in by_host[:_NAMED_HOSTS]]
-        if len(by_host) > _NAMED_HOSTS:
-            named.append(f"and {len(by_host) - _NAMED_HOSTS} more hosts")
+        named: list[str] = []
+        if not self.one_host:
+            by_host = await asyncio.to_thread(_free_by_host)
+            named += _first([f"{host}: {amounts(left)}" for host, left in by_host], "hosts")
         if waiting := await asyncio.to_thread(self._waiting):
-            named.append("not placed: " + ", ".join(waiting))
-        return f"{amounts(free)} ({'; '.join(named)})"
+            named.append("not placed: " + ", ".join(_first(waiting, "groups")))
+        return amounts(free) + (f" ({'; '.join(named)})" if named else "")
 
     def _waiting(self) -> list[str]:
         """Return the groups that are not placed, each with what it needs."""
-        tables = {name: ray.util.placement_group_table(group) for name, group in self._groups.items()}
+        tables = {name: ray.util.placement_group_table(group) for name, group in list(self._groups.items())}
         return [
             f"{name}, {needs(list(table['bundles'].values()))}"
             for name, table in tables.items()
             if table["state"] != "CREATED"
         ]
+
+
+def _first(items: list[str], what: str) -> list[str]:
+    """Return the items that a message names; of many, the first ones and how many more there are."""
+    more = len(items) - _NAMED
+    return items if more <= 0 else [*items[:_NAMED], f"and {more} more {what}"]
 
 
 def _free_by_host() -> list[tuple[str, dict[str, float]]]:

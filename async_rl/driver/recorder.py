@@ -15,6 +15,7 @@ from typing import Any, Self
 import structlog
 
 from async_rl.config.schema import RunConfig
+from async_rl.driver.fleet import State
 from async_rl.driver.run_state import RunState
 from async_rl.driver.samples import Leased, SampleWriter
 from async_rl.driver.step_record import RunMeter
@@ -170,9 +171,10 @@ class Recorder:
         """Count the restart of a process of this kind, which died."""
         self._metrics.inc("process_restarts_total", process=process)
 
-    def replicas_lost(self, count: int) -> None:
-        """Publish how many replicas the run continues without, because their restarts are spent."""
-        self._metrics.set("rollout_replicas_lost", count)
+    def replicas(self, counts: Mapping[State, int]) -> None:
+        """Publish how many replicas do what; the run continues without those whose restarts are spent."""
+        self._metrics.set_all("rollout_replicas", None, dict(counts))
+        self._metrics.set("rollout_replicas_lost", counts["lost"])
 
     @property
     def queue(self) -> QueueStats | None:

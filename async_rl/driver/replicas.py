@@ -1,7 +1,12 @@
 """The rollout workers at work: submits the groups that they finish to the queue, and replaces a worker that dies.
 
 A worker is a *member* (``WeightSync.members``) while it has the current weights. Weight syncs and evaluations go to
-members. A restarted worker waits until the training loop brings it to the current version, or to the next one.
+members. A worker that was restarted, or whose replica came later than the run began, waits until the training loop
+brings it to the current version, or to the next one.
+
+Each replica has a coroutine of its own, its *life*, from the start of the run to its end. Where replicas come and go
+with their hosts (``config.rollout.elastic``), it waits for a host first, and again whenever the host has left. That is
+not counted as a restart (``recovery.max_restarts``).
 
 A worker's end has one owner, its ``supervise``: whatever else finds a replica that does not respond only evicts it.
 Does not know the training loop.
@@ -10,6 +15,8 @@ Does not know the training loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -39,9 +46,65 @@ class ReplicaSupervisor:
         self._sync = sync
         self._recovery = recovery
         self._recorder = recorder
-        self._waiting: dict[int, asyncio.Future[None]] = {}  # restarted replicas, until they have weights
+        self._lives: list[asyncio.Future[None]] = []
+        self._failed: asyncio.Future[None]  # that of the first life that raised
+        self._first: frozenset[int] = frozenset()  # replicas with which the run began
+        self._begun = False
+        self._sampling = asyncio.Event()
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # replicas that have started, until they have weights
         self._new_waiting = asyncio.Event()
         self._evicted: dict[int, asyncio.Future[ReplicaFailed]] = {}  # read by ``supervise`` of the replica
+
+    # -- the start of the run -----------------------------------------------------------------------------------
+
+    def starting(self) -> dict[str, Awaitable[None]]:
+        """Begin to bring up every replica. Returns waits, by name, for those with which the run begins.
+
+        A wait raises what bringing up any replica raises.
+        """
+        least, most = self._recovery.fleet.replicas.min, self._recovery.fleet.replicas.max
+        self._failed = asyncio.get_running_loop().create_future()
+        self._lives = [asyncio.ensure_future(self._live(replica)) for replica in range(most)]
+        for life in self._lives:
+            life.add_done_callback(self._life_ended)
+        if least < most:
+            return {f"{least} of {most} rollout workers": self._until(lambda: len(self._waiting) >= least)}
+        return {worker_id(each): self._until(partial(self._waiting.__contains__, each)) for each in range(most)}
+
+    def begin(self) -> None:
+        """Make members of the replicas that have started: their engines have loaded what the trainer begins with."""
+        self._begun, self._first = True, frozenset(self._waiting)
+        for replica in self._first:
+            self._sync.members[replica] = self._rollouts.workers[replica]
+        self.on_sync_done()
+
+    def training(self) -> list[Awaitable[None]]:
+        """Let the replicas sample. Returns what raises when one of them, or all together, cannot continue."""
+        self._sampling.set()
+        return [*self._lives, self._recovery.watch()]
+
+    def close(self) -> None:
+        """Bring no replica up any more, because the run ends."""
+        for life in self._lives:
+            life.cancel()
+
+    def _life_ended(self, life: asyncio.Future[None]) -> None:
+        if not life.cancelled() and (error := life.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # it may be that nothing waits for it
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Return once a condition on the waiting replicas holds. Raises what bringing up any replica has raised."""
+        while not condition():
+            self._new_waiting.clear()
+            new = asyncio.ensure_future(self._new_waiting.wait())
+            waited: list[asyncio.Future[Any]] = [new, self._failed]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            new.cancel()
+            if self._failed.done():
+                self._failed.result()
+
+    # -- weights ------------------------------------------------------------------------------------------------
 
     async def admit(self, version: int) -> None:
         """Bring the workers that wait to ``version``, which the members have. No member is paused for it."""
@@ -62,7 +125,9 @@ class ReplicaSupervisor:
                 self._has_weights(replica)
 
     def _has_weights(self, replica: int) -> None:
-        self._waiting.pop(replica).set_result(None)
+        # It waits no longer if its host has left meanwhile.
+        if (joined := self._waiting.pop(replica, None)) is not None:
+            joined.set_result(None)
 
     async def stop(self) -> None:
         """End all rollouts, because training is over. The engines can still evaluate."""
@@ -73,6 +138,23 @@ class ReplicaSupervisor:
             await self._sync.on(replica, lambda worker: worker.stop())
         except ReplicaFailed as error:
             self.evict(error)
+
+    # -- the life of a replica ----------------------------------------------------------------------------------
+
+    async def _live(self, replica: int) -> None:
+        """Bring a replica up, now or when it has a host, and supervise it."""
+        name = worker_id(replica)
+        try:
+            await self._start(replica, None)
+            if replica not in self._first:
+                self._joined(name)
+        except Exception as error:
+            # Settings that no engine starts with end a run at its start.
+            if not (self._begun and _may_be_tried_again(error)) and not await self._rollouts.has_left(replica, error):
+                raise
+            await self._replace(replica, error, {})
+        await self._sampling.wait()
+        await self.supervise(replica)
 
     async def supervise(self, replica: int) -> None:
         """Submit the groups that a replica finishes; replace its worker when the worker or its engine dies."""
@@ -111,24 +193,74 @@ class ReplicaSupervisor:
         """Start another worker, hand it the groups in flight that could be saved, and wait until it has weights."""
         name = worker_id(replica)
         while True:
-            lost = await self._queue.worker_lost(name, keep=list(saved))
-            await self._recovery.wait(name, error, reissued=len(lost), resumed=len(saved))
+            kept = await self._after_death(replica, error, saved)
             try:
-                worker = self._rollouts.replace(replica)
-                await worker.start()
-                await self.hand_over(replica, saved)
-                joined = self._waiting[replica] = asyncio.get_running_loop().create_future()
-                self._new_waiting.set()
-                await joined
-                self._recorder.event("worker_restarted", replica=name)
-                return
+                await self._start(replica, kept)
             except Exception as next_error:
                 # An engine that fails to start may succeed once its predecessor has released its resources.
-                cause = unwrap_ray_error(next_error)
-                if not (is_worker_lost(next_error) or isinstance(cause, ReplicaFailed | EngineError)):
+                if not _may_be_tried_again(next_error):
                     raise
                 error = next_error
                 self._rollouts.kill(replica)
+            else:
+                if kept is None:
+                    self._joined(name)
+                else:
+                    self._recorder.event("worker_restarted", replica=name)
+                return
+
+    async def _after_death(self, replica: int, error: BaseException, saved: dict[str, Any]) -> dict[str, Any] | None:
+        """Wait until a worker that died of ``error`` may be replaced. Returns the groups in flight for the next one.
+
+        None if the replica has left with its host. It may come back with any other, and its prompts cannot wait for it.
+        """
+        name = worker_id(replica)
+        lost = await self._queue.worker_lost(name, keep=list(saved))
+        if not await self._rollouts.has_left(replica, error):
+            await self._recovery.wait(name, error, reissued=len(lost), resumed=len(saved))
+            return saved
+        lost += await self._queue.worker_lost(name)
+        self._rollouts.remove(replica)
+        self._recovery.moved(name, "waiting")
+        others = self._recovery.fleet.others(name)
+        self._recorder.event("replica_left", replica=name, others=others, reissued=len(lost), reason=brief(error))
+        return None
+
+    async def _start(self, replica: int, groups: dict[str, Any] | None) -> None:
+        """Start a worker once its replica has a place, hand it groups in flight, and wait until it has weights."""
+        name = worker_id(replica)
+        await self._rollouts.placed(replica)
+        self._recovery.moved(name, "starting")
+        worker = self._rollouts.replace(replica)
+        await self._while_there(replica, worker.start())
+        if groups is not None:
+            await self.hand_over(replica, groups)
+        joined = self._waiting[replica] = asyncio.get_running_loop().create_future()
+        self._new_waiting.set()
+        try:
+            await self._while_there(replica, joined)
+        except ReplicaFailed:
+            self._sync.members.pop(replica, None)
+            raise
+        finally:
+            self._waiting.pop(replica, None)
+        self._recovery.moved(name, "working")
+
+    async def _while_there(self, replica: int, call: Awaitable[None]) -> None:
+        """Await a call of a worker; raise ReplicaFailed when its host has left, on which no call ends any more."""
+        waited, gone = asyncio.ensure_future(call), asyncio.ensure_future(self._rollouts.until_gone(replica))
+        try:
+            await asyncio.wait([waited, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not waited.done():
+                gone.result()
+                raise ReplicaFailed(replica, "its host has left the cluster")
+            waited.result()
+        finally:
+            waited.cancel()
+            gone.cancel()
+
+    def _joined(self, name: str) -> None:
+        self._recorder.event("replica_joined", replica=name, working=self._recovery.fleet.counts["working"])
 
     async def hand_over(self, replica: int, groups: dict[str, Any]) -> list[str]:
         """Have a worker resume groups in flight once it runs. Returns the ids of those that it will resume.
@@ -171,3 +303,8 @@ class ReplicaSupervisor:
                 return
             self._new_waiting.clear()
             await self._new_waiting.wait()
+
+
+def _may_be_tried_again(error: BaseException) -> bool:
+    """Return whether a worker that failed to start with this error may succeed the next time."""
+    return is_worker_lost(error) or isinstance(unwrap_ray_error(error), ReplicaFailed | EngineError)

@@ -1,4 +1,4 @@
-"""How often a process that dies is restarted, and after what delay.
+"""How often a process that dies is restarted, after what delay, and when a run has too few replicas to continue.
 
 ``Restarts`` is pure: time is passed in. ``Recovery`` waits, logs and counts.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import defaultdict, deque
@@ -13,6 +14,7 @@ from collections import defaultdict, deque
 import structlog
 
 from async_rl.config.schema import RecoverySection, RunConfig
+from async_rl.driver.fleet import Fleet, State
 from async_rl.driver.recorder import Recorder
 from async_rl.errors import ProcessLost
 from async_rl.runtime.failures import unwrap_ray_error
@@ -49,13 +51,39 @@ class Restarts:
 
 
 class Recovery:
-    """Allows, delays and records the restarts of one run."""
+    """Allows, delays and records the restarts of one run, and knows what each of its replicas does."""
 
     def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self._config = config
         self._recorder = recorder
         self._restarts = Restarts(config.recovery)
-        self._lost: set[str] = set()  # rollout workers that have no restart left for now
+        self.fleet = Fleet(config.rollout.replica_range, config.needed_replicas, config.watchdog.abort_s)
+        self._moved = asyncio.Event()
+
+    def moved(self, worker: str, state: State) -> None:
+        """Note what a replica does from now on, and publish how many do what."""
+        self.fleet.move(worker, state, time.monotonic())
+        self._recorder.replicas(self.fleet.counts)
+        self._moved.set()
+
+    async def watch(self) -> None:
+        """Wait until the run has had too few replicas with a host for watchdog.abort_s, and raise ProcessLost then."""
+        self.fleet.begin(time.monotonic())
+        short = False
+        while (left_s := self.fleet.patience_left_s(time.monotonic())) is None or left_s > 0:
+            if left_s is not None and not short:
+                fields = {"present": self.fleet.present, "needed": self.fleet.needed, "patience_s": round(left_s)}
+                log.warning("replicas_short", **fields)
+                self._recorder.event("replicas_short", **fields)
+            short = left_s is not None
+            self._moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left_s)
+        raise ProcessLost(
+            f"the run needs {self.fleet.needed} replicas (recovery.min_replicas), but for watchdog.abort_s = "
+            f"{self._config.watchdog.abort_s:g} s it had a host for {self.fleet.present}; `ray status` shows which "
+            "hosts are missing, --resume auto continues the run"
+        )
 
     async def wait(self, process: str, error: BaseException, **consequence: int) -> None:
         """Wait until ``process`` (trainer, rollout-0, ...), which died of ``error``, may be restarted.
@@ -64,6 +92,8 @@ class Recovery:
         if the process has died too often and the run cannot do without it.
         """
         reason = " ".join(str(unwrap_ray_error(error)).split())[:200]
+        if process.startswith("rollout-"):
+            self.moved(process, "starting")
         while (delay := self._restarts.next_delay(process, time.monotonic())) is None:
             await self._do_without(process, reason, error)
         log.warning("process_restarting", process=process, reason=reason, delay_s=delay)
@@ -73,18 +103,16 @@ class Recovery:
 
     async def _do_without(self, process: str, reason: str, error: BaseException) -> None:
         """Wait until a rollout worker that has no restart left may be tried again. Raises ProcessLost; see ``wait``."""
-        settings, replicas = self._config.recovery, self._config.rollout.replicas
-        others = replicas - len(self._lost | {process})
-        if not process.startswith("rollout-") or others < settings.min_replicas:
+        settings = self._config.recovery
+        others = self.fleet.others(process) if process.startswith("rollout-") else 0
+        if others < self.fleet.needed:
             raise ProcessLost(
                 f"{process} died again after {settings.max_restarts} restarts within {settings.period_s:g} s "
                 f"(recovery.max_restarts): {reason} (logs: {self._config.run_dir / 'logs'})"
             ) from error
         retry_s = self._restarts.until_allowed(process, time.monotonic())
-        self._lost.add(process)
-        self._recorder.replicas_lost(len(self._lost))
+        self.moved(process, "lost")
         log.warning("replica_lost", process=process, reason=reason, others=others, retry_s=round(retry_s, 1))
         self._recorder.event("replica_lost", process=process, others=others, reason=reason)
         await asyncio.sleep(retry_s)
-        self._lost.discard(process)
-        self._recorder.replicas_lost(len(self._lost))
+        self.moved(process, "starting")

@@ -28,7 +28,7 @@ class RunMeter:
         self._ended: float | None = None
         self._earlier_s = 0.0  # training time before the run was restored
         self._trainer_busy_s = 0.0
-        self._rollout_busy_earlier_s = 0.0
+        self._rollout_busy_s = 0.0  # mean over the replicas that there were
         self._tokens_earlier = (0, 0)
         self._workers: list[WorkerStats] = []
         self._busy_before = self._since = 0.0
@@ -50,7 +50,7 @@ class RunMeter:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the ``state`` of an earlier process of the run."""
         self._earlier_s, self._trainer_busy_s = state["wall_s"], state["trainer_busy_s"]
-        self._rollout_busy_earlier_s = self._busy_before = state["rollout_busy_s"]
+        self._rollout_busy_s = self._busy_before = state["rollout_busy_s"]
         generated, resumed = state["tokens"]
         self._tokens_earlier = (generated, resumed)
 
@@ -72,6 +72,9 @@ class RunMeter:
 
     def count(self, queue: QueueStats, workers: Sequence[WorkerStats]) -> None:
         """Take the latest counts of the queue and of the workers."""
+        before = sum(worker.busy_s for worker in self._workers)
+        added_s = sum(worker.busy_s for worker in workers) - before
+        self._rollout_busy_s += added_s / max(1, sum(not worker.gone for worker in workers))
         self.queue, self._workers = queue, list(workers)
 
     def evaluated(self, reward: float) -> None:
@@ -90,7 +93,7 @@ class RunMeter:
         """Return the record of the training step that ends now, which consumed ``groups``."""
         busy_s = sum(report.seconds.values())
         self._trainer_busy_s += busy_s
-        now, rollout_busy = self._clock(), self._rollout_busy_s()
+        now, rollout_busy = self._clock(), self._rollout_busy_s
         elapsed = max(now - self._since, 1e-9)
         rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
         self._busy_before, self._since = rollout_busy, now
@@ -117,7 +120,7 @@ class RunMeter:
             trainer_idle_ratio=1.0 - min(1.0, busy_s / elapsed),
             overlap_efficiency=totals.overlap_efficiency or 0.0,
             step_s=step_s,
-            replica_versions={worker.replica: worker.version for worker in self._workers},
+            replica_versions={worker.replica: worker.version for worker in self._workers if not worker.gone},
         )
 
     def totals(self) -> Totals:
@@ -130,10 +133,6 @@ class RunMeter:
             groups=self.queue.counts if self.queue else GroupCounts(),
             tokens_generated=generated + sum(worker.generated_tokens for worker in self._workers),
             tokens_resumed_prefill=resumed + sum(worker.resumed_prefill_tokens for worker in self._workers),
-            rollout_busy_s=self._rollout_busy_s(),
+            rollout_busy_s=self._rollout_busy_s,
             trainer_busy_s=self._trainer_busy_s,
         )
-
-    def _rollout_busy_s(self) -> float:
-        mean = sum(worker.busy_s for worker in self._workers) / max(1, len(self._workers))
-        return self._rollout_busy_earlier_s + mean

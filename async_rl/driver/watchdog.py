@@ -66,6 +66,8 @@ class RunSnapshot:
     """Processes that do not respond."""
     restarting: Sequence[str] = ()
     """Workers that are being restarted."""
+    without_host: int = 0
+    """Replicas that wait for a host."""
 
 
 def waiting_for(snapshot: RunSnapshot) -> str:
@@ -93,6 +95,8 @@ def describe_stall(snapshot: RunSnapshot, stalled_s: float) -> str:
         parts.append(f"no more are admitted: {snapshot.refusal}")
     if snapshot.restarting:
         parts.append(f"restarting: {', '.join(snapshot.restarting)}")
+    if snapshot.without_host:
+        parts.append(f"replicas that wait for a host: {snapshot.without_host}")
     if snapshot.unresponsive:
         parts.append(f"no response from: {', '.join(snapshot.unresponsive)}")
     return "; ".join(parts)

@@ -481,6 +481,14 @@ _WAITING = (
         values=("rollout", "trainer", "queue"),
     ),
     MetricSpec(
+        "rollout_replicas",
+        "gauge",
+        "Replicas by what they do: wait for a host, start (until they have weights), work, or are lost (see "
+        "rollout_replicas_lost).",
+        "waiting is what rollout.replicas.max asks for beyond the hosts that there are.",
+        labels=("state",),
+    ),
+    MetricSpec(
         "rollout_replicas_lost",
         "gauge",
         "Replicas that the run continues without: their recovery.max_restarts are spent, they are tried later.",

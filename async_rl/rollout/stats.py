@@ -16,6 +16,8 @@ class WorkerStats:
     """Counters since the start of the worker. Times are in seconds."""
 
     replica: int
+    gone: bool = False
+    """Whether the replica has no worker now: the counters are those of earlier ones."""
     version: int = 0
     """Policy version of the engine's weights."""
     generated_tokens: int = 0

@@ -23,7 +23,7 @@ class TrainerActor(TrainerWorker):
         if (own := own_cores(cores, config.resources)) is not None:
             pin(own)
         super().__init__(config, rank, LOOPBACK if one_host else ray.util.get_node_ip_address())
-        self._metrics = serve_metrics(config, "trainer", rank, order=1 + config.rollout.replicas + rank)
+        self._metrics = serve_metrics(config, "trainer", rank, order=1 + config.rollout.replica_range.max + rank)
 
     def shutdown(self) -> None:
         self._metrics.close()

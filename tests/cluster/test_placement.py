@@ -106,7 +106,9 @@ async def started(config):
     """Return ranks and workers of a run, which say where they are."""
     places = await placed(config)
     ranks, rollouts = TrainerRanks(config, places), RolloutWorkers(config, None, places)
-    rollouts.create()
+    for replica in range(config.rollout.replica_range.min):
+        await rollouts.placed(replica)
+        rollouts.replace(replica)
     await ranks.start()
     return ranks, rollouts
 

@@ -1,4 +1,5 @@
-"""A fleet in virtual time: replicas, a trainer, weight syncs and deaths around the real broker and dataset cursor.
+"""A fleet in virtual time: replicas that die, leave and come, a trainer and weight syncs around the real broker and
+dataset cursor.
 
 No clock, no process: events on a heap. ``Fleet.run`` raises AssertionError when an invariant breaks, or when nothing
 can happen any more before the last step (a deadlock).
@@ -45,13 +46,14 @@ class Fleet:
         rows=10_000,
         seed=0,
         deaths=0.0,
+        departures=0.0,
         trainer_deaths=0.0,
         never_finish=0.0,
     ) -> None:
         self.chance = random.Random(seed)
         self.required, self.trigger, self.max_staleness, self.on_stale = required, trigger, max_staleness, on_stale
         self.capacity, self.never_finish = capacity, never_finish
-        self.deaths, self.trainer_deaths = deaths, trainer_deaths
+        self.deaths, self.departures, self.trainer_deaths = deaths, departures, trainer_deaths
         self.checkpoint_every, self.rows = checkpoint_every, rows
         self.limit = window_limit(required, threshold, trigger)
         settings = BrokerSettings(
@@ -125,6 +127,8 @@ class Fleet:
         self.at(self.chance.lognormvariate(0.0, 1.0), self.finish, replica, life, ticket, self.version)
         if self.chance.random() < self.deaths:
             self.at(self.chance.uniform(0, 1), self.die, replica, life)
+        if self.chance.random() < self.departures:
+            self.at(self.chance.uniform(0, 1), self.leave, replica, life)
 
     # Events
 
@@ -162,6 +166,14 @@ class Fleet:
         self.broker.worker_lost(str(replica))
         self.room[replica] = 0
         self.at(20.0, self.come_back, replica)
+
+    def leave(self, replica: int, life: int) -> None:
+        """Lose a replica with its host. Another comes in a minute or in an hour."""
+        if self.lives[replica] == life:
+            self.lives[replica] += 1
+            self.broker.worker_lost(str(replica))
+            self.room[replica] = 0
+            self.at(self.chance.lognormvariate(3.0, 2.0), self.come_back, replica)
 
     def come_back(self, replica: int) -> None:
         self.room[replica] = self.capacity

@@ -10,10 +10,11 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
 from async_rl.config.loading import validate
 from async_rl.driver import actors
-from async_rl.driver.actors import RolloutHandle, TrainerRanks
+from async_rl.driver.actors import RolloutHandle, RolloutWorkers, TrainerRanks
 from async_rl.driver.places import Place
 from async_rl.errors import TrainerDied
 from async_rl.rollout.actor import RolloutActor
+from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
 from async_rl.trainer.actor import TrainerActor
 
@@ -84,6 +85,36 @@ async def test_every_call_of_the_trainer_fits_its_actor(name):
         given, given_by_name = actor.calls[name]
         inspect.signature(getattr(TrainerActor, name)).bind(None, *given, **given_by_name)
         assert "shares" not in positional or given[0] == f"of rank {rank}"
+
+
+class Stats:
+    def __init__(self, replica, **counts):
+        self.actor, self._stats = replica, WorkerStats(replica, **counts)
+
+    async def stats(self):
+        return self._stats
+
+
+async def test_the_counters_of_a_replica_that_has_left_stay_and_go_on_when_it_comes_back(monkeypatch):
+    monkeypatch.setattr(actors.ray, "kill", lambda actor: None)
+    given_up = []
+    places = SimpleNamespace(give_up=given_up.append, of_replica=lambda replica: None)
+    subject = RolloutWorkers(None, None, places)
+    subject.workers = {1: Stats(1, version=4, groups=7), 0: Stats(0, version=4, groups=3)}
+    assert [(stats.replica, stats.groups) for stats in await subject.stats(1.0)] == [(0, 3), (1, 7)]
+    subject.remove(1)
+    assert (given_up, list(subject.workers)) == ([1], [0])
+    assert [(stats.groups, stats.gone) for stats in await subject.stats(1.0)] == [(3, False), (7, True)]
+    kept = dict(subject.workers)
+    subject.workers.clear()
+    assert [stats.groups for stats in await subject.stats(1.0)] == [7], "no replica has a host"
+    subject.workers |= kept
+    monkeypatch.setattr(actors, "start_rollout_worker", lambda config, replica, *_: Stats(replica, groups=2, version=9))
+    subject.replace(1)
+    assert [(stats.groups, stats.gone, stats.version) for stats in await subject.stats(1.0)] == [
+        (3, False, 4),
+        (9, False, 9),
+    ]
 
 
 async def empty():

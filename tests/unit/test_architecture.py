@@ -24,6 +24,7 @@ PURE = {
     "async_rl.doctor.cluster",
     "async_rl.doctor.host_report",
     "async_rl.doctor.placement",
+    "async_rl.driver.fleet",
     "async_rl.driver.checkpoint_schedule",
     "async_rl.driver.core_shares",
     "async_rl.driver.shares",

@@ -46,7 +46,8 @@ class Parts:
     def __init__(self, version=0, newest=0, in_flight=(), members=2, folder=None):
         self.members = {replica: Member(replica) for replica in range(members)}
         self.calls, self.checkpoints = [], folder
-        self.workers, self.fails, self.version, self.newest = {0: None, 1: None}, [], version, newest
+        # Of which the last is still being started: it has no weights, and cannot take groups.
+        self.workers, self.fails, self.version, self.newest = {0: None, 1: None, 2: None}, [], version, newest
         self.copied, self.may_end, self.trainer_error = asyncio.Event(), asyncio.Event(), None
         self.in_flight = in_flight
         self.reported = []

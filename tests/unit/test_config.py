@@ -111,6 +111,59 @@ def test_literal_names_the_nearest_choice():
     assert "did you mean drop?" in refusal(async_training={"on_stale": "drops"})
 
 
+def test_a_number_of_replicas_stays_a_number():
+    config = validate(tree(rollout={"replicas": 4}))
+    assert config.rollout.replicas == 4
+    assert not config.rollout.elastic
+    assert (config.rollout.replica_range.min, config.rollout.replica_range.max) == (4, 4)
+    assert "\n  replicas: 4\n" in to_yaml(config)
+
+
+def test_replicas_may_come_and_go_between_two_numbers(tmp_path):
+    path = write(tmp_path, "model: {path: m}\ndata: {train: t}\nrollout:\n  replicas: {min: 2, max: 8}\n")
+    config = load(path)
+    assert config.rollout.elastic
+    assert (config.rollout.replica_range.min, config.rollout.replica_range.max) == (2, 8)
+    written = write(tmp_path, to_yaml(config))
+    assert load(written) == config
+    assert load(path, parse_overrides(["--rollout.replicas", "4"])).rollout.replicas == 4
+    assert load(path, parse_overrides(["--rollout.replicas.max=16"])).rollout.replica_range.max == 16
+
+
+def test_a_number_of_replicas_in_the_file_gives_way_to_two_on_the_command_line(tmp_path):
+    path = write(tmp_path, "model: {path: m}\ndata: {train: t}\nrollout: {replicas: 4}\n")
+    words = ["--rollout.replicas.min", "2", "--rollout.replicas.max", "8"]
+    assert load(path, parse_overrides(words)).rollout.replica_range.max == 8
+    assert load(path, parse_overrides(["--rollout.replicas", "{min: 2, max: 8}"])).rollout.elastic
+    with pytest.raises(ConfigError, match=r"^rollout\.replicas\.max: required, but missing$"):
+        load(path, parse_overrides(words[:2]))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "says"),
+    [
+        (0, "rollout.replicas: 0 is not valid: input should be greater than 0"),
+        ("four", "rollout.replicas: 'four' is not valid: input should be a valid integer"),
+        ({"min": 0, "max": 8}, "rollout.replicas.min: 0 is not valid: input should be greater than 0"),
+        ({"min": 2}, "rollout.replicas.max: required, but missing"),
+        ({"min": 2, "max": 8, "most": 9}, "rollout.replicas.most: no such setting; did you mean rollout.replicas"),
+        ({"min": 9, "max": 8}, "rollout.replicas.min is 9, more than rollout.replicas.max (8); set min to 8 at most"),
+    ],
+)
+def test_replicas_that_cannot_be_are_one_line(replicas, says):
+    assert refusal(rollout={"replicas": replicas}).startswith(says)
+    assert "\n" not in refusal(rollout={"replicas": replicas})
+
+
+def test_a_word_below_a_setting_that_is_no_section_is_unknown():
+    assert "rollout.n.min: no such setting" in refused_words("--rollout.n.min", "2")
+    assert "rollout.replicas.most: no such setting" in refused_words("--rollout.replicas.most", "2")
+
+
+def test_the_reference_shows_both_forms_of_replicas():
+    assert "| integer > 0 or {`min`: integer > 0, `max`: integer > 0} | `1` |" in reference.page().replace("&gt;", ">")
+
+
 def test_a_setting_that_takes_a_number_or_a_word_is_named_without_their_types():
     lines = refusal(sync={"canary_tolerance": "aut"}).splitlines()
     assert [line.partition(": 'aut' is not valid: ")[0] for line in lines] == ["sync.canary_tolerance"] * 2

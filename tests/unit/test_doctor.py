@@ -132,6 +132,24 @@ def test_fewer_cores_than_wanted_is_a_warning(machine, inputs):
     assert "8 usable, 9 wanted" in the(found, "cores").detail
 
 
+def test_replicas_that_come_and_go_run_as_far_as_this_host_has_room(machine, inputs):
+    rollout = {"replicas": {"min": 2, "max": 16}, "max_response_tokens": 9}
+    found = doctor.checks(config(inputs, rollout=rollout))
+    assert the(found, "cores").detail == (
+        "8 usable, 3 wanted (replicas x engine_threads + ranks x trainer_threads); 7 replicas run here "
+        "(rollout.replicas.min 2, max 16), the others wait"
+    )
+    assert the(found, "cores").status == "ok"
+    seven = doctor.checks(config(inputs, rollout={"replicas": 7, "max_response_tokens": 9}))
+    assert the(found, "memory").detail == the(seven, "memory").detail
+    machine.setattr(probes, "gpu_count", lambda: 4)
+    found = doctor.checks(config(inputs, rollout=rollout))
+    assert "4 GPUs; 3 needed" in the(found, "device").detail
+    assert "; 3 replicas run here" in the(found, "device").detail
+    machine.setattr(probes, "gpu_count", lambda: 2)
+    assert the(doctor.checks(config(inputs, rollout=rollout)), "device").status == "FAIL"
+
+
 def test_memory(machine, inputs):
     machine.setattr(probes, "available_memory", lambda: 3 * probes.GB)
     detail = the(doctor.checks(config(inputs)), "memory").detail

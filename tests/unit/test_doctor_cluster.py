@@ -152,7 +152,28 @@ def test_a_folder_of_runs_that_is_not_shared():
     assert fault([host(1), host(2, shares_runs=False)]).startswith(
         "runs: /shared/runs must be one folder for all hosts, but what the driver writes there is not on 10.0.0.2; "
     )
-    assert "cannot be written to on 10.0.0.2" in fault([host(1), host(2, writes_runs=False)])
+    assert "cannot be written to on 10.0.0.2" in (line := fault([host(1), host(2, writes_runs=False)]))
+    assert line.endswith("on a file system that all hosts share, or cluster.shared_fs to false")
+
+
+def test_a_folder_of_runs_that_the_driver_s_host_alone_has():
+    settings = config(cluster={"address": "10.0.0.1:6379", "shared_fs": False})
+    elsewhere = host(2, shares_runs=False, writes_runs=False)
+    found = judged([host(1), elsewhere], settings=settings)
+    assert not doctor.failed(found)
+    assert ("runs", "/shared/runs is on 10.0.0.1 alone, to which other hosts send what they write") in {
+        (check.name, check.detail) for check in found
+    }
+    full = "nothing can be written to /tmp/async_rl-0 (Read-only file system)"
+    assert fault([host(1), host(2, spool_fault=full)], settings=settings) == (
+        f"cluster.local_dir: 10.0.0.2: {full}; set cluster.local_dir to a folder that each host has, and where it can "
+        "be written"
+    )
+    assert not doctor.failed(judged([host(1, spool_fault=full), host(2)], settings=settings)), "it needs none"
+    # Models are still read on each host.
+    assert fault([host(1), host(2, paths=host(2).paths | {"model.path": None})], settings=settings).endswith(
+        "copy it to the same place on each (cluster.shared_fs: false is for the run folder alone)"
+    )
 
 
 def test_two_copies_of_the_groups_fit_the_object_stores_of_all_hosts():
@@ -252,6 +273,26 @@ def test_on_cpu_the_doctor_warns_if_and_only_if_processes_will_share_cores(room,
     (check,) = (check for check in judged(hosts, settings) if check.name == "CPUs")
     expected = "FAIL" if not places.fits else "warn" if places.sharing > 1 else "ok"
     assert check.status == expected
+
+
+def test_of_a_run_whose_replicas_come_and_go_the_trainer_must_fit_and_the_table_shows_how_many_engines_do():
+    hosts, layout = [host(1), host(2)], {"rollout": {"replicas": {"min": 1, "max": 9}, "tensor_parallel_size": 4}}
+    settings = config(**layout, trainer={"parallel": {"dp": 6}}, resources={"device": "cuda"})
+    (check,) = [check for check in judged(hosts, settings) if check.name == "GPUs"]
+    assert check.detail == (
+        "16 on 2 hosts, 10 needed for 1 engine (rollout.replicas.min) and the trainer; 2 fit of 9 (max), the others "
+        "wait for hosts"
+    )
+    assert check.status == "ok"
+    assert "2 engines" in table(settings, Needs("cuda"), hosts, hosts[0])
+    waits = judged(hosts[:1], settings)
+    assert warnings(waits) == [
+        "GPUs: 8 GPUs in all (10.0.0.1: 8), but 10 are needed for 1 engine of 4 and 6 trainer ranks; the trainer fits, "
+        "and the run waits for hosts, for watchdog.abort_s at most"
+    ]
+    assert not doctor.failed(waits), "an autoscaler adds hosts for what waits"
+    few = host(1, gpus=4, free_gpus=4)
+    assert fault([few], settings, few).startswith("GPUs: 4 GPUs in all")
 
 
 def test_gpus_that_others_use_are_a_warning():

@@ -156,6 +156,13 @@ def test_engines_that_the_staleness_budget_leaves_idle(folder):
     assert found(settings(folder, rollout={"max_num_seqs": 24}), "engine places").status == "ok"
 
 
+def test_places_of_replicas_that_come_and_go(folder):
+    check = found(settings(folder, rollout={"replicas": {"min": 2, "max": 6}}), "engine places")
+    assert check.detail.startswith(
+        "1536 (replicas x max_num_seqs, 512 with rollout.replicas.min); the staleness budget"
+    )
+
+
 @pytest.mark.parametrize(
     ("training", "status", "part"),
     [

@@ -20,6 +20,7 @@ from tests.support.simulation import Fleet
     max_bytes=st.sampled_from([1, 3000, 10**12]),
     checkpoint_every=st.integers(1, 3),
     deaths=st.sampled_from([0.0, 0.1]),
+    departures=st.sampled_from([0.0, 0.1]),
     trainer_deaths=st.sampled_from([0.0, 0.1]),
     never_finish=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 10**6),
@@ -70,3 +71,10 @@ def test_a_hundred_replicas():
     fleet = Fleet(replicas=100, capacity=8, required=400, checkpoint_every=5, deaths=1e-3, trainer_deaths=0.02)
     fleet.run(50)
     assert fleet.happened["die"] > 0
+
+
+def test_replicas_that_come_and_go_with_their_hosts():
+    """Half of the time, half of them are away."""
+    fleet = Fleet(replicas=64, capacity=8, required=128, departures=0.05, checkpoint_every=5, trainer_deaths=0.02)
+    fleet.run(60)
+    assert fleet.happened["leave"] > 100

@@ -15,6 +15,7 @@ from async_rl.doctor.placement import Load, block_size, plan
 from async_rl.driver.core_shares import core_shares
 from async_rl.driver.places import Place as ActorPlace
 from async_rl.driver.places import Places, bundle_order, needs
+from async_rl.runtime.cores import HostCores
 from async_rl.trainer.parallel import Place, world_size
 from tests.support.examples import examples
 
@@ -209,6 +210,12 @@ def test_blocks_of_one_host_are_neighbours_and_the_same_hosts_give_the_same_rank
     assert bundle_order(moved) == order
 
 
+def test_of_engines_that_come_and_go_the_fewest_decide_how_the_trainer_is_cut():
+    assert gpu_plan([8], parallel={"tp": 2, "cp": 2}, replicas={"min": 2, "max": 64}, engine_gpus=2).block == 4
+    shared = cpu_plan([2], replicas={"min": 1, "max": 64})
+    assert (shared.per_block, shared.per_replica) == ({"CPU": 1}, {"CPU": 1})
+
+
 def test_what_a_group_needs_is_said():
     assert needs([{"GPU": 8.0}]) == "8 GPU on one host"
     assert needs([{"GPU": 4.0}] * 2) == "2 x 4 GPU, each on one host"
@@ -227,6 +234,23 @@ def test_no_core_is_given_twice(replicas, ranks, engine_threads, trainer_threads
     given = [core for share in (*shares.engines.values(), *shares.trainers.values()) for core in share.of(range(3, 16))]
     assert len(given) == len(set(given)) == replicas * engine_threads + ranks * trainer_threads
     assert set(given) <= set(range(3, 16))
+
+
+def test_cores_are_kept_while_others_come_and_go():
+    cores = HostCores()
+    for process, count in (("engine 0", 2), ("engine 1", 2), ("rank 0", 3)):
+        cores.give(process, "a", count)
+    assert [cores.share(process).first for process in ("engine 0", "engine 1", "rank 0")] == [0, 2, 4]
+    cores.give("engine 0", "b", 2)
+    cores.give("engine 2", "a", 3)
+    assert cores.share("engine 2").first == 7, "the gap is too small"
+    cores.give("engine 3", "a", 1)
+    assert (cores.share("engine 3").first, cores.share("engine 3").needed) == (0, 10)
+    cores.give("engine 1", "a", 2)
+    assert cores.share("engine 1").first == 2
+    cores.keep({"rank 0"})
+    cores.give("engine 4", "a", 4)
+    assert cores.share("engine 4").first == 0
 
 
 def test_each_host_has_its_own_cores_and_too_few_of_one_leave_its_processes_to_the_system():

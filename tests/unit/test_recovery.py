@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgpack
 import pytest
@@ -153,8 +152,9 @@ class Records:
     def __init__(self):
         self.lost, self.events = [], []
 
-    def replicas_lost(self, count):
-        self.lost.append(count)
+    def replicas(self, counts):
+        if counts["lost"] != (self.lost or [0])[-1]:
+            self.lost.append(counts["lost"])
 
     def restarted(self, process):
         pass
@@ -163,11 +163,21 @@ class Records:
         self.events.append(event)
 
 
-def recovery(tmp_path, *, replicas, **settings):
-    section = RecoverySection(max_restarts=1, backoff_s=0.0, **settings)
-    config = SimpleNamespace(recovery=section, rollout=SimpleNamespace(replicas=replicas), run_dir=tmp_path)
+def recovery(tmp_path, *, replicas, abort_s=1800.0, **settings):
+    tree = {
+        "runs": str(tmp_path),
+        "model": {"path": "m"},
+        "data": {"train": "d"},
+        "rollout": {"replicas": replicas},
+        "recovery": {"max_restarts": 1, "backoff_s": 0.0, **settings},
+        "watchdog": {"stall_s": min(60.0, abort_s), "abort_s": abort_s},
+    }
     records = Records()
-    return Recovery(config, records), records
+    subject = Recovery(validate(tree), records)
+    if isinstance(replicas, int):
+        for replica in range(replicas):
+            subject.moved(f"rollout-{replica}", "working")
+    return subject, records
 
 
 async def test_a_run_continues_without_replicas_while_enough_are_left(tmp_path):
@@ -198,7 +208,58 @@ async def test_a_run_never_continues_without_its_trainer(tmp_path):
         await subject.wait("trainer", TrainerDied("no memory"))
 
 
-def test_a_run_cannot_need_more_replicas_than_it_has():
-    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rollout": {"replicas": 2}, "recovery": {"min_replicas": 3}}
-    with pytest.raises(ConfigError, match=r"recovery\.min_replicas is 3, but rollout\.replicas is 2"):
-        validate(tree)
+ELASTIC = {"min": 2, "max": 5}
+
+
+async def test_replicas_without_a_host_are_none_that_a_run_could_continue_with(tmp_path):
+    subject, _ = recovery(tmp_path, replicas=ELASTIC)
+    for replica in range(2):
+        subject.moved(f"rollout-{replica}", "working")
+    await subject.wait("rollout-0", EngineDied("no memory"))
+    with pytest.raises(ProcessLost, match=r"rollout-0 died again after 1 restarts"):
+        await subject.wait("rollout-0", EngineDied("no memory"))
+
+
+async def test_a_run_fails_when_too_few_replicas_have_had_a_host_for_too_long(tmp_path):
+    subject, records = recovery(tmp_path, replicas=ELASTIC, abort_s=0.05)
+    for replica in range(3):
+        subject.moved(f"rollout-{replica}", "working")
+    watching = asyncio.ensure_future(subject.watch())
+    await asyncio.sleep(0.1)
+    subject.moved("rollout-2", "waiting")
+    await asyncio.sleep(0.1)
+    assert records.events == [], "two are enough"
+    subject.moved("rollout-1", "waiting")
+    await asyncio.sleep(0.02)
+    assert records.events == ["replicas_short"]
+    subject.moved("rollout-4", "starting")
+    await asyncio.sleep(0.1)
+    assert not watching.done(), "its host came in time"
+    subject.moved("rollout-0", "waiting")
+    with pytest.raises(ProcessLost, match=r"needs 2 replicas .*abort_s = 0\.05 s it had a host for 1"):
+        await asyncio.wait_for(watching, 5)
+    assert records.events == ["replicas_short"] * 2
+
+
+async def test_a_fixed_number_of_replicas_has_no_such_limit(tmp_path):
+    subject, records = recovery(tmp_path, replicas=2, abort_s=0.01)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(subject.watch(), 0.1)
+    assert records.events == []
+
+
+def needed(**sections):
+    return validate({"model": {"path": "m"}, "data": {"train": "d"}} | sections).needed_replicas
+
+
+def test_a_run_cannot_need_more_replicas_than_it_starts_with():
+    with pytest.raises(ConfigError, match=r"recovery\.min_replicas is 3, but rollout\.replicas is 2; set it to 2"):
+        needed(rollout={"replicas": 2}, recovery={"min_replicas": 3})
+    with pytest.raises(ConfigError, match=r"recovery\.min_replicas is 3, but rollout\.replicas\.min is 2; set it to 2"):
+        needed(rollout={"replicas": ELASTIC}, recovery={"min_replicas": 3})
+
+
+def test_a_run_needs_the_replicas_that_it_starts_with_unless_told_otherwise():
+    assert needed(rollout={"replicas": 4}) == 1
+    assert needed(rollout={"replicas": ELASTIC}) == 2
+    assert needed(rollout={"replicas": ELASTIC}, recovery={"min_replicas": 1}) == 1

@@ -1,12 +1,15 @@
 """ReplicaSupervisor against scripted workers: what is saved of one that dies, and when its successor has weights."""
 
 import asyncio
+import contextlib
 
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
+from async_rl.config.schema import ReplicaRange
+from async_rl.driver.fleet import Fleet
 from async_rl.driver.replicas import ReplicaSupervisor
-from async_rl.errors import AsyncRLError, EngineDied, ReplicaFailed
+from async_rl.errors import AsyncRLError, EngineDied, EngineError, ReplicaFailed
 
 
 def value(of):
@@ -69,6 +72,15 @@ class Rollouts:
         self.workers[replica] = Worker()
         return self.workers[replica]
 
+    async def placed(self, replica):
+        pass
+
+    async def has_left(self, replica, error):
+        return False
+
+    async def until_gone(self, replica):
+        await asyncio.Event().wait()
+
 
 class Queue:
     """Has the groups "a" and "b" as in flight."""
@@ -93,11 +105,18 @@ class Recorder:
 
 
 class Recovery:
-    def __init__(self):
+    def __init__(self, least, most):
         self.waits = []
+        self.fleet = Fleet(ReplicaRange(min=least, max=most), least, 1800.0)
 
     async def wait(self, process, error, **consequence):
         self.waits.append((process, consequence))
+
+    def moved(self, worker, state):
+        self.fleet.move(worker, state, 0.0)
+
+    async def watch(self):
+        await asyncio.Event().wait()
 
 
 class Sync:
@@ -115,7 +134,8 @@ class Sync:
 
 
 def supervisor(*workers):
-    rollouts, queue, recovery, recorder = Rollouts(*workers), Queue(), Recovery(), Recorder()
+    rollouts, queue, recorder = Rollouts(*workers), Queue(), Recorder()
+    recovery = Recovery(len(workers), len(workers))
     sync = Sync(rollouts)
     return ReplicaSupervisor(rollouts, queue, sync, recovery, recorder), rollouts, sync, recovery, recorder
 
@@ -256,3 +276,206 @@ async def test_saved_groups_that_are_lost_with_their_host_are_issued_again(cause
     assert rollouts.workers[0].started
     await subject.admit(1)
     task.cancel()
+
+
+class Hosts(Rollouts):
+    """Workers that run where there is a host for them: as many as ``host_of`` has entries, one replica each."""
+
+    def __init__(self, *hosts):
+        super().__init__()
+        self.free, self.host_of, self.asked = list(hosts), {}, []
+        self.moved = asyncio.Condition()
+        self.starts = {}  # what a start of a replica awaits
+
+    async def placed(self, replica):
+        if replica not in self.host_of:
+            self.asked.append(replica)
+            async with self.moved:
+                await self.moved.wait_for(lambda: self.free)
+                self.host_of[replica] = self.free.pop(0)
+
+    def replace(self, replica):
+        worker = super().replace(replica)
+        if replica in self.starts:
+            worker.start = self.starts.pop(replica)
+        return worker
+
+    async def has_left(self, replica, error):
+        return self.host_of.get(replica, "gone") == "gone"
+
+    async def until_gone(self, replica):
+        async with self.moved:
+            await self.moved.wait_for(lambda: self.host_of[replica] == "gone")
+
+    def remove(self, replica):
+        del self.workers[replica], self.host_of[replica]
+
+    async def come(self, host):
+        async with self.moved:
+            self.free.append(host)
+            self.moved.notify_all()
+
+    async def go(self, host):
+        """Take a host away, with the worker there."""
+        async with self.moved:
+            (replica,) = [replica for replica, there in self.host_of.items() if there == host]
+            self.host_of[replica] = "gone"
+            self.workers[replica].killed.set()
+            self.moved.notify_all()
+        return replica
+
+
+@contextlib.asynccontextmanager
+async def elastic(least, most, *hosts):
+    """Yield a supervisor, its parts, and its waits for the start. Its replicas are ended with the block."""
+    rollouts, queue, recovery, recorder = Hosts(*hosts), Queue(), Recovery(least, most), Recorder()
+    sync = Sync(rollouts)
+    subject = ReplicaSupervisor(rollouts, queue, sync, recovery, recorder)
+    try:
+        yield subject, rollouts, sync, recovery, recorder, subject.starting()
+    finally:
+        subject.close()
+        await asyncio.gather(*subject._lives, return_exceptions=True)
+
+
+def train(subject):
+    subject.begin()
+    return [asyncio.ensure_future(each) for each in subject.training()]
+
+
+async def test_a_run_begins_with_the_fewest_replicas_and_takes_in_each_further_one_alone():
+    async with elastic(2, 4, "a") as (subject, rollouts, sync, _, recorder, starting):
+        assert list(starting) == ["2 of 4 rollout workers"]
+        begun = asyncio.ensure_future(starting["2 of 4 rollout workers"])
+        await until(lambda: rollouts.host_of)
+        await asyncio.sleep(0.01)
+        assert not begun.done(), "one is too few"
+        await rollouts.come("b")
+        await asyncio.wait_for(begun, 5)
+        train(subject)
+        assert sorted(sync.members) == [0, 1]
+        await rollouts.come("c")
+        await until(lambda: 2 in subject._waiting)
+        assert sorted(sync.members) == [0, 1], "it has no weights yet"
+        await subject.admit(5)
+        assert sync.joined == [(2, 5)]
+        await until(lambda: recorder.events)
+        assert recorder.events == [("replica_joined", {"replica": "rollout-2", "working": 3})]
+        assert sorted(rollouts.asked) == [0, 1, 2, 3], "the last one still waits for a host"
+
+
+async def test_a_replica_that_leaves_with_its_host_is_asked_for_again_and_no_restart_is_counted():
+    async with elastic(1, 2, "a", "b") as (subject, rollouts, sync, recovery, recorder, starting):
+        await asyncio.gather(*starting.values())
+        train(subject)
+        await subject.admit(0)
+        await until(lambda: recovery.fleet.counts["working"] == 2)
+        recorder.events.clear()
+        left = await rollouts.go("b")
+        await until(lambda: recorder.events)
+        name = f"rollout-{left}"
+        ((event, fields),) = recorder.events
+        assert event == "replica_left"
+        assert fields.pop("reason").startswith("ActorDiedError: ")
+        assert fields == {"replica": name, "others": 1, "reissued": 4}
+        assert subject._queue.lost == [(name, []), (name, [])], "no group in flight is kept for it"
+        assert (recovery.waits, recovery.fleet.counts["waiting"]) == ([], 1)
+        assert left not in sync.members
+        await rollouts.come("another")
+        await until(lambda: left in subject._waiting)
+        await subject.admit(3)
+        await until(lambda: len(recorder.events) == 2)
+        assert recorder.events[1] == ("replica_joined", {"replica": name, "working": 2})
+        assert sync.joined[-1] == (left, 3)
+
+
+@pytest.mark.parametrize("when", ["starts", "waits"])
+async def test_a_host_that_goes_before_its_replica_has_weights_is_not_waited_for(when):
+    async with elastic(1, 2, "a") as (subject, rollouts, sync, recovery, _, starting):
+        await asyncio.gather(*starting.values())
+        train(subject)
+        if when == "starts":
+            rollouts.starts[1] = asyncio.Event().wait  # a worker that is created on a host that is gone never answers
+        await rollouts.come("b")
+        await until(lambda: 1 in rollouts.workers)
+        if when == "waits":
+            await until(lambda: 1 in subject._waiting)
+        assert await rollouts.go("b") == 1
+        await until(lambda: recovery.fleet.counts["waiting"] == 1)
+        assert (sorted(sync.members), subject._waiting, recovery.waits) == ([0], {}, [])
+        await rollouts.come("c")
+        await until(lambda: 1 in subject._waiting)
+        await subject.admit(1)
+        await until(lambda: recovery.fleet.counts["working"] == 2)
+
+
+async def test_a_host_that_goes_while_its_replica_is_given_weights_is_no_member_of_the_next_sync():
+    async with elastic(1, 2, "a") as (subject, rollouts, sync, recovery, _, starting):
+        await asyncio.gather(*starting.values())
+        train(subject)
+        left, joining, may_end = [], asyncio.Event(), asyncio.Event()
+
+        async def join(replica, version):
+            left.append(replica)
+            joining.set()
+            await may_end.wait()
+
+        sync.join = join
+        await rollouts.come("b")
+        await until(lambda: subject._waiting)
+        admitting = asyncio.ensure_future(subject.admit(1))
+        await joining.wait()
+        await rollouts.go(rollouts.host_of[left[0]])
+        await until(lambda: recovery.fleet.counts["waiting"] == 1)
+        assert left[0] not in sync.members
+        may_end.set()
+        await admitting
+        assert left[0] not in sync.members
+
+
+async def test_a_host_that_goes_before_the_run_begins_is_waited_for():
+    async with elastic(1, 1, "a") as (_, rollouts, *_, starting):
+        rollouts.starts[0] = asyncio.Event().wait
+        (begun,) = map(asyncio.ensure_future, starting.values())
+        await until(lambda: 0 in rollouts.workers)
+        await rollouts.go("a")
+        await rollouts.come("b")
+        await asyncio.wait_for(begun, 5)
+        assert rollouts.host_of == {0: "b"}
+
+
+async def test_an_engine_that_cannot_start_ends_the_start_of_a_run():
+    async with elastic(1, 3) as (_, rollouts, *_, starting):
+
+        async def fails():
+            raise EngineError("rollout.max_num_seqs is too large")
+
+        rollouts.starts = dict.fromkeys(range(3), fails)
+        begun = [asyncio.ensure_future(wait) for wait in starting.values()]
+        await rollouts.come("a")
+        with pytest.raises(EngineError, match="too large"):
+            await asyncio.gather(*begun)
+
+
+async def test_later_it_is_restarted_like_one_that_died():
+    async with elastic(1, 2, "a") as (subject, rollouts, _, recovery, _, starting):
+        await asyncio.gather(*starting.values())
+        subject.begin()
+
+        async def fails():
+            raise EngineError("the GPU is in use")
+
+        rollouts.starts[1] = fails
+        await rollouts.come("b")
+        await until(lambda: 1 in subject._waiting)
+        assert recovery.waits == [("rollout-1", {"reissued": 2, "resumed": 0})]
+        await subject.admit(1)
+
+
+async def test_a_fixed_number_of_replicas_is_named_one_by_one_and_all_must_start():
+    subject, *_ = supervisor(Worker(), Worker())
+    starting = subject.starting()
+    assert list(starting) == ["rollout-0", "rollout-1"]
+    await asyncio.wait_for(asyncio.gather(*starting.values()), 5)
+    assert sorted(subject._waiting) == [0, 1]
+    subject.close()

@@ -24,7 +24,7 @@ GROUPS = [
 
 
 def worker(replica, **counts):
-    given = {"version": 3, "generated_tokens": 0, "resumed_prefill_tokens": 0, "busy_s": 0.0} | counts
+    given = {"gone": False, "version": 3, "generated_tokens": 0, "resumed_prefill_tokens": 0, "busy_s": 0.0} | counts
     return SimpleNamespace(replica=replica, **given)
 
 
@@ -68,6 +68,22 @@ def test_idle_shares_are_of_the_last_step_only(meter, clock):
     meter.count(queue(), [worker(0, busy_s=5.0)])
     clock.now += 4.0
     assert meter.record(2, 0, step_report(), GROUPS, step_s=4.0).rollout_idle_ratio == 0.75
+
+
+def test_the_idle_share_is_that_of_the_replicas_that_there_are(meter, clock):
+    """One replica joins, one leaves: what each has done before counts for its own time."""
+    meter.count(queue(), [worker(0, busy_s=4.0)])
+    clock.now += 4.0
+    meter.record(1, 0, step_report(), GROUPS, step_s=4.0)
+    meter.count(queue(), [worker(0, busy_s=8.0), worker(1, busy_s=2.0)])
+    clock.now += 4.0
+    record = meter.record(2, 0, step_report(), GROUPS, step_s=4.0)
+    assert (record.rollout_idle_ratio, record.replica_versions) == (0.25, {0: 3, 1: 3})
+    meter.count(queue(), [worker(0, busy_s=8.0, gone=True, version=0), worker(1, busy_s=5.0)])
+    clock.now += 4.0
+    record = meter.record(3, 0, step_report(), GROUPS, step_s=4.0)
+    assert (record.rollout_idle_ratio, record.replica_versions) == (0.25, {1: 3})
+    assert meter.totals().rollout_busy_s == 4.0 + 3.0 + 3.0
 
 
 def test_an_evaluation_is_in_one_step_only(meter, clock):

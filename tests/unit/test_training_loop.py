@@ -46,7 +46,7 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     loop._training = loop._stopping = False
     loop._rollouts = SimpleNamespace(workers={})
     loop._replicas = SimpleNamespace(
-        supervise=nothing, stop=nothing, add_waiting_members=nothing, on_sync_done=lambda: None
+        training=list, stop=nothing, add_waiting_members=nothing, on_sync_done=lambda: None, close=lambda: None
     )
     loop._monitor = SimpleNamespace(run=asyncio.Event().wait, poll=nothing, phase=lambda *_: contextlib.nullcontext())
     loop._sync = SimpleNamespace(members={0: None}, run=nothing, resume=nothing, on=on)

@@ -47,6 +47,7 @@ def test_the_description_names_what_waits_for_what_and_for_how_long():
         "nothing has moved for 61 s; trainer has waited 40 s for groups (1 queued, 4 needed for a step); groups in "
         "flight: 3 on rollout-2; no more are admitted: budget full: 4 of 4 groups of window 7; restarting: rollout-1"
     )
+    assert describe_stall(snapshot(without_host=3), 61.0).endswith("; replicas that wait for a host: 3")
     line = describe_stall(snapshot(phase="push", unresponsive=("rollout-2",)), 61.0)
     assert "training loop has been in `push` for 40 s" in line
     assert line.endswith("no response from: rollout-2")

@@ -1,0 +1,192 @@
+"""What an elastic run asks Ray for, and when: against placement groups that a script places."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from async_rl.config.loading import validate
+from async_rl.driver import places
+from async_rl.driver.places import Places
+from tests.unit.test_replicas import until
+
+
+class Ray:
+    """Placement groups in the order in which they were asked for. The test places them, and takes hosts away."""
+
+    def __init__(self, *hosts):
+        self.hosts = list(hosts)
+        self.asked, self.removed = [], []
+        self.util = SimpleNamespace(
+            placement_group=self.ask,
+            remove_placement_group=self.remove,
+            placement_group_table=lambda group: group.table,
+        )
+
+    def nodes(self):
+        return [{"NodeID": host, "Alive": True, "Resources": {"GPU": 8.0}} for host in self.hosts]
+
+    def available_resources(self):
+        return {"GPU": 1.0}
+
+    def ask(self, bundles, strategy):
+        self.asked.append(Group(bundles))
+        return self.asked[-1]
+
+    def remove(self, group):
+        self.removed.append(group)
+
+    @property
+    def waiting(self):
+        return [group for group in self.asked if group not in self.removed and group.table["state"] != "CREATED"]
+
+
+class Group:
+    def __init__(self, bundles):
+        self.created = asyncio.Event()
+        self.table = {"state": "PENDING", "bundles": dict(enumerate(bundles))}
+
+    async def ready(self):
+        await self.created.wait()
+
+    def place(self, host):
+        self.table |= {"state": "CREATED", "bundles_to_node_id": dict.fromkeys(self.table["bundles"], host)}
+        self.created.set()
+
+    def lose(self):
+        self.table["state"] = "RESCHEDULING"
+        self.created.clear()
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    fake = Ray("a", "b")
+    monkeypatch.setattr(places, "ray", fake)
+    return fake
+
+
+def make(replicas, address="10.0.0.1:6379", **resources):
+    tree = {
+        "model": {"path": "m"},
+        "data": {"train": "t"},
+        "rollout": {"replicas": replicas, "tensor_parallel_size": 8},
+        "trainer": {"parallel": {"dp": 8}},
+        "resources": {"device": "cuda"} | resources,
+        "cluster": {"address": address},
+    }
+    return Places(validate(tree))
+
+
+async def started(ray, subject, *hosts):
+    """Place what is reserved: the trainer, then the first replicas."""
+    waits = asyncio.gather(*subject.reserved().values())
+    for group, host in zip(list(ray.asked), hosts, strict=True):
+        group.place(host)
+    await asyncio.wait_for(waits, 5)
+
+
+def placing(subject, *replicas):
+    return [asyncio.ensure_future(subject.placed(replica)) for replica in replicas]
+
+
+async def test_the_trainer_and_the_first_replicas_are_asked_for_and_the_others_once_those_have_a_place(ray):
+    subject = make({"min": 1, "max": 4})
+    assert list(subject._groups) == ["trainer", "rollout-0"]
+    lives = placing(subject, 0, 1, 2, 3)
+    await asyncio.sleep(0.01)
+    assert len(ray.asked) == 2, "no other may take the trainer's host"
+    await started(ray, subject, "a", "b")
+    await until(lambda: lives[0].done())
+    assert len(ray.asked) == 5, "what waits for a host is asked for all the while"
+    ray.waiting[1].place("c")
+    await until(lambda: lives[2].done())
+    assert [life.done() for life in lives] == [True, False, True, False]
+    assert subject._hosts["rollout-2"] == ["c"]
+    subject.release()
+    assert ray.waiting == [], "nothing is left in the cluster"
+    for life in lives:
+        life.cancel()
+
+
+async def test_a_replica_whose_host_is_gone_gets_another_group(ray):
+    subject = make({"min": 1, "max": 1})
+    await started(ray, subject, "a", "b")
+    await subject.placed(0)
+    first = ray.asked[1]
+    assert not await subject.has_left(0, RuntimeError())
+    subject._watch._alive = alive("a")
+    assert await subject.has_left(0, RuntimeError())
+    subject.give_up(0)
+    assert ray.removed == [first], "Ray would try it without a pause, and no other"
+    (life,) = placing(subject, 0)
+    await until(lambda: ray.waiting)
+    ray.waiting[0].place("c")
+    await asyncio.wait_for(life, 5)
+    assert subject._hosts["rollout-0"] == ["c"]
+
+
+async def test_while_the_trainer_has_no_place_no_replica_may_take_the_next_host(ray):
+    subject = make({"min": 1, "max": 3})
+    await started(ray, subject, "a", "b")
+    lives = placing(subject, 1, 2)
+    await until(lambda: len(ray.waiting) == 2)
+    pending, trainer = list(ray.waiting), ray.asked[0]
+    trainer.lose()
+    restarting = asyncio.ensure_future(subject.of_trainer())
+    await until(lambda: ray.removed == pending)
+    assert ray.waiting == [trainer]
+    trainer.place("c")
+    assert len(await restarting) == 8
+    await until(lambda: len(ray.waiting) == 2)
+    assert not any(life.done() for life in lives)
+    for life in lives:
+        life.cancel()
+
+
+async def test_a_trainer_that_is_restarted_at_its_place_changes_nothing_for_what_waits(ray):
+    subject = make({"min": 1, "max": 2})
+    await started(ray, subject, "a", "b")
+    (life,) = placing(subject, 1)
+    await until(lambda: ray.waiting)
+    await subject.of_trainer()
+    assert (len(ray.waiting), ray.removed) == (1, [])
+    life.cancel()
+
+
+async def test_a_fixed_number_of_replicas_is_reserved_at_once_and_never_given_up(ray):
+    subject = make(3)
+    assert list(subject._groups) == ["trainer", "rollout-0", "rollout-1", "rollout-2"]
+    await started(ray, subject, "a", "b", "c", "d")
+    await asyncio.gather(*placing(subject, 0, 1, 2))
+    subject._watch._alive = alive()
+    assert not await subject.has_left(0, RuntimeError())
+    assert len(ray.asked) == 4
+
+
+async def test_an_elastic_run_has_groups_on_one_host_too(ray, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    subject = make({"min": 1, "max": 2}, address=None)
+    assert (subject.one_host, len(ray.asked)) == (True, 2)
+    assert make(2, address=None).reserved() == {}
+
+
+async def test_a_replica_on_another_host_has_cores_that_are_free_there(ray):
+    subject = make({"min": 2, "max": 3}, device="cpu")
+    await started(ray, subject, "a", "a", "b")
+    places_of_ranks = await subject.of_trainer()
+    assert [place.cores.first for place in places_of_ranks] == list(range(1, 9))
+    assert [subject.of_replica(replica).cores.first for replica in (0, 1)] == [0, 0]
+    subject.give_up(1)
+    (life,) = placing(subject, 1)
+    await until(lambda: ray.waiting)
+    ray.waiting[0].place("a")
+    await life
+    assert subject.of_replica(1).cores.first == 9, "not those that a rank has"
+    assert subject.of_replica(0).cores.first == 0
+
+
+def alive(*hosts):
+    async def alive():
+        return hosts
+
+    return alive
