@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import ray
 import structlog
@@ -25,26 +25,24 @@ from async_rl.rollout.moments import SavedGroup
 from async_rl.runtime.failures import brief, unwrap_ray_error
 from async_rl.runtime.manifest import FileEntry, write_file
 
-if TYPE_CHECKING:
-    from async_rl.driver.actors import RolloutHandle  # the processes that write need none of what it imports
-
 log = structlog.get_logger(__name__)
 
 # Files that a host writes at one time: network file systems give one stream a fraction of what they have.
 _STREAMS = 4
 
 
-async def write(folder: Path, references: Mapping[str, Any]) -> dict[str, SavedGroup]:
+async def write(folder: Path, references: Mapping[str, Any], *, everywhere: bool = True) -> dict[str, SavedGroup]:
     """Write the messages at these references, by group id, to new files of ``folder``; return the files by group id.
 
-    All hosts write at once, each the messages that it has. A message that is lost with its host is logged and left out.
+    All hosts write at once, each the messages that it has; or the driver's host all of them, which come to it one after
+    the other, where not ``everywhere`` is that folder. A message that is lost with its host is logged and left out.
     Raises OSError if a file cannot be written.
     """
     if not references:
         return {}
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     files = {group_id: f"{number:06}" for number, group_id in enumerate(references)}
-    hosts = await asyncio.to_thread(_by_host, references)
+    hosts = await asyncio.to_thread(_by_host, references, everywhere=everywhere)
     written: dict[str, FileEntry | str] = {}
     for answers in await asyncio.gather(
         *(_write_on(host, folder, {files[i]: references[i] for i in ids}) for host, ids in hosts.items())
@@ -60,8 +58,15 @@ async def write(folder: Path, references: Mapping[str, Any]) -> dict[str, SavedG
     return saved
 
 
-async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> dict[str, Any]:
-    """Have the rollout workers read messages from files, by group id; return references to them.
+class Reader(Protocol):
+    """What reads a message from a file: a rollout worker, or where those do not have the file, ``RemoteFiles``."""
+
+    def read_message(self, path: Path) -> Sequence[Any]:
+        """Return references to the message, and to its size in bytes."""
+
+
+async def load(files: Mapping[str, Path], workers: Sequence[Reader]) -> dict[str, Any]:
+    """Have the workers read messages from files, by group id; return references to them.
 
     Each worker reads a share, one file at a time, into the object store of its host. A file that cannot be read is
     logged and left out.
@@ -74,9 +79,11 @@ async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> d
     return {group_id: loaded[group_id] for group_id in files if group_id in loaded}
 
 
-def _by_host(references: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the ids of the groups by host, each where its message is."""
+def _by_host(references: Mapping[str, Any], *, everywhere: bool) -> dict[str, list[str]]:
+    """Return the ids of the groups by the host that writes them: ``everywhere``, each where its message is."""
     here = ray.get_runtime_context().get_node_id()
+    if not everywhere:
+        return {here: list(references)}
     found = ray.experimental.get_object_locations(list(references.values()))
     hosts: dict[str, list[str]] = {}
     for group_id, reference in references.items():
@@ -110,7 +117,7 @@ def _write_files(folder: Path, references: dict[str, Any]) -> dict[str, FileEntr
         return dict(zip(references, streams.map(write_one, references), strict=True))
 
 
-async def _load_on(worker: RolloutHandle, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+async def _load_on(worker: Reader, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for group_id, path in files:
         message, size = worker.read_message(path)

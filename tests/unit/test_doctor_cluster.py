@@ -142,7 +142,28 @@ def test_a_folder_of_runs_that_is_not_shared():
     assert fault([host(1), host(2, shares_runs=False)]).startswith(
         "runs: /shared/runs must be one folder for all hosts, but what the driver writes there is not on 10.0.0.2; "
     )
-    assert "cannot be written to on 10.0.0.2" in fault([host(1), host(2, writes_runs=False)])
+    assert "cannot be written to on 10.0.0.2" in (line := fault([host(1), host(2, writes_runs=False)]))
+    assert line.endswith("on a file system that all hosts share, or cluster.shared_fs to false")
+
+
+def test_a_folder_of_runs_that_the_driver_s_host_alone_has():
+    settings = config(cluster={"address": "10.0.0.1:6379", "shared_fs": False})
+    elsewhere = host(2, shares_runs=False, writes_runs=False)
+    found = judged([host(1), elsewhere], settings=settings)
+    assert not doctor.failed(found)
+    assert ("runs", "/shared/runs is on 10.0.0.1 alone, to which other hosts send what they write") in {
+        (check.name, check.detail) for check in found
+    }
+    full = "nothing can be written to /tmp/async_rl-0 (Read-only file system)"
+    assert fault([host(1), host(2, spool_fault=full)], settings=settings) == (
+        f"cluster.local_dir: 10.0.0.2: {full}; set cluster.local_dir to a folder that each host has, and where it can "
+        "be written"
+    )
+    assert not doctor.failed(judged([host(1, spool_fault=full), host(2)], settings=settings)), "it needs none"
+    # Models are still read on each host.
+    assert fault([host(1), host(2, paths=host(2).paths | {"model.path": None})], settings=settings).endswith(
+        "copy it to the same place on each (cluster.shared_fs: false is for the run folder alone)"
+    )
 
 
 def test_modules_of_the_user():
