@@ -205,7 +205,7 @@ class Courier:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with ChecksummedFile(path) as stream:
                     for chunk in _chunks(lambda at, size: host.files.chunk.remote(name, at, size), entry.bytes):
-                        stream.write(memoryview(chunk))
+                        stream.write(chunk.data)
             except RayTaskError as error:
                 raise CheckpointError(f"{folder}: {file} cannot be read on {address}: {brief(error)}") from None
             except RayError as error:  # a chunk that is lost, or the host
@@ -263,12 +263,13 @@ class Courier:
                 chunk = np.fromfile(checkpoint / file, dtype=np.uint8, count=size, offset=offset)
             except OSError as error:
                 raise CheckpointDamaged(str(checkpoint), f"{file}: {error.strerror}") from None
-            digest.update(chunk)
+            digest.update(chunk.data)
             reference = ray.put(chunk)
-            lost = _call_all(
-                hosts, name, lambda host, at=offset, sent=reference: host.files.receive.remote(name, at, sent)
-            )
-            if lost is not None:
+
+            def receive(host: _Host, at: int = offset, sent: Any = reference) -> Any:
+                return host.files.receive.remote(name, at, sent)
+
+            if (lost := _call_all(hosts, name, receive)) is not None:
                 return lost
         if digest.hexdigest() != entry.xxh3:
             raise CheckpointDamaged(str(checkpoint), f"{file} has another checksum than when it was written")

@@ -1,6 +1,6 @@
 """Files of hosts that do not have the run folder, through real Ray: two Ray nodes with an address each on one machine.
 
-What writes there stands in for a rollout worker and a trainer rank; tests/cluster/test_own_folder.py has a whole run.
+What writes there stands in for a rollout worker and a trainer rank.
 """
 
 import asyncio
