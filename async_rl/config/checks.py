@@ -17,6 +17,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_queue(config)
     _check_sync(config)
     _check_rollout(config)
+    _check_cluster(config)
     _check_recovery(config)
     _check_watchdog(config)
     _check_data(config)
@@ -82,6 +83,15 @@ def _check_rollout(config: RunConfig) -> None:
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
+        )
+
+
+def _check_cluster(config: RunConfig) -> None:
+    cluster = config.cluster
+    if cluster.shared_fs and cluster.local_dir is not None:
+        raise ValueError(
+            f"cluster.local_dir is {cluster.local_dir}, but cluster.shared_fs is true, so that every process writes to "
+            "the run folder itself; set cluster.shared_fs to false, or cluster.local_dir to null"
         )
 
 

@@ -545,6 +545,14 @@ class ClusterSection(Section):
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@:-]{1,15}$")] | None = None
     """Network interface of the trainer's ranks on every host, for example eth0; null for the one with the route to rank
     0."""
+    shared_fs: bool = True
+    """Whether all hosts have the folder of the runs. false: the host on which the run is started has it alone, and what
+    processes on others write reaches it through Ray."""
+    local_dir: PathName | None = None
+    """Folder on each host for what its processes write until it has reached the run folder, with cluster.shared_fs
+    false; null for one in the host's folder for temporary files."""
+    run_host: str | None = None
+    """Address of the host that has the run folder, with cluster.shared_fs false; each start of a run fills it in."""
 
     @property
     def joined_address(self) -> str | None:

@@ -123,7 +123,7 @@ def _modules(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) ->
             yield Check(key, "ok", f"{module}, the same everywhere")
 
 
-def _paths(_: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterator[Check]:
+def _paths(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterator[Check]:
     """Check that the files that settings name are the same on every host."""
     for key, mine in own.paths.items():
         if mine is None:
@@ -139,7 +139,8 @@ def _paths(_: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterat
                 "warn" if by_driver else "FAIL",
                 f"the path exists where the driver is, but {fault}"
                 + ("; only the driver reads it, so the run can start, but it can be resumed here only" * by_driver),
-                "use a folder that all hosts share, or copy it to the same place on each",
+                "use a folder that all hosts share, or copy it to the same place on each"
+                + " (cluster.shared_fs: false is for the run folder alone)" * (not config.cluster.shared_fs),
                 ConfigError,
             )
         else:
@@ -154,8 +155,14 @@ def _difference(mine: Mapping[str, str], other: Mapping[str, str] | None) -> str
     return listed([name or "the file" for name in names], most=3)
 
 
-def _runs(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iterator[Check]:
-    """Check that the folder of the runs is one and the same on every host, and can be written to."""
+def _runs(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Iterator[Check]:
+    """Check that the folder of the runs is one and the same on every host, and can be written to.
+
+    With cluster.shared_fs false: that each host but the driver's can keep what is written there.
+    """
+    if not config.cluster.shared_fs:
+        yield _spools(config, hosts, own)
+        return
     for have, fault in (
         ([host.name for host in hosts if not host.shares_runs], "what the driver writes there is not on"),
         ([host.name for host in hosts if not host.writes_runs], "it cannot be written to on"),
@@ -165,11 +172,19 @@ def _runs(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iter
                 "runs",
                 "FAIL",
                 f"{config.runs} must be one folder for all hosts, but {fault} {listed(have)}",
-                "set --runs to a folder on a file system that all hosts share",
+                "set --runs to a folder on a file system that all hosts share, or cluster.shared_fs to false",
                 ConfigError,
             )
             return
     yield Check("runs", "ok", f"{config.runs} is the same folder everywhere")
+
+
+def _spools(config: RunConfig, hosts: Sequence[HostReport], own: HostReport) -> Check:
+    faults = [f"{host.name}: {host.spool_fault}" for host in hosts if host.spool_fault and host.address != own.address]
+    if faults:
+        fix = "set cluster.local_dir to a folder that each host has, and where it can be written"
+        return Check("cluster.local_dir", "FAIL", listed(faults, most=1), fix, ConfigError)
+    return Check("runs", "ok", f"{config.runs} is on {own.name} alone, to which other hosts send what they write")
 
 
 def _interface(config: RunConfig, hosts: Sequence[HostReport], _: HostReport) -> Iterator[Check]:

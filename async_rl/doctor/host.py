@@ -16,7 +16,7 @@ from typing import Any
 
 import async_rl
 from async_rl.doctor import installation, machine
-from async_rl.runtime import addresses
+from async_rl.runtime import addresses, spool
 
 PACKAGES = ("ray", "torch", "vllm", "megatron-core", "msgpack")
 """Packages whose versions must be the same on every host: processes of the run exchange what these write."""
@@ -28,11 +28,12 @@ _WHOLE_BYTES, _PART_BYTES = 2**20, 2**16
 _MODEL_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
 
 
-def look(paths: Mapping[str, str], modules: Sequence[str], token: str) -> dict[str, Any]:
+def look(paths: Mapping[str, str], modules: Sequence[str], token: str, local_dir: str | None = None) -> dict[str, Any]:
     """Return what this host has as plain data, by the names of ``HostReport``.
 
     paths: by setting, files and folders to compare. modules: the user's own, by name. token: a file in the folder of
-    the runs that the driver has just written, or an empty string.
+    the runs that the driver has just written, or an empty string. local_dir: cluster.local_dir, empty for its default;
+    None if no host needs it.
     """
     return {
         "python": platform.python_version(),
@@ -47,6 +48,7 @@ def look(paths: Mapping[str, str], modules: Sequence[str], token: str) -> dict[s
         "modules": {name: module(name) for name in modules},
         "shares_runs": bool(token) and _reads(Path(token)),
         "writes_runs": bool(token) and _writes(Path(token)),
+        "spool_fault": "" if local_dir is None else spool.why_unusable(Path(local_dir) if local_dir else None),
     }
 
 

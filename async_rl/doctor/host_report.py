@@ -52,6 +52,8 @@ class HostReport:
     shares_runs: bool = False
     """Whether it sees what the driver writes into the folder of the runs."""
     writes_runs: bool = False
+    spool_fault: str = ""
+    """Why what its processes write cannot be kept at cluster.local_dir until it has reached the run folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import ray
 
 from async_rl.config.schema import RunConfig
 from async_rl.driver.places import Place, Places
+from async_rl.driver.remote_files import RemoteFiles
 from async_rl.errors import TrainerDied
 from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
@@ -72,6 +73,7 @@ class TrainerRanks:
     def __init__(self, config: RunConfig, places: Places) -> None:
         self._config = config
         self._places = places
+        self._remote = RemoteFiles(config)
         self._ranks: list[Any] = []  # until ``start``
 
     def __len__(self) -> int:
@@ -89,10 +91,18 @@ class TrainerRanks:
             self._ranks = [
                 start_trainer(self._config, rank, place, one_host=one_host) for rank, place in enumerate(places)
             ]
+        if checkpoint is not None:
+            await self._remote.deliver(checkpoint, self._addresses)
         store = None
         if len(self._ranks) > 1:
             store = await self._together("open_store", [rank.open_store.remote() for rank in self._ranks])
         await self._together("start", [rank.start.remote(checkpoint, store) for rank in self._ranks])
+        if checkpoint is not None:
+            await self._remote.clear()
+
+    async def _addresses(self) -> list[str]:
+        """Return the address of each rank's host."""
+        return await self._all("address", [rank.address.remote() for rank in self._ranks])
 
     async def fetch(self, shares: Shares) -> list[str]:
         """Have every rank read its groups ahead of the call that computes on them.
@@ -174,6 +184,7 @@ class TrainerRanks:
     async def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint folder."""
         await self._together("export", [rank.export.remote(folder) for rank in self._ranks])
+        await self._remote.collect(folder)
 
     def shutdown(self) -> list[Awaitable[None]]:
         """Ask every rank to close. Returns one call per rank."""

@@ -8,6 +8,8 @@ written after the engines have resumed and while training continues, on the host
     tasks of Ray      finished groups            ``driver.queued_groups``, also how the rollout workers load them
     driver            the rest                   ``driver.run_state``
 
+Hosts that do not have the run folder write what is theirs to a spool, from where ``driver.remote_files`` brings it.
+
 Each returns size and checksum of its files. When all have returned, ``driver.checkpoint_folder`` makes the folder a
 checkpoint; until then the one before is the newest. When checkpoints are due and what follows a failure is decided by
 ``driver.loop``.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint_schedule import CheckpointSchedule
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
+from async_rl.driver.remote_files import RemoteFiles
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.driver.run_state import RunState
 from async_rl.errors import CheckpointDamaged, ReplicaFailed, TrainerDied
@@ -75,6 +79,7 @@ class Checkpointer:
         recorder: Recorder,
     ) -> None:
         self._keep = config.checkpoint.keep
+        self._remote = RemoteFiles(config)
         self._schedule = CheckpointSchedule(config.checkpoint, time.monotonic())
         self.latest_step = 0
         """The step of the checkpoint that was written or restored last; 0 before the first."""
@@ -152,6 +157,7 @@ class Checkpointer:
             await self.finish()
             began = time.monotonic()
             partial = await asyncio.to_thread(checkpoint_folder.begin, self._recorder.checkpoints, moment.state.step)
+            await self._remote.clear()  # an attempt that was given up
             members = self._sync.members
             frozen = {replica: worker for replica, worker in self._frozen.items() if members.get(replica) is worker}
             self._frozen = {}
@@ -184,10 +190,10 @@ class Checkpointer:
                 self._write_queued(partial, moment.queued),
                 self._trainer_files(),
             )
+            in_flight = await self._complete(partial, trainer, in_flight)
             state = replace(moment.state, queued=_paths(queued), in_flight=_paths(in_flight))
             entries = trainer | await asyncio.to_thread(run_state.write_head, partial, state)
-            entries |= {f"{run_state.QUEUED}/{saved.file}": saved.entry for saved in queued.values()}
-            entries |= {f"{run_state.IN_FLIGHT}/{saved.file}": saved.entry for saved in in_flight.values()}
+            entries |= _entries(run_state.QUEUED, queued) | _entries(run_state.IN_FLIGHT, in_flight)
             final = await asyncio.to_thread(checkpoint_folder.commit, partial, entries, keep=self._keep)
             self._damaged.pop(final, None)
             await self._queue.checkpointed(checkpoint_folder.oldest_step(self._recorder.checkpoints))
@@ -214,7 +220,21 @@ class Checkpointer:
 
     async def _write_queued(self, partial: Path, payloads: dict[str, list[Any]]) -> dict[str, SavedGroup]:
         async with self._writing_queued:
-            return await queued_groups.write(partial / run_state.QUEUED, payloads)
+            folder = partial / run_state.QUEUED
+            return await queued_groups.write(folder, payloads, everywhere=not self._remote.spooled)
+
+    async def _complete(
+        self, partial: Path, trainer: Entries, in_flight: dict[str, SavedGroup]
+    ) -> dict[str, SavedGroup]:
+        """Have the files that other hosts have written brought here. Returns the groups in flight that are here.
+
+        Raises TrainerDied if a file of the trainer is lost with its host.
+        """
+        written = _entries(run_state.IN_FLIGHT, in_flight)
+        lost = set(await self._remote.complete(partial, trainer | written))
+        if gone := sorted(lost.difference(written)):
+            raise TrainerDied(f"{len(gone)} files of the trainer were lost with the host that wrote them: {gone[0]}")
+        return {i: saved for i, saved in in_flight.items() if f"{run_state.IN_FLIGHT}/{saved.file}" not in lost}
 
     async def _trainer_files(self) -> Entries:
         """Return the entries of the trainer's files once all are written. Its ranks train meanwhile."""
@@ -245,9 +265,7 @@ class Checkpointer:
         """
         state = await asyncio.to_thread(run_state.read, found)
         self.latest_step = state.step
-        # Not those that are still being started.
-        workers = [self._rollouts.workers[replica] for replica in self._sync.members]
-        for group_id, message in (await queued_groups.load(state.queued, workers)).items():
+        for group_id, message in (await self._load(state.queued)).items():
             self._queue.hold(group_id, [message])
         newest = await self._queue.recover(state.step)
         resumed = await self._adopt(state)
@@ -266,19 +284,29 @@ class Checkpointer:
         self._recorder.event("work_restored", step=state.step, queued=stats.queued_groups, resumed=len(resumed))
         return version
 
+    async def _load(self, files: Mapping[str, Path]) -> dict[str, Any]:
+        """Have messages read from files, by group id, on hosts that have them; return references to them."""
+        workers = [self._rollouts.workers[replica] for replica in self._sync.members]  # others may not have started
+        return await queued_groups.load(files, [self._remote] if self._remote.spooled else workers)
+
     async def _adopt(self, state: RunState) -> list[str]:
         """Spread the groups in flight over the replicas. Returns the ids of those that are resumed."""
-        groups, replicas = list(state.in_flight.items()), list(self._sync.members)
+        in_flight = await self._load(state.in_flight) if self._remote.spooled else state.in_flight
+        groups, replicas = list(in_flight.items()), list(self._sync.members)
         shares = {replica: dict(groups[index :: len(replicas)]) for index, replica in enumerate(replicas)}
         for replica, share in shares.items():
             await self._queue.adopt(worker_id(replica), share)
         # The names of the other workers are those of the run that ended, which may have had more of them.
         for name in (await self._queue.stats()).in_flight:
-            await self._queue.worker_lost(name, keep=state.in_flight)
+            await self._queue.worker_lost(name, keep=list(in_flight))
         adopted: list[str] = []
         for replica, share in shares.items():
             adopted += await self._replicas.hand_over(replica, share)
         return adopted
+
+
+def _entries(folder: str, groups: dict[str, SavedGroup]) -> Entries:
+    return {f"{folder}/{saved.file}": saved.entry for saved in groups.values()}
 
 
 def _paths(groups: dict[str, SavedGroup]) -> dict[str, Path]:

@@ -65,7 +65,8 @@ def commit(partial: Path, entries: Mapping[str, FileEntry], *, keep: int) -> Pat
     missing = manifest.find_missing(partial, entries)
     if missing is not None:
         raise CheckpointError(
-            f"checkpoint {partial}: {missing}; `runs` must be on a file system that all hosts of the run share"
+            f"checkpoint {partial}: {missing}; set `runs` to a folder on a file system that all hosts share, or "
+            "cluster.shared_fs to false"
         )
     manifest.write(partial, entries)
     manifest.sync_folders({partial, *((partial / name).parent for name in entries)})

@@ -87,7 +87,8 @@ def surveyed(config: RunConfig) -> Survey:
     paths = {key: str(path) for key, path in path_settings(config) if _is_compared(config, key)}
     modules = list(cluster.user_modules(config))
     with _token(config.runs) as token:
-        request = (paths, modules, str(token))
+        local_dir = None if config.cluster.shared_fs else str(config.cluster.local_dir or "")
+        request = (paths, modules, str(token), local_dir)
         answers = _ask([node["NodeID"] for node in nodes], request)
         seen = host.look(*request)
     known = _known(nodes)
@@ -109,24 +110,27 @@ def report_of(known: Mapping[str, Any], answer: Mapping[str, Any] | str) -> Host
 def settled(config: RunConfig, survey: Survey) -> RunConfig:
     """Return the settings with what the hosts decide: device, the cluster's address, where metrics are served.
 
-    The address is needed by processes on hosts where RAY_ADDRESS is not set. On one host, metrics stay on loopback.
+    With cluster.shared_fs false also the host that has the run folder, which is the driver's. The address is needed by
+    processes on hosts where RAY_ADDRESS is not set. On one host, metrics stay on loopback.
     """
     device = cluster.device_of(config, survey.hosts)
     address = str(ray.get_runtime_context().gcs_address)
     one_host = len({report.address for report in survey.hosts}) == 1
+    run_host = None if one_host or config.cluster.shared_fs else survey.own.address
     metrics = "127.0.0.1" if one_host and config.metrics.host is None else config.metrics.host
     return config.model_copy(
         update={
             "resources": config.resources.model_copy(update={"device": device}),
-            "cluster": config.cluster.model_copy(update={"address": address}),
+            "cluster": config.cluster.model_copy(update={"address": address, "run_host": run_host}),
             "metrics": config.metrics.model_copy(update={"host": metrics}),
         }
     )
 
 
 def _is_compared(config: RunConfig, key: str) -> bool:
-    """Return whether a path must be the same on every host; the folder of the runs is tried with a file instead."""
-    return key != "runs" and (config.queue.backend == "redis" or not key.startswith("queue.redis."))
+    """Return whether a path must be the same on every host; folders that processes write to are tried instead."""
+    of_redis = key.startswith("queue.redis.")
+    return key not in ("runs", "cluster.local_dir") and (config.queue.backend == "redis" or not of_redis)
 
 
 def _ask(node_ids: Sequence[str], request: tuple[Any, ...]) -> dict[str, dict[str, Any] | str]:

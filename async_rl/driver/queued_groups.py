@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import ray
 import structlog
@@ -25,20 +25,20 @@ from async_rl.rollout.moments import SavedGroup
 from async_rl.runtime.failures import brief, unwrap_ray_error
 from async_rl.runtime.manifest import FileEntry, write_file
 
-if TYPE_CHECKING:
-    from async_rl.driver.actors import RolloutHandle  # the processes that write need none of what it imports
-
 log = structlog.get_logger(__name__)
 
 # Files that a host writes at one time: network file systems give one stream a fraction of what they have.
 _STREAMS = 4
 
 
-async def write(folder: Path, payloads: Mapping[str, Sequence[Any]]) -> dict[str, SavedGroup]:
+async def write(
+    folder: Path, payloads: Mapping[str, Sequence[Any]], *, everywhere: bool = True
+) -> dict[str, SavedGroup]:
     """Write the messages of groups to new files of ``folder``; return the files by group id.
 
     Each message is given by references to its copies, of which one is written: the first that is not lost. All hosts
-    write at once, each the messages that it has. A message that is lost with its hosts is logged and left out. Raises
+    write at once, each the messages that it has; or the driver's host all of them, which come to it one after the
+    other, where not ``everywhere`` is that folder. A message that is lost with its hosts is logged and left out. Raises
     OSError if a file cannot be written.
     """
     if not payloads:
@@ -48,7 +48,8 @@ async def write(folder: Path, payloads: Mapping[str, Sequence[Any]]) -> dict[str
     written: dict[str, FileEntry | str] = {}
     for number in range(max(map(len, payloads.values()))):
         left = [i for i, file in files.items() if not isinstance(written.get(file), FileEntry)]
-        written |= await _write_once(folder, {files[i]: payloads[i][number] for i in left if number < len(payloads[i])})
+        copies = {files[i]: payloads[i][number] for i in left if number < len(payloads[i])}
+        written |= await _write_once(folder, copies, everywhere=everywhere)
     saved: dict[str, SavedGroup] = {}
     for group_id, file in files.items():
         if isinstance(entry := written[file], FileEntry):
@@ -59,8 +60,15 @@ async def write(folder: Path, payloads: Mapping[str, Sequence[Any]]) -> dict[str
     return saved
 
 
-async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> dict[str, Any]:
-    """Have the rollout workers read messages from files, by group id; return references to them.
+class Reader(Protocol):
+    """What reads a message from a file: a rollout worker, or where those do not have the file, ``RemoteFiles``."""
+
+    def read_message(self, path: Path) -> Sequence[Any]:
+        """Return references to the message, and to its size in bytes."""
+
+
+async def load(files: Mapping[str, Path], workers: Sequence[Reader]) -> dict[str, Any]:
+    """Have the workers read messages from files, by group id; return references to them.
 
     Each worker reads a share, one file at a time, into the object store of its host. A file that cannot be read is
     logged and left out.
@@ -73,20 +81,22 @@ async def load(files: Mapping[str, Path], workers: Sequence[RolloutHandle]) -> d
     return {group_id: loaded[group_id] for group_id in files if group_id in loaded}
 
 
-async def _write_once(folder: Path, references: Mapping[str, Any]) -> dict[str, FileEntry | str]:
+async def _write_once(folder: Path, references: Mapping[str, Any], *, everywhere: bool) -> dict[str, FileEntry | str]:
     """Have each host write the messages that it has, by file; return the entry of each file, or why there is none."""
     if not references:
         return {}
-    hosts = await asyncio.to_thread(_by_host, references)
+    hosts = await asyncio.to_thread(_by_host, references, everywhere=everywhere)
     answers = await asyncio.gather(
         *(_write_on(host, folder, {file: references[file] for file in files}) for host, files in hosts.items())
     )
     return {file: answer for each in answers for file, answer in each.items()}
 
 
-def _by_host(references: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the files by host, each where its message is."""
+def _by_host(references: Mapping[str, Any], *, everywhere: bool) -> dict[str, list[str]]:
+    """Return the files by the host that writes them: ``everywhere``, each where its message is."""
     here = ray.get_runtime_context().get_node_id()
+    if not everywhere:
+        return {here: list(references)}
     found = ray.experimental.get_object_locations(list(references.values()))
     hosts: dict[str, list[str]] = {}
     for file, reference in references.items():
@@ -120,7 +130,7 @@ def _write_files(folder: Path, references: dict[str, Any]) -> dict[str, FileEntr
         return dict(zip(references, streams.map(write_one, references), strict=True))
 
 
-async def _load_on(worker: RolloutHandle, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+async def _load_on(worker: Reader, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for group_id, path in files:
         message, size = worker.read_message(path)

@@ -27,6 +27,7 @@ from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.hosts import joined
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
+from async_rl.driver.remote_files import courier
 from async_rl.errors import CheckpointDamaged, ConfigError
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
@@ -76,7 +77,8 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
                 recorder.announce_ray_exporters(ray_exporters())
                 read = inputs.result()
                 recorder.record_bad_rows(**read.bad_rows)
-                _train(config, recorder, read, resume=resume)
+                with courier(config):
+                    _train(config, recorder, read, resume=resume)
         except (Interrupted, KeyboardInterrupt):  # the latter before the event loop handles signals
             recorder.finish("interrupted")
             return 130
@@ -119,7 +121,12 @@ def resolved(config: RunConfig, *, resume: bool) -> RunConfig:
     """
     config = absolute(config)
     # For the run folder, and for actors whose environment is another one.
-    config = config.model_copy(update={"sync": config.sync.model_copy(update={"backend": config.sync_backend})})
+    config = config.model_copy(
+        update={
+            "sync": config.sync.model_copy(update={"backend": config.sync_backend}),
+            "cluster": config.cluster.model_copy(update={"run_host": None}),  # of another start; ``hosts`` knows it
+        }
+    )
     if config.cluster.joined_address is None:
         device = "cuda" if doctor.uses_gpu(config) else "cpu"
         config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})

@@ -35,7 +35,7 @@ from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing_policies import check_probe
 from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.rollout.worker import RolloutWorker
-from async_rl.runtime import logs
+from async_rl.runtime import logs, spool
 from async_rl.runtime.cores import CoreShare
 from async_rl.runtime.numa import own_cores
 from async_rl.runtime.process import mark_semaphores
@@ -275,6 +275,8 @@ class RolloutActor(RolloutReplica):
         from async_rl.rollout.engine.loader import load_engine
 
         name = worker_id(replica)
+        self._paths = spool.on_this_host(config)
+        config = self._paths.config
         logs.configure(config.run_dir, name, console=False)
         mark_semaphores()  # those of vLLM
         tokenizer = load_tokenizer(config)
@@ -292,6 +294,15 @@ class RolloutActor(RolloutReplica):
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
         self._fetched_weights: HostWeights | None = None
+
+    async def start(self) -> None:
+        """Start the engine; see ``RolloutReplica.start``."""
+        with self._paths.errors_name_the_run_folder():
+            await super().start()
+
+    async def write_in_flight(self, step: int, folder: Path) -> dict[str, SavedGroup]:
+        """Write what was kept for ``step`` to what this host has for ``folder``; see ``RolloutReplica``."""
+        return await super().write_in_flight(step, self._paths.here(folder))
 
     @property
     def _host_weights(self) -> HostWeights:

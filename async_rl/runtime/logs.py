@@ -34,7 +34,7 @@ _FOR_CHILDREN = "ASYNC_RL_CHILDREN_LOG"
 # The last line of a traceback.
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b.*")
 # Of each log of each process: about 70,000 lines, and four times as many before the oldest are removed.
-_BYTES, OLDER_FILES = 16 * 2**20, 3
+MAX_BYTES, OLDER_FILES = 16 * 2**20, 3
 
 _bound: dict[str, Any] = {}
 
@@ -115,7 +115,7 @@ def files(path: Path) -> list[Path]:
 def _rotating(path: Path) -> RotatingFileHandler:
     # A lone surrogate in a field must not cost the line.
     handler = RotatingFileHandler(
-        path, maxBytes=_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors=ERRORS, delay=True
+        path, maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors=ERRORS, delay=True
     )
     handler.namer = lambda name: str(older(path, int(name.rpartition(".")[2])))
     return handler
@@ -148,7 +148,7 @@ def children_fault(run_dir: Path, role: str, since: Mapping[Path, int]) -> tuple
     for path in sorted(children_logs(run_dir, role)):
         with path.open("rb") as stream:
             stream.seek(since.get(path, 0))
-            lines = stream.read(_BYTES).decode(errors="replace").splitlines()
+            lines = stream.read(MAX_BYTES).decode(errors="replace").splitlines()
         if (fault := next((line for line in lines if _EXCEPTION.match(line)), None)) is not None:
             return fault, path
     return None

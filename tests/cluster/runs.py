@@ -16,7 +16,16 @@ from tests.cluster.hosts import Host, Hosts
 from tests.support.real_run import CLEAN_WITHIN_S, Run
 
 # What a run over hosts has, by what is in the command lines; Ray's own daemons stay when it joined a cluster.
-PROCESSES = ("RolloutActor", "TrainerActor", "QueueProcess", "EngineCore", "VLLM::", "async_rl.cli")
+PROCESSES = (
+    "RolloutActor",
+    "TrainerActor",
+    "QueueProcess",
+    "CourierProcess",
+    "HostFiles",
+    "EngineCore",
+    "VLLM::",
+    "async_rl.cli",
+)
 
 
 class HostRun(Run):

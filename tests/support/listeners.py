@@ -28,6 +28,8 @@ _NAMES = (
     ("RolloutActor", "RolloutActor"),
     ("TrainerActor", "TrainerActor"),
     ("QueueProcess", "QueueProcess"),
+    ("CourierProcess", "CourierProcess"),
+    ("HostFiles", "HostFiles"),
     ("EngineCore", "EngineCore"),
     ("VLLM::Worker", "EngineCore"),
     ("ray::", "Ray's other workers"),

@@ -12,6 +12,7 @@ from async_rl.config.loading import validate
 from async_rl.driver import actors
 from async_rl.driver.actors import RolloutHandle, RolloutWorkers, TrainerRanks
 from async_rl.driver.places import Place
+from async_rl.driver.remote_files import RemoteFiles
 from async_rl.errors import TrainerDied
 from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.stats import WorkerStats
@@ -52,6 +53,7 @@ class Recorded:
 def ranks(*actors):
     subject = object.__new__(TrainerRanks)
     subject._ranks = list(actors)
+    subject._remote = RemoteFiles(validate({"model": {"path": "m"}, "data": {"train": "t"}}))
     return subject
 
 

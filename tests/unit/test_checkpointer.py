@@ -219,8 +219,9 @@ async def test_a_replica_that_fails_is_evicted_and_the_moment_taken_without_it()
     assert moment.queued == {"a": ["reference"], "b": ["lost"]}, "not what has ended, or is in Redis"
 
 
-async def written_elsewhere(folder, payloads):
+async def written_elsewhere(folder, payloads, *, everywhere):
     """Stand for ``queued_groups.write``: one host has all messages but one."""
+    assert everywhere, "the hosts have the run folder"
     folder.mkdir(parents=True, exist_ok=True)
     saved = {}
     for group_id, (reference,) in payloads.items():
@@ -359,10 +360,10 @@ async def test_a_checkpoint_waits_for_the_groups_of_one_that_was_given_up(tmp_pa
     parts.trainer_error = TrainerDied("trainer rank 1 died during is_saved")
     may_write, writing = asyncio.Event(), []
 
-    async def slowly(folder, payloads):
+    async def slowly(folder, payloads, **where):
         writing.append(folder)
         await may_write.wait()
-        return await written_elsewhere(folder, payloads)
+        return await written_elsewhere(folder, payloads, **where)
 
     monkeypatch.setattr(checkpoint, "_POLL_S", 0.001)
     monkeypatch.setattr(queued_groups, "write", slowly)

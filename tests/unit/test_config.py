@@ -200,6 +200,7 @@ def test_run_name_cannot_leave_its_folder(name):
             ["sync.rolling", "sync.backend is nccl"],
         ),
         ({"data": {"train": "same.jsonl", "eval": "same.jsonl"}}, ["data.eval", "data.train"]),
+        ({"cluster": {"local_dir": "/scratch"}}, ["cluster.local_dir", "cluster.shared_fs"]),
     ],
 )
 def test_combinations_that_cannot_work(sections, keys):

@@ -39,6 +39,13 @@ def test_another_file_system_does_not_have_the_token(tmp_path):
     assert not host.look({}, [], str(elsewhere))["shares_runs"]
 
 
+def test_a_host_that_keeps_what_its_processes_write_is_tried(tmp_path):
+    (tmp_path / "file").touch()
+    assert host.look({}, [], "", str(tmp_path / "made"))["spool_fault"] == ""
+    assert "nothing can be written to" in host.look({}, [], "", str(tmp_path / "file"))["spool_fault"]
+    assert host.look({}, [], "")["spool_fault"] == "", "not tried where all hosts have the run folder"
+
+
 def test_code_differs_with_any_source_file(tmp_path, monkeypatch):
     package = tmp_path / "async_rl"
     (package / "inner").mkdir(parents=True)

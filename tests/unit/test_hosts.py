@@ -44,6 +44,17 @@ def test_the_hosts_decide_device_and_where_metrics_are_served(settled):
     assert (explicit.resources.device, explicit.metrics.host) == ("cpu", "0.0.0.0")
 
 
+def test_the_host_that_has_the_run_folder_is_the_driver_s_where_none_is_shared(settled):
+    several, one = survey(("10.0.0.1", 0), ("10.0.0.2", 8)), survey(("10.0.0.1", 0), ("10.0.0.1", 0))
+    assert settled(several, name="x").cluster.run_host is None
+    own = Survey(several.hosts, several.hosts[1])
+    earlier = {"address": "auto", "run_host": "10.0.0.9"}  # of a config.yaml that is used again
+    made = hosts.settled(config(cluster=earlier | {"shared_fs": False}), own)
+    assert made.cluster.run_host == "10.0.0.2"
+    assert hosts.settled(config(cluster=earlier | {"shared_fs": False}), one).cluster.run_host is None
+    assert hosts.settled(config(cluster=earlier), several).cluster.run_host is None
+
+
 def test_a_run_that_joins_no_cluster_asks_no_host():
     given = config()
     with hosts.joined(given) as unchanged:
@@ -87,6 +98,7 @@ def test_the_file_that_every_host_looks_for_is_removed(tmp_path):
 
 def test_paths_that_no_process_reads_are_not_compared():
     assert not hosts._is_compared(config(), "runs")
+    assert not hosts._is_compared(config(), "cluster.local_dir"), "each host has its own"
     assert not hosts._is_compared(config(), "queue.redis.password_file")
     assert hosts._is_compared(config(queue={"backend": "redis"}), "queue.redis.password_file")
     assert hosts._is_compared(config(), "model.path")

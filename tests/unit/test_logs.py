@@ -109,7 +109,7 @@ def test_without_a_run_folder_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 
 def test_logs_are_rotated_by_size_and_lose_their_oldest_lines_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "_BYTES", 2_000)
+    monkeypatch.setattr(logs, "MAX_BYTES", 2_000)
     logs.configure(tmp_path, "rollout-0", console=False)
     for number in range(200):
         structlog.get_logger("async_rl.rollout").info("pushed", number=number, text="\ud800")
