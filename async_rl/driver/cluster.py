@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray._common.network_utils import parse_address
 from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in its stubs
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -127,12 +128,17 @@ def _join(config: RunConfig, address: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError at once where nothing listens at ``address``: Ray itself tries for minutes."""
+    """Raise OSError at once where nothing listens at ``address``, and what Ray raises where the token is wrong.
+
+    Ray itself tries for minutes, and for 20 s with a wrong token.
+    """
     found = parse_address(canonicalize_bootstrap_address(address) or "")
     if found is None:
         raise ConnectionError("it is not host:port")
-    with socket.create_connection((found[0], int(found[1])), timeout=_REACHED_S):
+    host, port = found[0], int(found[1])
+    with socket.create_connection((host, port), timeout=_REACHED_S):
         pass
+    GcsClient(address=with_port(host, port)).get_all_node_info(timeout=_REACHED_S)
 
 
 def why_not_joined(error: BaseException) -> str:
@@ -142,6 +148,7 @@ def why_not_joined(error: BaseException) -> str:
         causes.append(cause)
     reason = " ".join(str(causes[-1]).split())[:_REASON_CHARACTERS]
     if any(word in str(cause) for cause in causes for word in ("uthenticat", "token")):
+        reason = reason.partition(". ")[0]  # the next sentences of Ray's say where else a token may be
         return f"{reason}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
     if isinstance(error, OSError):
         return f"{reason}; set cluster.address to host:port of its head, which `ray status` must reach from this host"

@@ -176,7 +176,7 @@ def test_an_address_at_which_nothing_listens_is_one_line_at_once(address):
 
 def test_why_ray_did_not_connect_is_one_line_with_what_to_do():
     token = ConnectionError("Failed to connect")
-    token.__cause__ = RuntimeError("InvalidAuthToken: the authentication\n token is wrong")
+    token.__cause__ = RuntimeError("InvalidAuthToken: the authentication\n token is wrong. Ensure that\n it is there")
     said = cluster.why_not_joined(token)
     assert said.startswith("InvalidAuthToken: the authentication token is wrong; set RAY_AUTH_MODE=token, and")
     assert "cluster's version of Ray" in cluster.why_not_joined(RuntimeError("Version mismatch:\n Ray: 2.0"))
