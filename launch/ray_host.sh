@@ -17,6 +17,7 @@
 #   HOST_ADDRESS     this host's address, instead of one of an interface
 #   HOST_CPUS        cores that Ray may use on this host; default what Slurm gave, else all
 #   JOIN_S           seconds until a host that cannot join, or a wait, fails; default 300
+#   REJOIN_AFTER_S   seconds after which a host whose Ray ends joins once more, if the head still answers; default 60
 #   RAY_JOBS         1 for a head that takes `ray job submit` at 127.0.0.1:8265; needs ray[default] on every host
 #   RAY_START_ARGS   more options for `ray start`, separated by spaces
 #
@@ -26,6 +27,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$here/.venv}
 RAY_HEAD_PORT=${RAY_HEAD_PORT:-6379}
 JOIN_S=${JOIN_S:-300}
+REJOIN_AFTER_S=${REJOIN_AFTER_S:-60}
 PATH=$VENV/bin:$PATH
 
 fail() {
@@ -92,6 +94,30 @@ start() {
     exec ray start "$@" "${options[@]}" "${more[@]}"
 }
 
+# Adds this host to the cluster at $1, with more options, until Ray ends here. Ray takes a host for dead whose network is
+# broken for a minute, and its processes there end when they reach the head again: then the host joins once more. Not
+# one whose Ray ends sooner, which would end again.
+stay_joined() {
+    local head=$1 child code began stopped=
+    shift
+    while :; do
+        began=$SECONDS
+        (start "--address=$head" "$@") &
+        child=$!
+        trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
+        while :; do
+            code=0
+            wait "$child" || code=$?
+            kill -0 "$child" 2>/dev/null || break # else a signal to this script has ended the wait
+        done
+        if [ -n "$stopped" ] || [ "$code" -eq 0 ] || [ $((SECONDS - began)) -lt "$REJOIN_AFTER_S" ] ||
+            ! ray health-check --address "$head" >/dev/null 2>&1; then
+            exit "$code"
+        fi
+        echo "ray_host: $(hostname): Ray has ended (exit code $code); joining the cluster at $head once more" >&2
+    done
+}
+
 await_head() {
     local said deadline=$((SECONDS + JOIN_S))
     until said=$(ray health-check --address "$1" 2>&1); do
@@ -138,9 +164,9 @@ case ${1:-}:$# in
         await_head "$2"
         if [ -n "${HOST_ADDRESS:-}${HOST_INTERFACE:-}" ]; then
             address=$(own_address)
-            start "--address=$2" "--node-ip-address=$address"
+            stay_joined "$2" "--node-ip-address=$address"
         fi
-        start "--address=$2"
+        stay_joined "$2"
         ;;
     wait:3)
         need_token

@@ -14,13 +14,15 @@ from typing import Any
 import ray
 from ray._common.network_utils import parse_address
 from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import RayActorError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in its stubs
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.sizes import object_store_bytes
 from async_rl.driver import local_ray
 from async_rl.errors import ConfigError, ResourceError
+from async_rl.runtime import timeouts
 from async_rl.runtime.addresses import with_port
 from async_rl.runtime.process import ignore_interrupts, interrupt_once
 
@@ -48,11 +50,17 @@ _DAEMON_ENVIRONMENT = {
 # Of the messages of Ray that the user gets to see.
 _REASON_CHARACTERS = 300
 
+# The actor by which a run has its name on a cluster that it joined.
+_HOLDER = "run"
+
 # Within which a host of the cluster accepts a connection.
 _REACHED_S = 10.0
 
 # A run that has just ended, or was killed, has its name for this long at most: Ray takes a moment to see the end.
 _NAME_HELD_S = 10.0
+
+# And this long if its driver's host was lost, of which Ray is sure after 65 s. Nothing responds for that run then.
+_LOST_NAME_HELD_S = 120.0
 
 
 @contextlib.contextmanager
@@ -120,12 +128,17 @@ def _join(config: RunConfig, address: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError at once where nothing listens at ``address``: Ray itself tries for minutes."""
+    """Raise OSError at once where nothing listens at ``address``, and what Ray raises where the token is wrong.
+
+    Ray itself tries for minutes, and for 20 s with a wrong token.
+    """
     found = parse_address(canonicalize_bootstrap_address(address) or "")
     if found is None:
         raise ConnectionError("it is not host:port")
-    with socket.create_connection((found[0], int(found[1])), timeout=_REACHED_S):
+    host, port = found[0], int(found[1])
+    with socket.create_connection((host, port), timeout=_REACHED_S):
         pass
+    GcsClient(address=with_port(host, port)).get_all_node_info(timeout=_REACHED_S)
 
 
 def why_not_joined(error: BaseException) -> str:
@@ -135,6 +148,7 @@ def why_not_joined(error: BaseException) -> str:
         causes.append(cause)
     reason = " ".join(str(causes[-1]).split())[:_REASON_CHARACTERS]
     if any(word in str(cause) for cause in causes for word in ("uthenticat", "token")):
+        reason = reason.partition(". ")[0]  # the next sentences of Ray's say where else a token may be
         return f"{reason}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
     if isinstance(error, OSError):
         return f"{reason}; set cluster.address to host:port of its head, which `ray status` must reach from this host"
@@ -156,22 +170,34 @@ class _NameHolder:
 
 
 def _hold_name(name: str, address: str) -> Any:
-    """Claim ``name``, the namespace, for this run. Returns what holds it. Raises ConfigError if another run has it."""
+    """Claim ``name``, the namespace, for this run. Returns what holds it. Raises ConfigError if another run has it.
+
+    A run whose host was lost has its name until Ray knows of the loss, and is waited for.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"name": "run", "num_cpus": 0, "scheduling_strategy": here}
-    end = time.monotonic() + _NAME_HELD_S
+    options = {"name": _HOLDER, "num_cpus": 0, "scheduling_strategy": here}
+    began = time.monotonic()
     while True:
         try:
             holder = ray.remote(_NameHolder).options(**options).remote()
             ray.get(holder.is_mine.remote())  # of two at the same time, Ray lets the one start that came first
             return holder
         except (ValueError, RayActorError) as error:
-            if time.monotonic() > end:
+            waited = time.monotonic() - began
+            if waited > (_NAME_HELD_S if _holder_responds() else _LOST_NAME_HELD_S):
                 raise ConfigError(
                     f"a run named {name} is under way on the Ray cluster at {address}; give this run another --name, "
                     "or end that one"
                 ) from error
             time.sleep(0.5)
+
+
+def _holder_responds() -> bool:
+    """Return whether the process that has the run's name is there, and its host with it."""
+    try:
+        return bool(ray.get(ray.get_actor(_HOLDER).is_mine.remote(), timeout=timeouts.ANSWER_S))
+    except (ValueError, RayError):  # none has the name any more; it is dead, or silent
+        return False
 
 
 def ray_exporters() -> list[str]:

@@ -12,22 +12,34 @@ from tests.cluster.runs import HostRun
 @pytest.fixture
 def make_hosts(tmp_path):
     """make_hosts(count, cpus=..., gpus=..., ...) -> Hosts; ended with every process when the test is over."""
+    with contextlib.ExitStack() as made:
+        yield _maker(made, tmp_path / "hosts")
+
+
+@pytest.fixture(scope="module")
+def make_shared_hosts(tmp_path_factory):
+    """make_shared_hosts(count, ...) -> Hosts for all tests of a module; see ``make_hosts``."""
+    with contextlib.ExitStack() as made:
+        yield _maker(made, tmp_path_factory.mktemp("shared") / "hosts")
+
+
+def _maker(made, where):
     if reason := why_unavailable():
         pytest.skip(reason)
-    with contextlib.ExitStack() as made:
 
-        def make(count: int, folder: Path = tmp_path / "hosts", **options: int) -> Hosts:
-            return made.enter_context(Hosts(count, folder, **options))
+    def make(count: int, folder: Path = where, **options) -> Hosts:
+        return made.enter_context(Hosts(count, folder, **options))
 
-        yield make
+    return make
 
 
 @pytest.fixture
-def run_on(make_hosts, recipe, tmp_path):
-    """run_on(hosts, driver=0, join=True, section__key=value, ...) -> HostRun, which ends before its hosts do."""
+def run_on(recipe, tmp_path):
+    """run_on(hosts, driver=0, join=True, section__key=value, ...) -> HostRun, which ends with the test."""
     with contextlib.ExitStack() as made:
 
         def start(hosts: Hosts, *, folder: Path = tmp_path, **options) -> HostRun:
+            folder.mkdir(exist_ok=True)
             run = HostRun(hosts, recipe, folder, **options)
             made.callback(run.close)
             return run

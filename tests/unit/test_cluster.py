@@ -5,9 +5,11 @@ import os
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError
 
 from async_rl.config.loading import validate
 from async_rl.driver import cluster
@@ -103,6 +105,53 @@ def test_processes_of_a_joined_cluster_get_the_environment_that_they_cannot_inhe
     assert "DO_NOT_TRACK" in left
 
 
+class Name:
+    """What Ray has of a name on the cluster: free once ``frees_s`` have passed, of a run that responds or not."""
+
+    def __init__(self, monkeypatch, frees_s, responds):
+        self.now, self._frees_s, self._responds = 0.0, frees_s, responds
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
+        monkeypatch.setattr(ray, "remote", lambda _: self)
+        monkeypatch.setattr(ray, "get_actor", lambda _: self)
+        monkeypatch.setattr(ray, "get", self._get)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self._sleep)
+
+    def options(self, **_):
+        return self
+
+    def remote(self):
+        if self.now < self._frees_s:
+            raise ValueError("The name run is already taken")
+        return SimpleNamespace(is_mine=self)
+
+    is_mine = property(lambda self: SimpleNamespace(remote=lambda: "other"))
+
+    def _get(self, call, timeout=None):
+        if call == "other" and not self._responds:
+            self._sleep(timeout)
+            raise GetTimeoutError
+        return True
+
+    def _sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("frees_s", "responds"), [(0, True), (9, True), (70, False)])
+def test_the_name_of_a_run_that_ended_or_was_lost_with_its_host_is_waited_for(monkeypatch, frees_s, responds):
+    name = Name(monkeypatch, frees_s, responds)
+    cluster._hold_name("run", "10.0.0.1:6379")
+    assert frees_s <= name.now < frees_s + 6
+
+
+@pytest.mark.parametrize(("responds", "within_s"), [(True, 11), (False, 130)])
+def test_the_name_of_a_run_that_stays_is_refused(monkeypatch, responds, within_s):
+    name = Name(monkeypatch, 10_000, responds)
+    with pytest.raises(ConfigError, match=r"a run named run is under way on the Ray cluster at 10\.0\.0\.1:6379; give"):
+        cluster._hold_name("run", "10.0.0.1:6379")
+    assert name.now < within_s
+
+
 def at(address):
     return JOINS.model_copy(update={"cluster": JOINS.cluster.model_copy(update={"address": address})})
 
@@ -127,7 +176,7 @@ def test_an_address_at_which_nothing_listens_is_one_line_at_once(address):
 
 def test_why_ray_did_not_connect_is_one_line_with_what_to_do():
     token = ConnectionError("Failed to connect")
-    token.__cause__ = RuntimeError("InvalidAuthToken: the authentication\n token is wrong")
+    token.__cause__ = RuntimeError("InvalidAuthToken: the authentication\n token is wrong. Ensure that\n it is there")
     said = cluster.why_not_joined(token)
     assert said.startswith("InvalidAuthToken: the authentication token is wrong; set RAY_AUTH_MODE=token, and")
     assert "cluster's version of Ray" in cluster.why_not_joined(RuntimeError("Version mismatch:\n Ray: 2.0"))

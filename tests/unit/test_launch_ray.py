@@ -111,6 +111,38 @@ def test_a_worker_waits_for_its_head_and_gives_up_with_ray_s_reason(programs):
     assert not any(call.startswith("ray start") for call in programs.calls)
 
 
+# Ray on a host that the head took for dead: its first process ends, though the head answers (unless HEAD_ENDS).
+RAY_TAKEN_FOR_DEAD = """
+if [ "$1" = health-check ]; then
+    [ -z "${HEAD_ENDS:-}" ] || [ ! -e "$STATE/again" ] || exit 1
+    exit 0
+fi
+[ -e "$STATE/again" ] || { touch "$STATE/again"; exit 1; }
+trap 'echo "ray ended" >>"$STATE/calls"; exit 0' TERM
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_worker_that_was_taken_for_dead_joins_once_more_and_ends_when_it_is_told_to(programs):
+    programs.add("ray", RAY_TAKEN_FOR_DEAD)
+    host = programs.start(*HOST, "worker", "10.0.0.5:6379", HOST_ADDRESS="10.0.0.6", REJOIN_AFTER_S="0")
+    programs.await_call("ray start", 2)
+    assert "--address=10.0.0.5:6379 --node-ip-address=10.0.0.6 --block" in programs.calls[-1]
+    host.send_signal(signal.SIGTERM)
+    output, _ = host.communicate(timeout=30)
+    assert output == "ray_host: here: Ray has ended (exit code 1); joining the cluster at 10.0.0.5:6379 once more\n"
+    assert host.returncode == 0, "as Ray's process"
+    assert programs.calls[-1] == "ray ended"
+
+
+@pytest.mark.parametrize("reason", [{}, {"REJOIN_AFTER_S": "0", "HEAD_ENDS": "1"}])
+def test_a_worker_that_ray_ends_at_once_or_whose_head_is_gone_ends_with_ray_s_exit_code(programs, reason):
+    programs.add("ray", RAY_TAKEN_FOR_DEAD)
+    code, output = programs.run(*HOST, "worker", "10.0.0.5:6379", **reason)
+    assert (code, output) == (1, "")
+    assert sum(call.startswith("ray start") for call in programs.calls) == 1
+
+
 def test_a_wait_names_the_hosts_that_are_there_or_why_it_cannot_see(programs):
     (programs.state / "head").touch()
     (programs.state / "host.7").touch()

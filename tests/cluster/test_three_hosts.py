@@ -1,0 +1,79 @@
+"""The whole stack over three hosts: trainer ranks on two, an engine on each of these, the queue on the third."""
+
+import pytest
+
+from tests.cluster.runs import summary_is_whole
+from tests.cluster.test_ports import SCRIPTED
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+# Ray counts cores that are not there. Two ranks of two threads do not fit on a host beside each other, and an engine of
+# one thread fits beside a rank. The first host has the driver and with it the queue, and no core for anything else.
+CPUS = (0, 3, 3)
+LAYOUT = {
+    "trainer__parallel__tp": 2,
+    "rollout__replicas": 2,
+    "resources__trainer_threads": 2,
+    "resources__pin_cores": "false",
+    "sync__backend": "auto",
+}
+APART = ["host-2", "host-3"]
+# What the trainer makes of a step's groups. Sums in another order, or of other numbers, differ in the last digits.
+COMPUTED = (
+    *("loss", "grad_norm", "entropy", "ppo_kl", "ppo_kl_k3", "clip_fraction", "effective_sample_size_ratio"),
+    *("rollout_logprob_abs_diff_mean", "rollout_logprob_abs_diff_max", "router_disagreement_ratio"),
+)
+GIVEN = ("reward_mean", "response_tokens_mean", "token_staleness", "policy_version")
+
+
+@pytest.fixture(scope="module")
+def hosts(make_shared_hosts):
+    hosts = make_shared_hosts(3, cpus=CPUS)
+    hosts.start_ray()
+    return hosts
+
+
+def assert_apart(run, *engines: str) -> None:
+    """Check that a rank and an engine are on each of two hosts, and the queue beside the driver, on the third."""
+    logs = [run.folder / "logs" / f"{role}.jsonl" for role in ("trainer-0", "trainer-1", "rollout-0", "rollout-1")]
+    run.wait_until(lambda: all(log.exists() for log in logs), "every actor has begun")
+    for name, where in {"QueueProcess": ["host-1"], **dict.fromkeys(("TrainerActor", *engines), APART)}.items():
+        assert sorted(host.name for host in run.hosts_of(name)) == where, name
+
+
+def test_three_hosts_train_the_groups_of_one_host_bit_for_bit(hosts, run_on, start_run, tmp_path):
+    """Synchronous and scripted, with one group per step, because the order of several is that in which they end."""
+    settings = LAYOUT | {
+        "rollout__engine": SCRIPTED,
+        "async_training__staleness_threshold": 0,
+        "async_training__max_staleness": 0,
+        "debug__dump_trajectories": 64,
+        "trainer__groups_per_step": 1,
+        "trainer__steps": 8,
+        "rollout__n": 8,
+        "eval__n": 1,
+    }
+    one = start_run(**settings)
+    assert one.wait() == 0, one.output
+    three = run_on(hosts, folder=tmp_path / "three", **settings)
+    assert_apart(three, "RolloutActor")
+    assert three.wait() == 0, three.output
+    summary = summary_is_whole(three)
+    assert (summary["token_staleness"]["max"], summary["trajectories"]["partial"]) == (0, 0)
+    assert [row["groups"] for row in three.trained] == [row["groups"] for row in one.trained]
+    messages, others = (
+        {path.name: path.read_bytes() for path in (run.folder / "trajectories").iterdir()} for run in (one, three)
+    )
+    assert len(messages) == 8
+    assert messages == others
+    for row, other in zip(one.rows, three.rows, strict=True):
+        assert {key: row[key] for key in GIVEN + COMPUTED} == {key: other[key] for key in GIVEN + COMPUTED}
+    # A group whose scripted responses all earn nothing has no gradient.
+    assert sum(row["grad_norm"] > 0 for row in one.rows) >= 2
+    weights, others = (
+        {path.name: path.read_bytes() for path in (run.folder / "checkpoints" / "final").glob("*.safetensors")}
+        for run in (one, three)
+    )
+    assert weights
+    assert weights == others
+    three.assert_nothing_left()
