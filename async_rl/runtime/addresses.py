@@ -1,10 +1,15 @@
-"""Network addresses as text, this host's interfaces, and its own address in a cluster's network. Does not know Ray."""
+"""Network addresses as text, this host's interfaces, its own address in a cluster's network, and ports held there.
+
+Does not know Ray.
+"""
 
 from __future__ import annotations
 
 import socket
 
 import psutil
+
+from async_rl.errors import ResourceError
 
 WILDCARDS = ("", "0.0.0.0", "::")
 """Addresses to listen on that mean every interface of the host."""
@@ -30,6 +35,38 @@ def interfaces() -> dict[str, list[str]]:
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
         for name, entries in psutil.net_if_addrs().items()
     }
+
+
+def hold_port(host: str) -> socket.socket:
+    """Listen at ``host``, an address of this host, and at no other, on a free port; return the socket.
+
+    The port stays taken from the moment at which the kernel chose it. Raises ResourceError if ``host`` is no address of
+    this host.
+    """
+    family, where = resolve(host)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.bind(where)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise ResourceError(
+            f"trainer rank 0 cannot listen at {host} ({error.strerror}); set cluster.interface to a network interface "
+            "of its host"
+        ) from error
+    return listening
+
+
+def resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Return the address family of ``host`` and what to bind there for a port that the kernel chooses.
+
+    Raises ResourceError for a name that means no address.
+    """
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ResourceError(f"{host} is no address of a host ({error})") from error
+    return family, (str(where[0]), int(where[1]))
 
 
 def address_towards(peer: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from async_rl.errors import ConfigError, ResourceError
 from async_rl.runtime import addresses
-from async_rl.runtime.addresses import address_towards, split_port, with_port
+from async_rl.runtime.addresses import address_towards, hold_port, resolve, split_port, with_port
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -39,16 +39,7 @@ def open_store(host: str) -> tuple[TCPStore, str]:
     """
     from torch.distributed import TCPStore
 
-    family, where = _resolve(host)
-    with socket.socket(family) as listening:
-        try:
-            listening.bind(where)
-        except OSError as error:
-            raise ResourceError(
-                f"trainer rank 0 cannot listen at {host} ({error.strerror}); set cluster.interface to a network "
-                "interface of its host"
-            ) from error
-        listening.listen()
+    with hold_port(host) as listening:
         port = int(listening.getsockname()[1])
         store = TCPStore(
             host,
@@ -89,7 +80,7 @@ def use_interface(name: str | None, address: str, environment: MutableMapping[st
     if name is not None:
         interface_address(name)
         environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"] = name, f"={name}"
-    elif not ip_address(_resolve(host)[1][0]).is_loopback and (route := interface_towards(host)) is not None:
+    elif not ip_address(resolve(host)[1][0]).is_loopback and (route := interface_towards(host)) is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", route)
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={route}")  # NCCL takes a name without = for a prefix
 
@@ -129,12 +120,3 @@ def _parts(address: str) -> tuple[str, int]:
     if parts is None:
         raise ResourceError(f"{address} is no address of a store, which is host:port")
     return parts
-
-
-def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    """Return the address family of ``host`` and what to bind there for a port that the kernel chooses."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ResourceError(f"{host} is no address of a host ({error})") from error
-    return family, (str(where[0]), int(where[1]))

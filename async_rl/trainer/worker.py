@@ -58,10 +58,7 @@ class TrainerWorker:
 
         if self._rank != 0:
             return None
-        interface = self._config.cluster.interface
-        self._store, address = rendezvous.open_store(
-            self._host if interface is None else rendezvous.interface_address(interface)
-        )
+        self._store, address = rendezvous.open_store(self._meeting_host())
         return address
 
     def start(self, checkpoint: Path | None = None, store: str | None = None) -> None:
@@ -87,7 +84,8 @@ class TrainerWorker:
         from async_rl.weights.vllm.sender import WeightSender
 
         if self._sender is None:
-            self._sender = WeightSender(self._config, self._rank, source=self._trainer.weight_source())
+            source = self._trainer.weight_source()
+            self._sender = WeightSender(self._config, self._rank, source=source, host=self._meeting_host)
         self._sender.connect(rollout_workers)
 
     def fetch(self, mini_batches: Sequence[Groups]) -> list[str]:
@@ -176,6 +174,13 @@ class TrainerWorker:
         """Write the model as a Hugging Face checkpoint folder. Rank 0 writes."""
         folder.mkdir(parents=True, exist_ok=True)
         self._trainer.save_hf(folder)
+
+    def _meeting_host(self) -> str:
+        """Return the address of this host at which rank 0 listens for other processes: that of cluster.interface."""
+        from async_rl.trainer.rendezvous import interface_address
+
+        interface = self._config.cluster.interface
+        return self._host if interface is None else interface_address(interface)
 
     def _outdate_staged_weights(self) -> None:
         if self._sender is not None:

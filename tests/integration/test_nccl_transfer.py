@@ -11,6 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm.distributed import utils
+from vllm.distributed.device_communicators import pynccl
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
@@ -20,11 +22,13 @@ from async_rl.weights.vllm import sender
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.plugin import BACKENDS, register
 from tests.support import nccl
+from tests.support.loopbacks import ELSEWHERE, LOOPBACKS, is_held, is_open
 
 pytestmark = pytest.mark.slow
 
 LIMIT_S = 60.0  # nothing waits for it
 SHORT_S = 0.5  # for what ends by it
+STATELESS_PROCESS_GROUP = utils.StatelessProcessGroup
 
 
 class Model(torch.nn.Module):
@@ -93,7 +97,6 @@ def ray_get(futures, timeout=None):
 RAY = SimpleNamespace(
     get=ray_get,
     wait=lambda futures, num_returns, timeout, fetch_local: wait(futures, timeout),
-    util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"),
 )
 
 
@@ -142,6 +145,12 @@ def connect():
         each.shutdown()
 
 
+def settings(rollout=None, **sync):
+    """The settings of a run whose weights travel over NCCL."""
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout or {}}
+    return validate(tree | {"sync": {"backend": "nccl", **sync}})
+
+
 def received(replica):
     return [{name: set(tensor.flatten().tolist()) for name, tensor in model.loaded.items()} for model in replica.models]
 
@@ -173,16 +182,9 @@ def test_after_the_death_of_a_replica_the_others_are_connected_without_it(connec
 
 def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects():
     """Two of the three that the settings name, then the last one alone, which is the first there."""
-    config = validate(
-        {
-            "model": {"path": "m"},
-            "data": {"train": "t"},
-            "rollout": {"replicas": 3, "tensor_parallel_size": 2},
-            "sync": {"backend": "nccl"},
-        }
-    )
+    config = settings(rollout={"replicas": 3, "tensor_parallel_size": 2})
     replicas, source = [Replica(ranks=2) for _ in range(3)], Source()
-    trainer = sender.WeightSender(config, 0, source=source)
+    trainer = sender.WeightSender(config, 0, source=source, host=lambda: "127.0.0.1")
     handles = [Handle(replica) for replica in replicas]
     trainer.connect(handles[1:])
     trainer.stage()
@@ -193,6 +195,56 @@ def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects():
     trainer.close()
     assert [received(replica) for replica in replicas] == [[{}] * 2, [all_are(1.0)] * 2, [all_are(2.0)] * 2]
     assert handles[2].calls[-2:] == ["finish_weight_update", "update_weight_version"]
+
+
+@pytest.fixture
+def _real_store():
+    """Ranks meet in vLLM's own store; their communicator does nothing."""
+
+    def communicator(group, device):
+        return SimpleNamespace(group=group, destroy=lambda: None)
+
+    with (
+        mock.patch.object(utils, "StatelessProcessGroup", STATELESS_PROCESS_GROUP),
+        mock.patch.object(pynccl, "PyNcclCommunicator", communicator),
+    ):
+        yield
+
+
+class Probing(Handle):
+    """The actor of a replica that looks at the trainer's port when it is asked to come there."""
+
+    def _answer(self, method, request=None):
+        if method == "init_weight_transfer_engine":
+            self.host, self.port = request.init_info["master_address"], request.init_info["master_port"]
+            self.held = is_held(self.host, self.port)
+            self.open_elsewhere = is_open(ELSEWHERE, self.port)
+        super()._answer(method, request)
+
+
+@pytest.mark.usefixtures("_real_store")
+@pytest.mark.parametrize("host", LOOPBACKS)
+def test_engines_come_to_a_port_that_the_trainer_holds_and_that_is_closed_at_other_addresses(host):
+    trainer = sender.WeightSender(settings(), 0, source=Source(), host=lambda: host)
+    handle = Probing(Replica())
+    for _ in range(2):  # each connection has a port of its own
+        trainer.connect([handle])
+        assert (handle.host, handle.held, handle.open_elsewhere) == (host, True, False)
+    trainer.close()
+
+
+@pytest.mark.usefixtures("_real_store")
+def test_a_meeting_that_was_given_up_frees_its_port():
+    handle = Probing(Replica())
+    handle.replica.dead.set()
+    trainer = sender.WeightSender(settings(timeout_s=2 * SHORT_S), 0, source=Source(), host=lambda: "127.0.0.1")
+    with pytest.raises(RuntimeError, match="the actor died"):
+        trainer.connect([handle])
+    assert handle.held
+    end = time.monotonic() + LIMIT_S
+    while is_held(handle.host, handle.port):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_replica_that_does_not_come_ends_the_connection_and_another_attempt_works(connect):

@@ -59,7 +59,7 @@ class Trainer:
                 "sync": {"backend": "object_store", "timeout_s": timeout_s},
             }
         )
-        self.sender = WeightSender(config, 0, source=StreamedSource(self.weights))
+        self.sender = WeightSender(config, 0, source=StreamedSource(self.weights), host=lambda: "127.0.0.1")
 
     def connect(self, receivers, limit_s=LIMIT_S):
         """Connect to receivers that are new or reset."""

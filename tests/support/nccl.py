@@ -6,6 +6,7 @@ They wait as NCCL does: for ranks that never come, and for peers that take no pa
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from unittest import mock
@@ -34,7 +35,18 @@ class Group:
         self.rank, self.world_size, self.meeting = rank, meeting.world_size, meeting
 
     @classmethod
-    def create(cls, *, host: str, port: int, rank: int, world_size: int) -> Group:
+    def create(
+        cls,
+        *,
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        store_timeout: float = 300.0,
+        listen_socket: socket.socket | None = None,
+    ) -> Group:
+        if listen_socket is not None:
+            listen_socket.close()  # nothing is served there
         meeting = cls.meetings.setdefault(port, Meeting(world_size))
         with meeting.changed:
             assert meeting.world_size == world_size

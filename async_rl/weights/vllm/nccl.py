@@ -8,6 +8,7 @@ meet in a thread that can be left behind, and a timer aborts a transfer that tak
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +22,6 @@ from vllm.distributed.weight_transfer.nccl_common import (
     worker_init_payload,
     worker_init_process_group,
 )
-from vllm.distributed.weight_transfer.nccl_common import trainer_init as open_trainer_endpoint
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLTrainerInitInfo,
     NCCLTrainerWeightTransferEngine,
@@ -33,6 +33,10 @@ from async_rl.errors import WeightSyncError
 from async_rl.weights.vllm.plugin import BACKENDS
 from async_rl.weights.vllm.staging import gathered
 
+# Of the time for meeting, how long the thread that waits for ranks keeps the port: longer than ``_Meeting.result``
+# waits for it, whose error says more.
+_STORE_WAITS = 2
+
 
 @dataclass
 class TimedNCCLTrainerInitInfo(NCCLTrainerInitInfo):  # type: ignore[misc]  # vLLM is not followed
@@ -41,6 +45,8 @@ class TimedNCCLTrainerInitInfo(NCCLTrainerInitInfo):  # type: ignore[misc]  # vL
     backend: ClassVar[str] = BACKENDS["nccl"]
 
     timeout_s: float = 60.0
+    listening: socket.socket | None = None
+    """The socket that holds ``master_port``; None on ranks that do not send."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +91,7 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
 
     def _meet(self, init_info: TimedNCCLTrainerInitInfo) -> None:
         """Open the sender's end while the engines open theirs."""
-        meeting = _Meeting(lambda: open_trainer_endpoint(init_info))
+        meeting = _Meeting(lambda: _open_endpoint(init_info))
         try:
             self.client.init_weight_transfer_engine(
                 worker_init_payload(
@@ -124,6 +130,26 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
         if self.model_update_group is not None:
             self._limit.abort()
             self.model_update_group = None
+
+
+def _open_endpoint(init_info: TimedNCCLTrainerInitInfo) -> Any:
+    """Serve the store where the ranks meet at the port that is held, and return rank 0's communicator.
+
+    Does what vLLM's ``nccl_common.trainer_init`` does, which takes no socket: it binds the port when it is called, by
+    IPv4 alone, and waits for 300 s.
+    """
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    group = StatelessProcessGroup.create(
+        host=init_info.master_address,
+        port=init_info.master_port,
+        rank=0,
+        world_size=init_info.world_size,
+        store_timeout=_STORE_WAITS * init_info.timeout_s,
+        listen_socket=init_info.listening,
+    )
+    return PyNcclCommunicator(group, device=torch.accelerator.current_device_index())
 
 
 class TimedNCCLWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # vLLM is not followed

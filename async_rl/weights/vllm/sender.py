@@ -5,7 +5,6 @@ Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processe
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from async_rl.config.schema import RunConfig
 from async_rl.errors import WeightSyncError
 from async_rl.runtime import timeouts
+from async_rl.runtime.addresses import hold_port
 from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
@@ -150,13 +150,15 @@ class HostsSyncClient(SyncClient):
 class WeightSender:
     """Transfers ``source`` to the connected rollout actors at each ``send``.
 
-    Every trainer rank has one for its life, and calls it in step with the others.
+    Every trainer rank has one for its life, and calls it in step with the others. ``host`` returns the address of this
+    host at which others reach it.
     """
 
-    def __init__(self, config: RunConfig, rank: int, *, source: WeightSource) -> None:
+    def __init__(self, config: RunConfig, rank: int, *, source: WeightSource, host: Callable[[], str]) -> None:
         register()
         self._config = config
         self._rank = rank
+        self._host = host
         self._limit_s = _SHARE * config.sync.timeout_s
         self._source = source
         self._staged = Staged()
@@ -225,12 +227,12 @@ class WeightSender:
             return ShmTrainerInitInfo(rank=self._rank)
         if self._config.sync_backend == "object_store":
             return ObjectStoreTrainerInitInfo(rank=self._rank, staged=self._staged, publisher=self._publisher)
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        host = self._host()
+        listening = hold_port(host) if self._rank == 0 else None
         return TimedNCCLTrainerInitInfo(
-            master_address=ray.util.get_node_ip_address(),
-            master_port=port,
+            master_address=host,
+            master_port=0 if listening is None else int(listening.getsockname()[1]),
+            listening=listening,
             # The sender, and every GPU of every replica that is connected.
             world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
             rank=self._rank,
