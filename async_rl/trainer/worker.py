@@ -17,6 +17,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.queue.client import Payload
 from async_rl.queue.fetcher import Fetcher
 from async_rl.runtime import logs
+from async_rl.trainer.rendezvous import interface_address
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)
@@ -177,8 +178,6 @@ class TrainerWorker:
 
     def _meeting_host(self) -> str:
         """Return the address of this host at which rank 0 listens for other processes: that of cluster.interface."""
-        from async_rl.trainer.rendezvous import interface_address
-
         interface = self._config.cluster.interface
         return self._host if interface is None else interface_address(interface)
 

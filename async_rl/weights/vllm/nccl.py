@@ -33,8 +33,8 @@ from async_rl.errors import WeightSyncError
 from async_rl.weights.vllm.plugin import BACKENDS
 from async_rl.weights.vllm.staging import gathered
 
-# Of the time for meeting, how long the thread that waits for ranks keeps the port: longer than ``_Meeting.result``
-# waits for it, whose error says more.
+# After so many times the time for meeting, the thread that waits for the other ranks ends too, and frees the port.
+# ``_Meeting.result`` has given up before, with an error that says more.
 _STORE_WAITS = 2
 
 
