@@ -113,11 +113,6 @@ def object_store_bytes(max_bytes: int, free_shm: int) -> int:
     return max(OBJECT_STORE_MINIMUM, min(max_bytes + OBJECT_STORE_HEADROOM, int(free_shm * 0.9)))
 
 
-def kept_bytes(config: RunConfig) -> int:
-    """Return the bytes that queue.max_bytes allows in the object stores of all hosts, with the copies of groups."""
-    return config.queue.max_bytes * config.queue.copies
-
-
 def _routing_bytes(config: RunConfig, model: ModelConfig) -> int:
     spec = model.routing_spec
     if spec is None or not config.rollout.return_routed_experts:

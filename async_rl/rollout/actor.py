@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -242,12 +242,13 @@ class RolloutReplica:
         else:
             await self.wake()
             scores = await self.score(sequences)
-        rows = [np.ascontiguousarray(score.routed_experts) for score in scores if score.routed_experts is not None]
+        found = (score.routed_experts for score in scores if score.routed_experts is not None)
+        rows = [cast(ExpertIds, np.ascontiguousarray(each)) for each in found]
         self._probed = rows if sum(each.nbytes for each in rows) > _SENT_BYTES else []
         if not self._probed:
             return scores
         kept = zip(scores, self._probed, strict=True)
-        return [Score(score.logprobs, None, left_behind=checksum(each)) for score, each in kept]
+        return [Score(score.logprobs, None, left_behind=checksum(each.view(np.uint8))) for score, each in kept]
 
     async def probed_routing(self) -> list[ExpertIds]:
         """Return the routed experts of each sequence that the last ``wake_and_score`` left behind."""

@@ -89,11 +89,7 @@ def pci_addresses(visible: str | None, nvml: Any = None) -> list[str]:
 
     nvml: the module ``pynvml``, or what stands in for it. Raises RuntimeError where NVML is missing or fails.
     """
-    if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError:
-            raise RuntimeError("the package nvidia-ml-py is not installed (pip install async-rl[gpu])") from None
+    nvml = _pynvml() if nvml is None else nvml
     try:
         nvml.nvmlInit()
         try:
@@ -102,6 +98,14 @@ def pci_addresses(visible: str | None, nvml: Any = None) -> list[str]:
             nvml.nvmlShutdown()
     except nvml.NVMLError as error:
         raise RuntimeError(f"NVML: {error}") from error
+
+
+def _pynvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        raise RuntimeError("the package nvidia-ml-py is not installed (pip install async-rl[gpu])") from None
+    return pynvml
 
 
 def _handles(visible: str | None, nvml: Any) -> Iterator[Any]:

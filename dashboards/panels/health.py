@@ -31,12 +31,12 @@ HEALTH = Row(
                     Query("sum by (run, process) (async_rl_process_restarts_total{})", "{{run}} {{process}}"),
                     Query("async_rl_checkpoints_total{}", "{{run}} checkpoints", dashed=True),
                     Query("async_rl_rollout_replicas_lost{}", "{{run}} replicas lost"),
+                    Query('async_rl_rollout_replicas{state!="lost"}', "{{run}} replicas {{state}}"),
                 ),
-                "Processes that died and were restarted, by kind, checkpoints written, and replicas that the run "
-                "continues without.",
-                "restarts flat, checkpoints rising if asked for. One restart now and then is an accident; a slope "
-                "points "
-                "to the machine or to the settings.",
+                "Processes that died and were restarted, by kind, checkpoints written, replicas that wait for a host, "
+                "start or work, and those that the run continues without.",
+                "restarts flat, checkpoints rising if asked for, all replicas at work. One restart now and then is an "
+                "accident; a slope points to the machine or to the settings.",
                 "`recovery.max_restarts` within `recovery.period_s` end the run, or cost it a replica "
                 "(`recovery.min_replicas`); `checkpoint.every` bounds what "
                 "is lost when the trainer dies.",

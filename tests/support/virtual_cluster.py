@@ -147,6 +147,16 @@ class _Places:
     def of_replica(self, replica: int) -> Place:
         return Place(None)
 
+    async def placed(self, replica: int) -> None: ...
+
+    async def has_left(self, replica: int, error: BaseException) -> bool:
+        return False
+
+    async def until_gone(self, replica: int) -> None:
+        await asyncio.Event().wait()
+
+    def give_up(self, replica: int) -> None: ...
+
     def release(self) -> None: ...
 
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_with_a_part_that_is_not_there_does_not_count(tmp_path, los
     write(tmp_path, 2)
     partial, entries = write_parts(tmp_path, 4)
     lost(partial)
-    with pytest.raises(CheckpointError, match=r"step-000004.partial: .* must be on a file system that all hosts"):
+    with pytest.raises(CheckpointError, match=r"step-000004.partial: .* a file system that all hosts share"):
         checkpoint_folder.commit(partial, entries, keep=1)
     assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000002"
     checkpoint_folder.begin(tmp_path, 6)

@@ -94,7 +94,7 @@ def test_a_file_that_was_cut_and_has_grown_past_its_old_size_is_read_again(folde
 
 
 def test_events_of_a_log_that_was_rolled_come_once_and_in_order(folder, monkeypatch):
-    monkeypatch.setattr(logs, "_BYTES", 600)
+    monkeypatch.setattr(logs, "MAX_BYTES", 600)
     log = logs._rotating(folder.path / "logs" / "pipeline.jsonl")
     found, written = history.read(folder.path), 0
 

@@ -141,11 +141,9 @@ def supervisor(*workers):
 
 
 async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 async def test_a_worker_whose_engine_died_hands_its_groups_to_its_successor_which_joins_at_the_current_version():

@@ -188,7 +188,7 @@ def test_going_back_keeps_what_was_written_of_later_steps_aside(folder):
 def test_invariant_6_the_files_of_20000_steps_stay_bounded(tmp_path, monkeypatch):
     """A run of weeks in seconds: sizes are a hundredth, time is virtual, every 1,500 steps the trainer is rewound."""
     monkeypatch.setattr(runfolder, "_TRAINED_BYTES", 160_000)
-    monkeypatch.setattr(logs, "_BYTES", 100_000)
+    monkeypatch.setattr(logs, "MAX_BYTES", 100_000)
     now = iter(range(10**6))
     monkeypatch.setattr(timeline.time, "time", lambda: float(next(now)))
     settings = config(tmp_path, metrics={"samples_bytes": 400_000, "timeline_bytes": 200_000})
