@@ -118,7 +118,8 @@ async def test_logs_checkpoint_and_messages_reach_the_run_folder_and_nothing_is_
         assert manifest.find_altered(partial, entries) is None
 
         messages = {f"0-{seed}.0": writer.message.remote(seed) for seed in (1, 2)}
-        saved = await queued_groups.write(partial / "pipeline" / "queued", messages, everywhere=False)
+        copies = {group_id: [message] for group_id, message in messages.items()}
+        saved = await queued_groups.write(partial / "pipeline" / "queued", copies, everywhere=False)
         loaded = await queued_groups.load(
             {i: partial / "pipeline" / "queued" / file for i, (file, _) in saved.items()}, [files]
         )
