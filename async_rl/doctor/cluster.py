@@ -296,7 +296,7 @@ def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
     room, replicas = room_of(needs, hosts), config.rollout.replica_range
     fault = misfit(config, room, needs.unit)
     if fault is None:
-        needed = sum(need.count * need.size for need in processes(config))
+        needed = sum(need.units for need in processes(config))
         detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed"
         if config.rollout.elastic:
             fitting = sum(load.engines for load in filled(config, room).values())

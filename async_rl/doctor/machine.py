@@ -14,6 +14,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import Needs
+from async_rl.doctor.placement import Need, processes
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
 from async_rl.models.config import ModelConfig, read_model_config
@@ -85,8 +86,7 @@ def devices(config: RunConfig) -> Iterator[Check]:
             )
         yield Check("device", "ok", "CPU")
         return
-    needed = config.rollout.replica_range.min * config.rollout.tensor_parallel_size
-    needed += world_size(config.trainer.parallel)
+    needed = sum(need.units for need in _processes(config))
     detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank){_elastic(config, count)}"
     if count < needed:
         yield Check("device", "FAIL", detail, "lower rollout.replicas, or set resources.device to cpu")
@@ -94,13 +94,16 @@ def devices(config: RunConfig) -> Iterator[Check]:
         yield Check("device", "ok", detail)
 
 
+def _processes(config: RunConfig) -> tuple[Need, Need]:
+    """Return what engines and trainer ranks need here, also of a run whose resources.device is auto."""
+    resources = config.resources.model_copy(update={"device": "cuda" if uses_gpu(config) else "cpu"})
+    return processes(config.model_copy(update={"resources": resources}))
+
+
 def _engines_with_room(config: RunConfig, units: int) -> int:
     """Return how many engines a run with rollout.replicas.min begins with on ``units`` GPUs or cores of one host."""
-    rollout, resources, ranks = config.rollout, config.resources, world_size(config.trainer.parallel)
-    each, rank = (
-        (rollout.tensor_parallel_size, 1) if uses_gpu(config) else (resources.engine_threads, resources.trainer_threads)
-    )
-    return max(rollout.replica_range.min, min(rollout.replica_range.max, (units - ranks * rank) // each))
+    (engine, rank), replicas = _processes(config), config.rollout.replica_range
+    return max(replicas.min, min(replicas.max, (units - rank.units) // engine.size))
 
 
 def _elastic(config: RunConfig, units: int) -> str:
@@ -154,8 +157,7 @@ def cores(config: RunConfig) -> Iterator[Check]:
                 f"{threads} threads for one process, but this machine has {count} usable cores",
                 f"set it to at most {count}",
             )
-    needed = config.rollout.replica_range.min * resources.engine_threads
-    needed += world_size(config.trainer.parallel) * resources.trainer_threads
+    needed = sum(need.units for need in _processes(config))
     detail = f"{count} usable, {needed} wanted (replicas x engine_threads + ranks x trainer_threads)"
     detail += _elastic(config, count)
     if needed <= count:
@@ -267,8 +269,8 @@ def ports(config: RunConfig) -> Iterator[Check]:
     """Check that the ports for /metrics of driver, replicas and ranks are free."""
     host, first = config.metrics.host or "127.0.0.1", config.metrics.port
     # On a cluster, only the driver is sure to be on this host.
-    processes = config.rollout.replica_range.max + world_size(config.trainer.parallel)
-    others = 0 if config.cluster.joined_address else processes
+    most = config.rollout.replica_range.max + world_size(config.trainer.parallel)
+    others = 0 if config.cluster.joined_address else most
     wanted = range(first, first + 1 + others) if first else range(1)
     for port in wanted:
         try:

@@ -39,6 +39,11 @@ class Need:
     settings: str
     """The settings that ``count`` and ``size`` come from."""
 
+    @property
+    def units(self) -> int:
+        """GPUs, or on CPU threads, of all of them."""
+        return self.count * self.size
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -222,7 +227,7 @@ def misfit(config: RunConfig, room: Mapping[str, float], units: str) -> str | No
     if (fault := too_large(config, room, units)) is not None:
         return fault
     there, needs = _listed_room(room), processes(config)
-    total, needed = sum(room.values()), sum(need.count * need.size for need in needs)
+    total, needed = sum(room.values()), sum(need.units for need in needs)
     wanted = " and ".join(counted(need.count, need.what) + (f" of {need.size}" * (need.size > 1)) for need in needs)
     if total < needed:
         most = "" if found.fits or kind(config) == "GPU" else f", and at most {_MOST_PER_CORE} processes share one"

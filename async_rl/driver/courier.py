@@ -30,6 +30,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.schema import RunConfig
+from async_rl.driver.host_watch import hosts_alive
 from async_rl.driver.run_state import FOLDER as OWN_FILES
 from async_rl.errors import CheckpointDamaged, CheckpointError
 from async_rl.runtime import logs, manifest, timeouts
@@ -143,7 +144,7 @@ class Courier:
         """Find the hosts on which the run has or had a process; start what reads their files."""
         with self._looking:
             self._looked = time.monotonic()
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            alive = hosts_alive()
             for address, node_id in _places():
                 if address == self._config.cluster.run_host or node_id not in alive:
                     continue

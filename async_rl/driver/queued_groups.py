@@ -21,6 +21,7 @@ import structlog
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from async_rl.queue.fetcher import hosts_with
 from async_rl.rollout.moments import SavedGroup
 from async_rl.runtime.failures import brief, unwrap_ray_error
 from async_rl.runtime.manifest import FileEntry, write_file
@@ -97,11 +98,11 @@ def _by_host(references: Mapping[str, Any], *, everywhere: bool) -> dict[str, li
     here = ray.get_runtime_context().get_node_id()
     if not everywhere:
         return {here: list(references)}
-    found = ray.experimental.get_object_locations(list(references.values()))
+    found = hosts_with(list(references.values()))
     hosts: dict[str, list[str]] = {}
     for file, reference in references.items():
         # None for a small message, which the driver's process has, and for one that Ray has moved to a disk.
-        places = found.get(reference, {}).get("node_ids") or [here]
+        places = found[reference] or [here]
         hosts.setdefault(here if here in places else places[0], []).append(file)
     return hosts
 

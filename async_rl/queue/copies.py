@@ -30,6 +30,7 @@ import structlog
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from async_rl.queue.fetcher import hosts_with
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import brief, is_process_death
 
@@ -97,7 +98,7 @@ class Copies:
     async def _wanted(self, payload: Sequence[Any]) -> frozenset[str] | None:
         """Return the hosts to which a copy may go; None if none is wanted, or the message is lost."""
         hosts = await self._look()
-        there = await asyncio.to_thread(_places, payload[0]) & hosts.alive
+        there = hosts.alive.intersection((await asyncio.to_thread(hosts_with, payload[:1]))[payload[0]])
         if len(payload) > 1 or not there or self._here in there:
             return None
         return (hosts.usable | {self._here}) - there
@@ -155,12 +156,6 @@ def _hosts(resource: str) -> _Hosts:
         frozenset(node["NodeID"] for node in alive),
         frozenset(node["NodeID"] for node in alive if node["Resources"].get(resource)),
     )
-
-
-def _places(reference: Any) -> frozenset[str]:
-    """Return the hosts whose object store has a value; none of one that is lost or in this process."""
-    found = ray.experimental.get_object_locations([reference])
-    return frozenset(found.get(reference, {}).get("node_ids") or ())
 
 
 def _start_holder(host: str) -> Any:

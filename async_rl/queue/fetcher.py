@@ -67,7 +67,7 @@ class Fetcher:
 
         Groups in the object store of another host are read there: their messages, up to gigabytes, stay where they are.
         """
-        places = _places([r for _, payload, _ in chosen if not isinstance(payload, str) for r in payload])
+        places = hosts_with([r for _, payload, _ in chosen if not isinstance(payload, str) for r in payload])
         here = ray.get_runtime_context().get_node_id()
 
         def read(group_id: str, payload: Payload, index: int) -> Excerpt:
@@ -106,7 +106,7 @@ class Fetcher:
 
 def _in_memory(payloads: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Return the messages in Ray's object stores of which a copy can be read, by group id."""
-    places = _places([reference for payload in payloads.values() if len(payload) > 1 for reference in payload])
+    places = hosts_with([reference for payload in payloads.values() if len(payload) > 1 for reference in payload])
     left = {
         group_id: _nearest_first(payload, places) if len(payload) > 1 else payload
         for group_id, payload in payloads.items()
@@ -118,7 +118,7 @@ def _in_memory(payloads: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return found
 
 
-def _places(references: Sequence[Any]) -> dict[Any, Sequence[str]]:
+def hosts_with(references: Sequence[Any]) -> dict[Any, Sequence[str]]:
     """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it."""
     found = ray.experimental.get_object_locations(list(references)) if references else {}
     return {reference: found.get(reference, {}).get("node_ids") or () for reference in references}

@@ -38,7 +38,7 @@ class Position(NamedTuple):
     """A place in a stream."""
 
     inode: int
-    """Of the file."""
+    """The number by which the file system knows the file."""
     offset: int
     """Bytes of the file before it."""
     head_bytes: int

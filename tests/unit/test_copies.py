@@ -13,6 +13,7 @@ import structlog
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, ObjectLostError, RayTaskError
 
 from async_rl.queue import copies as copies_module
+from async_rl.queue import fetcher
 from async_rl.queue.client import QueueClient
 from async_rl.queue.copies import Copies, CopyHolder
 from async_rl.queue.records import GroupMeta
@@ -83,6 +84,7 @@ def cluster(monkeypatch):
     found = Cluster("driver", "a", "b", "c")
     found.hosts["without code"] = {"memory": 1.0}
     monkeypatch.setattr(copies_module, "ray", found)
+    monkeypatch.setattr(fetcher, "ray", found)
     monkeypatch.setattr(copies_module, "_start_holder", found.start_holder)
     monkeypatch.setattr(copies_module, "_HOSTS_VALID_S", 0.0)
     return found

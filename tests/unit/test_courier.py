@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from structlog.testing import capture_logs
 
 from async_rl.config.loading import validate
-from async_rl.driver import courier
+from async_rl.driver import courier, host_watch
 from async_rl.driver.courier import Courier
 from async_rl.errors import CheckpointDamaged, CheckpointError, ResourceError
 from async_rl.runtime import host_files, manifest, spool
@@ -80,6 +80,7 @@ class Net:
             nodes=lambda: [{"Alive": True, "NodeID": address} for address in self.alive],
         )
         monkeypatch.setattr(courier, "ray", ray)
+        monkeypatch.setattr(host_watch, "ray", ray)
         monkeypatch.setattr(courier, "_places", lambda: [(address, address) for address in (HOME, B, C)])
         monkeypatch.setattr(Courier, "_start", lambda _, address, __: Actor(HostFiles(self.config, address), self))
         self.courier = Courier(self.config)
