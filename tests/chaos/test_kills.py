@@ -15,6 +15,7 @@ from async_rl.config.loading import load
 from async_rl.data.cursor import DatasetCursor
 from async_rl.queue.redis_store import RedisJournal
 from tests.support.invariants import check, dataset
+from tests.support.real_run import SCRIPTED
 from tests.support.redis_server import PASSWORD
 
 pytestmark = pytest.mark.e2e
@@ -32,9 +33,6 @@ SETTINGS = {
     # So many steps at the recipe's rate would end in a model that repeats itself, and in a router that has one answer.
     "trainer__optimizer__lr": 1e-6,
 }
-
-# For what asserts nothing about vLLM: broker, Ray, driver and trainer are real.
-SCRIPTED = {"rollout__engine": "tests.support.scripted_engine:ScriptedEngine"}
 
 
 def trained_steps(run) -> int:

@@ -4,15 +4,12 @@ What writes there stands in for a rollout worker and a trainer rank.
 """
 
 import asyncio
-import shutil
 import sys
-import tempfile
 import time
 
 import numpy as np
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from structlog.testing import capture_logs
 
@@ -22,6 +19,7 @@ from async_rl.driver.remote_files import RemoteFiles, courier
 from async_rl.errors import TrainerDied
 from async_rl.runtime import manifest, spool
 from tests.cluster.hosts import wait_until
+from tests.support.own_cluster import own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -60,18 +58,12 @@ class Writer:
 @pytest.fixture
 def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    folder = tempfile.mkdtemp(prefix="ray-")  # of its own: other tests' ray.init would join this cluster
-    head = {"num_cpus": 2, "node_ip_address": HOME, "object_store_memory": STORE_BYTES, "temp_dir": folder}
-    made = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
-    try:
+    head = {"num_cpus": 2, "node_ip_address": HOME, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    with own_cluster(**head) as made:
         made.other = made.add_node(num_cpus=1, node_ip_address=OTHER, object_store_memory=STORE_BYTES)
         ray.init(address=made.address, namespace="run", log_to_driver=False)
         made.wait_for_nodes()
         yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from safetensors.numpy import load_file
 
 from async_rl.models.config import read_model_config
 from async_rl.queue import codec
+from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 8
-# For what asserts nothing about vLLM: broker, Ray, driver and trainer are real.
-SCRIPTED = {"rollout__engine": "tests.support.scripted_engine:ScriptedEngine"}
 
 
 def finished(run, canary: float = 1e-4) -> dict:

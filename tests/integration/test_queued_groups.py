@@ -1,13 +1,10 @@
 """Finished groups of a checkpoint on two hosts of Ray: written where they lie, and loaded without the driver."""
 
 import asyncio
-import shutil
-import tempfile
 
 import numpy as np
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from structlog.testing import capture_logs
 
@@ -15,6 +12,7 @@ from async_rl.driver import queued_groups
 from async_rl.driver.actors import RolloutHandle
 from async_rl.rollout.actor import RolloutActor
 from async_rl.runtime.manifest import checksum
+from tests.support.own_cluster import own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -24,20 +22,12 @@ MESSAGE_BYTES = 10**6  # more than what Ray keeps in the process that asked for 
 @pytest.fixture(scope="module")
 def cluster():
     """Two hosts, the driver on the first."""
-    # A folder of its own: Ray writes the address there, and other tests' ray.init would join this cluster.
-    folder = tempfile.mkdtemp(prefix="ray-")
     store = 100 * 2**20
-    head = {"num_cpus": 1, "object_store_memory": store, "temp_dir": folder}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with own_cluster(num_cpus=1, object_store_memory=store) as made:
         made.other = made.add_node(num_cpus=1, object_store_memory=store)
         made.connect()
         made.wait_for_nodes()
         yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def message(seed, nbytes=MESSAGE_BYTES):

@@ -5,10 +5,11 @@ import time
 
 import pytest
 
+from tests.support.real_run import SCRIPTED
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-SETTINGS = {
-    "rollout__engine": "tests.support.scripted_engine:ScriptedEngine",
+SETTINGS = SCRIPTED | {
     "trainer__steps": 10_000,
     "recovery__backoff_s": 0.01,
     "eval__n": 1,

@@ -19,7 +19,7 @@ def has_ipv6() -> bool:
 
 LOOPBACKS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
 ELSEWHERE = "127.0.0.2"
-"""Of this machine, and neither of them."""
+"""Another address of this machine."""
 
 
 def is_held(host: str, port: int) -> bool:

@@ -20,6 +20,8 @@ from async_rl.runtime.rolling import open_part, parts
 # forgotten stays. Both limits end a test that hangs, and judge no time.
 CLEAN_WITHIN_S = 60
 RUN_LIMIT_S = 900
+# For what asserts nothing about vLLM: broker, Ray, driver and trainer are real.
+SCRIPTED = {"rollout__engine": "tests.support.scripted_engine:ScriptedEngine"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

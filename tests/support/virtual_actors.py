@@ -40,9 +40,9 @@ class Size:
 
     hosts: int
     groups: int
-    """Per training step."""
+    """Groups of a training step."""
     tokens: int
-    """Of each response, on average."""
+    """Mean length of a response."""
 
     @property
     def replicas(self) -> int:

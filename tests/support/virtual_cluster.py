@@ -72,7 +72,7 @@ class Cost:
 
     size: Size
     second: Meter
-    """Of ``seconds`` before the first group is finished."""
+    """What was counted in ``seconds`` before the first group is finished."""
     seconds: float
     steps: int
     """Training steps that ``during`` is of."""
@@ -83,7 +83,7 @@ class Cost:
     journal: float
     """Bytes of each step in the queue's journal."""
     metric_lines: int
-    """Of the driver's /metrics."""
+    """Lines that the driver's /metrics has."""
 
     POLLS = ("stats", "lease_poll")
     """Calls that are made every second, whatever happens. ``stats`` are also asked for at each step."""

@@ -92,7 +92,7 @@ def test_after_any_arrivals_and_departures_the_counts_are_right_and_the_limit_is
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_hundreds_of_replicas_come_and_go_with_64_hosts_and_each_that_is_there_gets_weights_once(seed):
-    """The supervisor with hosts that are names: nobody waits for a host that is gone, or has two."""
+    """The supervisor with hosts that are names: no replica waits for a host that is gone, or has two."""
     chance, hosts = random.Random(seed), [f"host-{number}" for number in range(64)]
     away, serial = [], len(hosts)
     async with elastic(8, 96, *hosts) as (subject, rollouts, sync, recovery, recorder, starting):

@@ -16,7 +16,7 @@ class Cluster:
         return set(self.hosts)
 
 
-async def test_what_waits_for_a_host_is_told_when_it_has_left_and_nothing_else_is():
+async def test_a_wait_for_a_host_to_leave_ends_when_it_has_left_and_no_other_wait_does():
     cluster = Cluster("a", "b")
     watch = HostWatch(cluster.alive, 0.01)
     on_a = [asyncio.ensure_future(watch.gone("a")) for _ in range(100)]

@@ -123,7 +123,7 @@ while :; do sleep 0.05; done
 """
 
 
-def test_a_worker_that_was_taken_for_dead_joins_once_more_and_ends_when_it_is_told_to(programs):
+def test_a_worker_that_was_taken_for_dead_joins_once_more_and_ends_at_a_signal(programs):
     programs.add("ray", RAY_TAKEN_FOR_DEAD)
     host = programs.start(*HOST, "worker", "10.0.0.5:6379", HOST_ADDRESS="10.0.0.6", REJOIN_AFTER_S="0")
     programs.await_call("ray start", 2)

@@ -259,7 +259,7 @@ def test_a_run_cannot_need_more_replicas_than_it_starts_with():
         needed(rollout={"replicas": ELASTIC}, recovery={"min_replicas": 3})
 
 
-def test_a_run_needs_the_replicas_that_it_starts_with_unless_told_otherwise():
+def test_a_run_needs_the_replicas_that_it_starts_with_unless_set_otherwise():
     assert needed(rollout={"replicas": 4}) == 1
     assert needed(rollout={"replicas": ELASTIC}) == 2
     assert needed(rollout={"replicas": ELASTIC}, recovery={"min_replicas": 1}) == 1

@@ -14,13 +14,13 @@ def sender(client, backend="object_store"):
     return made
 
 
-def test_each_replica_is_told_of_its_own_hosts_file_alone():
+def test_each_replica_gets_the_file_of_its_own_host_alone():
     client = HostsSyncClient(["a", "b", "c"], 1.0)
     client._hosts = {"a": "two", "b": "one", "c": "two"}
     assert sender(client).stage() == [{"fd": 2}, {"fd": 1}, {"fd": 2}]
 
 
-def test_on_one_host_all_are_told_the_same():
+def test_on_one_host_all_get_the_same():
     made = sender(SyncClient(["a", "b"], 1.0), backend="shm")
     made._engine.stage = lambda: {"fd": 7}
     assert made.stage() == [{"fd": 7}] * 2
