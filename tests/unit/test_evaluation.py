@@ -8,7 +8,7 @@ import pytest
 from async_rl.errors import EngineError, RewardError
 from async_rl.types import Prompt
 from tests.support.scripted_engine import ScriptedEngine
-from tests.unit.test_rollout_worker import ListQueue, sampled, scripted, worker
+from tests.support.scripted_replica import ListQueue, sampled, scripted, worker
 
 PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) for n in range(3)]
 
