@@ -1,6 +1,7 @@
 """Fixtures that several folders share: whole runs with a tiny random model, a Redis server, a folder to fuzz."""
 
 import functools
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from tests.support.real_run import Run, make_model, make_recipe
 from tests.support.redis_server import RedisServer
 
 register_profiles()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts what it puts into the background with SIGINT ignored, which programs inherit;
+    # a shell script cannot even trap it then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
