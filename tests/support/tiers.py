@@ -65,7 +65,7 @@ TIERS = {
     "check": Tier(4 * 60, (*LINT, tests("unit", *UNIT))),
     "test": Tier(12 * 60, (*LINT, tests("unit", *UNIT), tests("integration", "-m", "not slow and not long", *REAL))),
     "test-all": Tier(
-        60 * 60, (*LINT, tests("unit", *ALL_EXAMPLES, *UNIT), tests("everything else", *ALL_EXAMPLES, *REAL))
+        100 * 60, (*LINT, tests("unit", *ALL_EXAMPLES, *UNIT), tests("everything else", *ALL_EXAMPLES, *REAL))
     ),
 }
 
