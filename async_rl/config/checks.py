@@ -160,7 +160,7 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is reinforce, which has no ratio and "
             "takes its importance weights from the current policy, so proximal would be ignored; set it to behaviour"
         )
-    if loss.dual_clip is not None and loss.policy in ("cispo", "reinforce"):
+    if loss.dual_clip is not None and loss.policy in ("cispo", "dppo", "ipo", "reinforce"):
         raise ValueError(
             f"trainer.loss.dual_clip is {loss.dual_clip}, but trainer.loss.policy is {loss.policy}, whose loss it "
             "does not bound; set dual_clip to null, or policy to ppo or gspo"
@@ -171,7 +171,30 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.kl {loss.kl} and policy {loss.policy}; set skip_zero_advantage to false, or kl to none and "
             "policy to a built-in one"
         )
+    _check_divergence(config)
     _check_importance(config)
+
+
+def _check_divergence(config: RunConfig) -> None:
+    """Raise ValueError where the bound of dppo and ipo would do nothing, or ipo would not be what its name says."""
+    loss = config.trainer.loss
+    if loss.policy == "ipo" and loss.proximal != "behaviour":
+        raise ValueError(
+            f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is ipo, which compares the current "
+            "with the behaviour policy; set proximal to behaviour, or policy to dppo"
+        )
+    if ":" in loss.policy:
+        return
+    if loss.divergence_bound is not None and loss.policy not in ("dppo", "ipo"):
+        raise ValueError(
+            f"trainer.loss.divergence_bound is {loss.divergence_bound}, but trainer.loss.policy is {loss.policy}, "
+            "which has no such bound; set divergence_bound to null, or policy to dppo or ipo"
+        )
+    if loss.divergence == "kl" and loss.policy != "dppo":
+        raise ValueError(
+            f"trainer.loss.divergence is kl, but trainer.loss.policy is {loss.policy}, which has no choice of it; set "
+            "divergence to tv, or policy to dppo"
+        )
 
 
 def _check_importance(config: RunConfig) -> None:

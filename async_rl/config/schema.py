@@ -316,15 +316,21 @@ class ImportanceSection(Section):
 class LossSection(Section):
     """The policy loss."""
 
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Lower clip of the importance ratio: 1 - clip_low."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Lower clip of the importance ratio: 1 - clip_low; 1 for none."""
     clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the ratio where the advantage is negative (dual clip, for ppo and gspo); null for no bound."""
-    policy: Literal["ppo", "gspo", "cispo", "reinforce"] | FunctionName = "ppo"
+    policy: Literal["ppo", "gspo", "cispo", "dppo", "ipo", "reinforce"] | FunctionName = "ppo"
     """The policy loss by name, or as module:function, called as f(tokens: Tokens, settings: LossSection) -> TokenLoss
     with a loss for each token."""
+    divergence: Literal["tv", "kl"] = "tv"
+    """How dppo measures that a token's probability has moved: by its difference (tv), or by the KL divergence of
+    sampling the token or any other one (kl)."""
+    divergence_bound: PositiveFloat | None = None
+    """Divergence beyond which dppo and ipo leave a token out; null for 0.15 with dppo and tv, 0.05 with dppo and kl,
+    and 0.3 with ipo."""
     proximal: Literal["behaviour", "recompute", "interpolate"] = "behaviour"
     """The policy in the ratio's denominator: the one that sampled (behaviour), the trainer's at the start of the step,
     at the cost of a forward pass (recompute), or one between the two, by staleness (interpolate)."""
@@ -347,6 +353,12 @@ class LossSection(Section):
     def needs_batch_statistics(self) -> bool:
         """Whether advantages are normalized over the mini-batch, which then must be complete before any is known."""
         return self.advantage == "reinforce_plus_plus"
+
+    @property
+    def divergence_limit(self) -> float:
+        """Divergence beyond which dppo and ipo leave a token out; see trainer.loss.divergence_bound."""
+        usual = 0.3 if self.policy == "ipo" else 0.05 if self.divergence == "kl" else 0.15
+        return self.divergence_bound or usual
 
 
 class TrainerSection(Section):

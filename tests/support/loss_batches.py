@@ -19,20 +19,26 @@ FAST = settings(max_examples=examples(60), deadline=None)
 
 @st.composite
 def batches(draw):
-    """Arrays of a microbatch of some sequences, the first of which may be one token; NaN where the mask is off."""
+    """Arrays of a microbatch of some sequences, the first of which may be one token; NaN where the mask is off.
+
+    No log-prob is above 0.
+    """
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     count = sum(lengths)
 
     def each(values):
         return np.array(draw(st.lists(values, min_size=count, max_size=count)), np.float32)
 
+    def moved(logprobs):
+        return np.minimum(logprobs + each(LOG_RATIOS), 0)
+
     behaviour = each(st.floats(-8, 0, width=32))
-    proximal = behaviour + each(LOG_RATIOS)
+    proximal = moved(behaviour)
     arrays = {
         "behaviour": behaviour,
         "proximal": proximal,
-        "current": proximal + each(LOG_RATIOS),
-        "reference": behaviour + each(LOG_RATIOS),
+        "current": moved(proximal),
+        "reference": moved(behaviour),
         "advantages": each(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.5])),
     }
     mask = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
@@ -62,12 +68,12 @@ def ordinary_batch(seed, sequences=4, length=6):
     rng = np.random.default_rng(seed)
     count = sequences * length
     behaviour = -3 * rng.random(count)
-    proximal = behaviour + rng.normal(0, 0.3, count)
+    proximal = np.minimum(behaviour + rng.normal(0, 0.3, count), 0)
     batch = {
         "behaviour": behaviour,
         "proximal": proximal,
-        "current": proximal + rng.normal(0, 0.6, count),
-        "reference": behaviour + rng.normal(0, 0.5, count),
+        "current": np.minimum(proximal + rng.normal(0, 0.6, count), 0),
+        "reference": np.minimum(behaviour + rng.normal(0, 0.5, count), 0),
         "advantages": rng.normal(size=count),
     }
     mask = rng.random(count) < 0.8
@@ -98,6 +104,10 @@ POLICIES = [
     LossSection(policy="ppo", clip_low=0.2, clip_high=0.3, dual_clip=3.0),
     LossSection(policy="gspo", clip_low=0.2, clip_high=0.3),
     LossSection(policy="cispo", clip_low=0.5, clip_high=2.0),
+    LossSection(policy="cispo", clip_low=1.0, clip_high=4.0),
+    LossSection(policy="dppo", divergence_bound=0.1),
+    LossSection(policy="dppo", divergence="kl"),
+    LossSection(policy="ipo"),
     LossSection(policy="reinforce"),
 ]
-NAMES = ["ppo", "dual clip", "gspo", "cispo", "reinforce"]
+NAMES = ["ppo", "dual clip", "gspo", "cispo", "cispo above", "dppo tv", "dppo kl", "ipo", "reinforce"]
