@@ -173,6 +173,7 @@ def _check_loss(config: RunConfig) -> None:
         )
     _check_divergence(config)
     _check_importance(config)
+    _check_rejection(config)
 
 
 def _check_divergence(config: RunConfig) -> None:
@@ -216,6 +217,32 @@ def _check_importance(config: RunConfig) -> None:
             "async_training.partial_rollout.routing is exact, which trains a response in pieces, but trainer.loss "
             f"(policy {loss.policy}, importance.level {importance.level}) needs whole sequences; set routing "
             "to replace, or trainer.loss.policy and importance.level to values that work token by token"
+        )
+
+
+def _check_rejection(config: RunConfig) -> None:
+    loss, rejection = config.trainer.loss, config.trainer.loss.rejection
+    if rejection.low > rejection.high:
+        raise ValueError(
+            f"trainer.loss.rejection.low ({rejection.low}) is above rejection.high ({rejection.high}): no sequence "
+            "would pass; swap the two values"
+        )
+    if rejection.bound is not None and rejection.rule not in ("k3", "second_moment"):
+        raise ValueError(
+            f"trainer.loss.rejection.bound is {rejection.bound}, but rejection.rule is {rejection.rule}, which has no "
+            "such bound; set bound to null, or rule to k3 or second_moment"
+        )
+    if rejection.rule == "second_moment" and loss.proximal != "recompute":
+        raise ValueError(
+            f"trainer.loss.rejection.rule is second_moment, but trainer.loss.proximal is {loss.proximal}: which tokens "
+            "are left out must be known for the whole mini-batch before any gradient; set proximal to recompute"
+        )
+    exact = config.async_training.partial_rollout.routing == "exact"
+    if exact and rejection.rule in ("geometric_mean", "k3"):
+        raise ValueError(
+            "async_training.partial_rollout.routing is exact, which trains a response in pieces, but "
+            f"trainer.loss.rejection.rule is {rejection.rule}, which judges whole sequences; set routing to replace, "
+            "or rejection.rule to off"
         )
 
 

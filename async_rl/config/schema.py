@@ -313,6 +313,28 @@ class ImportanceSection(Section):
     """Largest weight with modes truncate and mask."""
 
 
+class RejectionSection(Section):
+    """Tokens that are left out of the policy loss because engine and trainer differ too much on them."""
+
+    rule: Literal["off", "geometric_mean", "k3", "second_moment"] = "off"
+    """What is left out: nothing (off); sequences whose tokens' ratios have a geometric mean outside of rejection.low to
+    rejection.high (geometric_mean), or a mean of the KL estimate k3 above rejection.bound (k3); or tokens with the
+    largest squared log ratio, until the mean of the others is below rejection.bound (second_moment, which is M2PO). The
+    ratio is that of the proximal to the behaviour policy, or of the current to the behaviour policy where
+    trainer.loss.proximal is behaviour."""
+    low: PositiveFloat = 0.999
+    """Smallest geometric mean that is kept."""
+    high: PositiveFloat = 1.001
+    """Largest geometric mean that is kept."""
+    bound: PositiveFloat | None = None
+    """Bound of k3 or of the mean square; null for 0.01 with k3 and 0.04 with second_moment."""
+
+    @property
+    def limit(self) -> float:
+        """The bound of k3 or of the mean square; see rejection.bound."""
+        return self.bound or (0.04 if self.rule == "second_moment" else 0.01)
+
+
 class LossSection(Section):
     """The policy loss."""
 
@@ -335,6 +357,7 @@ class LossSection(Section):
     """The policy in the ratio's denominator: the one that sampled (behaviour), the trainer's at the start of the step,
     at the cost of a forward pass (recompute), or one between the two, by staleness (interpolate)."""
     importance: ImportanceSection = ImportanceSection()
+    rejection: RejectionSection = RejectionSection()
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     """Estimator of the KL penalty for leaving the reference, the checkpoint that the run started from; the gradient of
     k1 is zero on average."""
@@ -351,8 +374,8 @@ class LossSection(Section):
 
     @property
     def needs_batch_statistics(self) -> bool:
-        """Whether advantages are normalized over the mini-batch, which then must be complete before any is known."""
-        return self.advantage == "reinforce_plus_plus"
+        """Whether a token's loss depends on the whole mini-batch, which then must be complete before any is known."""
+        return self.advantage == "reinforce_plus_plus" or self.rejection.rule == "second_moment"
 
     @property
     def divergence_limit(self) -> float:

@@ -3,6 +3,7 @@
     policy            the clipped or masked objective, with the ratio of the current over the proximal policy
     proximal          the policy that the ratio starts from: behaviour, recomputed, or interpolated
     importance        the weight of the proximal over the behaviour policy, which corrects for their difference
+    rejection         what is left out because the two differ too much (``rejection``)
     kl                a penalty that keeps the policy near a reference
     aggregation       the weight of a token in the sum, and the divisor of the sum
 
@@ -23,6 +24,7 @@ from torch.distributed.nn.functional import all_reduce
 from async_rl.config.functions import load_function
 from async_rl.config.schema import ImportanceSection, LossSection
 from async_rl.errors import TrainerError
+from async_rl.trainer.rejection import rejected_sequences
 
 # Bound of |log ratio| before it is exponentiated: e^20 is far beyond any clip, and its square still fits float32.
 MAX_LOG_RATIO = 20.0
@@ -72,6 +74,17 @@ class TokenLoss(NamedTuple):
     """float32[T], 0 outside the mask."""
     clipped: torch.Tensor
     """bool[T]: where clipping stops the gradient."""
+
+
+class WholeLoss(NamedTuple):
+    """The value of the whole loss for each token: that of the policy, corrected, and the penalty."""
+
+    loss: torch.Tensor
+    """float32[T], 0 outside the mask."""
+    clipped: torch.Tensor
+    """bool[T]: where the policy's clipping stops the gradient."""
+    rejected: torch.Tensor
+    """bool[T]: tokens without a policy loss because two policies differ too much on them."""
 
 
 PolicyLoss = Callable[[Tokens, LossSection], TokenLoss]
@@ -273,19 +286,28 @@ def kl_penalty(tokens: Tokens, reference: torch.Tensor, kind: Literal["k1", "k2"
 
 def policy_loss(
     tokens: Tokens, settings: LossSection, policy: PolicyLoss, reference: torch.Tensor | None = None
-) -> TokenLoss:
-    """Compute the whole loss by token: policy, importance weights and KL penalty.
+) -> WholeLoss:
+    """Compute the whole loss by token: policy, importance weights, rejection and KL penalty.
 
     reference: log-probs float32[T] for the penalty; None where no token counts, as in a microbatch of padding.
     """
     loss, clipped = policy(tokens, settings)
+    rejected = torch.zeros_like(tokens.mask)
     if settings.importance.level != "off":
         # REINFORCE has no ratio, so its weight corrects for the whole way from behaviour to current policy.
         of = tokens.current if settings.policy == "reinforce" else tokens.proximal
-        loss = loss * importance_weights(tokens, settings.importance, of=of)
+        weights = importance_weights(tokens, settings.importance, of=of)
+        loss = loss * weights
+        if settings.importance.mode == "mask":
+            rejected = (weights == 0) & tokens.mask
+    if settings.rejection.rule in ("geometric_mean", "k3"):
+        other = tokens.current.detach() if settings.proximal == "behaviour" else tokens.proximal
+        log_ratio = tokens.log_ratio(other, tokens.behaviour)
+        rejected = rejected | rejected_sequences(log_ratio, tokens.sequence_mean, settings.rejection) & tokens.mask
+        loss = torch.where(rejected, 0.0, loss)
     if settings.kl != "none" and reference is not None:
         loss = loss + settings.kl_coef * kl_penalty(tokens, reference, settings.kl)
-    return TokenLoss(loss, clipped)
+    return WholeLoss(loss, clipped, rejected)
 
 
 # ---- adding up ----

@@ -21,7 +21,7 @@ from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses
 from async_rl.trainer.advantages import load_advantages
 from async_rl.trainer.collectives import Collectives
-from async_rl.trainer.credit import with_credit
+from async_rl.trainer.credit import Credited, with_credit
 from async_rl.trainer.export import write_hf
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.objective import cross_entropy, policy_objective
@@ -121,8 +121,9 @@ class Trainer:
         started = time.perf_counter()
         self.prepare(groups, oldest_version=step.oldest_version)
         started = step.lap("record_routing", started)
-        samples = self._with_credit(groups)
+        samples, rejected = self._with_credit(groups)
         step.count_groups(groups, samples)
+        step.count_rejected(rejected)
         if self._config.trainer.skip_zero_advantage:
             samples = step.with_gradient(samples)
         step.ready += step.packer.add(samples)
@@ -160,7 +161,7 @@ class Trainer:
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked=masked_tokens(total),
+            masked=masked_tokens(total, rejected=step.sums["rejected"]),
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
@@ -261,8 +262,8 @@ class Trainer:
             ]
         return self.logprobs([s.token_ids for s in samples], routed_experts, self._config.rollout.temperature)
 
-    def _with_credit(self, groups: Sequence[Group]) -> list[Sample]:
-        """Take the prepared samples of these groups, and return them with their tokens' advantages and weights."""
+    def _with_credit(self, groups: Sequence[Group]) -> Credited:
+        """Take the prepared samples of these groups, and give their tokens advantages and weights."""
         return with_credit(
             [(group, self._prepared.pop(group.group_id)) for group in groups],
             self._config.trainer.loss,

@@ -78,7 +78,7 @@ def test_decoupled_ppo_is_weight_times_clipped_ratio_plus_penalty():
         kl_coef=0.1,
     )
     tokens, reference = tokens_of(batch)
-    found, _ = policy_loss(tokens, section, load_policy(section), reference)
+    found, *_ = policy_loss(tokens, section, load_policy(section), reference)
     weight = np.minimum(ratio_of(batch, "proximal", "behaviour"), 1.5)
     ratio, advantages = ratio_of(batch, "current", "proximal"), batch["advantages"]
     x = batch["reference"].astype(np.float64) - batch["current"]
@@ -100,7 +100,7 @@ def test_reinforce_is_weighted_by_the_current_policy():
     }
     section = LossSection(policy="reinforce", importance=ImportanceSection(level="token", mode="plain"))
     tokens, _ = tokens_of(batch, gradient=True)
-    loss, _ = policy_loss(tokens, section, load_policy(section))
+    loss, *_ = policy_loss(tokens, section, load_policy(section))
     loss.sum().backward()
     assert tokens.current.grad.numpy() == pytest.approx(-np.exp(current - behaviour) * batch["advantages"], rel=1e-4)
 
@@ -108,14 +108,14 @@ def test_reinforce_is_weighted_by_the_current_policy():
 def test_the_weight_of_a_sequence_enters_the_loss():
     section = LossSection(proximal="recompute", importance=ImportanceSection(level="sequence", mode="plain"))
     tokens, _ = tokens_of(small(proximal=[0.5, 0.25, 0, 0, 0, 0], current=[0.5, 0.25, 0, 0, 0, 0]))
-    found, _ = policy_loss(tokens, section, load_policy(section))
+    found, *_ = policy_loss(tokens, section, load_policy(section))
     assert found[:2].tolist() == pytest.approx([-np.exp(0.75)] * 2)
 
 
 def test_the_penalty_pulls_towards_the_reference():
     section = LossSection(kl="k2", kl_coef=0.5)
     tokens, reference = tokens_of(small(reference=[-1, 2, 0, 0, 0, 0], advantages=[0] * 6), gradient=True)
-    found, _ = policy_loss(tokens, section, load_policy(section), reference)
+    found, *_ = policy_loss(tokens, section, load_policy(section), reference)
     found.sum().backward()
     # Half the square of reference - current, by current.
     assert tokens.current.grad.tolist() == pytest.approx([0.5 * 1, 0.5 * -2, 0, 0, 0, 0])
