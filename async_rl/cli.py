@@ -79,8 +79,8 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, settings
 
 
-def _train(path: Path, settings: Sequence[str], *, dry_run: bool, resume: bool) -> int:
-    config = load(path, parse_overrides(settings))
+def _train(paths: Sequence[Path], settings: Sequence[str], *, dry_run: bool, resume: bool) -> int:
+    config = load(paths, parse_overrides(settings))
     if dry_run:
         sys.stdout.write(to_yaml(config))
         return 0
@@ -107,12 +107,12 @@ def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
     return 0
 
 
-def _doctor(path: Path | None, settings: Sequence[str], *, of_cluster: bool) -> int:
+def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool) -> int:
     from async_rl import doctor
 
     config: RunConfig | None = None
-    if path is not None:
-        config = load(path, parse_overrides(settings))
+    if paths:
+        config = load(paths, parse_overrides(settings))
     elif of_cluster:
         raise ConfigError("--cluster: hosts are checked for a run; write async-rl doctor CONFIG --cluster")
     elif settings:
@@ -181,13 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser(
         "train",
         help="train a model as a config file describes",
-        usage="async-rl train CONFIG [--dry-run] [--resume auto] [--section.key value ...]",
-        description="Train a model as CONFIG describes. Settings on the command line override the file.",
+        usage="async-rl train CONFIG [CONFIG ...] [--dry-run] [--resume auto] [--section.key value ...]",
+        description="Train a model as CONFIG describes. Of several files, each overrides those before it, and settings "
+        "on the command line override all of them.",
         epilog=_settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with the settings below")
+    train.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file with settings from below")
     train.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
     train.add_argument(
         "--resume",
@@ -209,12 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser(
         "doctor",
         help="check whether a run can start on this machine",
-        usage="async-rl doctor [CONFIG] [--cluster] [--section.key value ...]",
+        usage="async-rl doctor [CONFIG ...] [--cluster] [--section.key value ...]",
         description="Check this machine, its packages and the inputs for the run that CONFIG describes; without "
         "CONFIG, only machine and packages. Exits with 1 if a run could not start.",
         allow_abbrev=False,
     )
-    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file as for train")
+    doctor.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help="YAML file as for train")
     doctor.add_argument(
         "--cluster",
         action="store_true",

@@ -160,7 +160,7 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is reinforce, which has no ratio and "
             "takes its importance weights from the current policy, so proximal would be ignored; set it to behaviour"
         )
-    if loss.dual_clip is not None and loss.policy in ("cispo", "reinforce"):
+    if loss.dual_clip is not None and loss.policy in ("cispo", "dppo", "ipo", "reinforce"):
         raise ValueError(
             f"trainer.loss.dual_clip is {loss.dual_clip}, but trainer.loss.policy is {loss.policy}, whose loss it "
             "does not bound; set dual_clip to null, or policy to ppo or gspo"
@@ -171,7 +171,31 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.kl {loss.kl} and policy {loss.policy}; set skip_zero_advantage to false, or kl to none and "
             "policy to a built-in one"
         )
+    _check_divergence(config)
     _check_importance(config)
+    _check_rejection(config)
+
+
+def _check_divergence(config: RunConfig) -> None:
+    """Raise ValueError where the bound of dppo and ipo would do nothing, or ipo would not be what its name says."""
+    loss = config.trainer.loss
+    if loss.policy == "ipo" and loss.proximal != "behaviour":
+        raise ValueError(
+            f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is ipo, which compares the current "
+            "with the behaviour policy; set proximal to behaviour, or policy to dppo"
+        )
+    if ":" in loss.policy:
+        return
+    if loss.divergence_bound is not None and loss.policy not in ("dppo", "ipo"):
+        raise ValueError(
+            f"trainer.loss.divergence_bound is {loss.divergence_bound}, but trainer.loss.policy is {loss.policy}, "
+            "which has no such bound; set divergence_bound to null, or policy to dppo or ipo"
+        )
+    if loss.divergence == "kl" and loss.policy != "dppo":
+        raise ValueError(
+            f"trainer.loss.divergence is kl, but trainer.loss.policy is {loss.policy}, which has no choice of it; set "
+            "divergence to tv, or policy to dppo"
+        )
 
 
 def _check_importance(config: RunConfig) -> None:
@@ -193,6 +217,32 @@ def _check_importance(config: RunConfig) -> None:
             "async_training.partial_rollout.routing is exact, which trains a response in pieces, but trainer.loss "
             f"(policy {loss.policy}, importance.level {importance.level}) needs whole sequences; set routing "
             "to replace, or trainer.loss.policy and importance.level to values that work token by token"
+        )
+
+
+def _check_rejection(config: RunConfig) -> None:
+    loss, rejection = config.trainer.loss, config.trainer.loss.rejection
+    if rejection.low > rejection.high:
+        raise ValueError(
+            f"trainer.loss.rejection.low ({rejection.low}) is above rejection.high ({rejection.high}): no sequence "
+            "would pass; swap the two values"
+        )
+    if rejection.bound is not None and rejection.rule not in ("k3", "second_moment"):
+        raise ValueError(
+            f"trainer.loss.rejection.bound is {rejection.bound}, but rejection.rule is {rejection.rule}, which has no "
+            "such bound; set bound to null, or rule to k3 or second_moment"
+        )
+    if rejection.rule == "second_moment" and loss.proximal != "recompute":
+        raise ValueError(
+            f"trainer.loss.rejection.rule is second_moment, but trainer.loss.proximal is {loss.proximal}: which tokens "
+            "are left out must be known for the whole mini-batch before any gradient; set proximal to recompute"
+        )
+    exact = config.async_training.partial_rollout.routing == "exact"
+    if exact and rejection.rule in ("geometric_mean", "k3"):
+        raise ValueError(
+            "async_training.partial_rollout.routing is exact, which trains a response in pieces, but "
+            f"trainer.loss.rejection.rule is {rejection.rule}, which judges whole sequences; set routing to replace, "
+            "or rejection.rule to off"
         )
 
 

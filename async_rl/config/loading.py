@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to the tree of ``schema``, and back. Owns how faults are explained to the user.
+"""From YAML files and dotted overrides to the tree of ``schema``, and back. Owns how faults are explained to the user.
 
 Knows ``schema`` and YAML; nothing of what a setting does.
 """
@@ -22,19 +22,18 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file, apply dotted overrides ({"async_training.max_staleness": 2}), validate.
+def load(paths: Path | Sequence[Path], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read YAML files, apply dotted overrides ({"async_training.max_staleness": 2}), validate.
 
-    Raises ConfigError whose message has one line per fault: the key, the value, and the nearest valid ones.
+    Of several files, each is laid over those before it, setting by setting. Raises ConfigError whose message has one
+    line per fault: the key, the value, and the nearest valid ones.
     """
-    try:
-        tree = _read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path}: expected a mapping of keys, got {type(tree).__name__}")
+    tree: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        try:
+            tree = _laid_over(tree, _read_file(path))
+        except RecursionError:
+            raise ConfigError(f"config file {path}: it is nested too deeply to be laid over another") from None
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
     return validate(tree)
@@ -146,6 +145,30 @@ def _read_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path}: expected a mapping of keys, got {type(tree).__name__}")
+    return tree
+
+
+def _laid_over(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with the values of ``other``: sections are merged, anything else is replaced.
+
+    Changes neither: by YAML references, a section may stand in several places.
+    """
+    merged = {
+        key: _laid_over(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        for key, value in other.items()
+    }
+    return tree | merged
 
 
 def _field(key: str) -> FieldInfo | None:

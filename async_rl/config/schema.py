@@ -313,22 +313,51 @@ class ImportanceSection(Section):
     """Largest weight with modes truncate and mask."""
 
 
+class RejectionSection(Section):
+    """Tokens that are left out of the policy loss because engine and trainer differ too much on them."""
+
+    rule: Literal["off", "geometric_mean", "k3", "second_moment"] = "off"
+    """What is left out: nothing (off); sequences whose tokens' ratios have a geometric mean outside of rejection.low to
+    rejection.high (geometric_mean), or a mean of the KL estimate k3 above rejection.bound (k3); or tokens with the
+    largest squared log ratio, until the mean of the others is below rejection.bound (second_moment, which is M2PO). The
+    ratio is that of the proximal to the behaviour policy, or of the current to the behaviour policy where
+    trainer.loss.proximal is behaviour."""
+    low: PositiveFloat = 0.999
+    """Smallest geometric mean that is kept."""
+    high: PositiveFloat = 1.001
+    """Largest geometric mean that is kept."""
+    bound: PositiveFloat | None = None
+    """Bound of k3 or of the mean square; null for 0.01 with k3 and 0.04 with second_moment."""
+
+    @property
+    def limit(self) -> float:
+        """The bound of k3 or of the mean square; see rejection.bound."""
+        return self.bound or (0.04 if self.rule == "second_moment" else 0.01)
+
+
 class LossSection(Section):
     """The policy loss."""
 
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Lower clip of the importance ratio: 1 - clip_low."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Lower clip of the importance ratio: 1 - clip_low; 1 for none."""
     clip_high: PositiveFloat = 0.2
     """Upper clip of the importance ratio: 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the ratio where the advantage is negative (dual clip, for ppo and gspo); null for no bound."""
-    policy: Literal["ppo", "gspo", "cispo", "reinforce"] | FunctionName = "ppo"
+    policy: Literal["ppo", "gspo", "cispo", "dppo", "ipo", "reinforce"] | FunctionName = "ppo"
     """The policy loss by name, or as module:function, called as f(tokens: Tokens, settings: LossSection) -> TokenLoss
     with a loss for each token."""
+    divergence: Literal["tv", "kl"] = "tv"
+    """How dppo measures that a token's probability has moved: by its difference (tv), or by the KL divergence of
+    sampling the token or any other one (kl)."""
+    divergence_bound: PositiveFloat | None = None
+    """Divergence beyond which dppo and ipo leave a token out; null for 0.15 with dppo and tv, 0.05 with dppo and kl,
+    and 0.3 with ipo."""
     proximal: Literal["behaviour", "recompute", "interpolate"] = "behaviour"
     """The policy in the ratio's denominator: the one that sampled (behaviour), the trainer's at the start of the step,
     at the cost of a forward pass (recompute), or one between the two, by staleness (interpolate)."""
     importance: ImportanceSection = ImportanceSection()
+    rejection: RejectionSection = RejectionSection()
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     """Estimator of the KL penalty for leaving the reference, the checkpoint that the run started from; the gradient of
     k1 is zero on average."""
@@ -345,8 +374,14 @@ class LossSection(Section):
 
     @property
     def needs_batch_statistics(self) -> bool:
-        """Whether advantages are normalized over the mini-batch, which then must be complete before any is known."""
-        return self.advantage == "reinforce_plus_plus"
+        """Whether a token's loss depends on the whole mini-batch, which then must be complete before any is known."""
+        return self.advantage == "reinforce_plus_plus" or self.rejection.rule == "second_moment"
+
+    @property
+    def divergence_limit(self) -> float:
+        """Divergence beyond which dppo and ipo leave a token out; see trainer.loss.divergence_bound."""
+        usual = 0.3 if self.policy == "ipo" else 0.05 if self.divergence == "kl" else 0.15
+        return self.divergence_bound or usual
 
 
 class TrainerSection(Section):

@@ -1,8 +1,9 @@
 """Computes policy losses token by token, and the weights by which they add up. Pure: torch only; knows the settings.
 
-    policy            the clipped objective, with the ratio of the current over the proximal policy
+    policy            the clipped or masked objective, with the ratio of the current over the proximal policy
     proximal          the policy that the ratio starts from: behaviour, recomputed, or interpolated
     importance        the weight of the proximal over the behaviour policy, which corrects for their difference
+    rejection         what is left out because the two differ too much (``rejection``)
     kl                a penalty that keeps the policy near a reference
     aggregation       the weight of a token in the sum, and the divisor of the sum
 
@@ -23,9 +24,12 @@ from torch.distributed.nn.functional import all_reduce
 from async_rl.config.functions import load_function
 from async_rl.config.schema import ImportanceSection, LossSection
 from async_rl.errors import TrainerError
+from async_rl.trainer.rejection import rejected_sequences
 
 # Bound of |log ratio| before it is exponentiated: e^20 is far beyond any clip, and its square still fits float32.
 MAX_LOG_RATIO = 20.0
+# Bound of the probability of any other token, so that it can be divided by: what lies between 1 and the float32 below.
+MIN_PROBABILITY = 6e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,17 @@ class TokenLoss(NamedTuple):
     """bool[T]: where clipping stops the gradient."""
 
 
+class WholeLoss(NamedTuple):
+    """The value of the whole loss for each token: that of the policy, corrected, and the penalty."""
+
+    loss: torch.Tensor
+    """float32[T], 0 outside the mask."""
+    clipped: torch.Tensor
+    """bool[T]: where the policy's clipping stops the gradient."""
+    rejected: torch.Tensor
+    """bool[T]: tokens without a policy loss because two policies differ too much on them."""
+
+
 PolicyLoss = Callable[[Tokens, LossSection], TokenLoss]
 
 
@@ -110,6 +125,38 @@ def cispo(tokens: Tokens, settings: LossSection) -> TokenLoss:
     return TokenLoss(loss, (weight != ratio) & tokens.mask)
 
 
+def dppo(tokens: Tokens, settings: LossSection) -> TokenLoss:
+    """Compute DPPO (arXiv:2602.04879): PPO whose clip is on an estimate of the divergence in place of the ratio.
+
+    A token has no loss if it diverges by more than the bound and the update would move it further. The estimates are of
+    the distribution over two outcomes, the token and any other one: the total variation, |current - proximal|, or the
+    KL divergence from the proximal to the current policy (the paper's Binary-TV and Binary-KL; dppo_tv and dppo_kl in
+    verl/trainer/ppo/core_algos.py, which bounds the ratio of the others too). With the behaviour policy as the proximal
+    it is the paper's choice.
+    """
+    advantages, limit = tokens.select(tokens.advantages), settings.divergence_limit
+    current, proximal = tokens.select(tokens.current.detach()), tokens.select(tokens.proximal)
+    divergence = binary_kl(proximal, current) if settings.divergence == "kl" else _moved(proximal, current).abs()
+    moves_away = torch.sign(advantages) * (current - proximal) > 0
+    return _masked(tokens, (divergence > limit) & moves_away)
+
+
+def ipo(tokens: Tokens, settings: LossSection) -> TokenLoss:
+    """Compute IPO, the default of prime-rl: tokens whose probability differs by more than the bound have no loss.
+
+    Unlike dppo, whatever the sign of the advantage: |current - behaviour| > bound, as ipo_loss_fn of
+    src/prime_rl/trainer/rl/loss.py (PrimeIntellect-ai/prime-rl, pull request 3418; 0.3 without its penalty since 3586).
+    """
+    behaviour, current = tokens.select(tokens.proximal), tokens.select(tokens.current.detach())
+    return _masked(tokens, _moved(behaviour, current).abs() > settings.divergence_limit)
+
+
+def binary_kl(of: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    """Return KL(of || to) of sampling a token or any other one, from the token's two log-probs, float32[T] each."""
+    others, others_to = ((-torch.expm1(x)).clamp(min=MIN_PROBABILITY) for x in (of, to))
+    return torch.exp(of) * (of - to) + others * torch.log(others / others_to)
+
+
 def reinforce(tokens: Tokens, _settings: LossSection) -> TokenLoss:
     """Compute the policy gradient without a ratio (Williams, 1992); importance weights make it off-policy."""
     loss = -tokens.select(tokens.advantages) * tokens.select(tokens.current)
@@ -129,7 +176,26 @@ def _clipped(tokens: Tokens, ratio: torch.Tensor, settings: LossSection) -> Toke
     return TokenLoss(tokens.select(-objective), clipped & tokens.mask)
 
 
-POLICIES: dict[str, PolicyLoss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "reinforce": reinforce}
+def _moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return by how much probabilities have moved, from log-probs."""
+    return torch.exp(after) - torch.exp(before)
+
+
+def _masked(tokens: Tokens, left_out: torch.Tensor) -> TokenLoss:
+    """Return the loss without a clip of the tokens that are not left out."""
+    ratio = torch.exp(tokens.log_ratio(tokens.current, tokens.proximal))
+    left_out = left_out & tokens.mask
+    return TokenLoss(torch.where(left_out, 0.0, -ratio * tokens.select(tokens.advantages)), left_out)
+
+
+POLICIES: dict[str, PolicyLoss] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "dppo": dppo,
+    "ipo": ipo,
+    "reinforce": reinforce,
+}
 
 
 def load_policy(settings: LossSection) -> PolicyLoss:
@@ -220,19 +286,28 @@ def kl_penalty(tokens: Tokens, reference: torch.Tensor, kind: Literal["k1", "k2"
 
 def policy_loss(
     tokens: Tokens, settings: LossSection, policy: PolicyLoss, reference: torch.Tensor | None = None
-) -> TokenLoss:
-    """Compute the whole loss by token: policy, importance weights and KL penalty.
+) -> WholeLoss:
+    """Compute the whole loss by token: policy, importance weights, rejection and KL penalty.
 
     reference: log-probs float32[T] for the penalty; None where no token counts, as in a microbatch of padding.
     """
     loss, clipped = policy(tokens, settings)
+    rejected = torch.zeros_like(tokens.mask)
     if settings.importance.level != "off":
         # REINFORCE has no ratio, so its weight corrects for the whole way from behaviour to current policy.
         of = tokens.current if settings.policy == "reinforce" else tokens.proximal
-        loss = loss * importance_weights(tokens, settings.importance, of=of)
+        weights = importance_weights(tokens, settings.importance, of=of)
+        loss = loss * weights
+        if settings.importance.mode == "mask":
+            rejected = (weights == 0) & tokens.mask
+    if settings.rejection.rule in ("geometric_mean", "k3"):
+        other = tokens.current.detach() if settings.proximal == "behaviour" else tokens.proximal
+        log_ratio = tokens.log_ratio(other, tokens.behaviour)
+        rejected = rejected | rejected_sequences(log_ratio, tokens.sequence_mean, settings.rejection) & tokens.mask
+        loss = torch.where(rejected, 0.0, loss)
     if settings.kl != "none" and reference is not None:
         loss = loss + settings.kl_coef * kl_penalty(tokens, reference, settings.kl)
-    return TokenLoss(loss, clipped)
+    return WholeLoss(loss, clipped, rejected)
 
 
 # ---- adding up ----

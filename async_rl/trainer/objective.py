@@ -57,7 +57,7 @@ def policy_objective(
             staleness=staleness,
             sequence_sum=losses.sequence_sums(tensors["sequence"], mask, context),
         )
-        value, clipped = losses.policy_loss(tokens, settings, policy, tensors.get("reference"))
+        value, clipped, rejected = losses.policy_loss(tokens, settings, policy, tensors.get("reference"))
         summed = (value * tensors["weights"]).sum()
         sums = policy_sums(
             loss=summed.detach(),
@@ -65,6 +65,7 @@ def policy_objective(
             behaviour=behaviour,
             entropy=entropy,
             clipped=clipped,
+            rejected=rejected,
             staleness=staleness,
             resume_position=tensors["resume_position"].long(),
             mask=mask,

@@ -28,6 +28,7 @@ class _Tokens:
     behaviour: torch.Tensor
     entropy: torch.Tensor
     clipped: torch.Tensor
+    rejected: torch.Tensor
     log_ratio: torch.Tensor
     """current - behaviour."""
     bounded: torch.Tensor
@@ -45,6 +46,7 @@ SUMS: Mapping[str, Callable[[_Tokens], torch.Tensor]] = MappingProxyType(
         "kl": lambda t: -t.log_ratio,
         "k3": lambda t: torch.expm1(t.bounded) - t.bounded,
         "clipped": lambda t: t.clipped,
+        "rejected": lambda t: t.rejected,
         "extreme": lambda t: (t.log_ratio.abs() > math.log(EXTREME_TAU)).double(),
         "ratio": lambda t: t.ratio,
         "ratio_squared": lambda t: t.ratio.square(),
@@ -153,6 +155,7 @@ def policy_sums(
     behaviour: torch.Tensor,
     entropy: torch.Tensor,
     clipped: torch.Tensor,
+    rejected: torch.Tensor,
     staleness: torch.Tensor,
     resume_position: torch.Tensor,
     mask: torch.Tensor,
@@ -172,6 +175,7 @@ def policy_sums(
         behaviour=behaviour,
         entropy=entropy,
         clipped=clipped[mask].double(),
+        rejected=rejected[mask].double(),
         log_ratio=log_ratio,
         bounded=bounded,
         ratio=torch.exp(bounded),

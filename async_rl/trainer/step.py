@@ -21,6 +21,7 @@ COUNTS = (
     "sampled",
     "not_sampled",
     "zero_advantage",
+    "rejected",
     "sequences",
     "extra_positions",
     "groups",
@@ -86,6 +87,10 @@ class Step:
             trajectories=len(trajectories),
         )
 
+    def count_rejected(self, tokens: int) -> None:
+        """Count tokens that were left out before any loss was computed."""
+        self._add(rejected=tokens)
+
     def with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:
         """Return the samples that have an advantage, and count the tokens of the others."""
         kept = [sample for sample in samples if sample.advantages.any()]
@@ -114,8 +119,11 @@ class Step:
             self.counts[name] += value
 
 
-def masked_tokens(total: Mapping[str, float]) -> dict[str, int]:
-    """Return the response tokens kept out of the loss by reason, from the counts of all ranks."""
+def masked_tokens(total: Mapping[str, float], *, rejected: float) -> dict[str, int]:
+    """Return the response tokens kept out of the loss by reason, from the counts of all ranks.
+
+    rejected: those that the loss itself left out.
+    """
     masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
-    skipped = int(total["zero_advantage"])
-    return masked | ({"zero_advantage": skipped} if skipped else {})
+    further = {"zero_advantage": int(total["zero_advantage"]), "rejected": int(total["rejected"] + rejected)}
+    return masked | {reason: tokens for reason, tokens in further.items() if tokens}

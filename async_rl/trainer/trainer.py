@@ -19,13 +19,9 @@ from async_rl.config.schema import RunConfig
 from async_rl.metrics.records import StepReport
 from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses
-from async_rl.trainer.advantages import (
-    batch_normalized,
-    batch_sums,
-    group_advantages,
-    load_advantages,
-)
+from async_rl.trainer.advantages import load_advantages
 from async_rl.trainer.collectives import Collectives
+from async_rl.trainer.credit import Credited, with_credit
 from async_rl.trainer.export import write_hf
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.objective import cross_entropy, policy_objective
@@ -125,8 +121,9 @@ class Trainer:
         started = time.perf_counter()
         self.prepare(groups, oldest_version=step.oldest_version)
         started = step.lap("record_routing", started)
-        samples = self._with_advantages(groups)
+        samples, rejected = self._with_credit(groups)
         step.count_groups(groups, samples)
+        step.count_rejected(rejected)
         if self._config.trainer.skip_zero_advantage:
             samples = step.with_gradient(samples)
         step.ready += step.packer.add(samples)
@@ -164,7 +161,7 @@ class Trainer:
             version=step.version,
             groups=int(total["groups"]),
             trajectories=int(total["trajectories"]),
-            masked=masked_tokens(total),
+            masked=masked_tokens(total, rejected=step.sums["rejected"]),
             extra_positions=int(total["extra_positions"]),
             fallback_rows=int(total["fallback"]),
             microbatches=int(total["microbatches"]),
@@ -265,28 +262,15 @@ class Trainer:
             ]
         return self.logprobs([s.token_ids for s in samples], routed_experts, self._config.rollout.temperature)
 
-    def _with_advantages(self, groups: Sequence[Group]) -> list[Sample]:
-        """Take the prepared samples of these groups, and return them with their tokens' advantages and weights."""
-        settings, limit = self._config.trainer.loss, self._config.rollout.max_response_tokens
-        samples = [sample for group in groups for sample in self._prepared.pop(group.group_id)]
-        # How many tokens of each trajectory count, in all its samples.
-        tokens = dict.fromkeys((t.trajectory_id for group in groups for t in group.trajectories), 0)
-        for sample in samples:
-            tokens[sample.trajectory_id] += int(sample.loss_mask.sum())
-        values = [group_advantages(group.group_id, group.rewards, self._estimator).tolist() for group in groups]
-        advantages = [value for group in values for value in group]
-        if settings.needs_batch_statistics:
-            names = ("count", "sum", "squares")
-            sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
-            total = self._ranks.sum_over_data(**sums)
-            advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
-        advantage_of = dict(zip(tokens, advantages, strict=True))
-        return [
-            sample.with_advantages(advantage_of[sample.trajectory_id]).with_weight(
-                losses.token_weight(settings.aggregation, tokens[sample.trajectory_id], limit)
-            )
-            for sample in samples
-        ]
+    def _with_credit(self, groups: Sequence[Group]) -> Credited:
+        """Take the prepared samples of these groups, and give their tokens advantages and weights."""
+        return with_credit(
+            [(group, self._prepared.pop(group.group_id)) for group in groups],
+            self._config.trainer.loss,
+            self._estimator,
+            max_response_tokens=self._config.rollout.max_response_tokens,
+            sum_over_data=self._ranks.sum_over_data,
+        )
 
     # ---- probes and weights ----
 

@@ -53,6 +53,7 @@ PURE = {
     "async_rl.trainer.logprobs",
     "async_rl.trainer.packing",
     "async_rl.trainer.parallel",
+    "async_rl.trainer.rejection",
     "async_rl.trainer.samples",
     "async_rl.types",
     "async_rl.weights.buckets",

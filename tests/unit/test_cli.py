@@ -119,6 +119,16 @@ def test_settings_may_stand_anywhere(path, pipeline, words):
     assert pipeline.config.trainer.steps == 9
 
 
+def test_later_files_and_then_settings_win(path, pipeline, tmp_path):
+    over = tmp_path / "over.yaml"
+    over.write_text("trainer: {steps: 7, groups_per_step: 3}\n")
+    assert cli.main(["train", str(path), str(over), "--trainer.groups_per_step", "2"]) == 0
+    trainer = pipeline.config.trainer
+    assert (trainer.steps, trainer.groups_per_step) == (7, 2)
+    assert cli.main(["train", str(over), "--trainer.steps", "2", str(path)]) == 0
+    assert (pipeline.config.trainer.steps, pipeline.config.trainer.groups_per_step) == (2, 3)
+
+
 def test_settings_that_look_like_options_of_the_command_line(path, pipeline, capsys):
     assert cli.main(["train", str(path), "--dryrun"]) == 2
     assert "dryrun: no such setting" in capsys.readouterr().err
@@ -126,7 +136,7 @@ def test_settings_that_look_like_options_of_the_command_line(path, pipeline, cap
     assert "trainer.optimizer.lr: -1 is not valid" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "a.yaml", "b.yaml"]])
+@pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["export", "a", "b", "c"]])
 def test_wrong_command_lines(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)

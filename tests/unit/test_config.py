@@ -255,6 +255,43 @@ def test_overrides_win_over_the_file(tmp_path):
     assert (config.trainer.steps, config.trainer.groups_per_step, config.rollout.n) == (5, 2, 4)
 
 
+def test_files_are_laid_over_one_another_setting_by_setting(tmp_path):
+    texts = {
+        "base": "model: {path: m}\ndata: {train: t}\n"
+        "trainer: {steps: 3, loss: {clip_low: 0.1}}\nrollout: {replicas: 2}",
+        "over": "trainer: {loss: {clip_high: 0.3}}\nrollout: {replicas: {min: 1, max: 4}}",
+    }
+    base, over = (tmp_path / f"{name}.yaml" for name in texts)
+    for path, text in zip((base, over), texts.values(), strict=True):
+        path.write_text(text)
+    config = load([base, over], {"trainer.loss.clip_low": 0.2})
+    assert (config.trainer.steps, config.trainer.loss.clip_low, config.trainer.loss.clip_high) == (3, 0.2, 0.3)
+    assert (config.rollout.replicas.min, config.rollout.replicas.max) == (1, 4)
+    assert load([over, base]).rollout.replicas == 2, "the last one wins"
+    assert load([base]) == load(base)
+
+
+def test_a_section_that_stands_in_two_places_of_a_file_is_changed_in_one(tmp_path):
+    base, over = tmp_path / "base.yaml", tmp_path / "over.yaml"
+    base.write_text("model: {path: m}\ndata: {train: t}\ncheckpoint: &same {every: 5}\neval: *same")
+    over.write_text("eval: {every: 7}")
+    config = load([base, over])
+    assert (config.checkpoint.every, config.eval.every) == (5, 7)
+    base.write_text("model: &a {b: *a}")
+    with pytest.raises(ConfigError, match=r"base\.yaml: it is nested too deeply"):
+        load([base, base])
+
+
+def test_each_of_several_files_is_named_if_it_cannot_be_read(tmp_path):
+    base, over = tmp_path / "base.yaml", tmp_path / "over.yaml"
+    base.write_text("model: {path: m}\ndata: {train: t}")
+    over.write_text("- a\n")
+    with pytest.raises(ConfigError, match=r"over\.yaml: expected a mapping of keys, got list"):
+        load([base, over])
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        load([base, tmp_path / "none.yaml"])
+
+
 def test_override_below_something_that_is_no_section(tmp_path):
     path = write(tmp_path, "model: {path: m}\ndata: {train: t}\ntrainer: 3\n")
     with pytest.raises(ConfigError, match=r"trainer\.steps: trainer is 3 in the file, not a section"):

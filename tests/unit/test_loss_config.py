@@ -21,6 +21,8 @@ def tree(loss, skip_zero_advantage=False, **sections):
         ({"loss": {"advantage": "reinforce_plus_plus"}}, False),
         ({"loss": {"kl": "k3", "kl_coef": 0.1}}, False),
         ({"loss": {"proximal": "recompute"}}, True),
+        ({"loss": {"proximal": "recompute", "rejection": {"rule": "second_moment"}}}, False),
+        ({"loss": {"rejection": {"rule": "k3"}}}, True),
         ({"router_replay": "R2"}, True),
         ({"parallel": {"pp": 2}}, True),
         ({"loss": {"proximal": "recompute"}, "parallel": {"pp": 2}}, False),
@@ -50,6 +52,23 @@ def test_a_step_streams_unless_something_needs_all_of_its_groups_at_once(trainer
         ),
         ({"policy": "reinforce", "proximal": "recompute"}, {}, ["proximal is recompute", "policy is reinforce"]),
         ({"policy": "cispo", "dual_clip": 3.0}, {}, ["dual_clip is 3.0", "policy is cispo"]),
+        ({"policy": "dppo", "dual_clip": 3.0}, {}, ["dual_clip is 3.0", "policy is dppo"]),
+        ({"policy": "ipo", "proximal": "recompute"}, {}, ["proximal is recompute", "policy is ipo"]),
+        ({"divergence_bound": 0.2}, {}, ["divergence_bound is 0.2", "policy is ppo"]),
+        ({"policy": "ipo", "divergence": "kl"}, {}, ["divergence is kl", "policy is ipo"]),
+        ({"policy": "dppo", "divergence": "js"}, {}, ["trainer.loss.divergence", "tv, kl"]),
+        ({"policy": "dppo", "divergence_bound": 0.0}, {}, ["trainer.loss.divergence_bound", "greater than 0"]),
+        (
+            {"rejection": {"rule": "geometric_mean", "low": 1.1, "high": 1.001}},
+            {},
+            ["rejection.low (1.1)", "rejection.high (1.001)"],
+        ),
+        ({"rejection": {"bound": 0.1}}, {}, ["rejection.bound is 0.1", "rule is off"]),
+        ({"rejection": {"rule": "geometric_mean", "bound": 0.1}}, {}, ["rejection.bound is 0.1", "geometric_mean"]),
+        ({"rejection": {"rule": "second_moment"}}, {}, ["rule is second_moment", "proximal is behaviour", "recompute"]),
+        ({"rejection": {"rule": "k3"}}, EXACT, ["routing is exact", "rejection.rule is k3"]),
+        ({"rejection": {"rule": "seq_max_k3"}}, {}, ["trainer.loss.rejection.rule", "geometric_mean, k3"]),
+        ({"clip_low": 1.5}, {}, ["trainer.loss.clip_low", "1.5"]),
         ({"policy": "trpo"}, {}, ["trainer.loss.policy", "'trpo'"]),
         ({"kl": "k3", "kl_coef": 0.1}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "kl k3"]),
         ({"policy": "rewards:mine"}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "rewards:mine"]),
@@ -72,7 +91,21 @@ def test_combinations_that_cannot_work(loss, sections, words):
         {"proximal": "recompute", "importance": {"level": "sequence", "mode": "plain"}},
         {"policy": "my_losses:mine", "advantage": "my_losses:yours"},
         {"kl": "k2", "kl_coef": 0.01},
+        {"policy": "dppo", "divergence": "kl", "divergence_bound": 0.1, "proximal": "recompute"},
+        {"policy": "ipo", "divergence_bound": 0.1},
+        {"policy": "my_losses:mine", "divergence_bound": 0.1, "divergence": "kl"},
+        {"policy": "cispo", "clip_low": 1.0},
+        {"rejection": {"rule": "k3", "bound": 0.001}},
+        {"rejection": {"rule": "geometric_mean"}, "importance": {"level": "token"}, "proximal": "recompute"},
+        {"rejection": {"rule": "second_moment"}, "proximal": "recompute"},
     ],
 )
 def test_combinations_that_can(loss):
     validate(tree(loss))
+
+
+def test_the_bound_of_a_rejection_has_a_default_for_each_rule():
+    def limit(**rejection):
+        return validate(tree({"rejection": rejection, "proximal": "recompute"})).trainer.loss.rejection.limit
+
+    assert (limit(rule="k3"), limit(rule="second_moment"), limit(rule="k3", bound=0.3)) == (0.01, 0.04, 0.3)

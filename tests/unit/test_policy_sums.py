@@ -20,7 +20,7 @@ def arrays(seed=0):
     return current, behaviour, advantages, rng.random(T) < 0.7
 
 
-def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resume_position=None):
+def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resume_position=None, rejected=None):
     if resume_position is None:
         resume_position = np.arange(len(mask)) % len(RESUME_POSITIONS)
     tensors = [torch.from_numpy(a) for a in (current, behaviour, advantages, mask)]
@@ -42,6 +42,7 @@ def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resu
         behaviour=tensors[1],
         entropy=torch.ones(len(mask)),
         clipped=clipped,
+        rejected=torch.zeros(len(mask), dtype=torch.bool) if rejected is None else torch.from_numpy(rejected),
         staleness=torch.from_numpy(staleness),
         resume_position=torch.from_numpy(resume_position),
         mask=tensors[3],
@@ -52,11 +53,13 @@ def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resu
 def test_metric_sums_match_numpy():
     current, behaviour, advantages, mask = arrays()
     staleness = np.random.default_rng(1).integers(0, 3, T)
-    sums = sums_of(current, behaviour, advantages, mask, staleness)
+    rejected = np.arange(T) % 3 == 0
+    sums = sums_of(current, behaviour, advantages, mask, staleness, rejected=rejected)
     x = (current.astype(np.float64) - behaviour)[mask]
     s = staleness[mask]
     assert sums["tokens"] == mask.sum()
     assert sums["entropy"] == mask.sum()
+    assert sums["rejected"] == (mask & rejected).sum() > 0
     assert sums["kl"] == pytest.approx(-x.sum())
     assert sums["k3"] == pytest.approx((np.exp(x) - 1 - x).sum())
     assert sums["extreme"] == (np.abs(x) > np.log(2)).sum() > 0
@@ -102,6 +105,7 @@ def on_policy(behaviour, logits, sampled):
         behaviour=torch.from_numpy(behaviour),
         entropy=-(rows.exp() * rows).sum(-1),
         clipped=torch.zeros(size),
+        rejected=torch.zeros(len(sampled), dtype=torch.bool),
         staleness=torch.zeros(size, dtype=torch.long),
         resume_position=torch.zeros(size, dtype=torch.long),
         mask=torch.ones(size, dtype=torch.bool),
