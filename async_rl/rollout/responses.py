@@ -25,6 +25,7 @@ from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse, Score
 from async_rl.types import Int32Array, Prompt
 
 log = structlog.get_logger(__name__)
@@ -89,10 +90,22 @@ class Responses:
             partial = partial.append_turn(answer)
             keep(partial)
 
-    async def reward(self, prompt: Prompt, response: PartialRollout) -> float:
-        """Return the reward of a finished response. Raises RewardError, RewardNotApplicable if it has none."""
-        text = self._tokenizer.decode(response.response_ids, skip_special_tokens=True)
-        return await self._rewards.score(prompt, text)
+    async def score(self, prompt: Prompt, response: PartialRollout) -> Score:
+        """Return the score of a finished response. Raises RewardError, RewardNotApplicable if it has none."""
+        return await self._rewards.score(prompt, self._finished(response))
+
+    def _finished(self, response: PartialRollout) -> FinishedResponse:
+        """Return what rewards may see of a response, as far as the run's rewards ask for it."""
+        assert response.finish_reason is not None
+        needs, ids = self._rewards.needs, response.response_ids
+        turns = response.turns if "turns" in needs else ()
+        return FinishedResponse(
+            self._tokenizer.decode(ids, skip_special_tokens=True),
+            response.finish_reason,
+            tuple(self._tokenizer.decode(turn, skip_special_tokens=True) for turn in turns),
+            ids.copy() if "completion_ids" in needs else None,
+            len(ids),
+        )
 
     def is_fatal(self, error: Exception) -> bool:
         """Return whether a failure ends the run; else it costs only the response, the group or the problem."""

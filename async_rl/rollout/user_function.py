@@ -11,7 +11,6 @@ An awaitable that a plain function returns is awaited: in its process, or on the
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.rollout.user_call import FunctionSpec, Outcome, call, call_async
+from async_rl.rollout.user_call import FunctionSpec, Outcome, call, call_async, is_async
 from async_rl.rollout.user_loop import UserLoop
 from async_rl.rollout.user_processes import UserProcesses
 from async_rl.types import Prompt
@@ -73,7 +72,7 @@ class UserFunction:
         self._function = function
         self._convert = spec.convert
         self._section = section
-        self._is_async = _is_async(function)
+        self._is_async = is_async(function)
         self._processes: UserProcesses | None = None
         if slow and not self._is_async:
             self._processes = UserProcesses(spec, section, workers=workers, timeout_s=timeout_s)
@@ -142,8 +141,3 @@ class UserFunction:
         finally:
             future.cancel()
         return await call_async(self._convert, lambda: future) if done else None
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    """Return whether calling the function only makes a coroutine."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

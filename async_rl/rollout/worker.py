@@ -242,10 +242,10 @@ class RolloutWorker:
         finally:
             self._unfinished -= 1
             self._update_capacity()
-        reward = group.rewards[index]
-        if reward is None:
-            reward = group.rewards[index] = await self._responses.reward(prompt, partial)
-        return await aside(_nbytes(partial.routed_experts), lambda: partial.to_trajectory(reward))
+        score = group.scores[index]
+        if score is None:
+            score = group.scores[index] = await self._responses.score(prompt, partial)
+        return await aside(_nbytes(partial.routed_experts), lambda: partial.to_trajectory(score.reward, score.parts))
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""

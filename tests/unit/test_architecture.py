@@ -46,6 +46,8 @@ PURE = {
     "async_rl.rollout.engine.interface",
     "async_rl.rollout.in_flight",
     "async_rl.rollout.partial",
+    "async_rl.rollout.rewards.score",
+    "async_rl.rollout.rewards.signature",
     "async_rl.rollout.rewards.text",
     "async_rl.rollout.routing_policies",
     "async_rl.rollout.user_values",

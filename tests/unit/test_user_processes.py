@@ -25,6 +25,7 @@ from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import user_call, user_processes
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt
 from tests.support.user_workers import wait_for_no_workers, workers
 
@@ -75,7 +76,7 @@ def runner(shared):
 
 
 async def score(runner: RewardRunner, response: str) -> float:
-    return await runner.score(PROMPT, response)
+    return (await runner.score(PROMPT, FinishedResponse(response))).reward
 
 
 async def until(condition) -> None:
@@ -297,16 +298,17 @@ import asyncio, os, sys
 import numpy as np
 from async_rl.config.schema import RewardSection
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt
 
 async def main():
     runner = RewardRunner(RewardSection(function="reward_by_process:reward", slow=True, timeout_s=float(sys.argv[2])))
     prompt = Prompt("0-1", 1, "a", np.array([1], np.int32))
     here = f"pathlib.Path({sys.argv[1]!r}, str(os.getpid())).touch(); "
-    hangs = asyncio.create_task(runner.score(prompt, here + "time.sleep(600)"))
+    hangs = asyncio.create_task(runner.score(prompt, FinishedResponse(here + "time.sleep(600)")))
     while not os.listdir(sys.argv[1]):
         await asyncio.sleep(0.01)
-    await runner.score(prompt, here + "value = 1")
+    await runner.score(prompt, FinishedResponse(here + "value = 1"))
     print("begun", flush=True)
     if sys.argv[3] == "stay":
         await asyncio.sleep(600)

@@ -10,10 +10,9 @@ from asyncio_throttle.throttler import Throttler
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.code import limit_sandboxes
-from async_rl.rollout.rewards.loader import ARGUMENTS, load_reward
-from async_rl.rollout.user_call import FunctionSpec
+from async_rl.rollout.rewards.loader import RewardSpec, load_reward
+from async_rl.rollout.rewards.score import MAX_PARTS, FinishedResponse, Score
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
-from async_rl.rollout.user_values import real_number
 from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
@@ -35,11 +34,15 @@ class RewardRunner:
         self._settings = settings
         self.retries = 0
         """Attempts so far that followed one that failed."""
+        self._parts: set[str] = set()  # names of the parts seen so far
         limit_sandboxes(settings.workers)
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
+        reward = load_reward(settings.function)
+        self.needs = reward.named
+        """What the reward asks for by name: parts of a response that are not needed may be left out."""
         self._call = UserFunction(
-            load_reward(settings.function),
-            FunctionSpec("reward.function", settings.function, ARGUMENTS, real_number),
+            reward.call,
+            RewardSpec.of(settings.function, "reward.function"),
             "reward",
             slow=settings.slow,
             timeout_s=settings.timeout_s,
@@ -56,8 +59,8 @@ class RewardRunner:
         """Refuse further calls and end those under way."""
         self._call.close()
 
-    async def score(self, prompt: Prompt, response: str) -> float:
-        """Return the reward of one response, a finite float, after as many attempts as ``reward.retries`` allows.
+    async def score(self, prompt: Prompt, response: FinishedResponse) -> Score:
+        """Return the score of one response, after as many attempts as ``reward.retries`` allows.
 
         Raises RewardError, naming function, row and what it did, when there is none, and RewardNotApplicable when the
         function returned None.
@@ -66,7 +69,7 @@ class RewardRunner:
         attempt = 0
         while True:
             try:
-                reward: float | None = await self._call(prompt, response)
+                score: Score | None = await self._call(prompt, response)
                 break
             except UserFunctionFailed as error:
                 if not error.may_pass or attempt == self._settings.retries:
@@ -76,6 +79,17 @@ class RewardRunner:
                 self.retries += 1
                 log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
             await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
-        if reward is None:
+        if score is None:
             raise RewardNotApplicable(f"{where}: returned None, so the response has no reward")
-        return reward
+        self._note_parts(where, score)
+        return score
+
+    def _note_parts(self, where: str, score: Score) -> None:
+        """Raise RewardError if the reward names its parts by what it sees, which would be metrics without end."""
+        if len(self._parts.union(score.parts)) > MAX_PARTS:
+            new = sorted(set(score.parts) - self._parts)
+            raise RewardError(
+                f"{where}: returned parts of new names, {', '.join(new)}; each name is a metric, and a run has at most "
+                f"{MAX_PARTS} of them: use the same names for every row"
+            )
+        self._parts.update(score.parts)
