@@ -29,6 +29,7 @@ from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
+from async_rl.types import Trajectory
 
 SCHEMA_VERSION = 1
 IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
@@ -62,6 +63,13 @@ class InFlight:
     def trajectory_id(self, index: int) -> str:
         """Return the id of the response at ``index``."""
         return f"{self.ticket.group_id}/{index}"
+
+    def trajectory(self, index: int) -> Trajectory:
+        """Return the response at ``index``, which is complete and has a score, validated. Raises InvalidTrajectory."""
+        partial, score = self.partials[index], self.scores[index]
+        assert partial is not None
+        assert score is not None
+        return partial.to_trajectory(score.reward, score.parts)
 
     @property
     def num_tokens(self) -> int:

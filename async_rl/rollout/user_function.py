@@ -25,6 +25,8 @@ from async_rl.rollout.user_processes import UserProcesses
 from async_rl.types import Prompt
 
 _LIMITS_OWN_TIME = "limits_own_time"
+_IN_WORKER_PROCESS = "in_worker_process"
+_PlainFunction = TypeVar("_PlainFunction", bound=Callable[..., object])
 _AsyncFunction = TypeVar("_AsyncFunction", bound=Callable[..., Awaitable[Any]])
 
 
@@ -34,6 +36,12 @@ def limits_own_time(function: _AsyncFunction) -> _AsyncFunction:
     It is meant for a function that waits for a place before it works: under load, the wait would end the call.
     """
     setattr(function, _LIMITS_OWN_TIME, True)
+    return function
+
+
+def in_worker_process(function: _PlainFunction) -> _PlainFunction:
+    """Mark a plain function that always runs in worker processes: it needs a main thread, or may compute for ever."""
+    setattr(function, _IN_WORKER_PROCESS, True)
     return function
 
 
@@ -74,7 +82,7 @@ class UserFunction:
         self._section = section
         self._is_async = is_async(function)
         self._processes: UserProcesses | None = None
-        if slow and not self._is_async:
+        if (slow or hasattr(function, _IN_WORKER_PROCESS)) and not self._is_async:
             self._processes = UserProcesses(spec, section, workers=workers, timeout_s=timeout_s)
         self._loop = UserLoop(section)
         self._timeout_s = math.inf if hasattr(function, _LIMITS_OWN_TIME) else timeout_s

@@ -67,6 +67,7 @@ class Digits:
         return " ".join(map(str, ids))
 
     needs = frozenset()
+    whole_groups = False
 
     async def score(self, prompt, response):
         if self.error is not None:

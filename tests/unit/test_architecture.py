@@ -46,6 +46,8 @@ PURE = {
     "async_rl.rollout.engine.interface",
     "async_rl.rollout.in_flight",
     "async_rl.rollout.partial",
+    "async_rl.rollout.rewards.adapters",
+    "async_rl.rollout.rewards.overlong",
     "async_rl.rollout.rewards.score",
     "async_rl.rollout.rewards.signature",
     "async_rl.rollout.rewards.text",

@@ -11,7 +11,7 @@ from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
-from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.loader import NamedReward, load_reward
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.rollout.rewards.text import exact_match, partial_credit
@@ -85,7 +85,7 @@ def test_a_row_without_an_answer_is_named(fields):
 )
 def test_a_reward_that_cannot_be_loaded_says_why(name, message):
     with pytest.raises(RewardError, match=rf"reward\.function: {name!r}.*{message}|reward\.function: .*{message}"):
-        load_reward(name)
+        load_reward(NamedReward("reward.function", name))
 
 
 def test_a_module_that_fails_to_import_says_why(rewards):
@@ -244,7 +244,7 @@ async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewa
     runner = rewards(source, timeout_s=0.01)
     with pytest.raises(RewardError, match="did not return within"):
         await score(runner, "a")
-    assert runner._call._loop.abandoned == 0, "its event loop still turns"
+    assert runner._rewards[0]._call._loop.abandoned == 0, "its event loop still turns"
     importlib.import_module("my_rewards").ended.set()
 
 
@@ -263,14 +263,14 @@ async def test_one_call_at_a_time_polls_the_rate_limit(rewards, monkeypatch):
     monkeypatch.setattr(Throttler, "flush", lambda throttler: (polls.append(1), flush(throttler))[1])
     source = "calls = []\ndef reward(prompt, response): calls.append(response); return 1.0\n"
     runner = rewards(source, rate_limit=1, rate_period_s=600)
-    runner._call._throttler.retry_interval = 600  # The one that stands there polls once.
+    runner._rewards[0]._call._throttler.retry_interval = 600  # The one that stands there polls once.
     waiting = [asyncio.create_task(score(runner, str(n))) for n in range(100)]
     await waiting[0]
     for _ in range(20):
         await asyncio.sleep(0)
     assert len(polls) == 2, "one has passed, one stands at the throttler"
     waiting[1].cancel()
-    runner._call._throttler.rate_limit = 100
+    runner._rewards[0]._call._throttler.rate_limit = 100
     await asyncio.wait(waiting)
     assert importlib.import_module("my_rewards").calls == ["0", *(str(n) for n in range(2, 100))]
 
@@ -335,7 +335,7 @@ calls = []
 async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
     rewards, monkeypatch, define, failure, calls
 ):
-    monkeypatch.setattr("async_rl.rollout.rewards.runner._BACK_OFF_S", 0.001)
+    monkeypatch.setattr("async_rl.rollout.rewards.one._BACK_OFF_S", 0.001)
     runner = rewards(FAILS_TWICE.format(define, failure), retries=2, timeout_s=0.1)
     if calls == 3:
         assert await score(runner, "a") == 1.0
@@ -349,7 +349,7 @@ async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
 
 async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypatch):
     waits, sleep = [], asyncio.sleep
-    monkeypatch.setattr("async_rl.rollout.rewards.runner.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
+    monkeypatch.setattr("async_rl.rollout.rewards.one.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
     runner = rewards("async def reward(prompt, response): raise OSError('busy')\n", retries=3)
     with pytest.raises(RewardError, match=r"raised OSError: busy, at 4 attempts$"):
         await score(runner, "a")

@@ -72,7 +72,7 @@ def shared(folder):
 @pytest.fixture
 def runner(shared):
     yield shared
-    shared._call._processes._timeout_s = 600.0
+    shared._rewards[0]._call._processes._timeout_s = 600.0
 
 
 async def score(runner: RewardRunner, response: str) -> float:
@@ -172,7 +172,7 @@ async def test_a_fork_answers_once_and_ends(runner):
 )
 async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, how, tmp_path):
     path = str(tmp_path / "pids")
-    runner._call._processes._timeout_s = 1.0
+    runner._rewards[0]._call._processes._timeout_s = 1.0
     before = runner.killed
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s"):
         await score(
@@ -180,14 +180,14 @@ async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, ho
         )
     pids = [int(pid) for pid in Path(path).read_text().split()]
     await until(lambda: all(map(is_over, pids)))
-    runner._call._processes._timeout_s = 600.0
+    runner._rewards[0]._call._processes._timeout_s = 600.0
     assert await score(runner, "value = 0.5") == 0.5
     assert runner.killed == before + 1
 
 
 async def test_a_process_ends_itself_if_nothing_else_ends_its_call(runner):
     """As when the replica is leaving, and waits for its processes."""
-    processes = runner._call._processes
+    processes = runner._rewards[0]._call._processes
     executor = await processes._ready()
     limit = 0.5 - user_call.KILL_MARGIN_S
     plain = replace(PROMPT, fields={})

@@ -1,18 +1,20 @@
-"""Finds the function that a setting names as a reward, in whichever form it is written.
+"""Finds the functions that settings name as rewards, in whichever form they are written.
 
-It runs nothing but the import of the function's module.
+It runs nothing but the import of a function's module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import override
 
 from async_rl.config.functions import import_function
+from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
+from async_rl.rollout.rewards import adapters
 from async_rl.rollout.rewards.score import FinishedResponse, score_of
 from async_rl.rollout.rewards.signature import Signature
 from async_rl.rollout.user_call import FunctionSpec, is_async
@@ -20,48 +22,100 @@ from async_rl.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
+class NamedReward:
+    """A reward by name, so that any process can import it."""
+
+    setting: str
+    """The setting that names it."""
+    function: str
+    """``module:function``, or ``verl:module:function`` or ``trl:module:function`` in these conventions."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments by name that the settings give."""
+    slow: bool | None = None
+    """Whether it runs in worker processes; None for what reward.slow says."""
+
+    @property
+    def form(self) -> str:
+        """The convention that it follows: "verl", "trl", or "" for our own."""
+        return self.function.rpartition(":")[0].rpartition(":")[0]
+
+    @property
+    def module(self) -> str:
+        """The module to import."""
+        return self.function.removeprefix(f"{self.form}:").partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward that was found: ``call(prompt, response: FinishedResponse)``, which is async if the function is."""
+    """A reward that was found."""
 
     call: Callable[..., Any]
+    """Called with a prompt and a FinishedResponse, or a tuple of them; async if the function is."""
     named: frozenset[str]
     """What its signature names; other parts of a response need not be prepared for it."""
+    whole_groups: bool = False
+    """Whether it is called with all responses of a group."""
 
 
-def load_reward(name: str, setting: str = "reward.function") -> Reward:
-    """Import the reward ``module:function`` and find out what it is to be called with, by its signature.
+def rewards_of(settings: RewardSection) -> list[NamedReward]:
+    """Return the rewards of a run: those of reward.functions if there are any, else reward.function."""
+    if not settings.functions:
+        return [NamedReward("reward.function", settings.function, settings.arguments)]
+    return [
+        NamedReward(f"reward.functions.{name}", each.function, each.arguments, each.slow)
+        for name, each in settings.functions.items()
+    ]
 
-    Raises RewardError, naming the setting and the fix, when it cannot be found or called so.
+
+def load_reward(named: NamedReward) -> Reward:
+    """Import a reward and find out what it is to be called with.
+
+    Raises RewardError, naming the setting and the fix, when it cannot be found or called.
     """
-    function = import_function(setting, name, RewardError)
+    function = import_function(named.setting, named.function.removeprefix(f"{named.form}:"), RewardError)
     try:
-        signature = Signature.of(function)
+        if named.form == "trl":
+            reward = Reward(adapters.trl(function, named.arguments), frozenset({"completion_ids"}), whole_groups=True)
+        elif named.form == "verl":
+            reward = Reward(adapters.verl(function, named.arguments), frozenset())
+        else:
+            reward = _by_signature(function, named.arguments)
     except TypeError as error:
-        raise RewardError(f"{setting}: {name!r} cannot be called as {error}") from None
-
-    def call(prompt: Prompt, response: FinishedResponse) -> Any:
-        positional, named = signature.arguments(prompt, response)
-        return function(*positional, **named)
-
-    return Reward(as_async_as(function, call), signature.named)
+        raise RewardError(f"{named.setting}: {named.function!r} cannot be called as {error}") from None
+    return Reward(_as_async_as(function, reward.call), reward.named, reward.whole_groups)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec(FunctionSpec):
-    """A reward by name; see ``load_reward``."""
+    """A reward for worker processes; see ``load_reward``."""
+
+    reward: NamedReward
 
     @classmethod
-    def of(cls, name: str, setting: str) -> RewardSpec:
-        """Return the spec of the reward that ``setting`` names."""
-        return cls(setting, name, (), score_of)
+    def of(cls, named: NamedReward) -> RewardSpec:
+        """Return the spec of a reward."""
+        convert = adapters.scores_of if named.form == "trl" else score_of
+        return cls(named.setting, named.function, (), convert, named)
 
     @override
     def load(self) -> Callable[..., Any]:
-        """Import the function, to be called with a prompt and a finished response. Raises RewardError."""
-        return load_reward(self.name, self.setting).call
+        """Import the function, to be called as ``Reward.call`` says. Raises RewardError."""
+        return load_reward(self.reward).call
 
 
-def as_async_as(function: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+def _by_signature(function: Callable[..., Any], given: Mapping[str, Any]) -> Reward:
+    signature = Signature.of(function)
+    if unknown := given.keys() - signature.named:
+        raise TypeError(f"f(..., {sorted(unknown)[0]}=...), which its settings ask for")
+
+    def call(prompt: Prompt, response: FinishedResponse) -> Any:
+        positional, named = signature.arguments(prompt, response, given)
+        return function(*positional, **named)
+
+    return Reward(call, signature.named)
+
+
+def _as_async_as(function: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``call``, async if ``function`` is, and with its attributes: ``limits_own_time`` sets one."""
     result = call
     if is_async(function):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from async_rl.rollout.user_values import is_real, real_number
-from async_rl.types import FinishReason, Int32Array
+from async_rl.types import FinishReason, Int32Array, Prompt
 
 MAX_PARTS = 32
-"""Names of parts that the rewards of a run may use: each is a time series of /metrics and travels with each group."""
+"""Names of parts that a reward may use: each is a time series of /metrics and travels with each group."""
 
 MAX_NAME = 60
 """Characters of a part's name."""
@@ -63,6 +63,25 @@ def score_of(value: Any) -> Score | None:
         return None
     others = (key for key, part in value.items() if key != found[0] and is_real(part))
     return Score(reward, {key: number for key in others if (number := _part(key, value[key])) is not None})
+
+
+def weighted_sum(weights: Mapping[str, float], scores: Sequence[Score | None]) -> Score | None:
+    """Return the sum of several rewards, of which each becomes a part, unweighted, with its own parts below its name.
+
+    ``scores`` are in the order of ``weights``. One that is None drops out of the sum; None if all are.
+    """
+    total, parts = 0.0, dict[str, float]()
+    for (name, weight), score in zip(weights.items(), scores, strict=True):
+        if score is not None:
+            total += weight * score.reward
+            parts[name] = score.reward
+            parts.update({f"{name}/{part}": value for part, value in score.parts.items()})
+    return Score(total, parts) if parts else None
+
+
+def shown_columns(prompt: Prompt) -> str:
+    """Return a row's columns as messages name them."""
+    return f"row {prompt.row} has {', '.join(map(str, prompt.fields)) or 'no fields'}"
 
 
 def _part(key: Any, value: Any) -> float | None:

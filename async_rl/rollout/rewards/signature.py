@@ -7,12 +7,13 @@ names say that the response comes first or that another part of it is meant. All
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from async_rl.errors import RewardError
-from async_rl.rollout.rewards.score import FinishedResponse
+from async_rl.rollout.rewards.score import FinishedResponse, shown_columns
 from async_rl.types import Prompt
 
 OF_THE_RESPONSE = ("response", "turns", "finish_reason", "completion_ids")
@@ -60,21 +61,25 @@ class Signature:
             raise TypeError(f"{_SHOWN}; its signature is f{signature}")
         return cls(by_name=True, required=required, optional=optional)
 
-    def arguments(self, prompt: Prompt, response: FinishedResponse) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the positional and the named arguments of a call.
+    def arguments(
+        self, prompt: Prompt, response: FinishedResponse, given: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and the named arguments of a call; ``given`` stand in place of what they name.
 
         Raises RewardError, naming the column and those of the row, when the row lacks a column.
         """
         named: dict[str, Any] = {}
         for name in (*self.required, *self.optional):
-            if name in NAMES:
+            if name in given:
+                named[name] = given[name]
+            elif name in NAMES:
                 named[name] = _value(name, prompt, response)
             elif name in prompt.fields:
                 named[name] = prompt.fields[name]
             elif name in self.required:
                 raise RewardError(
                     f"its argument {name!r} is none of {', '.join(NAMES)}, so that the dataset row needs a field of "
-                    f"this name; row {prompt.row} has {', '.join(map(str, prompt.fields)) or 'no fields'}"
+                    f"this name, or reward.arguments a value; {shown_columns(prompt)}"
                 )
         if self.by_name:
             return (), named
