@@ -404,6 +404,10 @@ class TrainerSection(Section):
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
     per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
+    mask_truncated: bool = False
+    """Whether to keep responses that ended at rollout.max_response_tokens out of the loss, as DAPO's overlong filtering
+    does; their rewards still count in the comparison within their group. reward.truncated leaves them out of that
+    too."""
     skip_zero_advantage: bool = False
     """Whether to leave out the forward and backward pass of samples whose advantage is 0, such as those of a group
     whose rewards are all equal; the gradient stays the same, metrics of tokens are of the others alone."""

@@ -283,10 +283,11 @@ _STALENESS = (
         "counter",
         "Response tokens kept out of the loss, by reason.",
         "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment, "
-        "`zero_advantage` what trainer.skip_zero_advantage does not compute.",
+        "`zero_advantage` what trainer.skip_zero_advantage does not compute, `truncated` what trainer.mask_truncated "
+        "leaves out.",
         lambda record: record.report.tokens_masked,
         labels=("reason",),
-        values=("stale", "not_sampled", "zero_advantage"),
+        values=("stale", "not_sampled", "zero_advantage", "truncated"),
     ),
     MetricSpec(
         "groups_dropped_total",
