@@ -40,7 +40,7 @@ def limits_own_time(function: _AsyncFunction) -> _AsyncFunction:
 
 
 def in_worker_process(function: _PlainFunction) -> _PlainFunction:
-    """Mark a plain function that always runs in worker processes: it needs a main thread, or may compute for ever."""
+    """Mark a plain function that always runs in worker processes: it needs a main thread, or may never end."""
     setattr(function, _IN_WORKER_PROCESS, True)
     return function
 
