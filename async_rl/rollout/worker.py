@@ -253,7 +253,8 @@ class RolloutWorker:
 
     async def _built(self, group: InFlight, index: int) -> Trajectory:
         partial = group.partials[index]
-        return await aside(_nbytes(partial and partial.routed_experts), lambda: group.trajectory(index))
+        nbytes = 0 if partial is None else _nbytes(partial.routed_experts)
+        return await aside(nbytes, lambda: group.trajectory(index))
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
