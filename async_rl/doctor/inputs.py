@@ -23,7 +23,8 @@ from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.rewards import code
-from async_rl.rollout.rewards.loader import load_reward, rewards_of
+from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.named import rewards_of
 
 # Larger datasets are not read here, only once when the run starts.
 DATASET_BYTES_CHECKED = 64 * 2**20

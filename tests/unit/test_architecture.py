@@ -47,6 +47,7 @@ PURE = {
     "async_rl.rollout.in_flight",
     "async_rl.rollout.partial",
     "async_rl.rollout.rewards.adapters",
+    "async_rl.rollout.rewards.named",
     "async_rl.rollout.rewards.overlong",
     "async_rl.rollout.rewards.score",
     "async_rl.rollout.rewards.signature",

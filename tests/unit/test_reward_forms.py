@@ -9,7 +9,8 @@ import pytest
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.formats import json_schema, regex
-from async_rl.rollout.rewards.loader import NamedReward, load_reward
+from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.named import NamedReward
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse, Score
 from async_rl.types import Prompt

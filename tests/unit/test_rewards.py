@@ -11,7 +11,8 @@ from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
-from async_rl.rollout.rewards.loader import NamedReward, load_reward
+from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.named import NamedReward
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.rollout.rewards.text import exact_match, partial_credit

@@ -6,43 +6,19 @@ It runs nothing but the import of a function's module.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import override
 
 from async_rl.config.functions import import_function
-from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import adapters
+from async_rl.rollout.rewards.named import NamedReward
 from async_rl.rollout.rewards.score import FinishedResponse, score_of
 from async_rl.rollout.rewards.signature import Signature
 from async_rl.rollout.user_call import FunctionSpec, is_async
 from async_rl.types import Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class NamedReward:
-    """A reward by name, so that any process can import it."""
-
-    setting: str
-    """The setting that names it."""
-    function: str
-    """``module:function``, or ``verl:module:function`` or ``trl:module:function`` in these conventions."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments by name that the settings give."""
-    slow: bool | None = None
-    """Whether it runs in worker processes; None for what reward.slow says."""
-
-    @property
-    def form(self) -> str:
-        """The convention that it follows: "verl", "trl", or "" for our own."""
-        return self.function.rpartition(":")[0].rpartition(":")[0]
-
-    @property
-    def module(self) -> str:
-        """The module to import."""
-        return self.function.removeprefix(f"{self.form}:").partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +31,6 @@ class Reward:
     """What its signature names; other parts of a response need not be prepared for it."""
     whole_groups: bool = False
     """Whether it is called with all responses of a group."""
-
-
-def rewards_of(settings: RewardSection) -> list[NamedReward]:
-    """Return the rewards of a run: those of reward.functions if there are any, else reward.function."""
-    if not settings.functions:
-        return [NamedReward("reward.function", settings.function, settings.arguments)]
-    return [
-        NamedReward(f"reward.functions.{name}", each.function, each.arguments, each.slow)
-        for name, each in settings.functions.items()
-    ]
 
 
 def load_reward(named: NamedReward) -> Reward:

@@ -14,7 +14,8 @@ from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError
-from async_rl.rollout.rewards.loader import NamedReward, RewardSpec, load_reward
+from async_rl.rollout.rewards.loader import RewardSpec, load_reward
+from async_rl.rollout.rewards.named import NamedReward
 from async_rl.rollout.rewards.score import MAX_PARTS, FinishedResponse, Score
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Prompt

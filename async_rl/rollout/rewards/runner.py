@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.code import limit_sandboxes
-from async_rl.rollout.rewards.loader import rewards_of
+from async_rl.rollout.rewards.named import rewards_of
 from async_rl.rollout.rewards.one import OneReward, at
 from async_rl.rollout.rewards.score import FinishedResponse, Score, weighted_sum
 from async_rl.types import Prompt
