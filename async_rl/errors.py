@@ -101,7 +101,7 @@ class PayloadLost(AsyncRLError):
 
 
 class RewardError(AsyncRLError):
-    """A reward function cannot be loaded, raised, timed out, or returned something other than a finite number."""
+    """A reward function cannot be loaded, raised, timed out, or returned something that has no finite reward."""
 
 
 class RewardNotApplicable(RewardError):

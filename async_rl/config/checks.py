@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def check_combinations(config: RunConfig) -> None:
     """Raise ValueError for settings that contradict each other, naming them, their values and what to set."""
     _check_queue(config)
+    _check_reward(config)
     _check_sync(config)
     _check_rollout(config)
     _check_cluster(config)
@@ -43,6 +44,22 @@ def _check_queue(config: RunConfig) -> None:
         raise ValueError(
             f"queue.redis.ca_file is set, but queue.redis.url ({queue.redis.url}) does not use TLS; start it with "
             "rediss://"
+        )
+
+
+def _check_reward(config: RunConfig) -> None:
+    reward = config.reward
+    default = type(reward).model_fields["function"].default
+    if reward.functions and (reward.function != default or reward.arguments):
+        key = "arguments" if reward.function == default else "function"
+        raise ValueError(
+            f"reward.{key} is set beside reward.functions ({', '.join(reward.functions)}), which stand in its place; "
+            f"move it into reward.functions, or remove one of the two"
+        )
+    if reward.overlong_tokens > config.rollout.max_response_tokens:
+        raise ValueError(
+            f"reward.overlong_tokens is {reward.overlong_tokens}, more than rollout.max_response_tokens "
+            f"({config.rollout.max_response_tokens}), below which they are counted; set it to less"
         )
 
 

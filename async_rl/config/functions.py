@@ -35,6 +35,21 @@ def load_function(
 
     Raises ``error_type``, naming the setting and the fix, when it cannot be imported or called so.
     """
+    function = import_function(setting, name, error_type)
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise error_type(f"{setting}: {name!r} cannot be called as f({', '.join(arguments)}): {error}") from None
+    except ValueError:
+        pass  # A builtin without a signature: the first call will show whether it fits.
+    return function
+
+
+def import_function(setting: str, name: str, error_type: type[AsyncRLError]) -> Callable[..., Any]:
+    """Import ``module:function``, which ``setting`` names.
+
+    Raises ``error_type``, naming the setting and the fix, when it cannot be imported or is no function.
+    """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise error_type(f"{setting}: {name!r} is not of the form module:function")
@@ -57,12 +72,6 @@ def load_function(
             f"{setting}: {name!r}: module {module_name!r} has no function {attribute!r}"
             + (f"; it has {', '.join(found)}" if found else "")
         )
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError as error:
-        raise error_type(f"{setting}: {name!r} cannot be called as f({', '.join(arguments)}): {error}") from None
-    except ValueError:
-        pass  # A builtin without a signature: the first call will show whether it fits.
     return function
 
 

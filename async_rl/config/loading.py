@@ -176,10 +176,15 @@ def _field(key: str) -> FieldInfo | None:
     section: Any = RunConfig
     *sections, leaf = key.split(".")
     for part in sections:
+        if get_origin(section) is dict:  # of sections, by names that the user chooses
+            section = get_args(section)[1]
+            continue
         info = section.model_fields.get(part)
         section = None if info is None else _section_in(info.annotation)
         if section is None:
             return None
+    if get_origin(section) is dict:
+        return None
     info = section.model_fields.get(leaf)
     return None if info is None or is_section(info.annotation) else info
 
@@ -190,9 +195,11 @@ def is_section(annotation: Any) -> bool:
 
 
 def _section_in(annotation: Any) -> Any:
-    """Return the section that a field is, or may be in place of a value; None if it cannot be one."""
+    """Return the section that a field is or may be, or the type of a dict of sections; None if it cannot be one."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
+    if get_origin(annotation) is dict:
+        return annotation if is_section(get_args(annotation)[1]) else None
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     found = (_section_in(option) for option in options)
     return annotation if is_section(annotation) else next((section for section in found if section), None)
@@ -250,6 +257,8 @@ def _key_of(parts: Sequence[str]) -> str:
     for number in range(1, len(parts)):
         setting = _field(".".join(parts[:number]))
         if setting is not None:
+            if get_origin(_section_in(setting.annotation)) is dict:
+                break
             within = _section_in(setting.annotation) is not None
             return ".".join([*parts[:number], *(parts[number + 1 :] if within else ())])
     return ".".join(parts)

@@ -70,11 +70,15 @@ def _described(annotation: Any, metadata: list[Any]) -> str:
         return _described(arguments[0], list(arguments[1:]))
     if origin in (Union, UnionType):
         return " or ".join(_described(argument, []) for argument in arguments)
+    if origin is dict and is_section(arguments[1]):
+        return "{name: " + _described(arguments[1], []) + "}"
     if is_section(annotation):
         fields = annotation.model_fields.items()
         return "{" + ", ".join(f"`{name}`: {_described(info.annotation, info.metadata)}" for name, info in fields) + "}"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return "names with values"
     if origin in (list, tuple):
         return f"list of {_described(arguments[0], [])}"
     patterns = _found("pattern", metadata)

@@ -50,6 +50,8 @@ RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+RewardName = Annotated[str, Field(pattern=r"^((verl|trl):)?[\w.]+:\w+$")]
+PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,31}$")]
 EngineName = Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")]
 
 
@@ -90,12 +92,35 @@ class DataSection(Section):
     """Whether to shuffle the rows in each epoch, with the run's seed."""
 
 
-class RewardSection(Section):
-    """The function that scores responses."""
+class WeightedReward(Section):
+    """One of several rewards."""
 
-    function: FunctionName = "async_rl.rollout.rewards.text:exact_match"
-    """The reward as module:function, called as f(prompt: Prompt, response: str) -> float | None. None means that it
-    does not apply: the response is left out of its group (see rollout.min_group_size)."""
+    function: RewardName
+    """The function, as in reward.function."""
+    weight: float = 1.0
+    """Its factor in the sum."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """As reward.arguments."""
+    slow: bool | None = None
+    """As reward.slow; null for its value."""
+
+
+class RewardSection(Section):
+    """The functions that score responses."""
+
+    function: RewardName = "async_rl.rollout.rewards.text:exact_match"
+    """The reward as module:function, called as f(prompt: Prompt, response: str), or with those of prompt, response,
+    turns, finish_reason, completion_ids, fields and the row's columns that its signature names. It returns a number, a
+    mapping of named numbers with the reward as score, or None where it does not apply: the response is left out of its
+    group (see rollout.min_group_size). verl:module:function is called as verl calls compute_score,
+    trl:module:function as TRL calls a reward, once for a group."""
+    functions: Annotated[dict[PartName, WeightedReward], Field(max_length=16)] = Field(default_factory=dict)
+    """Several rewards by name in place of reward.function, of which the weighted sum is the reward, for example
+    {right: {function: "my:right"}, form: {function: "my:form", weight: 0.2}}. One that returns None drops out of the
+    sum. On the command line: --reward.functions.form.weight 0.5."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Values for arguments of reward.function by name, for example {pattern: "<answer>.*</answer>"}; columns of the
+    same name are not passed."""
     slow: bool = False
     """Whether to run a plain reward in worker processes; set it for rewards that wait for a service, compute for long,
     use signals or may hang. Rewards that are async def have an event loop of their own."""
@@ -116,6 +141,15 @@ class RewardSection(Section):
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when a reward finally raises, times out or is not finite: fail the run, or skip the response if
     rollout.min_group_size allows, else its group (counted)."""
+    truncated: Literal["score", "leave_out"] = "score"
+    """What to do with a response that ends at rollout.max_response_tokens: score it as any other, or leave it out of
+    its group without a call of the reward, if rollout.min_group_size allows, else give up its group. Evaluations score
+    all."""
+    overlong_tokens: NonNegative = 0
+    """Tokens below rollout.max_response_tokens from which on a longer response loses reward, linearly, up to
+    reward.overlong_penalty at the limit; 0 for none. Evaluations leave it out."""
+    overlong_penalty: PositiveFloat = 1.0
+    """The reward that a response of rollout.max_response_tokens loses; see reward.overlong_tokens."""
 
 
 class PartialRolloutSection(Section):
@@ -405,6 +439,10 @@ class TrainerSection(Section):
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
     per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
+    mask_truncated: bool = False
+    """Whether to keep responses that ended at rollout.max_response_tokens out of the loss, as DAPO's overlong filtering
+    does; their rewards still count in the comparison within their group. reward.truncated leaves them out of that
+    too."""
     skip_zero_advantage: bool = False
     """Whether to leave out the forward and backward pass of samples whose advantage is 0, such as those of a group
     whose rewards are all equal; the gradient stays the same, metrics of tokens are of the others alone."""

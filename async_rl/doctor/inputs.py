@@ -5,6 +5,7 @@ Uses the readers of the run itself, so that both give the same verdict.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.named import rewards_of
 
 # Larger datasets are not read here, only once when the run starts.
 DATASET_BYTES_CHECKED = 64 * 2**20
@@ -173,10 +175,11 @@ def _encode(path: Path) -> Encode:
 
 def functions(config: RunConfig) -> Iterator[Check]:
     """Check that the functions named by settings can be imported and called with their arguments."""
-    reward = _try("reward.function", config.reward.function, lambda: load_reward(config.reward.function))
-    yield reward
-    if reward.status == "ok" and config.reward.function.startswith(f"{code.__name__}:"):
-        yield _sandbox()
+    for named in rewards_of(config.reward):
+        reward = _try(named.setting, named.function, functools.partial(load_reward, named))
+        yield reward
+        if reward.status == "ok" and named.module == code.__name__:
+            yield _sandbox()
     if config.rollout.engine != "vllm":
         yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
     environment = config.rollout.environment.function

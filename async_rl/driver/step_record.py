@@ -107,6 +107,8 @@ class RunMeter:
             elapsed_s=totals.wall_s,
             report=report,
             reward_mean=sum(rewards) / len(rewards),
+            reward_parts=_part_means(groups),
+            truncated=sum(reason == "length" for group in groups for reason in group.finish_reasons),
             eval_reward_mean=eval_reward,
             last_sync=self._last_sync,
             groups=len(groups),
@@ -136,3 +138,12 @@ class RunMeter:
             rollout_busy_s=self._rollout_busy_s,
             trainer_busy_s=self._trainer_busy_s,
         )
+
+
+def _part_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
+    """Return the mean of each part of the rewards over the trajectories that have it, by name, ascending."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for group in groups:
+        for name, total, count in zip(group.reward_parts, group.part_sums, group.part_counts, strict=True):
+            found.setdefault(name, []).append((total, count))
+    return {name: sum(t for t, _ in found[name]) / sum(n for _, n in found[name]) for name in sorted(found)}

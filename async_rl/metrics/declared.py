@@ -66,6 +66,14 @@ _LEARNING = (
         lambda record: record.reward_mean,
     ),
     MetricSpec(
+        "reward_part_mean",
+        "gauge",
+        "Mean of each named part of the reward over the trajectories of the last training step that have it.",
+        "Shows which part the policy earns; one that rises alone is the cheap one, and may want a smaller weight.",
+        lambda record: record.reward_parts,
+        labels=("part",),
+    ),
+    MetricSpec(
         "eval_reward_mean",
         "gauge",
         "Mean greedy reward on the held-out problems, at the last evaluation.",
@@ -275,11 +283,12 @@ _STALENESS = (
         "counter",
         "Response tokens kept out of the loss, by reason.",
         "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment, "
-        "`zero_advantage` what trainer.skip_zero_advantage does not compute, `rejected` what trainer.loss.importance "
-        "with mode mask or trainer.loss.rejection leaves out; where that is much, engine and trainer disagree.",
+        "`zero_advantage` what trainer.skip_zero_advantage does not compute, `truncated` what trainer.mask_truncated "
+        "leaves out, `rejected` what trainer.loss.importance with mode mask or trainer.loss.rejection leaves out; where "
+        "that is much, engine and trainer disagree.",
         lambda record: record.report.tokens_masked,
         labels=("reason",),
-        values=("stale", "not_sampled", "zero_advantage", "rejected"),
+        values=("stale", "not_sampled", "zero_advantage", "truncated", "rejected"),
     ),
     MetricSpec(
         "groups_dropped_total",
@@ -323,6 +332,13 @@ _PARTIAL = (
         lambda record: record.response_tokens,
         unit="tokens",
         buckets=_LENGTH_BUCKETS,
+    ),
+    MetricSpec(
+        "truncated_responses_total",
+        "counter",
+        "Trajectories trained that ended at rollout.max_response_tokens.",
+        "Over trajectories_total, the share of responses without an end. If it rises, answers are cut off.",
+        lambda record: record.truncated,
     ),
     MetricSpec(
         "resumed_prefill_tokens_total",

@@ -112,6 +112,10 @@ class StepRecord:
     """The step's updates, merged."""
 
     reward_mean: float
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each named part of the reward over the trajectories that have it."""
+    truncated: int = 0
+    """Trajectories that ended at rollout.max_response_tokens."""
     eval_reward_mean: float | None = None
     """Result of an evaluation that ended during this step."""
     last_sync: SyncRecord | None = None

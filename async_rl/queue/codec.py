@@ -6,6 +6,7 @@ rewards and routing specs. Knows ``types``, ``wire`` and ``errors``, not the que
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -123,6 +124,7 @@ def _table(group: Group) -> dict[str, Any]:
                 "reward": float(t.reward),
                 "finish_reason": t.finish_reason,
                 "routing": routing_entry(t.routing_spec),
+                **({"reward_parts": dict(t.reward_parts)} if t.reward_parts else {}),
             }
             for t in group.trajectories
         ],
@@ -154,6 +156,7 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
                     finish_reason=get(entry, "finish_reason", str),  # type: ignore[arg-type]  # Trajectory checks it
                     routed_experts=views.pop(f"{t}.routed_experts", None),
                     routing_spec=routing_spec(entry.get("routing")),
+                    reward_parts=check_parts(f"trajectory {t}", entry.get("reward_parts", {})),
                 )
             )
         group = Group(get(table, "group_id", str), prompt, tuple(trajectories))
@@ -162,6 +165,15 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])[:200]}")
     return group
+
+
+def check_parts(name: str, parts: Any) -> dict[str, float]:
+    """Return the parts of a reward that came in a message. Raises WireError when they are not numbers by name."""
+    if isinstance(parts, dict) and all(
+        type(name) is str and type(part) is float and math.isfinite(part) for name, part in parts.items()
+    ):
+        return parts
+    raise WireError(f"{name}: the parts of its reward are {short(parts)}, not finite numbers by name")
 
 
 def routing_entry(spec: RoutingSpec | None) -> list[int] | None:

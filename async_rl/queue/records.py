@@ -5,8 +5,9 @@ Knows ``types``, and the counts that ``metrics`` shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from async_rl.metrics.records import GroupCounts
@@ -51,6 +52,12 @@ class GroupMeta:
     interruptions: tuple[int, ...] = ()
     """Number of resume points of each trajectory."""
     finish_reasons: tuple[FinishReason, ...] = ()
+    reward_parts: tuple[str, ...] = ()
+    """Names of the parts of the rewards, ascending; with them, as tuples of the same length:"""
+    part_sums: tuple[float, ...] = ()
+    """The sum of each part over the trajectories that have it."""
+    part_counts: tuple[int, ...] = ()
+    """The number of trajectories that have the part."""
 
     @classmethod
     def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
@@ -63,11 +70,16 @@ class GroupMeta:
 
     def to_fields(self) -> list[Any]:
         """Return the values of the fields in order. ``dataclasses.astuple`` would copy each value of each tuple."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, each.name) for each in fields(self)]
 
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
         """Describe a group whose encoded message has ``nbytes`` bytes."""
+        parts: dict[str, list[float]] = {}
+        for trajectory in group.trajectories:
+            for part, value in trajectory.reward_parts.items():
+                parts.setdefault(part, []).append(value)
+        names = tuple(sorted(parts))
         return cls(
             group_id=group.group_id,
             num_tokens=group.num_tokens,
@@ -82,6 +94,9 @@ class GroupMeta:
             segments=tuple(len(t.segments) for t in group.trajectories),
             interruptions=tuple(len(t.resume_points) for t in group.trajectories),
             finish_reasons=tuple(t.finish_reason for t in group.trajectories),
+            reward_parts=names,
+            part_sums=tuple(math.fsum(parts[name]) for name in names),
+            part_counts=tuple(len(parts[name]) for name in names),
         )
 
 
@@ -97,6 +112,7 @@ class Excerpt:
     """(start, stop, policy version) of each segment."""
     reward: float
     finish_reason: FinishReason
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: Group, index: int) -> Excerpt:
@@ -109,6 +125,7 @@ class Excerpt:
             tuple((segment.start, segment.stop, segment.version) for segment in trajectory.segments),
             trajectory.reward,
             trajectory.finish_reason,
+            dict(trajectory.reward_parts),
         )
 
 

@@ -61,7 +61,7 @@ async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[f
     try:
         start = responses.begin(f"eval/{prompt.prompt_id}", prompt)
         response = await responses.complete(start, prompt, likeliest)
-        return await responses.reward(prompt, response), len(response.response_ids)
+        return (await responses.eval_score(prompt, response)).reward, len(response.response_ids)
     except (RewardError, EnvironmentFailure) as error:
         if responses.is_fatal(error):
             raise

@@ -19,6 +19,7 @@ from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue.codec import (
     build_prompt,
     build_segments,
+    check_parts,
     prompt_table,
     response_arrays,
     routing_entry,
@@ -27,6 +28,8 @@ from async_rl.queue.codec import (
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.rewards.score import Score
+from async_rl.types import Trajectory
 
 SCHEMA_VERSION = 1
 IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
@@ -39,8 +42,8 @@ class InFlight:
     ticket: Ticket
     partials: list[PartialRollout | None]
     """The partial rollout of each of its n responses; None before the first engine call."""
-    rewards: list[float | None] = field(default_factory=list)
-    """The reward of each response; None until it is scored."""
+    scores: list[Score | None] = field(default_factory=list)
+    """The reward of each response with its parts; None until it is scored."""
     left_out: int = 0
     """Responses that failed, and without which the group is published; the worker that adopts the group tries again."""
 
@@ -51,7 +54,7 @@ class InFlight:
 
     def copy(self) -> InFlight:
         """Return the group as it is now; what it is made of never changes."""
-        return InFlight(self.ticket, list(self.partials), list(self.rewards))
+        return InFlight(self.ticket, list(self.partials), list(self.scores))
 
     @property
     def group_id(self) -> str:
@@ -60,6 +63,13 @@ class InFlight:
     def trajectory_id(self, index: int) -> str:
         """Return the id of the response at ``index``."""
         return f"{self.ticket.group_id}/{index}"
+
+    def trajectory(self, index: int) -> Trajectory:
+        """Return the response at ``index``, which is complete and has a score, validated. Raises InvalidTrajectory."""
+        partial, score = self.partials[index], self.scores[index]
+        assert partial is not None
+        assert score is not None
+        return partial.to_trajectory(score.reward, score.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -71,17 +81,19 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
     """Return the group as one message of the wire format. Raises WireError as ``wire.pack`` does."""
     name = f"group {group.group_id} in flight"
     prompt = group.ticket.prompt
+    parts = [{} if score is None else dict(score.parts) for score in group.scores]
     table = {
         "group_id": group.group_id,
         "version": group.ticket.version,
         **prompt_table(name, prompt),
         "partials": [_entry(partial) for partial in group.partials],
-        "rewards": group.rewards,
+        "rewards": [None if score is None else score.reward for score in group.scores],
+        **({"reward_parts": parts} if any(parts) else {}),
     }
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
 
-def decode(  # noqa: C901 - a validator: each branch is a message
+def decode(
     buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], routing_policy: RoutingPolicy
 ) -> InFlight:
     """Return the group of a message, to be resumed under these settings. Its arrays are copies.
@@ -98,11 +110,10 @@ def decode(  # noqa: C901 - a validator: each branch is a message
 
     prompt = build_prompt(table, take("prompt"))
     ticket = Ticket(get(table, "group_id", str), prompt, get(table, "version", int))
-    entries, rewards = get(table, "partials", list), get(table, "rewards", list)
-    if len(entries) != n or len(rewards) != n:
+    entries = get(table, "partials", list)
+    scores = _scores(ticket.group_id, get(table, "rewards", list), table.get("reward_parts"))
+    if len(entries) != n or len(scores) != n:
         raise WireError(f"group {ticket.group_id}: {len(entries)} responses in flight, and rollout.n is {n}")
-    if any(reward is not None and type(reward) is not float for reward in rewards):
-        raise WireError(f"group {ticket.group_id}: its rewards are {short(rewards)}")
     partials: list[PartialRollout | None] = []
     for t, entry in enumerate(entries):
         if entry is None:
@@ -133,12 +144,25 @@ def decode(  # noqa: C901 - a validator: each branch is a message
         except InvalidTrajectory as error:
             raise WireError(f"group {ticket.group_id}: {error}") from None
         partials.append(partial)
-    for reward, each in zip(rewards, partials, strict=True):
-        if reward is not None and (each is None or not each.finished):
+    for score, each in zip(scores, partials, strict=True):
+        if score is not None and (each is None or not each.finished):
             raise WireError(f"group {ticket.group_id}: a response that has not ended has a reward")
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])}")
-    return InFlight(ticket, partials, rewards)
+    return InFlight(ticket, partials, scores)
+
+
+def _scores(group_id: str, rewards: list[Any], parts: Any) -> list[Score | None]:
+    """Return the scores of a message, which in those of earlier releases have no parts. Raises WireError."""
+    parts = [{} for _ in rewards] if parts is None else parts
+    if any(reward is not None and type(reward) is not float for reward in rewards):
+        raise WireError(f"group {group_id}: its rewards are {short(rewards)}")
+    if not isinstance(parts, list) or len(parts) != len(rewards):
+        raise WireError(f"group {group_id}: the parts of its rewards are {short(parts)}")
+    return [
+        None if reward is None else Score(reward, check_parts(f"group {group_id}", each))
+        for reward, each in zip(rewards, parts, strict=True)
+    ]
 
 
 def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ The caller supplies the engine call: ``worker`` one that samples, ``evaluation``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import structlog
@@ -25,6 +25,8 @@ from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import Score
+from async_rl.rollout.rewards.scoring import Scoring
 from async_rl.types import Int32Array, Prompt
 
 log = structlog.get_logger(__name__)
@@ -46,7 +48,7 @@ def failure_reason(error: Exception) -> str:
 
 
 class Responses:
-    """Completes responses: it holds what all of them share, their limit and the user's environment and reward."""
+    """Completes responses: it holds what all of them share, their limit and the user's environment and rewards."""
 
     def __init__(
         self,
@@ -58,9 +60,14 @@ class Responses:
     ) -> None:
         self._config = config
         self._engine = engine
-        self._tokenizer = tokenizer
         self._rewards = rewards
+        self._scoring = Scoring(config, tokenizer, rewards)
         self._environment = environment
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether responses are scored together, once all of their group have ended, by ``score_group``."""
+        return self._rewards.whole_groups
 
     def begin(self, name: str, prompt: Prompt) -> PartialRollout:
         """Begin the response to a prompt; ``name`` becomes its trajectory id."""
@@ -89,10 +96,38 @@ class Responses:
             partial = partial.append_turn(answer)
             keep(partial)
 
-    async def reward(self, prompt: Prompt, response: PartialRollout) -> float:
-        """Return the reward of a finished response. Raises RewardError, RewardNotApplicable if it has none."""
-        text = self._tokenizer.decode(response.response_ids, skip_special_tokens=True)
-        return await self._rewards.score(prompt, text)
+    async def score(self, group: InFlight, index: int) -> Score:
+        """Return the score with which a finished response of a group is trained.
+
+        Raises RewardError, and RewardNotApplicable if it has none.
+        """
+        response = group.partials[index]
+        assert response is not None
+        return await self._scoring.in_training(group.ticket.prompt, response)
+
+    async def eval_score(self, prompt: Prompt, response: PartialRollout) -> Score:
+        """Return the score of a response in an evaluation. Raises as ``score``."""
+        return await self._scoring.in_evaluation(prompt, response)
+
+    async def score_group(self, group: InFlight, indices: Sequence[int]) -> list[int]:
+        """Score these finished responses of a group together. Returns the indices of those that have a score then.
+
+        Raises RewardError where one has none and its group cannot do without it.
+        """
+        left = [(index, partial) for index in indices if (partial := group.partials[index]) and not group.scores[index]]
+        found = await self._scoring.of_group(group.ticket.prompt, [partial for _, partial in left])
+        last: RewardError | None = None
+        for (index, _), score in zip(left, found, strict=True):
+            if not isinstance(score, RewardError):
+                group.scores[index] = score
+            elif self.leave_out(group, index, score):
+                last = score
+            else:
+                raise score
+        scored = [index for index in indices if group.scores[index] is not None]
+        if last is not None and len(scored) < (self._config.rollout.min_group_size or self._config.rollout.n):
+            raise last  # Others were cut off by rollout.group_timeout_s.
+        return scored
 
     def is_fatal(self, error: Exception) -> bool:
         """Return whether a failure ends the run; else it costs only the response, the group or the problem."""

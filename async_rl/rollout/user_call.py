@@ -73,6 +73,11 @@ class FunctionSpec:
         return load_function(self.setting, self.name, self.arguments, AsyncRLError)
 
 
+def is_async(function: Callable[..., Any]) -> bool:
+    """Return whether calling the function only makes a coroutine."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 def converted(convert: Convert, value: Any) -> Outcome:
     """Return the outcome of a call that returned ``value``."""
     try:

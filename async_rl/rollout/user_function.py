@@ -11,7 +11,6 @@ An awaitable that a plain function returns is awaited: in its process, or on the
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -20,12 +19,14 @@ from typing import Any, TypeVar
 
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.rollout.user_call import FunctionSpec, Outcome, call, call_async
+from async_rl.rollout.user_call import FunctionSpec, Outcome, call, call_async, is_async
 from async_rl.rollout.user_loop import UserLoop
 from async_rl.rollout.user_processes import UserProcesses
 from async_rl.types import Prompt
 
 _LIMITS_OWN_TIME = "limits_own_time"
+_IN_WORKER_PROCESS = "in_worker_process"
+_PlainFunction = TypeVar("_PlainFunction", bound=Callable[..., object])
 _AsyncFunction = TypeVar("_AsyncFunction", bound=Callable[..., Awaitable[Any]])
 
 
@@ -35,6 +36,12 @@ def limits_own_time(function: _AsyncFunction) -> _AsyncFunction:
     It is meant for a function that waits for a place before it works: under load, the wait would end the call.
     """
     setattr(function, _LIMITS_OWN_TIME, True)
+    return function
+
+
+def in_worker_process(function: _PlainFunction) -> _PlainFunction:
+    """Mark a plain function that always runs in worker processes: it needs a main thread, or may never end."""
+    setattr(function, _IN_WORKER_PROCESS, True)
     return function
 
 
@@ -73,9 +80,9 @@ class UserFunction:
         self._function = function
         self._convert = spec.convert
         self._section = section
-        self._is_async = _is_async(function)
+        self._is_async = is_async(function)
         self._processes: UserProcesses | None = None
-        if slow and not self._is_async:
+        if (slow or hasattr(function, _IN_WORKER_PROCESS)) and not self._is_async:
             self._processes = UserProcesses(spec, section, workers=workers, timeout_s=timeout_s)
         self._loop = UserLoop(section)
         self._timeout_s = math.inf if hasattr(function, _LIMITS_OWN_TIME) else timeout_s
@@ -142,8 +149,3 @@ class UserFunction:
         finally:
             future.cancel()
         return await call_async(self._convert, lambda: future) if done else None
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    """Return whether calling the function only makes a coroutine."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

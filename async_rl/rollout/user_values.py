@@ -34,6 +34,11 @@ def real_number(value: Any) -> float | None:
     return number
 
 
+def is_real(value: Any) -> bool:
+    """Return whether ``real_number`` takes this for a number, be it finite or not."""
+    return isinstance(_item(value), numbers.Real)
+
+
 def text_or_none(value: Any) -> str | None:
     """Return an environment's text, or None, which ends the response."""
     if value is not None and not isinstance(value, str):

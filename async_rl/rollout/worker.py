@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import structlog
 
@@ -18,6 +19,7 @@ from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.aside import aside
+from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
@@ -30,7 +32,8 @@ from async_rl.types import ExpertIds, Group, Trajectory
 
 log = structlog.get_logger(__name__)
 
-_Responses = set[asyncio.Task[Trajectory | None]]
+_T = TypeVar("_T")
+_Make = Callable[[InFlight, int], Awaitable[_T]]
 
 
 class RolloutWorker:
@@ -187,15 +190,26 @@ class RolloutWorker:
         self._update_capacity()
 
     async def _trajectories(self, group: InFlight) -> tuple[Trajectory, ...] | None:
-        """Return the group's responses without those that failed and, after rollout.group_timeout_s, the late ones.
+        """Return the group's responses, or those of ``_in_time``; None if too few are finished by then."""
+        if not self._responses.whole_groups:
+            return await self._in_time(group, self._trajectory)
+        ended = await self._in_time(group, self._completed)
+        if ended is None:
+            return None
+        scored = await self._responses.score_group(group, ended)
+        self._stats.cut_groups += len(scored) < len(ended) == self._config.rollout.n
+        return tuple([await self._built(group, index) for index in scored])
+
+    async def _in_time(self, group: InFlight, make: _Make[_T]) -> tuple[_T, ...] | None:
+        """Make something of each response, without those that failed and, after rollout.group_timeout_s, the late ones.
 
         Returns None if too few are finished by then.
         """
         settings = self._config.rollout
-        tasks = [asyncio.create_task(self._trajectory_or_none(group, index)) for index in range(settings.n)]
+        tasks = [asyncio.create_task(self._made_or_none(group, index, make)) for index in range(settings.n)]
         try:
-            done, late = await self._wait_in_time(tasks)
-            finished = tuple(t for task in tasks if task in done and (t := task.result()) is not None)
+            done, late = await wait_in_time(tasks, self._gate, settings.group_timeout_s)
+            finished = tuple(made for task in tasks if task in done and (made := task.result()) is not None)
         finally:
             for task in tasks:
                 task.cancel()
@@ -208,29 +222,22 @@ class RolloutWorker:
         self._stats.cut_groups += len(finished) < settings.n
         return finished
 
-    async def _wait_in_time(self, tasks: list[asyncio.Task[Trajectory | None]]) -> tuple[_Responses, _Responses]:
-        """Wait for tasks until rollout.group_timeout_s is over, in which pauses of the engine do not count."""
-        limit = self._config.rollout.group_timeout_s
-        began, paused_before, left = time.monotonic(), self._gate.paused_s, limit
-        while True:
-            done, late = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
-            if limit is None or not late or any(task.cancelled() or task.exception() for task in done):
-                return done, late
-            await self._gate.wait_open()
-            left = limit + (self._gate.paused_s - paused_before) - (time.monotonic() - began)
-            if left <= 0:
-                return done, late
-
-    async def _trajectory_or_none(self, group: InFlight, index: int) -> Trajectory | None:
-        """Return a response; None if it failed and its group can do without it."""
+    async def _made_or_none(self, group: InFlight, index: int, make: _Make[_T]) -> _T | None:
+        """Return what ``make`` makes of a response; None if that failed and its group can do without it."""
         try:
-            return await self._trajectory(group, index)
+            return await make(group, index)
         except COST_THEIR_GROUP as error:
             if not self._responses.leave_out(group, index, error):
                 raise
             return None
 
     async def _trajectory(self, group: InFlight, index: int) -> Trajectory:
+        await self._completed(group, index)
+        if group.scores[index] is None:
+            group.scores[index] = await self._responses.score(group, index)
+        return await self._built(group, index)
+
+    async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt
 
         def keep(partial: PartialRollout) -> None:
@@ -238,14 +245,16 @@ class RolloutWorker:
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         try:
-            partial = await self._responses.complete(start, prompt, self._sample, keep)
+            keep(await self._responses.complete(start, prompt, self._sample, keep))
         finally:
             self._unfinished -= 1
             self._update_capacity()
-        reward = group.rewards[index]
-        if reward is None:
-            reward = group.rewards[index] = await self._responses.reward(prompt, partial)
-        return await aside(_nbytes(partial.routed_experts), lambda: partial.to_trajectory(reward))
+        return index
+
+    async def _built(self, group: InFlight, index: int) -> Trajectory:
+        partial = group.partials[index]
+        nbytes = 0 if partial is None else _nbytes(partial.routed_experts)
+        return await aside(nbytes, lambda: group.trajectory(index))
 
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""

@@ -91,22 +91,35 @@ class Sample:
 
 
 def samples_of(
-    trajectory: Trajectory, *, oldest_version: int, per_segment: bool = False, advantage: float = 0.0
+    trajectory: Trajectory,
+    *,
+    oldest_version: int,
+    per_segment: bool = False,
+    mask_truncated: bool = False,
+    advantage: float = 0.0,
 ) -> list[Sample]:
     """Return a trajectory's samples, with a loss on its sampled tokens of ``oldest_version`` or later (invariant 4).
 
     That is one sample, or with ``per_segment`` (routing policy ``exact``) one for each segment: all tokens up to the
     segment's end, the routed experts of the call that sampled it, and a loss on the segment's own tokens only. A sample
-    without a token to train is left out.
+    without a token to train is left out; with ``mask_truncated`` that is each of a trajectory that was cut off.
     """
     whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
     segments = trajectory.segments if per_segment else (whole,)
-    counts = trajectory.sampled & (trajectory.versions >= oldest_version)
+    counts = trained_tokens(trajectory, oldest_version)
+    if mask_truncated and trajectory.finish_reason == "length":
+        return []
     return [
         _segment_sample(trajectory, segment, counts, advantage)
         for segment in segments
         if bool(counts[segment.start : segment.stop].any())
     ]
+
+
+def trained_tokens(trajectory: Trajectory, oldest_version: int) -> BoolArray:
+    """Return bool[G]: which response tokens were sampled, and are no older than ``oldest_version``."""
+    counts: BoolArray = trajectory.sampled & (trajectory.versions >= oldest_version)
+    return counts
 
 
 def _segment_sample(trajectory: Trajectory, segment: Segment, counts: BoolArray, advantage: float) -> Sample:

@@ -13,7 +13,7 @@ from async_rl.errors import TrainerError
 from async_rl.trainer import packing
 from async_rl.trainer.packing import Microbatch, Packer
 from async_rl.trainer.policy_sums import PolicySums
-from async_rl.trainer.samples import Sample
+from async_rl.trainer.samples import Sample, trained_tokens
 from async_rl.types import Group
 
 COUNTS = (
@@ -21,6 +21,7 @@ COUNTS = (
     "sampled",
     "not_sampled",
     "zero_advantage",
+    "truncated",
     "rejected",
     "sequences",
     "extra_positions",
@@ -80,6 +81,12 @@ class Step:
             tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
             sampled=sampled,
             not_sampled=sum(len(t.response_ids) for t in trajectories) - sampled,
+            # What was cut off has samples unless trainer.mask_truncated leaves it out, or all of it is stale.
+            truncated=sum(
+                int(trained_tokens(t, self.oldest_version).sum())
+                for t in trajectories
+                if t.finish_reason == "length" and t.trajectory_id not in positions
+            ),
             # A trajectory's last sample is all of it that is trained, the others are prefixes of that.
             extra_positions=sum(sum(of_samples[:-1]) for of_samples in positions.values()),
             sequences=len(positions),
@@ -124,6 +131,8 @@ def masked_tokens(total: Mapping[str, float], *, rejected: float) -> dict[str, i
 
     rejected: those that the loss itself left out.
     """
-    masked = {"stale": int(total["sampled"] - total["tokens"]), "not_sampled": int(total["not_sampled"])}
-    further = {"zero_advantage": int(total["zero_advantage"]), "rejected": int(total["rejected"] + rejected)}
+    stale = int(total["sampled"] - total["tokens"] - total["truncated"])
+    masked = {"stale": stale, "not_sampled": int(total["not_sampled"])}
+    further = {reason: int(total[reason]) for reason in ("zero_advantage", "truncated")}
+    further["rejected"] = int(total["rejected"] + rejected)
     return masked | {reason: tokens for reason, tokens in further.items() if tokens}

@@ -217,12 +217,15 @@ class Trainer:
         computed before the first.
         """
         per_segment = self._config.async_training.partial_rollout.routing == "exact"
+        mask_truncated = self._config.trainer.mask_truncated
         fresh = [group for group in groups if group.group_id not in self._prepared]
         owned = [
             (group.group_id, sample)
             for group in fresh
             for trajectory in group.trajectories
-            for sample in samples_of(trajectory, oldest_version=oldest_version, per_segment=per_segment)
+            for sample in samples_of(
+                trajectory, oldest_version=oldest_version, per_segment=per_segment, mask_truncated=mask_truncated
+            )
         ]
         samples = self._with_passes([sample for _, sample in owned])
         self._prepared |= {group.group_id: [] for group in fresh}

@@ -7,6 +7,7 @@ import numpy as np
 from async_rl.config.loading import validate
 from async_rl.queue.records import Ticket
 from async_rl.rollout.actor import RolloutReplica
+from async_rl.rollout.rewards.score import Score
 from async_rl.types import Prompt, RoutingSpec
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 
@@ -65,10 +66,13 @@ class Digits:
     def decode(self, ids, skip_special_tokens=False):
         return " ".join(map(str, ids))
 
+    needs = frozenset()
+    whole_groups = False
+
     async def score(self, prompt, response):
         if self.error is not None:
             raise self.error
-        return float(len(response.split()))
+        return Score(float(len(response.text.split())))
 
     def close(self) -> None:
         """Nothing to close."""

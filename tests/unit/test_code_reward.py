@@ -26,6 +26,7 @@ from async_rl.errors import RewardError
 from async_rl.rollout.rewards import code as code_reward
 from async_rl.rollout.rewards.code import Limits, isolation, limit_sandboxes, passes_tests, run_python, unit_tests
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse, Score
 from async_rl.types import Prompt
 
 SHORT = Limits(wall_s=0.2)
@@ -478,7 +479,7 @@ RIGHT, WRONG = "print(int(input()) + 1)", "print(int(input()))"
 async def test_unit_tests_as_the_reward_function(response, reward):
     runner = RewardRunner(RewardSection(function="async_rl.rollout.rewards.code:unit_tests"))
     row = prompt(tests=[{"stdin": "1\n", "stdout": "2\n"}, {"stdin": "4", "stdout": "5"}])
-    assert await runner.score(row, response) == reward
+    assert (await runner.score(row, FinishedResponse(response))).reward == reward
 
 
 async def test_responses_that_loop_for_ever_get_a_reward_however_long_they_wait(monkeypatch):
@@ -487,7 +488,10 @@ async def test_responses_that_loop_for_ever_get_a_reward_however_long_they_wait(
     function = "async_rl.rollout.rewards.code:unit_tests"
     runner = RewardRunner(RewardSection(function=function, timeout_s=0.001, workers=1))
     row = prompt(tests=[{"stdin": "", "stdout": "1"}] * 2)
-    assert await asyncio.gather(*(runner.score(row, "while True: pass") for _ in range(3))) == [0.0] * 3
+    assert (
+        await asyncio.gather(*(runner.score(row, FinishedResponse("while True: pass")) for _ in range(3)))
+        == [Score(0.0)] * 3
+    )
 
 
 @pytest.mark.parametrize(

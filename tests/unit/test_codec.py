@@ -46,6 +46,7 @@ def make_trajectory(rng, prompt_ids, cuts, spec=None, per_segment=False, name="t
             for v, (start, stop) in enumerate(zip(starts, cuts, strict=True))
         ),
         reward=float(rng.normal()),
+        reward_parts={"format": float(rng.normal())} if per_segment else {},
         finish_reason="length",
         routed_experts=routing(p + g - 1) if spec else None,
         routing_spec=spec,
@@ -330,6 +331,8 @@ def set_entry(name, at, value):
         (lambda table: table["trajectories"].append(table["trajectories"][0]), "no array 1.segments"),
         (lambda table: table["trajectories"][0].update(reward="high"), "reward is 'high'"),
         (lambda table: table["trajectories"][0].update(reward=float("nan")), "reward is nan"),
+        (lambda table: table["trajectories"][0].update(reward_parts={"a": "b"}), "parts of its reward are {'a': 'b'}"),
+        (lambda table: table["trajectories"][0].update(reward_parts={"a": float("inf")}), "not finite numbers by name"),
         (lambda table: table["trajectories"][0].update(finish_reason="abort"), "abort"),
         (lambda table: table["trajectories"][0].update(routing=None), "together"),
         (lambda table: table["trajectories"][0].update(routing=[2, 2, 0]), "routing is"),

@@ -14,6 +14,7 @@ from async_rl.rollout import in_flight
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.rewards.score import Score
 from async_rl.types import Prompt, RoutingSpec
 from tests.support.examples import examples
 
@@ -60,7 +61,7 @@ def group(seed, n=3, policy="replace", dense=False):
                 )
             partial = partial.absorb(made_output)
         if partial.finished and rng.random() < 0.5:
-            made.rewards[index] = float(rng.normal())
+            made.scores[index] = Score(float(rng.normal()), {"length": float(rng.normal())} if index else {})
         elif partial.finished and rng.random() < 0.5:
             partial = partial.append_turn(np.array([5, 6], dtype=np.int32))
         made.partials[index] = partial
@@ -83,6 +84,7 @@ def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
     received = decode(in_flight.encode(sent), n, policy)
     assert in_flight.encode(received).tobytes() == in_flight.encode(sent).tobytes()
     assert received.ticket.prompt.fields == sent.ticket.prompt.fields
+    assert received.scores == sent.scores
     for a, b in zip(sent.partials, received.partials, strict=True):
         if a is not None:
             kept = None if policy == "replace" and not a.finished else a.routed_experts

@@ -36,6 +36,7 @@ def trajectory(name, reward, stops=(3,)):
         segments=tuple(Segment(a, b, version) for version, (a, b) in enumerate(zip(starts, stops, strict=True))),
         reward=reward,
         finish_reason="stop",
+        reward_parts={"format": reward} if reward != 0.3 else {"format": 0.25, "right": 1.0},
     )
 
 
@@ -92,6 +93,7 @@ def test_metadata_says_what_a_step_record_says_and_survives_the_journal():
     meta = GroupMeta.of(group(3), 100)
     assert (meta.rewards, meta.response_tokens, meta.lengths) == ((0.3, 0.5), (3, 5), (5, 7))
     assert (meta.segments, meta.interruptions, meta.finish_reasons) == ((1, 2), (0, 1), ("stop", "stop"))
+    assert (meta.reward_parts, meta.part_sums, meta.part_counts) == (("format", "right"), (0.75, 1.0), (2, 1))
     fields = msgpack.unpackb(msgpack.packb(astuple(meta)))
     assert GroupMeta.from_fields(fields) == meta
     assert GroupMeta.from_fields(fields[:9]).rewards == ()  # as release 0.1 wrote it

@@ -12,13 +12,19 @@ from asyncio_throttle.throttler import Throttler
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.loader import load_reward
+from async_rl.rollout.rewards.named import NamedReward
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.rollout.rewards.text import exact_match, partial_credit
 from async_rl.types import Prompt
 
 
 def prompt(**fields) -> Prompt:
     return Prompt("0-17", 17, "hdbca>", np.array([1], np.int32), fields)
+
+
+async def score(runner: RewardRunner, response: str = "a") -> float:
+    return (await runner.score(prompt(), FinishedResponse(response))).reward
 
 
 @pytest.fixture
@@ -75,12 +81,12 @@ def test_a_row_without_an_answer_is_named(fields):
         ("no_such_module:f", "there is no module 'no_such_module'.*PYTHONPATH"),
         ("async_rl.rollout.rewards.text:exactmatch", "has no function 'exactmatch'; it has .*exact_match"),
         ("async_rl.rollout.rewards.text", "not of the form module:function"),
-        ("async_rl.rollout.rewards.loader:load_reward", "cannot be called as f.prompt, response."),
+        ("async_rl.rollout.rewards.code:limit_sandboxes", "cannot be called as f.prompt, response."),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_says_why(name, message):
     with pytest.raises(RewardError, match=rf"reward\.function: {name!r}.*{message}|reward\.function: .*{message}"):
-        load_reward(name)
+        load_reward(NamedReward("reward.function", name))
 
 
 def test_a_module_that_fails_to_import_says_why(rewards):
@@ -109,9 +115,9 @@ def test_a_module_that_fails_to_import_says_why(rewards):
 )
 async def test_any_real_number_is_a_reward(rewards, value):
     source = "import fractions, numpy, torch\ndef reward(prompt, response): return "
-    score = await rewards(source + value).score(prompt(), "a")
-    assert type(score) is float
-    assert score in (0.5, 1.0)
+    reward = await score(rewards(source + value))
+    assert type(reward) is float
+    assert reward in (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,6 @@ async def test_any_real_number_is_a_reward(rewards, value):
         ),
         ("numpy.complex64(1)", "of type complex64; expected"),
         ("torch.tensor(1 + 0j)", "returned tensor(1.+0.j) of type Tensor; expected"),
-        ("{'score': 1.0}", "returned {'score': 1.0} of type dict; expected"),
         ("[1.0]", "returned [1.0] of type list; expected"),
         ("numpy.array([1.0])", "returned array([1.]) of type ndarray; expected"),
         ("torch.ones(1)", "returned tensor([1.]) of type Tensor; expected"),
@@ -138,7 +143,7 @@ async def test_any_real_number_is_a_reward(rewards, value):
 async def test_what_is_no_real_number_is_refused_by_name(rewards, value, message):
     runner = rewards(f"import numpy, torch\ndef reward(prompt, response): return {value}\n")
     with pytest.raises(RewardError) as error:
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
     assert message in str(error.value)
 
 
@@ -155,7 +160,7 @@ async def test_what_is_no_real_number_is_refused_by_name(rewards, value, message
 async def test_a_failing_reward_names_function_row_and_value(rewards, body, message, define):
     runner = rewards(f"{define} reward(prompt, response): {body}\n")
     with pytest.raises(RewardError) as error:
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
     assert str(error.value).startswith("reward.function my_rewards:reward, prompt 0-17 (dataset row 17): ")
     assert message in str(error.value)
 
@@ -164,7 +169,7 @@ async def test_a_failing_reward_names_function_row_and_value(rewards, body, mess
 async def test_none_says_that_the_reward_does_not_apply(rewards, define):
     runner = rewards(f"{define} reward(prompt, response): return None\n")
     with pytest.raises(RewardNotApplicable, match=r"my_rewards:reward, prompt 0-17 .dataset row 17.: returned None"):
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
 
 
 @pytest.mark.parametrize("define", ["def", "async def"])
@@ -188,7 +193,7 @@ async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_
         name = "RuntimeError: coroutine raised StopIteration"  # Python's own doing
     for _ in range(5):
         with pytest.raises(RewardError, match=rf"my_rewards:reward, prompt 0-17 .dataset row 17.: raised {name}$"):
-            await runner.score(prompt(), "a")
+            await score(runner, "a")
 
 
 @pytest.mark.parametrize(
@@ -200,32 +205,32 @@ async def test_whatever_a_reward_raises_is_reported_at_once_and_leaves_room_for_
 )
 async def test_what_a_reward_returns_is_awaited_on_another_event_loop_whatever_the_reward_is(rewards, define):
     runner = rewards(define.format("await asyncio.sleep(0); return threading.get_ident()"))
-    assert await runner.score(prompt(), "a") != threading.get_ident()
+    assert await score(runner, "a") != threading.get_ident()
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_future_of_this_event_loop_is_awaited_here(rewards, cancelled):
     runner = rewards("def reward(p, r): return asyncio.ensure_future(asyncio.sleep(float(r), 0.5))\n", timeout_s=0.05)
-    assert await runner.score(prompt(), "0") == 0.5
+    assert await score(runner, "0") == 0.5
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
-        await runner.score(prompt(), "600")
+        await score(runner, "600")
 
 
 async def test_an_awaitable_that_hangs_times_out(rewards):
     runner = rewards("def reward(p, r): return asyncio.sleep(600)\n", timeout_s=0.05)
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s = 0\.05 s"):
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
 
 
 async def test_an_async_reward_that_cancels_its_own_task_fails(rewards):
     runner = rewards("async def reward(p, r):\n asyncio.current_task().cancel()\n await asyncio.sleep(600)\n")
     with pytest.raises(RewardError, match="raised CancelledError"):
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
 
 
 async def test_a_fast_reward_runs_on_the_loop_thread(rewards):
     runner = rewards("def reward(prompt, response): return threading.get_ident()\n")
-    assert await runner.score(prompt(), "a") == float(threading.get_ident())
+    assert await score(runner, "a") == float(threading.get_ident())
 
 
 async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewards, monkeypatch):
@@ -239,8 +244,8 @@ async def test_an_async_reward_that_ignores_its_cancellation_is_left_behind(rewa
     )
     runner = rewards(source, timeout_s=0.01)
     with pytest.raises(RewardError, match="did not return within"):
-        await runner.score(prompt(), "a")
-    assert runner._call._loop.abandoned == 0, "its event loop still turns"
+        await score(runner, "a")
+    assert runner._rewards[0]._call._loop.abandoned == 0, "its event loop still turns"
     importlib.import_module("my_rewards").ended.set()
 
 
@@ -249,7 +254,7 @@ async def test_rewards_of_every_kind_are_rate_limited(rewards, define, slow):
     """Five calls at two per period take two full periods at least."""
     runner = rewards(f"{define} reward(prompt, response): return 1.0\n", slow=slow, rate_limit=2, rate_period_s=0.1)
     started = time.monotonic()
-    assert await asyncio.gather(*[runner.score(prompt(), "a") for _ in range(5)]) == [1.0] * 5
+    assert await asyncio.gather(*[score(runner, "a") for _ in range(5)]) == [1.0] * 5
     assert time.monotonic() - started >= 0.2
 
 
@@ -259,21 +264,21 @@ async def test_one_call_at_a_time_polls_the_rate_limit(rewards, monkeypatch):
     monkeypatch.setattr(Throttler, "flush", lambda throttler: (polls.append(1), flush(throttler))[1])
     source = "calls = []\ndef reward(prompt, response): calls.append(response); return 1.0\n"
     runner = rewards(source, rate_limit=1, rate_period_s=600)
-    runner._call._throttler.retry_interval = 600  # The one that stands there polls once.
-    waiting = [asyncio.create_task(runner.score(prompt(), str(n))) for n in range(100)]
+    runner._rewards[0]._call._throttler.retry_interval = 600  # The one that stands there polls once.
+    waiting = [asyncio.create_task(score(runner, str(n))) for n in range(100)]
     await waiting[0]
     for _ in range(20):
         await asyncio.sleep(0)
     assert len(polls) == 2, "one has passed, one stands at the throttler"
     waiting[1].cancel()
-    runner._call._throttler.rate_limit = 100
+    runner._rewards[0]._call._throttler.rate_limit = 100
     await asyncio.wait(waiting)
     assert importlib.import_module("my_rewards").calls == ["0", *(str(n) for n in range(2, 100))]
 
 
 async def test_cancelling_a_score_is_not_a_reward_error(rewards):
     runner = rewards("async def reward(prompt, response): await asyncio.sleep(30)\n")
-    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    scoring = asyncio.create_task(score(runner, "a"))
     await asyncio.sleep(0.01)
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -291,7 +296,7 @@ async def test_cancelling_a_score_waits_until_the_function_has_cleaned_up(reward
         "        steps.append('cleaned up')\n"
     )
     runner = rewards(source, timeout_s=600)
-    scoring = asyncio.create_task(runner.score(prompt(), "a"))
+    scoring = asyncio.create_task(score(runner, "a"))
     while not importlib.import_module("my_rewards").steps:
         await asyncio.sleep(0.001)
     scoring.cancel()
@@ -304,7 +309,7 @@ async def test_a_closed_runner_takes_no_calls(rewards):
     runner = rewards("def reward(prompt, response): return 1.0\n")
     runner.close()
     with pytest.raises(RewardError, match="shutting down"):
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
 
 
 FAILS_TWICE = """
@@ -331,13 +336,13 @@ calls = []
 async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
     rewards, monkeypatch, define, failure, calls
 ):
-    monkeypatch.setattr("async_rl.rollout.rewards.runner._BACK_OFF_S", 0.001)
+    monkeypatch.setattr("async_rl.rollout.rewards.one._BACK_OFF_S", 0.001)
     runner = rewards(FAILS_TWICE.format(define, failure), retries=2, timeout_s=0.1)
     if calls == 3:
-        assert await runner.score(prompt(), "a") == 1.0
+        assert await score(runner, "a") == 1.0
     else:
         with pytest.raises(RewardError):
-            await runner.score(prompt(), "a")
+            await score(runner, "a")
     assert len(importlib.import_module("my_rewards").calls) == calls
     assert runner.retries == calls - 1
     assert runner.killed == 0
@@ -345,9 +350,9 @@ async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
 
 async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypatch):
     waits, sleep = [], asyncio.sleep
-    monkeypatch.setattr("async_rl.rollout.rewards.runner.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
+    monkeypatch.setattr("async_rl.rollout.rewards.one.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
     runner = rewards("async def reward(prompt, response): raise OSError('busy')\n", retries=3)
     with pytest.raises(RewardError, match=r"raised OSError: busy, at 4 attempts$"):
-        await runner.score(prompt(), "a")
+        await score(runner, "a")
     assert waits == [0.5, 1.0, 2.0]
     assert runner.retries == 3

@@ -1,6 +1,7 @@
 """A trajectory's samples: what has a loss, and labels and routed experts aligned."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from async_rl.errors import ReplayError
 from async_rl.trainer.samples import NO_ROUTING, check_routed_experts, plain_sample, resume_positions, samples_of
-from async_rl.types import RoutingSpec, Segment, Trajectory
+from async_rl.trainer.step import Step, masked_tokens
+from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 
 
 def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
@@ -50,6 +52,17 @@ def test_invariant_4_staleness_bound_masks_tokens_sampled_before_the_oldest_vers
     for sample in samples:
         assert sample.loss_mask.sum() == kept
         assert (sample.versions[sample.loss_mask] >= oldest).all()
+
+
+def test_what_was_cut_off_can_be_kept_out_of_the_loss_and_is_counted_apart():
+    whole, cut = trajectory("whole"), replace(trajectory("cut", versions=[3, 3, 7, 7, 7]), finish_reason="length")
+    group = Group("0-1.0", Prompt("0-1", 1, "a", np.array([1], np.int32)), (whole, cut))
+    for mask, kept, reasons in ((False, ["whole", "cut"], {}), (True, ["whole"], {"truncated": 3})):
+        samples = [s for t in (whole, cut) for s in samples_of(t, oldest_version=5, mask_truncated=mask)]
+        assert [sample.trajectory_id for sample in samples] == kept
+        step = Step(7, 5, None, None)
+        step.count_groups([group], samples)
+        assert masked_tokens(step.counts) == {"stale": 2, "not_sampled": 0, **reasons}
 
 
 def multi_turn():

@@ -6,6 +6,7 @@ import pytest
 
 from async_rl.driver.step_record import RunMeter
 from async_rl.metrics.records import GroupCounts, SyncRecord
+from async_rl.queue.records import GroupMeta
 from tests.support.step_records import step_report
 
 
@@ -18,8 +19,14 @@ class Clock:
 
 
 GROUPS = [
-    SimpleNamespace(rewards=(1.0, 0.0), response_tokens=(10, 30), segments=(1, 3), interruptions=(0, 2)),
-    SimpleNamespace(rewards=(0.5,), response_tokens=(20,), segments=(1,), interruptions=(0,)),
+    GroupMeta(
+        *("0-1.0", 50, 1, 0, 0, 2, 1, (15, 35), "", (1.0, 0.0), (10, 30), (1, 3), (0, 2), ("stop", "length")),
+        *(("format", "right"), (0.5, 1.0), (2, 1)),
+    ),
+    GroupMeta(
+        *("0-2.0", 25, 1, 0, 0, 1, 0, (25,), "", (0.5,), (20,), (1,), (0,), ("length",)),
+        *(("format",), (1.0,), (1,)),
+    ),
 ]
 
 
@@ -56,6 +63,8 @@ def test_a_record_has_the_step_and_the_latest_counts(meter, clock):
     assert (record.reward_mean, record.groups, record.report, record.last_sync) == (0.5, 2, report, sync)
     assert (record.response_tokens, record.segments, record.interruptions) == ((10, 30, 20), (1, 3, 1), (0, 2, 0))
     assert (record.queue_groups, record.queue_bytes, record.groups_outstanding) == (2, 2048, 5)
+    assert record.reward_parts == {"format": 0.5, "right": 1.0}, "means over the responses that have the part"
+    assert record.truncated == 2
     assert record.replica_versions == {0: 3, 1: 2}
     assert (record.rollout_idle_ratio, record.trainer_idle_ratio) == (0.5, 0.75)
     assert record.overlap_efficiency == 0.5, "rollout, the busier side, was busy for 2 of 4 s"

@@ -25,6 +25,7 @@ from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import user_call, user_processes
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt
 from tests.support.user_workers import wait_for_no_workers, workers
 
@@ -71,11 +72,11 @@ def shared(folder):
 @pytest.fixture
 def runner(shared):
     yield shared
-    shared._call._processes._timeout_s = 600.0
+    shared._rewards[0]._call._processes._timeout_s = 600.0
 
 
 async def score(runner: RewardRunner, response: str) -> float:
-    return await runner.score(PROMPT, response)
+    return (await runner.score(PROMPT, FinishedResponse(response))).reward
 
 
 async def until(condition) -> None:
@@ -171,7 +172,7 @@ async def test_a_fork_answers_once_and_ends(runner):
 )
 async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, how, tmp_path):
     path = str(tmp_path / "pids")
-    runner._call._processes._timeout_s = 1.0
+    runner._rewards[0]._call._processes._timeout_s = 1.0
     before = runner.killed
     with pytest.raises(RewardError, match=r"did not return within reward\.timeout_s"):
         await score(
@@ -179,14 +180,14 @@ async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, ho
         )
     pids = [int(pid) for pid in Path(path).read_text().split()]
     await until(lambda: all(map(is_over, pids)))
-    runner._call._processes._timeout_s = 600.0
+    runner._rewards[0]._call._processes._timeout_s = 600.0
     assert await score(runner, "value = 0.5") == 0.5
     assert runner.killed == before + 1
 
 
 async def test_a_process_ends_itself_if_nothing_else_ends_its_call(runner):
     """As when the replica is leaving, and waits for its processes."""
-    processes = runner._call._processes
+    processes = runner._rewards[0]._call._processes
     executor = await processes._ready()
     limit = 0.5 - user_call.KILL_MARGIN_S
     plain = replace(PROMPT, fields={})
@@ -297,16 +298,17 @@ import asyncio, os, sys
 import numpy as np
 from async_rl.config.schema import RewardSection
 from async_rl.rollout.rewards.runner import RewardRunner
+from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt
 
 async def main():
     runner = RewardRunner(RewardSection(function="reward_by_process:reward", slow=True, timeout_s=float(sys.argv[2])))
     prompt = Prompt("0-1", 1, "a", np.array([1], np.int32))
     here = f"pathlib.Path({sys.argv[1]!r}, str(os.getpid())).touch(); "
-    hangs = asyncio.create_task(runner.score(prompt, here + "time.sleep(600)"))
+    hangs = asyncio.create_task(runner.score(prompt, FinishedResponse(here + "time.sleep(600)")))
     while not os.listdir(sys.argv[1]):
         await asyncio.sleep(0.01)
-    await runner.score(prompt, here + "value = 1")
+    await runner.score(prompt, FinishedResponse(here + "value = 1"))
     print("begun", flush=True)
     if sys.argv[3] == "stay":
         await asyncio.sleep(600)

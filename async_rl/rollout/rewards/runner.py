@@ -1,81 +1,110 @@
-"""Scores responses with the user's reward. Knows ``config``'s reward section, ``types`` and ``errors``."""
+"""Scores responses with all rewards of a run. Knows ``config``'s reward section, ``types`` and ``errors``."""
 
 from __future__ import annotations
 
 import asyncio
-
-import structlog
-from asyncio_throttle.throttler import Throttler
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.code import limit_sandboxes
-from async_rl.rollout.rewards.loader import ARGUMENTS, load_reward
-from async_rl.rollout.user_call import FunctionSpec
-from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
-from async_rl.rollout.user_values import real_number
+from async_rl.rollout.rewards.named import rewards_of
+from async_rl.rollout.rewards.one import OneReward, at
+from async_rl.rollout.rewards.score import FinishedResponse, Score, weighted_sum
 from async_rl.types import Prompt
 
-log = structlog.get_logger(__name__)
-
-# Slow calls at one time, unless reward.workers says. Most wait; each takes a process of 20 MB and what it imports.
-_PROCESSES = 32
-
-# Seconds before the second attempt; twice as many before each further one.
-_BACK_OFF_S = 0.5
+_Found = TypeVar("_Found")
 
 
 class RewardRunner:
-    """Scores responses with the function that ``reward.function`` names.
+    """Scores responses with the function that ``reward.function`` names, or those of ``reward.functions``.
 
-    Raises RewardError when built if the function cannot be loaded.
+    Raises RewardError when built if a function cannot be loaded.
     """
 
     def __init__(self, settings: RewardSection) -> None:
-        self._settings = settings
-        self.retries = 0
-        """Attempts so far that followed one that failed."""
         limit_sandboxes(settings.workers)
-        throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
-        self._call = UserFunction(
-            load_reward(settings.function),
-            FunctionSpec("reward.function", settings.function, ARGUMENTS, real_number),
-            "reward",
-            slow=settings.slow,
-            timeout_s=settings.timeout_s,
-            workers=settings.workers or _PROCESSES,
-            throttler=throttler,
-        )
+        self._weights = {name: each.weight for name, each in settings.functions.items()}
+        self._rewards = [OneReward(named, settings) for named in rewards_of(settings)]
+        self.needs = frozenset[str]().union(*(reward.named for reward in self._rewards))
+        """What the rewards ask for by name: parts of a response that are not needed may be left out."""
+        self.whole_groups = any(reward.whole_groups for reward in self._rewards)
+        """Whether a reward is called once for a group, which must be complete then."""
 
     @property
     def killed(self) -> int:
         """Calls so far that were killed at reward.timeout_s."""
-        return self._call.killed
+        return sum(reward.killed for reward in self._rewards)
+
+    @property
+    def retries(self) -> int:
+        """Attempts so far that followed one that failed."""
+        return sum(reward.retries for reward in self._rewards)
 
     def close(self) -> None:
         """Refuse further calls and end those under way."""
-        self._call.close()
+        for reward in self._rewards:
+            reward.close()
 
-    async def score(self, prompt: Prompt, response: str) -> float:
-        """Return the reward of one response, a finite float, after as many attempts as ``reward.retries`` allows.
+    async def score(self, prompt: Prompt, response: FinishedResponse) -> Score:
+        """Return the score of one response: the weighted sum of the rewards that apply.
 
-        Raises RewardError, naming function, row and what it did, when there is none, and RewardNotApplicable when the
-        function returned None.
+        Raises RewardError, naming function, row and what it did, when one fails, and RewardNotApplicable when each
+        returned None.
         """
-        where = f"reward.function {self._settings.function}, prompt {prompt.prompt_id} (dataset row {prompt.row})"
-        attempt = 0
-        while True:
-            try:
-                reward: float | None = await self._call(prompt, response)
-                break
-            except UserFunctionFailed as error:
-                if not error.may_pass or attempt == self._settings.retries:
-                    attempts = f", at {attempt + 1} attempts" if attempt else ""
-                    raise RewardError(f"{where}: {error}{attempts}") from error.__cause__
-                attempt += 1
-                self.retries += 1
-                log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
-            await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
-        if reward is None:
+        if len(self._rewards) == 1:
+            return self._sum(prompt, [await self._rewards[0].score(prompt, response)])
+        found = await _all(_or_error(each.score(prompt, response)) for each in self._rewards)
+        return _raised(self._combined(prompt, found))
+
+    async def score_group(self, prompt: Prompt, responses: Sequence[FinishedResponse]) -> list[Score | RewardError]:
+        """Return for each response of a group its score as ``score`` does, or the error that it would raise."""
+        by_reward = await _all(self._of_group(each, prompt, responses) for each in self._rewards)
+        return [self._combined(prompt, found) for found in zip(*by_reward, strict=True)]
+
+    async def _of_group(
+        self, reward: OneReward, prompt: Prompt, responses: Sequence[FinishedResponse]
+    ) -> Sequence[Score | RewardError | None]:
+        """Return what one reward says of each response of a group, or why it says nothing."""
+        if not reward.whole_groups:
+            return await _all(_or_error(reward.score(prompt, each)) for each in responses)
+        found = await _or_error(reward.score_group(prompt, responses))
+        return [found] * len(responses) if isinstance(found, RewardError) else found
+
+    def _combined(self, prompt: Prompt, found: Sequence[Score | RewardError | None]) -> Score | RewardError:
+        """Return the sum of the rewards' scores, or the first error among them, or that none applies."""
+        failed = next((each for each in found if isinstance(each, RewardError)), None)
+        try:
+            return failed or self._sum(prompt, [each for each in found if not isinstance(each, RewardError)])
+        except RewardNotApplicable as error:
+            return error
+
+    def _sum(self, prompt: Prompt, scores: Sequence[Score | None]) -> Score:
+        """Return the sum of the rewards that apply. Raises RewardNotApplicable if none does."""
+        total = weighted_sum(self._weights, scores) if self._weights else scores[0]
+        if total is None:
+            where = self._rewards[0].where(prompt) if len(self._rewards) == 1 else f"reward.functions, {at(prompt)}"
             raise RewardNotApplicable(f"{where}: returned None, so the response has no reward")
-        return reward
+        return total
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, _Found]]) -> list[_Found]:
+    """Make calls at once, and return their results in order. Cancelled, it waits until each has cleaned up."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(call) for call in calls]
+    return [task.result() for task in tasks]
+
+
+async def _or_error(call: Awaitable[_Found]) -> _Found | RewardError:
+    """Await a call, and return its RewardError in place of raising it: others are under way beside it."""
+    try:
+        return await call
+    except RewardError as error:
+        return error
+
+
+def _raised(found: Score | RewardError) -> Score:
+    if isinstance(found, RewardError):
+        raise found
+    return found
