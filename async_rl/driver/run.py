@@ -84,9 +84,13 @@ def _record(config: RunConfig, started: float, inputs: Future[Inputs], *, resume
             return 130
         except BaseException as error:
             failure = explain(error, config.run_dir)
-            recorder.finish(f"failed: {failure}")
+            with contextlib.suppress(OSError):  # of the full disk that the failure tells of
+                recorder.finish(f"failed: {failure}")
             raise failure from error
-        recorder.finish("finished")
+        try:
+            recorder.finish("finished")
+        except OSError as error:
+            raise explain(error, config.run_dir) from error
     return 0
 
 

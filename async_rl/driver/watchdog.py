@@ -52,8 +52,8 @@ class RunSnapshot:
     """What each process of a run does at one poll."""
 
     phase: str
-    """Phase of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
-    "evaluation", "restart", "export"."""
+    """Phase of the training loop: "start", "groups" while it waits for them, "update", "push" (a weight sync),
+    "checkpoint", "evaluation", "restart", "export"."""
     phase_s: float
     """For how long the training loop has been in this phase, in seconds."""
     queued_groups: int
@@ -68,6 +68,8 @@ class RunSnapshot:
     """Workers that are being restarted."""
     without_host: int = 0
     """Replicas that wait for a host."""
+    computed: int = 0
+    """How often the trainer was given groups to compute, or an update to do: with streaming several times in a step."""
 
 
 def waiting_for(snapshot: RunSnapshot) -> str:

@@ -8,23 +8,28 @@
 
 A call is one engine call of one response; a weight sync ends it ("abort"), or the policy does ("stop", "length"). A
 pause is the time that a replica is paused for a weight sync or a checkpoint. The driver's spans are the phases of its
-training loop: "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", and "other"
-between them.
+training loop: "start", "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", and
+"other" between them.
 
 Files are bounded, so that a run of any length keeps its latest spans. A span reaches the file with the first one that
-ends a second later, or at the end. Knows ``runfolder``, which says where the files are.
+ends a second later, or at the end. Where a file cannot be written, for want of room for example, no further spans are:
+a run can do without them. Knows ``runfolder``, which says where the files are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import structlog
 
 from async_rl.runtime.runfolder import TIMELINE
+
+log = structlog.get_logger(__name__)
 
 _FLUSH_S = 1.0
 # A rollout worker writes hundreds of spans a second, in addition to its tokens: json takes six times as long.
@@ -60,19 +65,26 @@ class Timeline:
         """Write the spans that wait and close the file. May be called twice."""
         if self._stream is not None:
             self._write(self._stream)
+        if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def _write(self, stream: BinaryIO) -> None:
         """Write all waiting spans at once: one by one, amid other work, a line takes several times as long."""
-        for span in self._waiting:
-            self._written += stream.write(_to_json(span) + b"\n")
-            if self._written > self._limit:
+        try:
+            for span in self._waiting:
+                self._written += stream.write(_to_json(span) + b"\n")
+                if self._written > self._limit:
+                    stream.close()
+                    os.replace(self._path, self._path.with_suffix(".1.jsonl"))
+                    stream = self._open()
+            stream.flush()
+        except OSError as error:
+            self._stream = None
+            with contextlib.suppress(OSError):  # it would write the rest
                 stream.close()
-                os.replace(self._path, self._path.with_suffix(".1.jsonl"))
-                stream = self._open()
+            log.warning("timeline_ended", path=str(self._path), reason=error.strerror)
         self._waiting.clear()
-        stream.flush()
 
     def _open(self) -> BinaryIO:
         self._stream = self._path.open("ab")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from ray.exceptions import (
@@ -16,7 +17,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from async_rl.errors import AsyncRLError, EngineDied, ProcessLost
+from async_rl.errors import AsyncRLError, EngineDied, ProcessLost, ResourceError
 
 # RayActorError also stands for an actor that cannot be reached (ActorUnavailableError): what was asked of it is lost
 # either way. The others tell of an actor whose host is gone before its process was there.
@@ -25,6 +26,9 @@ _GONE = (RayActorError, NodeDiedError, ActorUnschedulableError, ActorPlacementGr
 # What reading an object raises that is gone. Where the call that made it had not ended when its host died, the error of
 # that call is in its place.
 _OBJECT_GONE = (ObjectLostError, RayActorError, NodeDiedError, WorkerCrashedError)
+
+# There is no room for a file: on its disk, in the user's share of it, or below the limit on a file's size.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # PyTorch raises RuntimeErrors, also for memory that is short and for collectives whose peer is gone. A ValueError or a
 # TypeError is a fault of the program, which a restart does not change.
@@ -97,8 +101,13 @@ def explain(error: BaseException, run_dir: Path) -> AsyncRLError:
     """Return ``error`` as an AsyncRLError whose one sentence tells the user what failed and where the logs are."""
     if isinstance(error, BaseExceptionGroup):
         return explain(error.exceptions[0], run_dir)
+    cause = unwrap_ray_error(error)
+    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        return ResourceError(
+            f"{cause.filename or run_dir}: {cause.strerror}; make room there, or move the run folder to another disk "
+            "and set `runs` to its place; then continue the run with --resume auto"
+        )
     if isinstance(error, RayTaskError):
-        cause = unwrap_ray_error(error)
         if isinstance(cause, AsyncRLError):
             return cause
         last = str(error).strip().splitlines()[-1]

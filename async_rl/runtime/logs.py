@@ -55,6 +55,20 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _File(RotatingFileHandler):
+    """Writes a log file; says once on stderr that it cannot, where other handlers print a traceback for each line."""
+
+    _reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._reported:
+            self._reported = True
+            sys.stderr.write(f"async-rl: {self.baseFilename}: {error.strerror}; lines are lost until there is room\n")
+
+
 def configure(run_dir: Path | None, role: str, *, console: bool) -> None:
     """Set up this process's logging; the last call counts.
 
@@ -114,9 +128,7 @@ def files(path: Path) -> list[Path]:
 
 def _rotating(path: Path) -> RotatingFileHandler:
     # A lone surrogate in a field must not cost the line.
-    handler = RotatingFileHandler(
-        path, maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors=ERRORS, delay=True
-    )
+    handler = _File(path, maxBytes=MAX_BYTES, backupCount=OLDER_FILES, encoding="utf-8", errors=ERRORS, delay=True)
     handler.namer = lambda name: str(older(path, int(name.rpartition(".")[2])))
     return handler
 

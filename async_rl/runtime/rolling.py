@@ -18,6 +18,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -53,11 +54,20 @@ class RollingLines:
         self._compressing: threading.Thread | None = None
 
     def append(self, line: str) -> None:
-        """Write one line, given without its end, so that it is on disk if this process is killed afterwards."""
+        """Write one line, given without its end, so that it is on disk if this process is killed afterwards.
+
+        Raises OSError, with the name of the file, when there is no room for it; the file is then as it was.
+        """
         if self._stream is None:
             self._stream = self._path.open("ab")
-        self._stream.write(line.encode(errors=ERRORS) + b"\n")
-        self._stream.flush()
+        before = self._stream.tell()
+        try:
+            self._stream.write(line.encode(errors=ERRORS) + b"\n")
+            self._stream.flush()
+        except OSError as error:
+            self._give_up_line(before)
+            error.filename = str(self._path)
+            raise
         self._roll_if_full()
 
     def move_after(self, step: int, aside: RollingLines) -> None:
@@ -94,6 +104,15 @@ class RollingLines:
         if self._compressing is not None:
             self._compressing.join()
             self._compressing = None
+
+    def _give_up_line(self, before: int) -> None:
+        """Cut off what was written of a line, and close the stream, which would write the rest later."""
+        stream, self._stream = self._stream, None
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
+        with suppress(OSError):
+            os.truncate(self._path, before)
 
     def _take(self, lines: IO[bytes]) -> None:
         with self._path.open("ab") as self._stream:
@@ -138,14 +157,19 @@ def _rolled(path: Path) -> list[tuple[int, Path]]:
 
 
 def _compress_all(path: Path) -> None:
-    """Compress each older part that is not, also one that an earlier process left."""
+    """Compress each older part that is not, also one that an earlier process left, or for which there was no room."""
     for _, part in _rolled(path):
         if part.suffix == _COMPRESSED:
             continue
         temporary = part.with_name(part.name + ".tmp")
-        with part.open("rb") as old, gzip.open(temporary, "wb") as new:
-            shutil.copyfileobj(old, new, _BLOCK)
-        os.replace(temporary, part.with_name(part.name + _COMPRESSED))
+        try:
+            with part.open("rb") as old, gzip.open(temporary, "wb") as new:
+                shutil.copyfileobj(old, new, _BLOCK)
+            os.replace(temporary, part.with_name(part.name + _COMPRESSED))
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            return
         part.unlink()
 
 

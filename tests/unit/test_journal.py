@@ -1,11 +1,9 @@
 """The queue rebuilt from its journal, wherever it died: against a twin that never does."""
 
 import base64
-import contextlib
 import copy
 import functools
 import os
-import resource
 import tempfile
 import zlib
 from pathlib import Path
@@ -23,6 +21,7 @@ from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
 from tests.support.examples import examples
+from tests.support.full_disk import room_for
 from tests.support.queue_parts import Source, begin_journal, make_broker
 from tests.support.simulation import cursor
 
@@ -180,17 +179,6 @@ def test_a_journal_that_is_damaged_in_the_middle_is_refused(tmp_path):
     (tmp_path / "journal").write_bytes(data)
     with pytest.raises(QueueError, match="damaged at byte 0"):
         list(journal.replay())
-
-
-@contextlib.contextmanager
-def room_for(nbytes):
-    """Let no file grow beyond this size: the kernel takes a part of a write, then refuses, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_event_that_the_disk_has_no_room_for_leaves_the_journal_as_it_was(tmp_path):
