@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -91,9 +90,9 @@ def _train(paths: Sequence[Path], settings: Sequence[str], *, dry_run: bool, res
 
 
 def _run(config: RunConfig, *, resume: bool) -> int:
-    # Ray prints a paragraph over the live view for each process that dies; the run's log has an event for it. Messages
-    # that match this variable, which Ray reads when it is imported, are not printed.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
+    from async_rl.driver import before_ray
+
+    before_ray.prepare()
     from async_rl.driver.run import run
 
     return run(config, resume=resume)

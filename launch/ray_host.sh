@@ -35,12 +35,14 @@ fail() {
     exit 1
 }
 
-# What a run gives to a cluster of its own (async_rl/driver/cluster.py says why), and to one that it joins cannot.
+# What a run gives to a cluster of its own, and cannot give to one that it joins (cluster.py and before_ray.py
+# of async_rl/driver say why).
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_task_events_max_num_task_in_gcs=5000
 export RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs=1000
 export RAY_JEMALLOC_PROFILE=raylet,gcs_server
 export RAY_JEMALLOC_CONF=narenas:1,dirty_decay_ms:0,muzzy_decay_ms:0
+export RAY_grpc_keepalive_timeout_ms=120000
 
 # Prints this host's address for the others.
 own_address() {

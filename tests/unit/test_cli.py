@@ -2,8 +2,10 @@
 it.
 """
 
+import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -69,6 +71,16 @@ def test_help_and_dry_run_import_nothing_heavy(path, words):
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_driver_has_what_ray_reads_when_it_is_imported_unless_the_user_has_set_it(path, pipeline):
+    keepalive = "RAY_grpc_keepalive_timeout_ms"
+    for given in ({}, {keepalive: "60000"}):
+        with mock.patch.dict(os.environ, given):
+            assert cli.main(["train", str(path)]) == 0
+            assert dict(os.environ).items() >= ({"RAY_DEDUP_LOGS_SKIP_REGEX": "^", keepalive: "120000"} | given).items()
+    code = "import sys; from async_rl.driver import before_ray; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
