@@ -284,8 +284,8 @@ _STALENESS = (
         "Response tokens kept out of the loss, by reason.",
         "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment, "
         "`zero_advantage` what trainer.skip_zero_advantage does not compute, `truncated` what trainer.mask_truncated "
-        "leaves out, `rejected` what trainer.loss.importance with mode mask or trainer.loss.rejection leaves out; where "
-        "that is much, engine and trainer disagree.",
+        "leaves out, `rejected` what trainer.loss.importance with mode mask or trainer.loss.rejection leaves out; "
+        "where that is much, engine and trainer disagree.",
         lambda record: record.report.tokens_masked,
         labels=("reason",),
         values=("stale", "not_sampled", "zero_advantage", "truncated", "rejected"),
