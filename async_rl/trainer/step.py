@@ -25,6 +25,7 @@ COUNTS = (
     "sequences",
     "extra_positions",
     "groups",
+    "counting_groups",
     "trajectories",
     "microbatches",
     "fallback",
@@ -84,6 +85,7 @@ class Step:
             extra_positions=sum(sum(of_samples[:-1]) for of_samples in positions.values()),
             sequences=len(positions),
             groups=len(groups),
+            counting_groups=sum(any(t.trajectory_id in positions for t in group.trajectories) for group in groups),
             trajectories=len(trajectories),
         )
 
