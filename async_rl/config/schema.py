@@ -397,9 +397,10 @@ class LossSection(Section):
     k1 is zero on average."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty."""
-    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """How the loss is averaged: over all tokens (token_mean), over sequences (sequence_mean), or summed over tokens and
-    divided by sequences times rollout.max_response_tokens (fixed_length)."""
+    aggregation: Literal["token_mean", "group_mean", "sequence_mean", "sequence_sum", "fixed_length"] = "token_mean"
+    """How the loss is averaged: over all tokens (token_mean); over a group's tokens and then over groups (group_mean);
+    over a sequence's tokens and then over sequences (sequence_mean); summed over a sequence's tokens and averaged over
+    sequences (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length)."""
     advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
     """How a response is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
     float32[n]."""

@@ -49,6 +49,11 @@ def with_credit(
     tokens = dict.fromkeys((t.trajectory_id for group, _ in groups for t in group.trajectories), 0)
     for sample in samples:
         tokens[sample.trajectory_id] += int(sample.loss_mask.sum())
+    group_tokens = {
+        t.trajectory_id: sum(tokens[other.trajectory_id] for other in group.trajectories)
+        for group, _ in groups
+        for t in group.trajectories
+    }
     values = [group_advantages(group.group_id, group.rewards, estimator).tolist() for group, _ in groups]
     advantages = [value for group in values for value in group]
     if settings.advantage == "reinforce_plus_plus":
@@ -59,7 +64,12 @@ def with_credit(
     advantage_of = dict(zip(tokens, advantages, strict=True))
     samples = [
         sample.with_advantages(advantage_of[sample.trajectory_id]).with_weight(
-            losses.token_weight(settings.aggregation, tokens[sample.trajectory_id], max_response_tokens)
+            losses.token_weight(
+                settings.aggregation,
+                tokens=tokens[sample.trajectory_id],
+                group_tokens=group_tokens[sample.trajectory_id],
+                max_response_tokens=max_response_tokens,
+            )
         )
         for sample in samples
     ]

@@ -312,23 +312,37 @@ def policy_loss(
 
 # ---- adding up ----
 
-Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+Aggregation = Literal["token_mean", "group_mean", "sequence_mean", "sequence_sum", "fixed_length"]
 
 
-def token_weight(aggregation: Aggregation, tokens: int, max_response_tokens: int) -> float:
-    """Return the weight of each token of a sequence of which ``tokens`` count; see ``denominator``."""
-    if aggregation == "token_mean":
-        return 1.0
-    return 1.0 / (max_response_tokens if aggregation == "fixed_length" else max(tokens, 1))
+def token_weight(aggregation: Aggregation, *, tokens: int, group_tokens: int, max_response_tokens: int) -> float:
+    """Return the weight of each token of a sequence of which ``tokens`` count; see ``denominator``.
 
-
-def denominator(aggregation: Aggregation, tokens: float, sequences: float) -> float:
-    """Return the divisor of the weighted sum over the global batch, in which ``tokens`` of ``sequences`` count.
-
-    token_mean: every token weighs the same (arXiv:2503.14476). sequence_mean: every sequence weighs the same (GRPO,
-    arXiv:2402.03300). fixed_length: every token weighs the same, in any batch (Dr. GRPO, arXiv:2503.20783).
+    group_tokens: how many count in all sequences of its group.
     """
-    return tokens if aggregation == "token_mean" else sequences
+    match aggregation:
+        case "token_mean" | "sequence_sum":
+            return 1.0
+        case "group_mean":
+            return 1.0 / max(group_tokens, 1)
+        case "sequence_mean":
+            return 1.0 / max(tokens, 1)
+        case "fixed_length":
+            return 1.0 / max_response_tokens
+
+
+def denominator(aggregation: Aggregation, *, tokens: float, sequences: float, groups: float) -> float:
+    """Return the divisor of the weighted sum over the global batch, in which so many tokens, sequences, groups count.
+
+    token_mean: every token weighs the same (loss_agg_mode token-mean in verl/trainer/ppo/core_algos.py). group_mean:
+    every group weighs the same, and so do the tokens in it (the objective of DAPO, arXiv:2503.14476, is an expectation
+    over prompts; ScaleRL's prompt average, arXiv:2510.13786). sequence_mean: every sequence weighs the same (GRPO,
+    arXiv:2402.03300). sequence_sum: every token weighs the same, however many there are (seq-mean-token-sum in verl).
+    fixed_length: that, divided by the longest length possible (Dr. GRPO, arXiv:2503.20783).
+    """
+    if aggregation == "token_mean":
+        return tokens
+    return groups if aggregation == "group_mean" else sequences
 
 
 def sequence_sums(

@@ -26,6 +26,7 @@ COUNTS = (
     "sequences",
     "extra_positions",
     "groups",
+    "counting_groups",
     "trajectories",
     "microbatches",
     "fallback",
@@ -91,6 +92,7 @@ class Step:
             extra_positions=sum(sum(of_samples[:-1]) for of_samples in positions.values()),
             sequences=len(positions),
             groups=len(groups),
+            counting_groups=sum(any(t.trajectory_id in positions for t in group.trajectories) for group in groups),
             trajectories=len(trajectories),
         )
 

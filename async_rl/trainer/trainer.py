@@ -141,7 +141,12 @@ class Trainer:
         self._forward_backward(step.take_ready() + step.packer.flush())
         started = step.lap("forward_backward", started)
         total = self._ranks.sum_over_data(**step.counts)
-        divisor = losses.denominator(self._config.trainer.loss.aggregation, total["tokens"], total["sequences"])
+        divisor = losses.denominator(
+            self._config.trainer.loss.aggregation,
+            tokens=total["tokens"],
+            sequences=total["sequences"],
+            groups=total["counting_groups"],
+        )
         update = self._optimizer.no_update()
         step.sums.replayed_choices += torch.tensor(
             self._executor.take_disagreement(), dtype=torch.float64, device=self._device

@@ -86,5 +86,5 @@ def test_types_and_recipes_are_in_it(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "async_rl/py.typed" in names
-    recipes = {Path(name).name for name in names if "/data/share/async_rl/configs/" in name}
-    assert recipes == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    recipes = {name.partition("/data/share/async_rl/")[2] for name in names} - {""}
+    assert recipes == {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}

@@ -40,15 +40,22 @@ def credited(groups, settings, ranks=1):
 
 
 @pytest.mark.parametrize("per_segment", [False, True])
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "group_mean", "sequence_mean", "sequence_sum", "fixed_length"])
 def test_tokens_get_the_weight_of_their_trajectory_and_its_advantage(aggregation, per_segment):
     groups = prepared(make_groups(count=3), per_segment)
     found, _ = credited(groups, LossSection(aggregation=aggregation, normalize_by_std=False))
     for group, samples in groups:
+        of_group = sum(int(s.loss_mask.sum()) for s in samples)
         for trajectory in group.trajectories:
             own = [s for s in samples if s.trajectory_id == trajectory.trajectory_id]
             tokens = sum(int(s.loss_mask.sum()) for s in own)
-            weight = {"token_mean": 1.0, "sequence_mean": 1 / max(tokens, 1), "fixed_length": 1 / LIMIT}[aggregation]
+            weight = {
+                "token_mean": 1.0,
+                "group_mean": 1 / of_group,
+                "sequence_mean": 1 / max(tokens, 1),
+                "sequence_sum": 1.0,
+                "fixed_length": 1 / LIMIT,
+            }[aggregation]
             advantage = trajectory.reward - group.rewards.mean()
             for sample in own:
                 assert found[sample.name].weight == pytest.approx(weight)
