@@ -173,6 +173,14 @@ async def test_verls_compute_score_is_called_as_verl_calls_it(rewards):
     assert await runner.score(prompt(), response("72")) == Score(3.0)
 
 
+async def test_arguments_of_the_settings_stand_in_place_of_what_verl_would_pass(rewards):
+    arguments = {"data_source": "openai/gsm8k", "extra_info": {"index": 3}}
+    runner = rewards(VERL, function="verl:their_rewards:compute_score", arguments=arguments)
+    assert (await runner.score(prompt(ground_truth="72"), response("72"))).reward == 1.0
+    with pytest.raises(RewardError, match=r"cannot be called as compute_score\(.*method=\.\.\.\): got an unexpected"):
+        rewards(VERL, function="verl:their_rewards:compute_score", arguments={"method": "strict"})
+
+
 async def test_a_row_that_is_not_verls_is_refused_by_the_field_it_lacks(rewards):
     runner = rewards(VERL, function="verl:their_rewards:compute_score")
     with pytest.raises(RewardError, match=r"row 17.: the dataset row needs a field 'data_source' .* has answer$"):

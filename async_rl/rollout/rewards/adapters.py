@@ -28,11 +28,11 @@ def verl(function: Callable[..., Any], given: Mapping[str, Any]) -> Callable[[Pr
     is, or as {}. Raises TypeError when the function cannot be called so.
     """
     taken, _ = _names(function)
-    accepted = [name for name in _VERL if taken is None or name in taken]
+    accepted = [name for name in _VERL if name not in given and (taken is None or name in taken)]
     _check("compute_score", function, (*accepted, *given))
 
     def call(prompt: Prompt, response: FinishedResponse) -> Any:
-        values = {
+        values: dict[str, Callable[[], Any]] = {
             "data_source": lambda: _field(prompt, "data_source"),
             "solution_str": lambda: response.text,
             "ground_truth": lambda: _ground_truth(prompt),
@@ -50,7 +50,7 @@ def trl(function: Callable[..., Any], given: Mapping[str, Any]) -> Callable[[Pro
     the row's value for each response. Raises TypeError when the function cannot be called so.
     """
     taken, required = _names(function)
-    accepted = [name for name in _TRL if taken is None or name in taken]
+    accepted = [name for name in _TRL if name not in given and (taken is None or name in taken)]
     columns = required - {*_TRL, *given}
 
     def call(prompt: Prompt, responses: Sequence[FinishedResponse]) -> Any:

@@ -46,7 +46,7 @@ def load_reward(named: NamedReward) -> Reward:
             reward = Reward(adapters.verl(function, named.arguments), frozenset())
         else:
             reward = _by_signature(function, named.arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
         raise RewardError(f"{named.setting}: {named.function!r} cannot be called as {error}") from None
     return Reward(_as_async_as(function, reward.call), reward.named, reward.whole_groups)
 
