@@ -84,6 +84,7 @@ async def test_none_ends_the_response(environment):
     [
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
         ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
+        ("def answer(prompt, turns): return 'a\\ud800'", {}, r"returned 'a\ud800', which has half of a surrogate pair"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
         ("def answer(prompt, turns): return 'a' * (2**20 + 1)", {}, "returned 1048577 characters; expected at most"),
         ("def answer(prompt, turns): time.sleep(600)", {"timeout_s": 0.05, "slow": True}, "timeout_s = 0.05 s"),
@@ -97,6 +98,26 @@ async def test_a_failure_names_function_row_and_what_it_did(environment, source,
     with pytest.raises(EnvironmentFailure, match=r"my_environment:answer, prompt 0-17 \(dataset row 18\): ") as caught:
         await environment(source, **{"slow": False} | settings).answer(PROMPT, TURNS, [])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("retries", "answers"), [(2, True), (1, False)])
+async def test_an_environment_that_asks_something_is_tried_again(environment, monkeypatch, retries, answers):
+    monkeypatch.setattr("async_rl.rollout.user_function._BACK_OFF_S", 0.001)
+    source = (
+        "calls = []\n"
+        "async def answer(prompt, turns):\n"
+        "    calls.append(turns)\n"
+        "    if len(calls) < 3: raise OSError('busy')\n"
+        "    return 'a'\n"
+    )
+    subject = environment(source, retries=retries)
+    if answers:
+        assert (await subject.answer(PROMPT, TURNS, [])).tolist() == [1]
+    else:
+        with pytest.raises(EnvironmentFailure, match=r"row 18\): raised OSError: busy, at 2 attempts$"):
+            await subject.answer(PROMPT, TURNS, [])
+    calls = sys.modules["my_environment"].calls
+    assert calls == [("ab", "c", "d")] * (1 + retries)
 
 
 async def test_after_close_it_is_not_called(environment):

@@ -5,11 +5,9 @@ Knows ``config``'s reward section, ``types`` and ``errors``; not how rewards are
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import structlog
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
@@ -20,13 +18,8 @@ from async_rl.rollout.rewards.score import MAX_PARTS, FinishedResponse, Score
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.types import Prompt
 
-log = structlog.get_logger(__name__)
-
 # Slow calls at one time, unless reward.workers says. Most wait; each takes a process of 20 MB and what it imports.
 _PROCESSES = 32
-
-# Seconds before the second attempt; twice as many before each further one.
-_BACK_OFF_S = 0.5
 
 
 class OneReward:
@@ -37,9 +30,6 @@ class OneReward:
 
     def __init__(self, named: NamedReward, settings: RewardSection) -> None:
         self._named = named
-        self._retries = settings.retries
-        self.retries = 0
-        """Attempts so far that followed one that failed."""
         self._parts: set[str] = set()  # names of the parts seen so far
         reward = load_reward(named)
         self.named = reward.named
@@ -54,8 +44,14 @@ class OneReward:
             slow=slow,
             timeout_s=settings.timeout_s,
             workers=settings.workers or _PROCESSES,
+            retries=settings.retries,
             throttler=Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None,
         )
+
+    @property
+    def retries(self) -> int:
+        """Attempts so far that followed one that failed."""
+        return self._call.retried
 
     @property
     def killed(self) -> int:
@@ -77,12 +73,12 @@ class OneReward:
         """
         if self.whole_groups:
             return (await self.score_group(prompt, [response]))[0]
-        score: Score | None = await self._attempts(prompt, response)
+        score: Score | None = await self._called(prompt, response)
         return self._checked(prompt, score)
 
     async def score_group(self, prompt: Prompt, responses: Sequence[FinishedResponse]) -> list[Score | None]:
         """Return the scores of a group's responses from one call of a reward of whole groups. Raises RewardError."""
-        scores: list[Score | None] = await self._attempts(prompt, tuple(responses))
+        scores: list[Score | None] = await self._called(prompt, tuple(responses))
         if len(scores) != len(responses):
             raise RewardError(
                 f"{self.where(prompt)}: returned {len(scores)} rewards for {len(responses)} responses; expected one "
@@ -90,19 +86,11 @@ class OneReward:
             )
         return [self._checked(prompt, score) for score in scores]
 
-    async def _attempts(self, prompt: Prompt, argument: Any) -> Any:
-        attempt = 0
-        while True:
-            try:
-                return await self._call(prompt, argument)
-            except UserFunctionFailed as error:
-                if not error.may_pass or attempt == self._retries:
-                    attempts = f", at {attempt + 1} attempts" if attempt else ""
-                    raise RewardError(f"{self.where(prompt)}: {error}{attempts}") from error.__cause__
-                attempt += 1
-                self.retries += 1
-                log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
-            await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
+    async def _called(self, prompt: Prompt, argument: Any) -> Any:
+        try:
+            return await self._call(prompt, argument)
+        except UserFunctionFailed as error:
+            raise RewardError(f"{self.where(prompt)}: {error}") from error.__cause__
 
     def _checked(self, prompt: Prompt, score: Score | None) -> Score | None:
         """Raise RewardError if the reward names its parts by what it sees, which would be metrics without end."""
