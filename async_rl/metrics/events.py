@@ -20,7 +20,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "work_restored": "restored the run after step {step}: {queued} groups queued, {resumed} in flight",
         "batch_set_aside": "the trainer failed on these groups twice, they are left out: {groups} ({reason})",
         "payloads_lost": "{groups} finished groups were lost with their host, their prompts are issued again",
-        "copies_lost": "{hosts} hosts were lost: finished groups with a copy there have one left",
+        "copies_lost": "{groups} finished groups had one copy left after a host was lost, {copied} were copied again",
         "group_not_copied": "the finished group {group} has no second copy: {reason}",
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",

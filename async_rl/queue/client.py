@@ -113,7 +113,7 @@ class QueueClient:
         answer = (await asyncio.shield(batch))[position]  # one caller's cancellation must not cancel the others'
         if answer is not True:
             if kept is payload:
-                del self._payloads[meta.group_id]
+                self._forget(meta.group_id)
             if self._groups is not None and isinstance(payload, str):
                 await asyncio.to_thread(self._groups.forget, [payload])
         if isinstance(answer, QueueError):
@@ -181,7 +181,8 @@ class QueueClient:
         state = await self.state()
         metas = [GroupMeta.from_fields(meta) for _, meta in [*state["queued"], *state["leased"]]]
         known = {meta.group_id for meta in metas}  # other groups were given up, because their rows are bad by now
-        self._payloads = {group_id: held for group_id, held in self._payloads.items() if group_id in known}
+        for group_id in self._payloads.keys() - known:
+            self._forget(group_id)
         await self.release([GroupMeta.from_fields(meta).group_id for _, meta in state["leased"]])
         stored = {meta.address for meta in metas if meta.address}
         if self._groups is not None:
@@ -241,10 +242,16 @@ class QueueClient:
             return await self._call(QueueActor.put_many, batch)
 
     async def _let_go(self, group_ids: Iterable[str]) -> None:
-        payloads = [self._payloads.pop(group_id, None) for group_id in group_ids]
+        payloads = [self._forget(group_id) for group_id in group_ids]
         stored = [payload for payload in payloads if isinstance(payload, str)]
         if self._groups is not None and stored:
             await asyncio.to_thread(self._groups.forget, stored)
+
+    def _forget(self, group_id: str) -> Payload | None:
+        """Keep a payload no longer; return it if there was one."""
+        if self._copies is not None:
+            self._copies.forget([group_id])
+        return self._payloads.pop(group_id, None)
 
     def _id(self) -> str:
         """Return the id of a new call; Ray repeats a call with its id, so that the actor knows it again."""

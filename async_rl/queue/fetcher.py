@@ -118,9 +118,13 @@ def _in_memory(payloads: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return found
 
 
-def hosts_with(references: Sequence[Any]) -> dict[Any, Sequence[str]]:
-    """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it."""
-    found = ray.experimental.get_object_locations(list(references)) if references else {}
+def hosts_with(references: Sequence[Any], *, own: bool = False) -> dict[Any, Sequence[str]]:
+    """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it.
+
+    ``own``: all of them belong to this process, so that no other is asked and nothing is waited for.
+    """
+    ask = ray.experimental.get_local_object_locations if own else ray.experimental.get_object_locations
+    found = ask(list(references)) if references else {}
     return {reference: found.get(reference, {}).get("node_ids") or () for reference in references}
 
 

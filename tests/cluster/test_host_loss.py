@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import structlog
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
@@ -201,6 +202,20 @@ async def finished(client, count):
             await asyncio.sleep(0.05)
 
 
+async def train_all(client, rank):
+    """Train the twelve groups of the window in three steps, and see that each is as its worker made it."""
+    loop, records = make_loop(client, rank)
+    async with asyncio.timeout(WITHIN_S):
+        for step, first_row in enumerate((1, 5, 9), start=1):
+            (trained,) = await loop._streamed_update([])
+            rows = range(first_row, first_row + 4)
+            assert trained == {f"0-{row}.0": bytes(encode(megabyte(ticket_of(row)))) for row in rows}
+            await client.ack(list(trained), step)
+    assert records == []
+    counts, stats = await client.counts(), await client.stats()
+    assert (stats.returned, stats.dropped, counts.trained, counts.outstanding) == ({}, {}, 12, 0)
+
+
 async def test_invariant_5_groups_of_a_lost_host_are_issued_again_and_the_step_takes_others(hosts, start):
     cluster = hosts("a", "b")
     client, config = start()
@@ -236,16 +251,33 @@ async def test_with_two_copies_no_finished_group_is_lost_with_its_host(hosts, st
     assert copy == {cluster.id("b")}
     assert message <= {cluster.id("a"), cluster.id("b")}, "nothing came to the driver's host"
     cluster.kill("a")
-    loop, records = make_loop(client, cluster.start("driver", Rank, config))
-    async with asyncio.timeout(WITHIN_S):
-        for step, first_row in enumerate((1, 5, 9), start=1):
-            (trained,) = await loop._streamed_update([])
-            rows = range(first_row, first_row + 4)
-            assert trained == {f"0-{row}.0": bytes(encode(megabyte(ticket_of(row)))) for row in rows}
-            await client.ack(list(trained), step)
-    assert records == []
-    counts, stats = await client.counts(), await client.stats()
-    assert (stats.returned, stats.dropped, counts.trained, counts.outstanding) == ({}, {}, 12, 0)
+    await train_all(client, cluster.start("driver", Rank, config))
+    (error,) = await asyncio.gather(producing, return_exceptions=True)
+    assert is_worker_lost(error), error
+    ray.kill(client.actor)
+
+
+@pytest.mark.parametrize(("first", "second"), ["ab", "ba"])
+async def test_with_two_copies_two_losses_in_turn_lose_no_finished_group(hosts, start, first, second):
+    """Groups are made on host a, and copied to b and c. A loss takes the messages, or some of the copies."""
+    cluster = hosts("a", "b", "c")
+    client, config = start(copies=2)
+    client._copies._random.seed(0)  # both have some
+    producing = produce(client, cluster.start("a", Worker, "w", client.actor))
+    await finished(client, 12)
+    groups = [f"0-{row}.0" for row in range(1, 13)]
+    with structlog.testing.capture_logs() as lines:
+        cluster.kill(first)
+        async with asyncio.timeout(WITHIN_S):
+            while not (found := [line for line in lines if line["event"] == "copies_lost"]):
+                await asyncio.sleep(0.1)
+    assert (found[0]["hosts"], found[0]["copied"]) == (1, found[0]["groups"])
+    assert found[0]["groups"] == 12 or first == "b"
+    for group_id in groups:
+        assert set(client._copies._kept[group_id].hosts) == {cluster.id(second), cluster.id("c")}
+        assert set().union(*hosts_of(client, group_id)) == {cluster.id(second), cluster.id("c")}
+    cluster.kill(second)
+    await train_all(client, cluster.start("driver", Rank, config))
     (error,) = await asyncio.gather(producing, return_exceptions=True)
     assert is_worker_lost(error), error
     ray.kill(client.actor)

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ class Cluster:
 
     def __init__(self, *hosts):
         self.hosts = {host: {"CPU": 2.0} for host in hosts}
-        self.places, self.faults, self.asked = {}, {}, []
+        self.places, self.faults, self.asked, self.errors = {}, {}, [], set()
         self.messages = Counter()
         self.holders_started = Counter()
 
@@ -37,7 +38,7 @@ class Cluster:
         def locations(references):
             return {each: {"node_ids": self.places[each]} for each in references if each in self.places}
 
-        return SimpleNamespace(get_object_locations=locations)
+        return SimpleNamespace(get_local_object_locations=locations)  # no other process is asked
 
     def nodes(self):
         alive = [{"NodeID": host, "Alive": True, "Resources": resources} for host, resources in self.hosts.items()]
@@ -53,6 +54,8 @@ class Cluster:
             copy = f"{reference} copied to {host} {self.messages[reference]}"
 
             async def size():
+                if reference in self.errors:
+                    raise RayTaskError("copy", "traceback", ObjectLostError("00", None, ""))
                 if (fault := self.faults.get(host)) is not None:
                     raise fault
                 self.places[copy] = [host]
@@ -68,8 +71,15 @@ class Cluster:
         return SimpleNamespace(copy=SimpleNamespace(options=options))
 
     def lose(self, host):
+        """Take a host away. Of a value that is lost, Ray has the error in the store of its owner, the driver."""
         del self.hosts[host]
-        self.places = {name: [each for each in hosts if each != host] for name, hosts in self.places.items()}
+        self.errors |= {name for name, hosts in self.places.items() if hosts == [host]}
+        left = {name: [each for each in hosts if each != host] for name, hosts in self.places.items()}
+        self.places = left | {name: ["driver"] for name in self.errors}
+
+    def spill(self):
+        """Write everything to disk, of which Ray then names no place."""
+        self.places = {name: [] for name in self.places}
 
     def made_on(self, host, *names):
         self.places |= {name: [host] for name in names}
@@ -188,22 +198,142 @@ async def assert_left_alone(cluster, copies, reason):
     assert reason in lines[0]["reason"]
 
 
-async def test_a_lost_host_is_logged_once_and_groups_of_before_keep_one_copy(cluster):
+async def test_after_each_of_two_losses_every_group_has_two_hosts_again(cluster):
+    """The first loss takes the messages, the second the copies that they were copied from."""
     copies, payloads = Copies("cpu"), cluster.made_on("a", *map(str, range(20)))
     payloads |= cluster.made_on("driver", "safe") | {"in redis": "1-0"}
     await copies.add_all(payloads)
-    assert {name: len(payload) for name, payload in payloads.items() if name.isdigit()} == {
-        str(i): 2 for i in range(20)
-    }
-    assert (payloads["safe"], payloads["in redis"]) == (["safe"], "1-0")
-    cluster.lose("b")
-    new = cluster.made_on("a", "new")["new"]
     with structlog.testing.capture_logs() as lines:
-        await copies.add("new", new)
-        await copies.add_all(payloads)
-    assert [(line["event"], line["hosts"]) for line in lines] == [("copies_lost", 1)]
-    assert cluster.hosts_of(new)[1] == ["c"]
-    assert {len(payload) for name, payload in payloads.items() if name.isdigit()} == {2}
+        await copies._renew()
+        assert lines == [], "no host is lost"
+        for lost in ("a", "b"):
+            cluster.lose(lost)
+            await copies._renew()
+            await copies._renew()  # nothing is left to do
+            for name in map(str, range(20)):
+                assert len(payloads[name]) == 2
+                assert cluster.errors.isdisjoint(payloads[name]), "what is lost is let go"
+                assert len(set().union(*cluster.hosts_of(payloads[name]))) > 1
+    assert [(line["event"], line["hosts"], line["groups"] == line["copied"] == 20) for line in lines] == [
+        ("copies_lost", 1, True),
+        ("copies_lost", 1, True),
+    ]
+    assert (payloads["safe"], payloads["in redis"]) == (["safe"], "1-0")
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+async def test_what_was_copied_to_a_lost_host_is_copied_again_from_where_it_was_made(cluster, spilled):
+    copies, payloads = Copies("cpu"), cluster.made_on("a", *map(str, range(20)))
+    copies._random.seed(0)
+    await copies.add_all(payloads)
+    on_b = {name: payload[1] for name, payload in payloads.items() if "copied to b" in payload[1]}
+    if spilled:
+        cluster.spill()
+    cluster.lose("b")
+    with structlog.testing.capture_logs() as lines:
+        await copies._renew()
+    assert 0 < len(on_b) < 20
+    assert [(line["event"], line["groups"], line["copied"]) for line in lines] == [
+        ("copies_lost", len(on_b), len(on_b))
+    ]
+    for name, payload in payloads.items():
+        made = 2 if name in on_b else 1
+        assert payload == [name, f"{name} copied to c {made}"]
+
+
+@pytest.mark.parametrize("fault", [ActorDiedError(), ValueError("of any kind"), TimeoutError()])
+async def test_where_no_copy_can_be_made_again_the_group_keeps_one_and_is_left_alone(cluster, fault):
+    copies, payloads = Copies("cpu"), cluster.made_on("a", "g", "h")
+    await copies.add_all(payloads)
+    before = {name: list(payload) for name, payload in payloads.items()}
+    cluster.lose("a")
+    cluster.faults |= dict.fromkeys(cluster.hosts, fault)
+    with structlog.testing.capture_logs() as lines:
+        await copies._renew()
+        cluster.faults.clear()
+        await copies._renew()
+    assert payloads == before
+    lines = [line for line in lines if line["event"] != "copy_holder_died"]
+    assert [line["event"] for line in lines] == ["group_not_copied", "group_not_copied", "copies_lost"]
+    assert (lines[-1]["groups"], lines[-1]["copied"]) == (2, 0)
+    assert copies._kept == {}
+
+
+async def test_a_group_whose_hosts_are_both_lost_is_left_to_its_reader_and_one_on_the_drivers_host_has_enough(cluster):
+    copies, payloads = Copies("cpu"), cluster.made_on("a", "g")
+    await copies.add_all(payloads)
+    del cluster.hosts["b"], cluster.hosts["c"]
+    other = cluster.made_on("a", "h")["h"]
+    await copies.add("h", other)
+    assert cluster.hosts_of(other)[1] == ["driver"]
+    asked = list(cluster.asked)
+    cluster.lose("a")
+    with structlog.testing.capture_logs() as lines:
+        await copies._renew()
+    assert (cluster.asked, lines, copies._kept) == (asked, [], {})
+
+
+async def test_a_group_that_ends_while_it_is_copied_again_is_let_go(cluster):
+    client = QueueClient(QueueAnswers(cluster, [meta("g")]), None, copies := Copies("cpu"))
+    payload = cluster.made_on("a", "g")["g"]
+    assert await client.put_stored(meta("g"), payload)
+    before = list(payload)
+    cluster.lose("a")
+    renewing = asyncio.ensure_future(copies._renew())
+    while len(cluster.asked) < 2:
+        await asyncio.sleep(0)
+    await client.ack(["g"])
+    await renewing
+    assert (copies._kept, payload) == ({}, before)
+
+
+async def test_lost_copies_are_made_again_by_themselves_for_as_long_as_there_are_any(cluster, monkeypatch):
+    monkeypatch.setattr(copies_module, "_PERIOD_S", 0.001)
+    client = QueueClient(QueueAnswers(cluster, [meta("g")]), None, copies := Copies("cpu"))
+    payload = cluster.made_on("a", "g")["g"]
+    assert await client.put_stored(meta("g"), payload)
+    lost = payload[0]
+    cluster.lose("a")
+    async with asyncio.timeout(10):
+        while lost in payload:
+            await asyncio.sleep(0.001)
+        await client.ack(["g"])
+        await copies._watching
+    assert await client.put_stored(meta("next"), cluster.made_on("b", "next")["next"])
+    assert not copies._watching.done()
+    await client.return_group("next", "of the test")
+    await asyncio.wait_for(copies._watching, 10)
+
+
+async def test_a_group_that_is_put_twice_is_copied_again_as_it_was_put_first(cluster):
+    copies, (first, second) = Copies("cpu"), (cluster.made_on("a", name)[name] for name in ("one", "two"))
+    await copies.add("g", first)
+    await copies.add("g", second)
+    assert copies._kept["g"].payload is first
+
+
+async def test_while_ray_does_not_say_which_hosts_there_are_those_of_before_are(cluster, monkeypatch):
+    monkeypatch.setattr(timeouts, "ANSWER_S", 0.01)
+    copies, payloads = Copies("cpu"), cluster.made_on("a", "g", "h", "i")
+    await copies.add("g", payloads["g"])
+    calls, silent, nodes = [], threading.Event(), cluster.nodes
+    monkeypatch.setattr(cluster, "nodes", lambda: calls.append(1) or (silent.wait(10) and nodes()))
+    async with asyncio.timeout(5):
+        await copies.add("h", payloads["h"])
+        await copies._renew()
+    assert (len(payloads["h"]), len(calls)) == (2, 1), "no second thread waits"
+    silent.set()
+    while copies._looking is not None:
+        await asyncio.sleep(0.001)
+
+    def fails():
+        raise RuntimeError("the head is out of reach")
+
+    monkeypatch.setattr(cluster, "nodes", fails)
+    with structlog.testing.capture_logs() as lines:
+        await copies.add("i", payloads["i"])
+    assert len(payloads["i"]) == 2
+    assert {line["event"] for line in lines} == {"hosts_not_seen"}
 
 
 async def test_concurrent_callers_look_at_the_hosts_once(cluster, monkeypatch):
@@ -221,6 +351,13 @@ async def test_a_holder_returns_the_message_and_its_size():
     future.set_result(np.arange(5, dtype=np.uint8))
     message, size = await CopyHolder().copy([future])
     assert (message.tolist(), size) == ([0, 1, 2, 3, 4], 5)
+
+
+async def test_a_holder_stops_waiting_for_a_message(monkeypatch):
+    monkeypatch.setattr(timeouts, "PAYLOAD_S", 0.01)
+    copying = asyncio.ensure_future(CopyHolder().copy([asyncio.get_running_loop().create_future()]))
+    await asyncio.wait({copying}, timeout=5)
+    assert isinstance(copying.exception(), TimeoutError)
 
 
 class QueueAnswers:
