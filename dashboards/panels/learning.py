@@ -94,6 +94,39 @@ LEARNING = Row(
         ),
         (
             Panel(
+                "Parts of the reward",
+                "none",
+                (Query("async_rl_reward_part_mean{}", "{{run}} {{part}}"),),
+                "Mean of each named part of the reward, over the trained responses that have it. Empty where the reward "
+                "is one number.",
+                "the parts rise together.",
+                "a part that rises alone is the cheap one: lower its weight in `reward.functions`. Where the part overlong "
+                "falls, responses grow into the penalty of `reward.overlong_tokens`.",
+                width=12,
+                height=8,
+                low=None,
+            ),
+            Panel(
+                "Share of responses that were cut off",
+                "percentunit",
+                (
+                    Query(
+                        per_second("async_rl_truncated_responses_total")
+                        + " / "
+                        + per_second("async_rl_trajectories_total")
+                    ),
+                ),
+                "Trained responses that ended at the longest length, of all trained.",
+                "low, and it falls.",
+                "raise `rollout.max_response_tokens`; `reward.overlong_tokens` for a penalty before the limit, "
+                "`trainer.mask_truncated` or `reward.truncated` to leave them out.",
+                width=12,
+                height=8,
+                high=1,
+            ),
+        ),
+        (
+            Panel(
                 "Entropy",
                 NATS,
                 (Query("async_rl_entropy{}"),),
