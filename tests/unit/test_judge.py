@@ -52,7 +52,7 @@ def judged(monkeypatch):
     server.daemon_threads = True
     server.asked, server.released = [], threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr("async_rl.rollout.rewards.one._BACK_OFF_S", 0.001)
+    monkeypatch.setattr("async_rl.rollout.user_function._BACK_OFF_S", 0.001)
     module._judgements.clear()
     made = []
 
