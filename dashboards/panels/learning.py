@@ -97,11 +97,11 @@ LEARNING = Row(
                 "Parts of the reward",
                 "none",
                 (Query("async_rl_reward_part_mean{}", "{{run}} {{part}}"),),
-                "Mean of each named part of the reward, over the trained responses that have it. Empty where the reward "
-                "is one number.",
+                "Mean of each named part of the reward, over the trained responses that have it. Empty where the "
+                "reward is one number.",
                 "the parts rise together.",
-                "a part that rises alone is the cheap one: lower its weight in `reward.functions`. Where the part overlong "
-                "falls, responses grow into the penalty of `reward.overlong_tokens`.",
+                "a part that rises alone is the cheap one: lower its weight in `reward.functions`. Where the part "
+                "overlong falls, responses grow into the penalty of `reward.overlong_tokens`.",
                 width=12,
                 height=8,
                 low=None,
