@@ -75,6 +75,8 @@ def _described(annotation: Any, metadata: list[Any]) -> str:
         return "{" + ", ".join(f"`{name}`: {_described(info.annotation, info.metadata)}" for name, info in fields) + "}"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return "names with values"
     if origin in (list, tuple):
         return f"list of {_described(arguments[0], [])}"
     patterns = _found("pattern", metadata)
