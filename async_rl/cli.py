@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     if arguments.verb == "doctor":
         return _reported(lambda: _doctor(arguments.config, settings, of_cluster=arguments.cluster))
+    if arguments.verb == "data":
+        return _reported(lambda: _data(arguments.config, settings))
     return _reported(lambda: _look(arguments, settings))
 
 
@@ -127,6 +129,14 @@ def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool)
     if config is not None and config.cluster.joined_address is not None:
         sys.stdout.write("the hosts of its cluster are checked by async-rl doctor CONFIG --cluster\n")
     return 1 if doctor.failed(found) else 0
+
+
+def _data(paths: Sequence[Path], settings: Sequence[str]) -> int:
+    from async_rl.data.preview import preview
+
+    text, usable = preview(load(paths, parse_overrides(settings)))
+    sys.stdout.write(text)
+    return 0 if usable else 1
 
 
 def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -220,6 +230,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check every host of the Ray cluster at cluster.address, or RAY_ADDRESS, against what the run needs",
     )
+    data = verbs.add_parser(
+        "data",
+        help="show what a run would read: prompts, tokens, bad rows",
+        usage="async-rl data CONFIG [CONFIG ...] [--section.key value ...]",
+        description="Show the datasets of CONFIG: the first rows as text and tokens, a histogram of lengths, bad rows "
+        "by reason. Reads every row. Exits with 1 if a run would not take them.",
+        allow_abbrev=False,
+    )
+    data.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
     _add_looking(verbs)
     return parser
 

@@ -4,6 +4,7 @@
     ├── ConfigError            the user's settings: key, value, or a combination that cannot work
     │   ├── ModelError         checkpoint folder missing, incomplete, or unlike what the config says
     │   └── DatasetError       dataset missing, or a bad row with data.on_bad_row=fail
+    │       └── RowFault       one row that cannot be used; never leaves ``data``
     ├── RunFolderError         a run folder that is missing, damaged or of another format
     ├── ResourceError          this machine lacks what the run needs (cores, memory, a free port, a package)
     ├── InvalidTrajectory      a trajectory or group that breaks an invariant; names it
@@ -52,6 +53,10 @@ class ModelError(ConfigError):
 
 class DatasetError(ConfigError):
     """The dataset is missing, empty, or has a bad row under ``data.on_bad_row=fail``."""
+
+
+class RowFault(DatasetError):
+    """One row of the dataset cannot be used; the message is the reason, without the place."""
 
 
 class RunFolderError(AsyncRLError):

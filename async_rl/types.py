@@ -56,7 +56,7 @@ class Prompt:
     prompt_id: str
     """The id "<epoch>-<row>", stable over the run and its restarts; conservation is counted by it."""
     row: int
-    """Line of the dataset file, from 1."""
+    """Number of the row over all files of the dataset, from 1."""
     text: str
     token_ids: Int32Array
     """int32[P]."""

@@ -137,9 +137,10 @@ def _check_watchdog(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    if config.data.eval is not None and config.data.eval == config.data.train:
+    train, held_out = (value if isinstance(value, list) else [value] for value in (config.data.train, config.data.eval))
+    if both := [path for path in held_out if path is not None and path in train]:
         raise ValueError(
-            f"data.eval and data.train are the same file, {config.data.eval}; set data.eval to a file of other problems"
+            f"data.eval and data.train are the same file, {both[0]}; set data.eval to a file of other problems"
         )
 
 

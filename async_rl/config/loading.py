@@ -66,7 +66,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             text = value
         try:
-            overrides[key] = text if _is_text(key) and text != "null" else _read_yaml(text)
+            overrides[key] = text if _is_text(key, text) and text != "null" else _read_yaml(text)
         except yaml.YAMLError:
             overrides[key] = text
     return overrides
@@ -205,12 +205,16 @@ def _section_in(annotation: Any) -> Any:
     return annotation if is_section(annotation) else next((section for section in found if section), None)
 
 
-def _is_text(key: str) -> bool:
-    """Return whether a setting is a string or a path, so that --name 7 means the name "7"."""
+def _is_text(key: str, text: str) -> bool:
+    """Return whether a setting is a string or a path, so that --name 7 means the name "7".
+
+    One that may also be a list is a string unless ``text`` begins like a list.
+    """
     info = _field(key)
     options = get_args(info.annotation) if info is not None and get_args(info.annotation) else ()
     kinds = [kind for kind in (options or (info.annotation if info else None,)) if kind is not type(None)]
     kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    kinds = [kind for kind in kinds if text.startswith("[") or get_origin(kind) is not list]
     return bool(kinds) and all(kind in (str, Path) or isinstance(kind, str) for kind in kinds)
 
 

@@ -46,6 +46,7 @@ def _possible(path: Path) -> Path:
 
 
 PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths, so strings are accepted
+DataFiles = PathName | list[PathName]
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
@@ -77,12 +78,29 @@ class ModelSection(Section):
 class DataSection(Section):
     """The prompts to train and evaluate on."""
 
-    train: PathName
-    """JSONL file with one prompt per line; the fields other than data.prompt_field are passed to the reward."""
-    eval: PathName | None = None
-    """JSONL file of held-out prompts; null switches evaluation off."""
+    train: DataFiles
+    """JSONL or Parquet file with one prompt per row, a pattern such as data/*.parquet, or a list of both; the fields
+    other than data.prompt_field are passed to the reward."""
+    eval: DataFiles | None = None
+    """The same, of held-out prompts; null switches evaluation off."""
+    format: Literal["plain", "messages", "verl", "trl"] = "plain"
+    """How rows are laid out. A prompt that is a list of messages is always rendered with the chat template; one that is
+    text is taken as it stands (plain, trl) or as the message of a user (messages, verl). verl also needs data_source
+    and reward_model.ground_truth."""
     prompt_field: str = "prompt"
-    """Name of the field that contains the prompt text."""
+    """Name of the field that contains the prompt: text, or messages."""
+    system_prompt: str | None = None
+    """System message for prompts that begin with none of their own."""
+    chat_template: PathName | None = None
+    """File with a Jinja chat template to use in place of the checkpoint's."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template, for example {enable_thinking: false}; those of a row's field
+    chat_template_kwargs win."""
+    tools: PathName | None = None
+    """JSON file with a list of tools that the chat template describes to the policy; a row's field tools wins."""
+    rows_in_memory: Positive = 20_000
+    """How many rows are read and checked before a run starts, and kept in memory. Later rows are read from the files
+    when their turn comes; a Parquet file of more rows is unpacked once, below runs/.data."""
     max_prompt_tokens: Positive = 512
     """Longest prompt, in tokens; a row with a longer one is a bad row (data.on_bad_row)."""
     on_bad_row: Literal["skip", "fail"] = "fail"

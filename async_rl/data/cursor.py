@@ -1,6 +1,7 @@
 """The cursor that issues the rows of a dataset as prompts, epoch after epoch.
 
-Owns which prompt comes next. Pure: it knows ``dataset``, ``types`` and ``errors``; its state is plain data.
+Owns which prompt comes next, and decides it from its arguments alone; ``dataset`` reads the row, if it is on the disk.
+It knows ``dataset``, ``types`` and ``errors``; its state is plain data.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from async_rl.data.dataset import Dataset
+from async_rl.data.prompts import Row
 from async_rl.errors import DatasetError
 from async_rl.types import Prompt
 
@@ -20,14 +23,16 @@ class DatasetCursor:
 
     A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
     comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
-    from the seed and is never stored. It is one of the file's lines, of which the bad ones are passed over: settings
-    that make other lines bad, data.max_prompt_tokens for example, do not change it.
+    from the seed and is never stored. It is one of all rows of the files, of which the bad ones are passed over:
+    settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
     """
 
     def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
         self._lines = dataset.lines
         self._digest = dataset.digest
+        self._settings = dataset.settings
         self._path = dataset.path
+        self._later = dataset.later
         self._shuffle = shuffle
         self._seed = seed
         self._by_line = {row.line: row for row in dataset.rows}
@@ -45,10 +50,11 @@ class DatasetCursor:
                 if self._deferred:
                     return self._deferred.pop(next(iter(self._deferred)))
                 self._move_to(epoch=self._epoch + 1, index=0)
-            line = self._order[self._index]
+            line = int(self._order[self._index])
+            row = self._row(line)
             self._index += 1
-            if line in self._by_line:
-                return self._by_line[line].prompt(f"{self._epoch}-{line}")
+            if row is not None:
+                return row.prompt(f"{self._epoch}-{line}")
 
     def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
         """Put a prompt that was issued, and not trained, back into circulation; with ``defer`` behind all new ones.
@@ -62,17 +68,21 @@ class DatasetCursor:
         (self._deferred if defer else self._returned)[prompt.prompt_id] = prompt
 
     def prompt(self, prompt_id: str) -> Prompt:
-        """Return the prompt that was, or will be, issued under this id."""
-        return self._by_line[_line(prompt_id)].prompt(prompt_id)
+        """Return the prompt that was, or will be, issued under this id; KeyError if it is not ``usable``."""
+        row = self._row(_line(prompt_id))
+        if row is None:
+            raise KeyError(prompt_id)
+        return row.prompt(prompt_id)
 
     def usable(self, prompt_id: str) -> bool:
         """Return whether the row of a prompt that was issued can be used; false if it is bad by other settings now."""
-        return _line(prompt_id) in self._by_line
+        return self._row(_line(prompt_id)) is not None
 
     def state(self) -> dict[str, Any]:
         """Return the position as plain data, for ``restore``. Prompts in flight are not part of it."""
         return {
             "digest": self._digest,
+            "settings": self._settings,
             "shuffle": self._shuffle,
             "seed": self._seed,
             "epoch": self._epoch,
@@ -95,6 +105,11 @@ class DatasetCursor:
                 "put the old file back, or start a run of another name"
             )
         self._by_rows = state.get("order_of", "rows") == "rows"  # both since 0.2
+        if self._by_rows and self._later is not None:
+            raise DatasetError(
+                f"{self._path} has {self._lines} rows, more than data.rows_in_memory, and a run that began with "
+                f"release 0.1 needs all of them in memory; set data.rows_in_memory to {self._lines}"
+            )
         if self._by_rows and (before := state.get("usable_rows")) not in (None, len(self._by_line)):
             raise DatasetError(
                 f"{self._path} has {len(self._by_line)} usable rows, and had {before}: a run that began with release "
@@ -111,19 +126,29 @@ class DatasetCursor:
 
     def _move_to(self, *, epoch: int, index: int) -> None:
         self._epoch, self._index = epoch, index
-        self._positions: dict[int, int] | None = None  # {line: position in the epoch's order}, built when needed
-        lines = list(self._by_line) if self._by_rows else range(1, self._lines + 1)
-        self._order: list[int] = (
-            np.random.default_rng([self._seed, epoch]).permutation(lines).tolist() if self._shuffle else list(lines)
+        self._positions: npt.NDArray[np.int64] | None = None  # of each line in the epoch's order, built when needed
+        lines = np.arange(1, self._lines + 1, dtype=np.int64)
+        if self._by_rows:
+            lines = np.array(list(self._by_line), np.int64)
+        self._order: npt.NDArray[np.int64] = (
+            np.random.default_rng([self._seed, epoch]).permutation(lines) if self._shuffle else lines
         )
+
+    def _row(self, line: int) -> Row | None:
+        """Return a row, None for one that cannot be used. Raises DatasetError, see ``LaterRows.row``."""
+        if self._later is not None and self._later.first <= line <= self._lines:
+            return self._later.row(line)
+        return self._by_line.get(line)
 
     def _was_issued(self, prompt_id: str) -> bool:
         epoch = int(prompt_id.partition("-")[0])
         if epoch != self._epoch:
             return epoch < self._epoch
         if self._positions is None:
-            self._positions = {line: position for position, line in enumerate(self._order)}
-        return self._positions.get(_line(prompt_id), self._index) < self._index
+            self._positions = np.full(self._lines + 1, self._lines)  # behind the last, for lines that are in no order
+            self._positions[self._order] = np.arange(len(self._order))
+        line = _line(prompt_id)
+        return 1 <= line <= self._lines and bool(self._positions[line] < self._index)
 
 
 def _line(prompt_id: str) -> int:

@@ -1,169 +1,168 @@
-"""The dataset: one JSONL file, read and tokenized, and which of its lines are bad.
+"""The dataset: which rows of its files are usable, and the prompts that they are.
 
-Pure apart from reading the file: it knows ``types``, ``errors`` and what the wire can carry, and neither tokenizers
-(``encode`` is passed in) nor Ray (its objects are plain data, so they pickle into an actor).
+It knows ``files``, ``prompts``, ``types`` and ``errors``, and neither tokenizers (the ``RowReader`` has one) nor Ray.
+Its objects pickle into an actor; what is on the disk stays there.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
+import structlog
 
-from async_rl.errors import DatasetError
-from async_rl.queue.wire import check_json_like
-from async_rl.types import Int32Array, Prompt
+from async_rl.data.files import Files
+from async_rl.data.prompts import Row, RowReader
+from async_rl.errors import DatasetError, RowFault
+from async_rl.types import Prompt
 
-Encode = Callable[[str], Sequence[int]]
+log = structlog.get_logger(__name__)
 
-# How many bad lines a report names; the count covers the rest.
-REPORTED_LINES = 5
+OnBadRow = Literal["skip", "fail"]
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One usable line of the file."""
-
-    line: int
-    """Number of the line, from 1."""
-    text: str
-    token_ids: Int32Array
-    fields: Mapping[str, Any]
-    """The line's JSON object without its prompt field, for the reward."""
-
-    def prompt(self, prompt_id: str) -> Prompt:
-        """Return the row as a prompt under this id."""
-        return Prompt(prompt_id=prompt_id, row=self.line, text=self.text, token_ids=self.token_ids, fields=self.fields)
+# How many bad rows a report names; the count covers the rest.
+REPORTED_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A line that cannot be used, and why."""
+    """A row that cannot be used, and why."""
 
     line: int
     reason: str
+    place: str = ""
+    """Where it is: "line 3", with the file if the dataset has several; empty for the line of the only file."""
+
+    def __str__(self) -> str:
+        return f"{self.place or f'line {self.line}'}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class LaterRows:
+    """The rows behind those that were read when the run started. Each is read when its turn comes."""
+
+    files: Files
+    reader: RowReader
+    on_bad_row: OnBadRow
+    first: int
+    """Number of the first of them."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows, usable or not."""
+        return self.files.count - self.first + 1
+
+    def row(self, line: int) -> Row | None:
+        """Return a row, None for one to skip. Raises DatasetError for a bad one under on_bad_row="fail"."""
+        found = read_row(self.files, line, self.reader)
+        if isinstance(found, Row):
+            return found
+        if self.on_bad_row == "fail":
+            raise DatasetError(
+                f"{self.files.full_place(line)}: {found.reason}; set data.on_bad_row to skip and resume the run, or "
+                "fix the row and start another; async-rl data checks every row before a run does"
+            )
+        log.warning("row_skipped", row=self.files.full_place(line), reason=found.reason)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The rows of one file."""
+    """The rows of one or several files, as many as were asked for in memory and the rest on the disk."""
 
-    path: Path
+    path: Path | str
+    """What messages call it: the path of the file, or of the first of several and their number."""
     rows: tuple[Row, ...]
+    """The usable rows among those that were read."""
     bad_rows: tuple[BadRow, ...]
+    """The others among those that were read."""
     digest: str
-    """Hash of the file's bytes, so that a restored run notices a changed dataset."""
+    """Hash of the files' bytes, so that a restored run notices a changed dataset."""
+    later: LaterRows | None = None
+    """The rows that were not read; None if all were."""
+    settings: str = ""
+    """Hash of what decides which prompt a row becomes, so that a restored run can say that it has changed."""
 
     @property
     def lines(self) -> int:
-        """Number of lines of the file, usable or not."""
-        return len(self.rows) + len(self.bad_rows)
+        """Number of rows of all files, usable or not."""
+        return len(self.rows) + len(self.bad_rows) + (self.later.count if self.later else 0)
 
     def first(self, count: int, *, label: str, key: str) -> tuple[Prompt, ...]:
-        """Return the first ``count`` rows as prompts "<label>-<line>".
+        """Return the first ``count`` usable rows as prompts "<label>-<row>".
 
         Raises DatasetError, naming the setting ``key``, when there are fewer.
         """
-        if count > len(self.rows):
+        found = list(self.rows[:count])
+        if self.later is not None:
+            line = self.later.first
+            while len(found) < count and line <= self.lines:
+                if (row := self.later.row(line)) is not None:
+                    found.append(row)
+                line += 1
+        if count > len(found):
             raise DatasetError(
-                f"{self.path}: {key} asks for {count} prompts, but the file has {len(self.rows)} usable rows"
+                f"{self.path}: {key} asks for {count} prompts, but the file has {len(found)} usable rows"
             )
-        return tuple(row.prompt(f"{label}-{row.line}") for row in self.rows[:count])
+        return tuple(row.prompt(f"{label}-{row.line}") for row in found)
 
     def bad_row_report(self) -> str | None:
         """Return one sentence on how many rows were skipped, and the first of them; None if all are usable."""
         if not self.bad_rows:
             return None
-        named = "; ".join(f"line {bad.line}: {bad.reason}" for bad in self.bad_rows[:REPORTED_LINES])
-        more = len(self.bad_rows) - REPORTED_LINES
+        named = "; ".join(map(str, self.bad_rows[:REPORTED_ROWS]))
+        more = len(self.bad_rows) - REPORTED_ROWS
         total = len(self.bad_rows) + len(self.rows)
         return f"{self.path}: {len(self.bad_rows)} of {total} rows are bad: {named}" + (
             f"; and {more} more" if more > 0 else ""
         )
 
 
-def read_jsonl(
-    path: Path,
-    *,
-    encode: Encode,
-    prompt_field: str,
-    max_prompt_tokens: int,
-    on_bad_row: Literal["skip", "fail"],
+def read_dataset(
+    files: Files, reader: RowReader, *, on_bad_row: OnBadRow, in_memory: int | None = None, settings: str = ""
 ) -> Dataset:
-    """Read and tokenize every line of ``path``.
+    """Read the first ``in_memory`` rows, all by default, and leave the others for later.
 
-    Raises DatasetError when the file cannot be read, has no usable row, or has a bad one under
-    on_bad_row="fail". The message names file, line and fault.
+    Raises DatasetError when there is no usable row among them, one is bad under on_bad_row="fail", or a file of a table
+    has no column for the prompt. The message names file, row and fault.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"dataset {path}: {error.strerror}") from None
+    check_columns(files, reader)
     rows: list[Row] = []
     bad_rows: list[BadRow] = []
-    for line, raw in enumerate(content.splitlines(), start=1):
-        row = _parse(line, raw, encode, prompt_field, max_prompt_tokens)
+    count = files.count if in_memory is None else min(files.count, in_memory)
+    for line in range(1, count + 1):
+        row = read_row(files, line, reader)
         if isinstance(row, Row):
             rows.append(row)
         elif on_bad_row == "fail":
-            raise DatasetError(f"{path}, line {row.line}: {row.reason}; fix the row, or set data.on_bad_row to skip")
+            raise DatasetError(f"{files.full_place(line)}: {row.reason}; fix the row, or set data.on_bad_row to skip")
         else:
             bad_rows.append(row)
-    dataset = Dataset(path, tuple(rows), tuple(bad_rows), blake2b(content, digest_size=16).hexdigest())
+    later = LaterRows(files, reader, on_bad_row, count + 1) if count < files.count else None
+    dataset = Dataset(files.name, tuple(rows), tuple(bad_rows), files.digest, later, settings)
     if not rows:
-        raise DatasetError(dataset.bad_row_report() or f"dataset {path} is empty; it needs one JSON object per line")
+        raise DatasetError(
+            dataset.bad_row_report() or f"dataset {files.name} is empty; it needs one JSON object per line"
+        )
     return dataset
 
 
-def _parse(line: int, raw: bytes, encode: Encode, prompt_field: str, max_prompt_tokens: int) -> Row | BadRow:
-    if not raw.strip():
-        return BadRow(line, "the line is empty")
+def read_row(files: Files, line: int, reader: RowReader) -> Row | BadRow:
+    """Return the row ``line`` as a prompt, or why it cannot be one. Raises DatasetError for a damaged file."""
     try:
-        # The first line of a file may start with a byte-order mark, which is not part of the JSON.
-        value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(line, f"not UTF-8 (byte {error.start})")
-    except (ValueError, RecursionError) as error:
-        return BadRow(line, f"not JSON ({error})")
-    if not isinstance(value, dict):
-        return BadRow(line, f"expected a JSON object, got {type(value).__name__}")
-    if prompt_field not in value:
-        return BadRow(line, f"no field {prompt_field!r} (data.prompt_field); it has {_short(value)}")
-    text = value[prompt_field]
-    if not isinstance(text, str):
-        return BadRow(line, f"field {prompt_field!r} is {type(text).__name__}, not a string")
-    if not _is_utf8(text):
-        return BadRow(line, f"field {prompt_field!r} has half of a surrogate pair, which is not a character")
-    if not text.strip():
-        return BadRow(line, f"field {prompt_field!r} is empty")
-    token_ids = np.asarray(encode(text), dtype=np.int32)
-    if len(token_ids) == 0:
-        return BadRow(line, f"field {prompt_field!r} has no tokens")
-    if len(token_ids) > max_prompt_tokens:
-        return BadRow(
-            line, f"prompt of {len(token_ids)} tokens, more than data.max_prompt_tokens = {max_prompt_tokens}"
-        )
-    fields = {key: field for key, field in value.items() if key != prompt_field}
-    try:
-        check_json_like(fields, "the row")
-    except TypeError as error:
-        return BadRow(line, str(error))
-    return Row(line, text, token_ids, fields)
+        return reader.read(line, files.row(line))
+    except RowFault as fault:
+        return BadRow(line, str(fault), files.place(line))
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(fields: Mapping[str, Any]) -> str:
-    """Return the names of the fields, as far as they fit into a message."""
-    return ascii(list(fields))[1:-1][:100] or "no fields"
+def check_columns(files: Files, reader: RowReader) -> None:
+    """Raise DatasetError for a file whose rows all lack the prompt, naming the columns that it has."""
+    for path, columns in files.columns:
+        if reader.prompt_field not in columns:
+            raise DatasetError(
+                f"{path} has no column {reader.prompt_field!r} (data.prompt_field); it has {', '.join(columns)[:200]}"
+            )
+        if twice := [name for name, count in Counter(columns).items() if count > 1]:
+            raise DatasetError(f"{path} has the column {twice[0]!r} twice; rename one of them")

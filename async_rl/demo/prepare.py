@@ -32,15 +32,18 @@ RECORD_SUFFIX = ".made.json"
 def prepare(config: RunConfig) -> None:
     """Make model.path, data.train and data.eval unless they are there. A second call returns at once.
 
+    Lists of files are the user's own, and left alone.
+
     Raises ModelError when the package's checkpoint is missing or damaged. Nothing is left half-done then.
     """
     recipe = _recipe()
-    targets = [path for path in (config.data.train, config.data.eval) if path is not None]
-    if all(_is_current(path, recipe) for path in (*targets, config.model.path)):
+    targets = (config.data.train, config.data.eval)
+    files = [path for path in targets if isinstance(path, Path)]
+    if all(_is_current(path, recipe) for path in (*files, config.model.path)):
         return
     with _one_at_a_time(config.model.path):
-        for path, rows in zip(targets, task.train_and_eval(), strict=False):
-            if not _is_current(path, recipe):
+        for path, rows in zip(targets, task.train_and_eval(), strict=True):
+            if isinstance(path, Path) and not _is_current(path, recipe):
                 _make_rows(path, list(rows), recipe)
         if not _is_current(config.model.path, recipe):
             _make_model(config.model.path, recipe)

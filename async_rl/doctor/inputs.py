@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import has_magic
+from typing import Any
 
 from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
-from async_rl.data.dataset import Encode, read_jsonl
+from async_rl.data import reading
+from async_rl.data.files import expanded
+from async_rl.data.messages import Message
 from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
@@ -131,46 +134,60 @@ def _stop_token(config: RunConfig) -> Iterator[Check]:
 
 def data(config: RunConfig) -> Iterator[Check]:
     """Check that the datasets can be read and are large enough."""
-    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is None:
+    for key in ("data.train", "data.eval"):
+        paths = reading.paths_of(config, key)
+        if not paths and key == "data.eval" and config.data.eval is None:
             yield Check(key, "warn", "no held-out prompts, so nothing is evaluated", f"set {key} to a JSONL file")
-        elif config.prepare is not None and not path.exists():
-            yield Check(key, "ok", f"{path}: will be created by {config.prepare} at start")
+        elif config.prepare is not None and len(paths) == 1 and not paths[0].exists() and not has_magic(str(paths[0])):
+            yield Check(key, "ok", f"{paths[0]}: will be created by {config.prepare} at start")
         else:
-            yield _dataset(config, key, path)
+            yield _dataset(config, key)
 
 
-def _dataset(config: RunConfig, key: str, path: Path) -> Check:
+def _dataset(config: RunConfig, key: str) -> Check:
     try:
-        size = path.stat().st_size
-        if size > DATASET_BYTES_CHECKED:
-            return Check(key, "ok", f"{path}: {size / 10**6:.0f} MB, read when the run starts")
-        dataset = read_jsonl(
-            path,
-            encode=_encode(config.model.path),
-            prompt_field=config.data.prompt_field,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            on_bad_row=config.data.on_bad_row,
-        )
+        sizes = [path.stat().st_size for path in expanded(reading.paths_of(config, key), key)]
+        if sum(sizes) > DATASET_BYTES_CHECKED:
+            name = ", ".join(map(str, reading.paths_of(config, key)))
+            return Check(key, "ok", f"{name}: {sum(sizes) / 10**6:.0f} MB, read when the run starts")
+        dataset = reading.read(config, key, _LengthEncoder(config))
         if key == "data.eval":
             dataset.first(config.eval.n, label="eval", key="eval.n")
     except OSError as error:
-        return Check(key, "FAIL", f"{path}: {error.strerror}", f"set {key} to a JSONL file", DatasetError)
+        return Check(key, "FAIL", f"{error.filename}: {error.strerror}", f"set {key} to a JSONL file", DatasetError)
     except AsyncRLError as error:
         return refused(key, error)
     bad = dataset.bad_row_report()
     if bad is not None:
         return Check(key, "warn", bad, "fix those rows; data.on_bad_row is skip, so they are left out")
-    return Check(key, "ok", f"{path}: {len(dataset.rows)} rows")
+    later = "" if dataset.later is None else f", of which the first {dataset.later.first - 1} were checked"
+    return Check(key, "ok", f"{dataset.path}: {dataset.lines} rows{later}")
 
 
-def _encode(path: Path) -> Encode:
-    """Return the encoder of the checkpoint's tokenizer.json, to judge lengths; without one, any text is one token."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return lambda _: [0]
-    tokenizer = tokenizer_file(file)
-    return prompt_encoder(lambda text: tokenizer.encode(text).ids, tokenizer.id_to_token)
+class _LengthEncoder:
+    """Encodes text with the checkpoint's tokenizer.json, without Transformers, which takes seconds to import.
+
+    Messages need Transformers. Without a tokenizer.json any text is one token.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._full = reading.encoder(config)
+        file = config.model.path / "tokenizer.json"
+        self._text: Callable[[str], Sequence[int]] = lambda _: [0]
+        if file.is_file():
+            tokenizer = tokenizer_file(file)
+            self._text = prompt_encoder(lambda text: tokenizer.encode(text).ids, tokenizer.id_to_token)
+        self._has_model = config.model.path.is_dir()
+
+    def text(self, text: str) -> list[int]:
+        """Return the tokens of a prompt that is text."""
+        return list(self._text(text))
+
+    def chat(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> tuple[str, list[int]]:
+        """Return the text and tokens of messages; one token where ``prepare`` has yet to make the model."""
+        return self._full.chat(messages, tools, variables) if self._has_model else ("", [0])
 
 
 def functions(config: RunConfig) -> Iterator[Check]:

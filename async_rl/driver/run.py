@@ -20,8 +20,9 @@ from async_rl import doctor
 from async_rl.config.functions import load_function
 from async_rl.config.paths import absolute
 from async_rl.config.schema import RunConfig
-from async_rl.data.dataset import Dataset, read_jsonl
-from async_rl.data.tokenizer import end_token, load_tokenizer, prompt_encoder
+from async_rl.data import reading
+from async_rl.data.dataset import Dataset
+from async_rl.data.tokenizer import end_token
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.hosts import joined
@@ -148,33 +149,30 @@ def read_inputs(config: RunConfig) -> Inputs:
 
     Bad rows are handled as data.on_bad_row says. Raises ModelError and DatasetError.
     """
-    tokenizer = load_tokenizer(config)
     if not configured_stop_tokens(config.model.path) and (token := end_token(config.model.path)) is not None:
         log.warning("stop_token_of_tokenizer", token=token, reason="the model's config.json has no eos_token_id")
-    encode = prompt_encoder(
-        tokenizer.encode,
-        tokenizer.convert_ids_to_tokens,
+    encode = reading.encoder(
+        config,
         lambda token: log.warning("second_begin_token_removed", token=token, reason="prompts begin with its text"),
     )
 
-    def read(path: Path) -> Dataset:
-        dataset = read_jsonl(
-            path,
-            encode=encode,
-            prompt_field=config.data.prompt_field,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            on_bad_row=config.data.on_bad_row,
-        )
+    def read(key: str) -> Dataset:
+        dataset = reading.read(config, key, encode)
         if (report := dataset.bad_row_report()) is not None:
             log.warning("rows_skipped", report=report)
+        if dataset.later is not None:
+            log.info("rows_left_on_disk", dataset=key, rows=dataset.later.count, checked=dataset.later.first - 1)
         return dataset
 
-    train_set, eval_prompts, bad_rows = read(config.data.train), [], 0
+    train_set, eval_prompts, bad_rows = read("data.train"), [], 0
     if config.data.eval is not None:
-        eval_set = read(config.data.eval)
+        eval_set = read("data.eval")
         eval_prompts = list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
         bad_rows = len(eval_set.bad_rows)
-    return Inputs(tokenizer.decode, train_set, eval_prompts, {"train": len(train_set.bad_rows), "eval": bad_rows})
+    if encode.prints_date:
+        log.warning("chat_template_writes_the_date", fix="set it in data.template_kwargs, or prompts change overnight")
+    decode = encode.tokenizer.decode
+    return Inputs(decode, train_set, eval_prompts, {"train": len(train_set.bad_rows), "eval": bad_rows})
 
 
 def prepare_store(config: RunConfig, *, resume: bool, clear: bool) -> None:

@@ -66,8 +66,7 @@ def start_queue(
     if state is not None:
         plain = cast(PlainState, state)
         broker.restore(plain)
-        if given_up := unusable_prompts(plain, source):
-            log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows by now")
+        report_other_prompts(plain, source)
     open_journal: Callable[[], Journal] | None = None
     # On the driver's host, which has the journal, and without which there is no run to rebuild the queue for.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -88,6 +87,15 @@ def start_queue(
     actor = actor_class.remote(config, ray.cloudpickle.dumps(ray.put(broker)), open_journal)
     copies = Copies(config.resources.device) if config.queue.copies > 1 else None
     return QueueClient(actor, open_groups(config, "driver"), copies)
+
+
+def report_other_prompts(plain: PlainState, source: PromptSource) -> None:
+    """Log what a run that is resumed from ``plain`` does otherwise than before, because of other settings of data."""
+    if given_up := unusable_prompts(plain, source):
+        log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows by now")
+    before, now = plain["source"].get("settings"), source.state().get("settings")
+    if before and now and before != now:  # release 0.2 wrote none
+        log.warning("data_settings_changed", reason="rows make other prompts than before the run was resumed")
 
 
 def _begin(journal: Journal, broker: Broker) -> None:

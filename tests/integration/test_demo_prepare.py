@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import RunConfig
-from async_rl.data.dataset import read_jsonl
 from async_rl.demo import checkpoint, task, warmup
 from async_rl.demo import prepare as preparing
 from async_rl.demo.tokenizer import CHARACTERS, EOS, EOS_ID, TOKENS, UNKNOWN
 from async_rl.errors import ModelError
 from async_rl.models.config import checkpoint_shards, read_model_config
 from async_rl.rollout.rewards.text import partial_credit
+from tests.support.datasets import read_files
 
 EVALUATED = 256  # as eval.n has it
 
@@ -74,7 +74,7 @@ def test_the_policy_starts_from_the_reward_of_its_warmup(made):
     tokenizer = AutoTokenizer.from_pretrained(made.model.path, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(made.model.path, local_files_only=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    rows = read_jsonl(
+    rows = read_files(
         made.data.eval, encode=tokenizer.encode, prompt_field="prompt", max_prompt_tokens=200, on_bad_row="fail"
     )
     prompts = list(rows.first(EVALUATED, label="eval", key="eval.n"))

@@ -5,10 +5,10 @@ import json
 
 from async_rl.config.loading import load
 from async_rl.data.cursor import DatasetCursor
-from async_rl.data.dataset import read_jsonl
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.start import build_broker
+from tests.support.datasets import read_files
 
 
 def check(run, tmp_path, journal=None, *, scripted=False) -> None:
@@ -65,7 +65,7 @@ def rebuilt(config, journal) -> dict:
 
 
 def dataset(config):
-    return read_jsonl(
+    return read_files(
         config.data.train,
         encode=lambda text: list(text.encode()),
         prompt_field=config.data.prompt_field,

@@ -13,7 +13,8 @@ from collections import Counter, deque
 import numpy as np
 
 from async_rl.data.cursor import DatasetCursor
-from async_rl.data.dataset import Dataset, Row
+from async_rl.data.dataset import Dataset
+from async_rl.data.prompts import Row
 from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.records import GroupMeta

@@ -26,7 +26,8 @@ from prometheus_client import generate_latest
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import RunConfig
-from async_rl.data.dataset import Dataset, Row
+from async_rl.data.dataset import Dataset
+from async_rl.data.prompts import Row
 from async_rl.driver import actors
 from async_rl.driver import loop as loop_module
 from async_rl.driver import recorder as recorder_module

@@ -20,6 +20,8 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 # module decides from its arguments alone. It knows no actor, no engine, no clock, no thread and no file, and imports no
 # module of this package that does.
 PURE = {
+    "async_rl.data.messages",
+    "async_rl.data.prompts",
     "async_rl.doctor.check",
     "async_rl.doctor.cluster",
     "async_rl.doctor.host_report",
@@ -67,7 +69,6 @@ PURE = {
 }
 # Modules that call themselves pure and are not yet, each with the import that keeps it from it.
 NOT_YET = {
-    "async_rl.data.cursor": "async_rl.data.dataset",
     "async_rl.models.names": "writes the tables of expert weights to files",
     "async_rl.trainer.advantages": "async_rl.rollout.user_function",
     "async_rl.trainer.losses": "async_rl.rollout.user_function",

@@ -190,6 +190,17 @@ def test_doctor_exits_1_if_a_run_could_not_start(path, monkeypatch, capsys, stat
     assert f"{status:<5} memory  1 GB" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("usable", "code"), [(True, 0), (False, 1)])
+def test_data_exits_1_if_a_run_would_not_take_the_rows(path, monkeypatch, capsys, usable, code):
+    from async_rl.data import preview
+
+    asked = []
+    monkeypatch.setattr(preview, "preview", lambda config: (asked.append(config), ("rows\n", usable))[1])
+    assert cli.main(["data", str(path), "--data.prompt_field", "question"]) == code
+    assert capsys.readouterr().out == "rows\n"
+    assert asked[0].data.prompt_field == "question"
+
+
 def test_doctor_takes_settings_only_with_a_config(capsys):
     assert cli.main(["doctor", "--rollout.replicas", "2"]) == 2
     assert "settings need a config file" in capsys.readouterr().err

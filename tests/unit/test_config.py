@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 import async_rl
 from async_rl.config import reference
 from async_rl.config.loading import default_of, leaves, load, parse_overrides, to_yaml, validate
+from async_rl.config.paths import absolute
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ConfigError
 
@@ -413,3 +415,21 @@ def test_an_integer_may_be_written_with_an_exponent(tmp_path):
     assert isinstance(config.trainer.steps, int)
     with pytest.raises(ConfigError, match=r"trainer\.steps: 1\.5 is not valid"):
         validate(tree | {"trainer": {"steps": 1.5}})
+
+
+def test_a_dataset_is_a_file_a_pattern_or_a_list_of_them():
+    words = ["--data.train", "7", "--data.eval", "[a.jsonl, b.parquet]", "--data.template_kwargs", "{depth: 1}"]
+    overrides = parse_overrides(words)
+    assert overrides == {
+        "data.train": "7",
+        "data.eval": ["a.jsonl", "b.parquet"],
+        "data.template_kwargs": {"depth": 1},
+    }
+    assert parse_overrides(["--data.train", "*.parquet"]) == {"data.train": "*.parquet"}
+    config = validate(tree(data={"train": "data/*.jsonl", "eval": ["a.jsonl", "b.parquet"]}))
+    assert (config.data.train, config.data.eval) == (Path("data/*.jsonl"), [Path("a.jsonl"), Path("b.parquet")])
+    assert validate(yaml.safe_load(to_yaml(config))) == config
+    assert absolute(config).data.eval == [Path("a.jsonl").absolute(), Path("b.parquet").absolute()]
+    assert "same file, b.jsonl" in refusal(data={"train": ["a.jsonl", "b.jsonl"], "eval": "b.jsonl"})
+    assert "| `data.train` | path or list of path | required |" in reference.page()
+    assert "| `data.template_kwargs` | names with values | `{}` |" in reference.page()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from async_rl.data.dataset import read_jsonl
 from async_rl.demo import checkpoint, task, warmup
 from async_rl.demo.model import SIZES
 from async_rl.demo.tokenizer import CHARACTERS, EOS, TOKENS
 from async_rl.rollout.rewards.text import exact_match
+from tests.support.datasets import read_files
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_only_answer_and_end_of_a_demonstration_are_learned():
 
 def test_the_script_writes_files_that_the_dataset_reader_takes(tmp_path, sets):
     subprocess.run([sys.executable, "-m", "async_rl.demo.task", str(tmp_path / "data")], check=True, timeout=60)
-    dataset = read_jsonl(
+    dataset = read_files(
         tmp_path / "data" / "eval.jsonl",
         encode=lambda text: [0] * len(text),
         prompt_field="prompt",

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from async_rl.data.dataset import Dataset, read_jsonl
+from async_rl.data.dataset import Dataset
 from async_rl.errors import DatasetError
 from async_rl.types import Group, Prompt
+from tests.support.datasets import read_files
 from tests.support.fuzzing import assert_readable, assert_usable, changed_bytes, fuzz
 from tests.unit.test_codec import small_group
 
@@ -20,7 +21,7 @@ def encode_text(text):
 
 
 def read(path, on_bad_row):
-    return read_jsonl(path, encode=encode_text, prompt_field="prompt", max_prompt_tokens=8, on_bad_row=on_bad_row)
+    return read_files(path, encode=encode_text, max_prompt_tokens=8, on_bad_row=on_bad_row)
 
 
 def lines_of(content):

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.data.cursor import DatasetCursor
-from async_rl.data.dataset import BadRow, Dataset, Row, read_jsonl
+from async_rl.data.dataset import BadRow, Dataset
+from async_rl.data.prompts import Row
 from async_rl.errors import DatasetError
 from async_rl.queue.broker_state import unusable_prompts
+from tests.support.datasets import read_files
 from tests.support.queue_parts import make_broker, meta
 
 
@@ -23,7 +25,7 @@ def encode(text: str) -> list[int]:
 
 def read(path: Path, **settings) -> Dataset:
     defaults = {"encode": encode, "prompt_field": "prompt", "max_prompt_tokens": 8, "on_bad_row": "fail"}
-    return read_jsonl(path, **{**defaults, **settings})
+    return read_files(path, **{**defaults, **settings})
 
 
 def write(path: Path, *lines: object) -> Path:

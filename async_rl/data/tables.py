@@ -1,0 +1,131 @@
+"""Parquet files as rows: a short one is decoded into memory, a long one unpacked once and mapped into memory.
+
+A row of a Parquet file cannot be read without decoding the group of rows that it is in, often all of the file. Rows
+that come in random order are therefore read from an Arrow file, which needs no decoding. Knows only pyarrow, which is
+an extra, and ``errors``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import Any
+
+from async_rl.errors import DatasetError, RowFault
+
+_MAGIC = b"PAR1"
+_BATCH = 1024  # rows of an Arrow file that lie together
+
+
+class TableFile:
+    """One Parquet file; see ``files.RowFile``."""
+
+    unit = "row"
+
+    def __init__(self, path: Path, cache: Path, in_memory: int) -> None:
+        """Read what the file says of itself; unpack one of more than ``in_memory`` rows into the folder ``cache``.
+
+        Raises DatasetError when it cannot be read, or pyarrow is not installed.
+        """
+        self.path = path
+        parquet = _parquet(path)
+        with _named(path):
+            with path.open("rb") as file:
+                self.digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+            found = parquet.ParquetFile(path)
+            self.count: int = found.metadata.num_rows
+            self.columns: tuple[str, ...] | None = tuple(found.schema_arrow.names)
+        self._unpacked = cache / f"{self.digest}.arrow" if self.count > in_memory else None
+        self._table: Any = None
+        if self._unpacked is not None and not self._unpacked.exists():
+            _unpack(path, self._unpacked)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """Return the row at ``index``; see ``RowFile.row``."""
+        if self._table is None:
+            self._table = self._open()
+        try:
+            row: dict[str, Any] = self._table.slice(index, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # a date beyond Python's, text that is not UTF-8
+            raise RowFault(f"it cannot be read ({' '.join(str(error).split())})") from None
+        return row
+
+    def _open(self) -> Any:
+        parquet = _parquet(self.path)
+        with _named(self.path):
+            if self._unpacked is None:
+                return parquet.ParquetFile(self.path).read(use_threads=False)
+        import pyarrow
+
+        with _named(self._unpacked):
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(self._unpacked))).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_table": None}
+
+
+def looks_like_parquet(path: Path) -> bool:
+    """Return whether a file is meant to be Parquet: by its name, or by its first bytes."""
+    if path.suffix == ".parquet":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def _unpack(path: Path, target: Path) -> None:
+    """Write the rows of a Parquet file to an Arrow file, a few thousand at a time. Raises DatasetError."""
+    import pyarrow
+
+    parquet = _parquet(path)
+    building = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        found = parquet.ParquetFile(path)
+        with pyarrow.OSFile(str(building), "wb") as sink, pyarrow.ipc.new_file(sink, found.schema_arrow) as writer:
+            for batch in found.iter_batches(batch_size=_BATCH, use_threads=False):
+                writer.write_batch(batch)
+        building.replace(target)
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) is None:
+            raise _damaged(path, error) from None
+        raise DatasetError(
+            f"dataset {path} has too many rows for data.rows_in_memory and cannot be unpacked to {target} ({error}); "
+            "make room there, or set runs to another folder"
+        ) from None
+    finally:
+        with suppress(OSError):
+            building.unlink()
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise DatasetError(
+            f"dataset {path} is a Parquet file, which needs pyarrow; install it: pip install 'async-rl[data]'"
+        ) from None
+    return parquet
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what pyarrow and the disk raise into a DatasetError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) is None:  # pyarrow raises an OSError without a number for a damaged file
+            raise _damaged(path, error) from None
+        raise DatasetError(f"dataset {path}: {os.strerror(error.errno)}") from None
+
+
+def _damaged(path: Path, error: Exception) -> DatasetError:
+    why = " ".join(str(error).split())[:200]
+    return DatasetError(f"dataset {path} is not a whole Parquet file ({why}); copy or make it again")
