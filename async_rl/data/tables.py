@@ -121,9 +121,10 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        if getattr(error, "errno", None) is None:  # pyarrow raises an OSError without a number for a damaged file
+        number = getattr(error, "errno", None)
+        if number is None:  # pyarrow raises an OSError without a number for a damaged file
             raise _damaged(path, error) from None
-        raise DatasetError(f"dataset {path}: {os.strerror(error.errno)}") from None
+        raise DatasetError(f"dataset {path}: {os.strerror(number)}") from None
 
 
 def _damaged(path: Path, error: Exception) -> DatasetError:
