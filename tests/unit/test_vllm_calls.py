@@ -1,7 +1,4 @@
-"""How a call of the vLLM engine ends, by each of vLLM's finish reasons. Without vLLM.
-
-That these are all of vLLM's reasons is in tests/integration/test_vllm_scheduler.py.
-"""
+"""How a call of the vLLM engine ends, by each of vLLM's finish reasons. Without vLLM."""
 
 import asyncio
 import sys
