@@ -213,13 +213,19 @@ class VllmEngine:
         return await aside(nbytes, lambda: self._output(completion, versions))
 
     def _output(self, completion: Any, versions: Int32Array) -> EngineOutput:
-        """Return what a call has sampled. Of vLLM's lists and columns it makes arrays."""
+        """Return what a call has sampled. Of vLLM's lists and columns it makes arrays. Raises EngineError."""
+        end = _CALL_END.get(completion.finish_reason)
+        if end is None:
+            raise EngineError(
+                f"replica {self._replica}: a call has ended by {completion.finish_reason!r}, which this package does "
+                "not know"
+            )
         return EngineOutput(
             token_ids=np.asarray(completion.token_ids, dtype=np.int32),
             logprobs=_logprobs(completion.logprobs),
             versions=versions,
             routed_experts=self._columns(completion.routed_experts) if len(versions) else None,
-            finish_reason=_CALL_END[completion.finish_reason],
+            finish_reason=end,
         )
 
     async def _back_off(self, request_id: str, failures: int) -> None:
