@@ -9,15 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from async_rl.errors import EngineError, EnvironmentFailure, RewardError
+from async_rl.errors import EngineError, RewardError
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.responses import Call, Responses
+from async_rl.rollout.responses import COST_THEIR_GROUP, Call, Responses
 from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
 
 GREEDY = Sampling(temperature=1.0, top_p=1.0, greedy=True)
+
+
+class _Aborted(EngineError):
+    """A pause has ended a call of an evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,10 @@ class EvalResult:
 
 
 async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: Responses) -> EvalResult:
-    """Answer ``prompts`` greedily and score the answers; problems on which reward or environment fail are left out.
+    """Answer ``prompts`` greedily and score the answers; problems on which something fails are left out.
 
-    Raises RewardError when they failed on all problems, or on one with on_error "fail"; EngineError when the weights
-    changed meanwhile.
+    Raises RewardError when all problems failed, what reward or environment raised with on_error "fail", and EngineError
+    when the engine died, a pause ended a call, or the weights changed meanwhile.
     """
     version = engine.version
 
@@ -43,7 +47,7 @@ async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: 
         token_ids, max_tokens, first_row = partial.next_request()
         output = await engine.generate(request_id, token_ids, GREEDY, max_tokens, first_row)
         if output.finish_reason == "abort":
-            raise EngineError(f"{request_id}: an evaluation was aborted")
+            raise _Aborted(f"{request_id}: an evaluation was aborted")
         return partial.absorb(output)
 
     results = await asyncio.gather(*(_one(prompt, responses, likeliest) for prompt in prompts))
@@ -57,13 +61,13 @@ async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: 
 
 
 async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[float, int] | None:
-    """Return reward and response tokens; None if the user's function failed and its on_error is skip."""
+    """Return reward and response tokens; None if the problem alone failed."""
     try:
         start = responses.begin(f"eval/{prompt.prompt_id}", prompt)
         response = await responses.complete(start, prompt, likeliest)
         return await responses.reward(prompt, response), len(response.response_ids)
-    except (RewardError, EnvironmentFailure) as error:
-        if responses.is_fatal(error):
+    except COST_THEIR_GROUP as error:
+        if isinstance(error, _Aborted) or responses.is_fatal(error):
             raise
         log.warning("eval_problem_failed", prompt=prompt.prompt_id, reason=str(error))
         return None

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from async_rl.errors import EngineError, RewardError
+from async_rl.errors import EngineDied, EngineError, RewardError
 from async_rl.types import Prompt
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import ListQueue, sampled, scripted, worker
@@ -53,6 +53,25 @@ async def test_the_mean_over_the_problems_at_the_version_of_the_weights():
 async def test_a_problem_on_which_the_reward_fails_is_left_out():
     result = await evaluator(scripted(kind=Uneven), failing=[2]).evaluate(PROMPTS)
     assert (result.n, result.reward_mean, result.response_tokens_mean) == (2, 4.5, 4.5)
+
+
+@pytest.mark.parametrize("fault", [EngineError("the engine failed the call 4 times"), EngineDied("it crashed")])
+async def test_a_request_that_the_engine_cannot_answer_costs_its_problem_and_a_dead_engine_the_result(fault):
+    engine = scripted(kind=Uneven)
+    generate = engine.generate
+
+    async def fails_on_one(request_id, *arguments):
+        if request_id.startswith("eval/eval-1"):
+            raise fault
+        return await generate(request_id, *arguments)
+
+    engine.generate = fails_on_one
+    subject = evaluator(engine, on_error="fail")
+    if isinstance(fault, EngineDied):
+        with pytest.raises(EngineDied):
+            await subject.evaluate(PROMPTS)
+    else:
+        assert (await subject.evaluate(PROMPTS)).n == 2
 
 
 async def test_a_reward_that_fails_ends_the_run_where_it_is_to_or_on_all_problems():
