@@ -147,8 +147,7 @@ class TrainingLoop:
     async def run(self) -> None:
         try:
             await self._start()
-            if self._found is None:
-                await self._evaluator.evaluate(self._pusher.version, self._step)
+            await first_failure(self._begin(), self._monitor.run())
             self._recorder.training_begins()
             self._training = True
             supervised = self._replicas.training()
@@ -163,20 +162,23 @@ class TrainingLoop:
             await self._shut_down()
 
     async def _start(self) -> None:
-        """Start engines and trainer, and check that they agree on the weights before anything is sampled."""
+        """Start engines and trainer."""
         await wait_started(self._places.reserved(), self._config.watchdog, self._recorder.event, self._places.free)
         starting = self._replicas.starting()
         starting["trainer"] = self._trainers.start(self._found)
         await wait_started(starting, self._config.watchdog, self._recorder.event, self._places.free)
         self._replicas.begin()
-        if self._found is not None:
-            self._pusher.version = await self._checkpointer.restore(self._found)
-        agreement = await self._sync.begin()
-        self._recorder.event(
-            "engine_trainer_agree",
-            max_abs_diff=float(f"{agreement.report.max_abs_diff:.1e}"),
-            unreached_experts=agreement.unreached_experts,
-        )
+
+    async def _begin(self) -> None:
+        """Restore a run, check that both sides agree on the weights before anything is sampled, evaluate a new run."""
+        with self._monitor.phase("start", self._step):
+            if self._found is not None:
+                self._pusher.version = await self._checkpointer.restore(self._found)
+            agreement = await self._sync.begin()
+        worst = float(f"{agreement.report.max_abs_diff:.1e}")
+        self._recorder.event("engine_trainer_agree", max_abs_diff=worst, unreached_experts=agreement.unreached_experts)
+        if self._found is None:
+            await self._evaluator.evaluate(self._pusher.version, self._step)
 
     async def _finish(self) -> None:
         """Evaluate and export the trained model."""

@@ -52,8 +52,8 @@ class RunSnapshot:
     """What each process of a run does at one poll."""
 
     phase: str
-    """Phase of the training loop: "groups" while it waits for them, "update", "push" (a weight sync), "checkpoint",
-    "evaluation", "restart", "export"."""
+    """Phase of the training loop: "start", "groups" while it waits for them, "update", "push" (a weight sync),
+    "checkpoint", "evaluation", "restart", "export"."""
     phase_s: float
     """For how long the training loop has been in this phase, in seconds."""
     queued_groups: int

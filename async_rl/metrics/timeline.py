@@ -8,8 +8,8 @@
 
 A call is one engine call of one response; a weight sync ends it ("abort"), or the policy does ("stop", "length"). A
 pause is the time that a replica is paused for a weight sync or a checkpoint. The driver's spans are the phases of its
-training loop: "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", and "other"
-between them.
+training loop: "start", "groups" while it waits for them, "update", "push", "evaluation", "checkpoint", "restart", and
+"other" between them.
 
 Files are bounded, so that a run of any length keeps its latest spans. A span reaches the file with the first one that
 ends a second later, or at the end. Where a file cannot be written, for want of room for example, no further spans are:

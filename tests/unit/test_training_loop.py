@@ -10,6 +10,7 @@ from async_rl.config.schema import EvalSection
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.push import Pusher
+from async_rl.errors import StalledError
 from async_rl.rollout.evaluation import EvalResult
 
 
@@ -27,6 +28,12 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     async def on(replica, call):
         return EvalResult(loop._pusher.version, 0.5, 2, 3.0)
 
+    async def agree():
+        return SimpleNamespace(report=SimpleNamespace(max_abs_diff=0.0), unreached_experts=0)
+
+    async def restore(folder):
+        return version
+
     def evaluation(results, at):
         recorder.evaluated = at
         evaluated.append(at)
@@ -39,6 +46,7 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
         sync=lambda _: None,
         samples=SimpleNamespace(finished=nothing),
         final_model="final",
+        event=lambda *_, **__: None,
     )
     config = SimpleNamespace(eval=EvalSection(every=every, beside_rollouts=beside))
     loop._recorder, loop._found = recorder, found
@@ -49,8 +57,8 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
         training=list, stop=nothing, add_waiting_members=nothing, on_sync_done=lambda: None, close=lambda: None
     )
     loop._monitor = SimpleNamespace(run=asyncio.Event().wait, poll=nothing, phase=lambda *_: contextlib.nullcontext())
-    loop._sync = SimpleNamespace(members={0: None}, run=nothing, resume=nothing, on=on)
-    loop._checkpointer = SimpleNamespace(watch=asyncio.Event().wait)
+    loop._sync = SimpleNamespace(members={0: None}, begin=agree, run=nothing, resume=nothing, on=on)
+    loop._checkpointer = SimpleNamespace(watch=asyncio.Event().wait, restore=restore)
     loop._queue = SimpleNamespace(advance=nothing)
     loop._trainers = SimpleNamespace(export=nothing)
     loop._start, loop._train, loop._shut_down = nothing, train, nothing
@@ -75,3 +83,26 @@ def test_a_restored_run_evaluates_no_version_again(steps, before, versions):
     evaluated = []
     asyncio.run(make_loop(evaluated, steps=steps, every=5, found="step", version=6, evaluated_before=before).run())
     assert evaluated == versions
+
+
+async def hangs(*_):
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("stage", ["restore", "agreement", "evaluation"])
+def test_what_hangs_before_the_first_step_is_watched_like_a_step(stage):
+    loop = make_loop([], steps=1, every=0, found="step" if stage == "restore" else None)
+    if stage == "evaluation":
+        loop._sync.on = hangs
+    elif stage == "restore":
+        loop._checkpointer.restore = hangs
+    else:
+        loop._sync.begin = hangs
+
+    async def stalls():
+        await asyncio.sleep(0.01)
+        raise StalledError("nothing has moved for 1800 s")
+
+    loop._monitor.run = stalls
+    with pytest.raises(StalledError):
+        asyncio.run(asyncio.wait_for(loop.run(), 5))
