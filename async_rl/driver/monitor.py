@@ -65,6 +65,7 @@ class Monitor:
         self._failures = FailureRate(max(_LEAST_WINDOW, _WINDOW_STEPS * config.required_groups))
         self._phase, self._since = "other", time.monotonic()
         self._step = 0
+        self._computed = 0
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -79,6 +80,7 @@ class Monitor:
     def _enter_phase(self, name: str, step: int) -> None:
         before, since, before_step = self._phase, self._since, self._step
         self._phase, self._since, self._step = name, time.monotonic(), step
+        self._computed += name == "update"
         self._recorder.training_loop_at(name)
         self._recorder.record_phase(before, self._since - since, before_step)
 
@@ -110,6 +112,7 @@ class Monitor:
         snapshot = RunSnapshot(
             phase=self._phase,
             phase_s=time.monotonic() - self._since,
+            computed=self._computed,
             queued_groups=0 if queue is None else queue.queued_groups,
             required_groups=self._config.required_groups,
             in_flight={} if queue is None else queue.in_flight,

@@ -192,7 +192,7 @@ class Recorder:
         self._metrics.set("queue_limit_groups", queue.max_groups)
         self._metrics.set("queue_limit_bytes", queue.max_bytes)
         publish_groups(self._metrics, queue.counts)
-        progress = (queue.counts, sum(worker.sampled_tokens for worker in workers))
+        progress = (queue.counts, sum(worker.sampled_tokens for worker in workers), snapshot.computed)
         stalled = self._watchdog.look(time.monotonic(), progress)
         self._metrics.set_all("watchdog_stalled_seconds", None, {waiting_for(snapshot): stalled})
         for reason, count in queue.dropped.items():

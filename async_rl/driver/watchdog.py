@@ -68,6 +68,8 @@ class RunSnapshot:
     """Workers that are being restarted."""
     without_host: int = 0
     """Replicas that wait for a host."""
+    computed: int = 0
+    """How often the trainer was given groups to compute, or an update to do: with streaming several times in a step."""
 
 
 def waiting_for(snapshot: RunSnapshot) -> str:

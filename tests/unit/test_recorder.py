@@ -15,6 +15,7 @@ from async_rl.config.schema import QueueSection
 from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.run_state import RunState
+from async_rl.driver.watchdog import RunSnapshot
 from async_rl.errors import PayloadLost
 from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
@@ -175,9 +176,19 @@ def test_a_long_response_or_evaluation_is_no_standstill(recorder, monkeypatch):
     now = iter((0.0, 100.0, 250.0, 300.0))
     one = recorder()
     monkeypatch.setattr(recorder_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    queue, snapshot = make_broker().stats(), SimpleNamespace(phase="evaluation", unresponsive=())
+    queue, snapshot = make_broker().stats(), RunSnapshot("evaluation", 0.0, 0, 4, {}, None)
     stalled = [one.update_counts(queue, [WorkerStats(0, sampled_tokens=n)], snapshot) for n in (10, 20, 20, 30)]
     assert stalled == [0.0, 0.0, 150.0, 0.0]
+
+
+def test_a_long_step_of_a_trainer_that_gets_its_groups_in_parts_is_no_standstill(recorder, monkeypatch):
+    """With the budget full nothing else moves: no group comes or ends, and no token is sampled."""
+    now = iter((0.0, 1000.0, 2000.0, 3000.0))
+    one = recorder()
+    monkeypatch.setattr(recorder_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    queue, worker = make_broker().stats(), WorkerStats(0, sampled_tokens=10)
+    parts = [RunSnapshot("update", 0.0, 0, 4, {}, None, computed=n) for n in (1, 2, 3, 3)]
+    assert [one.update_counts(queue, [worker], part) for part in parts] == [0.0, 0.0, 0.0, 1000.0]
 
 
 def test_a_restored_run_knows_which_version_was_evaluated(recorder):

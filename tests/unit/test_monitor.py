@@ -1,0 +1,71 @@
+"""The monitor of a run without Ray: what it counts as progress, and when it ends the run."""
+
+import asyncio
+
+import pytest
+
+from async_rl.config.loading import validate
+from async_rl.driver import monitor as monitor_module
+from async_rl.driver.monitor import Monitor
+from async_rl.errors import TooManyFailures
+from tests.support.queue_parts import make_broker, meta
+
+
+class Parts:
+    """Queue, workers, sync and recorder in one."""
+
+    def __init__(self):
+        self.broker = make_broker(window_limit=1000, max_groups=1000)
+        self.queue, self.silent, self.workers, self.members = None, [], {}, {}
+        self.computed = []
+
+    async def stats(self, *_):
+        return self.broker.stats() if not _ else []
+
+    def update_counts(self, queue, workers, snapshot):
+        self.queue = queue
+        self.computed.append(snapshot.computed)
+        return 0.0
+
+    def end(self, *, trained=0, failed=0):
+        tickets = self.broker.issue("w", trained + failed)
+        for ticket in tickets[:failed]:
+            self.broker.fail(ticket.group_id, "reward")
+        for ticket in tickets[failed:]:
+            self.broker.put(meta(ticket))
+            self.broker.ack([group.group_id for group in self.broker.lease(1, "trainer")], 1)
+
+    def training_loop_at(self, phase):
+        """Publish nothing."""
+
+    def record_phase(self, *_):
+        """Record nothing."""
+
+
+def monitor(parts, monkeypatch, **rollout):
+    monkeypatch.setattr(monitor_module, "_PERIOD_S", 0.0)
+    config = validate({"model": {"path": "m"}, "data": {"train": "d"}, "rollout": rollout})
+    return Monitor(config, parts, parts, None, parts, parts)
+
+
+async def test_a_run_ends_when_more_of_its_last_groups_fail_than_allowed(monkeypatch):
+    parts = Parts()
+    subject = monitor(parts, monkeypatch, max_failed_ratio=0.25)
+    parts.end(trained=75, failed=25)
+    await subject.poll()
+    subject._check_failures()  # as many as allowed
+    parts.end(failed=1)
+    with pytest.raises(
+        TooManyFailures, match=r"more than rollout\.max_failed_ratio = 0\.25 of the last .*26 by reward.*group_failed"
+    ):
+        await asyncio.wait_for(subject.run(), 5)
+
+
+async def test_each_part_of_a_step_that_the_trainer_computes_is_progress(monkeypatch):
+    parts = Parts()
+    subject = monitor(parts, monkeypatch)
+    await subject.poll()
+    for phase in ("groups", "update", "groups", "update", "push"):
+        with subject.phase(phase, 1):
+            await subject.poll()
+    assert parts.computed == [0, 0, 1, 1, 2, 2]
