@@ -6,7 +6,8 @@ brings it to the current version, or to the next one.
 
 Each replica has a coroutine of its own, its *life*, from the start of the run to its end. Where replicas come and go
 with their hosts (``config.rollout.elastic``), it waits for a host first, and again whenever the host has left. That is
-not counted as a restart (``recovery.max_restarts``).
+not counted as a restart (``recovery.max_restarts``). A run begins without a replica whose engine does not start, as on
+a GPU that is broken, if enough others may still start: settings with which no engine starts end it.
 
 A worker's end has one owner, its ``supervise``: whatever else finds a replica that does not respond only evicts it.
 Does not know the training loop.
@@ -49,6 +50,7 @@ class ReplicaSupervisor:
         self._lives: list[asyncio.Future[None]] = []
         self._failed: asyncio.Future[None]  # that of the first life that raised
         self._first: frozenset[int] = frozenset()  # replicas with which the run began
+        self._unstarted: set[int] = set()  # replicas that did not start before it began
         self._begun = False
         self._sampling = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[None]] = {}  # replicas that have started, until they have weights
@@ -69,7 +71,10 @@ class ReplicaSupervisor:
             life.add_done_callback(self._life_ended)
         if least < most:
             return {f"{least} of {most} rollout workers": self._until(lambda: len(self._waiting) >= least)}
-        return {worker_id(each): self._until(partial(self._waiting.__contains__, each)) for each in range(most)}
+        return {worker_id(each): self._until(partial(self._is_decided, each)) for each in range(most)}
+
+    def _is_decided(self, replica: int) -> bool:
+        return replica in self._waiting or replica in self._unstarted
 
     def begin(self) -> None:
         """Make members of the replicas that have started: their engines have loaded what the trainer begins with."""
@@ -149,12 +154,26 @@ class ReplicaSupervisor:
             if replica not in self._first:
                 self._joined(name)
         except Exception as error:
-            # Settings that no engine starts with end a run at its start.
-            if not (self._begun and _may_be_tried_again(error)) and not await self._rollouts.has_left(replica, error):
-                raise
+            may_be_tried = _may_be_tried_again(error)
+            if not (self._begun and may_be_tried) and not await self._rollouts.has_left(replica, error):
+                if not (may_be_tried and self._begins_without(replica, error)):
+                    raise
+                await self._sampling.wait()
             await self._replace(replica, error, {})
         await self._sampling.wait()
         await self.supervise(replica)
+
+    def _begins_without(self, replica: int, error: Exception) -> bool:
+        """Return whether the run may begin without a replica that did not start, which is tried again once it has."""
+        name, fleet = worker_id(replica), self._recovery.fleet
+        others = fleet.others(name) - len(self._unstarted)
+        if others < fleet.needed:
+            return False
+        self._rollouts.kill(replica)
+        self._unstarted.add(replica)
+        self._new_waiting.set()
+        self._recorder.event("replica_not_started", replica=name, others=others, reason=brief(error))
+        return True
 
     async def supervise(self, replica: int) -> None:
         """Submit the groups that a replica finishes; replace its worker when the worker or its engine dies."""

@@ -24,6 +24,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "group_not_copied": "the finished group {group} has no second copy: {reason}",
         "trainer_restarted": "the trainer was restarted after step {step}",
         "worker_restarted": "{replica} was restarted",
+        "replica_not_started": "{replica} did not start, the run begins with {others} others and tries it again: "
+        "{reason}",
         "replica_joined": "{replica} has joined the run, {working} work",
         "replica_left": "{replica} has left with its host, {others} others remain; another host is asked for",
         "replicas_short": "only {present} of {needed} replicas have a host; the run fails in {patience_s} s",

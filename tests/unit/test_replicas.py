@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from async_rl.config.schema import ReplicaRange
 from async_rl.driver.fleet import Fleet
 from async_rl.driver.replicas import ReplicaSupervisor
-from async_rl.errors import AsyncRLError, EngineDied, EngineError, ReplicaFailed
+from async_rl.errors import AsyncRLError, ConfigError, EngineDied, EngineError, ReplicaFailed
 
 
 def value(of):
@@ -470,10 +470,73 @@ async def test_later_it_is_restarted_like_one_that_died():
         await subject.admit(1)
 
 
-async def test_a_fixed_number_of_replicas_is_named_one_by_one_and_all_must_start():
+async def test_a_fixed_number_of_replicas_is_named_one_by_one_and_all_are_waited_for():
     subject, *_ = supervisor(Worker(), Worker())
     starting = subject.starting()
     assert list(starting) == ["rollout-0", "rollout-1"]
     await asyncio.wait_for(asyncio.gather(*starting.values()), 5)
     assert sorted(subject._waiting) == [0, 1]
     subject.close()
+
+
+@contextlib.asynccontextmanager
+async def broken(*replicas, of, needed=1, error=None):
+    """Yield a supervisor of a fixed number of replicas, of which some do not start at the first try, and its parts."""
+    subject, rollouts, sync, recovery, recorder = supervisor(*(Worker() for _ in range(of)))
+    sync.members.clear()
+    recovery.fleet.needed = needed
+    fails = set(replicas)
+
+    def replace(replica):
+        worker = Rollouts.replace(rollouts, replica)
+        if replica in fails:
+            fails.discard(replica)
+
+            async def start():
+                raise error or EngineError(f"replica {replica}: uncorrectable ECC error")
+
+            worker.start = start
+        return worker
+
+    rollouts.replace = replace
+    try:
+        yield subject, rollouts, sync, recovery, recorder
+    finally:
+        subject.close()
+        await asyncio.gather(*subject._lives, return_exceptions=True)
+
+
+async def test_a_run_begins_without_a_replica_that_does_not_start_and_tries_it_again():
+    async with broken(1, of=3) as (subject, rollouts, sync, recovery, recorder):
+        await asyncio.wait_for(asyncio.gather(*subject.starting().values()), 5)
+        assert recorder.events == [
+            (
+                "replica_not_started",
+                {"replica": "rollout-1", "others": 2, "reason": "EngineError: replica 1: uncorrectable ECC error"},
+            )
+        ]
+        assert rollouts.killed == [1]
+        await asyncio.sleep(0.01)
+        assert recovery.waits == [], "the run comes first"
+        train(subject)
+        assert sorted(sync.members) == [0, 2]
+        await until(lambda: 1 in subject._waiting)
+        assert recovery.waits == [("rollout-1", {"reissued": 2, "resumed": 0})]
+        await subject.admit(4)
+        assert sync.joined == [(1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "of", "needed", "error"),
+    [
+        ([0], 1, 1, None),
+        ([0, 1, 2], 3, 1, None),  # settings with which no engine starts
+        ([1], 3, 3, None),  # all are needed
+        ([0, 1], 3, 2, None),
+        ([1], 3, 1, ConfigError("uncorrectable ECC error")),  # which no further try changes
+    ],
+)
+async def test_a_run_with_too_few_engines_that_start_does_not_begin(replicas, of, needed, error):
+    async with broken(*replicas, of=of, needed=needed, error=error) as (subject, *_):
+        with pytest.raises(AsyncRLError, match="ECC error"):
+            await asyncio.wait_for(asyncio.gather(*subject.starting().values()), 5)
