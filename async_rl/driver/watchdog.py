@@ -30,15 +30,16 @@ class FailureRate:
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._polls: deque[tuple[int, int]] = deque([(0, 0)])  # (ended, failed) at polls, the oldest before the window
+        self._polls: deque[tuple[int, int]] = deque()  # (ended, failed) at polls, the oldest before the window
 
     def look(self, trained: int, failed: int) -> float:
         """Return the share, given the groups trained and given up so far.
 
-        Before ``window`` groups have ended the others count as trained: a run does not end by its first few groups.
+        Those of the first call ended before: in a run that was restored, under other settings perhaps. Before
+        ``window`` groups have ended since, the others count as trained: a run does not end by its first few groups.
         """
         ended = trained + failed
-        if ended < self._polls[-1][0]:  # a rewind
+        if self._polls and ended < self._polls[-1][0]:  # a rewind
             self._polls.clear()
         self._polls.append((ended, failed))
         while len(self._polls) > 1 and self._polls[1][0] <= ended - self._window:

@@ -55,9 +55,17 @@ def test_the_description_names_what_waits_for_what_and_for_how_long():
 
 def test_the_failure_rate_is_of_the_last_groups_only():
     rate = FailureRate(100)
+    assert rate.look(0, 0) == 0.0
     assert rate.look(0, 50) == 0.5  # the fifty that have not ended count as trained
     assert rate.look(50, 50) == 0.5
     assert rate.look(100, 50) == 0.0
     assert rate.look(150, 120) == pytest.approx(70 / 120)  # since the last poll before the window
     assert rate.look(100, 120) == 0.0  # after a rewind the count begins again
     assert rate.look(100, 121) == 0.01
+
+
+def test_what_failed_before_a_run_was_restored_does_not_end_it():
+    """Rows that other settings made unusable, for example, which are all given up at the restore."""
+    rate = FailureRate(100)
+    assert rate.look(50, 600) == 0.0
+    assert rate.look(60, 610) == 0.1
