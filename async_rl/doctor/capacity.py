@@ -149,16 +149,24 @@ def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:
 
 
 def _snapshot(config: RunConfig, sizes: Sizes) -> Iterator[Check]:
-    if not config.checkpoint.every:
+    """Compare the time in which a worker writes its groups in flight, while its engine generates, with the limits."""
+    checkpoint = config.checkpoint
+    if not checkpoint.periodic:
         return
     seconds = sizes.in_flight_bytes / SNAPSHOT_BYTES_PER_S
     detail = f"up to {readable(sizes.in_flight_bytes)} of groups in flight per replica, {seconds:.1f} s at 1 GB/s"
-    if seconds <= config.sync.timeout_s:
-        yield Check("checkpoint", "ok", detail)
-        return
-    yield Check(
-        "checkpoint",
-        "warn",
-        f"{detail}, longer than sync.timeout_s ({config.sync.timeout_s:g} s), after which a replica counts as failed",
-        f"set sync.timeout_s to {2 * seconds:.0f}, or lower rollout.max_response_tokens or rollout.max_num_seqs",
+    limits = (
+        ("on_sigterm_s", checkpoint.on_sigterm_s, "a run that is ended by SIGTERM then has none of its last step"),
+        ("every_s", checkpoint.every_s, "training then waits for each checkpoint"),
     )
+    for key, limit, consequence in limits:
+        if limit and seconds > limit:
+            yield Check(
+                "checkpoint",
+                "warn",
+                f"{detail}, longer than checkpoint.{key} ({limit:g} s): {consequence}",
+                f"set checkpoint.{key} to {2 * seconds:.0f}, or lower rollout.max_response_tokens or "
+                "rollout.max_num_seqs",
+            )
+            return
+    yield Check("checkpoint", "ok", detail)

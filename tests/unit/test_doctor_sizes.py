@@ -184,13 +184,27 @@ def test_prefill_is_bounded_by_the_kv_cache_where_its_size_is_known(folder):
     assert "up to 2,000 tokens" in found(config, "prefill per sync").detail
 
 
-def test_a_snapshot_that_takes_longer_than_its_time_limit(folder):
-    config = settings(folder, checkpoint={"every": 1})
-    assert found(config, "checkpoint").status == "ok"
-    assert "7.1 GB of groups in flight per replica, 7.1 s at 1 GB/s" in found(config, "checkpoint").detail
-    check = found(settings(folder, checkpoint={"every": 1}, sync={"timeout_s": 5.0}), "checkpoint")
-    assert check.status == "warn"
-    assert "set sync.timeout_s to 14" in check.fix
+@pytest.mark.parametrize(
+    ("checkpoint", "warns"),
+    [
+        ({"every": 1}, None),
+        ({"every_s": 60.0}, None),
+        ({"every": 1, "on_sigterm_s": 5.0}, "checkpoint.on_sigterm_s (5 s): a run that is ended by SIGTERM then has"),
+        ({"every": 1, "on_sigterm_s": 0.0}, None),
+        ({"every_s": 5.0}, "checkpoint.every_s (5 s): training then waits for each checkpoint"),
+    ],
+)
+def test_groups_in_flight_that_take_longer_to_write_than_there_is_time(folder, checkpoint, warns):
+    """A weight sync's time does not limit it: engines generate meanwhile."""
+    check = found(settings(folder, checkpoint=checkpoint, sync={"timeout_s": 1.0}), "checkpoint")
+    assert check.detail.startswith("up to 7.1 GB of groups in flight per replica, 7.1 s at 1 GB/s")
+    assert check.status == ("ok" if warns is None else "warn")
+    assert (warns or "") in check.detail
+    assert ("to 14, or" in check.fix) == (warns is not None)
+
+
+def test_without_checkpoints_there_is_no_time_for_them(folder):
+    assert "checkpoint" not in {check.name for check in capacity.longest_responses(settings(folder))}
 
 
 def test_a_group_beyond_one_message(folder, monkeypatch):
