@@ -56,6 +56,7 @@ def checks(config: RunConfig | None) -> list[Check]:
         inputs.functions,
         inputs.durable_queue,
         capacity.longest_responses,
+        capacity.checkpoints,
     ):
         found.extend(check(config))
     return found

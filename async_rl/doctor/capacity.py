@@ -1,4 +1,4 @@
-"""Checks of a run's worst case (``sizes``) against the queue, the object store, the engines' places and time limits.
+"""Checks of a run's worst case (``sizes``) against queue, object store, the engines' places, time limits and the disk.
 
 None of them fails a run: responses may stay shorter than allowed. Each says what happens if they do not, and which
 setting changes that.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor import machine
+from async_rl.doctor import estimate, machine
 from async_rl.doctor.check import Check
 from async_rl.doctor.sizes import Sizes, kv_token_bytes, object_store_bytes, worst_case
 from async_rl.errors import ModelError
@@ -43,6 +43,35 @@ def longest_responses(config: RunConfig) -> Iterator[Check]:
     yield _places(config, sizes)
     yield _weight_sync(config, model, sizes)
     yield from _snapshot(config, sizes)
+
+
+def checkpoints(config: RunConfig) -> Iterator[Check]:
+    """Check that the disk of the runs has room for the checkpoints that are kept, one being written, and the export."""
+    try:
+        model = read_model_config(config.model.path)
+        parameters = estimate.count_parameters(config.model.path, model).total
+    except (ModelError, ValueError, OSError):
+        return
+    itemsize = estimate.BYTES[config.model.dtype]
+    export = parameters * itemsize
+    each = export + parameters * (estimate.MOMENT_BYTES + (estimate.MASTER_BYTES if itemsize < 4 else 0))
+    count = config.checkpoint.keep + 1 if config.checkpoint.periodic else 0
+    needed = export + count * each
+    existing = next(path for path in (config.runs.absolute(), *config.runs.absolute().parents) if path.exists())
+    free = machine.free_bytes(str(existing))
+    detail = (
+        f"{readable(free)} free for {config.runs}; the exported model takes {readable(export)}"
+        f"{f' and {count} checkpoints {readable(count * each)}' * bool(count)}"
+    )
+    if needed <= free:
+        yield Check("disk", "ok", detail)
+    else:
+        yield Check(
+            "disk",
+            "warn",
+            f"{detail}: the run ends when there is no room for the next",
+            "make room there, set runs to a folder on a larger disk, or lower checkpoint.keep",
+        )
 
 
 def readable(amount: int) -> str:

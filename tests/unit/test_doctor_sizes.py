@@ -6,6 +6,7 @@ import pytest
 from async_rl import doctor
 from async_rl.config.loading import validate
 from async_rl.doctor import capacity, machine
+from async_rl.doctor.estimate import Parameters
 from async_rl.doctor.sizes import kv_token_bytes, object_store_bytes, worst_case
 from async_rl.models.config import read_model_config
 from async_rl.queue.codec import encode
@@ -215,3 +216,29 @@ def test_a_group_beyond_one_message(folder, monkeypatch):
 
 def test_without_a_model_there_is_nothing_to_say(tmp_path):
     assert list(capacity.longest_responses(settings(tmp_path / "absent"))) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "checkpoint", "status", "part"),
+    [
+        # A billion parameters: 4 bytes each, and 8 of moments; in bfloat16 2, 8 and 4 of the optimizer's own copy.
+        ("float32", 41 * machine.GB, {"every": 5}, "ok", "takes 4.0 GB and 3 checkpoints 36.0 GB"),
+        ("float32", 39 * machine.GB, {"every_s": 60.0}, "warn", "39.0 GB free"),
+        ("float32", 39 * machine.GB, {"every": 5, "keep": 1}, "ok", "2 checkpoints 24.0 GB"),
+        ("bfloat16", 39 * machine.GB, {"every": 5}, "warn", "takes 2.0 GB and 3 checkpoints 42.0 GB: the run ends"),
+        ("float32", 5 * machine.GB, {}, "ok", "the exported model takes 4.0 GB"),
+        ("float32", 3 * machine.GB, {}, "warn", "the exported model takes 4.0 GB: the run ends"),
+    ],
+)
+def test_a_disk_without_room_for_what_a_run_keeps(folder, monkeypatch, dtype, free, checkpoint, status, part):
+    monkeypatch.setattr(machine, "free_bytes", lambda path: free)
+    monkeypatch.setattr(capacity.estimate, "count_parameters", lambda *_: Parameters(10**8, 9 * 10**8))
+    config = settings(folder, model={"path": str(folder), "dtype": dtype}, checkpoint=checkpoint)
+    (check,) = capacity.checkpoints(config)
+    assert (check.name, check.status) == ("disk", status)
+    assert part in check.detail
+    assert ("checkpoint.keep" in check.fix) == (status == "warn")
+
+
+def test_of_a_model_that_cannot_be_read_nothing_is_said_about_the_disk(tmp_path):
+    assert list(capacity.checkpoints(settings(tmp_path / "absent"))) == []
