@@ -161,7 +161,10 @@ class Save:
         error = self._writer.error
         failed = None if error is None else f"trainer rank {self._rank}: {' '.join(str(error).split())[:300]}"
         for first in filter(None, all_ranks(failed)):
-            raise CheckpointError(f"checkpoint {self._folder} cannot be written: {first}")
+            raise CheckpointError(
+                f"checkpoint {self._folder} cannot be written: {first}; make room there, or set `runs` to a folder on "
+                "another disk, to which the run's folder is moved"
+            )
         with platform.redirect_cuda_to(self._device):
             for step in self._finalize:
                 step()
