@@ -159,6 +159,7 @@ class TrainingLoop:
             self._evaluator.cancel()
             self._pusher.cancel()
             self._replicas.close()
+            await self._monitor.last_poll()
             await self._shut_down()
 
     async def _start(self) -> None:

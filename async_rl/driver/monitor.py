@@ -125,6 +125,11 @@ class Monitor:
             return 0.0, snapshot
         return self._recorder.update_counts(queue, workers, snapshot), snapshot
 
+    async def last_poll(self) -> None:
+        """Publish all counters once more, because the run ends: the groups of its last step count, too."""
+        with contextlib.suppress(Exception):  # of actors that are what the run ends for
+            await asyncio.wait_for(self.poll(), timeouts.ANSWER_S)
+
     def _check_failures(self) -> None:
         queue, limit = self._recorder.queue, self._config.rollout.max_failed_ratio
         if queue is None or self._failures.look(queue.counts.trained, queue.counts.failed) <= limit:

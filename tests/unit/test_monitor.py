@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from async_rl.config.loading import validate
 from async_rl.driver import monitor as monitor_module
@@ -51,9 +52,9 @@ def monitor(parts, monkeypatch, **rollout):
 async def test_a_run_ends_when_more_of_its_last_groups_fail_than_allowed(monkeypatch):
     parts = Parts()
     subject = monitor(parts, monkeypatch, max_failed_ratio=0.25)
-    parts.end(trained=75, failed=25)
     await subject.poll()
     subject._check_failures()
+    parts.end(trained=75, failed=25)
     await subject.poll()
     subject._check_failures()  # as many as allowed
     parts.end(failed=1)
@@ -71,3 +72,22 @@ async def test_each_part_of_a_step_that_the_trainer_computes_is_progress(monkeyp
         with subject.phase(phase, 1):
             await subject.poll()
     assert parts.computed == [0, 0, 1, 1, 2, 2]
+
+
+async def test_the_last_counts_of_a_run_are_taken_unless_its_actors_are_gone(monkeypatch):
+    monkeypatch.setattr("async_rl.runtime.timeouts.ANSWER_S", 0.05)
+    parts = Parts()
+    subject = monitor(parts, monkeypatch)
+    parts.end(trained=2)
+    await subject.last_poll()
+    assert parts.queue.counts.trained == 2
+
+    async def gone(*_):
+        raise ActorDiedError()
+
+    async def hangs(*_):
+        await asyncio.Event().wait()
+
+    for answer in (gone, hangs):
+        parts.stats = answer
+        await asyncio.wait_for(subject.last_poll(), 5)

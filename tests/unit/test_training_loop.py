@@ -56,7 +56,9 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     loop._replicas = SimpleNamespace(
         training=list, stop=nothing, add_waiting_members=nothing, on_sync_done=lambda: None, close=lambda: None
     )
-    loop._monitor = SimpleNamespace(run=asyncio.Event().wait, poll=nothing, phase=lambda *_: contextlib.nullcontext())
+    loop._monitor = SimpleNamespace(
+        run=asyncio.Event().wait, poll=nothing, last_poll=nothing, phase=lambda *_: contextlib.nullcontext()
+    )
     loop._sync = SimpleNamespace(members={0: None}, begin=agree, run=nothing, resume=nothing, on=on)
     loop._checkpointer = SimpleNamespace(watch=asyncio.Event().wait, restore=restore)
     loop._queue = SimpleNamespace(advance=nothing)
@@ -106,3 +108,26 @@ def test_what_hangs_before_the_first_step_is_watched_like_a_step(stage):
     loop._monitor.run = stalls
     with pytest.raises(StalledError):
         asyncio.run(asyncio.wait_for(loop.run(), 5))
+
+
+def test_a_run_that_is_interrupted_counts_the_groups_of_its_last_step():
+    """In the middle of a second, after the monitor has looked; before the actors are shut down."""
+    order, loop = [], make_loop([], steps=1, every=0)
+
+    def noting(name):
+        async def note():
+            order.append(name)
+
+        return note
+
+    loop._train, loop._monitor.last_poll, loop._shut_down = hangs, noting("counts"), noting("shut down")
+
+    async def interrupted():
+        run = asyncio.ensure_future(loop.run())
+        await asyncio.sleep(0.01)
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    asyncio.run(interrupted())
+    assert order == ["counts", "shut down"]
