@@ -38,9 +38,16 @@ def text_or_none(value: Any) -> str | None:
     """Return an environment's text, or None, which ends the response."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"returned {_shown(value)} of type {type(value).__name__}; expected a string or None")
-    if value is not None and len(value) > MAX_TEXT:
+    if value is None:
+        return None
+    if len(value) > MAX_TEXT:
         raise ValueError(f"returned {len(value)} characters; expected at most {MAX_TEXT}")
-    return None if value is None else str(value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # The tokenizer would raise an error that does not name the function.
+        raise ValueError(f"returned {_shown(value)}, which has half of a surrogate pair; expected text") from None
+    return str(value)
 
 
 def _shown(value: Any) -> str:

@@ -84,6 +84,7 @@ async def test_none_ends_the_response(environment):
     [
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
         ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
+        ("def answer(prompt, turns): return 'a\\ud800'", {}, r"returned 'a\ud800', which has half of a surrogate pair"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
         ("def answer(prompt, turns): return 'a' * (2**20 + 1)", {}, "returned 1048577 characters; expected at most"),
         ("def answer(prompt, turns): time.sleep(600)", {"timeout_s": 0.05, "slow": True}, "timeout_s = 0.05 s"),
