@@ -163,9 +163,12 @@ class EnvironmentSection(Section):
     workers: Positive = 32
     """Worker processes per replica if the environment is a plain function, started as they are needed; further calls
     wait, which does not count towards their time limit."""
+    retries: NonNegative = 2
+    """Further attempts, after 0.5 s, 1 s, 2 s and so on, when an environment that is slow or async raises an exception,
+    or an async one takes too long."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do when the environment raises, times out or returns no text: fail the run, or skip the response if
-    rollout.min_group_size allows, else its group (counted)."""
+    """What to do when the environment finally raises, times out or returns no text: fail the run, or skip the response
+    if rollout.min_group_size allows, else its group (counted)."""
 
 
 class ReplicaRange(Section):

@@ -18,12 +18,18 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import structlog
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.rollout.user_call import FunctionSpec, Outcome, call, call_async
 from async_rl.rollout.user_loop import UserLoop
 from async_rl.rollout.user_processes import UserProcesses
 from async_rl.types import Prompt
+
+log = structlog.get_logger(__name__)
+
+# Seconds before the second attempt; twice as many before each further one.
+_BACK_OFF_S = 0.5
 
 _LIMITS_OWN_TIME = "limits_own_time"
 _AsyncFunction = TypeVar("_AsyncFunction", bound=Callable[..., Awaitable[Any]])
@@ -56,7 +62,8 @@ class UserTraceback(Exception):
 class UserFunction:
     """``function(prompt, argument)``; ``section`` is the config section that messages name, "reward" for example.
 
-    spec: the same function by name, for worker processes. workers: how many of these there may be.
+    spec: the same function by name, for worker processes. workers: how many of these there may be. retries: further
+    attempts at a call that failed in a way that may pass.
     """
 
     def __init__(
@@ -68,8 +75,12 @@ class UserFunction:
         slow: bool,
         timeout_s: float,
         workers: int,
+        retries: int,
         throttler: Throttler | None = None,
     ) -> None:
+        self.retried = 0
+        """Attempts so far that followed one that failed."""
+        self._retries = retries
         self._function = function
         self._convert = spec.convert
         self._section = section
@@ -96,11 +107,28 @@ class UserFunction:
             self._processes.close()
 
     async def __call__(self, prompt: Prompt, argument: Any) -> Any:
-        """Return what the function returned, as ``spec.convert`` makes it.
+        """Return what the function returned, as ``spec.convert`` makes it, after as many attempts as there may be.
 
         Raises UserFunctionFailed when it raised anything, took too long, returned something else or was not called, and
         CancelledError only when the caller is cancelled.
         """
+        attempt = 0
+        while True:
+            try:
+                return await self._once(prompt, argument)
+            except UserFunctionFailed as error:
+                if not error.may_pass or attempt == self._retries:
+                    attempts = f", at {attempt + 1} attempts" if attempt else ""
+                    raise UserFunctionFailed(f"{error}{attempts}") from error.__cause__
+                reason = str(error)
+            attempt += 1
+            self.retried += 1
+            log.info(
+                "user_call_retried", setting=self._section, prompt=prompt.prompt_id, attempt=attempt, reason=reason
+            )
+            await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
+
+    async def _once(self, prompt: Prompt, argument: Any) -> Any:
         if self._closed:
             raise UserFunctionFailed("not called, because the worker is shutting down")
         if self._throttler is not None:

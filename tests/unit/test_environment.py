@@ -100,6 +100,26 @@ async def test_a_failure_names_function_row_and_what_it_did(environment, source,
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("retries", "answers"), [(2, True), (1, False)])
+async def test_an_environment_that_asks_something_is_tried_again(environment, monkeypatch, retries, answers):
+    monkeypatch.setattr("async_rl.rollout.user_function._BACK_OFF_S", 0.001)
+    source = (
+        "calls = []\n"
+        "async def answer(prompt, turns):\n"
+        "    calls.append(turns)\n"
+        "    if len(calls) < 3: raise OSError('busy')\n"
+        "    return 'a'\n"
+    )
+    subject = environment(source, retries=retries)
+    if answers:
+        assert (await subject.answer(PROMPT, TURNS, [])).tolist() == [1]
+    else:
+        with pytest.raises(EnvironmentFailure, match=r"row 18\): raised OSError: busy, at 2 attempts$"):
+            await subject.answer(PROMPT, TURNS, [])
+    calls = sys.modules["my_environment"].calls
+    assert calls == [("ab", "c", "d")] * (1 + retries)
+
+
 async def test_after_close_it_is_not_called(environment):
     subject = environment("def answer(prompt, turns): return 'a'")
     subject.close()

@@ -331,7 +331,7 @@ calls = []
 async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
     rewards, monkeypatch, define, failure, calls
 ):
-    monkeypatch.setattr("async_rl.rollout.rewards.runner._BACK_OFF_S", 0.001)
+    monkeypatch.setattr("async_rl.rollout.user_function._BACK_OFF_S", 0.001)
     runner = rewards(FAILS_TWICE.format(define, failure), retries=2, timeout_s=0.1)
     if calls == 3:
         assert await runner.score(prompt(), "a") == 1.0
@@ -345,7 +345,7 @@ async def test_a_reward_that_waits_for_something_is_tried_again_and_no_other(
 
 async def test_attempts_end_and_are_farther_and_farther_apart(rewards, monkeypatch):
     waits, sleep = [], asyncio.sleep
-    monkeypatch.setattr("async_rl.rollout.rewards.runner.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
+    monkeypatch.setattr("async_rl.rollout.user_function.asyncio.sleep", lambda s: (waits.append(s), sleep(0))[1])
     runner = rewards("async def reward(prompt, response): raise OSError('busy')\n", retries=3)
     with pytest.raises(RewardError, match=r"raised OSError: busy, at 4 attempts$"):
         await runner.score(prompt(), "a")

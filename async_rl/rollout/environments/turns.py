@@ -41,6 +41,7 @@ class Environment:
             slow=settings.slow,
             timeout_s=settings.timeout_s,
             workers=settings.workers,
+            retries=settings.retries,
         )
 
     @property

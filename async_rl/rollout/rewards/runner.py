@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import structlog
 from asyncio_throttle.throttler import Throttler
 
 from async_rl.config.schema import RewardSection
@@ -16,13 +13,8 @@ from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.rollout.user_values import real_number
 from async_rl.types import Prompt
 
-log = structlog.get_logger(__name__)
-
 # Slow calls at one time, unless reward.workers says. Most wait; each takes a process of 20 MB and what it imports.
 _PROCESSES = 32
-
-# Seconds before the second attempt; twice as many before each further one.
-_BACK_OFF_S = 0.5
 
 
 class RewardRunner:
@@ -33,8 +25,6 @@ class RewardRunner:
 
     def __init__(self, settings: RewardSection) -> None:
         self._settings = settings
-        self.retries = 0
-        """Attempts so far that followed one that failed."""
         limit_sandboxes(settings.workers)
         throttler = Throttler(settings.rate_limit, settings.rate_period_s) if settings.rate_limit else None
         self._call = UserFunction(
@@ -44,8 +34,14 @@ class RewardRunner:
             slow=settings.slow,
             timeout_s=settings.timeout_s,
             workers=settings.workers or _PROCESSES,
+            retries=settings.retries,
             throttler=throttler,
         )
+
+    @property
+    def retries(self) -> int:
+        """Attempts so far that followed one that failed."""
+        return self._call.retried
 
     @property
     def killed(self) -> int:
@@ -63,19 +59,10 @@ class RewardRunner:
         function returned None.
         """
         where = f"reward.function {self._settings.function}, prompt {prompt.prompt_id} (dataset row {prompt.row})"
-        attempt = 0
-        while True:
-            try:
-                reward: float | None = await self._call(prompt, response)
-                break
-            except UserFunctionFailed as error:
-                if not error.may_pass or attempt == self._settings.retries:
-                    attempts = f", at {attempt + 1} attempts" if attempt else ""
-                    raise RewardError(f"{where}: {error}{attempts}") from error.__cause__
-                attempt += 1
-                self.retries += 1
-                log.info("reward_retried", prompt=prompt.prompt_id, attempt=attempt, reason=str(error))
-            await asyncio.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
+        try:
+            reward: float | None = await self._call(prompt, response)
+        except UserFunctionFailed as error:
+            raise RewardError(f"{where}: {error}") from error.__cause__
         if reward is None:
             raise RewardNotApplicable(f"{where}: returned None, so the response has no reward")
         return reward
