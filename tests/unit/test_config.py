@@ -236,6 +236,14 @@ def test_overrides_are_typed_by_their_setting():
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", "1e5"), ("name", "true"), ("data.prompt_field", "true"), ("data.prompt_field", "1e5"), ("name", "0x10")],
+)
+def test_text_stays_the_text_that_was_written(key, value):
+    assert parse_overrides([f"--{key}", value]) == {key: value}
+
+
+@pytest.mark.parametrize(
     ("words", "part"),
     [
         (["stray"], "unexpected argument 'stray'"),

@@ -279,6 +279,23 @@ def test_what_is_outstanding_and_cannot_be_used_any_more_is_given_up():
     assert restored.rewind(0) == ["0-2"]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_dataset_smaller_than_a_training_step_is_gone_through_again_and_again(rows):
+    """Prompts of several epochs are outstanding at once, and each is one of its own."""
+    source = DatasetCursor(dataset_of(rows), shuffle=True, seed=0)
+    broker = make_broker(source, required_groups=8, window_limit=12, max_groups=12, max_staleness=9)
+    trained = []
+    for version in range(3):
+        for ticket in broker.issue("w", 12):
+            broker.put(meta(ticket))
+        leased = broker.lease(8, "trainer")
+        broker.ack([group.group_id for group in leased], version + 1)
+        trained += [group.group_id for group in leased]
+        broker.advance(version + 1)
+    assert sorted(trained) == sorted(f"{epoch}-{row}.0" for epoch in range(24 // rows) for row in range(1, rows + 1))
+    assert broker.counts().add_up
+
+
 def test_a_cursor_pickles_where_it_stands(tmp_path):
     cursor = DatasetCursor(read(write(tmp_path / "d.jsonl", *[{"prompt": c} for c in "abcdef"])), shuffle=True, seed=3)
     cursor.give_back(cursor.next())
