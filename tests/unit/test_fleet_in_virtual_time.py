@@ -66,6 +66,27 @@ def test_a_group_that_never_finishes_is_given_up():
     assert stats.returned["timeout"] > stats.failed["timeout"] > 0
 
 
+class TwoLengths(Fleet):
+    """Responses to every tenth row take five weight syncs, those to the others a third of one."""
+
+    def generate(self, replica, ticket):
+        seconds = 5.0 if ticket.prompt.row % 10 == 0 else 0.3
+        self.at(seconds, self.finish, replica, self.lives[replica], ticket, self.version)
+
+
+@pytest.mark.parametrize("on_stale", ["mask", "drop"])
+def test_rows_whose_responses_outlive_the_bound_are_trained_or_counted_as_given_up(on_stale):
+    """With "drop", they come last in an epoch, when there is less beside them that makes them stale."""
+    fleet = TwoLengths(
+        replicas=4, capacity=4, required=4, threshold=1.0, max_staleness=1, on_stale=on_stale, max_groups=16, rows=60
+    )
+    fleet.run(250)
+    stats = fleet.broker.stats()
+    assert ("stale" in stats.dropped) == (on_stale == "drop")
+    untrained = set(range(1, 61)) - {int(prompt.partition("-")[2]) for prompt in fleet.trained}
+    assert len(untrained) <= stats.failed.get("stale", 0)
+
+
 def test_a_hundred_replicas():
     """The fleet of tests/chaos/test_at_scale.py, a tenth as large and a fiftieth as long."""
     fleet = Fleet(replicas=100, capacity=8, required=400, checkpoint_every=5, deaths=1e-3, trainer_deaths=0.02)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from async_rl.config.schema import ParallelSection
 from async_rl.models.config import ModelConfig
@@ -41,6 +43,27 @@ def test_every_sample_is_packed_once_and_whole_within_the_budget(budget, multipl
         for start, index in zip(batch.cu_seqlens, batch.samples, strict=False):
             stop = start + samples[index].positions
             assert batch.token_ids[start:stop].tolist() == samples[index].token_ids[:-1].tolist()
+
+
+@given(
+    lengths=st.lists(st.integers(2, 60), max_size=40),
+    budget=st.integers(8, 64),
+    each=st.sampled_from([1, 2, 8]),
+    multiple=st.sampled_from([1, 8, 24]),
+    parts=st.integers(1, 5),
+)
+def test_no_microbatch_exceeds_the_budget_unless_one_sequence_does_alone(lengths, budget, each, multiple, parts):
+    """Whatever lengths come, in how many calls; what pads a microbatch as a whole is less than its multiple."""
+    packer, batches = Packer(budget, sequence_multiple=each, multiple=multiple), []
+    for part in np.array_split(np.arange(len(lengths)), parts):
+        batches += packer.add([sample(lengths[index]) for index in part])
+    batches += packer.flush()
+    assert sum(len(batch.positions) for batch in batches) == len(lengths)
+    for batch in batches:
+        taken = sum(positions + -positions % each for positions in batch.positions)
+        assert taken <= budget or len(batch.positions) == 1
+        assert len(batch) % multiple == 0
+        assert 0 <= len(batch) - taken < multiple
 
 
 def test_microbatches_are_full():

@@ -207,6 +207,30 @@ async def test_the_next_step_is_computed_while_the_slowest_engine_checks_its_wei
     assert [event for event in events if event.startswith("record")] == ["record 1 at 0", "record 2 at 1"]
 
 
+async def test_a_replica_that_joins_within_a_step_costs_the_step_nothing():
+    """What was leased stays leased, and gradients that were accumulated are not computed again."""
+    loop, parts, events, (_, slow) = training(steps=1)
+    slow.may_answer.set()
+    firsts, accumulate = [], parts.accumulate
+
+    async def counted(shares, version, oldest, *, first):
+        firsts.append(first)
+        parts.groups.clear()
+        await accumulate(shares, version, oldest, first=first)
+
+    parts.accumulate = counted
+    running = asyncio.ensure_future(loop._train())
+    await until(events, contains="accumulate at 0")
+    events.clear()
+    await until(events, contains="admit at 0")
+    parts.groups.set()
+    await until(events, contains="accumulate at 0")
+    await running
+    assert firsts == [True, False]
+    before_the_update = events[: events.index("update")]
+    assert not [event for event in before_the_update if event.startswith(("release", "pause"))]
+
+
 async def test_without_streaming_groups_are_leased_and_the_update_waits():
     loop, _, events, (_, slow) = training(streaming=False)
     running = asyncio.ensure_future(loop._train())

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import InvalidTrajectory
+from async_rl.models import routing as models_routing
 from async_rl.models.routing import repeated_expert
 from async_rl.rollout import routing_policies
 from async_rl.types import RoutingSpec
@@ -126,6 +127,19 @@ def test_the_first_row_that_names_an_expert_twice_is_found_wherever_it_is(dtype,
         for row, layer in places:
             routed[row, layer, other] = routed[row, layer, one]
         assert repeated_expert(routed, 12) == places[0]
+
+
+@pytest.mark.parametrize(("dtype", "experts"), [(np.uint8, 128), (np.uint8, 256), (np.uint16, 512)])
+def test_rows_without_a_repetition_are_not_sorted(monkeypatch, dtype, experts):
+    """Sorting takes ten times as long, and every row of every response is looked at."""
+    rng = np.random.default_rng(0)
+    routed = np.argsort(rng.random((300, 48, experts)), axis=-1)[..., :8].astype(dtype)
+
+    def sort(*_, **__):
+        raise AssertionError("rows were sorted")
+
+    monkeypatch.setattr(models_routing.np, "sort", sort)
+    assert repeated_expert(routed, experts) is None
 
 
 def first_repeat(routed):
