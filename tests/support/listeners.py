@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 def listeners(processes: Collection[psutil.Process], enter: Sequence[str] = ()) -> list[Listener]:
     """Return the TCP and UDP ports on which these processes wait. ``enter``: a command that enters their network."""
-    named = {process.pid: _name(process) for process in processes}
+    named = {process.pid: name_of(process) for process in processes}
     listed = subprocess.run([*enter, "ss", "-H", "-tulnp"], capture_output=True, text=True, check=True).stdout
     found = []
     for line in listed.splitlines():
@@ -131,7 +131,8 @@ def _plain(address: str) -> str:
     return address.removeprefix("::ffff:") if "." in address else address
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
+    """Return a process's name in the table, or its command line if it is not there."""
     try:
         words = " ".join(process.cmdline())
     except psutil.Error:
