@@ -249,7 +249,9 @@ class Host:
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._shared / "token")}
-        return {"TMPDIR": str(INSIDE / "tmp"), "PYTHONPATH": path, **token, **more}
+        # Ray gives up a node that is not there after 30 s, which several on a few cores may need.
+        patience = {"RAY_raylet_start_wait_time_s": f"{STARTED_WITHIN_S:.0f}"}
+        return {"TMPDIR": str(INSIDE / "tmp"), "PYTHONPATH": path, **token, **patience, **more}
 
 
 class Hosts(Sequence[Host]):
