@@ -1,24 +1,30 @@
 """What crosses the links of a cluster, made of ``tests.cluster.hosts``: weights to its hosts, groups to its trainer.
 
-Weights: the real ends of sync.backend object_store around plain tensors, from one host to N others over links that are
-limited. Groups, with --payloads: a whole run of real size in which engines and trainer compute nothing
-(``driver_at_scale``), made with few and with many steps; the difference is what a step costs. Printed last, one JSON
-line:
+Weights: the two ends of a run with sync.backend object_store around plain tensors, from the trainer's host to N others,
+each of which also serves the others, over links that are limited. Groups, with --payloads: a whole run of real size in
+which engines and trainer compute nothing (``driver_at_scale``), made with few and with many steps; the difference is
+what a step costs. Printed last, one JSON line:
 
-    weights                     by bytes and hosts, seconds until the last host has the finished file, over bytes / rate
-    weights_sent                by bytes and hosts, bytes that left the trainer's host, over bytes
+    weights                     by bytes, hosts and rate, seconds until the last host has the finished file, over
+                                bytes / rate
+    weights_sent                bytes that left the trainer's host, over bytes
+    link_bytes_most             bytes that crossed any link in one direction, over bytes
+    publish_s                   of the seconds, those until the trainer's store had all; no host fetches before
+    cores_busy                  cores of this machine that were busy meanwhile, with whatever else runs on it. All hosts
+                                share them: where they are nearly all there are, they are measured and not the links
     payload_bytes_to_trainer    bytes that the trainer's host received for each byte of the groups it trained
     payload_bytes_from_engines  bytes that the engines' hosts sent, for each
     payload_bytes_at_driver     bytes that the driver's host sent and received, for each
-    local_gbit                  what one host receives over a link without a limit: far above the limit, or it is the
-                                machine that is measured
+    local_gbit                  what one host receives over a link without a limit
 
-    .venv/bin/python -m tests.bench.cluster [--mb 64 256] [--hosts 1 2 4] [--mbit 1000] [--payloads]
+    .venv/bin/python -m tests.bench.cluster [--mb 64 256] [--hosts 1 2 4] [--mbit 1000 200] [--payloads]
+    .venv/bin/python -m tests.bench.cluster --mb 64 --hosts 1 2 --rounds 2      # a few minutes
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -26,132 +32,203 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
+import psutil
 import ray
-import torch
+import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from async_rl.weights.object_store import HostWeights, Publisher
-from async_rl.weights.shm_file import TensorMeta
-from tests.cluster.hosts import Hosts
+from async_rl.config.loading import load
+from async_rl.config.schema import RunConfig
+from tests.cluster.hosts import Host, Hosts
+from tests.support.scripted_trainer import ScriptedTrainer
 
-# A tensor of each layer of an 8B model's attention, in bfloat16.
-TENSOR_BYTES = 32 * 2**20
 ROUNDS = 3
-LIMIT_S = 600.0
-RUN_HOSTS = ("driver", "trainer", "engine", "engine")
+# Of each training step of the payloads, of eight responses each.
+GROUPS = 4
 
 
-class Sender:
-    """The trainer's end."""
-
-    def __init__(self, nbytes: int) -> None:
-        count = max(1, nbytes // TENSOR_BYTES)
-        size = nbytes // count
-        self._tensors = [(f"layer.{i}", torch.full((size,), i % 251, dtype=torch.uint8)) for i in range(count)]
-        metas = [TensorMeta.of(name, tensor) for name, tensor in self._tensors]
-        self._publisher = Publisher(metas, ray.put)
-
-    def publish(self) -> Any:
-        return self._publisher.publish(self._tensors)
-
-
-class Receiver:
-    """A host's end."""
+class _Cluster:
+    """The Ray cluster as the process sees it that was started on the first host: it makes the two ends."""
 
     def __init__(self) -> None:
-        self._host = HostWeights(lambda reference: reference.future())
+        ray.init(os.environ["CLUSTER"], log_to_driver=False)
+        self._here = ray.get_runtime_context().get_node_id()
+        self._sender: Any = None
+        self._receivers: list[Any] = []
 
-    def fetch(self, publication: Any, host: int, hosts: int) -> None:
-        self._host.fetch(publication, host=host, hosts=hosts, timeout_s=LIMIT_S)
+    def receivers(self) -> str:
+        """Start a receiver on every other host; return their addresses in order."""
+        from tests.support.plain_weights import Receiver
 
+        others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != self._here]
+        self._receivers = [self._on(node["NodeID"], Receiver, max_concurrency=100) for node in others]
+        return " ".join(node["NodeManagerAddress"] for node in others)
 
-def send_weights(nbytes: int) -> None:
-    """Send weights from this host to all others, a few times; print the seconds of each. Runs on the first host."""
-    ray.init(os.environ["CLUSTER"], log_to_driver=False)
-    here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    def sender(self, nbytes: int) -> str:
+        """Start a sender of so many bytes, in place of an earlier one."""
+        from tests.support.plain_weights import Sender
 
-    def on(node: str, actor: type, *arguments: Any) -> Any:
+        if self._sender is not None:
+            ray.kill(self._sender)
+        self._sender = self._on(self._here, Sender, nbytes)
+        return ""
+
+    def connect(self, count: int) -> str:
+        """Connect the sender to the first receivers."""
+        ray.get(self._sender.connect.remote(self._receivers[:count]))
+        return ""
+
+    def stage(self) -> str:
+        """Bring weights to the receivers that are connected; return the seconds of that, and of publishing alone."""
+        return json.dumps(ray.get(self._sender.stage.remote()))
+
+    def _on(self, node: str, actor: type, *arguments: Any, **options: Any) -> Any:
         pinned = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(num_cpus=0)(actor).options(scheduling_strategy=pinned).remote(*arguments)
-
-    sender, receivers = on(here, Sender, nbytes), [on(node, Receiver) for node in others]
-    took = []
-    for _ in range(ROUNDS):
-        input()  # the caller has looked at the links
-        began = time.monotonic()
-        publication = ray.get(sender.publish.remote())
-        ray.get([each.fetch.remote(publication, i, len(receivers)) for i, each in enumerate(receivers)])
-        took.append(time.monotonic() - began)
-        print(json.dumps(took[-1]), flush=True)
-        del publication
+        return ray.remote(actor).options(num_cpus=0, scheduling_strategy=pinned, **options).remote(*arguments)
 
 
-def measure_weights(folder: Path, nbytes: int, count: int, mbit: float | None) -> tuple[float, float]:
-    """Return the seconds of the median round, and the bytes that the trainer's host sent in it, to ``count`` hosts."""
-    with Hosts(1 + count, folder, store_bytes=nbytes * 2 + 2**28) as hosts:
-        hosts.start_ray()
-        command = [sys.executable, "-m", "tests.bench.cluster", "--inside", str(nbytes)]
+def serve() -> None:
+    """Do what the caller asks for, line by line. Runs on the first host."""
+    cluster = _Cluster()
+    for line in sys.stdin:
+        name, *arguments = line.split()
+        print(getattr(cluster, name)(*map(int, arguments)), flush=True)
+
+
+class _Asked:
+    """The process that ``serve`` runs in, as a context manager."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        command = [sys.executable, "-m", "tests.bench.cluster", "--serve"]
         entered = hosts[0].command(command, {"CLUSTER": hosts.address})
-        driver = subprocess.Popen(entered, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert driver.stdin is not None
-        assert driver.stdout is not None
-        rounds = []
-        for _ in range(ROUNDS):
-            for host in hosts if mbit is not None else ():
-                host.link.limit(mbit)
-            before = hosts[0].link.traffic[0]
-            driver.stdin.write("\n")
-            driver.stdin.flush()
-            line = driver.stdout.readline()
-            if not line:
-                sys.exit(f"the driver of the weights ended with exit code {driver.wait()}")
-            rounds.append((json.loads(line), hosts[0].link.traffic[0] - before))
-        driver.wait(60)
-    return statistics.median(seconds for seconds, _ in rounds), statistics.median(sent for _, sent in rounds)
+        self._process = subprocess.Popen(entered, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, *words: object) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*words, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{words}: the driver of the weights ended with exit code {self._process.wait()}")
+        return line.strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended
+            self._process.stdin.close()
+        self._process.kill()
+        self._process.communicate()
 
 
-def train(config: str) -> None:
+def measure_weights(
+    folder: Path, sizes: Sequence[int], counts: Sequence[int], rates: Sequence[float | None], rounds: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield what was measured of each size in bytes, number of hosts and rate in Mbit/s, with its name.
+
+    ``seconds`` are those of the median round; a rate of None is without a limit.
+    """
+    with Hosts(1 + max(counts), folder, store_bytes=max(sizes) * 5 // 4 + 2**28) as hosts:
+        hosts.start_ray()
+        with _Asked(hosts) as ask:
+            by_address = {host.address: host for host in hosts}
+            receivers = [by_address[address] for address in ask("receivers").split()]
+            for nbytes in sizes:
+                ask("sender", nbytes)
+                for count in counts:
+                    used = [hosts[0], *receivers[:count]]
+                    ask("connect", count)
+                    ask("stage")  # connections are made, memory is touched
+                    for rate in rates:
+                        found = [_round(ask, used, rate) for _ in range(rounds)]
+                        where = "without a limit" if rate is None else f"at {rate:g} Mbit/s"
+                        name = f"{nbytes // 2**20} MB to {count} {where}"
+                        median = {key: statistics.median(each[key] for each in found) for key in found[0]}
+                        yield name, median | {"nbytes": nbytes, "mbit": rate or 0.0}
+
+
+def _round(ask: _Asked, used: Sequence[Host], rate: float | None) -> dict[str, float]:
+    with _limited(used, rate):
+        before, busy = [host.link.traffic for host in used], _busy_s()
+        seconds, publish_s = json.loads(ask("stage"))
+        cores = (_busy_s() - busy) / seconds
+        moved = [
+            (sent - sent_before, received - received_before)
+            for (sent, received), (sent_before, received_before) in zip(
+                (host.link.traffic for host in used), before, strict=True
+            )
+        ]
+    most = max(max(each) for each in moved)
+    return {"seconds": seconds, "publish_s": publish_s, "sent": moved[0][0], "most": most, "cores_busy": cores}
+
+
+@contextlib.contextmanager
+def _limited(hosts: Sequence[Host], mbit: float | None) -> Iterator[None]:
+    """Limit the links of these hosts. Only while weights travel: what prepares them is not measured."""
+    for host in hosts if mbit is not None else ():
+        host.link.limit(mbit)
+    try:
+        yield
+    finally:
+        for host in hosts if mbit is not None else ():
+            host.link.unlimit()
+
+
+def _busy_s() -> float:
+    """Return the seconds that all cores of this machine together have been busy."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
+
+
+def over_hosts(config: RunConfig, path: Path, address: str, **sections: dict[str, Any]) -> RunConfig:
+    """Write the settings of a run over the cluster at ``address`` to ``path``, and return them.
+
+    They are those of ``config``, with the given values in their sections instead.
+    """
+    tree = json.loads(config.model_dump_json(exclude_unset=True))
+    joined = {"cluster": {"address": address}, "resources": {"pin_cores": False, "device": "cpu"}}
+    for name, section in (joined | sections).items():
+        tree[name] = tree.get(name, {}) | section
+    path.write_text(yaml.safe_dump(tree))
+    return load(path)
+
+
+def train(path: str, trainer: type[ScriptedTrainer]) -> NoReturn:
     """Train as a file of settings says, with a trainer that computes nothing. Runs on the driver's host."""
-    from async_rl.config.loading import load
     from async_rl.driver import actors
     from async_rl.driver.run import run
-    from tests.support.scripted_trainer import ScriptedTrainer
 
-    actors.TrainerActor = ScriptedTrainer  # type: ignore[misc]
-    sys.exit(run(load(Path(config))))
+    actors.TrainerActor = trainer  # type: ignore[misc]
+    sys.exit(run(load(Path(path))))
 
 
 def measure_payloads(folder: Path, tokens: int, few: int, many: int) -> dict[str, float]:
     """Return bytes over links for each byte that was trained."""
-    found = [_run(folder / str(steps), tokens, steps) for steps in (few, many)]
-    trained = found[1]["trained"] - found[0]["trained"]
-    return {name: (found[1][name] - found[0][name]) / trained for name in found[0] if name != "trained"}
+    (fewer, _), (more, group_bytes) = (_run(folder / str(steps), tokens, steps) for steps in (few, many))
+    return per_trained_byte(fewer, more, (many - few) * GROUPS * group_bytes)
 
 
-def _run(folder: Path, tokens: int, steps: int) -> dict[str, float]:
-    import yaml
+def per_trained_byte(fewer: Mapping[str, float], more: Mapping[str, float], trained: float) -> dict[str, float]:
+    """Return what the longer of two runs moved more than the other, for each byte of groups that it trained more."""
+    return {name: (more[name] - fewer[name]) / trained for name in more}
 
+
+def _run(folder: Path, tokens: int, steps: int) -> tuple[dict[str, float], float]:
+    """Make a run of so many steps. Returns bytes over links, and the bytes of a group."""
     from tests.bench import driver_at_scale as real_size
 
-    folder.mkdir(parents=True)
-    (folder / "model").mkdir()
-    real_size.make_model(folder / "model")
-    rows = (json.dumps({"prompt": "dcba>", "answer": "abcd"}) for _ in range(1000))
-    (folder / "train.jsonl").write_text("\n".join(rows))
-    config = real_size.settings(folder, "run", tokens, steps, groups=4)
+    real_size.make_files(folder)
     # A core for the trainer and for each engine, none on the driver's host.
     with Hosts(4, folder / "hosts", cpus=(0, 1, 1, 1), store_bytes=2 * 2**30) as hosts:
         hosts.start_ray()
-        tree = json.loads(config.model_dump_json(exclude_unset=True))
-        tree["cluster"] = {"address": hosts.address}
-        tree["metrics"] = {"samples_per_step": 0}
-        tree["rollout"]["replicas"] = 2
-        tree["resources"] = {"pin_cores": False, "device": "cpu"}
-        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        config = real_size.settings(folder, "run", tokens, steps, groups=GROUPS)
+        config = over_hosts(config, folder / "config.yaml", hosts.address, rollout={"replicas": 2})
         before = [host.link.traffic for host in hosts]
         driver = hosts[0].popen([sys.executable, "-m", "tests.bench.cluster", "--train", str(folder / "config.yaml")])
         trainer = None
@@ -159,53 +236,66 @@ def _run(folder: Path, tokens: int, steps: int) -> dict[str, float]:
             trainer = trainer or next((host for host in hosts if host.processes("ScriptedTrainer")), None)
             time.sleep(0.5)
         if driver.returncode or trainer is None:
-            sys.exit(f"the run of the payloads: exit code {driver.returncode}, see {folder}")
+            sys.exit(f"the run of the payloads: exit code {driver.returncode}, its output is above")
         moved = {
             host: (host.link.traffic[0] - sent, host.link.traffic[1] - received)
             for host, (sent, received) in zip(hosts, before, strict=True)
         }
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    per_group = statistics.median(row["queue_bytes"] / row["queue_groups"] for row in lines if row["queue_groups"])
-    return {
-        "trained": per_group * config.trainer.groups_per_step * len(lines),
+    of_queued = [row["queue_bytes"] / row["queue_groups"] for row in lines if row["queue_groups"]]
+    if not of_queued:
+        sys.exit("the run of the payloads: the queue was empty at the end of each step; raise --tokens")
+    crossed: dict[str, float] = {
         "payload_bytes_to_trainer": moved[trainer][1],
         "payload_bytes_from_engines": sum(moved[host][0] for host in hosts if host not in (hosts[0], trainer)),
         "payload_bytes_at_driver": sum(moved[hosts[0]]),
     }
+    return crossed, statistics.median(of_queued)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=int, nargs="*", default=[64, 256], help="sizes of the weights; 1024 takes 8 GB")
+    parser.add_argument("--mb", type=int, nargs="*", default=[64, 256], help="sizes of the weights; 1024 takes 12 GB")
     parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--mbit", type=float, default=1000.0)
+    parser.add_argument("--mbit", type=float, nargs="*", default=[1000.0, 200.0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a response of the payloads")
     parser.add_argument("--payloads", action="store_true", help="also count the bytes of groups, in two whole runs")
-    parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.inside is not None:
-        send_weights(options.inside)
+    if options.serve:
+        serve()
         return
     if options.train is not None:
-        train(options.train)
-    result: dict[str, Any] = {"weights": {}, "weights_sent": {}}
+        train(options.train, ScriptedTrainer)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        smallest = options.mb[0] * 2**20 if options.mb else 0
-        if smallest:
-            seconds, _ = measure_weights(folder / "unlimited", smallest, 1, None)
-            result["local_gbit"] = smallest * 8 / 1e9 / seconds
-        for mb in options.mb:
-            for count in options.hosts:
-                nbytes = mb * 2**20
-                seconds, sent = measure_weights(folder / f"{mb}-{count}", nbytes, count, options.mbit)
-                result["weights"][f"{mb} MB to {count}"] = seconds / (nbytes * 8 / (options.mbit * 1e6))
-                result["weights_sent"][f"{mb} MB to {count}"] = sent / nbytes
-                print(f"{mb} MB to {count}: {seconds:.2f} s", flush=True)
+        result: dict[str, Any] = {}
+        if options.mb:
+            sizes = [mb * 2**20 for mb in options.mb]
+            found = measure_weights(Path(name) / "weights", sizes, options.hosts, [*options.mbit, None], options.rounds)
+            result |= weights_result(found)
         if options.payloads:
-            result |= measure_payloads(folder / "payloads", options.tokens, 2, 8)
+            result |= measure_payloads(Path(name) / "payloads", options.tokens, 2, 8)
     print(json.dumps(_rounded(result)))
+
+
+def weights_result(found: Iterator[tuple[str, dict[str, float]]]) -> dict[str, Any]:
+    """Return what is printed of the weights, and print the seconds of each as it comes."""
+    result: dict[str, Any] = {
+        name: {} for name in ("weights", "weights_sent", "link_bytes_most", "publish_s", "cores_busy")
+    }
+    for name, each in found:
+        print(f"{name}: {each['seconds']:.2f} s, {each['cores_busy']:.1f} cores busy", flush=True)
+        if not each["mbit"]:
+            result.setdefault("local_gbit", each["nbytes"] * 8 / 1e9 / each["seconds"])
+            continue
+        result["weights"][name] = each["seconds"] / (each["nbytes"] * 8 / (each["mbit"] * 1e6))
+        result["weights_sent"][name] = each["sent"] / each["nbytes"]
+        result["link_bytes_most"][name] = each["most"] / each["nbytes"]
+        result["publish_s"][name] = each["publish_s"]
+        result["cores_busy"][name] = each["cores_busy"]
+    return result
 
 
 def _rounded(value: Any) -> Any:

@@ -143,6 +143,14 @@ def make_model(folder: Path) -> None:
     save_file({"unread": np.zeros(1, np.float32)}, folder / "model.safetensors")
 
 
+def make_files(folder: Path) -> None:
+    """Write what ``settings`` names: a model folder and a thousand prompts, which are all the same."""
+    (folder / "model").mkdir(parents=True)
+    make_model(folder / "model")
+    rows = (json.dumps({"prompt": "dcba>", "answer": "abcd"}) for _ in range(1000))
+    (folder / "train.jsonl").write_text("\n".join(rows))
+
+
 def settings(folder: Path, name: str, tokens: int, steps: int, groups: int) -> RunConfig:
     """Return the settings of a run with responses of so many tokens."""
     return validate(
@@ -195,10 +203,7 @@ def main() -> None:
     driver_run.TrainingLoop = MeteredLoop  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "model").mkdir()
-        make_model(folder / "model")
-        rows = (json.dumps({"prompt": "dcba>", "answer": "abcd"}) for _ in range(1000))
-        (folder / "train.jsonl").write_text("\n".join(rows))
+        make_files(folder)
         found = {
             which: measure(settings(folder, which, tokens, options.steps, options.groups))
             for which, tokens in (("short", options.short), ("long", options.long))
