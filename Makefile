@@ -72,11 +72,13 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.mismatch
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.metrics
-	$(BIN)/python -m tests.bench.cluster
+	$(BIN)/python -m tests.bench.cluster --payloads
+	$(BIN)/python -m tests.bench.joining
 	$(BIN)/python -m tests.bench.hosts_at_scale
 	$(BIN)/python -m tests.bench.scale
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.trainer_memory
+	$(BIN)/python -m tests.bench.run_memory
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
