@@ -49,7 +49,7 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     used = used_hosts(needs, hosts, own)
     silent, answering = [host for host in used if host.fault], [host for host in used if not host.fault]
     found = [_answers(silent, answering)]
-    for check in (_versions, _modules, _paths, _runs, _interface, _metrics, _backend, _copies):
+    for check in (*_OF_EACH_HOST, _backend, _copies):
         found.extend(check(config, answering, own))
     found.extend(_room(config, needs, answering))
     if needs.device == "cuda":
@@ -58,6 +58,17 @@ def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
         found.extend(_processors(config, needs, answering))
     found.extend(_shared_memory(needs, answering))
     return found
+
+
+def lack(config: RunConfig, host: HostReport, own: HostReport) -> Check | None:
+    """Return what keeps one host from having processes of a run, whatever other hosts there are; None if nothing does.
+
+    ``own`` is what the driver's process sees.
+    """
+    if host.fault:
+        return _answers([host], [])
+    found = (result for check in _OF_EACH_HOST for result in check(config, [own, host], own))
+    return next((result for result in found if result.status == "FAIL"), None)
 
 
 def _answers(silent: Sequence[HostReport], answering: Sequence[HostReport]) -> Check:
@@ -364,3 +375,7 @@ def _shared_memory(needs: Needs, hosts: Sequence[HostReport]) -> Iterator[Check]
         f"less than the {needs.shm_bytes / GB:.1f} GB that weights take are free in /dev/shm of {listed(short)}",
         "mount a larger /dev/shm there (containers: --shm-size)",
     )
+
+
+# What a host lacks whatever other hosts there are.
+_OF_EACH_HOST = (_versions, _modules, _paths, _runs, _interface, _metrics)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ def examine(config: RunConfig) -> tuple[str, bool]:
     return f"{shown}\n{doctor.report(found, 'cluster')}", not doctor.failed(found)
 
 
-def surveyed(config: RunConfig) -> Survey:
-    """Ask every host of the cluster that this process has joined, all at once."""
+def surveyed(config: RunConfig, only: Collection[str] | None = None) -> Survey:
+    """Ask every host of the cluster that this process has joined, all at once; with ``only`` those of these ids."""
     alive = (node for node in ray.nodes() if node["Alive"])
     nodes = sorted(alive, key=lambda node: (len(node["NodeManagerAddress"]), node["NodeManagerAddress"]))
     paths = {key: str(path) for key, path in path_settings(config) if _is_compared(config, key)}
@@ -89,7 +89,7 @@ def surveyed(config: RunConfig) -> Survey:
     with _token(config.runs) as token:
         local_dir = None if config.cluster.shared_fs else str(config.cluster.local_dir or "")
         request = (paths, modules, str(token), local_dir)
-        answers = _ask([node["NodeID"] for node in nodes], request)
+        answers = _ask([node["NodeID"] for node in nodes if only is None or node["NodeID"] in only], request)
         seen = host.look(*request)
     known = _known(nodes)
     own_id = ray.get_runtime_context().get_node_id()
@@ -135,10 +135,8 @@ def _is_compared(config: RunConfig, key: str) -> bool:
 
 def _ask(node_ids: Sequence[str], request: tuple[Any, ...]) -> dict[str, dict[str, Any] | str]:
     """Return the answer of each node to ``doctor.host.look``, or in words why there is none."""
-    # The worker process ends with its task, so that nothing of this stays on the host.
-    look = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(host.look)
     tasks = {
-        node_id: look.options(
+        node_id: _LOOK.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False), name="doctor.look"
         ).remote(*request)
         for node_id in node_ids
@@ -201,3 +199,8 @@ def _token(runs: Path) -> Iterator[Path]:
         for remove in (path.unlink, *(folder.rmdir for folder in made)):
             with contextlib.suppress(OSError):  # it was not made, or something else is in it by now
                 remove()
+
+
+# Made once: Ray keeps every remote function that is ever called. The worker process ends with its task, so that nothing
+# of this stays on the host.
+_LOOK = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(host.look)

@@ -7,7 +7,8 @@ them, so that an actor which replaces another comes back at its place; bundles o
 A run whose replicas come and go (``config.rollout.elastic``) has groups on one host too. Those of its first replicas
 are reserved with the trainer's. Those of the others are asked for once the trainer has its place, and wait for hosts as
 long as the run lasts: Ray's autoscaler starts hosts for groups that wait, and Ray places them by itself when a host
-joins. Nothing is polled for them.
+joins. Nothing is polled for them. A group that comes to a host that lacks something (``newcomers``) is replaced by one
+that does not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from async_rl.doctor import placement
 from async_rl.doctor.placement import Resources
 from async_rl.driver.core_shares import Shares, core_shares
 from async_rl.driver.host_watch import HostWatch
+from async_rl.driver.newcomers import Newcomers
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime.cores import CoreShare, HostCores
 from async_rl.runtime.failures import is_host_lost
@@ -73,6 +75,7 @@ class Places:
         self._hosts: dict[str, list[str]] = {TRAINER: [""]}
         self._cores = HostCores()
         self._watch = HostWatch()
+        self._newcomers: Newcomers  # of a run with groups
         self._trainer_placed, self._trainer_missing = asyncio.Event(), asyncio.Event()
         if self.one_host and not self._elastic:
             self._hosts |= {worker_id(replica): [""] for replica in range(self._replicas.max)}
@@ -80,7 +83,9 @@ class Places:
             self._reserve()
 
     def _reserve(self) -> None:
-        plan = placement.plan(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        self._newcomers = Newcomers(self._config, [node["NodeID"] for node in nodes])
+        plan = placement.plan(self._config, [node["Resources"] for node in nodes])
         self._block, self._per_replica = plan.block, plan.per_replica
         trainer = {TRAINER: ([plan.per_block] * plan.blocks, "PACK")}
         first = map(worker_id, range(self._replicas.min))
@@ -112,7 +117,7 @@ class Places:
         if self._elastic:
             if name in self._hosts and await self._watch.is_gone(self._hosts[name][0]):
                 self.give_up(replica)
-            while not await self._placed_after_trainer(name):
+            while not (await self._placed_after_trainer(name) and await self._newcomers.fits(self._hosts[name][0])):
                 self.give_up(replica)
         elif name in self._groups:
             await self._placed(name)
@@ -121,7 +126,9 @@ class Places:
         """Return once a group is placed, or the trainer has lost its place before: whether the group is placed."""
         await self._trainer_placed.wait()
         if name not in self._groups:
-            self._groups[name] = ray.util.placement_group([self._per_replica], strategy="STRICT_PACK")
+            self._groups[name] = ray.util.placement_group(
+                [self._per_replica], strategy="STRICT_PACK", bundle_label_selector=self._newcomers.selectors
+            )
             log.info("replica_waiting", replica=name, needs=needs([self._per_replica]))
         placing = asyncio.ensure_future(self._placed(name))
         missing = asyncio.ensure_future(self._trainer_missing.wait())

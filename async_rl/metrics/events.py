@@ -28,6 +28,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "{reason}",
         "replica_joined": "{replica} has joined the run, {working} work",
         "replica_left": "{replica} has left with its host, {others} others remain; another host is asked for",
+        "host_unfit": "the host {host} has joined the cluster and gets no replica: {reason}",
         "replicas_short": "only {present} of {needed} replicas have a host; the run fails in {patience_s} s",
         "process_died": "{process} died and is being restarted",
         "replica_lost": "{process} has died too often; the run continues with {others} others: {reason}",

@@ -176,6 +176,29 @@ def test_a_folder_of_runs_that_the_driver_s_host_alone_has():
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"python": "3.12.1"}, "Python: the driver has 3.11, other hosts do not (10.0.0.2: 3.12)"),
+        ({"code": "0.0.9 (0)"}, "async_rl: the driver has 0.1.0 (3fa2c1d0), other hosts do not (10.0.0.2: 0.0.9 (0))"),
+        ({"packages": {}}, "ray: the driver has 2.60.0, other hosts do not (10.0.0.2: not installed)"),
+        ({"paths": {}}, "model.path: the path exists where the driver is, but is not on 10.0.0.2"),
+        ({"shares_runs": False}, "runs: /shared/runs must be one folder for all hosts, but what the driver writes"),
+        ({"interfaces": {}}, "cluster.interface: eth0 is no interface with an address on every host"),
+        ({"fault": "ModuleNotFoundError: No module named 'async_rl'"}, "hosts: 10.0.0.2: ModuleNotFoundError"),
+    ],
+)
+def test_what_one_host_lacks_is_what_a_run_would_be_refused_for(changes, line):
+    settings = config(cluster={"address": "10.0.0.1:6379", "interface": "eth0"})
+    found = cluster.lack(settings, host(2, **changes), host(1))
+    assert f"{found.name}: {found.detail}".startswith(line)
+    assert found.fix
+
+
+def test_one_host_need_not_have_room_for_a_run():
+    assert cluster.lack(config(), host(2, gpus=0, shm_bytes=0), host(1)) is None
+
+
 def test_two_copies_of_the_groups_fit_the_object_stores_of_all_hosts():
     settings = config(queue={"copies": 2, "max_bytes": 3 * GB})
 

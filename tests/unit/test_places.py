@@ -4,10 +4,13 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+import structlog
 
 from async_rl.config.loading import validate
 from async_rl.driver import places
+from async_rl.driver.hosts import Survey
 from async_rl.driver.places import Places
+from tests.unit.test_doctor_cluster import host as doctored
 from tests.unit.test_replicas import until
 
 
@@ -29,8 +32,9 @@ class Ray:
     def available_resources(self):
         return {"GPU": 1.0}
 
-    def ask(self, bundles, strategy):
+    def ask(self, bundles, strategy, bundle_label_selector=None):
         self.asked.append(Group(bundles))
+        self.asked[-1].selectors = bundle_label_selector
         return self.asked[-1]
 
     def remove(self, group):
@@ -74,7 +78,10 @@ def make(replicas, address="10.0.0.1:6379", **resources):
         "resources": {"device": "cuda"} | resources,
         "cluster": {"address": address},
     }
-    return Places(validate(tree))
+    subject = Places(validate(tree))
+    if subject._groups:
+        subject._newcomers._survey = lambda config, only: Survey([doctored(2)], doctored(1))  # each has everything
+    return subject
 
 
 async def started(ray, subject, *hosts):
@@ -139,6 +146,28 @@ async def test_while_the_trainer_has_no_place_no_replica_may_take_the_next_host(
     assert len(await restarting) == 8
     await until(lambda: len(ray.waiting) == 2)
     assert not any(life.done() for life in lives)
+    for life in lives:
+        life.cancel()
+
+
+async def test_a_host_that_joins_and_lacks_something_gets_no_replica(ray):
+    subject = make({"min": 1, "max": 3})
+    reports = {"c": doctored(2, python="3.12.1"), "d": doctored(3)}
+    subject._newcomers._survey = lambda config, only: Survey([reports[each] for each in only], doctored(1))
+    await started(ray, subject, "a", "b")
+    lives = placing(subject, 0, 1, 2)
+    await until(lambda: lives[0].done() and len(ray.waiting) == 2)
+    refused = list(ray.waiting)
+    assert [group.selectors for group in ray.asked[1:]] == [None, None, None]
+    with structlog.testing.capture_logs() as lines:
+        for group in refused:
+            group.place("c")
+        await until(lambda: ray.removed == refused and len(ray.waiting) == 2)
+    assert [line["host"] for line in lines if line["event"] == "host_unfit"] == ["10.0.0.2"]
+    assert [group.selectors for group in ray.waiting] == [[{"ray.io/node-id": "!in(c)"}]] * 2
+    assert [life.done() for life in lives] == [True, False, False]
+    ray.waiting[0].place("d")
+    await until(lambda: sum(life.done() for life in lives) == 2)
     for life in lives:
         life.cancel()
 
