@@ -102,7 +102,7 @@ def is_over(pid: int) -> bool:
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process: SIGKILL(-9)"),
         ("os.kill(os.getpid(), signal.SIGTERM)", "ended its process: SIGTERM(-15)"),
         ("os.closerange(3, 1000)", "ended its process: "),
-        ("value = {'score': 1.0}", "returned {'score': 1.0} of type dict; expected one finite real number"),
+        ("value = {'points': 1.0}", "returned a mapping with neither 'score' nor 'reward'"),
         ("value = threading.Lock()", "of type lock; expected"),
         ("value = 'x' * 10**7", f"returned '{'x' * 199} of type str; expected"),
         ("value = math.nan", "returned nan; expected"),
@@ -192,7 +192,9 @@ async def test_a_process_ends_itself_if_nothing_else_ends_its_call(runner):
     limit = 0.5 - user_call.KILL_MARGIN_S
     plain = replace(PROMPT, fields={})
     with pytest.raises(BrokenProcessPool):
-        await user_processes._submit(executor, user_call.run, processes._spec, plain, "while True: pass", limit)
+        await user_processes._submit(
+            executor, user_call.run, processes._spec, plain, FinishedResponse("while True: pass"), limit
+        )
     processes._kill(executor)
 
 
