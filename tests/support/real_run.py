@@ -178,12 +178,17 @@ class Run:
             assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
+        while left := self._left_in_shared_memory():
+            # A program that ends releases a semaphore before it removes it, and what it created it has not mapped yet.
+            assert time.monotonic() < deadline, f"left in /dev/shm: {left}"
+            time.sleep(0.2)
+
+    def _left_in_shared_memory(self) -> set[str]:
+        """Return the files in /dev/shm that came after the run's start, and that neither a process nor a run has."""
         new = set(os.listdir("/dev/shm")) - self._shm_before
         # Another run, which has had a process killed, removes its semaphores when it ends.
         new -= {name for name in new if re.match(rf"sem\.async_rl-(?!{self.process.pid}-)", name)}
-        left = new - in_use(new)
-        left &= set(os.listdir("/dev/shm"))  # others come and go meanwhile
-        assert not left, f"left in /dev/shm: {left}"
+        return new - in_use(new)
 
     def close(self) -> None:
         if self.process.poll() is None:
