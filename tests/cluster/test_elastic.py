@@ -16,9 +16,8 @@ from ray.util.placement_group import placement_group_table
 
 from async_rl.observe import spans
 from tests.cluster.test_host_loss import QUICK
-from tests.cluster.test_ports import SCRIPTED
 from tests.support.invariants import check
-from tests.support.real_run import ROOT
+from tests.support.real_run import ROOT, SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow]
 
@@ -77,7 +76,7 @@ def start(hosts, start_run):
     def start(least, most, **settings):
         settings = {
             "cluster__address": hosts.address,
-            "rollout__engine": SCRIPTED,
+            **SCRIPTED,
             "rollout__replicas__min": least,
             "rollout__replicas__max": most,
             "resources__trainer_threads": 2,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import INSIDE, ROOT, HostsError, wait_until
+from tests.support.real_run import CLEAN_WITHIN_S, assert_no_shared_memory_left
 
 SERVE = """
 import socket, sys
@@ -68,7 +69,7 @@ def _status(pid: int) -> str:
 
 
 def test_hosts_reach_each_other_and_have_name_memory_and_folder_of_their_own(make_hosts, tmp_path):
-    here = (os.path.exists("/dev/shm/mine"), socket.gethostname(), Path("/etc/hosts").read_text())
+    memory, here = set(os.listdir("/dev/shm")), (socket.gethostname(), Path("/etc/hosts").read_text())
     one, two, three = make_hosts(3)
     servers = [serve(host) for host in (two, three)]
     for host in (two, three):
@@ -84,7 +85,8 @@ def test_hosts_reach_each_other_and_have_name_memory_and_folder_of_their_own(mak
         assert (host.folder / "work" / "file").exists()
         # What is not a host's own is shared, under the same path.
         assert host.python(f"import os; print(os.path.exists({str(tmp_path)!r}))") == "True\n"
-    assert here == (os.path.exists("/dev/shm/mine"), socket.gethostname(), Path("/etc/hosts").read_text())
+    assert here == (socket.gethostname(), Path("/etc/hosts").read_text())
+    assert_no_shared_memory_left(memory, os.getpid(), time.monotonic() + CLEAN_WITHIN_S)
     assert all(server.poll() is None for server in servers)
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from async_rl.runtime import manifest
 from tests.cluster.runs import summary_is_whole
-from tests.cluster.test_ports import SCRIPTED, check_host
+from tests.cluster.test_ports import check_host
+from tests.support.real_run import SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-SETTINGS = {
-    "rollout__engine": SCRIPTED,
+SETTINGS = SCRIPTED | {
     "resources__engine_threads": 2,  # so that the engine finds room on the second host alone, beside one rank
     "resources__pin_cores": "false",
     "trainer__parallel__tp": 2,

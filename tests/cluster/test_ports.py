@@ -4,10 +4,9 @@ import pytest
 
 from tests.cluster.hosts import HostsError
 from tests.support.listeners import Listener, listeners, open_to_other_users, table, undocumented
+from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
-
-SCRIPTED = "tests.support.scripted_engine:ScriptedEngine"
 
 
 def found_on(host) -> list[Listener]:
@@ -23,7 +22,7 @@ def check_host(host, *, joined: bool) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [SCRIPTED, "vllm"])
+@pytest.mark.parametrize("engine", [SCRIPTED["rollout__engine"], "vllm"])
 def test_a_run_on_one_host_listens_on_loopback_alone(make_hosts, run_on, engine):
     # The host's name is its address on the network, as on most machines: what asks for the own host gets that.
     (host,) = hosts = make_hosts(1)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cluster.runs import summary_is_whole
-from tests.cluster.test_ports import SCRIPTED
+from tests.support.real_run import SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def assert_apart(run, *engines: str) -> None:
 def test_three_hosts_train_the_groups_of_one_host_bit_for_bit(hosts, run_on, start_run, tmp_path):
     """Synchronous and scripted, with one group per step, because the order of several is that in which they end."""
     settings = LAYOUT | {
-        "rollout__engine": SCRIPTED,
+        **SCRIPTED,
         "async_training__staleness_threshold": 0,
         "async_training__max_staleness": 0,
         "debug__dump_trajectories": 64,

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.cluster.runs import summary_is_whole
-from tests.cluster.test_ports import SCRIPTED, check_host
+from tests.cluster.test_ports import check_host
+from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
 
@@ -14,13 +15,13 @@ def test_a_run_over_two_hosts_trains_verifies_every_push_and_opens_the_documente
     hosts.start_ray()
     run = run_on(
         hosts,
-        rollout__engine=SCRIPTED,
         rollout__replicas=2,
         resources__trainer_threads=2,
         resources__pin_cores="false",
         sync__backend="auto",
         trainer__steps=4,
         eval__n=1,
+        **SCRIPTED,
     )
     run.wait_for_step(1)
     assert sorted(host.name for host in run.hosts_of("RolloutActor")) == ["host-1", "host-2"]

@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 
-from tests.support.real_run import Run, make_model, make_recipe
+from tests.support.real_run import SCRIPTED, Run, make_model, make_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-ENGINE = "tests.support.scripted_engine:ScriptedEngine"
 STEPS = 3
 
 
@@ -16,7 +15,7 @@ STEPS = 3
 def test_three_steps_with_a_scripted_engine(tmp_path_factory, backend):
     folder = tmp_path_factory.mktemp("scripted")
     recipe = make_recipe(folder, make_model(folder / "model"))
-    run = Run(recipe, folder, rollout__engine=ENGINE, trainer__steps=STEPS, sync__backend=backend)
+    run = Run(recipe, folder, trainer__steps=STEPS, sync__backend=backend, **SCRIPTED)
     try:
         assert run.wait() == 0, run.output
         run.assert_nothing_left()

@@ -2,17 +2,19 @@
 
 import pytest
 
+from tests.support.real_run import SCRIPTED
+
 # `make smoke` runs it by its name, and `make test` has a kill in test_pipeline.
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_a_run_survives_a_kill_of_its_queue(start_run):
     run = start_run(
-        rollout__engine="tests.support.scripted_engine:ScriptedEngine",
         trainer__steps=10_000,
         recovery__max_restarts=10,
         recovery__backoff_s=0.01,
         eval__n=1,
+        **SCRIPTED,
     )
     run.wait_for_step(3)
     queue = run.one("QueueProcess")

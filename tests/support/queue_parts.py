@@ -93,3 +93,7 @@ def meta(ticket, nbytes=10, oldest=None, newest=None):
     oldest = ticket.version if oldest is None else oldest
     newest = oldest if newest is None else newest
     return GroupMeta(ticket.group_id, 100, nbytes, oldest, newest, num_trajectories=8, num_partial=0)
+
+
+def ids(leased):
+    return [meta.group_id for meta in leased]

@@ -178,17 +178,7 @@ class Run:
             assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
-        while left := self._left_in_shared_memory():
-            # A program that ends releases a semaphore before it removes it, and what it created it has not mapped yet.
-            assert time.monotonic() < deadline, f"left in /dev/shm: {left}"
-            time.sleep(0.2)
-
-    def _left_in_shared_memory(self) -> set[str]:
-        """Return the files in /dev/shm that came after the run's start, and that neither a process nor a run has."""
-        new = set(os.listdir("/dev/shm")) - self._shm_before
-        # Another run, which has had a process killed, removes its semaphores when it ends.
-        new -= {name for name in new if re.match(rf"sem\.async_rl-(?!{self.process.pid}-)", name)}
-        return new - in_use(new)
+        assert_no_shared_memory_left(self._shm_before, self.process.pid, deadline)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -213,6 +203,23 @@ class Run:
             except psutil.NoSuchProcess:
                 continue
             time.sleep(0.1)
+
+
+def assert_no_shared_memory_left(before: set[str], pid: int, deadline: float) -> None:
+    """Wait until /dev/shm has no new file but those that a process uses or that are another run's.
+
+    before: the files that were there. pid: that of this run's supervisor.
+    """
+    while True:
+        new = set(os.listdir("/dev/shm")) - before
+        # Another run, which has had a process killed, removes its semaphores when it ends.
+        new -= {name for name in new if re.match(rf"sem\.async_rl-(?!{pid}-)", name)}
+        left = new - in_use(new)
+        if not left:
+            return
+        # For a moment no process has a semaphore mapped: before its program uses it, and before its program removes it.
+        assert time.monotonic() < deadline, f"left in /dev/shm: {left}"
+        time.sleep(0.2)
 
 
 def in_use(names: set[str]) -> set[str]:
