@@ -12,6 +12,7 @@ PHASES = (
     ("evaluation", "evaluation", "semi-dark-blue"),
     ("restart", "restart", "red"),
     ("export", "export", "orange"),
+    ("start", "start", "text"),
 )
 """The phases of the training loop: value of the label, text, colour. A phase that is not listed shows as "other"."""
 

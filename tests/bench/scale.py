@@ -135,10 +135,12 @@ def scripted(calls: int, tokens: int, rows: ExpertIds) -> tuple[RunConfig, Engin
     return config, engine
 
 
-async def sampled(engine: Engine, tokens: int) -> None:
-    """Wait until the engine has sampled so many tokens."""
+async def sampled(engine: Engine, tokens: int, asking: asyncio.Future[Any]) -> None:
+    """Wait until the engine has sampled so many tokens. Raises what ends those that ask it before that."""
     while engine.sampled < tokens:
         await asyncio.sleep(0.001)
+        if asking.done():
+            asking.result()
 
 
 async def measure_engine(calls: int, tokens: int, rows: ExpertIds) -> dict[str, float]:
@@ -147,7 +149,7 @@ async def measure_engine(calls: int, tokens: int, rows: ExpertIds) -> dict[str, 
     ids, sampling = np.arange(PROMPT_TOKENS, dtype=np.int32), Sampling(1.0, 1.0)
     requests = [engine.generate(f"0-{i}.0/0/0", ids, sampling, 4 * tokens) for i in range(calls)]
     ended = asyncio.gather(*requests)
-    await sampled(engine, calls * tokens)
+    await sampled(engine, calls * tokens, ended)
     over = asyncio.Event()
     watching = asyncio.create_task(lateness(over))
     began = time.perf_counter()
@@ -161,10 +163,11 @@ async def measure_engine(calls: int, tokens: int, rows: ExpertIds) -> dict[str, 
 async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, float]:
     """Interrupt all calls of a replica as a weight sync does, when each has sampled that many tokens."""
     config, engine = scripted(calls, tokens, rows)
-    stand_in: Any = Endless()
-    replica = RolloutReplica(config, 0, stand_in, engine, None, stand_in)
+    queue: Any = Endless()
+    rewards: Any = SimpleNamespace(whole_groups=False)  # no response ends, so it is not called
+    replica = RolloutReplica(config, 0, queue, engine, None, rewards)
     work = asyncio.create_task(replica.run())
-    await sampled(engine, calls * tokens)
+    await sampled(engine, calls * tokens, work)
     merged = asyncio.Event()
     watching = asyncio.create_task(lateness(merged))
     began = time.perf_counter()

@@ -400,7 +400,7 @@ def test_the_settings_reference_has_every_setting_with_its_values():
         assert f"| `{key}` | " in page
     assert "| `rollout.n` | integer >= 2 | `8` | Responses per prompt" in page
     assert "| `queue.max_groups` | integer > 0 or `null` | `null` |" in page
-    assert "| `trainer.loss.policy` | `ppo`, `gspo`, `cispo`, `reinforce` or `module:function` | `ppo` |" in page
+    assert "| `trainer.loss.policy` | `ppo`, `gspo`, `cispo`, `dppo`, `ipo`, `reinforce` or `module:function` |" in page
     assert "| `metrics.loggers` | list of `tensorboard`, `wandb` | `[]` |" in page
     assert "| `prepare` | `module:function` or `null` | `null` |" in page
     assert "| `model.path` | path | required |" in page

@@ -1,11 +1,13 @@
 """What the tokens of a rank's groups get: advantages and weights, the same however groups are spread over ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from async_rl.config.schema import LossSection, RejectionSection
 from async_rl.errors import TrainerError
-from async_rl.trainer.advantages import load_advantages
+from async_rl.trainer.advantages import group_advantages, load_advantages
 from async_rl.trainer.credit import with_credit
 from async_rl.trainer.samples import samples_of
 from tests.support.data_ranks import DataRanks
@@ -61,6 +63,23 @@ def test_tokens_get_the_weight_of_their_trajectory_and_its_advantage(aggregation
                 assert found[sample.name].weight == pytest.approx(weight)
                 assert found[sample.name].advantages == pytest.approx(np.full(sample.positions, advantage), rel=1e-5)
     assert len(found) == sum(len(samples) for _, samples in groups)
+
+
+@pytest.mark.parametrize("per_segment", [False, True])
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_each_response_is_compared_with_its_own_group_whatever_the_sizes(advantage, per_segment):
+    """Time limits and failed responses leave groups of any size."""
+    whole = make_groups(count=3, n=5)
+    batch = [replace(group, trajectories=group.trajectories[:n]) for group, n in zip(whole, (2, 5, 3), strict=True)]
+    settings = LossSection(advantage=advantage)
+    found, _ = credited(prepared(batch, per_segment), settings)
+    for group, samples in prepared(batch, per_segment):
+        values = group_advantages(group.group_id, group.rewards, load_advantages(settings))
+        expected = dict(zip((t.trajectory_id for t in group.trajectories), values, strict=True))
+        assert samples
+        for sample in samples:
+            value = expected[sample.trajectory_id]
+            assert found[sample.name].advantages == pytest.approx(np.full(sample.positions, value), rel=1e-5)
 
 
 def test_advantages_over_the_mini_batch_do_not_depend_on_the_ranks():

@@ -335,7 +335,8 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
     settings = {"window_limit": 6, "max_attempts": 2, "can_rewind": True}
     actor = QueueActor(make_broker(Source(9), **settings), lambda: FileJournal(path))
     old_meta = [100, 10, 0, 0, 8, 0, (), ""]
-    unknown = [()] * 5  # rewards, lengths, segments, resume points and finish reasons came later
+    # Rewards, lengths, segments, resume points, finish reasons and the parts of rewards came later.
+    unknown = [()] * 8
     expected = {
         "version": 1,
         "rules": 2,

@@ -62,7 +62,7 @@ def test_what_was_cut_off_can_be_kept_out_of_the_loss_and_is_counted_apart():
         assert [sample.trajectory_id for sample in samples] == kept
         step = Step(7, 5, None, None)
         step.count_groups([group], samples)
-        assert masked_tokens(step.counts) == {"stale": 2, "not_sampled": 0, **reasons}
+        assert masked_tokens(step.counts, rejected=0.0) == {"stale": 2, "not_sampled": 0, **reasons}
 
 
 def multi_turn():
