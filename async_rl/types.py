@@ -111,7 +111,7 @@ class Trajectory:
     """uint8 or uint16 [P+G-1, L, K]; None for a dense model or an engine that returned none."""
     routing_spec: RoutingSpec | None = None
     """The layout of routed_experts; given exactly when these are."""
-    reward_parts: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
     """What the reward was made of or came with, by name."""
 
     def __post_init__(self) -> None:

@@ -212,7 +212,7 @@ class PartialRollout:
             finish_reason=self.finish_reason,
             routed_experts=self.routed_experts,
             routing_spec=self.routing_spec,
-            reward_parts=parts,
+            reward_parts=dict(parts),
         )
 
     def _merged(

@@ -1,5 +1,6 @@
 """What a Trajectory refuses: segments, stamps, log-probs and routing that do not fit one another."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -78,3 +79,9 @@ def changed(name, index, value):
 def test_invariant_1_what_does_not_fit_is_refused_by_name(changes, message):
     with pytest.raises(InvalidTrajectory, match=f"trajectory t: .*{message}"):
         replace(trajectory(), **changes)
+
+
+def test_a_trajectory_can_be_sent_to_another_process():
+    sent = pickle.loads(pickle.dumps(trajectory()))
+    assert sent.trajectory_id == trajectory().trajectory_id
+    assert sent.reward_parts == {}
