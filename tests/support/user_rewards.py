@@ -1,5 +1,7 @@
 """Rewards as a user would write them, named by module:function in the tests' configs."""
 
+import zlib
+
 from async_rl.types import Prompt
 
 
@@ -7,6 +9,11 @@ def fails_on_long_prompts(prompt: Prompt, response: str) -> float:
     if len(prompt.text) > 30:
         raise ValueError(f"prompt of {len(prompt.text)} characters is too long for me")
     return float(len(response) == len(prompt.fields["answer"]))
+
+
+def by_chance(prompt: Prompt, response: str) -> float:
+    """A number from 0 to 1 for each prompt and response, so that responses of a group differ and have a gradient."""
+    return zlib.crc32(f"{prompt.text} {response}".encode()) / 2**32
 
 
 def ask_twice(prompt: Prompt, turns: tuple[str, ...]) -> str | None:
