@@ -229,15 +229,15 @@ class Host:
         """Run Python code on the host and return what it printed."""
         return self.run([sys.executable, "-c", code, *arguments], env)
 
-    def start_ray(self, head: Host | None = None) -> None:
-        """Start Ray: as the head of a cluster, or joining that of ``head``."""
+    def start_ray(self, head: Host | None = None, env: Mapping[str, str] | None = None) -> None:
+        """Start Ray, with ``env`` in its processes: as the head of a cluster, or joining that of ``head``."""
         where = ["--head", "--port", str(RAY_PORT), "--include-dashboard", "false"]
         if head is not None:
             where = ["--address", f"{head.address}:{RAY_PORT}"]
         has = ["--num-cpus", self.cpus, "--num-gpus", self.gpus, "--object-store-memory", self._store_bytes]
         options = ["--disable-usage-stats", "--node-ip-address", self.address, "--temp-dir", INSIDE / "ray", *has]
         ray = Path(sys.executable).parent / "ray"
-        self.run([str(word) for word in (ray, "start", *where, *options)], timeout_s=STARTED_WITHIN_S)
+        self.run([str(word) for word in (ray, "start", *where, *options)], env, timeout_s=STARTED_WITHIN_S)
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Return the processes on the host that have ``name`` in their command line, with their pids outside."""
@@ -306,12 +306,12 @@ class Hosts(Sequence[Host]):
         """The address of Ray's cluster."""
         return f"{self._hosts[0].address}:{RAY_PORT}"
 
-    def start_ray(self) -> None:
+    def start_ray(self, env: Mapping[str, str] | None = None) -> None:
         """Start Ray's head on the first host, then let the others that are on join at the same time."""
         head, *others = (host for host in self._hosts if host.on)
-        head.start_ray()
+        head.start_ray(env=env)
         with ThreadPoolExecutor(max(1, len(others))) as pool:
-            list(pool.map(lambda host: host.start_ray(head), others))
+            list(pool.map(lambda host: host.start_ray(head, env), others))
 
     def close(self) -> None:
         """End every process on every host, and all that was made for the hosts except for their folders."""

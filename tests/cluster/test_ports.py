@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cluster.hosts import HostsError
-from tests.support.listeners import Listener, listeners, open_to_other_users, table, undocumented
+from tests.support.listeners import Listener, listeners, table, undocumented, unix_sockets
 from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
@@ -17,7 +17,9 @@ def check_host(host, *, joined: bool) -> set[str]:
     """Compare a host's ports with the table; return the processes that listen."""
     found = found_on(host)
     assert list(undocumented(found, own=host.address, joined=joined)) == []
-    assert open_to_other_users(host.processes()) == []
+    sockets = unix_sockets(host.processes(), enter=host.network_command())
+    assert any("plasma_store" in path for path in sockets), "the sockets of Ray are seen"
+    assert [path for path, is_open in sockets.items() if is_open] == []
     return {port.process for port in found}
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
 from async_rl.models.names import Meta
 from async_rl.rollout.actor import RolloutActor
+from async_rl.runtime.failures import unwrap_ray_error
 from async_rl.weights.shm_file import Announcement, TensorMeta, read
 from async_rl.weights.vllm.source import StreamedSource
 
@@ -122,14 +125,15 @@ class Receiver(RolloutActor):
         self.reset_now()
 
     def reset_now(self):
-        self._engine, self.fetched, self.fault = Engine(), 0, None
+        self._engine, self.fetched, self.asked, self.fault = Engine(), 0, 0, None
 
     async def reset(self):
         self.reset_now()
 
     def _get(self, reference):
         self.fetched += 1
-        if self.fault == "never" and self.fetched % 3 == 0:
+        self.asked += 1
+        if self.fault == "never" and self.asked % 3 == 0:
             import concurrent.futures
 
             return concurrent.futures.Future()
@@ -267,3 +271,25 @@ def test_when_an_engine_fails_those_that_still_load_are_waited_for(trainer, rece
     found = states(receivers)
     assert [pending for *_, pending in found] == [None] * 5
     assert [values for _, values, *_ in found] == [{1.0}] * 4 + [None]
+
+
+def test_the_death_of_the_worker_that_fetches_for_its_host_costs_one_attempt(nodes, trainer, receivers):
+    """The host's other worker fetches from then on."""
+    first, other, elsewhere = start(Receiver, nodes[1], max_concurrency=100), receivers[2], receivers[4]
+    begin(trainer, [first, other, elsewhere])
+    call(trainer.push, 1.0)
+    assert states([first, other])[1][2] == 0
+    ray.get(first.set.remote(fault="never"))
+    push = trainer.push.remote(2.0)
+    deadline = time.monotonic() + LIMIT_S
+    while states([first])[0][3] != "fetch_weights":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ray.kill(first)
+    with pytest.raises(RayError) as error:
+        ray.get(push, timeout=LIMIT_S)
+    assert isinstance(unwrap_ray_error(error.value), RayActorError)
+    assert [version for version, *_ in states([other, elsewhere])] == [1, 1]
+    call(trainer.connect, [other, elsewhere])
+    call(trainer.push, 2.0)
+    assert [(version, values) for version, values, *_ in states([other, elsewhere])] == [(2, {2.0})] * 2

@@ -49,7 +49,7 @@ def make_checkpoint(path: Path, eos: int | None = EOS) -> Path:
     return path
 
 
-def engine_config(folder: Path, **rollout) -> RunConfig:
+def engine_config(folder: Path, *, backend: str = "shm", **rollout) -> RunConfig:
     return validate(
         {
             "model": {"path": str(folder), "dtype": "float32"},
@@ -61,7 +61,7 @@ def engine_config(folder: Path, **rollout) -> RunConfig:
                 "enforce_eager": True,
                 **rollout,
             },
-            "sync": {"backend": "shm"},
+            "sync": {"backend": backend},
             "resources": {"device": "cpu"},
         }
     )
@@ -88,9 +88,13 @@ async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
 
 
 class Pusher:
-    """Pushes tensors as a trainer would: by vLLM's trainer engine, which calls the rollout engine from a thread."""
+    """Pushes tensors as a trainer would: by vLLM's trainer engine, which calls the rollout engine from a thread.
 
-    def __init__(self, engine, weights):
+    ``info`` are the trainer engine's settings, those of sync.backend shm by default.
+    """
+
+    def __init__(self, engine, weights, info=None):
+        self.info = info
         self.engine, self.loop, self.version = engine, asyncio.get_running_loop(), 0
         self.weights, self.sender = weights, None
 
@@ -110,7 +114,10 @@ class Pusher:
                 return iter(pusher.weights.items())
 
         self.sender = await asyncio.to_thread(
-            WeightTransferTrainerFactory.trainer_init, ShmTrainerInitInfo(rank=0), client=self, source=Source()
+            WeightTransferTrainerFactory.trainer_init,
+            self.info or ShmTrainerInitInfo(rank=0),
+            client=self,
+            source=Source(),
         )
 
     async def push(self, weights, mode="abort"):

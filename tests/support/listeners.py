@@ -73,20 +73,22 @@ def listeners(processes: Collection[psutil.Process], enter: Sequence[str] = ()) 
     return found
 
 
-def open_to_other_users(processes: Collection[psutil.Process]) -> list[str]:
-    """Return the paths of Unix sockets of these processes that another user of the host may connect to."""
+def unix_sockets(processes: Collection[psutil.Process], enter: Sequence[str] = ()) -> dict[str, bool]:
+    """Return the paths of the Unix sockets at which these processes wait: whether another user may connect to each.
+
+    ``enter``: a command that enters their network, by which the kernel tells such sockets apart, too.
+    """
     pids = {process.pid for process in processes}
-    listed = subprocess.run(["ss", "-H", "-xlp"], capture_output=True, text=True, check=True).stdout
-    found = []
+    listed = subprocess.run([*enter, "ss", "-H", "-xlp"], capture_output=True, text=True, check=True).stdout
+    found = {}
     for line in listed.splitlines():
-        words = line.split()
-        if pids.isdisjoint(map(int, re.findall(r"pid=(\d+)", line))):
+        owners = pids.intersection(map(int, re.findall(r"pid=(\d+)", line)))
+        if not owners:
             continue
-        path = words[4]
-        file = Path(f"/proc/{re.findall(r'pid=([0-9]+)', line)[0]}/root{path}")
+        path = line.split()[4]
+        file = Path(f"/proc/{min(owners)}/root{path}")
         # Without a file there are no permissions.
-        if path.startswith("@") or (file.is_socket() and file.stat().st_mode & 0o002):
-            found.append(path)
+        found[path] = path.startswith("@") or (file.is_socket() and bool(file.stat().st_mode & 0o002))
     return found
 
 

@@ -72,7 +72,7 @@ def large(folder: Path) -> Path:
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": size.prompt},
         # A random model's responses are alike to any other reward, and what has no advantage is not computed.
-        "reward": {"function": "tests.support.user_rewards:at_random"},
+        "reward": {"function": "tests.support.user_rewards:by_chance"},
         "rollout": {"n": size.n, "max_response_tokens": size.response, "max_num_seqs": 16, "kv_cache_bytes": 2**28},
         "trainer": {
             "steps": STEPS,

@@ -9,6 +9,12 @@ class InstantEngine(ScriptedEngine):
     script = Script(length=lognormal(40), tokens_per_turn=1024)
 
 
+class SlowEngine(ScriptedEngine):
+    """An engine whose responses take about a second, so that groups are in flight at every moment."""
+
+    script = Script(length=lognormal(40), tokens_per_turn=4, turn_s=0.1)
+
+
 class LongDyingEngine(ScriptedEngine):
     """An engine whose responses outlast a training step, and which dies once on the first replica."""
 
