@@ -19,6 +19,7 @@ from async_rl.doctor.placement import filled
 from async_rl.observe import spans
 from tests.cluster.test_host_loss import QUICK
 from tests.cluster.test_ports import SCRIPTED
+from tests.integration.test_cluster_doctor import package, python_path
 from tests.support.invariants import check
 from tests.support.real_run import ROOT
 
@@ -41,9 +42,10 @@ class Hosts:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
 
-    def add(self):
+    def add(self, **options):
         self._count += 1
-        return self._cluster.add_node(num_cpus=1, node_ip_address=f"{self._network}.{self._count}", **self._shared)
+        address = f"{self._network}.{self._count}"
+        return self._cluster.add_node(num_cpus=1, node_ip_address=address, **self._shared, **options)
 
     def kill(self, host):
         """End a host, with all of its processes, as a power cut does."""
@@ -178,6 +180,24 @@ def test_invariant_5_a_run_that_has_lost_all_of_its_replicas_continues_when_a_ho
     assert [len(run.events(name)) for name in ("replica_joined", "replica_left")] == [1, 1]
     assert run.events("process_restarting") == [], "no restart was counted"
     check(run, tmp_path, scripted=True)
+
+
+def test_a_host_that_joins_with_another_package_is_named_once_and_gets_no_replica(hosts, start, tmp_path):
+    hosts.add()
+    run = start(1, 3)
+    run.wait_for_step(1)
+    unfit = hosts.add(env_vars=python_path(package(tmp_path, "torch", "2.12.0")))
+    wait_until(run, lambda: run.events("host_unfit"), "the host is not named")
+    hosts.add()
+    wait_for(run, working=2, waiting=1)
+    wait_for_more(run, 2)
+
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    (line,) = run.events("host_unfit")
+    assert line["host"] == unfit.node_ip_address
+    assert line["reason"].startswith("torch: the driver has 2.13.0, other hosts do not (")
+    assert run.events("replica_left") == []
 
 
 def test_on_one_host_as_many_replicas_work_as_have_room(start_run, tmp_path):
