@@ -14,8 +14,11 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
+from async_rl.config.loading import load
+from async_rl.doctor.placement import filled
 from async_rl.observe import spans
 from tests.cluster.test_host_loss import QUICK
+from tests.integration.test_cluster_doctor import package, python_path
 from tests.support.invariants import check
 from tests.support.real_run import ROOT, SCRIPTED
 
@@ -24,6 +27,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow]
 STORE_BYTES = 100 * 2**20
 WITHIN_S = 300.0
 """Ends a test that hangs, and judges no time."""
+# So many steps at the recipe's rate would end in a model that repeats itself.
+ENDLESS = {"trainer__steps": 100_000, "trainer__optimizer__lr": 1e-6, "eval__n": 1}
 
 
 class Hosts:
@@ -36,9 +41,10 @@ class Hosts:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
 
-    def add(self):
+    def add(self, **options):
         self._count += 1
-        return self._cluster.add_node(num_cpus=1, node_ip_address=f"{self._network}.{self._count}", **self._shared)
+        address = f"{self._network}.{self._count}"
+        return self._cluster.add_node(num_cpus=1, node_ip_address=address, **self._shared, **options)
 
     def kill(self, host):
         """End a host, with all of its processes, as a power cut does."""
@@ -81,10 +87,7 @@ def start(hosts, start_run):
             "rollout__replicas__max": most,
             "resources__trainer_threads": 2,
             "resources__pin_cores": "false",
-            "trainer__steps": 100_000,
-            # So many steps at the recipe's rate would end in a model that repeats itself.
-            "trainer__optimizer__lr": 1e-6,
-            "eval__n": 1,
+            **ENDLESS,
         } | settings
         runs.append(start_run(**settings))
         return runs[-1]
@@ -102,10 +105,14 @@ def replicas(run):
 
 def wait_for(run, **expected):
     """Wait until so many replicas do what is named."""
+    wait_until(run, lambda: expected.items() <= replicas(run).items(), f"{expected} expected")
+
+
+def wait_until(run, condition, otherwise):
     deadline = time.monotonic() + WITHIN_S
-    while not expected.items() <= (seen := replicas(run)).items():
+    while not condition():
         assert run.process.poll() is None, f"the run ended:\n{run.output}"
-        assert time.monotonic() < deadline, f"{expected} expected, {seen}:\n{run.output[-5000:]}"
+        assert time.monotonic() < deadline, f"{otherwise}, {replicas(run)}:\n{run.output[-5000:]}"
         time.sleep(0.2)
 
 
@@ -150,3 +157,69 @@ def test_invariant_5_a_run_grows_with_its_hosts_and_goes_on_without_them_and_no_
     while hosts.groups("REMOVED") < len(placement_group_table()) or hosts.taken:
         assert time.monotonic() < deadline, f"the run left {placement_group_table()}, {hosts.taken} CPUs taken"
         time.sleep(0.2)
+
+
+def test_invariant_5_a_run_that_has_lost_all_of_its_replicas_continues_when_a_host_comes(hosts, start, tmp_path):
+    only = hosts.add()
+    run = start(1, 2)
+    run.wait_for_step(2)
+    hosts.kill(only)
+    wait_for(run, working=0, waiting=2)
+    wait_until(run, lambda: run.events("replicas_short"), "too few replicas are not logged")
+    short = run.events("replicas_short")[0]
+    assert (short["present"], short["needed"]) == (0, 1)
+
+    hosts.add()
+    wait_for(run, working=1, waiting=1)
+    wait_for_more(run, 3)
+    assert len(run.rows[-1]["replica_versions"]) == 1
+
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    assert [len(run.events(name)) for name in ("replica_joined", "replica_left")] == [1, 1]
+    assert run.events("process_restarting") == [], "no restart was counted"
+    check(run, tmp_path, scripted=True)
+
+
+def test_a_host_that_joins_with_another_package_is_named_once_and_gets_no_replica(hosts, start, tmp_path):
+    hosts.add()
+    run = start(1, 3)
+    run.wait_for_step(1)
+    unfit = hosts.add(env_vars=python_path(package(tmp_path, "torch", "2.12.0")))
+    wait_until(run, lambda: run.events("host_unfit"), "the host is not named")
+    hosts.add()
+    wait_for(run, working=2, waiting=1)
+    wait_for_more(run, 2)
+
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    (line,) = run.events("host_unfit")
+    assert line["host"] == unfit.node_ip_address
+    assert line["reason"].startswith("torch: the driver has 2.13.0, other hosts do not (")
+    assert run.events("replica_left") == []
+
+
+def test_on_one_host_as_many_replicas_work_as_have_room(start_run, tmp_path):
+    """A run that starts a cluster of its own, on whose cores two engines and the trainer do not fit one by one."""
+    threads = max(1, os.cpu_count() // 2)
+    run = start_run(
+        rollout__engine=SCRIPTED,
+        rollout__replicas__min=2,
+        rollout__replicas__max=5,
+        resources__engine_threads=threads,
+        resources__trainer_threads=threads,
+        **ENDLESS,
+    )
+    run.wait_for_step(1)
+    config = load(run.folder / "config.yaml")
+    room = filled(config, {"here": os.cpu_count()})["here"].engines
+    assert room < 5
+    wait_for(run, working=room, waiting=5 - room)
+    wait_for_more(run, 2)
+    assert len(run.rows[-1]["replica_versions"]) == room
+
+    run.process.terminate()
+    assert run.wait() == 130, run.output
+    run.assert_nothing_left()
+    assert len(run.events("replica_joined")) == room - 2
+    check(run, tmp_path, scripted=True)
