@@ -192,8 +192,13 @@ def train_in_parts(trainer, updates, parts):
     return report, gradients, {name: w if w is None else w.detach().numpy().copy() for name, w in trainer.weights()}
 
 
-def test_a_streamed_step_is_the_unstreamed_one_bit_for_bit(ranks, checkpoint, batches):
-    config = config_of(checkpoint, {}, trainer__tokens_per_microbatch=100, trainer__recompute="full")
+@pytest.mark.parametrize(
+    "aggregation", ["token_mean", *(pytest.param(name, marks=SLOW) for name in ("sequence_mean", "fixed_length"))]
+)
+def test_a_streamed_step_is_the_unstreamed_one_bit_for_bit(ranks, checkpoint, batches, aggregation):
+    """What the loss is divided by is known at the end of the step only."""
+    settings = {"trainer__tokens_per_microbatch": 100, "trainer__recompute": "full"}
+    config = config_of(checkpoint, {}, **settings, trainer__loss__aggregation=aggregation)
     updates = [shared_out(batch, 1) for batch in batches]
     whole, *streamed = (ranks.run(train_in_parts, config, updates, parts)[0] for parts in (1, 2, 6))
     assert whole[0].microbatches > 1

@@ -179,6 +179,27 @@ def test_two_data_parallel_ranks_make_the_update_of_one(ranks, models):
     assert (first == second).all()
 
 
+def step_of_rank(trainer, shares):
+    return step(trainer, shares[trainer._place.dp], oldest_version=3), parameters(trainer)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", pytest.param("sequence_mean", marks=pytest.mark.slow)])
+def test_a_rank_whose_tokens_are_all_too_old_leaves_the_update_to_the_others(ranks, models, aggregation):
+    """It takes part in every collective, and neither its tokens nor its sequences are divided by."""
+    fresh, stale = make_groups(2), make_groups(2, version=2, seed=9, epoch=1)
+    settings = {"trainer__router_replay": "R3", "trainer__loss__aggregation": aggregation}
+    alone, both = (run_config(models / "moe", **settings, trainer__parallel__dp=dp) for dp in (1, 2))
+    ((expected, wanted),) = ranks.run(step_of_rank, alone, [fresh])
+    for report, weights in ranks.run(step_of_rank, both, [fresh, stale]):
+        assert_close(weights, wanted, rtol=1e-5, atol=1e-6)
+        for field in ("loss", "grad_norm", "entropy"):
+            assert getattr(report, field) == pytest.approx(getattr(expected, field), rel=1e-4, abs=1e-6), field
+        assert report.agreement.tokens == expected.agreement.tokens
+        assert report.tokens_masked["stale"] == expected.tokens_masked["stale"] + sum(
+            len(t.response_ids) for group in stale for t in group.trajectories
+        )
+
+
 def mask_everything_then_poison(path):
     import torch
 

@@ -158,6 +158,7 @@ def test_ctrl_c_leaves_a_summary_and_nothing_else(start_run):
     run.assert_nothing_left()
     assert run.summary["exit_reason"] == "interrupted"
     assert run.summary["steps"] >= 2
+    assert run.summary["groups"]["trained"] >= 4 * run.summary["steps"], "those of the last step among them"
 
 
 @pytest.mark.parametrize("victim", ["TrainerActor", pytest.param("EngineCore", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""What vLLM's scheduler keeps of aborted requests, and its repair, on the real scheduler."""
+"""What vLLM's scheduler keeps of aborted requests, and its repair, on the real scheduler; by what reasons calls end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.vllm import process as vllm_process
+from async_rl.rollout.engine.vllm.engine import _CALL_END
 from async_rl.weights.vllm.scheduler_leak import forget_freed_requests
 from tests.support.engine_checkpoint import MAX_RUNNING, engine_config
 
@@ -98,3 +99,10 @@ def test_only_engine_processes_are_changed(scheduler, monkeypatch):
     monkeypatch.setattr(plugin.multiprocessing.current_process(), "name", "EngineCore_DP0")
     plugin.register()
     assert Scheduler._free_request is not before
+
+
+def test_each_reason_by_which_vllm_ends_a_call_is_known():
+    """What the engine makes of each is in tests/unit/test_vllm_calls.py."""
+    from vllm.v1.engine import FINISH_REASON_STRINGS
+
+    assert {*_CALL_END, "error"} == set(FINISH_REASON_STRINGS)
