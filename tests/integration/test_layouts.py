@@ -122,6 +122,19 @@ LOSSES = {
         "rollout__temperature": 0.8,
     },
     "R2, interpolated": {"trainer__router_replay": "R2", "trainer__loss__proximal": "interpolate"},
+    "sequences left out, groups": {
+        "trainer__loss__rejection__rule": "geometric_mean",
+        "trainer__loss__rejection__low": 0.5,
+        "trainer__loss__rejection__high": 1.2,
+        "trainer__loss__aggregation": "group_mean",
+    },
+    "M2PO": {
+        "trainer__loss__proximal": "recompute",
+        "trainer__loss__importance__level": "token",
+        "trainer__loss__rejection__rule": "second_moment",
+        "trainer__loss__rejection__bound": 0.3,
+        "trainer__loss__aggregation": "sequence_sum",
+    },
 }
 
 
