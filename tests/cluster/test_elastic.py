@@ -203,7 +203,7 @@ def test_on_one_host_as_many_replicas_work_as_have_room(start_run, tmp_path):
     """A run that starts a cluster of its own, on whose cores two engines and the trainer do not fit one by one."""
     threads = max(1, os.cpu_count() // 2)
     run = start_run(
-        rollout__engine=SCRIPTED,
+        **SCRIPTED,
         rollout__replicas__min=2,
         rollout__replicas__max=5,
         resources__engine_threads=threads,
