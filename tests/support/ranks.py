@@ -1,8 +1,10 @@
 """Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
+import os
 import signal
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
+from pathlib import Path
 
 from async_rl.config.loading import validate
 from async_rl.runtime.process import signal_on_parent_death
@@ -39,11 +41,7 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        self._processes = [
-            # A worker would wait for calls forever, even after the process that makes them was killed.
-            ProcessPoolExecutor(1, get_context("spawn"), signal_on_parent_death, (signal.SIGKILL,))
-            for _ in range(self._most)
-        ]
+        self._processes = [ProcessPoolExecutor(1, get_context("spawn"), _begin) for _ in range(self._most)]
 
     def __enter__(self):
         return self
@@ -54,9 +52,13 @@ class Ranks:
     def _kill(self) -> None:
         # They hold nothing. The end of an interpreter with torch and Megatron in it takes seconds.
         for process in self._processes:
-            for child in list(process._processes.values()):
+            children = list(process._processes.values())
+            for child in children:
                 child.kill()
             process.shutdown(cancel_futures=True)
+            for child in children:
+                for path in Path("/dev/shm").glob(f"sem.{_name(child.pid)}-*"):
+                    path.unlink(missing_ok=True)
 
     def call(self, function, *arguments):
         """Call ``function(*arguments)`` in the first process."""
@@ -77,6 +79,17 @@ class Ranks:
             self._start()
             raise failed[0] if failed else TimeoutError(f"{len(running)} of {count} ranks did not end")
         return [future.result() for future in futures]
+
+
+def _begin():
+    # A worker would wait for calls forever, even after the process that makes them was killed.
+    signal_on_parent_death(signal.SIGKILL)
+    # Named after its process: a killed one leaves its semaphores behind, and whole runs look for those of their own.
+    current_process()._config["semprefix"] = f"/{_name(os.getpid())}"
+
+
+def _name(pid):
+    return f"async_rl-rank-{pid}"
 
 
 _STORES = []  # of rank 0, until its ranks have met
