@@ -2,41 +2,32 @@
 
 from types import SimpleNamespace
 
-import pytest
-
 from async_rl.config.loading import validate
+from async_rl.weights.vllm.sender import HostsSyncClient, SyncClient, WeightSender
 
 
-@pytest.fixture(scope="module")
-def module():
-    """Imported when it is needed: vLLM takes ten seconds in every process that collects these tests."""
-    from async_rl.weights.vllm import sender
-
-    return sender
-
-
-def make_sender(module, client, backend="object_store"):
-    made = module.WeightSender.__new__(module.WeightSender)
+def sender(client, backend="object_store"):
+    made = WeightSender.__new__(WeightSender)
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "sync": {"backend": backend}}
     made._config, made._client = validate(tree), client
     made._engine = SimpleNamespace(stage=lambda: {"by_host": {"one": {"fd": 1}, "two": {"fd": 2}}})
     return made
 
 
-def test_each_replica_gets_the_file_of_its_own_host_alone(module):
-    client = module.HostsSyncClient(["a", "b", "c"], 1.0)
+def test_each_replica_gets_the_file_of_its_own_host_alone():
+    client = HostsSyncClient(["a", "b", "c"], 1.0)
     client._hosts = {"a": "two", "b": "one", "c": "two"}
-    assert make_sender(module, client).stage() == [{"fd": 2}, {"fd": 1}, {"fd": 2}]
+    assert sender(client).stage() == [{"fd": 2}, {"fd": 1}, {"fd": 2}]
 
 
-def test_on_one_host_all_get_the_same(module):
-    made = make_sender(module, module.SyncClient(["a", "b"], 1.0), backend="shm")
+def test_on_one_host_all_get_the_same():
+    made = sender(SyncClient(["a", "b"], 1.0), backend="shm")
     made._engine.stage = lambda: {"fd": 7}
     assert made.stage() == [{"fd": 7}] * 2
 
 
-def test_ranks_that_do_not_send_and_nccl_have_nothing_to_tell(module):
-    made = make_sender(module, module.SyncClient(["a"], 1.0), backend="shm")
+def test_ranks_that_do_not_send_and_nccl_have_nothing_to_tell():
+    made = sender(SyncClient(["a"], 1.0), backend="shm")
     made._engine.stage = lambda: None
     assert made.stage() is None
-    assert make_sender(module, module.SyncClient(["a"], 1.0), backend="nccl").stage() is None
+    assert sender(SyncClient(["a"], 1.0), backend="nccl").stage() is None
