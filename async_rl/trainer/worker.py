@@ -6,6 +6,7 @@ passes to vLLM's weight-transfer client.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,8 @@ class TrainerWorker:
         self._trainer = Trainer(self._config, rank=self._rank, store=self._store)
         if checkpoint is not None:
             self._trainer.load(checkpoint)
+        # Imports vLLM, for ten seconds: while the engines start, instead of while they are paused for the first push.
+        importlib.import_module("async_rl.weights.vllm.sender")
         log.info("trainer_ready", seconds=round(time.monotonic() - began, 1))
 
     def connect(self, rollout_workers: Sequence[Any]) -> None:

@@ -19,7 +19,7 @@ def test_a_run_over_two_hosts_trains_verifies_every_push_and_opens_the_documente
         resources__trainer_threads=2,
         resources__pin_cores="false",
         sync__backend="auto",
-        trainer__steps=4,
+        trainer__steps=3,
         eval__n=1,
         **SCRIPTED,
     )
@@ -31,5 +31,5 @@ def test_a_run_over_two_hosts_trains_verifies_every_push_and_opens_the_documente
     assert run.wait() == 0, run.output
     assert "gcs_server" in seen[0] - seen[1]
     summary = summary_is_whole(run)
-    assert summary["groups"]["trained"] == 16
+    assert summary["groups"]["trained"] == 12
     run.assert_nothing_left()

@@ -9,12 +9,20 @@ from tests.support.one_rank import make_checkpoints
 from tests.support.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """Up to four trainer ranks, for whatever layout. For one module: the process groups of each layout leave threads
-    behind in them, and thousands of those would take the processor from what runs beside."""
+@pytest.fixture(scope="session")
+def all_ranks():
     with Ranks(4) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(all_ranks):
+    """Up to four trainer ranks, for whatever layout."""
+    yield all_ranks
+    # The process groups of each layout leave threads behind, and thousands of those would take the processor from what
+    # runs beside. Ranks that had none are kept: each imports Megatron, which takes ten seconds.
+    if all_ranks.met:
+        all_ranks.renew()
 
 
 @pytest.fixture(scope="module")

@@ -102,14 +102,37 @@ def test_in_flight_keeps_generations_across_pushes(start_run):
         assert sorted(trajectory.versions.tolist()) == trajectory.versions.tolist()
 
 
-def test_drain_without_staleness_is_synchronous(start_run):
+def check_metrics(run) -> None:
+    """Compare what every process of a run with a real engine serves with what it is bound to say."""
+    scraped = scrape(run)
+    # Not every step has tokens of staleness 0, and then that series is not there.
+    while 'async_rl_ppo_kl{staleness="0"}' not in scraped["pipeline"]:
+        assert run.process.poll() is None, run.output
+        scraped = scrape(run)
+    assert "async_rl_policy_version" in scraped["pipeline"]
+    assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
+    assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
+    # There before the first is killed: rate() sees no first value.
+    killed = 'async_rl_user_calls_killed_total{function="reward"}'
+    assert [values[killed] for values in scraped.values() if killed in values] == [0]
+    engine, trainer, worker = (run.one(name) for name in ("EngineCore", "TrainerActor", "RolloutActor"))
+    if len(os.sched_getaffinity(0)) >= 2:
+        assert set(engine.cpu_affinity()).isdisjoint(trainer.cpu_affinity())
+        assert set(worker.cpu_affinity()) == os.sched_getaffinity(0)  # the engine's front end works on any core
+
+
+def test_drain_without_staleness_is_synchronous_and_outlives_its_queue(start_run):
     run = start_run(
         async_training__partial_rollout__mode="drain",
         async_training__staleness_threshold=0,
         async_training__max_staleness=0,
         trainer__steps=4,
     )
+    run.wait_for_step(1)
+    check_metrics(run)
+    run.one("QueueProcess").kill()
     summary = finished(run)
+    assert len(run.events("queue_rebuilt")) == 1
     assert summary["trajectories"]["partial"] == 0
     assert summary["token_staleness"]["max"] == 0
     assert summary["tokens_masked"] == 0
@@ -161,29 +184,13 @@ def test_ctrl_c_leaves_a_summary_and_nothing_else(start_run):
     assert run.summary["groups"]["trained"] >= 4 * run.summary["steps"], "those of the last step among them"
 
 
-@pytest.mark.parametrize("victim", ["TrainerActor", pytest.param("EngineCore", marks=pytest.mark.slow)])
-def test_every_process_serves_metrics_until_a_killed_one_ends_the_run(start_run, victim):
-    real = victim == "EngineCore"
+@pytest.mark.slow
+def test_every_process_serves_metrics_until_a_killed_engine_ends_the_run(start_run):
     # Without an end of its own: however slowly this process looks, the run is still there.
-    run = start_run(trainer__steps=10_000, recovery__max_restarts=0, **({} if real else SCRIPTED))
+    run = start_run(trainer__steps=10_000, recovery__max_restarts=0)
     run.wait_for_step(1)
-    scraped = scrape(run)
-    # Not every step has tokens of staleness 0, and then that series is not there.
-    while 'async_rl_ppo_kl{staleness="0"}' not in scraped["pipeline"]:
-        assert run.process.poll() is None, run.output
-        scraped = scrape(run)
-    assert "async_rl_policy_version" in scraped["pipeline"]
-    if real:  # a scripted engine makes its log-probs up
-        assert scraped["pipeline"]['async_rl_ppo_kl{staleness="0"}'] == pytest.approx(0, abs=1e-5)
-    assert sum(values.get("async_rl_generated_tokens_total", 0) for values in scraped.values()) > 0
-    # There before the first is killed: rate() sees no first value.
-    killed = 'async_rl_user_calls_killed_total{function="reward"}'
-    assert [values[killed] for values in scraped.values() if killed in values] == [0]
-    if real and len(os.sched_getaffinity(0)) >= 2:
-        engine, trainer, worker = (run.one(name) for name in ("EngineCore", "TrainerActor", "RolloutActor"))
-        assert set(engine.cpu_affinity()).isdisjoint(trainer.cpu_affinity())
-        assert set(worker.cpu_affinity()) == os.sched_getaffinity(0)  # the engine's front end works on any core
-    run.one(victim).kill()
+    check_metrics(run)
+    run.one("EngineCore").kill()
     assert_failed(run)
 
 
@@ -196,10 +203,11 @@ def assert_failed(run) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_queue_ends_the_run(start_run):
+@pytest.mark.parametrize("victim", ["TrainerActor", "QueueProcess"])
+def test_a_killed_actor_ends_the_run(start_run, victim):
     run = start_run(trainer__steps=10_000, recovery__max_restarts=0, **SCRIPTED)
     run.wait_for_step(1)
-    run.one("QueueProcess").kill()
+    run.one(victim).kill()
     assert_failed(run)
 
 

@@ -4,15 +4,15 @@ import pytest
 
 from tests.support.trainer_memory import SIZES, allocated, estimated, make_model, settings
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param("demo", "float32", marks=pytest.mark.slow),
+        ("demo", "float32"),
         ("vocabulary", "float32"),
-        pytest.param("demo", "bfloat16", marks=pytest.mark.slow),
+        ("demo", "bfloat16"),
     ],
 )
 def test_the_doctor_knows_what_a_trainer_rank_takes(ranks, tmp_path, name, dtype):

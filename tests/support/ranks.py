@@ -41,6 +41,7 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
+        self.met = False  # in a layout of several
         self._processes = [ProcessPoolExecutor(1, get_context("spawn"), _begin) for _ in range(self._most)]
 
     def __enter__(self):
@@ -60,6 +61,11 @@ class Ranks:
                 for path in Path("/dev/shm").glob(f"sem.{_name(child.pid)}-*"):
                     path.unlink(missing_ok=True)
 
+    def renew(self) -> None:
+        """Kill all processes; calls get new ones."""
+        self._kill()
+        self._start()
+
     def call(self, function, *arguments):
         """Call ``function(*arguments)`` in the first process."""
         return self._processes[0].submit(function, *arguments).result(TIMEOUT_S)
@@ -67,6 +73,7 @@ class Ranks:
     def run(self, function, config, *arguments):
         """Call ``function(trainer, *arguments)`` on every rank of the config's layout; return the results by rank."""
         count = world_size(config.trainer.parallel)
+        self.met |= count > 1
         address = self.call(_open_store) if count > 1 else None
         futures = [
             process.submit(_with_trainer, config, rank, address, function, arguments)
@@ -75,8 +82,7 @@ class Ranks:
         done, running = wait(futures, TIMEOUT_S, return_when=FIRST_EXCEPTION)
         failed = [future.exception() for future in done if future.exception() is not None]
         if failed or running:
-            self._kill()  # the other ranks would wait minutes for the one that failed
-            self._start()
+            self.renew()  # the other ranks would wait minutes for the one that failed
             raise failed[0] if failed else TimeoutError(f"{len(running)} of {count} ranks did not end")
         return [future.result() for future in futures]
 

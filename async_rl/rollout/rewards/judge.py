@@ -32,8 +32,7 @@ _KEPT = 10_000
 # Within one attempt, for answers that say so: 408, 409, 429 and 5xx.
 _REPEATS = 2
 
-_Client = openai.AsyncOpenAI
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], _Client]] = WeakKeyDictionary()
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], openai.AsyncOpenAI]] = WeakKeyDictionary()
 _judgements: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
 
@@ -91,7 +90,7 @@ def _number(answer: str, highest: float) -> float:
     return float(found[-1]) / highest
 
 
-def _client(url: str, key: str) -> _Client:
+def _client(url: str, key: str) -> openai.AsyncOpenAI:
     """Return the client of this event loop: its connections belong to it."""
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if (url, key) not in clients:
