@@ -28,13 +28,13 @@ def overrides_of(path: Path) -> dict[str, object]:
 
 
 def nearly_on_policy(trainer, groups):
-    """Return the groups with behaviour log-probs as the trainer computes them, some of them moved."""
+    """Return the groups with behaviour log-probs near those of the trainer, one in ten of them far enough to reject."""
     rng = np.random.default_rng(0)
 
     def moved(trajectory):
         ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
         own = trainer.logprobs([ids])[0][len(trajectory.prompt_ids) - 1 :]
-        noise = rng.normal(0, 0.02, len(own)) * np.where(rng.random(len(own)) < 0.1, 20, 1)
+        noise = rng.normal(0, 0.02, len(own)) * np.where(rng.random(len(own)) < 0.1, 60, 1)
         return replace(trajectory, logprobs=np.minimum(own + noise, 0).astype(np.float32))
 
     return [Group(group.group_id, group.prompt, tuple(moved(t) for t in group.trajectories)) for group in groups]
