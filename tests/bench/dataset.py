@@ -25,13 +25,14 @@ from typing import Any
 
 import psutil
 
+from async_rl.config.schema import DataSection
 from async_rl.data.cursor import DatasetCursor
 from async_rl.data.dataset import read_dataset
 from async_rl.data.files import open_files
 from async_rl.data.prompts import RowReader
 from tests.support.datasets import TextEncoder
 
-ROWS_IN_MEMORY = 20_000  # the default of data.rows_in_memory
+ROWS_IN_MEMORY = DataSection.model_fields["rows_in_memory"].default
 _FILLER = "The train leaves at nine and arrives before noon, if the bridge is open. " * 8
 
 

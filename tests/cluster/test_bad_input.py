@@ -49,8 +49,9 @@ def test_a_model_that_only_the_driver_s_host_has_is_named_with_the_host_that_lac
 
 def test_a_folder_of_runs_that_hosts_do_not_share_is_named(hosts, run_on):
     """The same path on each host, and a folder of its own there."""
-    line = refused(run_on(hosts, runs=INSIDE / "work" / "runs", **SETTINGS))
-    assert line.startswith(f"async-rl: runs: {INSIDE}/work/runs must be one folder for all hosts, but ")
+    runs = INSIDE / "work" / "runs"
+    line = refused(run_on(hosts, runs=runs, **SETTINGS))
+    assert line.startswith(f"async-rl: runs: {runs} must be one folder for all hosts, but ")
     assert hosts[1].address in line
 
 

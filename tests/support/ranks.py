@@ -1,13 +1,12 @@
 """Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
-import os
 import signal
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import current_process, get_context
+from multiprocessing import get_context
 from pathlib import Path
 
 from async_rl.config.loading import validate
-from async_rl.runtime.process import signal_on_parent_death
+from async_rl.runtime.process import begin_run, mark_semaphores, signal_on_parent_death
 from async_rl.trainer.parallel import world_size
 
 # Far beyond what a call takes on an idle machine: with a load of ten on two cores, importing Megatron takes a minute.
@@ -58,7 +57,7 @@ class Ranks:
                 child.kill()
             process.shutdown(cancel_futures=True)
             for child in children:
-                for path in Path("/dev/shm").glob(f"sem.{_name(child.pid)}-*"):
+                for path in Path("/dev/shm").glob(f"sem.async_rl-{child.pid}-*"):
                     path.unlink(missing_ok=True)
 
     def renew(self) -> None:
@@ -91,11 +90,8 @@ def _begin():
     # A worker would wait for calls forever, even after the process that makes them was killed.
     signal_on_parent_death(signal.SIGKILL)
     # Named after its process: a killed one leaves its semaphores behind, and whole runs look for those of their own.
-    current_process()._config["semprefix"] = f"/{_name(os.getpid())}"
-
-
-def _name(pid):
-    return f"async_rl-rank-{pid}"
+    begin_run()
+    mark_semaphores()
 
 
 _STORES = []  # of rank 0, until its ranks have met
