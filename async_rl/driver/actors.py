@@ -36,6 +36,7 @@ from async_rl.runtime.failures import (
     user_facing_error,
 )
 from async_rl.runtime.manifest import Entries
+from async_rl.runtime.process import run_token
 from async_rl.trainer.actor import TrainerActor
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
 from async_rl.weights.sides import Replica
@@ -455,10 +456,17 @@ def start_trainer(config: RunConfig, rank: int, place: Place, *, one_host: bool)
 
 
 def _process_environment(threads: int) -> dict[str, str]:
-    """Set thread pools of that size whose idle threads sleep: spinning ones take cores from processes with work."""
-    return _ONEDNN_CACHE | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-    }
+    """Set thread pools of that size whose idle threads sleep: spinning ones take cores from processes with work.
+
+    Of the driver's own environment, other hosts get the token of the run.
+    """
+    return (
+        _ONEDNN_CACHE
+        | run_token()
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "KMP_BLOCKTIME": "0",
+        }
+    )

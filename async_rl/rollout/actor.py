@@ -38,7 +38,7 @@ from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime import logs, spool
 from async_rl.runtime.cores import CoreShare
 from async_rl.runtime.numa import own_cores
-from async_rl.runtime.process import mark_semaphores
+from async_rl.runtime.process import mark_semaphores, remove_semaphores
 from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
 from async_rl.weights.buckets import checksum
 
@@ -279,7 +279,7 @@ class RolloutActor(RolloutReplica):
         self._paths = spool.on_this_host(config)
         config = self._paths.config
         logs.configure(config.run_dir, name, console=False)
-        mark_semaphores()  # those of vLLM
+        mark_semaphores(name)  # those of vLLM
         tokenizer = load_tokenizer(config)
         engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores, config.resources))
         multi_turn = config.rollout.environment.function is not None
@@ -392,3 +392,4 @@ class RolloutActor(RolloutReplica):
         if self._fetched_weights is not None:
             self._fetched_weights.close()
         await super().shutdown()
+        remove_semaphores(worker_id(self._replica))  # the engine's; hosts that joined have no supervisor

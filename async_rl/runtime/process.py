@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import os
+import secrets
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -95,23 +96,30 @@ def release_freed_memory() -> None:
 
 def begin_run() -> None:
     """Give this process and its descendants a token that marks what they leave in shared memory."""
-    os.environ[_RUN_TOKEN] = f"async_rl-{os.getpid()}"
+    os.environ[_RUN_TOKEN] = f"async_rl-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def mark_semaphores() -> None:
-    """Name the semaphores that multiprocessing makes in this process and its children after the run.
+def run_token() -> dict[str, str]:
+    """Return the run's token as environment of processes that another host starts; empty outside a run."""
+    return {_RUN_TOKEN: token} if (token := os.environ.get(_RUN_TOKEN)) is not None else {}
 
-    They are files in shared memory. Python unlinks them in a helper process, which a kill of the run ends too.
+
+def mark_semaphores(role: str) -> None:
+    """Name the semaphores that multiprocessing makes in this process and its children after the run and ``role``.
+
+    They are files in shared memory. Python unlinks them in a helper process, which a kill of the run ends too; those of
+    an earlier process of this role are unlinked here.
     """
     if (token := os.environ.get(_RUN_TOKEN)) is not None:
+        remove_semaphores(role)
         # There is no public way; Python itself names them by this entry.
-        multiprocessing.current_process()._config["semprefix"] = f"/{token}"  # type: ignore[attr-defined]
+        multiprocessing.current_process()._config["semprefix"] = f"/{token}-{role}"  # type: ignore[attr-defined]
 
 
-def remove_semaphores() -> None:
-    """Unlink the semaphores that marked processes of this run left; call it when they have ended."""
+def remove_semaphores(role: str = "*") -> None:
+    """Unlink the semaphores that marked processes of this run left on this host; call it when they have ended."""
     if (token := os.environ.get(_RUN_TOKEN)) is not None:
-        for path in _SEMAPHORES.glob(f"sem.{token}-*"):
+        for path in _SEMAPHORES.glob(f"sem.{token}-{role}-*"):
             path.unlink(missing_ok=True)
 
 

@@ -120,11 +120,8 @@ class _Asked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended
-            self._process.stdin.close()
-        self._process.kill()
-        self._process.communicate()
+        with self._process:  # which closes its pipes and waits for it
+            self._process.kill()
 
 
 def measure_weights(

@@ -74,7 +74,7 @@ async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
 
     environment = dict(os.environ)
     begin_run()
-    mark_semaphores()
+    mark_semaphores("engine")
     engine = VllmEngine(config, replica=0)
     try:
         await engine.start()

@@ -91,7 +91,7 @@ def _begin():
     signal_on_parent_death(signal.SIGKILL)
     # Named after its process: a killed one leaves its semaphores behind, and whole runs look for those of their own.
     begin_run()
-    mark_semaphores()
+    mark_semaphores("ranks")
 
 
 _STORES = []  # of rank 0, until its ranks have met

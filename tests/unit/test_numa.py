@@ -194,7 +194,7 @@ def test_a_rollout_worker_gives_its_engine_the_cores(monkeypatch, device, cores)
 
     monkeypatch.setattr("async_rl.rollout.engine.loader.load_engine", lambda name: engine)
     monkeypatch.setattr(rollout_actor, "load_tokenizer", lambda _: None)
-    monkeypatch.setattr(rollout_actor, "mark_semaphores", lambda: None)
+    monkeypatch.setattr(rollout_actor, "mark_semaphores", lambda _role: None)
     monkeypatch.setattr(rollout_actor.logs, "configure", lambda *_, **__: None)
     with pytest.raises(EngineMade) as made:
         rollout_actor.RolloutActor(config(device), 0, None, None)
