@@ -2,7 +2,10 @@
 
 import pytest
 
+from async_rl.config.loading import load
+from async_rl.demo import checkpoint
 from tests.cluster.runs import summary_is_whole
+from tests.cluster.test_ports import check_host
 from tests.support.real_run import SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -82,3 +85,37 @@ def test_three_hosts_train_the_groups_of_one_host_bit_for_bit(hosts, run_on, sta
     assert weights
     assert weights == others
     three.assert_nothing_left()
+
+
+@pytest.mark.long
+def test_real_engines_and_a_trainer_split_over_two_hosts_learn_and_agree_at_every_push(hosts, run_on, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    checkpoint.unpack(model)  # warmed up: random weights would take hundreds of steps to learn anything
+    run = run_on(
+        hosts,
+        model__path=model,
+        rollout__n=8,
+        rollout__max_num_seqs=64,
+        trainer__steps=32,
+        trainer__groups_per_step=8,
+        trainer__optimizer__lr=1e-4,
+        trainer__optimizer__warmup_steps=5,
+        eval__n=64,
+        **LAYOUT,
+    )
+    run.wait_for_step(1)
+    assert_apart(run, "RolloutActor", "EngineCore")
+    listening = [check_host(host, joined=True) for host in hosts]
+    assert {"driver", "QueueProcess"} <= listening[0] - listening[1] - listening[2]
+    for seen in listening[1:]:
+        assert {"TrainerActor", "RolloutActor", "EngineCore"} <= seen - listening[0]
+    assert run.wait() == 0, run.output
+    summary = summary_is_whole(run)  # the canary has passed at each push
+    assert load(run.folder / "config.yaml").sync.backend == "object_store"
+    assert summary["trajectories"]["partial"] > 0
+    assert summary["on_policy_logprob_abs_diff"]["max"] <= 1e-4
+    assert summary["token_staleness"]["max"] <= 3
+    # A hundred steps take it from 0.26 to 0.65 (docs/evidence/results.md).
+    assert summary["eval"]["last"] > summary["eval"]["first"] + 0.03, "greedy reward on fixed problems"
+    run.assert_nothing_left()
