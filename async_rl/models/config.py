@@ -324,6 +324,12 @@ def _common(architecture: str, fields: _Fields) -> ModelConfig:
     )
 
 
+def _llama(architecture: str, fields: _Fields) -> ModelConfig:
+    fields.only(attention_bias=False, mlp_bias=False)
+    fields.plain_rope()
+    return _common(architecture, fields)
+
+
 def _qwen3(architecture: str, fields: _Fields) -> ModelConfig:
     fields.only(attention_bias=False)
     fields.plain_rope()
@@ -422,6 +428,7 @@ def _experts(fields: _Fields) -> dict[str, Any]:
 
 # {architecture: how its config.json is read}, for the architectures that the tables in models/names.py cover.
 FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
+    "LlamaForCausalLM": _llama,
     "Qwen3ForCausalLM": _qwen3,
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "MixtralForCausalLM": _mixtral,

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow]
 
 # Every family, with tied embeddings too where vLLM has that. Qwen3-MoE without is what test_vllm_engine.py pushes to.
 CASES = [
+    ("Llama", True),
     ("Qwen3", True),
     ("Qwen3", False),
     ("Qwen3-MoE", True),

@@ -9,7 +9,14 @@ VOCAB, LAYERS, EXPERTS = 128, 4, 8
 
 
 def _configs():
-    from transformers import DeepseekV3Config, Glm4MoeConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        DeepseekV3Config,
+        Glm4MoeConfig,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     shape = {
         "vocab_size": VOCAB,
@@ -51,6 +58,7 @@ def _configs():
         "mscale_all_dim": 1.0,
     }
     return {
+        "Llama": LlamaConfig(**shape, **grouped, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e5}),
         "Qwen3": Qwen3Config(**shape, **grouped, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6}),
         "Qwen3-MoE": Qwen3MoeConfig(
             **shape,
@@ -88,8 +96,8 @@ def _configs():
     }
 
 
-FAMILIES = ("Qwen3", "Qwen3-MoE", "Mixtral", "Moonlight", "DeepSeek-V3", "GLM-4 MoE")
-DENSE = ("Qwen3",)
+FAMILIES = ("Llama", "Qwen3", "Qwen3-MoE", "Mixtral", "Moonlight", "DeepSeek-V3", "GLM-4 MoE")
+DENSE = ("Llama", "Qwen3")
 
 
 def make(name, folder, seed=0, tied=None):

@@ -79,8 +79,8 @@ def test_dense_layers_of_a_moe_model_are_no_moe_layers(tmp_path, changes, layers
     ("changes", "words"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            ["LlamaForCausalLM", "Qwen3ForCausalLM, Qwen3MoeForCausalLM"],
+            {"architectures": ["GemmaForCausalLM"]},
+            ["GemmaForCausalLM", "LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"],
         ),
         ({"architectures": None}, ["none", "supported are"]),
         ({"vocab_size": None}, ["vocab_size", "None"]),
@@ -92,6 +92,11 @@ def test_dense_layers_of_a_moe_model_are_no_moe_layers(tmp_path, changes, layers
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
         ({"attention_bias": True}, ["attention_bias", "True"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
+        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, ["mlp_bias", "True"]),
+        (
+            {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+            ["rope_type", "'llama3'"],
+        ),
     ],
 )
 def test_refuses_what_it_cannot_train_and_names_it(tmp_path, changes, words):
@@ -225,7 +230,7 @@ def test_reads_moonlight_and_deepseek_v3(tmp_path):
         ({"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "'yarn'"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "only None"]),
-        ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM"]),
+        ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM"]),
     ],
 )
 def test_refuses_what_it_would_compute_otherwise(tmp_path, changes, words):
