@@ -4,13 +4,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CHAT_STAMP := $(VENV)/.chat-installed
 TRAIN_ARGS ?=
 
-.PHONY: help setup train observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
+.PHONY: help setup train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
+	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
 	@echo "make test    check, and the integration tests that CI runs (12 minutes)"
@@ -32,6 +34,13 @@ $(STAMP): requirements/cpu.txt requirements/ray-metrics.txt pyproject.toml launc
 
 train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
+
+$(CHAT_STAMP): requirements/chat.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/chat.txt
+	@touch $@
+
+train-chat: $(CHAT_STAMP)
+	launch/fully_async.sh configs/chat_moe.yaml $(TRAIN_ARGS)
 
 observe: $(STAMP)
 	$(BIN)/async-rl observe runs
