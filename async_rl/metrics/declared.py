@@ -97,7 +97,7 @@ _LEARNING = (
     MetricSpec(
         "eval_pass_at_k",
         "gauge",
-        "Chance that one of k responses to a problem passes, for the largest k of eval.sets.<set>.pass_k (pass@k).",
+        "Chance that one of k responses to a problem passes, for the largest k that the set reports (pass@k).",
         "Reward that rises while this falls: the policy narrows to what it can do already.",
         labels=("set",),
     ),
@@ -462,7 +462,7 @@ _FLOW = (
     MetricSpec(
         "dataset_bad_rows_total",
         "counter",
-        "Dataset rows skipped, by dataset (train, eval, eval.<set>).",
+        "Dataset rows skipped, by dataset (train, eval, eval.NAME of eval.sets).",
         "Above zero, the dataset is smaller than its file.",
         labels=("dataset",),
     ),

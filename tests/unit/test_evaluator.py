@@ -178,7 +178,7 @@ async def test_a_restored_run_evaluates_what_its_end_has_cut_off(beside):
     assert len(parts.lines) == 2, "version 5 is not due"
 
 
-async def test_an_evaluation_that_a_restart_of_the_trainer_ended_is_made_at_the_next_version_if_the_weights_are_the_same():
+async def test_what_a_restart_of_the_trainer_has_ended_is_evaluated_at_the_next_version_of_the_same_weights():
     parts = Parts()
     subject = evaluator(parts)
     for step, then, expected in ((4, 3, []), (4, 4, [("held_out", 5)])):
