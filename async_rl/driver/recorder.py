@@ -15,6 +15,7 @@ from typing import Any, Self
 import structlog
 
 from async_rl.config.schema import HELD_OUT, RunConfig
+from async_rl.driver import checkpoint_folder
 from async_rl.driver.fleet import State
 from async_rl.driver.run_state import RunState
 from async_rl.driver.samples import Leased, SampleWriter, readable_answer
@@ -135,6 +136,12 @@ class Recorder:
                     self._meter.evaluated(line)
         for line in self._summary.latest_evals():
             publish_eval(self._metrics, line)
+
+    def eval_scores(self) -> dict[int, float]:
+        """Return the mean reward on the set of checkpoint.keep_best, by training step; {} without one."""
+        best = self._config.checkpoint.keep_best
+        lines = self._folder.evals() if best is not None else []
+        return {line["step"]: line["avg"]["mean"] for line in lines if line["set"] == best}
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -282,6 +289,8 @@ class Recorder:
             return
         self._finished = True
         summary = self._summary.result(self._meter.totals(), exit_reason)
+        if (best := checkpoint_folder.best(self.checkpoints, self.eval_scores())) is not None:
+            summary["best_checkpoint"] = str(best)
         self._folder.write_summary(summary)
         self._loggers.finish(summary)
         ended, _, why = exit_reason.partition(": ")

@@ -164,12 +164,12 @@ class RunFolder:
         self._lines[EVAL_SAMPLES].append(to_json(sample))
 
     def evals(self) -> list[dict[str, Any]]:
-        """Return the lines of evals.jsonl, oldest first. Call ``rewind`` before: it removes one that was cut off."""
+        """Return the lines of evals.jsonl, oldest first, without one that is being written or was cut off."""
         try:
             text = (self.path / EVALS).read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.split("\n") if line]
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def rewind(self, step: int) -> None:
         """Move the lines of steps after ``step`` to rewound-<name>, because they will be trained again."""

@@ -75,6 +75,7 @@ def recorder(tmp_path, monkeypatch):
             "model": {"path": "model"},
             "data": {"train": "train.jsonl"},
             "metrics": {"samples_per_step": settings.pop("samples", 2)},
+            **settings.pop("tree", {}),
             "debug": {"dump_trajectories": settings.pop("dumped", 0)},
         }
         made.append(Recorder(validate(tree), time.monotonic(), lambda ids: "".join(map(str, ids))))
@@ -282,3 +283,18 @@ def test_responses_of_evaluations_are_written_like_samples(recorder):
         "step": 5, "policy_version": 6, "set": "aime", "problem": "eval-aime-3", "row": 3, "prompt": "p",
         "response": "78", "reward": 1.0, "finish_reason": "stop",
     }  # fmt: skip
+
+
+def test_the_scores_of_checkpoints_are_those_of_one_set_and_the_best_is_in_the_summary(recorder):
+    sets = {"aime": {"path": "aime.jsonl", "every": 5}}
+    one = recorder(tree={"eval": {"sets": sets}, "checkpoint": {"keep_best": "aime", "every": 5}})
+    for step, reward in ((0, 0.9), (5, 0.5), (10, 0.4)):
+        one.evaluation(eval_results(reward, "aime"), step + 1, step)
+        one.evaluation(eval_results(1.0), step + 1, step)
+    assert one.eval_scores() == {0: 0.9, 5: 0.5, 10: 0.4}
+    for step in (5, 10):
+        (one.checkpoints / f"step-{step:06d}").mkdir()
+    one.finish("finished")
+    summary = json.loads((one.checkpoints.parent / "summary.json").read_text())
+    assert summary["best_checkpoint"].endswith("checkpoints/step-000005")
+    assert recorder(tree={"name": "other"}).eval_scores() == {}
