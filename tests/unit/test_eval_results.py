@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.metrics.evaluation import Answered, EvalRules, estimate, eval_line, largest_pass, pass_at_k
+from tests.support.examples import examples
 
 RULES = EvalRules(k=2, pass_sizes=(1, 2), pass_at=1.0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(40))
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.data())
 def test_pass_at_k_is_the_share_of_all_choices_of_k_responses_of_which_one_passes(passes, data):
     k = data.draw(st.integers(1, len(passes)))
