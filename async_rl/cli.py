@@ -108,6 +108,7 @@ def _eval(paths: Sequence[Path], checkpoint: Path | None, settings: Sequence[str
     # Before anything heavy is imported: the supervisor forks.
     from async_rl.runtime.supervisor import supervise
 
+    checkpoint = None if checkpoint is None else _run_folder(checkpoint)
     moved = config.model.path if "model.path" in overrides else None
     return supervise(lambda: _reported(lambda: _evaluate(config, checkpoint, moved)))
 
@@ -236,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         metavar="FOLDER",
-        help="Hugging Face folder, run folder (its final model, or else its latest checkpoint) or step-... folder; "
-        "model.path by default",
+        help="Hugging Face folder, run folder or its name (its final model, or else its latest checkpoint), or "
+        "step-... folder; model.path by default",
     )
 
     export = verbs.add_parser(
