@@ -58,7 +58,7 @@ def run(config: RunConfig, checkpoint: Path | None, moved: Path | None = None) -
         raise ConfigError("there is nothing to evaluate on: set data.eval, or eval.sets.NAME.path for a set of a name")
     if config.prepare is not None:
         load_function("prepare", config.prepare, ("config",), ConfigError)(config)
-    source = find_source(config.model.path, "model.path") if checkpoint is None else find_source(checkpoint)
+    source = Source(config.model.path, exported=True) if checkpoint is None else find_source(checkpoint)
     config = alone(config, source)
     encoder = reading.encoder(config)
     sets = read_eval_sets(config, encoder, {})
@@ -79,7 +79,7 @@ def run(config: RunConfig, checkpoint: Path | None, moved: Path | None = None) -
     return 0
 
 
-def find_source(path: Path, key: str = "--checkpoint") -> Source:
+def find_source(path: Path) -> Source:
     """Return the Hugging Face folder that ``path`` is or that its run has exported, else its latest checkpoint.
 
     Raises CheckpointError when there is neither.
@@ -90,7 +90,7 @@ def find_source(path: Path, key: str = "--checkpoint") -> Source:
     try:
         return Source(find(path).absolute(), exported=False)
     except CheckpointError as error:
-        raise CheckpointError(f"{key} {path} is no Hugging Face folder with a config.json: {error}") from None
+        raise CheckpointError(f"--checkpoint {path} is no Hugging Face folder with a config.json: {error}") from None
 
 
 def alone(config: RunConfig, source: Source) -> RunConfig:
