@@ -24,7 +24,7 @@ from async_rl.errors import AsyncRLError, ConfigError
 _FLAGS = ("-h", "--help", "--version", "--dry-run", "--once", "--cluster")
 """Options without a value; every other --word takes one."""
 
-_OPTIONS = ("--resume", "--out", "--trace", "--port")
+_OPTIONS = ("--resume", "--out", "--trace", "--port", "--checkpoint")
 """Options with a value; every other --word is a setting."""
 
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb == "train":
         resume = arguments.resume is not None
         return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run, resume=resume))
+    if arguments.verb == "eval":
+        return _reported(lambda: _eval(arguments.config, arguments.checkpoint, settings))
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     if arguments.verb == "doctor":
@@ -98,6 +100,23 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     from async_rl.driver.run import run
 
     return run(config, resume=resume)
+
+
+def _eval(paths: Sequence[Path], checkpoint: Path | None, settings: Sequence[str]) -> int:
+    overrides = parse_overrides(settings)
+    config = load(paths, overrides)
+    # Before anything heavy is imported: the supervisor forks.
+    from async_rl.runtime.supervisor import supervise
+
+    checkpoint = None if checkpoint is None else _run_folder(checkpoint)
+    moved = config.model.path if "model.path" in overrides else None
+    return supervise(lambda: _reported(lambda: _evaluate(config, checkpoint, moved)))
+
+
+def _evaluate(config: RunConfig, checkpoint: Path | None, moved: Path | None) -> int:
+    from async_rl.driver.eval_command import run
+
+    return run(config, checkpoint, moved)
 
 
 def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
@@ -203,6 +222,23 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         choices=["auto"],
         help="resume this run from its latest valid checkpoint, or start it if it has none",
+    )
+
+    evaluate = verbs.add_parser(
+        "eval",
+        help="evaluate a checkpoint on the sets of a config file",
+        usage="async-rl eval CONFIG [CONFIG ...] [--checkpoint FOLDER] [--section.key value ...]",
+        description="Evaluate a checkpoint on data.eval and eval.sets of CONFIG with one engine, without a trainer. "
+        "Prints a table, and as the last line the results as JSON; they are also written to <runs>/<name>-eval.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
+    evaluate.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="Hugging Face folder, run folder or its name (its final model, or else its latest checkpoint), or "
+        "step-... folder; model.path by default",
     )
 
     export = verbs.add_parser(

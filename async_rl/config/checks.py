@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from async_rl.config.schema import RunConfig
 
 
@@ -22,6 +24,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_recovery(config)
     _check_watchdog(config)
     _check_data(config)
+    _check_eval(config)
     _check_replay(config)
     _check_schedule(config)
     _check_loss(config)
@@ -137,10 +140,53 @@ def _check_watchdog(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    train, held_out = (value if isinstance(value, list) else [value] for value in (config.data.train, config.data.eval))
-    if both := [path for path in held_out if path is not None and path in train]:
+    train = _paths(config.data.train)
+    held_out = {"data.eval": config.data.eval, **{f"eval.sets.{n}.path": s.path for n, s in config.eval.sets.items()}}
+    for key, value in held_out.items():
+        if both := [path for path in _paths(value) if path in train]:
+            raise ValueError(
+                f"{key} and data.train are the same file, {both[0]}; set {key} to a file of other problems"
+            )
+
+
+def _paths(value: Path | list[Path] | None) -> list[Path]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _check_eval(config: RunConfig) -> None:
+    if "held_out" in config.eval.sets:
+        raise ValueError("eval.sets.held_out: the name held_out is that of the problems of data.eval; choose another")
+    for name, each in config.eval.sets.items():
+        key, file = f"eval.sets.{name}", ", ".join(map(str, _paths(each.path)))
+        if max(each.pass_k or [0]) > each.k:
+            raise ValueError(
+                f"{key} ({file}): pass_k asks for pass@{max(each.pass_k or [0])}, but k is {each.k}, the responses per "
+                f"problem; set {key}.k to at least {max(each.pass_k or [0])}"
+            )
+        if each.temperature == 0 and each.k > 1:
+            raise ValueError(
+                f"{key} ({file}): k is {each.k}, but temperature is 0, which gives {each.k} times the same response; "
+                f"set {key}.k to 1, or {key}.temperature above 0"
+            )
+    _check_keep_best(config)
+
+
+def _check_keep_best(config: RunConfig) -> None:
+    best = config.checkpoint.keep_best
+    if best is None:
+        return
+    sets = config.eval_sets
+    if best not in sets:
         raise ValueError(
-            f"data.eval and data.train are the same file, {both[0]}; set data.eval to a file of other problems"
+            f"checkpoint.keep_best is {best}, but no evaluation set has this name; it is one of "
+            f"{', '.join(sets) or 'none: set data.eval or eval.sets'}"
+        )
+    every = config.eval.every if sets[best].every is None else sets[best].every
+    if not every or not config.checkpoint.periodic:
+        missing = "checkpoint.every" if every else "eval.every"
+        raise ValueError(
+            f"checkpoint.keep_best is {best}, but {missing} is 0, so no checkpoint of an evaluated step would be "
+            f"written; set {missing}"
         )
 
 

@@ -538,6 +538,9 @@ class CheckpointSection(Section):
     """Seconds that a run with checkpoints has for one more after SIGTERM, before it ends without; 0 for none."""
     keep: Positive = 2
     """Number of newest checkpoints to keep."""
+    keep_best: PartName | None = None
+    """Evaluation set, one of eval.sets or held_out, by which the best checkpoint is kept beside the newest ones, as
+    best-step-...; null for none. It is the one of the highest mean reward among those of steps that were evaluated."""
 
     @property
     def periodic(self) -> bool:
@@ -571,6 +574,41 @@ class WatchdogSection(Section):
     """Seconds without progress after which the run fails, with the stacks of every process in its log folder."""
 
 
+HELD_OUT = "held_out"
+"""The name of the set of data.eval, beside those of eval.sets."""
+
+
+class EvalSetSection(Section):
+    """A set of problems to evaluate on, and how its responses are sampled."""
+
+    path: DataFiles
+    """JSONL or Parquet file, pattern or list, laid out as data.train is and read by the settings of data."""
+    k: Positive = 1
+    """Responses per problem."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling's probability mass. Nothing of an evaluation is trained on, so that any value is right."""
+    top_k: NonNegative = 0
+    """Likeliest tokens to sample from; 0 for all."""
+    limit: Positive | None = None
+    """Number of problems, the first of the file; null for all."""
+    every: NonNegative | None = None
+    """As eval.every, for this set; null for its value."""
+    pass_at: float = 1.0
+    """Reward from which on a response passes, for pass@k."""
+    pass_k: list[Positive] | None = None
+    """The k of the pass@k to report, each at most k; null for 1 and k."""
+    source_field: str = "data_source"
+    """Column with the name of a problem's source; results are also given for each source. Problems without it count in
+    the whole set only."""
+
+    @property
+    def pass_sizes(self) -> tuple[int, ...]:
+        """The k of each pass@k that is reported, ascending."""
+        return tuple(sorted({1, self.k} if self.pass_k is None else set(self.pass_k)))
+
+
 class EvalSection(Section):
     """Evaluation on held-out prompts."""
 
@@ -581,6 +619,9 @@ class EvalSection(Section):
     beside_rollouts: bool = True
     """Whether rollouts continue during an evaluation within training, for whose end the next weight sync waits. false
     pauses them: the evaluation takes less time, and nothing is sampled until its longest response has ended."""
+    sets: Annotated[dict[PartName, EvalSetSection], Field(max_length=16)] = Field(default_factory=dict)
+    """Further sets of problems by name, evaluated when the held-out prompts are, for example {aime: {path: aime.jsonl,
+    k: 16, temperature: 0.6}}. The name held_out is that of the held-out prompts."""
 
 
 LoggerName = Literal["tensorboard", "wandb"]
@@ -600,8 +641,11 @@ class MetricsSection(Section):
     """Trajectories per step written to samples.jsonl in readable form."""
     sample_characters: Positive = 16_384
     """Most characters of a sample's prompt and of its response; of a longer one beginning and end are written."""
+    samples_per_eval: NonNegative = 2
+    """Responses per evaluation and set written to eval_samples.jsonl, one each of the set's first problems."""
     samples_bytes: Positive = 256 * 2**20
-    """Most bytes of samples.jsonl and its older parts together; the oldest samples are removed."""
+    """Most bytes of samples.jsonl and its older parts together, and of eval_samples.jsonl likewise; the oldest samples
+    are removed."""
     loggers: list[LoggerName] = Field(default_factory=list)
     """Further outputs for each step's row: `tensorboard`, `wandb`."""
     timeline_bytes: NonNegative = 64 * 2**20
@@ -687,6 +731,14 @@ class RunConfig(Section):
     def required_groups(self) -> int:
         """Groups that one training step consumes."""
         return self.trainer.groups_per_step * self.async_training.require_batches
+
+    @property
+    def eval_sets(self) -> dict[str, EvalSetSection]:
+        """Every set to evaluate on, by name: the held-out prompts, if there are any, and eval.sets."""
+        if self.data.eval is None:
+            return self.eval.sets
+        held_out = EvalSetSection(path=self.data.eval, temperature=0.0, limit=self.eval.n)
+        return {HELD_OUT: held_out, **self.eval.sets}
 
     @property
     def needed_replicas(self) -> int:

@@ -90,19 +90,20 @@ class Dataset:
         """Number of rows of all files, usable or not."""
         return len(self.rows) + len(self.bad_rows) + (self.later.count if self.later else 0)
 
-    def first(self, count: int, *, label: str, key: str) -> tuple[Prompt, ...]:
-        """Return the first ``count`` usable rows as prompts "<label>-<row>".
+    def first(self, count: int | None, *, label: str, key: str) -> tuple[Prompt, ...]:
+        """Return the first ``count`` usable rows, None for all, as prompts "<label>-<row>".
 
         Raises DatasetError, naming the setting ``key``, when there are fewer.
         """
-        found = list(self.rows[:count])
+        wanted = self.lines if count is None else count
+        found = list(self.rows[:wanted])
         if self.later is not None:
             line = self.later.first
-            while len(found) < count and line <= self.lines:
+            while len(found) < wanted and line <= self.lines:
                 if (row := self.later.row(line)) is not None:
                     found.append(row)
                 line += 1
-        if count > len(found):
+        if count is not None and count > len(found):
             raise DatasetError(
                 f"{self.path}: {key} asks for {count} prompts, but the file has {len(found)} usable rows"
             )

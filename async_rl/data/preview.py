@@ -46,7 +46,7 @@ def preview(config: RunConfig) -> tuple[str, bool]:
         load_function("prepare", config.prepare, ("config",), ConfigError)(config)
     encoder = reading.encoder(config)
     pages, usable = [], True
-    for key in ("data.train", "data.eval"):
+    for key in reading.keys(config):
         if not reading.paths_of(config, key):
             pages.append(f"{key}: none\n")
             continue

@@ -55,7 +55,8 @@ def checkpoints(config: RunConfig) -> Iterator[Check]:
     itemsize = estimate.BYTES[config.model.dtype]
     export = parameters * itemsize
     each = export + parameters * (estimate.MOMENT_BYTES + (estimate.MASTER_BYTES if itemsize < 4 else 0))
-    count = config.checkpoint.keep + 1 if config.checkpoint.periodic else 0
+    kept = config.checkpoint.keep + (config.checkpoint.keep_best is not None)
+    count = kept + 1 if config.checkpoint.periodic else 0
     needed = export + count * each
     existing = next(path for path in (config.runs.absolute(), *config.runs.absolute().parents) if path.exists())
     free = machine.free_bytes(str(existing))

@@ -134,9 +134,11 @@ def _stop_token(config: RunConfig) -> Iterator[Check]:
 
 def data(config: RunConfig) -> Iterator[Check]:
     """Check that the datasets can be read and are large enough."""
-    for key in ("data.train", "data.eval"):
+    for key in reading.keys(config):
         paths = reading.paths_of(config, key)
         if not paths and key == "data.eval" and config.data.eval is None:
+            if config.eval.sets:
+                continue
             yield Check(key, "warn", "no held-out prompts, so nothing is evaluated", f"set {key} to a JSONL file")
         elif config.prepare is not None and len(paths) == 1 and not paths[0].exists() and not has_magic(str(paths[0])):
             yield Check(key, "ok", f"{paths[0]}: will be created by {config.prepare} at start")
@@ -151,8 +153,9 @@ def _dataset(config: RunConfig, key: str) -> Check:
             name = ", ".join(map(str, reading.paths_of(config, key)))
             return Check(key, "ok", f"{name}: {sum(sizes) / 10**6:.0f} MB, read when the run starts")
         dataset = reading.read(config, key, _LengthEncoder(config))
-        if key == "data.eval":
-            dataset.first(config.eval.n, label="eval", key="eval.n")
+        for name in config.eval_sets:
+            if key == reading.eval_key(name):
+                reading.eval_prompts(config, name, dataset)
     except OSError as error:
         return Check(key, "FAIL", f"{error.filename}: {error.strerror}", f"set {key} to a JSONL file", DatasetError)
     except AsyncRLError as error:

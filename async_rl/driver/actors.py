@@ -23,7 +23,7 @@ from async_rl.metrics.records import StepReport
 from async_rl.queue.client import Payload
 from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.engine.interface import Score
-from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.evaluation import EvalProblem, EvalResult
 from async_rl.rollout.moments import SavedGroup
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
@@ -38,7 +38,7 @@ from async_rl.runtime.failures import (
 from async_rl.runtime.manifest import Entries
 from async_rl.runtime.process import run_token
 from async_rl.trainer.actor import TrainerActor
-from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
+from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.sides import Replica
 
 # Ray's own default for asynchronous actors, written down: ``run`` and every probe and weight sync share one event loop.
@@ -296,9 +296,9 @@ class RolloutHandle:
         """Fingerprint the engine's residual stream layer by layer; None if it cannot."""
         return _typed(self.actor.fingerprints.remote(sequences))
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]:
-        """Answer ``prompts`` greedily and return the mean reward."""
-        return _typed(self.actor.evaluate.remote(prompts))
+    def evaluate(self, problems: Sequence[EvalProblem]) -> Awaitable[EvalResult]:
+        """Answer and score ``problems``."""
+        return _typed(self.actor.evaluate.remote(problems))
 
     def freeze(self, step: int) -> Awaitable[None]:
         """Keep references to the groups in flight as they are now, for the checkpoint of ``step``."""

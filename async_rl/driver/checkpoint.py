@@ -194,7 +194,8 @@ class Checkpointer:
             state = replace(moment.state, queued=_paths(queued), in_flight=_paths(in_flight))
             entries = trainer | await asyncio.to_thread(run_state.write_head, partial, state)
             entries |= _entries(run_state.QUEUED, queued) | _entries(run_state.IN_FLIGHT, in_flight)
-            final = await asyncio.to_thread(checkpoint_folder.commit, partial, entries, keep=self._keep)
+            scores = await asyncio.to_thread(self._recorder.eval_scores)
+            final = await asyncio.to_thread(checkpoint_folder.commit, partial, entries, keep=self._keep, scores=scores)
             self._damaged.pop(final, None)
             await self._queue.checkpointed(checkpoint_folder.oldest_step(self._recorder.checkpoints))
             self.latest_step = step

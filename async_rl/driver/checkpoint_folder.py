@@ -5,6 +5,8 @@
         pipeline/                   the driver's part and the groups in flight, see ``driver.run_state``
         config.yaml                 the run's settings, from which ``async-rl export`` builds the model
     checkpoints/step-000040.partial a checkpoint that is being written, or was not finished
+    checkpoints/best-step-000010/   the best of those that are not among the newest, with checkpoint.keep_best; no run
+                                    is restored from it
 
 A folder is renamed to its final name when it is complete. Sizes and checksums come from the processes that wrote the
 files, and checksums are compared by the trainer's ranks when they load a checkpoint: nothing here reads a file but the
@@ -28,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"step-(\d{6,})")
 _PARTIAL = ".partial"
+_BEST = "best-"
 
 
 def name(step: int) -> str:
@@ -57,9 +60,12 @@ def begin(folder: Path, step: int) -> Path:
     return partial
 
 
-def commit(partial: Path, entries: Mapping[str, FileEntry], *, keep: int) -> Path:
+def commit(
+    partial: Path, entries: Mapping[str, FileEntry], *, keep: int, scores: Mapping[int, float] | None = None
+) -> Path:
     """Give a complete checkpoint its final name, and remove all but the newest ``keep``. Returns its final path.
 
+    ``scores``, by step, are those of evaluations: of the removed ones the best is kept under another name.
     ``entries`` are those of all files, which are on disk. Raises CheckpointError unless all are in the folder.
     """
     missing = manifest.find_missing(partial, entries)
@@ -75,8 +81,40 @@ def commit(partial: Path, entries: Mapping[str, FileEntry], *, keep: int) -> Pat
     partial.rename(final)
     manifest.sync_folders([final.parent])
     for old in list(_newest_first(final.parent))[keep:]:
-        shutil.rmtree(old)
+        _retire(old, scores or {})
     return final
+
+
+def best(folder: Path, scores: Mapping[int, float]) -> Path | None:
+    """Return the checkpoint with the highest score, the earliest of several; None if none has one."""
+    found = [path for path in (*_bests(folder), *_newest_first(folder)) if _step_of_any(path) in scores]
+    return max(found, key=lambda path: (scores[_step_of_any(path)], -_step_of_any(path)), default=None)
+
+
+def _retire(old: Path, scores: Mapping[int, float]) -> None:
+    """Remove a checkpoint that is not among the newest any more, or keep it as the best in place of the one before."""
+    final, others = old.with_name(_BEST + old.name), _bests(old.parent)
+    score, lowest = scores.get(step_of(old)), float("-inf")
+    # One of the same step is of weights that were undone.
+    known = [lowest if other == final else scores.get(_step_of_any(other), lowest) for other in others]
+    if score is None or any(score <= other for other in known):
+        shutil.rmtree(old)
+        return
+    shutil.rmtree(final, ignore_errors=True)
+    old.rename(final)
+    for other in others:
+        if other != final:
+            shutil.rmtree(other)
+
+
+def _bests(folder: Path) -> list[Path]:
+    """Return the checkpoint that is kept as the best; two after a kill between a rename and a removal."""
+    found = folder.glob(f"{_BEST}*")
+    return sorted(path for path in found if _NAME.fullmatch(path.name.removeprefix(_BEST)))
+
+
+def _step_of_any(path: Path) -> int:
+    return step_of(path.with_name(path.name.removeprefix(_BEST)))
 
 
 def oldest_step(folder: Path) -> int:

@@ -37,7 +37,7 @@ from async_rl.data.dataset import Dataset
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer, RunMoment
-from async_rl.driver.evaluation import Evaluator
+from async_rl.driver.evaluation import EvalSet, Evaluator
 from async_rl.driver.leases import Leased, LeasedGroups
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.places import Places
@@ -55,7 +55,6 @@ from async_rl.queue.staleness import oldest_allowed_version
 from async_rl.queue.start import start_queue
 from async_rl.runtime import timeouts
 from async_rl.runtime.interrupt import first_failure
-from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 
 log = structlog.get_logger(__name__)
@@ -72,7 +71,7 @@ class TrainingLoop:
         config: RunConfig,
         recorder: Recorder,
         train_set: Dataset,
-        eval_prompts: Sequence[Prompt],
+        eval_sets: Sequence[EvalSet],
         found: Path | None = None,
     ) -> None:
         self._config = config
@@ -96,7 +95,7 @@ class TrainingLoop:
         self._replicas = ReplicaSupervisor(self._rollouts, self._queue, self._sync, self._recovery, recorder)
         self._monitor = Monitor(config, self._queue, self._rollouts, self._trainers, self._sync, recorder)
         self._evaluator = Evaluator(
-            config, eval_prompts, sync=self._sync, replicas=self._replicas, monitor=self._monitor, recorder=recorder
+            config, eval_sets, sync=self._sync, replicas=self._replicas, monitor=self._monitor, recorder=recorder
         )
         self._checkpointer = Checkpointer(
             config,
@@ -180,6 +179,8 @@ class TrainingLoop:
         self._recorder.event("engine_trainer_agree", max_abs_diff=worst, unreached_experts=agreement.unreached_experts)
         if self._found is None:
             await self._evaluator.evaluate(self._pusher.version, self._step)
+        else:
+            await self._evaluator.restored(self._pusher.version, self._step)
 
     async def _finish(self) -> None:
         """Evaluate and export the trained model."""

@@ -122,7 +122,7 @@ class Pusher:
     ) -> RunMoment | None:
         """Sync, and do what surrounds it. Sets ``window`` when the trainer may compute before the sync is over."""
         paused = functools.partial(self._checkpointer.freeze, step) if snapshot else None
-        held = snapshot or self._evaluator.pauses(version)
+        held = snapshot or self._evaluator.pauses(version, step)
         record = await self._synced(version, window, paused=paused, held=held)
         self.synced_step = step
         await self._evaluator.while_paused(version, step)
@@ -133,7 +133,7 @@ class Pusher:
         if held:
             await self._sync.resume()
         self._replicas.on_sync_done()
-        self._evaluator.beside_rollouts(version)
+        self._evaluator.beside_rollouts(version, step)
         if then is not None:
             await then()
         return state

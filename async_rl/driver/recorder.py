@@ -14,25 +14,28 @@ from typing import Any, Self
 
 import structlog
 
-from async_rl.config.schema import RunConfig
+from async_rl.config.schema import HELD_OUT, RunConfig
+from async_rl.driver import checkpoint_folder
 from async_rl.driver.fleet import State
 from async_rl.driver.run_state import RunState
-from async_rl.driver.samples import Leased, SampleWriter
+from async_rl.driver.samples import Leased, SampleWriter, readable_answer
 from async_rl.driver.step_record import RunMeter
 from async_rl.driver.watchdog import RunSnapshot, Watchdog, waiting_for
+from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.live import LiveView
 from async_rl.metrics.loggers import open_loggers
-from async_rl.metrics.publish import publish_groups, publish_start, publish_step, publish_sync, step_row
+from async_rl.metrics.publish import publish_eval, publish_groups, publish_start, publish_step, publish_sync, step_row
 from async_rl.metrics.records import StepReport, SyncRecord
 from async_rl.metrics.summary import Summary
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.fetcher import Fetcher
 from async_rl.queue.records import GroupMeta, QueueStats
-from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.evaluation import EvalAnswer
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime.runfolder import RunFolder
 from async_rl.trainer.report import merge_reports
+from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
 
@@ -60,8 +63,10 @@ class Recorder:
         self._loggers = open_loggers(config.metrics.loggers, config.run_dir, config.model_dump(mode="json"))
         self._live = LiveView(config.name, config.trainer.steps)
         self._watchdog = Watchdog()
-        self.evaluated: int | None = None
-        """The version of the last evaluation; None before the first."""
+        self._decode = decode
+        # Step and version of the last evaluation, by set. A run that is restored counts its versions from those of the
+        # checkpoint, so that a number may come again with the weights of another step.
+        self._evaluated: dict[str, tuple[int, int]] = {}
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -93,23 +98,50 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """Return the records' sums so far as plain data, for a checkpoint."""
-        return {"summary": self._summary.state(), "evaluated": self.evaluated, **self._meter.state()}
+        return {"summary": self._summary.state(), "evaluated_sets": dict(self._evaluated), **self._meter.state()}
 
     def restore(self, found: RunState | None) -> None:
         """Continue the records of an earlier process from a checkpoint; begin again where there is none."""
         self._folder.rewind(0 if found is None else found.step)
         if found is None:
+            self._restore_evals({}, 0)
             self.event("run_without_checkpoint")
             return
         self._summary.restore(found.recorder["summary"])
         self._meter.restore(found.recorder)
-        self.evaluated = found.recorder.get("evaluated")  # since 0.2
+        self._restore_evals(found.recorder, found.step)
         self.event("run_restoring", step=found.step)
 
     def rewind(self, step: int, state: Mapping[str, Any]) -> None:
         """Undo the records of the steps after ``step``, from which the trainer resumes."""
         self._folder.rewind(step)
         self._summary.restore(state["summary"])
+        self._meter.rewind(state)
+        self._restore_evals(state, step)
+
+    def _restore_evals(self, state: Mapping[str, Any], step: int) -> None:
+        """Take the evaluations of the ``state`` of ``step``, and those that the run folder has in addition.
+
+        An evaluation beside rollouts ends after the checkpoint of its version was taken. evals.jsonl has it all the
+        same, and it is neither lost nor made again.
+        """
+        before = state.get("evaluated")  # before there were several sets, the version of the only one
+        evaluated = state.get("evaluated_sets", {} if before is None else {HELD_OUT: (step, before)})
+        self._evaluated = {name: (at, version) for name, (at, version) in evaluated.items()}
+        lines: list[EvalLine] = [*self._folder.evals()]
+        for line in lines:
+            if (line["step"], line["policy_version"]) > self._evaluated.get(line["set"], (-1, -1)):
+                self._take(line)
+                if state:
+                    self._meter.evaluated(line)
+        for line in self._summary.latest_evals():
+            publish_eval(self._metrics, line)
+
+    def eval_scores(self) -> dict[int, float]:
+        """Return the mean reward on the set of checkpoint.keep_best, by training step; {} without one."""
+        best = self._config.checkpoint.keep_best
+        lines = self._folder.evals() if best is not None else []
+        return {line["step"]: line["avg"]["mean"] for line in lines if line["set"] == best}
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -135,17 +167,37 @@ class Recorder:
         """Stop the wall clock of the run."""
         self._meter.end()
 
-    def evaluation(self, results: Sequence[EvalResult], version: int) -> None:
-        """Record a greedy evaluation of a version: one result per replica, on its share of the problems."""
-        self.evaluated = version
-        n = sum(result.n for result in results)
-        reward = sum(result.reward_mean * result.n for result in results) / n
-        self._summary.add_eval(reward, n)
-        self._metrics.set("eval_reward_mean", reward)
+    def is_evaluated(self, name: str, version: int, step: int) -> bool:
+        """Return whether the results of a set at this version are recorded, whose weights are those of ``step``."""
+        return self._evaluated.get(name) == (step, version)
+
+    def evaluation(self, results: EvalLine, version: int, step: int) -> None:
+        """Record the results of an evaluation set at a version, whose weights are those after training step ``step``.
+
+        ``results`` is what ``metrics.evaluation.eval_line`` returns.
+        """
+        line: EvalLine = {"step": step, "policy_version": version, "time": time.time(), **results}
+        self._folder.write_eval(line)
+        self._take(line)
+        publish_eval(self._metrics, line)
         if self._meter.training:
-            self._meter.evaluated(reward)  # shown and written with the step that it falls into
-        else:
-            self._live.evaluated(reward)
+            self._meter.evaluated(line)  # shown and written with the step that it falls into
+        elif line["set"] == HELD_OUT:
+            self._live.evaluated(line["avg"]["mean"])
+        if line["set"] != HELD_OUT:
+            avg = line["avg"]
+            self.event("set_evaluated", set=line["set"], k=line["k"], reward=f"{avg['mean']:.3f}", version=version)
+
+    def eval_sample(self, prompt: Prompt, answer: EvalAnswer, version: int, step: int) -> None:
+        """Write down the response that came with the answer to a problem of an evaluation set, if one did."""
+        if (shown := answer.shown) is not None:
+            most = self._config.metrics.sample_characters
+            text = readable_answer(prompt, answer.set, shown, self._decode, most)
+            self._folder.write_eval_sample({"step": step, "policy_version": version, **text})
+
+    def _take(self, line: EvalLine) -> None:
+        self._evaluated[line["set"]] = line["step"], line["policy_version"]
+        self._summary.add_eval(line)
 
     def sync(self, record: SyncRecord) -> None:
         """Record a weight sync."""
@@ -237,6 +289,8 @@ class Recorder:
             return
         self._finished = True
         summary = self._summary.result(self._meter.totals(), exit_reason)
+        if (best := checkpoint_folder.best(self.checkpoints, self.eval_scores())) is not None:
+            summary["best_checkpoint"] = str(best)
         self._folder.write_summary(summary)
         self._loggers.finish(summary)
         ended, _, why = exit_reason.partition(": ")

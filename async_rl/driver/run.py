@@ -19,12 +19,14 @@ import structlog
 from async_rl import doctor
 from async_rl.config.functions import load_function
 from async_rl.config.paths import absolute
-from async_rl.config.schema import RunConfig
+from async_rl.config.schema import HELD_OUT, RunConfig
 from async_rl.data import reading
 from async_rl.data.dataset import Dataset
+from async_rl.data.prompts import Encoder
 from async_rl.data.tokenizer import end_token
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
+from async_rl.driver.evaluation import EvalSet
 from async_rl.driver.hosts import joined
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
@@ -34,7 +36,6 @@ from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, until_interrupted
-from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
 
     decode: Callable[[Any], str]
     train_set: Dataset
-    eval_prompts: Sequence[Prompt]
+    eval_sets: Sequence[EvalSet]
     bad_rows: Mapping[str, int]
 
 
@@ -104,7 +105,7 @@ def _train(config: RunConfig, recorder: Recorder, read: Inputs, *, resume: bool)
         try:
             if resume:
                 recorder.restore(None if found is None else run_state.read(found))
-            loop = TrainingLoop(config, recorder, read.train_set, read.eval_prompts, found)
+            loop = TrainingLoop(config, recorder, read.train_set, read.eval_sets, found)
             asyncio.run(until_interrupted(loop.run(), wind_up=loop.wind_up, on_demand=loop.request_checkpoint))
             return
         except CheckpointDamaged as error:
@@ -155,24 +156,31 @@ def read_inputs(config: RunConfig) -> Inputs:
         config,
         lambda token: log.warning("second_begin_token_removed", token=token, reason="prompts begin with its text"),
     )
-
-    def read(key: str) -> Dataset:
-        dataset = reading.read(config, key, encode)
-        if (report := dataset.bad_row_report()) is not None:
-            log.warning("rows_skipped", report=report)
-        if dataset.later is not None:
-            log.info("rows_left_on_disk", dataset=key, rows=dataset.later.count, checked=dataset.later.first - 1)
-        return dataset
-
-    train_set, eval_prompts, bad_rows = read("data.train"), [], 0
-    if config.data.eval is not None:
-        eval_set = read("data.eval")
-        eval_prompts = list(eval_set.first(config.eval.n, label="eval", key="eval.n"))
-        bad_rows = len(eval_set.bad_rows)
+    train_set = _read(config, "data.train", encode)
+    bad_rows = {"train": len(train_set.bad_rows), "eval": 0}
+    eval_sets = read_eval_sets(config, encode, bad_rows)
     if encode.prints_date:
         log.warning("chat_template_writes_the_date", fix="set it in data.template_kwargs, or prompts change overnight")
-    decode = encode.tokenizer.decode
-    return Inputs(decode, train_set, eval_prompts, {"train": len(train_set.bad_rows), "eval": bad_rows})
+    return Inputs(encode.tokenizer.decode, train_set, eval_sets, bad_rows)
+
+
+def read_eval_sets(config: RunConfig, encode: Encoder, bad_rows: dict[str, int]) -> list[EvalSet]:
+    """Read the problems of every evaluation set, and count the bad rows of each. Raises DatasetError."""
+    sets = []
+    for name in config.eval_sets:
+        dataset = _read(config, reading.eval_key(name), encode)
+        bad_rows["eval" if name == HELD_OUT else f"eval.{name}"] = len(dataset.bad_rows)
+        sets.append(EvalSet.of(config, name, reading.eval_prompts(config, name, dataset)))
+    return sets
+
+
+def _read(config: RunConfig, key: str, encode: Encoder) -> Dataset:
+    dataset = reading.read(config, key, encode)
+    if (report := dataset.bad_row_report()) is not None:
+        log.warning("rows_skipped", report=report)
+    if dataset.later is not None:
+        log.info("rows_left_on_disk", dataset=key, rows=dataset.later.count, checked=dataset.later.first - 1)
+    return dataset
 
 
 def prepare_store(config: RunConfig, *, resume: bool, clear: bool) -> None:

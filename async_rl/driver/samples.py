@@ -18,7 +18,9 @@ from async_rl.errors import PayloadLost
 from async_rl.queue.client import Payload
 from async_rl.queue.fetcher import Fetcher
 from async_rl.queue.records import Excerpt, GroupMeta
+from async_rl.rollout.evaluation import ScoredResponse
 from async_rl.runtime.runfolder import RunFolder
+from async_rl.types import Prompt
 
 log = structlog.get_logger(__name__)
 
@@ -106,6 +108,21 @@ class SampleWriter:
             "finish_reason": excerpt.finish_reason,
             "segments": [{"version": version, **text} for (_, _, version), text in zip(segments, texts, strict=True)],
         }
+
+
+def readable_answer(
+    prompt: Prompt, name: str, response: ScoredResponse, decode: Callable[[Any], str], most: int
+) -> dict[str, Any]:
+    """Return a response of the evaluation set ``name`` with at most ``most`` characters, and of its prompt as many."""
+    return {
+        "set": name,
+        "problem": prompt.prompt_id,
+        "row": prompt.row,
+        "prompt": shortened(prompt.text, most),
+        "response": shortened(decode(response.response_ids), most),
+        "reward": response.reward,
+        "finish_reason": response.finish_reason,
+    }
 
 
 def shortened(text: str, most: int) -> str:

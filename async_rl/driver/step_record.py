@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from async_rl.config.schema import HELD_OUT
+from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.stats import WorkerStats
@@ -33,7 +35,7 @@ class RunMeter:
         self._workers: list[WorkerStats] = []
         self._busy_before = self._since = 0.0
         self._last_sync: SyncRecord | None = None
-        self._eval_in_step: float | None = None
+        self._evals: dict[str, EvalLine] = {}  # that no step's record has, by set
 
     # -- a checkpoint's part ------------------------------------------------------------------------------------
 
@@ -45,6 +47,7 @@ class RunMeter:
             "trainer_busy_s": totals.trainer_busy_s,
             "rollout_busy_s": totals.rollout_busy_s,
             "tokens": [totals.tokens_generated, totals.tokens_resumed_prefill],
+            "evals": dict(self._evals),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -53,6 +56,11 @@ class RunMeter:
         self._rollout_busy_s = self._busy_before = state["rollout_busy_s"]
         generated, resumed = state["tokens"]
         self._tokens_earlier = (generated, resumed)
+        self.rewind(state)
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Take the evaluations of a ``state`` that no step's record has, in place of those of undone steps."""
+        self._evals = dict(state.get("evals", {}))  # since 0.2
 
     # -- what happens -------------------------------------------------------------------------------------------
 
@@ -77,9 +85,9 @@ class RunMeter:
         self._rollout_busy_s += added_s / max(1, sum(not worker.gone for worker in workers))
         self.queue, self._workers = queue, list(workers)
 
-    def evaluated(self, reward: float) -> None:
-        """Take the result of an evaluation within the training loop, for the record of the step that it falls into."""
-        self._eval_in_step = reward
+    def evaluated(self, line: EvalLine) -> None:
+        """Take the results of an evaluation within the training loop, for the record of the step that it falls into."""
+        self._evals[line["set"]] = line
 
     def synced(self, record: SyncRecord) -> None:
         """Take the latest weight sync, for the record of the next step."""
@@ -97,7 +105,7 @@ class RunMeter:
         elapsed = max(now - self._since, 1e-9)
         rollout_idle = 1.0 - min(1.0, (rollout_busy - self._busy_before) / elapsed)
         self._busy_before, self._since = rollout_busy, now
-        eval_reward, self._eval_in_step = self._eval_in_step, None
+        evals, self._evals = self._evals, {}
         rewards = [reward for group in groups for reward in group.rewards]
         totals = self.totals()
         return StepRecord(
@@ -109,7 +117,8 @@ class RunMeter:
             reward_mean=sum(rewards) / len(rewards),
             reward_parts=_part_means(groups),
             truncated=sum(reason == "length" for group in groups for reason in group.finish_reasons),
-            eval_reward_mean=eval_reward,
+            eval_reward_mean=evals[HELD_OUT]["avg"]["mean"] if HELD_OUT in evals else None,
+            evals=evals,
             last_sync=self._last_sync,
             groups=len(groups),
             response_tokens=tuple(n for group in groups for n in group.response_tokens),

@@ -38,6 +38,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "they are admitted, and workers wait with more; to queue further ahead, set it to {enough}",
         "checkpoint_written": "wrote the checkpoint of step {step} in {seconds} s",
         "evaluated": "evaluated: mean reward {reward}",
+        "set_evaluated": "evaluated {set} at version {version}: mean reward {reward}, {k} responses per problem",
         "watchdog_stalled": "{description}",
         "run_finished": "finished; see {summary}",
         "run_interrupted": "interrupted; see {summary}",

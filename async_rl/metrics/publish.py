@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from async_rl.config.schema import HELD_OUT
 from async_rl.metrics.declared import METRICS
+from async_rl.metrics.evaluation import EvalLine, largest_pass
 from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.records import GroupCounts, StepRecord, SyncRecord
 from async_rl.metrics.spec import MetricSpec, Parts, Split, Value
@@ -61,6 +63,17 @@ def _known(parts: Parts) -> dict[Any, float]:
     return {label: value for label, value in parts.items() if value is not None}
 
 
+# The gauges of an evaluation set: they are set when its evaluation ends, and columns of the step that it falls into.
+_EVAL: Mapping[str, Callable[[EvalLine], float | None]] = MappingProxyType(
+    {
+        "eval_avg": lambda line: line["avg"]["mean"],
+        "eval_avg_stderr": lambda line: line["avg"]["stderr"],
+        "eval_pass_at_k": largest_pass,
+        "eval_truncated_ratio": lambda line: line["truncated"],
+        "eval_response_tokens_mean": lambda line: line["response_tokens_mean"],
+    }
+)
+
 # Columns of a row that no metric gives: the step's time, and values that Prometheus computes itself or gets from syncs.
 _ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
     {
@@ -80,6 +93,7 @@ _ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
             record.last_sync and {"total": record.last_sync.seconds, **record.last_sync.phases}
         ),
         "sync_canary_logprob_abs_diff": lambda record: record.last_sync and record.last_sync.canary,
+        "eval_version": lambda record: {name: line["policy_version"] for name, line in record.evals.items()},
         "replica_versions": lambda record: {str(replica): v for replica, v in record.replica_versions.items()},
     }
 )
@@ -88,6 +102,7 @@ _ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
 def step_row(record: StepRecord) -> dict[str, Any]:
     """Return a training step's line of metrics.jsonl: flat, except for splits by a label, which are mappings."""
     row = {key: read(record) for key, read in _ROW.items()}
+    row |= {key: {name: read(line) for name, line in record.evals.items()} for key, read in _EVAL.items()}
     for spec in METRICS.values():
         if spec.read is not None:
             row.update(_columns(spec, spec.read(record)))
@@ -127,3 +142,12 @@ def publish_groups(metrics: Metrics, counts: GroupCounts) -> None:
     metrics.count_to("groups_issued_total", counts.issued)
     metrics.count_to("groups_trained_total", counts.trained)
     metrics.count_to("groups_returned_total", counts.returned)
+
+
+def publish_eval(metrics: Metrics, line: EvalLine) -> None:
+    """Publish the results of an evaluation set."""
+    if line["set"] == HELD_OUT:
+        metrics.set("eval_reward_mean", line["avg"]["mean"])
+    for name, read in _EVAL.items():
+        if (value := read(line)) is not None:
+            metrics.set(name, value, set=line["set"])

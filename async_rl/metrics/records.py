@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from async_rl.metrics.evaluation import EvalLine
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenAgreement:
@@ -117,7 +119,9 @@ class StepRecord:
     truncated: int = 0
     """Trajectories that ended at rollout.max_response_tokens."""
     eval_reward_mean: float | None = None
-    """Result of an evaluation that ended during this step."""
+    """Mean reward on the held-out problems of an evaluation that ended during this step."""
+    evals: Mapping[str, EvalLine] = field(default_factory=dict)
+    """Results of evaluations that ended during this step, by set."""
     last_sync: SyncRecord | None = None
     """The weight sync before the step."""
 

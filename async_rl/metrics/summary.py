@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from async_rl.config.schema import HELD_OUT
+from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.records import StepRecord, SyncRecord, TokenAgreement, Totals, weighted_mean
 from async_rl.types import RESUME_POSITIONS
 
@@ -83,6 +85,7 @@ class Summary:
         self._last_rewards: deque[float] = deque(maxlen=REWARD_WINDOW)
         self._first_eval: float | None = None
         self._last_eval: float | None = None
+        self._eval_sets: dict[str, dict[str, EvalLine]] = {}  # of each set the first and the last results
         self._staleness: dict[int, int] = {}
         self._kl = _Mean()
         self._largest_kl = _Mean()
@@ -124,12 +127,19 @@ class Summary:
         if record.canary is not None:
             self._canary.add(record.canary)
 
-    def add_eval(self, reward_mean: float, n: int) -> None:
-        """Add the result of a greedy evaluation on ``n`` held-out problems."""
-        if self._first_eval is None:
-            self._first_eval = reward_mean
-        self._last_eval = reward_mean
-        self._counts["eval_n"] = n
+    def add_eval(self, line: EvalLine) -> None:
+        """Add the results of an evaluation of one set."""
+        name, reward = line["set"], line["avg"]["mean"]
+        self._eval_sets.setdefault(name, {"first": line})["last"] = line
+        if name == HELD_OUT:
+            if self._first_eval is None:
+                self._first_eval = reward
+            self._last_eval = reward
+            self._counts["eval_n"] = line["problems"]
+
+    def latest_evals(self) -> list[EvalLine]:
+        """Return the last results of each evaluation set."""
+        return [lines["last"] for lines in self._eval_sets.values()]
 
     def state(self) -> dict[str, Any]:
         """Return the sums so far as plain data, for a checkpoint."""
@@ -137,6 +147,7 @@ class Summary:
             "counts": dict(self._counts),
             "rewards": [self._first_rewards, list(self._last_rewards)],
             "evals": [self._first_eval, self._last_eval],
+            "eval_sets": {name: dict(lines) for name, lines in self._eval_sets.items()},
             "staleness": dict(self._staleness),
             "means": [asdict(mean) for mean in (self._kl, self._largest_kl, self._sync_seconds, self._canary)],
             "on_policy": self._on_policy.state(),
@@ -149,6 +160,7 @@ class Summary:
         first, last = state["rewards"]
         self._first_rewards, self._last_rewards = list(first), deque(last, maxlen=REWARD_WINDOW)
         self._first_eval, self._last_eval = state["evals"]
+        self._eval_sets = {name: dict(lines) for name, lines in state.get("eval_sets", {}).items()}  # since 0.2
         self._staleness = dict(state["staleness"])
         self._kl, self._largest_kl, self._sync_seconds, self._canary = (_Mean(**mean) for mean in state["means"])
         self._on_policy = _AbsDiff(state["on_policy"])
@@ -166,6 +178,7 @@ class Summary:
             "wall_s": totals.wall_s,
             "setup_s": totals.setup_s,
             "eval": {"first": self._first_eval, "last": self._last_eval, "n": counts["eval_n"]},
+            "eval_sets": {name: dict(lines) for name, lines in self._eval_sets.items()},
             "reward_mean": {"first": _mean(self._first_rewards), "last": _mean(list(self._last_rewards))},
             "trajectories": {
                 "total": counts["trajectories"],

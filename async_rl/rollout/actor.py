@@ -27,7 +27,7 @@ from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
 from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, ScoresOnResume, WeightUpdate
 from async_rl.rollout.environments.turns import Environment
-from async_rl.rollout.evaluation import EvalResult, evaluate
+from async_rl.rollout.evaluation import EvalProblem, EvalResult, evaluate
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.moments import Moment, SavedGroup, Source, load
 from async_rl.rollout.responses import Responses
@@ -39,7 +39,7 @@ from async_rl.runtime import logs, spool
 from async_rl.runtime.cores import CoreShare
 from async_rl.runtime.numa import own_cores
 from async_rl.runtime.process import mark_semaphores, remove_semaphores
-from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
+from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.buckets import checksum
 
 if TYPE_CHECKING:
@@ -264,9 +264,10 @@ class RolloutReplica:
         """Fingerprint the engine's residual stream layer by layer, to find the layer at fault after a mismatch."""
         return await self._engine.fingerprints(list(sequences))
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> EvalResult:
-        """Answer ``prompts`` greedily and return the mean reward. The weights must not change meanwhile."""
-        return await evaluate(prompts, self._engine, self._responses)
+    async def evaluate(self, problems: Sequence[EvalProblem]) -> EvalResult:
+        """Answer and score ``problems``. The weights must not change meanwhile."""
+        at_once = self._config.rollout.trajectory_limit
+        return await evaluate(problems, self._engine, self._responses, at_once=at_once)
 
 
 class RolloutActor(RolloutReplica):

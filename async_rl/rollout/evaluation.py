@@ -1,4 +1,4 @@
-"""Greedy evaluation: the likeliest response to each problem, and the mean of their rewards."""
+"""Evaluation on one replica: answers problems as their sets say, and scores the answers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
 
 from async_rl.errors import EngineError, RewardError
+from async_rl.metrics.evaluation import Answered
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Call, Responses
-from async_rl.types import Prompt
+from async_rl.types import Int32Array, Prompt
 
 log = structlog.get_logger(__name__)
 
@@ -25,49 +25,116 @@ class _Aborted(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
+class EvalProblem:
+    """A problem of a set, and how it is answered."""
+
+    set: str
+    prompt: Prompt
+    k: int = 1
+    """Number of responses."""
+    sampling: Sampling = GREEDY
+    source: str | None = None
+    """Where the problem is from; None if its row does not say."""
+    shown: bool = False
+    """Whether the first response is returned, to be read by the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """What an evaluation keeps of a response."""
+
+    response_ids: Int32Array
+    reward: float
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvalAnswer:
+    """What became of a problem."""
+
+    set: str
+    prompt_id: str
+    scored: Answered | None
+    """None if a response, its reward or the environment failed."""
+    shown: ScoredResponse | None = None
+    """The first response, if the user is to read it."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvalResult:
-    """The result of one replica at one policy version: means over ``n`` problems, lengths in tokens."""
+    """The answers of one replica at one policy version."""
 
     version: int
-    reward_mean: float
-    n: int
-    response_tokens_mean: float
+    answers: tuple[EvalAnswer, ...]
 
 
-async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: Responses) -> EvalResult:
-    """Answer ``prompts`` greedily and score the answers; problems on which something fails are left out.
+async def evaluate(
+    problems: Sequence[EvalProblem], engine: RolloutEngine, responses: Responses, *, at_once: int
+) -> EvalResult:
+    """Answer and score ``problems``, with ``at_once`` responses under way; a problem on which something fails has none.
 
     Raises RewardError when all problems failed, what reward or environment raised with on_error "fail", and EngineError
     when the engine died, a pause ended a call, or the weights changed meanwhile.
     """
-    version = engine.version
+    version, places = engine.version, asyncio.Semaphore(at_once)
 
-    async def likeliest(partial: PartialRollout, request_id: str) -> PartialRollout:
+    async def one(problem: EvalProblem) -> EvalAnswer:
+        return await _answer(problem, engine, responses, places)
+
+    answers = await asyncio.gather(*map(one, problems))
+    if engine.version != version:
+        raise EngineError(f"the weights went from version {version} to {engine.version} during an evaluation")
+    if all(answer.scored is None for answer in answers):
+        raise RewardError(
+            f"each of {len(problems)} evaluation problems failed; the worker's log has the reason of each"
+        )
+    return EvalResult(version, tuple(answers))
+
+
+async def _answer(
+    problem: EvalProblem, engine: RolloutEngine, responses: Responses, places: asyncio.Semaphore
+) -> EvalAnswer:
+    """Return the answer to a problem, whose responses are all or none."""
+    prompt = problem.prompt
+    call = _call(engine, problem.sampling)
+
+    async def respond(number: int) -> ScoredResponse:
+        async with places:
+            start = responses.begin(f"eval/{prompt.prompt_id}/{number}", prompt)
+            response = await responses.complete(start, prompt, call)
+        score = await responses.eval_score(prompt, response)
+        assert response.finish_reason is not None
+        # Without what else the response has: its routed experts are a hundred times as large.
+        return ScoredResponse(response.response_ids, score.reward, response.finish_reason)
+
+    tasks = [asyncio.ensure_future(respond(number)) for number in range(problem.k)]
+    try:
+        found = await asyncio.gather(*tasks)
+    except COST_THEIR_GROUP as error:
+        if isinstance(error, _Aborted) or responses.is_fatal(error):
+            raise
+        log.warning("eval_problem_failed", set=problem.set, prompt=prompt.prompt_id, reason=str(error))
+        return EvalAnswer(problem.set, prompt.prompt_id, None)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    scored = Answered(
+        rewards=tuple(each.reward for each in found),
+        tokens=tuple(len(each.response_ids) for each in found),
+        truncated=sum(each.finish_reason == "length" for each in found),
+        source=problem.source,
+    )
+    return EvalAnswer(problem.set, prompt.prompt_id, scored, found[0] if problem.shown else None)
+
+
+def _call(engine: RolloutEngine, sampling: Sampling) -> Call:
+    async def call(partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
         token_ids, max_tokens, first_row = partial.next_request()
-        output = await engine.generate(request_id, token_ids, GREEDY, max_tokens, first_row)
+        output = await engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
         if output.finish_reason == "abort":
             raise _Aborted(f"{request_id}: an evaluation was aborted")
         return partial.absorb(output)
 
-    results = await asyncio.gather(*(_one(prompt, responses, likeliest) for prompt in prompts))
-    if engine.version != version:
-        raise EngineError(f"the weights went from version {version} to {engine.version} during an evaluation")
-    scored = [result for result in results if result is not None]
-    if not scored:
-        raise RewardError(f"each of {len(prompts)} evaluation problems failed; the worker's log has the reason of each")
-    rewards, lengths = zip(*scored, strict=True)
-    return EvalResult(version, float(np.mean(rewards)), len(scored), float(np.mean(lengths)))
-
-
-async def _one(prompt: Prompt, responses: Responses, likeliest: Call) -> tuple[float, int] | None:
-    """Return reward and response tokens; None if the problem alone failed."""
-    try:
-        start = responses.begin(f"eval/{prompt.prompt_id}", prompt)
-        response = await responses.complete(start, prompt, likeliest)
-        return (await responses.eval_score(prompt, response)).reward, len(response.response_ids)
-    except COST_THEIR_GROUP as error:
-        if isinstance(error, _Aborted) or responses.is_fatal(error):
-            raise
-        log.warning("eval_problem_failed", prompt=prompt.prompt_id, reason=str(error))
-        return None
+    return call

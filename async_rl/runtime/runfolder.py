@@ -28,6 +28,8 @@ CONFIG = "config.yaml"
 FORMAT_FILE = "format"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+EVALS = "evals.jsonl"
+EVAL_SAMPLES = "eval_samples.jsonl"
 TRAINED = "trained.jsonl"
 JOURNAL = "queue.journal"
 LOCK = "lock"
@@ -47,7 +49,7 @@ _LINE = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 _TRAINED_BYTES = 16 * 2**20
 # samples.jsonl and so many older parts share metrics.samples_bytes.
 _SAMPLE_PARTS = 3
-_BY_STEP = (METRICS, TRAINED, SAMPLES)
+_BY_STEP = (METRICS, TRAINED, SAMPLES, EVALS, EVAL_SAMPLES)
 _FOLDERS = ("logs", "checkpoints", TARGETS, "trajectories")
 
 
@@ -152,6 +154,22 @@ class RunFolder:
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Append one readable trajectory to samples.jsonl."""
         self._lines[SAMPLES].append(to_json(sample))
+
+    def write_eval(self, line: Mapping[str, Any]) -> None:
+        """Append the results of an evaluation set to evals.jsonl."""
+        self._lines[EVALS].append(to_json(line))
+
+    def write_eval_sample(self, sample: Mapping[str, Any]) -> None:
+        """Append one readable response of an evaluation to eval_samples.jsonl."""
+        self._lines[EVAL_SAMPLES].append(to_json(sample))
+
+    def evals(self) -> list[dict[str, Any]]:
+        """Return the lines of evals.jsonl, oldest first, without one that is being written or was cut off."""
+        try:
+            text = (self.path / EVALS).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def rewind(self, step: int) -> None:
         """Move the lines of steps after ``step`` to rewound-<name>, because they will be trained again."""

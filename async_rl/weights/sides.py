@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from async_rl.types import ExpertIds, Float32Array, Int32Array, Prompt
+from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.canary_check import ProbedTrainer
 
 if TYPE_CHECKING:
     from async_rl.rollout.engine.interface import Score
-    from async_rl.rollout.evaluation import EvalResult
+    from async_rl.rollout.evaluation import EvalProblem, EvalResult
     from async_rl.rollout.moments import SavedGroup
 
 
@@ -30,7 +30,7 @@ class Replica(Protocol):
     def wake_and_score(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Score]]: ...
     def probed_routing(self) -> Awaitable[list[ExpertIds]]: ...
     def fingerprints(self, sequences: Sequence[Int32Array]) -> Awaitable[list[Float32Array | None]]: ...
-    def evaluate(self, prompts: Sequence[Prompt]) -> Awaitable[EvalResult]: ...
+    def evaluate(self, problems: Sequence[EvalProblem]) -> Awaitable[EvalResult]: ...
     def freeze(self, step: int) -> Awaitable[None]: ...
     def write_in_flight(self, step: int, folder: Path) -> Awaitable[dict[str, SavedGroup]]: ...
 

@@ -127,6 +127,46 @@ LEARNING = Row(
         ),
         (
             Panel(
+                "Evaluation sets",
+                "none",
+                (
+                    Query("async_rl_eval_avg{}", "{{run}} {{set}} mean reward", "green"),
+                    Query("async_rl_eval_pass_at_k{}", "{{run}} {{set}} pass@k", "blue"),
+                    Query("async_rl_eval_avg_stderr{}", "{{run}} {{set}} standard error", "orange"),
+                ),
+                "Of each set of problems the mean reward, the chance that one of k responses passes, and the standard "
+                "error of the mean over the problems.",
+                "both rise, by more than twice the standard error.",
+                "more problems (`eval.n`, `eval.sets`) for a smaller error. pass@k that falls while the mean rises: "
+                "the policy narrows; raise `trainer.loss.clip_high` or lower `trainer.optimizer.lr`.",
+                width=12,
+                height=8,
+                low=None,
+            ),
+            Panel(
+                "Evaluation responses that were cut off",
+                "percentunit",
+                (Query("async_rl_eval_truncated_ratio{}", "{{run}} {{set}}"),),
+                "Share of the responses of each set's last evaluation that ended at the longest length.",
+                "near zero: else the results are of the limit as much as of the policy.",
+                "raise `rollout.max_response_tokens`.",
+                width=6,
+                height=8,
+                high=1,
+            ),
+            Panel(
+                "Evaluation response length",
+                "si:tok",
+                (Query("async_rl_eval_response_tokens_mean{}", "{{run}} {{set}}"),),
+                "Mean length of the responses of each set's last evaluation.",
+                "it grows only while the mean reward does.",
+                "`reward.overlong_tokens` for a penalty of long responses.",
+                width=6,
+                height=8,
+            ),
+        ),
+        (
+            Panel(
                 "Entropy",
                 NATS,
                 (Query("async_rl_entropy{}"),),

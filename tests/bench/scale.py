@@ -246,7 +246,7 @@ class ScriptedLoop(TrainingLoop):
             queue=queue,
             sync=parts(run=self._transferred, needs_trainer=False),
             replicas=parts(add_waiting_members=done, on_sync_done=lambda: None),
-            evaluator=parts(finished=done, while_paused=done, pauses=lambda _: False, beside_rollouts=lambda _: None),
+            evaluator=parts(finished=done, while_paused=done, pauses=lambda *_: False, beside_rollouts=lambda *_: None),
             checkpointer=checkpointer,
             monitor=monitor,
             recorder=recorder,

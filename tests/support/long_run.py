@@ -21,10 +21,9 @@ from async_rl.queue.actor import QueueActor, begin
 from async_rl.queue.broker import Broker
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import Excerpt, GroupMeta
-from async_rl.rollout.evaluation import EvalResult
 from async_rl.rollout.stats import WorkerStats
 from tests.support.simulation import Fleet, cursor
-from tests.support.step_records import step_report
+from tests.support.step_records import eval_results, step_report
 
 DECISIONS = {
     *("issue", "put", "worker_lost", "lease", "ack", "release", "advance", "checkpointed", "rewind"),
@@ -116,7 +115,7 @@ class LongRun(Fleet):
     def take(self) -> None:
         """Take a checkpoint, and measure what is kept."""
         self.saved = self.recorder.state()
-        self.recorder.evaluation([EvalResult(self.version, 0.5, 8, 90.0)], self.version)
+        self.recorder.evaluation(eval_results(0.5), self.version, self.step)
         self.recorder.checkpointed(self.step, 1.0)
         final = [prompt for prompt, step in self.trained.items() if step <= self.checkpoint]
         for prompt in final:

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from async_rl.metrics.evaluation import Answered, EvalRules, estimate, eval_line
 from async_rl.metrics.records import StepRecord, StepReport, TokenAgreement
 
 _REPORT = {field.name for field in fields(StepReport)} - {"groups", "trajectories"}
@@ -63,3 +64,9 @@ def step_record(**changes) -> StepRecord:
         "step_s": 2.0,
     }
     return StepRecord(**values | {name: value for name, value in changes.items() if name not in _REPORT})
+
+
+def eval_results(reward, name="held_out", problems=2):
+    """Results of an evaluation set of this mean reward, the same on each problem, of which every fourth passes."""
+    answered = [Answered((reward,) * 4, (30,) * 4, truncated=1)] * problems
+    return {**eval_line(name, answered, EvalRules(4, (1, 4), 1.0)), "pass": {"1": estimate([0.25])}}

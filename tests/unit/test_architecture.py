@@ -34,6 +34,7 @@ PURE = {
     "async_rl.errors",
     "async_rl.metrics.declared",
     "async_rl.metrics.events",
+    "async_rl.metrics.evaluation",
     "async_rl.metrics.records",
     "async_rl.metrics.spec",
     "async_rl.metrics.summary",

@@ -20,8 +20,12 @@ def write_parts(folder, step):
     return partial, {name: manifest.write_file(partial / name, content) for name, content in contents.items()}
 
 
-def write(folder, step, keep=3):
-    return checkpoint_folder.commit(*write_parts(folder, step), keep=keep)
+def write(folder, step, keep=3, scores=None):
+    return checkpoint_folder.commit(*write_parts(folder, step), keep=keep, scores=scores)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_few_are_kept(tmp_path):
@@ -30,6 +34,36 @@ def test_the_newest_few_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000008"]
     assert checkpoint_folder.latest_valid(tmp_path) == tmp_path / "step-000008"
     assert checkpoint_folder.step_of(tmp_path / "step-000008") == 8
+
+
+def test_the_best_of_those_that_are_not_the_newest_is_kept_beside_them(tmp_path):
+    """An evaluation beside rollouts ends after its checkpoint, so the newest has no score when it is written."""
+    scores = {2: 0.5, 4: 0.7, 8: 0.7, 10: 0.9}  # that of step 6 was not evaluated
+    kept = []
+    for step in (2, 4, 6, 8, 10, 12):
+        write(tmp_path, step, keep=1, scores={at: score for at, score in scores.items() if at < step})
+        kept.append(names(tmp_path)[0])
+    assert kept == ["step-000002"] + [f"best-step-{step:06d}" for step in (2, 4, 4, 4, 10)]
+    assert names(tmp_path) == ["best-step-000010", "step-000012"]
+    assert checkpoint_folder.best(tmp_path, scores) == tmp_path / "best-step-000010"
+    assert checkpoint_folder.best(tmp_path, {12: 0.95, **scores}) == tmp_path / "step-000012"
+    assert checkpoint_folder.best(tmp_path, {}) is None
+    # A run is restored from the newest only: what was trained since the best one is forgotten.
+    assert checkpoint_folder.oldest_step(tmp_path) == 12
+    no_manifest(tmp_path / "step-000012")
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
+        checkpoint_folder.latest_valid(tmp_path)
+    assert checkpoint_folder.find_damage(tmp_path / "best-step-000010") is None, "async-rl export takes it"
+
+
+def test_the_best_of_a_step_that_was_trained_again_is_replaced_and_one_too_many_is_removed(tmp_path):
+    for best in ("best-step-000002", "best-step-000004"):
+        write(tmp_path, 9).rename(tmp_path / best)
+    old = write(tmp_path, 4)
+    (old / "again").touch()
+    write(tmp_path, 6, keep=1, scores={2: 0.1, 4: 0.2})
+    assert names(tmp_path) == ["best-step-000004", "step-000006"]
+    assert (tmp_path / "best-step-000004" / "again").exists()
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

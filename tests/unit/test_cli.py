@@ -5,6 +5,7 @@ it.
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -188,6 +189,21 @@ def test_doctor_exits_1_if_a_run_could_not_start(path, monkeypatch, capsys, stat
     assert cli.main(["doctor", str(path)]) == code
     assert cli.main(["doctor"]) == code
     assert f"{status:<5} memory  1 GB" in capsys.readouterr().out
+
+
+def test_eval_takes_a_checkpoint_beside_settings_of_checkpoints(path, monkeypatch):
+    asked = []
+
+    def evaluate(config, checkpoint, moved):
+        asked.append((config.checkpoint.every, checkpoint, moved))
+        return 7
+
+    monkeypatch.setitem(sys.modules, "async_rl.driver.eval_command", mock.Mock(run=evaluate))
+    monkeypatch.setattr("async_rl.runtime.supervisor.supervise", lambda body: body())
+    assert cli.main(["eval", str(path), "--checkpoint", "runs/a", "--checkpoint.every", "5"]) == 7
+    assert cli.main(["eval", str(path), "--checkpoint=runs/b", "--model.path", "elsewhere"]) == 7
+    assert cli.main(["eval", str(path)]) == 7
+    assert asked == [(5, Path("runs/a"), None), (0, Path("runs/b"), Path("elsewhere")), (0, None, None)]
 
 
 @pytest.mark.parametrize(("usable", "code"), [(True, 0), (False, 1)])

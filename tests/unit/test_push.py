@@ -27,7 +27,7 @@ class Parts(Trainer):
         self.updates, self.staged_of = 0, []  # optimizer updates; the weights of each staging, by their number
         self.groups, self.members, self.dies_at = asyncio.Event(), {}, None
         self.groups.set()
-        self.evaluated, self.checkpoint_at, self.latest_step = None, None, 0
+        self.checkpoint_at, self.latest_step = None, 0
         self.samples = SimpleNamespace(before_ack=self.nothing, finished=self.nothing, begin=self.write_samples)
 
     async def nothing(self, *_, **__):

@@ -19,11 +19,11 @@ from async_rl.driver.watchdog import RunSnapshot
 from async_rl.errors import PayloadLost
 from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
-from async_rl.rollout.evaluation import EvalResult
+from async_rl.rollout.evaluation import EvalAnswer, ScoredResponse
 from async_rl.rollout.stats import WorkerStats
 from async_rl.types import Group, Prompt, Segment, Trajectory
 from tests.support.queue_parts import make_broker
-from tests.support.step_records import step_report
+from tests.support.step_records import eval_results, step_report
 
 
 def trajectory(name, reward, stops=(3,)):
@@ -75,6 +75,7 @@ def recorder(tmp_path, monkeypatch):
             "model": {"path": "model"},
             "data": {"train": "train.jsonl"},
             "metrics": {"samples_per_step": settings.pop("samples", 2)},
+            **settings.pop("tree", {}),
             "debug": {"dump_trajectories": settings.pop("dumped", 0)},
         }
         made.append(Recorder(validate(tree), time.monotonic(), lambda ids: "".join(map(str, ids))))
@@ -193,15 +194,107 @@ def test_a_long_step_of_a_trainer_that_gets_its_groups_in_parts_is_no_standstill
     assert [one.update_counts(queue, [worker], part) for part in parts] == [0.0, 0.0, 0.0, 1000.0]
 
 
+def found(step, state, version=None):
+    head = {"version": step if version is None else version, "synced": True, "queue": {}, "queued": {}, "in_flight": {}}
+    return RunState(step=step, recorder=msgpack.unpackb(msgpack.packb(state), strict_map_key=False), **head)
+
+
+def lines(one, name):
+    path = one.checkpoints.parent / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def test_a_restored_run_knows_which_version_was_evaluated(recorder):
     one = recorder()
-    assert one.state()["evaluated"] is None
-    one.evaluation([EvalResult(5, 0.5, 4, 3.0)], 5)
+    assert not one.is_evaluated("held_out", 5, 5)
+    one.evaluation(eval_results(0.5), 5, 5)
     state = one.state()
-    one.evaluated = None
-    head = {"version": 6, "synced": True, "queue": {}, "queued": {}, "in_flight": {}}
-    one.restore(RunState(step=6, recorder=state, **head))
-    assert one.evaluated == 5
-    del state["evaluated"]  # as release 0.1 wrote it
-    one.restore(RunState(step=6, recorder=state, **head))
-    assert one.evaluated is None
+    one._evaluated = {}
+    one.restore(found(6, state))
+    assert one.is_evaluated("held_out", 5, 5)
+    assert not one.is_evaluated("held_out", 5, 6), "a version that came again, with the weights of another step"
+    assert not one.is_evaluated("other", 5, 5)
+
+
+@pytest.mark.parametrize("evaluated", [None, 6])
+def test_a_checkpoint_of_an_earlier_release_knows_the_version_of_its_only_set(recorder, evaluated):
+    one = recorder()
+    old = {key: value for key, value in one.state().items() if key not in ("evaluated_sets", "evals")}
+    if evaluated is not None:  # release 0.1 did not write it
+        old["evaluated"] = evaluated
+    one.restore(found(6, old))
+    assert one.is_evaluated("held_out", 6, 6) == (evaluated == 6)
+
+
+@pytest.mark.parametrize("restart", ["run", "trainer"])
+def test_an_evaluation_that_ended_after_its_checkpoint_is_neither_lost_nor_recorded_twice(recorder, restart):
+    """Beside rollouts: version 6 is evaluated while steps 7 and 8 are trained, which are undone."""
+    one = recorder()
+    one.evaluation(eval_results(0.1), 0, 0)
+    one.training_begins()
+    groups = one.described(leased(1))
+    one.record_step(6, 5, [step_report()], groups, step_s=1.0)
+    state = one.state()
+    for name in ("held_out", "aime"):
+        one.evaluation(eval_results(0.5, name), 6, 6)
+    one.record_step(7, 6, [step_report()], groups, step_s=1.0)
+    one.record_step(8, 7, [step_report()], groups, step_s=1.0)
+    one.evaluation(eval_results(0.9), 8, 8)
+    if restart == "run":
+        one.restore(found(6, state))
+    else:
+        one.rewind(6, found(6, state).recorder)
+    assert one.is_evaluated("held_out", 6, 6)
+    assert one.is_evaluated("aime", 6, 6)
+    assert not one.is_evaluated("held_out", 8, 8), "its weights are undone"
+    one.record_step(7, 6, [step_report()], groups, step_s=1.0)
+    one.record_step(8, 7, [step_report()], groups, step_s=1.0)
+    rows = {row["step"]: row for row in lines(one, "metrics.jsonl")}
+    assert [rows[step]["eval_reward_mean"] for step in (6, 7, 8)] == [None, 0.5, None]
+    assert [rows[step]["eval_version"] for step in (6, 7, 8)] == [{}, {"held_out": 6, "aime": 6}, {}]
+    recorded = [(line["set"], line["policy_version"]) for line in lines(one, "evals.jsonl")]
+    assert recorded == [("held_out", 0), ("held_out", 6), ("aime", 6)]
+    assert [line["policy_version"] for line in lines(one, "rewound-evals.jsonl")] == [8]
+    one.finish("finished")
+    summary = json.loads((one.checkpoints.parent / "summary.json").read_text())
+    assert (summary["eval"]["first"], summary["eval"]["last"]) == (0.1, 0.5)
+    assert summary["eval_sets"]["aime"]["last"]["policy_version"] == 6
+    published = one._metrics.registry.get_sample_value
+    assert published("async_rl_eval_avg", {"set": "aime"}) == 0.5
+    assert published("async_rl_eval_reward_mean") == 0.5
+
+
+def test_a_run_that_begins_again_without_a_checkpoint_does_not_evaluate_its_first_version_again(recorder):
+    one = recorder()
+    one.evaluation(eval_results(0.1), 0, 0)
+    one._evaluated = {}
+    one.restore(None)
+    assert one.is_evaluated("held_out", 0, 0)
+
+
+def test_responses_of_evaluations_are_written_like_samples(recorder):
+    one = recorder()
+    prompt = Prompt("eval-aime-3", 3, "p", np.array([1, 2], np.int32))
+    response = ScoredResponse(np.array([7, 8], np.int32), 1.0, "stop")
+    one.eval_sample(prompt, EvalAnswer("aime", "eval-aime-3", None), 6, 5)
+    one.eval_sample(prompt, EvalAnswer("aime", "eval-aime-3", None, response), 6, 5)
+    (line,) = lines(one, "eval_samples.jsonl")
+    assert line == {
+        "step": 5, "policy_version": 6, "set": "aime", "problem": "eval-aime-3", "row": 3, "prompt": "p",
+        "response": "78", "reward": 1.0, "finish_reason": "stop",
+    }  # fmt: skip
+
+
+def test_the_scores_of_checkpoints_are_those_of_one_set_and_the_best_is_in_the_summary(recorder):
+    sets = {"aime": {"path": "aime.jsonl", "every": 5}}
+    one = recorder(tree={"eval": {"sets": sets}, "checkpoint": {"keep_best": "aime", "every": 5}})
+    for step, reward in ((0, 0.9), (5, 0.5), (10, 0.4)):
+        one.evaluation(eval_results(reward, "aime"), step + 1, step)
+        one.evaluation(eval_results(1.0), step + 1, step)
+    assert one.eval_scores() == {0: 0.9, 5: 0.5, 10: 0.4}
+    for step in (5, 10):
+        (one.checkpoints / f"step-{step:06d}").mkdir()
+    one.finish("finished")
+    summary = json.loads((one.checkpoints.parent / "summary.json").read_text())
+    assert summary["best_checkpoint"].endswith("checkpoints/step-000005")
+    assert recorder(tree={"name": "other"}).eval_scores() == {}

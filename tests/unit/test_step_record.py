@@ -96,7 +96,7 @@ def test_the_idle_share_is_that_of_the_replicas_that_there_are(meter, clock):
 
 
 def test_an_evaluation_is_in_one_step_only(meter, clock):
-    meter.evaluated(0.25)
+    meter.evaluated({"set": "held_out", "avg": {"mean": 0.25}})
     clock.now += 1.0
     records = [meter.record(step, 0, step_report(), GROUPS, step_s=1.0) for step in (1, 2)]
     assert [record.eval_reward_mean for record in records] == [0.25, None]

@@ -10,7 +10,7 @@ from async_rl.metrics.publish import step_row
 from async_rl.metrics.records import GroupCounts, SyncRecord, TokenAgreement, Totals
 from async_rl.metrics.summary import Summary
 from async_rl.runtime.runfolder import to_json
-from tests.support.step_records import step_record
+from tests.support.step_records import eval_results, step_record
 
 KEYS = {
     "steps": None,
@@ -18,6 +18,7 @@ KEYS = {
     "wall_s": None,
     "setup_s": None,
     "eval": {"first", "last", "n"},
+    "eval_sets": set(),
     "reward_mean": {"first", "last"},
     "trajectories": {"total", "partial", "max_segments"},
     "token_staleness": {"max", "mean"},
@@ -164,17 +165,22 @@ def test_syncs_and_evaluations():
             SyncRecord(policy_version=version, seconds=seconds, canary=canary, retries={"canary": version // 3})
         )
     for reward in (0.3, 0.5, 0.7):
-        summary.add_eval(reward, 256)
+        summary.add_eval(eval_results(reward, problems=256))
+        summary.add_eval(eval_results(reward / 2, "aime"))
+    before, summary = summary.state(), Summary()
+    summary.restore(before)
     result = summary.result(TOTALS, "finished")
     assert result["sync"] == pytest.approx(
         {"count": 3, "seconds_mean": 0.3, "seconds_max": 0.4, "retries": 1, "canary_max": 5e-6}
     )
     assert result["eval"] == {"first": 0.3, "last": 0.7, "n": 256}
+    assert result["eval_sets"]["aime"] == {"first": eval_results(0.15, "aime"), "last": eval_results(0.35, "aime")}
     assert result["policy_version"] == 3
 
 
 def test_rows_use_the_names_of_the_metrics():
-    row = step_row(step_record(tokens_masked={"stale": 3}))
+    line = eval_results(0.5, "aime") | {"policy_version": 7}
+    row = step_row(step_record(tokens_masked={"stale": 3}, evals={"aime": line}))
     assert json.loads(to_json(row)) == row
     assert row["ppo_kl_by_staleness"] == {"0": 1e-8, "2": 0.01}
     assert row["token_staleness"] == {"0": 60, "2": 40}
@@ -190,7 +196,8 @@ def test_rows_use_the_names_of_the_metrics():
         "response_tokens_max",
     }
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
-    own |= {"trained_tokens_by_resume_position"}
+    own |= {"trained_tokens_by_resume_position", "eval_version"}
+    assert (row["eval_version"], row["eval_avg"], row["eval_pass_at_k"]) == ({"aime": 7}, {"aime": 0.5}, {"aime": 0.25})
     own |= {f"rollout_logprob_abs_diff_{kind}_by_staleness" for kind in ("mean", "max")}
     assert row["rollout_logprob_abs_diff_max_by_staleness"] == {"0": 2e-6, "2": 0.3}
     assert row["ppo_kl_by_resume_position"] == {"uninterrupted": 1e-3, "before": 0.011}

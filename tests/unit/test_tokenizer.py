@@ -65,7 +65,7 @@ def test_the_run_reads_prompts_so_and_its_log_says_it_once(tmp_path, monkeypatch
     data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "max_prompt_tokens": 3}
     inputs = run.read_inputs(validate({"model": {"path": str(tmp_path)}, "data": data, "eval": {"n": 1}}))
     assert [row.token_ids.tolist() for row in inputs.train_set.rows] == [[1, 3], [1, 3], [1, 3, 3]]
-    np.testing.assert_array_equal(inputs.eval_prompts[0].token_ids, [1, 3])
+    np.testing.assert_array_equal(inputs.eval_sets[0].problems[0].prompt.token_ids, [1, 3])
     assert lines == ["stop_token_of_tokenizer", "second_begin_token_removed"]
 
 

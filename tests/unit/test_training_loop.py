@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from async_rl.config.schema import EvalSection
-from async_rl.driver.evaluation import Evaluator
+from async_rl.driver.evaluation import EvalSet, Evaluator
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.push import Pusher
 from async_rl.errors import StalledError
-from async_rl.rollout.evaluation import EvalResult
+from async_rl.metrics.evaluation import Answered, EvalRules
+from async_rl.rollout.evaluation import EvalAnswer, EvalProblem, EvalResult
 
 
 def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, evaluated_before=None):
@@ -26,7 +27,7 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
             await loop._pusher.push(0)
 
     async def on(replica, call):
-        return EvalResult(loop._pusher.version, 0.5, 2, 3.0)
+        return EvalResult(loop._pusher.version, (EvalAnswer("held_out", "a", Answered((0.5,), (3,), 0)),))
 
     async def agree():
         return SimpleNamespace(report=SimpleNamespace(max_abs_diff=0.0), unreached_experts=0)
@@ -34,13 +35,15 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     async def restore(folder):
         return version
 
-    def evaluation(results, at):
-        recorder.evaluated = at
+    def evaluation(results, at, step):
+        recorded.append(at)
         evaluated.append(at)
 
+    recorded = [evaluated_before]
     recorder = SimpleNamespace(
-        evaluated=evaluated_before,
+        is_evaluated=lambda name, at, step: at in recorded,
         evaluation=evaluation,
+        eval_sample=lambda *_: None,
         training_begins=lambda: None,
         training_ended=lambda: None,
         sync=lambda _: None,
@@ -65,7 +68,8 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     loop._trainers = SimpleNamespace(export=nothing)
     loop._start, loop._train, loop._shut_down = nothing, train, nothing
     parts = {"sync": loop._sync, "replicas": loop._replicas, "monitor": loop._monitor, "recorder": recorder}
-    loop._evaluator = Evaluator(config, ["a", "b"], **parts)
+    problems = (EvalProblem("held_out", SimpleNamespace(prompt_id="a")),)
+    loop._evaluator = Evaluator(config, [EvalSet("held_out", problems, EvalRules(1, (1,), 1.0), every)], **parts)
     loop._pusher = Pusher(
         version, version, queue=loop._queue, evaluator=loop._evaluator, checkpointer=loop._checkpointer, **parts
     )
@@ -85,6 +89,14 @@ def test_a_restored_run_evaluates_no_version_again(steps, before, versions):
     evaluated = []
     asyncio.run(make_loop(evaluated, steps=steps, every=5, found="step", version=6, evaluated_before=before).run())
     assert evaluated == versions
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_restored_run_evaluates_its_version_if_it_was_ended_before_the_result(beside):
+    evaluated = []
+    loop = make_loop(evaluated, steps=1, every=3, beside=beside, found="step", version=6, evaluated_before=3)
+    asyncio.run(loop.run())
+    assert evaluated == [6, 7]
 
 
 async def hangs(*_):

@@ -35,7 +35,8 @@ def engine(monkeypatch):
     subject._running.set()
     subject.ends, subject.waits, sleep = [], [], asyncio.sleep
 
-    async def run(*_):
+    async def run(_request_id, _token_ids, params):
+        subject.asked = params
         completion = SimpleNamespace(
             finish_reason=subject.ends.pop(0), token_ids=[3, 4], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]),
             routed_experts=None,
@@ -63,6 +64,16 @@ async def test_a_call_that_ended_has_its_tokens_and_one_of_three_ends(engine, re
     output = await generate(engine)
     assert (output.finish_reason, output.token_ids.tolist(), output.versions.tolist()) == (end, [3, 4], [7, 7])
     assert engine.waits == []
+
+
+async def test_a_call_samples_as_it_is_asked_to(engine):
+    engine.ends = ["stop"] * 2
+    for sampling, expected in (
+        (Sampling(0.6, 0.9, top_k=20), (0.6, 0.9, 20)),
+        (Sampling(0.6, 0.9, greedy=True, top_k=20), (0.0, 1.0, 0)),
+    ):
+        await engine.generate("eval/eval-aime-1/0/0", np.array([5], np.int32), sampling, 8)
+        assert (engine.asked.temperature, engine.asked.top_p, engine.asked.top_k) == expected
 
 
 async def test_a_call_that_failed_inside_the_engine_is_repeated_after_longer_and_longer_pauses(engine):

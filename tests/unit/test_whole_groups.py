@@ -7,6 +7,7 @@ import pytest
 from async_rl.config.schema import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import in_flight
+from async_rl.rollout.evaluation import EvalProblem
 from async_rl.rollout.rewards.overlong import Overlong
 from async_rl.rollout.rewards.score import FinishedResponse, Score
 from tests.support.scripted_engine import ScriptedEngine
@@ -139,7 +140,8 @@ async def test_a_response_that_is_cut_off_may_be_left_out_of_training_without_a_
     assert (counts.calls, queue.groups) == (0, [])
     assert queue.failed == [("0-0.0", "reward")]
     prompts = [(await ListQueue(1).take("w", 1))[0].prompt]
-    assert (await subject.evaluate(prompts)).reward_mean == 4.0
+    (answer,) = (await subject.evaluate([EvalProblem("held_out", prompts[0])])).answers
+    assert answer.scored.rewards == (4.0,)
 
 
 async def test_a_group_is_scored_without_the_responses_that_are_cut_off():

@@ -16,11 +16,13 @@ CallEnd = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. With ``greedy`` the likeliest token is taken, and temperature and top_p have no effect."""
+    """How tokens are drawn. With ``greedy`` the likeliest token is taken, and the others have no effect."""
 
     temperature: float
     top_p: float
     greedy: bool = False
+    top_k: int = 0
+    """Likeliest tokens to draw from; 0 for all. Only evaluations set it."""
 
 
 @dataclass(frozen=True, slots=True)

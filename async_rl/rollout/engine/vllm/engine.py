@@ -186,6 +186,7 @@ class VllmEngine:
         params = SamplingParams(
             temperature=0.0 if sampling.greedy else sampling.temperature,
             top_p=1.0 if sampling.greedy else sampling.top_p,
+            top_k=0 if sampling.greedy else sampling.top_k,
             max_tokens=max_tokens,
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
