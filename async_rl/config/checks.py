@@ -97,6 +97,12 @@ def _check_rollout(config: RunConfig) -> None:
             f"({rollout.max_num_seqs}), so the engine would never be full; set it to at least {rollout.max_num_seqs}, "
             "or lower rollout.max_num_seqs"
         )
+    bounds = rollout.filter.mean_reward
+    if bounds is not None and bounds[0] > bounds[1]:
+        raise ValueError(
+            f"rollout.filter.mean_reward is [{bounds[0]:g}, {bounds[1]:g}], whose lowest value is above the highest: "
+            "every group would be filtered; swap the two values"
+        )
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"

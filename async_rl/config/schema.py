@@ -223,6 +223,34 @@ class EnvironmentSection(Section):
     if rollout.min_group_size allows, else its group (counted)."""
 
 
+class FilterSection(Section):
+    """Groups that are filtered: they would teach nothing, so other prompts take their places.
+
+    Judged by the rewards as the reward functions return them, without the penalty of reward.overlong_tokens. The prompt
+    of a filtered group is done for the epoch.
+    """
+
+    zero_variance: bool = False
+    """Whether to filter groups whose rewards are all equal, as DAPO's dynamic sampling does; else they are trained with
+    advantages of zero."""
+    all_truncated: bool = False
+    """Whether to filter groups of which every response ended at rollout.max_response_tokens."""
+    mean_reward: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """Lowest and highest mean reward of a group that is trained, for example [0.05, 0.95]; null for any."""
+    function: FunctionName | None = None
+    """A module:function that decides in addition, called as f(group: FinishedGroup) -> bool, at once, on the worker's
+    event loop; groups for which it returns false are filtered. One that raises is treated like a reward that does
+    (reward.on_error)."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the last 200 groups to end that may be filtered; above it the run logs a warning, and fails if that
+    lasts for watchdog.abort_s. 1 for any."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any group may be filtered."""
+        return self.zero_variance or self.all_truncated or self.mean_reward is not None or self.function is not None
+
+
 class ReplicaRange(Section):
     """How many replicas a run has whose hosts come and go."""
 
@@ -288,6 +316,7 @@ class RolloutSection(Section):
     max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
     before the run fails; 1 for any."""
+    filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
 
     @property

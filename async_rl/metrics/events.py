@@ -39,6 +39,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "checkpoint_written": "wrote the checkpoint of step {step} in {seconds} s",
         "evaluated": "evaluated: mean reward {reward}",
         "watchdog_stalled": "{description}",
+        "groups_filtered": "more than rollout.filter.max_share = {limit:g} of the last groups were filtered (in all "
+        "{reasons}); the run fails if that lasts for {abort_s:g} s",
         "run_finished": "finished; see {summary}",
         "run_interrupted": "interrupted; see {summary}",
         "run_failed": "failed: {reason}; see {summary}",

@@ -38,6 +38,7 @@ class ListQueue:
         self.left = count
         self.groups = []
         self.failed = []
+        self.filtered = []
         self.returned = []
 
     async def take(self, worker, limit):
@@ -53,6 +54,9 @@ class ListQueue:
 
     async def fail(self, group_id, reason) -> None:
         self.failed.append((group_id, reason))
+
+    async def filter_group(self, group_id, reason) -> None:
+        self.filtered.append((group_id, reason))
 
     async def return_group(self, group_id, reason) -> None:
         self.returned.append((group_id, reason))
