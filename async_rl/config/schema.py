@@ -224,15 +224,12 @@ class EnvironmentSection(Section):
 
 
 class FilterSection(Section):
-    """Groups that are filtered: they would teach nothing, so other prompts take their places.
-
-    Judged by the rewards as the reward functions return them, without the penalty of reward.overlong_tokens. The prompt
-    of a filtered group is done for the epoch.
-    """
+    """Finished groups that are not trained because they would teach nothing; other prompts take their places."""
 
     zero_variance: bool = False
     """Whether to filter groups whose rewards are all equal, as DAPO's dynamic sampling does; else they are trained with
-    advantages of zero."""
+    advantages of zero. As with the other filters, the prompt of a filtered group is done for the epoch, and rewards are
+    taken as the reward functions return them, without the penalty of reward.overlong_tokens."""
     all_truncated: bool = False
     """Whether to filter groups of which every response ended at rollout.max_response_tokens."""
     mean_reward: Annotated[tuple[float, float], Field(strict=False)] | None = None

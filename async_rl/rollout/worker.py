@@ -15,7 +15,6 @@ from typing import TypeVar
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import UnknownGroup
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
@@ -183,26 +182,17 @@ class RolloutWorker:
             if trajectories is None:
                 await self._queue.return_group(group_id, TIMEOUT)
             elif reason is not None:
-                await self._filter_out(group_id, reason)
+                log.info("group_filtered", group=group_id, reason=reason)
+                await self._queue.filter_group(group_id, reason)
             else:
-                await self._publish(Group(group_id, group.ticket.prompt, tuple(trajectories.values())))
+                published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
+                await self._queue.put(published)
+                self._stats.groups += 1
+                self._stats.trajectories += len(published.trajectories)
+                self._stats.partial_rollouts += sum(t.is_partial for t in published.trajectories)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
         self._update_capacity()
-
-    async def _publish(self, group: Group) -> None:
-        await self._queue.put(group)
-        self._stats.groups += 1
-        self._stats.trajectories += len(group.trajectories)
-        self._stats.partial_rollouts += sum(t.is_partial for t in group.trajectories)
-
-    async def _filter_out(self, group_id: str, reason: str) -> None:
-        log.info("group_filtered", group=group_id, reason=reason)
-        try:
-            await self._queue.filter_group(group_id, reason)
-        except UnknownGroup as error:
-            # The queue owns the books: this worker was taken for lost, and another one has ended the group.
-            log.warning("untracked_group_discarded", group=group_id, reason=str(error))
 
     async def _trajectories(self, group: InFlight) -> dict[int, Trajectory] | None:
         """Return the group's responses by index, or those of ``_in_time``; None if too few are finished by then."""

@@ -7,7 +7,7 @@ import pytest
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import FilterSection
-from async_rl.errors import ConfigError, RewardError, UnknownGroup
+from async_rl.errors import ConfigError, RewardError
 from async_rl.rollout.filters import FinishedGroup, GroupFilter
 from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards.score import Score
@@ -138,19 +138,6 @@ async def test_rewards_are_judged_before_their_penalty_for_length_also_after_a_h
     assert len({score.reward for score in adopted.scores}) == 2, "the longer response has less"
     await successor.run()
     assert (heir.filtered, heir.groups) == ([("0-0.0", "zero_variance")], [])
-
-
-async def test_a_worker_that_was_taken_for_lost_lives_on_when_another_has_ended_its_group():
-    queue = ListQueue(3)
-    subject, _ = worker(scripted(), queue, digits=Right({1: (1, 1), 2: (0, 1), 3: (0, 1)}), rollout=ROLLOUT)
-
-    async def refused(group_id, reason):
-        raise UnknownGroup(f"group {group_id}: is not in flight, it was trained")
-
-    queue.filter_group = refused
-    await subject.run()
-    assert len(queue.groups) == 2
-    assert await snapshot(subject) == {}
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
