@@ -278,8 +278,9 @@ class RolloutSection(Section):
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
     return_routed_experts: bool = True
     """Whether the engine of a MoE model returns each token's routed experts; trainer.router_replay R3 needs them."""
-    n: Annotated[int, Field(ge=2, lt=2**63)] = 8
-    """Responses per prompt, that is, trajectories per group."""
+    n: Positive = 8
+    """Responses per prompt, that is, trajectories per group; 1 only with an estimator that needs no group
+    (trainer.loss.advantage reinforce_plus_plus, or a function)."""
     max_response_tokens: Positive = 1024
     """Longest response, in tokens over all its segments."""
     temperature: PositiveFloat = 1.0
@@ -450,7 +451,7 @@ class LossSection(Section):
     sequences (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length)."""
     advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
     """How a response is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
-    float32[n]."""
+    float32[n]. reinforce_plus_plus then compares it with the mini-batch, and with rollout.n 1 with that alone."""
     normalize_by_std: bool = True
     """Whether to divide a group's advantages by the standard deviation of its rewards (grpo)."""
 

@@ -108,6 +108,15 @@ async def test_a_filtered_group_is_not_published_and_makes_room_for_others():
     assert await snapshot(subject) == {}
 
 
+async def test_a_group_may_have_one_response():
+    queue = ListQueue(2)
+    rollout = {"n": 1, "max_num_seqs": 4, "max_response_tokens": 40}
+    trainer = {"loss": {"advantage": "reinforce_plus_plus"}}
+    subject, _ = worker(scripted(), queue, rollout=rollout, trainer=trainer)
+    await subject.run()
+    assert [len(group.trajectories) for group in queue.groups] == [1, 1]
+
+
 async def test_by_default_groups_without_variance_are_trained():
     queue = ListQueue(2)
     subject, _ = worker(scripted(), queue, digits=Right({1: (1, 1), 2: (0, 0)}))
