@@ -98,7 +98,12 @@ def _check_rollout(config: RunConfig) -> None:
             "or lower rollout.max_num_seqs"
         )
     _check_single(config)
-    bounds = rollout.filter.mean_reward
+    bounds, rest = rollout.filter.mean_reward, rollout.filter.rest_epochs
+    if rest and not rollout.filter.active:
+        raise ValueError(
+            f"rollout.filter.rest_epochs is {rest}, but no group is filtered, so that no row would rest; set "
+            "rollout.filter.zero_variance or another filter, or rest_epochs to 0"
+        )
     if bounds is not None and bounds[0] > bounds[1]:
         raise ValueError(
             f"rollout.filter.mean_reward is [{bounds[0]:g}, {bounds[1]:g}], whose lowest value is above the highest: "

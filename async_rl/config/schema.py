@@ -238,6 +238,9 @@ class FilterSection(Section):
     """A module:function that decides in addition, called as f(group: FinishedGroup) -> bool, at once, on the worker's
     event loop; groups for which it returns false are filtered. One that raises is treated like a reward that does
     (reward.on_error)."""
+    rest_epochs: NonNegative = 0
+    """Epochs after its own in which the row of a filtered group is passed over; 0 to try it again in the next. Where
+    all rows rest, none does."""
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Share of the last 200 groups to end that may be filtered; above it the run logs a warning, and fails if that
     lasts for watchdog.abort_s. 1 for any."""

@@ -168,9 +168,9 @@ class QueueActor:
         """Give a group's prompt up."""
         self._decide_and_wake(call, self._broker.fail, group_id, reason)
 
-    async def filter_group(self, call: str, group_id: str, reason: str) -> None:
-        """End a group in flight that would teach nothing."""
-        self._decide_and_wake(call, self._broker.filter_group, group_id, reason)
+    async def filter_group(self, call: str, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing, and pass over its row for so many epochs."""
+        self._decide_and_wake(call, self._broker.filter_group, group_id, reason, rest_epochs)
 
     async def adopt(self, call: str, worker: str, group_ids: list[str]) -> list[str]:
         """Give groups in flight to another worker; return the ids of those still in flight."""

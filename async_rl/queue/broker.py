@@ -259,12 +259,17 @@ class Broker:
         self._end(group_id, f"failed ({reason})")
         self._state.failed[reason] += 1
 
-    def filter_group(self, group_id: str, reason: str) -> None:
-        """End a group in flight that would teach nothing, counted by reason. Its prompt does not come again."""
+    def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing, counted by reason. Its prompt does not come again.
+
+        Its row does, after so many further epochs.
+        """
         if group_id not in self._state.in_flight:
             raise self._wrong_state(group_id, "in flight")
-        self._end(group_id, f"filtered ({reason})")
+        issue = self._end(group_id, f"filtered ({reason})")
         self._state.filtered[reason] += 1
+        if rest_epochs:
+            self._source.rest(issue.ticket.prompt, rest_epochs)
 
     # Reading and restoring the state
 

@@ -37,6 +37,10 @@ class PromptSource(Protocol):
         """Put a prompt back into circulation; with ``defer`` behind all new ones of the epoch."""
         ...
 
+    def rest(self, prompt: Prompt, epochs: int) -> None:
+        """Pass over the row of a prompt in so many epochs after its own."""
+        ...
+
     def prompt(self, prompt_id: str) -> Prompt:
         """Return the prompt that was issued under this id."""
         ...

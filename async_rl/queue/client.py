@@ -160,9 +160,9 @@ class QueueClient:
         await self._call(QueueActor.fail, self._id(), group_id, reason)
         await self._let_go([group_id])
 
-    async def filter_group(self, group_id: str, reason: str) -> None:
-        """End a group in flight that would teach nothing; it has no payload yet."""
-        await self._call(QueueActor.filter_group, self._id(), group_id, reason)
+    async def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing; it has no payload yet. Its row rests for so many epochs."""
+        await self._call(QueueActor.filter_group, self._id(), group_id, reason, rest_epochs)
 
     async def worker_lost(self, worker: str, keep: Collection[str] = ()) -> list[str]:
         """Give a lost worker's groups in flight back to the dataset, except those to ``keep``; return their ids."""

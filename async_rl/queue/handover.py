@@ -70,10 +70,10 @@ class Outbox(QueueClient):
         if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
             waiting.set_result(None)
 
-    async def filter_group(self, group_id: str, reason: str) -> None:
+    async def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
         """End a group in flight that would teach nothing, unless the queue has it no more, see ``collect``."""
         try:
-            await super().filter_group(group_id, reason)
+            await super().filter_group(group_id, reason, rest_epochs)
         except (UnknownGroup, DuplicateGroup) as error:
             log.warning("untracked_group_discarded", group=group_id, reason=str(error))
 

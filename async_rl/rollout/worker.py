@@ -183,7 +183,7 @@ class RolloutWorker:
                 await self._queue.return_group(group_id, TIMEOUT)
             elif reason is not None:
                 log.info("group_filtered", group=group_id, reason=reason)
-                await self._queue.filter_group(group_id, reason)
+                await self._queue.filter_group(group_id, reason, self._config.rollout.filter.rest_epochs)
             else:
                 published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
                 await self._queue.put(published)

@@ -23,9 +23,9 @@ from async_rl.queue.staleness import window_limit
 TOKENS = np.zeros(1, dtype=np.int32)
 
 
-def cursor(rows: int, seed: int = 0) -> DatasetCursor:
+def cursor(rows: int, seed: int = 0, *, shuffle: bool = True) -> DatasetCursor:
     lines = tuple(Row(line, "", TOKENS, {}) for line in range(1, rows + 1))
-    return DatasetCursor(Dataset("simulated", lines, (), "digest"), shuffle=True, seed=seed)
+    return DatasetCursor(Dataset("simulated", lines, (), "digest"), shuffle=shuffle, seed=seed)
 
 
 class Fleet:

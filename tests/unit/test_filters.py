@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import FilterSection
@@ -12,6 +14,7 @@ from async_rl.rollout.filters import FinishedGroup, GroupFilter
 from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards.score import Score
 from async_rl.types import Prompt
+from tests.support.examples import examples
 from tests.support.queue_parts import make_broker, meta
 from tests.support.scripted_replica import Digits, ListQueue, scripted, snapshot, worker
 from tests.support.simulation import cursor
@@ -79,6 +82,9 @@ def test_settings_that_cannot_work_are_refused():
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rollout": {"filter": {"mean_reward": [0.9, 0.1]}}}
     with pytest.raises(ConfigError, match=r"rollout\.filter\.mean_reward is \[0\.9, 0\.1\].*swap"):
         validate(tree)
+    tree["rollout"]["filter"] = {"rest_epochs": 2}
+    with pytest.raises(ConfigError, match=r"rollout\.filter\.rest_epochs is 2, but no group is filtered"):
+        validate(tree)
 
 
 # -- the worker ------------------------------------------------------------------------------------------------------
@@ -94,7 +100,8 @@ class Right(Digits):
         return Score(float(self.by_row[prompt.row].pop()))
 
 
-ROLLOUT = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40, "filter": {"zero_variance": True}}
+FILTER = {"zero_variance": True, "rest_epochs": 3}
+ROLLOUT = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40, "filter": FILTER}
 
 
 async def test_a_filtered_group_is_not_published_and_makes_room_for_others():
@@ -105,6 +112,7 @@ async def test_a_filtered_group_is_not_published_and_makes_room_for_others():
     assert sorted(queue.filtered) == [(f"0-{n}.0", "zero_variance") for n in (0, 2, 3)]
     assert sorted(group.group_id for group in queue.groups) == ["0-1.0", "0-4.0"]
     assert (queue.failed, queue.returned, subject.stats().groups) == ([], [], 2)
+    assert queue.rests == [3, 3, 3]
     assert await snapshot(subject) == {}
 
 
@@ -133,7 +141,7 @@ async def test_rewards_are_judged_before_their_penalty_for_length_also_after_a_h
 
     subject, _ = worker(scripted(length=lengths), queue, digits=Right({1: (1, 1)}), **settings)
 
-    async def lost(group_id, reason):
+    async def lost(*_):
         raise ConnectionError("the worker dies before the queue hears of it")
 
     queue.filter_group = lost
@@ -222,3 +230,54 @@ def test_states_of_earlier_releases_have_filtered_nothing():
     del state["filtered"]
     again = restored(state, 9)
     assert (again.counts().filtered, again.counts().add_up) == (0, True)
+
+
+# -- rows that rest --------------------------------------------------------------------------------------------------
+
+
+def test_the_row_of_a_filtered_group_is_passed_over_for_some_epochs():
+    source = cursor(3, shuffle=False)
+    broker = make_broker(source, window_limit=99)
+    first, second, *_ = broker.issue("w", 4)  # one of the next epoch already
+    broker.filter_group(first.group_id, "zero_variance", 1)
+    broker.filter_group(second.group_id, "zero_variance", 2)
+    assert [t.prompt.prompt_id for t in broker.issue("w", 6)] == ["1-3", "2-1", "2-3", "3-1", "3-2", "3-3"]
+    assert source.state()["resting"] == [], "what has rested is forgotten"
+
+
+def test_where_all_rows_rest_none_does():
+    broker = make_broker(cursor(2, shuffle=False), window_limit=99)
+    for ticket in broker.issue("w", 2):
+        broker.filter_group(ticket.group_id, "zero_variance", 10**4)
+    assert [t.prompt.prompt_id for t in broker.issue("w", 3)] == ["2-1", "2-2", "3-1"]
+
+
+@given(
+    moves=st.lists(st.tuples(st.sampled_from(["next", "rest", "restart"]), st.integers(0, 3)), max_size=40),
+    rows=st.integers(1, 4),
+)
+@settings(max_examples=examples(40), deadline=None)
+def test_a_row_is_issued_once_in_each_epoch_in_which_it_does_not_rest(moves, rows):
+    subject, twin = cursor(rows), cursor(rows)  # the twin is never restored
+    until, issued = {}, []
+    for move, epochs in moves:
+        if move == "restart":
+            state = json.loads(json.dumps(subject.state()))
+            subject = cursor(rows, seed=9)
+            subject.restore(state)
+        elif move == "next":
+            prompt = subject.next()
+            assert prompt.prompt_id == twin.next().prompt_id
+            issued.append(prompt)
+            assert until.get(prompt.row, 0) <= int(prompt.prompt_id.partition("-")[0]), "it rests"
+        elif issued and issued[-1].row > 1:  # the first row never rests
+            prompt = issued[-1]
+            for each in (subject, twin):
+                each.rest(prompt, epochs)
+            until[prompt.row] = max(until.get(prompt.row, 0), int(prompt.prompt_id.partition("-")[0]) + epochs + 1)
+        assert subject.state() == twin.state()
+    ids = [prompt.prompt_id for prompt in issued]
+    assert len(set(ids)) == len(ids)
+    epoch = subject.state()["epoch"]
+    awake = [line for line in range(1, rows + 1) if line not in until]
+    assert {f"{e}-{line}" for e in range(epoch) for line in awake} <= set(ids), "a row that is awake was skipped"

@@ -135,7 +135,12 @@ class QueueMachine(RuleBasedStateMachine):
         self.call(method, chosen, *([self.step] if method == "ack" else []), crash=crash)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), method=st.sampled_from(["return_group", "fail", "filter_group"]), crash=crashes)
+    @rule(data=st.data(), rest_epochs=st.integers(0, 2), crash=crashes)
+    def filter_group(self, data, rest_epochs, crash):
+        self.call("filter_group", data.draw(st.sampled_from(self.running)), "function", rest_epochs, crash=crash)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), method=st.sampled_from(["return_group", "fail"]), crash=crashes)
     def give_up(self, data, method, crash):
         reason = data.draw(st.sampled_from(["timeout", "reward"]))
         self.call(method, data.draw(st.sampled_from(self.running)), reason, crash=crash)
