@@ -232,7 +232,7 @@ class FilterSection(Section):
     taken as the reward functions return them, without the penalty of reward.overlong_tokens."""
     all_truncated: bool = False
     """Whether to filter groups of which every response ended at rollout.max_response_tokens."""
-    mean_reward: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    mean_reward: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """Lowest and highest mean reward of a group that is trained, for example [0.05, 0.95]; null for any."""
     function: FunctionName | None = None
     """A module:function that decides in addition, called as f(group: FinishedGroup) -> bool, at once, on the worker's

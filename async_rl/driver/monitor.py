@@ -40,7 +40,7 @@ _PERIOD_S = 1.0
 _WINDOW_STEPS = 4
 _LEAST_WINDOW = 100
 # rollout.filter.max_share is of so many groups: at its default of 0.95, a run whose true share is 0.9 has more than 190
-# of 200 filtered once in 200 windows, and never for watchdog.abort_s.
+# of 200 filtered in one window of 280, and never for watchdog.abort_s.
 _FILTER_WINDOW = 200
 # vLLM's name for the engine's own process, which is a child of its worker's.
 _ENGINE = "EngineCore"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import FilterSection
+from async_rl.doctor.inputs import functions
 from async_rl.errors import ConfigError, RewardError
 from async_rl.rollout.filters import FinishedGroup, GroupFilter
 from async_rl.rollout.responses import load_filter
@@ -82,6 +83,9 @@ def test_settings_that_cannot_work_are_refused():
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "rollout": {"filter": {"mean_reward": [0.9, 0.1]}}}
     with pytest.raises(ConfigError, match=r"rollout\.filter\.mean_reward is \[0\.9, 0\.1\].*swap"):
         validate(tree)
+    tree["rollout"]["filter"] = {"function": f"{__name__}:missing"}
+    (found,) = [check for check in functions(validate(tree)) if check.name == "rollout.filter.function"]
+    assert found.status == "FAIL"
     tree["rollout"]["filter"] = {"rest_epochs": 2}
     with pytest.raises(ConfigError, match=r"rollout\.filter\.rest_epochs is 2, but no group is filtered"):
         validate(tree)
