@@ -28,6 +28,7 @@
     │   └── ReplicaFailed      one replica cannot take part in a weight sync
     ├── ProcessLost            a process of the run died more often than allowed
     ├── TooManyFailures        more groups were given up than rollout.max_failed_ratio allows
+    ├── NothingToLearn         more groups were filtered than rollout.filter.max_share allows, for too long
     └── StalledError           nothing moved for longer than allowed
 
 Each message names the setting or id, the offending value and the fix, and is written for the user: the command line
@@ -178,6 +179,10 @@ class ProcessLost(AsyncRLError):
 
 class TooManyFailures(AsyncRLError):
     """More of the last groups were given up than rollout.max_failed_ratio allows; the message has the reasons."""
+
+
+class NothingToLearn(AsyncRLError):
+    """More of the last groups were filtered than rollout.filter.max_share allows; the message has the reasons."""
 
 
 class StalledError(AsyncRLError):

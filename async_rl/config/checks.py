@@ -100,9 +100,39 @@ def _check_rollout(config: RunConfig) -> None:
             f"({rollout.max_num_seqs}), so the engine would never be full; set it to at least {rollout.max_num_seqs}, "
             "or lower rollout.max_num_seqs"
         )
+    _check_single(config)
+    bounds, rest = rollout.filter.mean_reward, rollout.filter.rest_epochs
+    if rest and not rollout.filter.active:
+        raise ValueError(
+            f"rollout.filter.rest_epochs is {rest}, but no group is filtered, so that no row would rest; set "
+            "rollout.filter.zero_variance or another filter, or rest_epochs to 0"
+        )
+    if bounds is not None and bounds[0] > bounds[1]:
+        raise ValueError(
+            f"rollout.filter.mean_reward is [{bounds[0]:g}, {bounds[1]:g}], whose lowest value is above the highest: "
+            "every group would be filtered; swap the two values"
+        )
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
+        )
+
+
+def _check_single(config: RunConfig) -> None:
+    """Raise ValueError where groups of one response would teach nothing, because there is no other to compare with."""
+    if config.rollout.n > 1:
+        return
+    advantage = config.trainer.loss.advantage
+    if advantage in ("grpo", "rloo"):
+        raise ValueError(
+            f"rollout.n is 1, but trainer.loss.advantage is {advantage}, which compares the responses of a group, and "
+            "every advantage would be 0; set rollout.n to at least 2, or the advantage to reinforce_plus_plus or a "
+            "function of your own"
+        )
+    if config.rollout.filter.zero_variance:
+        raise ValueError(
+            "rollout.n is 1, but rollout.filter.zero_variance is true, which would filter every group, because the "
+            "rewards of one response are all equal; set it to false, or rollout.n to at least 2"
         )
 
 

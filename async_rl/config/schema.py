@@ -223,6 +223,34 @@ class EnvironmentSection(Section):
     if rollout.min_group_size allows, else its group (counted)."""
 
 
+class FilterSection(Section):
+    """Finished groups that are not trained because they would teach nothing; other prompts take their places."""
+
+    zero_variance: bool = False
+    """Whether to filter groups whose rewards are all equal, as DAPO's dynamic sampling does; else they are trained with
+    advantages of zero. As with the other filters, the prompt of a filtered group is done for the epoch, and rewards are
+    taken as the reward functions return them, without the penalty of reward.overlong_tokens."""
+    all_truncated: bool = False
+    """Whether to filter groups of which every response ended at rollout.max_response_tokens."""
+    mean_reward: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Lowest and highest mean reward of a group that is trained, for example [0.05, 0.95]; null for any."""
+    function: FunctionName | None = None
+    """A module:function that decides in addition, called as f(group: FinishedGroup) -> bool, at once, on the worker's
+    event loop; groups for which it returns false are filtered. One that raises is treated like a reward that does
+    (reward.on_error)."""
+    rest_epochs: NonNegative = 0
+    """Epochs after its own in which the row of a filtered group is passed over; 0 to try it again in the next. Where
+    all rows rest, none does."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the last 200 groups to end that may be filtered; above it the run logs a warning, and fails if that
+    lasts for watchdog.abort_s. 1 for any."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any group may be filtered."""
+        return self.zero_variance or self.all_truncated or self.mean_reward is not None or self.function is not None
+
+
 class ReplicaRange(Section):
     """How many replicas a run has whose hosts come and go."""
 
@@ -253,8 +281,9 @@ class RolloutSection(Section):
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
     return_routed_experts: bool = True
     """Whether the engine of a MoE model returns each token's routed experts; trainer.router_replay R3 needs them."""
-    n: Annotated[int, Field(ge=2, lt=2**63)] = 8
-    """Responses per prompt, that is, trajectories per group."""
+    n: Positive = 8
+    """Responses per prompt, that is, trajectories per group; 1 only with an estimator that needs no group
+    (trainer.loss.advantage reinforce_plus_plus, or a function)."""
     max_response_tokens: Positive = 1024
     """Longest response, in tokens over all its segments."""
     temperature: PositiveFloat = 1.0
@@ -288,6 +317,7 @@ class RolloutSection(Section):
     max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
     before the run fails; 1 for any."""
+    filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
 
     @property
@@ -424,7 +454,7 @@ class LossSection(Section):
     sequences (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length)."""
     advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
     """How a response is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
-    float32[n]."""
+    float32[n]. reinforce_plus_plus then compares it with the mini-batch, and with rollout.n 1 with that alone."""
     normalize_by_std: bool = True
     """Whether to divide a group's advantages by the standard deviation of its rewards (grpo)."""
 

@@ -23,8 +23,8 @@ class DatasetCursor:
 
     A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
     comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
-    from the seed and is never stored. It is one of all rows of the files, of which the bad ones are passed over:
-    settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
+    from the seed and is never stored. It is one of all rows of the files, of which the bad ones and those that rest are
+    passed over: settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
     """
 
     def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
@@ -38,6 +38,7 @@ class DatasetCursor:
         self._by_line = {row.line: row for row in dataset.rows}
         self._returned: dict[str, Prompt] = {}  # {prompt id: prompt}, oldest first
         self._deferred: dict[str, Prompt] = {}  # the same, of those that wait for the end of the epoch
+        self._resting: dict[int, int] = {}  # {line: the epoch in which its row is issued again}
         self._by_rows = False  # whether the run began with release 0.1, whose order was one of the usable rows
         self._move_to(epoch=0, index=0)
 
@@ -45,13 +46,17 @@ class DatasetCursor:
         """Return the next prompt; there always is one."""
         if self._returned:
             return self._returned.pop(next(iter(self._returned)))
+        began = self._epoch
         while True:
             if self._index == len(self._order):
                 if self._deferred:
                     return self._deferred.pop(next(iter(self._deferred)))
+                passed_over = self._epoch > began  # all rows of a whole epoch
                 self._move_to(epoch=self._epoch + 1, index=0)
+                resting = {} if passed_over else self._resting
+                self._resting = {line: until for line, until in resting.items() if until > self._epoch}
             line = int(self._order[self._index])
-            row = self._row(line)
+            row = None if self._resting.get(line, 0) > self._epoch else self._row(line)
             self._index += 1
             if row is not None:
                 return row.prompt(f"{self._epoch}-{line}")
@@ -66,6 +71,11 @@ class DatasetCursor:
         if not self._was_issued(prompt.prompt_id):
             raise ValueError(f"prompt {prompt.prompt_id} was never issued")
         (self._deferred if defer else self._returned)[prompt.prompt_id] = prompt
+
+    def rest(self, prompt: Prompt, epochs: int) -> None:
+        """Pass over the row of a prompt in so many epochs after its own."""
+        epoch, line = _epoch(prompt.prompt_id), _line(prompt.prompt_id)
+        self._resting[line] = max(epoch + epochs + 1, self._resting.get(line, 0))
 
     def prompt(self, prompt_id: str) -> Prompt:
         """Return the prompt that was, or will be, issued under this id; KeyError if it is not ``usable``."""
@@ -89,6 +99,7 @@ class DatasetCursor:
             "index": self._index,
             "returned": list(self._returned),
             "deferred": list(self._deferred),
+            "resting": [[line, until] for line, until in self._resting.items()],
             "usable_rows": len(self._by_line),
             "order_of": "rows" if self._by_rows else "lines",
         }
@@ -120,6 +131,7 @@ class DatasetCursor:
         self._move_to(epoch=state["epoch"], index=state["index"])
         self._returned = self._prompts(state["returned"])
         self._deferred = self._prompts(state.get("deferred", ()))  # since 0.2
+        self._resting = dict(state.get("resting", ()))  # since 0.2
 
     def _prompts(self, prompt_ids: Iterable[str]) -> dict[str, Prompt]:
         return {prompt_id: self.prompt(prompt_id) for prompt_id in prompt_ids if self.usable(prompt_id)}
@@ -141,7 +153,7 @@ class DatasetCursor:
         return self._by_line.get(line)
 
     def _was_issued(self, prompt_id: str) -> bool:
-        epoch = int(prompt_id.partition("-")[0])
+        epoch = _epoch(prompt_id)
         if epoch != self._epoch:
             return epoch < self._epoch
         if self._positions is None:
@@ -149,6 +161,11 @@ class DatasetCursor:
             self._positions[self._order] = np.arange(len(self._order))
         line = _line(prompt_id)
         return 1 <= line <= self._lines and bool(self._positions[line] < self._index)
+
+
+def _epoch(prompt_id: str) -> int:
+    """Return the epoch that a prompt id "<epoch>-<line>" names."""
+    return int(prompt_id.partition("-")[0])
 
 
 def _line(prompt_id: str) -> int:

@@ -25,6 +25,7 @@ from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, re
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import load_environment
+from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.rewards.named import rewards_of
@@ -202,6 +203,9 @@ def functions(config: RunConfig) -> Iterator[Check]:
             yield _sandbox()
     if config.rollout.engine != "vllm":
         yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
+    filter_function = config.rollout.filter.function
+    if filter_function is not None:
+        yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
     environment = config.rollout.environment.function
     if environment is not None:
         yield _try("rollout.environment.function", environment, lambda: load_environment(environment))

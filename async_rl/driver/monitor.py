@@ -22,8 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from async_rl.config.schema import RunConfig
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.recorder import Recorder
-from async_rl.driver.watchdog import FailureRate, RunSnapshot, describe_stall
-from async_rl.errors import StalledError, TooManyFailures
+from async_rl.driver.watchdog import EndShare, RunSnapshot, Watchdog, describe_stall
+from async_rl.errors import NothingToLearn, StalledError, TooManyFailures
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import timeouts
@@ -39,6 +39,9 @@ _PERIOD_S = 1.0
 # minute must not end a run, nor the first prompts of a dataset.
 _WINDOW_STEPS = 4
 _LEAST_WINDOW = 100
+# rollout.filter.max_share is of so many groups: at its default of 0.95, a run whose true share is 0.9 has more than 190
+# of 200 filtered in one window of 280, and never for watchdog.abort_s.
+_FILTER_WINDOW = 200
 # vLLM's name for the engine's own process, which is a child of its worker's.
 _ENGINE = "EngineCore"
 _STACKS_WRITTEN_S = 2.0
@@ -62,7 +65,10 @@ class Monitor:
         self._trainers = trainers
         self._sync = sync
         self._recorder = recorder
-        self._failures = FailureRate(max(_LEAST_WINDOW, _WINDOW_STEPS * config.required_groups))
+        self._failures = EndShare(max(_LEAST_WINDOW, _WINDOW_STEPS * config.required_groups))
+        self._filtered = EndShare(_FILTER_WINDOW)
+        self._over_share = Watchdog()
+        self._share_logged = False
         self._phase, self._since = "other", time.monotonic()
         self._step = 0
         self._computed = 0
@@ -87,7 +93,7 @@ class Monitor:
     async def run(self) -> None:
         """Poll until cancelled.
 
-        Raises StalledError when nothing has moved for watchdog.abort_s, and TooManyFailures.
+        Raises StalledError when nothing has moved for watchdog.abort_s, TooManyFailures and NothingToLearn.
         """
         settings, logged = self._config.watchdog, False
         while True:
@@ -103,6 +109,7 @@ class Monitor:
             if stalled_s >= settings.abort_s:
                 await self._abort(describe_stall(snapshot, stalled_s))
             self._check_failures()
+            self._check_filtered(time.monotonic())
 
     async def poll(self) -> tuple[float, RunSnapshot]:
         """Publish all counters. Returns the seconds for which nothing has moved, and what each process does."""
@@ -132,13 +139,37 @@ class Monitor:
 
     def _check_failures(self) -> None:
         queue, limit = self._recorder.queue, self._config.rollout.max_failed_ratio
-        if queue is None or self._failures.look(queue.counts.trained, queue.counts.failed) <= limit:
+        if queue is None:
+            return
+        counts = queue.counts
+        if self._failures.look(counts.trained + counts.filtered, counts.failed) <= limit:
             return
         reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(queue.failed.items()))
         raise TooManyFailures(
             f"more than rollout.max_failed_ratio = {limit:g} of the last groups failed (in all {reasons}); the reason "
             f"of each is a line `group_failed` in {self._config.run_dir / 'logs'}/rollout-*.jsonl"
         )
+
+    def _check_filtered(self, now: float) -> None:
+        """Log that too many groups are filtered, and raise NothingToLearn once that has lasted watchdog.abort_s."""
+        queue, limit = self._recorder.queue, self._config.rollout.filter.max_share
+        if queue is None:
+            return
+        abort_s = self._config.watchdog.abort_s
+        counts = queue.counts
+        over = self._filtered.look(counts.trained + counts.failed, counts.filtered) > limit
+        lasted = self._over_share.look(now, over)
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in sorted(queue.filtered.items()))
+        if over and not self._share_logged:
+            log.warning("groups_filtered", limit=limit, abort_s=abort_s, reasons=reasons)
+            self._recorder.event("groups_filtered", limit=limit, abort_s=abort_s, reasons=reasons)
+        self._share_logged = over
+        if over and lasted >= abort_s:
+            raise NothingToLearn(
+                f"more than rollout.filter.max_share = {limit:g} of the last {_FILTER_WINDOW} groups were filtered for "
+                f"{lasted:.0f} s (in all {reasons}): almost no prompt teaches anything; set data.train to prompts that "
+                "the policy solves sometimes, rollout.n to more, or rollout.filter to filter less"
+            )
 
     async def _abort(self, description: str) -> NoReturn:
         await _dump_stacks([self._queue.actor, *self._rollouts.actors, *self._trainers.actors])

@@ -251,6 +251,8 @@ class Recorder:
             self._metrics.count_to("groups_dropped_total", count, reason=reason)
         for reason, count in queue.failed.items():
             self._metrics.count_to("groups_failed_total", count, reason=reason)
+        for reason, count in queue.filtered.items():
+            self._metrics.count_to("groups_filtered_total", count, reason=reason)
         return stalled
 
     def described(self, leased: Leased) -> list[GroupMeta]:

@@ -5,8 +5,8 @@
     checkpoints/step-000020/pipeline/in_flight/       unfinished groups, as ``rollout.moments`` writes them
 
 The broker's state says which groups there are. A group of which it knows, but of which nothing was saved, is issued
-again. So every prompt that was issued is trained, queued, in flight, failed, or in circulation: none is skipped,
-none is trained twice.
+again. So every prompt that was issued is trained, queued, in flight, failed, filtered, or in circulation: none is
+skipped, none is trained twice.
 
 Knows msgpack and the names of files, and writes and reads the head alone. ``driver.checkpoint`` takes and restores the
 state, ``driver.checkpoint_folder`` looks after the folder. Earlier formats have lists of ids, of groups whose files are

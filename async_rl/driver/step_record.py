@@ -32,6 +32,7 @@ class RunMeter:
         self._trainer_busy_s = 0.0
         self._rollout_busy_s = 0.0  # mean over the replicas that there were
         self._tokens_earlier = (0, 0)
+        self._filtered_before: Mapping[str, int] | None = {}  # those of earlier steps; None until a restored run counts
         self._workers: list[WorkerStats] = []
         self._busy_before = self._since = 0.0
         self._last_sync: SyncRecord | None = None
@@ -56,6 +57,7 @@ class RunMeter:
         self._rollout_busy_s = self._busy_before = state["rollout_busy_s"]
         generated, resumed = state["tokens"]
         self._tokens_earlier = (generated, resumed)
+        self._filtered_before = None
         self.rewind(state)
 
     def rewind(self, state: Mapping[str, Any]) -> None:
@@ -84,6 +86,8 @@ class RunMeter:
         added_s = sum(worker.busy_s for worker in workers) - before
         self._rollout_busy_s += added_s / max(1, sum(not worker.gone for worker in workers))
         self.queue, self._workers = queue, list(workers)
+        if self._filtered_before is None:
+            self._filtered_before = queue.filtered
 
     def evaluated(self, line: EvalLine) -> None:
         """Take the results of an evaluation within the training loop, for the record of the step that it falls into."""
@@ -121,6 +125,7 @@ class RunMeter:
             evals=evals,
             last_sync=self._last_sync,
             groups=len(groups),
+            groups_filtered=self._newly_filtered(),
             response_tokens=tuple(n for group in groups for n in group.response_tokens),
             segments=tuple(n for group in groups for n in group.segments),
             interruptions=tuple(n for group in groups for n in group.interruptions),
@@ -133,6 +138,12 @@ class RunMeter:
             step_s=step_s,
             replica_versions={worker.replica: worker.version for worker in self._workers if not worker.gone},
         )
+
+    def _newly_filtered(self) -> dict[str, int]:
+        """Return {reason: groups} filtered since the last call."""
+        now, before = ({} if self.queue is None else self.queue.filtered), self._filtered_before or {}
+        self._filtered_before = now
+        return {reason: more for reason, count in now.items() if (more := count - before.get(reason, 0))}
 
     def totals(self) -> Totals:
         """Return the counters of the whole run, its earlier processes included."""

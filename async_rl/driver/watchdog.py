@@ -1,4 +1,4 @@
-"""How long nothing has moved in a run, what waits for what, and how many groups fail. Pure: time is passed in.
+"""How long nothing has moved in a run, what waits for what, and which share of groups fails. Pure: time is passed in.
 
 ``driver.monitor`` feeds it. A run that stalls shows it within a second in ``watchdog_stalled_seconds``. After
 watchdog.stall_s it is logged, and after watchdog.abort_s the run ends.
@@ -25,27 +25,27 @@ class Watchdog:
         return now - self._since
 
 
-class FailureRate:
-    """The share of the last ``window`` groups to end that were given up rather than trained."""
+class EndShare:
+    """The share of the last ``window`` groups to end that ended in one way: were given up, or filtered."""
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._polls: deque[tuple[int, int]] = deque()  # (ended, failed) at polls, the oldest before the window
+        self._polls: deque[tuple[int, int]] = deque()  # (ended, so) at polls, the oldest before the window
 
-    def look(self, trained: int, failed: int) -> float:
-        """Return the share, given the groups trained and given up so far.
+    def look(self, otherwise: int, so: int) -> float:
+        """Return the share, given the groups that ended otherwise and so until now.
 
         Those of the first call ended before: in a run that was restored, under other settings perhaps. Before
-        ``window`` groups have ended since, the others count as trained: a run does not end by its first few groups.
+        ``window`` groups have ended since, the rest counts as otherwise: a run does not end by its first few groups.
         """
-        ended = trained + failed
+        ended = otherwise + so
         if self._polls and ended < self._polls[-1][0]:  # a rewind
             self._polls.clear()
-        self._polls.append((ended, failed))
+        self._polls.append((ended, so))
         while len(self._polls) > 1 and self._polls[1][0] <= ended - self._window:
             self._polls.popleft()
-        since_ended, since_failed = self._polls[0]
-        return (failed - since_failed) / max(self._window, ended - since_ended)
+        since_ended, since_so = self._polls[0]
+        return (so - since_so) / max(self._window, ended - since_ended)
 
 
 @dataclass(frozen=True, slots=True)

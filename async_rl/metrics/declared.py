@@ -415,7 +415,7 @@ _FLOW = (
     MetricSpec(
         "groups_outstanding",
         "gauge",
-        "Groups issued and neither trained, returned nor failed.",
+        "Groups issued and neither trained, returned, failed nor filtered.",
         "At the admission limit, rollout waits for the next version.",
         lambda record: record.groups_outstanding,
     ),
@@ -423,7 +423,7 @@ _FLOW = (
         "groups_issued_total",
         "counter",
         "Groups issued to rollout workers.",
-        "Equals trained + outstanding + returned + failed.",
+        "Equals trained + outstanding + returned + failed + filtered.",
     ),
     MetricSpec("groups_trained_total", "counter", "Groups consumed by training steps.", "The throughput that counts."),
     MetricSpec(
@@ -445,6 +445,14 @@ _FLOW = (
         "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
         values=("reward", "environment", "engine", "timeout", "stale", "row", "trainer"),
+    ),
+    MetricSpec(
+        "groups_filtered_total",
+        "counter",
+        "Groups that rollout.filter kept from training, by reason.",
+        "Over groups_issued_total it is the share of generation that teaches nothing: choose harder or easier prompts.",
+        labels=("reason",),
+        values=("all_truncated", "zero_variance", "mean_reward", "function"),
     ),
     MetricSpec(
         "reward_retries_total",

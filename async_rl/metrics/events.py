@@ -40,6 +40,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "evaluated": "evaluated: mean reward {reward}",
         "set_evaluated": "evaluated {set} at version {version}: mean reward {reward}, {k} responses per problem",
         "watchdog_stalled": "{description}",
+        "groups_filtered": "more than rollout.filter.max_share = {limit:g} of the last groups were filtered (in all "
+        "{reasons}); the run fails if that lasts for {abort_s:g} s",
         "run_finished": "finished; see {summary}",
         "run_interrupted": "interrupted; see {summary}",
         "run_failed": "failed: {reason}; see {summary}",

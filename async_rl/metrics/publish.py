@@ -81,6 +81,7 @@ _ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
         "time": lambda record: record.time,
         "elapsed_s": lambda record: record.elapsed_s,
         "groups": lambda record: record.groups,
+        "groups_filtered": lambda record: dict(record.groups_filtered),
         "max_segments": lambda record: max(record.segments, default=0),
         "response_tokens_mean": lambda record: sum(record.response_tokens) / max(1, len(record.response_tokens)),
         "response_tokens_max": lambda record: max(record.response_tokens, default=0),

@@ -126,6 +126,8 @@ class StepRecord:
     """The weight sync before the step."""
 
     groups: int
+    groups_filtered: Mapping[str, int] = field(default_factory=dict)
+    """{reason: groups} filtered since the step before."""
     response_tokens: tuple[int, ...] = ()
     """Length of each trajectory."""
     segments: tuple[int, ...] = ()
@@ -186,11 +188,13 @@ class GroupCounts:
     """Prompts given back to the dataset, those of dropped groups included."""
     failed: int = 0
     dropped: int = 0
+    filtered: int = 0
+    """Groups that rollout.filter kept from training; 0 in runs of earlier releases."""
 
     @property
     def add_up(self) -> bool:
         """Whether invariant 5, conservation, holds."""
-        return self.issued == self.trained + self.outstanding + self.returned + self.failed
+        return self.issued == self.trained + self.outstanding + self.returned + self.failed + self.filtered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

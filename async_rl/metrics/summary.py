@@ -196,6 +196,7 @@ class Summary:
                 "outstanding": totals.groups.outstanding - since,
                 "returned": totals.groups.returned,
                 "failed": totals.groups.failed,
+                "filtered": totals.groups.filtered,
                 "dropped": totals.groups.dropped,
             },
             "on_policy_logprob_abs_diff": self._on_policy.result(),

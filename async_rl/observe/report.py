@@ -405,7 +405,9 @@ def _said(value: Number, form: str) -> str:
 
 def _conservation(groups: Any) -> str:
     """Write invariant 5, conservation, with the run's numbers."""
-    names = ("issued", "trained", "outstanding", "returned", "failed")
+    names: tuple[str, ...] = ("issued", "trained", "outstanding", "returned", "failed")
+    if isinstance(groups, dict) and groups.get("filtered"):  # missing in runs of earlier releases
+        names += ("filtered",)
     counts = [as_number(groups.get(name)) for name in names] if isinstance(groups, dict) else [None]
     if any(count is None for count in counts):
         return "not known before the run has ended by itself"

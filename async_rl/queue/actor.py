@@ -2,7 +2,8 @@
 
 The broker decides, this file waits. Who waits for what:
 
-    take     a free slot in the window             freed by: advance, return_group, fail, worker_lost, rewind
+    take     a free slot in the window             freed by: advance, return_group, fail, filter_group, worker_lost,
+                                                             rewind
     put      room, by groups and by bytes          freed by: ack, return_group, fail, advance
     lease    n finished groups                     supplied by: put, release
 
@@ -167,6 +168,10 @@ class QueueActor:
         """Give a group's prompt up."""
         self._decide_and_wake(call, self._broker.fail, group_id, reason)
 
+    async def filter_group(self, call: str, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing, and pass over its row for so many epochs."""
+        self._decide_and_wake(call, self._broker.filter_group, group_id, reason, rest_epochs)
+
     async def adopt(self, call: str, worker: str, group_ids: list[str]) -> list[str]:
         """Give groups in flight to another worker; return the ids of those still in flight."""
         adopted: list[str] = self._decide_and_wake(call, self._broker.adopt, worker, group_ids)
@@ -190,7 +195,7 @@ class QueueActor:
         return lost
 
     async def close(self) -> None:
-        """End every wait, now and from now on. Outstanding groups can still be acked, returned or failed."""
+        """End every wait, now and from now on. Outstanding groups can still be acked, returned, failed or filtered."""
         self._closed = True
         self._changed.set()
 
@@ -271,6 +276,7 @@ class QueueActor:
             "advance": broker.advance,
             "return_group": broker.return_group,
             "fail": broker.fail,
+            "filter_group": broker.filter_group,
             "adopt": broker.adopt,
             "worker_lost": broker.worker_lost,
             "checkpointed": broker.checkpointed,

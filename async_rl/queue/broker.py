@@ -6,9 +6,12 @@
          │                 ▼             ▼               ▼
          └──────────── RETURNED (prompt back in circulation)   or FAILED (prompt given up), each with a reason
 
-Invariant 5 holds between any two calls: issued = trained + outstanding + returned + failed, where outstanding
-= in flight + queued + leased and the unit is one issue of one prompt. A *drop* is a return of a finished group,
-one that was queued or leased: work was thrown away. A call that raises has changed nothing.
+A group in flight may also end as FILTERED, with a reason, because its rewards teach nothing (rollout.filter). Its
+prompt is done for this epoch, as a trained one is, and its place in the window is free.
+
+Invariant 5 holds between any two calls: issued = trained + outstanding + returned + failed + filtered, where
+outstanding = in flight + queued + leased and the unit is one issue of one prompt. A *drop* is a return of a finished
+group, one that was queued or leased: work was thrown away. A call that raises has changed nothing.
 
 The queue's part of invariant 4: a group over the hard bound leaves the queue at once, when it is put, released, or
 when the version rises, so no such group can be leased. A lease held across ``advance`` is not touched: the trainer
@@ -255,6 +258,18 @@ class Broker:
         """Give the prompt up, counted by reason."""
         self._end(group_id, f"failed ({reason})")
         self._state.failed[reason] += 1
+
+    def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing, counted by reason. Its prompt does not come again.
+
+        Its row does, after so many further epochs.
+        """
+        if group_id not in self._state.in_flight:
+            raise self._wrong_state(group_id, "in flight")
+        issue = self._end(group_id, f"filtered ({reason})")
+        self._state.filtered[reason] += 1
+        if rest_epochs:
+            self._source.rest(issue.ticket.prompt, rest_epochs)
 
     # Reading and restoring the state
 

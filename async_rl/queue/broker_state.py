@@ -37,6 +37,10 @@ class PromptSource(Protocol):
         """Put a prompt back into circulation; with ``defer`` behind all new ones of the epoch."""
         ...
 
+    def rest(self, prompt: Prompt, epochs: int) -> None:
+        """Pass over the row of a prompt in so many epochs after its own."""
+        ...
+
     def prompt(self, prompt_id: str) -> Prompt:
         """Return the prompt that was issued under this id."""
         ...
@@ -108,7 +112,7 @@ class Attempts:
 
 @dataclass(slots=True)
 class Issue:
-    """One issue of one prompt, from ``issue`` until its group is trained, returned or failed."""
+    """One issue of one prompt, from ``issue`` until its group is trained, returned, failed or filtered."""
 
     ticket: Ticket
     attempts: Attempts
@@ -161,6 +165,8 @@ class PlainState(TypedDict):
     returned: dict[str, int]
     dropped: dict[str, int]
     failed: dict[str, int]
+    filtered: NotRequired[dict[str, int]]
+    """Missing in states of release 0.1, which filtered nothing."""
     history: list[list[Any]]
     """[step, prompt id, attempt] of each trained group that ``rewind`` may return."""
     source: dict[str, Any]
@@ -194,9 +200,10 @@ class BrokerState:
     trained: int = 0
     trained_in_window: int = 0
     returned: Counter[str] = field(default_factory=Counter)
-    """{reason: groups}, as ``dropped`` and ``failed``."""
+    """{reason: groups}, as ``dropped``, ``failed`` and ``filtered``."""
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
     history: deque[Trained] = field(default_factory=deque)
     """Groups trained since the oldest checkpoint, in order; empty unless the broker can rewind."""
 
@@ -226,6 +233,7 @@ class BrokerState:
             "returned": dict(self.returned),
             "dropped": dict(self.dropped),
             "failed": dict(self.failed),
+            "filtered": dict(self.filtered),
             "history": [[trained.step, trained.prompt.prompt_id, trained.attempt] for trained in self.history],
             "source": source.state(),
         }
@@ -267,6 +275,7 @@ class BrokerState:
             returned=Counter(plain["returned"]),
             dropped=Counter(plain["dropped"]),
             failed=Counter(plain["failed"]) + Counter({ROW: given_up}),
+            filtered=Counter(plain.get("filtered", {})),
             history=deque(Trained(step, source.prompt(p), attempt) for step, p, attempt in plain["history"]),
         )
 
@@ -292,6 +301,7 @@ class BrokerState:
             returned=self.returned.total(),
             failed=self.failed.total(),
             dropped=self.dropped.total(),
+            filtered=self.filtered.total(),
         )
 
     def stats(self, settings: BrokerSettings) -> QueueStats:
@@ -314,6 +324,7 @@ class BrokerState:
             returned=dict(self.returned),
             dropped=dict(self.dropped),
             failed=dict(self.failed),
+            filtered=dict(self.filtered),
             refusal=self.refusal(settings),
             exhausted=self.exhausted,
         )

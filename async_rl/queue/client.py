@@ -1,7 +1,7 @@
 """The queue's client, ``QueueClient``: calls the queue for driver and workers.
 
 Payloads never pass through the queue's process. The client of the driver keeps the reference to each encoded group
-until the group has ended (trained, returned or failed). ``handover`` shows how a group gets from its worker to there,
+until the group has ended (trained, returned, failed). ``handover`` shows how a group gets from its worker to there,
 ``fetcher`` how it is read, ``copies`` how it outlives its host.
 
 Knows Ray, the codec, and the actor's methods.
@@ -159,6 +159,10 @@ class QueueClient:
         """Give a group's prompt up."""
         await self._call(QueueActor.fail, self._id(), group_id, reason)
         await self._let_go([group_id])
+
+    async def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing; it has no payload yet. Its row rests for so many epochs."""
+        await self._call(QueueActor.filter_group, self._id(), group_id, reason, rest_epochs)
 
     async def worker_lost(self, worker: str, keep: Collection[str] = ()) -> list[str]:
         """Give a lost worker's groups in flight back to the dataset, except those to ``keep``; return their ids."""

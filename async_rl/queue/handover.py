@@ -70,6 +70,13 @@ class Outbox(QueueClient):
         if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
             waiting.set_result(None)
 
+    async def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
+        """End a group in flight that would teach nothing, unless the queue has it no more, see ``collect``."""
+        try:
+            await super().filter_group(group_id, reason, rest_epochs)
+        except (UnknownGroup, DuplicateGroup) as error:
+            log.warning("untracked_group_discarded", group=group_id, reason=str(error))
+
     async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta | None]:
         """Yield an announcement, the message and the metadata of each group that ``work`` puts, until it ends.
 

@@ -158,6 +158,8 @@ class QueueStats:
     dropped: Mapping[str, int]
     failed: Mapping[str, int]
     """{reason: groups} whose prompts were given up."""
+    filtered: Mapping[str, int]
+    """{reason: groups} that would have taught nothing (rollout.filter), and whose prompts are done."""
     refusal: str | None
     """Why no ticket can be issued now; None if one can."""
     exhausted: bool

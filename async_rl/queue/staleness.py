@@ -9,7 +9,7 @@ Admission (soft, ``staleness_threshold``) bounds how far generation may run ahea
     limit = required x (1 + staleness_threshold) x trigger_parameter_sync_step
 
 groups are admitted: those still outstanding (in flight, queued or leased) when the window opened, plus those
-issued since, minus those returned or failed since. Only training ends a group otherwise, so that count is
+issued since, minus those returned, failed or filtered since. Only training ends a group otherwise, so that count is
 always "outstanding now + trained in this window", and is computed as that.
 
 Bound (hard, ``max_staleness``) says what may contribute a gradient: a token sampled under version v may be

@@ -82,6 +82,7 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
     name = f"group {group.group_id} in flight"
     prompt = group.ticket.prompt
     parts = [{} if score is None else dict(score.parts) for score in group.scores]
+    raw = [None if score is None else score.raw for score in group.scores]
     table = {
         "group_id": group.group_id,
         "version": group.ticket.version,
@@ -89,6 +90,7 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
         "partials": [_entry(partial) for partial in group.partials],
         "rewards": [None if score is None else score.reward for score in group.scores],
         **({"reward_parts": parts} if any(parts) else {}),
+        **({"raw_rewards": raw} if any(each is not None for each in raw) else {}),
     }
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
@@ -111,7 +113,7 @@ def decode(
     prompt = build_prompt(table, take("prompt"))
     ticket = Ticket(get(table, "group_id", str), prompt, get(table, "version", int))
     entries = get(table, "partials", list)
-    scores = _scores(ticket.group_id, get(table, "rewards", list), table.get("reward_parts"))
+    scores = _scores(ticket.group_id, get(table, "rewards", list), table.get("reward_parts"), table.get("raw_rewards"))
     if len(entries) != n or len(scores) != n:
         raise WireError(f"group {ticket.group_id}: {len(entries)} responses in flight, and rollout.n is {n}")
     partials: list[PartialRollout | None] = []
@@ -152,16 +154,20 @@ def decode(
     return InFlight(ticket, partials, scores)
 
 
-def _scores(group_id: str, rewards: list[Any], parts: Any) -> list[Score | None]:
-    """Return the scores of a message, which in those of earlier releases have no parts. Raises WireError."""
+def _scores(group_id: str, rewards: list[Any], parts: Any, raw: Any) -> list[Score | None]:
+    """Return the scores of a message; it may lack parts and unshaped rewards. Raises WireError."""
     parts = [{} for _ in rewards] if parts is None else parts
-    if any(reward is not None and type(reward) is not float for reward in rewards):
-        raise WireError(f"group {group_id}: its rewards are {short(rewards)}")
+    raw = [None for _ in rewards] if raw is None else raw
+    for each in (rewards, raw):
+        if not isinstance(each, list) or any(value is not None and type(value) is not float for value in each):
+            raise WireError(f"group {group_id}: its rewards are {short(each)}")
+    if len(raw) != len(rewards):
+        raise WireError(f"group {group_id}: it has {len(rewards)} rewards, and {len(raw)} before their shaping")
     if not isinstance(parts, list) or len(parts) != len(rewards):
         raise WireError(f"group {group_id}: the parts of its rewards are {short(parts)}")
     return [
-        None if reward is None else Score(reward, check_parts(f"group {group_id}", each))
-        for reward, each in zip(rewards, parts, strict=True)
+        None if reward is None else Score(reward, check_parts(f"group {group_id}", each), unshaped)
+        for reward, each, unshaped in zip(rewards, parts, raw, strict=True)
     ]
 
 

@@ -6,13 +6,15 @@ The caller supplies the engine call: ``worker`` one that samples, ``evaluation``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
-from async_rl.config.schema import RunConfig
+from async_rl.config.functions import load_function
+from async_rl.config.schema import FilterSection, RunConfig
 from async_rl.errors import (
+    ConfigError,
     EngineDied,
     EngineError,
     EnvironmentFailure,
@@ -22,12 +24,13 @@ from async_rl.errors import (
 )
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.environments.turns import Environment
+from async_rl.rollout.filters import FinishedGroup, GroupFilter
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import Score
 from async_rl.rollout.rewards.scoring import Scoring
-from async_rl.types import Int32Array, Prompt
+from async_rl.types import Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
 
@@ -47,8 +50,15 @@ def failure_reason(error: Exception) -> str:
     return "environment" if isinstance(error, EnvironmentFailure) else "engine"
 
 
+def load_filter(settings: FilterSection) -> GroupFilter:
+    """Return the rule of ``rollout.filter``. Raises ConfigError if its function cannot be imported or called."""
+    if settings.function is None:
+        return GroupFilter(settings)
+    return GroupFilter(settings, load_function("rollout.filter.function", settings.function, ("group",), ConfigError))
+
+
 class Responses:
-    """Completes responses: it holds what all of them share, their limit and the user's environment and rewards."""
+    """Completes responses: it holds what all of them share, their limit and the user's functions."""
 
     def __init__(
         self,
@@ -63,6 +73,7 @@ class Responses:
         self._rewards = rewards
         self._scoring = Scoring(config, tokenizer, rewards)
         self._environment = environment
+        self._filter = load_filter(config.rollout.filter)
 
     @property
     def whole_groups(self) -> bool:
@@ -146,6 +157,13 @@ class Responses:
         group.left_out += 1
         log.warning("response_left_out", group=group.group_id, response=index, reason=str(error))
         return True
+
+    def why_filtered(self, group: InFlight, trajectories: Mapping[int, Trajectory]) -> str | None:
+        """Return why a group with these responses, by index, is not to be trained; None if it is.
+
+        Raises RewardError where rollout.filter.function failed.
+        """
+        return self._filter.reason(FinishedGroup.of(group, trajectories))
 
     def close(self) -> None:
         """Stop calling the user's functions."""

@@ -1,8 +1,8 @@
 """RolloutWorker: keeps one engine full and publishes complete groups.
 
 It samples: it takes tickets, makes engine calls, scores the finished responses. ``partial`` decides what a resumed call
-sends, the queue's broker what may be issued, and ``actor`` when the gate before the engine is open. It knows neither
-the trainer nor Ray.
+sends, ``filters`` which groups are not published, the queue's broker what may be issued, and ``actor`` when the gate
+before the engine is open. It knows neither the trainer nor Ray.
 """
 
 from __future__ import annotations
@@ -168,10 +168,11 @@ class RolloutWorker:
             self._work.cancel()
 
     async def _sample_and_publish(self, group: InFlight) -> None:
-        """Complete a group and publish it, or fail it alone where only its requests, reward or environment failed."""
+        """Complete a group and publish or filter it, or fail it alone where only its requests or user code failed."""
         group_id = group.group_id
         try:
             trajectories = await self._trajectories(group)
+            reason = self._responses.why_filtered(group, trajectories) if trajectories else None
         except COST_THEIR_GROUP as error:
             if self._responses.is_fatal(error):
                 raise
@@ -180,25 +181,30 @@ class RolloutWorker:
         else:
             if trajectories is None:
                 await self._queue.return_group(group_id, TIMEOUT)
+            elif reason is not None:
+                log.info("group_filtered", group=group_id, reason=reason)
+                await self._queue.filter_group(group_id, reason, self._config.rollout.filter.rest_epochs)
             else:
-                await self._queue.put(Group(group_id, group.ticket.prompt, trajectories))
+                published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
+                await self._queue.put(published)
                 self._stats.groups += 1
-                self._stats.trajectories += len(trajectories)
-                self._stats.partial_rollouts += sum(t.is_partial for t in trajectories)
+                self._stats.trajectories += len(published.trajectories)
+                self._stats.partial_rollouts += sum(t.is_partial for t in published.trajectories)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
         self._update_capacity()
 
-    async def _trajectories(self, group: InFlight) -> tuple[Trajectory, ...] | None:
-        """Return the group's responses, or those of ``_in_time``; None if too few are finished by then."""
+    async def _trajectories(self, group: InFlight) -> dict[int, Trajectory] | None:
+        """Return the group's responses by index, or those of ``_in_time``; None if too few are finished by then."""
         if not self._responses.whole_groups:
-            return await self._in_time(group, self._trajectory)
+            made = await self._in_time(group, self._trajectory)
+            return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
         if ended is None:
             return None
         scored = await self._responses.score_group(group, ended)
         self._stats.cut_groups += len(scored) < len(ended) == self._config.rollout.n
-        return tuple([await self._built(group, index) for index in scored])
+        return {index: await self._built(group, index) for index in scored}
 
     async def _in_time(self, group: InFlight, make: _Make[_T]) -> tuple[_T, ...] | None:
         """Make something of each response, without those that failed and, after rollout.group_timeout_s, the late ones.
@@ -231,11 +237,11 @@ class RolloutWorker:
                 raise
             return None
 
-    async def _trajectory(self, group: InFlight, index: int) -> Trajectory:
+    async def _trajectory(self, group: InFlight, index: int) -> tuple[int, Trajectory]:
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
-        return await self._built(group, index)
+        return index, await self._built(group, index)
 
     async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt

@@ -46,6 +46,15 @@ def rloo(rewards: Float32Array) -> Float32Array:
     return result
 
 
+def reinforce_plus_plus(rewards: Float32Array) -> Float32Array:
+    """Return reward - mean of the group, or the reward of a group of one; ``batch_normalized`` completes both.
+
+    REINFORCE++, arXiv:2501.03262, with a baseline by group; with rollout.n 1 in its plain form, whose only baseline is
+    the mean of the mini-batch.
+    """
+    return rewards.copy() if len(rewards) == 1 else grpo(rewards, normalize_by_std=False)
+
+
 def load_advantages(settings: LossSection) -> GroupAdvantages:
     """Return the estimator that trainer.loss.advantage names.
 
@@ -57,8 +66,7 @@ def load_advantages(settings: LossSection) -> GroupAdvantages:
     if name == "grpo":
         return lambda rewards: grpo(rewards, normalize_by_std=settings.normalize_by_std)
     if name == "reinforce_plus_plus":
-        # Its baseline is the group's mean; the batch's scale comes in batch_normalized.
-        return lambda rewards: grpo(rewards, normalize_by_std=False)
+        return reinforce_plus_plus
     function = load_function("trainer.loss.advantage", name, ("rewards",), TrainerError)
 
     def checked(rewards: Float32Array) -> Float32Array:
@@ -98,8 +106,8 @@ def batch_sums(advantages: Sequence[float], tokens: Sequence[int]) -> tuple[floa
 def batch_normalized(advantages: Sequence[float], sums: tuple[float, float, float]) -> list[float]:
     """Return (advantage - mean) / standard deviation over the tokens of the global batch, given its ``batch_sums``.
 
-    REINFORCE++, arXiv:2501.03262, in its form with a baseline by group. As there, tokens are counted, so a long
-    response moves mean and deviation more. All zero where no advantage differs.
+    As in REINFORCE++, arXiv:2501.03262: tokens are counted, so a long response moves mean and deviation more. All zero
+    where no advantage differs.
     """
     count, total, squares = sums
     mean = total / max(count, 1.0)

@@ -71,6 +71,7 @@ HEALTH = Row(
                 "flat. A drop after a restart (worker_lost, payload_lost) is normal.",
                 "stale: `async_training.max_staleness` up or `async_training.on_stale` mask. timeout: "
                 "`rollout.group_timeout_s` up or `rollout.min_group_size` down.",
+                width=6,
             ),
             Panel(
                 "Groups failed",
@@ -80,6 +81,16 @@ HEALTH = Row(
                 "zero. Check the reward function first.",
                 "`reward.timeout_s`, `reward.on_error`, `rollout.environment.timeout_s`; timeout: "
                 "`rollout.max_attempts` up.",
+                width=6,
+            ),
+            Panel(
+                "Groups filtered",
+                "none",
+                (Query("sum by (run, reason) (async_rl_groups_filtered_total{})", "{{run}} {{reason}}"),),
+                "Groups that rollout.filter kept from training, because they would have taught nothing.",
+                "a slope well below that of the trained groups. A steeper one: most of the generation is wasted.",
+                "`data.train` to prompts that are solved sometimes, `rollout.n` up.",
+                width=6,
             ),
             Panel(
                 "Groups cut",
@@ -93,6 +104,7 @@ HEALTH = Row(
                 "Groups submitted after rollout.group_timeout_s without their last responses.",
                 "a small share of all groups: the longest responses are the missing ones, so cutting teaches brevity.",
                 "`rollout.group_timeout_s` up, `rollout.min_group_size` up.",
+                width=6,
             ),
         ),
         (

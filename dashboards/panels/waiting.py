@@ -132,7 +132,7 @@ WAITING = Row(
                 "Groups outstanding",
                 "short",
                 (Query("async_rl_groups_outstanding{}"),),
-                "Groups issued and neither trained, returned nor failed: in flight, queued or leased.",
+                "Groups issued and neither trained, returned, failed nor filtered: in flight, queued or leased.",
                 "rises to the admission limit only shortly before a weight sync. At it, rollout waits for the next "
                 "version.",
                 "`async_training.staleness_threshold` is the budget; `trainer.groups_per_step` times "

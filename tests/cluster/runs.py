@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from tests.cluster.hosts import Host, Hosts
+from tests.support.invariants import conserved
 from tests.support.real_run import CLEAN_WITHIN_S, Run
 
 # What a run over hosts has, by what is in the command lines; Ray's own daemons stay when it joined a cluster.
@@ -136,7 +137,7 @@ def summary_is_whole(run: Run) -> dict:
     """Check conservation (invariant 5) and that each push was verified (invariant 10); return the summary."""
     summary = run.summary
     groups = summary["groups"]
-    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
+    assert conserved(groups)
     assert summary["exit_reason"] == "finished", summary["exit_reason"]
     assert summary["sync"]["count"] == summary["steps"]
     assert summary["sync"]["canary_max"] <= 1e-4

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from async_rl.models.config import read_model_config
 from async_rl.queue import codec
+from tests.support.invariants import conserved
 from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
@@ -28,7 +29,7 @@ def finished(run, canary: float = 1e-4) -> dict:
     summary = run.summary
     groups = summary["groups"]
     # Invariant 5: conservation.
-    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
+    assert conserved(groups)
     assert summary["exit_reason"] == "finished"
     assert len(run.rows) == summary["steps"] == summary["policy_version"]
     # Invariant 10: every push was verified.

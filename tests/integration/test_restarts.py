@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.support.invariants import conserved
 from tests.support.real_run import SCRIPTED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -27,7 +28,7 @@ def wait_for_event(run, name, count=1):
 
 def assert_conserved(groups):
     """Invariant 5."""
-    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
+    assert conserved(groups)
 
 
 def test_a_run_keeps_what_it_has_when_a_worker_dies_or_it_is_to_end(start_run, resume_run):

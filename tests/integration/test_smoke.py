@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.invariants import conserved
 from tests.support.real_run import SCRIPTED
 
 # `make smoke` runs it by its name, and `make test` has a kill in test_pipeline.
@@ -26,4 +27,4 @@ def test_a_run_survives_a_kill_of_its_queue(start_run):
     run.assert_nothing_left()
     groups = run.summary["groups"]
     # Invariant 5: conservation, over the death of the process that counts.
-    assert groups["issued"] == groups["trained"] + groups["outstanding"] + groups["returned"] + groups["failed"]
+    assert conserved(groups)

@@ -34,14 +34,15 @@ def check(run, tmp_path, journal=None, *, scripted=False) -> None:
     outstanding = [fields[1] for fields in state["running"]]
     outstanding += [fields[1] for fields, _ in state["queued"] + state["leased"]]
     circulating = state["source"]["returned"] + state["source"]["deferred"]
-    failed = sum(state["failed"].values())
+    given_up = sum(state["failed"].values()) + sum(state["filtered"].values())
     assert state["trained"] == len(trained)
-    assert state["issued"] == len(trained) + len(outstanding) + sum(state["returned"].values()) + failed
+    assert state["issued"] == len(trained) + len(outstanding) + sum(state["returned"].values()) + given_up
     everywhere = trained + outstanding + circulating
     assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
     issued = prompts_issued(config, state["source"])
     assert set(everywhere) <= issued
-    assert len(issued) == len(everywhere) + failed, f"prompts that are nowhere: {sorted(issued - set(everywhere))[:5]}"
+    nowhere = sorted(issued - set(everywhere))[:5]
+    assert len(issued) == len(everywhere) + given_up, f"prompts that are nowhere: {nowhere}"
 
     bound = config.async_training.max_staleness
     for name in ("metrics.jsonl", "rewound-metrics.jsonl"):
@@ -56,6 +57,12 @@ def check(run, tmp_path, journal=None, *, scripted=False) -> None:
     worst = max(row["on_policy_logprob_abs_diff_max"] or 0.0 for row in run.rows)
     print(f"{len(run.rows)} steps; on-policy log-probs differ by {worst:.1e} at most")
     assert worst <= limit, "engine and trainer disagree on tokens of staleness 0: wrong weights or stamps"
+
+
+def conserved(groups) -> bool:
+    """Whether the counts of a summary add up (5)."""
+    ends = ("trained", "outstanding", "returned", "failed", "filtered")
+    return groups["issued"] == sum(groups[end] for end in ends)
 
 
 def rebuilt(config, journal) -> dict:

@@ -23,9 +23,9 @@ from async_rl.queue.staleness import window_limit
 TOKENS = np.zeros(1, dtype=np.int32)
 
 
-def cursor(rows: int, seed: int = 0) -> DatasetCursor:
+def cursor(rows: int, seed: int = 0, *, shuffle: bool = True) -> DatasetCursor:
     lines = tuple(Row(line, "", TOKENS, {}) for line in range(1, rows + 1))
-    return DatasetCursor(Dataset("simulated", lines, (), "digest"), shuffle=True, seed=seed)
+    return DatasetCursor(Dataset("simulated", lines, (), "digest"), shuffle=shuffle, seed=seed)
 
 
 class Fleet:
@@ -50,10 +50,11 @@ class Fleet:
         departures=0.0,
         trainer_deaths=0.0,
         never_finish=0.0,
+        filtered=0.0,
     ) -> None:
         self.chance = random.Random(seed)
         self.required, self.trigger, self.max_staleness, self.on_stale = required, trigger, max_staleness, on_stale
-        self.capacity, self.never_finish = capacity, never_finish
+        self.capacity, self.never_finish, self.filtered = capacity, never_finish, filtered
         self.deaths, self.departures, self.trainer_deaths = deaths, departures, trainer_deaths
         self.checkpoint_every, self.rows = checkpoint_every, rows
         self.limit = window_limit(required, threshold, trigger)
@@ -135,6 +136,11 @@ class Fleet:
 
     def finish(self, replica: int, life: int, ticket, began: int) -> None:
         if self.lives[replica] != life:
+            return
+        if self.chance.random() < self.filtered:
+            self.broker.filter_group(ticket.group_id, "zero_variance")
+            self.room[replica] += 1
+            self.ask_again(replica)
             return
         nbytes = int(1000 * (1 + self.version / 10) * self.chance.uniform(0.1, 2))  # responses grow as the run goes on
         meta = self.meta(ticket, nbytes, began)
@@ -236,4 +242,4 @@ class Fleet:
         everywhere = [*self.trained, *outstanding, *source["returned"], *source["deferred"]]
         assert len(set(everywhere)) == len(everywhere), "a prompt is in two places"
         passed = source["epoch"] * self.rows + source["index"]
-        assert passed == len(everywhere) + self.forgotten + counts.failed, "a prompt is nowhere"
+        assert passed == len(everywhere) + self.forgotten + counts.failed + counts.filtered, "a prompt is nowhere"

@@ -19,3 +19,12 @@ def by_chance(prompt: Prompt, response: str) -> float:
 def ask_twice(prompt: Prompt, turns: tuple[str, ...]) -> str | None:
     """An environment that goes on twice with some letters of the prompt."""
     return prompt.text[:3] if len(turns) < 5 else None
+
+
+def equal_on_even_rows(prompt: Prompt, response: str) -> float:
+    """All responses to a prompt of an even row are equally right, so that nothing can be learnt from its group."""
+    return 1.0 if prompt.row % 2 == 0 else by_chance(prompt, response)
+
+
+def always_right(prompt: Prompt, response: str) -> float:
+    return 1.0

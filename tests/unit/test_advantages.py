@@ -64,6 +64,13 @@ def test_reinforce_plus_plus_takes_the_groups_mean_as_baseline_and_leaves_the_sc
     assert of("reinforce_plus_plus", rewards) == pytest.approx(exact - exact.mean(), abs=1e-5)
 
 
+def test_groups_of_one_response_are_compared_over_the_batch_with_reinforce_plus_plus():
+    rewards, lengths = [[1.0], [0.0], [1.0], [0.0]], [1, 1, 3, 3]
+    advantages = [float(of("reinforce_plus_plus", each)[0]) for each in rewards]
+    assert advantages == [1.0, 0.0, 1.0, 0.0]
+    assert batch_normalized(advantages, batch_sums(advantages, lengths)) == pytest.approx([1.0, -1.0, 1.0, -1.0])
+
+
 def test_a_batch_without_a_token_that_counts_has_no_advantages():
     assert batch_normalized([1.0, -1.0], batch_sums([1.0, -1.0], [0, 0])) == [0.0, 0.0]
 

@@ -47,6 +47,7 @@ PURE = {
     "async_rl.queue.staleness",
     "async_rl.queue.wire",
     "async_rl.rollout.engine.interface",
+    "async_rl.rollout.filters",
     "async_rl.rollout.in_flight",
     "async_rl.rollout.partial",
     "async_rl.rollout.rewards.adapters",

@@ -50,7 +50,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.step, self.checkpoint = 0, 0
         self.trained_at = {}  # prompt id: step, of what can be taken back
         self.timeouts, self.stale = Counter(), Counter()  # prompt id: groups since it was last trained
-        self.issued = self.returned = self.failed = self.dropped = 0
+        self.issued = self.returned = self.failed = self.dropped = self.filtered = 0
 
     def book_fail(self, group_id):
         for state in (self.running, self.queued, self.leased):
@@ -198,6 +198,17 @@ class BrokerMachine(RuleBasedStateMachine):
         assert adopted == [group_id for group_id in named if group_id in self.running]
         self.workers.update(dict.fromkeys(adopted, worker))
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def filter_group(self, data):
+        """Groups that teach nothing end, and free their place."""
+        group_id = data.draw(st.sampled_from(sorted(self.running)))
+        self.broker.filter_group(group_id, "zero_variance")
+        del self.running[group_id]
+        self.filtered += 1
+        self.window -= 1
+        self.past.append(group_id)
+
     @precondition(lambda self: self.running or self.queued or self.leased)
     @rule(data=st.data(), fail=st.booleans())
     def give_up(self, data, fail):
@@ -242,19 +253,23 @@ class BrokerMachine(RuleBasedStateMachine):
         for call in (self.broker.fail, self.broker.return_group):
             with pytest.raises(UnknownGroup):
                 call(data.draw(st.sampled_from([*self.past, "0-1.99"])), "twice")
+        with pytest.raises((DuplicateGroup, UnknownGroup)):
+            self.broker.filter_group(not_running.group_id, "zero_variance")
         assert self.broker.stats() == before
 
     @invariant()
     def invariant_5_conservation(self):
         counts = self.broker.counts()
-        assert counts.issued == counts.trained + counts.outstanding + counts.returned + counts.failed
+        assert counts.add_up
+        assert counts.filtered == self.filtered
+        assert counts.issued == counts.trained + counts.outstanding + counts.returned + counts.failed + self.filtered
         outstanding = len(self.running) + len(self.queued) + len(self.leased)
         assert counts.outstanding == outstanding
         assert (counts.issued, counts.trained) == (self.issued, len(self.trained))
         assert (counts.returned, counts.failed, counts.dropped) == (self.returned, self.failed, self.dropped)
-        # No prompt is skipped: whatever the cursor passed is outstanding, trained, failed or in circulation.
+        # No prompt is skipped: whatever the cursor passed is outstanding, trained, failed, filtered or in circulation.
         circulating = len(self.source.circulating) + len(self.source.deferred)
-        assert self.source.row == outstanding + len(self.trained) + self.failed + circulating
+        assert self.source.row == outstanding + len(self.trained) + self.failed + self.filtered + circulating
 
     @invariant()
     def invariant_6_bounded(self):

@@ -76,9 +76,9 @@ def test_section_given_a_value_names_settings_of_that_section():
 
 
 def test_every_fault_has_its_line():
-    message = refusal(rollout={"n": 1, "replicas": 0}, trainer={"router_replay": "R4"})
+    message = refusal(rollout={"n": 0, "replicas": 0}, trainer={"router_replay": "R4"})
     assert len(message.splitlines()) == 3
-    assert "rollout.n: 1 is not valid" in message
+    assert "rollout.n: 0 is not valid" in message
     assert "trainer.router_replay: 'R4' is not valid: must be one of R3, R2, off" in message
 
 
@@ -398,7 +398,7 @@ def test_the_settings_reference_has_every_setting_with_its_values():
     page = reference.page()
     for key, _ in leaves():
         assert f"| `{key}` | " in page
-    assert "| `rollout.n` | integer >= 2 | `8` | Responses per prompt" in page
+    assert "| `rollout.n` | integer > 0 | `8` | Responses per prompt" in page
     assert "| `queue.max_groups` | integer > 0 or `null` | `null` |" in page
     assert "| `trainer.loss.policy` | `ppo`, `gspo`, `cispo`, `dppo`, `ipo`, `reinforce` or `module:function` |" in page
     assert "| `metrics.loggers` | list of `tensorboard`, `wandb` | `[]` |" in page

@@ -23,6 +23,7 @@ from tests.support.simulation import Fleet
     departures=st.sampled_from([0.0, 0.1]),
     trainer_deaths=st.sampled_from([0.0, 0.1]),
     never_finish=st.sampled_from([0.0, 0.1]),
+    filtered=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=examples(60), deadline=None)

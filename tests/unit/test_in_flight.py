@@ -61,7 +61,8 @@ def group(seed, n=3, policy="replace", dense=False):
                 )
             partial = partial.absorb(made_output)
         if partial.finished and rng.random() < 0.5:
-            made.scores[index] = Score(float(rng.normal()), {"length": float(rng.normal())} if index else {})
+            shaped = {"parts": {"length": float(rng.normal())}, "raw": float(rng.normal())} if index else {}
+            made.scores[index] = Score(float(rng.normal()), **shaped)
         elif partial.finished and rng.random() < 0.5:
             partial = partial.append_turn(np.array([5, 6], dtype=np.int32))
         made.partials[index] = partial

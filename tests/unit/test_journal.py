@@ -135,6 +135,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.call(method, chosen, *([self.step] if method == "ack" else []), crash=crash)
 
     @precondition(lambda self: self.running)
+    @rule(data=st.data(), rest_epochs=st.integers(0, 2), crash=crashes)
+    def filter_group(self, data, rest_epochs, crash):
+        self.call("filter_group", data.draw(st.sampled_from(self.running)), "function", rest_epochs, crash=crash)
+
+    @precondition(lambda self: self.running)
     @rule(data=st.data(), method=st.sampled_from(["return_group", "fail"]), crash=crashes)
     def give_up(self, data, method, crash):
         reason = data.draw(st.sampled_from(["timeout", "reward"]))
@@ -352,6 +357,7 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
         "returned": {"timeout": 1},
         "dropped": {},
         "failed": {},
+        "filtered": {},  # since 0.2
         "history": [[1, "0-1", 0]],
         "source": {"rows": 9, "row": 5, "circulating": ["0-4"], "deferred": []},
     }
@@ -370,7 +376,7 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
 
 def without_attempts(state):
     """Make a state what release 0.1 wrote: a prompt's groups are counted, whatever became of them."""
-    del state["rules"], state["source"]["deferred"]
+    del state["rules"], state["filtered"], state["source"]["deferred"]
     for fields in [*state["running"], *(fields for fields, _ in state["queued"] + state["leased"])]:
         fields[3] = fields[3][0]
     state["attempts"] = {prompt: issued for prompt, (issued, _, _) in state["attempts"].items()}

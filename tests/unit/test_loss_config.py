@@ -73,6 +73,13 @@ def test_a_step_streams_unless_something_needs_all_of_its_groups_at_once(trainer
         ({"kl": "k3", "kl_coef": 0.1}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "kl k3"]),
         ({"policy": "rewards:mine"}, {"skip_zero_advantage": True}, ["skip_zero_advantage", "rewards:mine"]),
         ({"dual_clip": 0.5}, {}, ["trainer.loss.dual_clip"]),
+        ({}, {"rollout": {"n": 1}}, ["rollout.n is 1", "trainer.loss.advantage is grpo", "reinforce_plus_plus"]),
+        ({"advantage": "rloo"}, {"rollout": {"n": 1}}, ["rollout.n is 1", "trainer.loss.advantage is rloo"]),
+        (
+            {"advantage": "my:own"},
+            {"rollout": {"n": 1, "filter": {"zero_variance": True}}},
+            ["rollout.n is 1", "rollout.filter.zero_variance is true"],
+        ),
     ],
 )
 def test_combinations_that_cannot_work(loss, sections, words):
@@ -102,6 +109,11 @@ def test_combinations_that_cannot_work(loss, sections, words):
 )
 def test_combinations_that_can(loss):
     validate(tree(loss))
+
+
+@pytest.mark.parametrize("advantage", ["reinforce_plus_plus", "my:own"])
+def test_one_response_to_each_prompt_is_enough_for_some_estimators(advantage):
+    assert validate(tree({"advantage": advantage}, rollout={"n": 1})).rollout.n == 1
 
 
 def test_the_bound_of_a_rejection_has_a_default_for_each_rule():

@@ -71,7 +71,10 @@ def changed(names):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_changes_the_loss_as_its_paper_says_and_little_else(name):
     found = changed([name])
-    further = {"async_training.require_batches": 4} if name == "gspo" else {}
+    further = {
+        "dapo": {"rollout.filter.zero_variance": True},  # dynamic sampling
+        "gspo": {"async_training.require_batches": 4},
+    }.get(name, {})
     assert found == {f"trainer.loss.{key}": value for key, value in CHANGES[name].items()} | further
 
 

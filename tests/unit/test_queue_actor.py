@@ -13,6 +13,8 @@ from async_rl.metrics.events import in_words
 from async_rl.queue import actor as actor_module
 from async_rl.queue.actor import QueueActor
 from async_rl.queue.client import QueueClient
+from async_rl.queue.handover import Outbox
+from async_rl.queue.records import GroupMeta
 from tests.support.queue_parts import Source, make_broker, meta
 
 
@@ -188,6 +190,29 @@ async def test_a_group_returned_while_its_put_waits_is_refused():
     async with waiting(actor.put(meta(tickets[2]))) as (put,):
         await actor.return_group(tickets[2].group_id, "interrupted")
     assert isinstance(put.exception(), UnknownGroup)
+
+
+async def test_a_filtered_group_makes_room_for_a_taker_that_waits():
+    actor = make_actor(window_limit=2)
+    first, _ = await actor.take("w", 2)
+    async with waiting(actor.take("w", 2)) as (more,):
+        await actor.filter_group(first.group_id, "zero_variance")
+    assert [ticket.group_id for ticket in more.result()] == ["0-3.0"]
+
+
+async def test_a_worker_that_was_taken_for_lost_lives_on_when_its_successor_has_ended_its_group():
+    actor = make_actor()
+    lost = Outbox(Handle(actor.actor))
+    trained, filtered, own = [ticket.group_id for ticket in await lost.take("w", 3)]
+    assert await actor.adopt("w", [trained, filtered]) == [trained, filtered]
+    await actor.filter_group(filtered, "zero_variance")
+    await actor.put(GroupMeta(trained, 9, 10, 0, 0, 8, 0))
+    await actor.lease("trainer", 1)
+    await actor.ack([trained])
+    for group_id in (trained, filtered, own):
+        await lost.filter_group(group_id, "zero_variance")
+    counts = await actor.counts()
+    assert (counts.trained, counts.filtered, counts.outstanding, counts.add_up) == (1, 2, 0, True)
 
 
 async def test_lease_waits_for_n_and_gives_up_after_its_timeout():

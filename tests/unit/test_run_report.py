@@ -298,6 +298,10 @@ def test_the_report_of_a_run(tmp_path):
         "10 issued = 4 trained + 3 outstanding + 2 returned + 1 failed",
     ):
         assert said in page.text
+    summary["groups"] |= {"issued": 15, "filtered": 5}  # which runs of earlier releases do not have
+    (path / "summary.json").write_text(json.dumps(summary))
+    said = "15 issued = 4 trained + 3 outstanding + 2 returned + 1 failed + 5 filtered"
+    assert said in report(path)[1].text
     assert "2026-11-21 10:00:00 UTC" in page.text
     assert source.count('class="loud"') == 2, "of an earlier version and of this one"
     assert "trainer died and is being restarted" in page.text

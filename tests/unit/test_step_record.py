@@ -35,9 +35,9 @@ def worker(replica, **counts):
     return SimpleNamespace(replica=replica, **given)
 
 
-def queue(outstanding=5):
+def queue(outstanding=5, **filtered):
     counts = GroupCounts(issued=9, trained=4, outstanding=outstanding)
-    return SimpleNamespace(queued_groups=2, queued_bytes=2048, counts=counts)
+    return SimpleNamespace(queued_groups=2, queued_bytes=2048, counts=counts, filtered=filtered)
 
 
 @pytest.fixture
@@ -93,6 +93,24 @@ def test_the_idle_share_is_that_of_the_replicas_that_there_are(meter, clock):
     record = meter.record(3, 0, step_report(), GROUPS, step_s=4.0)
     assert (record.rollout_idle_ratio, record.replica_versions) == (0.25, {1: 3})
     assert meter.totals().rollout_busy_s == 4.0 + 3.0 + 3.0
+
+
+def test_filtered_groups_are_in_the_step_that_they_were_filtered_in(meter, clock):
+    clock.now += 1.0
+    found = []
+    for counts in ({"function": 2}, {"function": 2}, {"function": 3, "mean_reward": 4}):
+        meter.count(queue(**counts), [])
+        found.append(meter.record(1, 0, step_report(), GROUPS, step_s=1.0).groups_filtered)
+    assert found == [{"function": 2}, {}, {"function": 1, "mean_reward": 4}]
+    restored = RunMeter(90.0, clock)
+    restored.restore(meter.state())
+    restored.begin()
+    for _ in range(2):
+        restored.count(queue(function=5), [])  # two of them while the run was restored
+    clock.now += 1.0
+    assert restored.record(1, 0, step_report(), GROUPS, step_s=1.0).groups_filtered == {}
+    restored.count(queue(function=6), [])
+    assert restored.record(2, 0, step_report(), GROUPS, step_s=1.0).groups_filtered == {"function": 1}
 
 
 def test_an_evaluation_is_in_one_step_only(meter, clock):

@@ -23,7 +23,7 @@ KEYS = {
     "trajectories": {"total", "partial", "max_segments"},
     "token_staleness": {"max", "mean"},
     "tokens_masked": None,
-    "groups": {"issued", "trained", "outstanding", "returned", "failed", "dropped"},
+    "groups": {"issued", "trained", "outstanding", "returned", "failed", "filtered", "dropped"},
     "on_policy_logprob_abs_diff": {"mean", "max"},
     "logprob_abs_diff_by_resume_position": {"uninterrupted", "before", "first", "after"},
     "ppo_kl": {"mean", "max_abs"},
@@ -37,7 +37,7 @@ KEYS = {
 TOTALS = Totals(
     wall_s=10.0,
     setup_s=3.0,
-    groups=GroupCounts(issued=9, trained=4, outstanding=2, returned=2, failed=1, dropped=1),
+    groups=GroupCounts(issued=12, trained=4, outstanding=2, returned=2, failed=1, filtered=3, dropped=1),
     tokens_generated=500,
     tokens_resumed_prefill=70,
     rollout_busy_s=9.0,
@@ -74,11 +74,12 @@ def test_a_run_that_ended_before_its_first_step_has_nulls_not_nan():
 def test_totals_go_through():
     result = Summary().result(TOTALS, "finished")
     assert result["groups"] == {
-        "issued": 9,
+        "issued": 12,
         "trained": 4,
         "outstanding": 2,
         "returned": 2,
         "failed": 1,
+        "filtered": 3,
         "dropped": 1,
     }
     assert result["busy"] == {"rollout_s": 9.0, "trainer_s": 6.0}
@@ -90,6 +91,7 @@ def test_totals_go_through():
 def test_invariant_5_conservation_of_the_counts():
     assert TOTALS.groups.add_up
     assert not GroupCounts(issued=9, trained=4, outstanding=2, returned=2, failed=0).add_up
+    assert not GroupCounts(issued=9, trained=4, outstanding=2, returned=2, failed=1, filtered=1).add_up
 
 
 def test_reward_is_of_the_first_and_last_ten_steps():
@@ -219,7 +221,7 @@ def test_groups_of_steps_since_the_last_look_at_the_queue_count_as_trained():
     for step in range(5):
         summary.add_step(step_record(step=step, groups=1))
     groups = summary.result(TOTALS, "interrupted")["groups"]
-    assert (groups["trained"], groups["outstanding"], groups["issued"]) == (5, 1, 9)
+    assert (groups["trained"], groups["outstanding"], groups["issued"]) == (5, 1, 12)
     state = summary.state()
     del state["counts"]["groups"]  # as release 0.1 wrote it
     summary.restore(state)

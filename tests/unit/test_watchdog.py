@@ -2,7 +2,7 @@
 
 import pytest
 
-from async_rl.driver.watchdog import FailureRate, RunSnapshot, Watchdog, describe_stall, waiting_for
+from async_rl.driver.watchdog import EndShare, RunSnapshot, Watchdog, describe_stall, waiting_for
 
 
 def snapshot(**fields):
@@ -53,8 +53,8 @@ def test_the_description_names_what_waits_for_what_and_for_how_long():
     assert line.endswith("no response from: rollout-2")
 
 
-def test_the_failure_rate_is_of_the_last_groups_only():
-    rate = FailureRate(100)
+def test_a_share_is_of_the_last_groups_only():
+    rate = EndShare(100)
     assert rate.look(0, 0) == 0.0
     assert rate.look(0, 50) == 0.5  # the fifty that have not ended count as trained
     assert rate.look(50, 50) == 0.5
@@ -66,6 +66,6 @@ def test_the_failure_rate_is_of_the_last_groups_only():
 
 def test_what_failed_before_a_run_was_restored_does_not_end_it():
     """Rows that other settings made unusable, for example, which are all given up at the restore."""
-    rate = FailureRate(100)
+    rate = EndShare(100)
     assert rate.look(50, 600) == 0.0
     assert rate.look(60, 610) == 0.1

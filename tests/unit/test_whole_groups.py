@@ -115,7 +115,8 @@ def test_the_soft_overlong_punishment_is_that_of_dapo(tokens, penalty):
     """arXiv:2503.14476, equation 13: 0, then (L_max - L_cache - |y|) / L_cache, then -1; times the penalty."""
     overlong = Overlong(RewardSection(overlong_tokens=10, overlong_penalty=0.5), 40)
     score = overlong.shape(FinishedResponse("a", tokens=tokens), Score(1.0, {"right": 1.0}))
-    assert score == Score(1.0 + penalty, {"right": 1.0, "overlong": penalty})
+    assert score == Score(1.0 + penalty, {"right": 1.0, "overlong": penalty}, raw=1.0)
+    assert score.unshaped == 1.0
 
 
 def test_without_a_setting_nothing_is_shaped_or_left_out():

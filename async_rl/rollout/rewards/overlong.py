@@ -32,4 +32,4 @@ class Overlong:
             return score
         over = response.tokens - (self.limit - buffer)
         penalty = -self.settings.overlong_penalty * min(max(over / buffer, 0.0), 1.0)
-        return replace(score, reward=score.reward + penalty, parts={**score.parts, PART: penalty})
+        return replace(score, reward=score.reward + penalty, parts={**score.parts, PART: penalty}, raw=score.reward)

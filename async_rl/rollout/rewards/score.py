@@ -39,6 +39,13 @@ class Score:
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    raw: float | None = None
+    """The reward before ``overlong`` shaped it; None where it did not."""
+
+    @property
+    def unshaped(self) -> float:
+        """The reward as the reward functions returned it."""
+        return self.reward if self.raw is None else self.raw
 
 
 def score_of(value: Any) -> Score | None:
