@@ -15,7 +15,8 @@ Knows Ray's streams and the queue's client; only the driver knows replicas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,12 +71,20 @@ class Outbox(QueueClient):
         if (waiting := self._waiting.get(group_id)) is not None and not waiting.done():
             waiting.set_result(None)
 
+    async def return_group(self, group_id: str, reason: str) -> None:
+        """Give a group's prompt back to the dataset, unless the queue has the group no more, see ``collect``."""
+        with _unless_discarded(group_id):
+            await super().return_group(group_id, reason)
+
+    async def fail(self, group_id: str, reason: str) -> None:
+        """Give a group's prompt up, unless the queue has the group no more."""
+        with _unless_discarded(group_id):
+            await super().fail(group_id, reason)
+
     async def filter_group(self, group_id: str, reason: str, rest_epochs: int = 0) -> None:
-        """End a group in flight that would teach nothing, unless the queue has it no more, see ``collect``."""
-        try:
+        """End a group in flight that would teach nothing, unless the queue has it no more."""
+        with _unless_discarded(group_id):
             await super().filter_group(group_id, reason, rest_epochs)
-        except (UnknownGroup, DuplicateGroup) as error:
-            log.warning("untracked_group_discarded", group=group_id, reason=str(error))
 
     async def stream(self, work: Awaitable[None]) -> AsyncIterator[npt.NDArray[np.uint8] | GroupMeta | None]:
         """Yield an announcement, the message and the metadata of each group that ``work`` puts, until it ends.
@@ -133,9 +142,18 @@ async def collect(queue: QueueClient, stream: AsyncIterator[Any], accepted: Call
     Raises what ended the stream, for example the worker's death.
     """
     async for meta, payload in incoming(stream):
-        try:
+        with _unless_discarded(meta.group_id):
             await queue.put_stored(meta, payload)
-        except (UnknownGroup, DuplicateGroup) as error:
-            # The queue owns the books: it has given this group's prompt to another worker, or ended it.
-            log.warning("untracked_group_discarded", group=meta.group_id, reason=str(error))
         accepted(meta.group_id)
+
+
+@contextlib.contextmanager
+def _unless_discarded(group_id: str) -> Iterator[None]:
+    """Log it when the queue has this group no more: the worker was taken for lost, and its successor has the prompt.
+
+    The queue owns the books. A worker that is late must not end the run.
+    """
+    try:
+        yield
+    except (UnknownGroup, DuplicateGroup) as error:
+        log.warning("untracked_group_discarded", group=group_id, reason=str(error))

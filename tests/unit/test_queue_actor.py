@@ -200,7 +200,8 @@ async def test_a_filtered_group_makes_room_for_a_taker_that_waits():
     assert [ticket.group_id for ticket in more.result()] == ["0-3.0"]
 
 
-async def test_a_worker_that_was_taken_for_lost_lives_on_when_its_successor_has_ended_its_group():
+@pytest.mark.parametrize("end", ["filter_group", "fail", "return_group"])
+async def test_a_worker_that_was_taken_for_lost_lives_on_when_its_successor_has_ended_its_group(end):
     actor = make_actor()
     lost = Outbox(Handle(actor.actor))
     trained, filtered, own = [ticket.group_id for ticket in await lost.take("w", 3)]
@@ -210,9 +211,10 @@ async def test_a_worker_that_was_taken_for_lost_lives_on_when_its_successor_has_
     await actor.lease("trainer", 1)
     await actor.ack([trained])
     for group_id in (trained, filtered, own):
-        await lost.filter_group(group_id, "zero_variance")
+        await getattr(lost, end)(group_id, "zero_variance" if end == "filter_group" else "timeout")
     counts = await actor.counts()
-    assert (counts.trained, counts.filtered, counts.outstanding, counts.add_up) == (1, 2, 0, True)
+    assert (counts.trained, counts.filtered + counts.failed + counts.returned) == (1, 2)
+    assert (counts.outstanding, counts.add_up) == (0, True)
 
 
 async def test_lease_waits_for_n_and_gives_up_after_its_timeout():
