@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from async_rl.config.schema import RunConfig
+    from async_rl.config.schema import RolloutSection, RunConfig
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -85,6 +85,7 @@ def _check_rollout(config: RunConfig) -> None:
             "are of the whole vocabulary, so no importance ratio would be right; set rollout.top_p to 1, and lower "
             "rollout.temperature for less random responses"
         )
+    _check_distribution(rollout)
     if rollout.max_num_batched_tokens < rollout.max_num_seqs:
         raise ValueError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}, less than rollout.max_num_seqs "
@@ -100,6 +101,37 @@ def _check_rollout(config: RunConfig) -> None:
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
+        )
+
+
+def _check_distribution(rollout: RolloutSection) -> None:
+    """Raise ValueError for what makes the sampled distribution another one than the model's at a temperature.
+
+    Behaviour log-probs are those of the distribution that was sampled from, and the trainer computes the model's.
+    """
+    for key, neutral, why in (
+        ("top_k", -1, "only the likeliest tokens would be sampled"),
+        ("min_p", 0.0, "unlikely tokens would not be sampled"),
+        ("presence_penalty", 0.0, "tokens that a response has would become less likely"),
+        ("frequency_penalty", 0.0, "tokens that a response has would become less likely"),
+        ("repetition_penalty", 1.0, "tokens that prompt or response have would become less likely"),
+    ):
+        value = getattr(rollout, key)
+        if value != neutral and not (key == "top_k" and value == 0):
+            raise ValueError(
+                f"rollout.{key} is {value}: {why}, but the trainer's log-probs are those of the model, so no "
+                f"importance ratio would be right; set rollout.{key} to {neutral}, and lower rollout.temperature for "
+                "less random responses"
+            )
+    if rollout.min_tokens:
+        raise ValueError(
+            f"rollout.min_tokens is {rollout.min_tokens}: stop tokens would have no probability before it, but in the "
+            "trainer's log-probs they have theirs, so no importance ratio of these tokens would be right; set "
+            "rollout.min_tokens to 0, and have the reward score short responses lower"
+        )
+    if broken := next((string for string in rollout.stop if "\N{REPLACEMENT CHARACTER}" in string), None):
+        raise ValueError(
+            f"rollout.stop has {broken!r}, whose U+FFFD stands for a part of a character; remove that from the string"
         )
 
 

@@ -262,6 +262,30 @@ class RolloutSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling's probability mass; only 1 can be trained on, because the trainer's log-probs are of the whole
     vocabulary."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] = -1
+    """How many of the likeliest tokens may be sampled, -1 or 0 for all; only all can be trained on, as with
+    rollout.top_p."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest probability, as a share of the likeliest token's, that may be sampled; only 0 can be trained on, as with
+    rollout.top_p."""
+    presence_penalty: float = 0.0
+    """What a token's logit loses if the response has it; only 0 can be trained on, because the trainer's log-probs are
+    those of the model."""
+    frequency_penalty: float = 0.0
+    """What a token's logit loses each time that the response has it; only 0 can be trained on, as with
+    rollout.presence_penalty."""
+    repetition_penalty: PositiveFloat = 1.0
+    """What the logit of a token that prompt or response has is divided by; only 1 can be trained on, as with
+    rollout.presence_penalty."""
+    min_tokens: NonNegative = 0
+    """Tokens before which no stop token could be sampled; only 0 can be trained on, because the trainer's log-probs
+    are of the whole vocabulary, stop tokens included."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = Field(default_factory=list)
+    """Strings at which a response, or a turn of it, ends, for example ["</answer>"]. It ends with the token that
+    completes the string, all of which stays in it, and has finish_reason stop. Evaluations end so too. A token for
+    rollout.stop_token_ids takes less time than a string."""
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
+    """Further tokens that end a response, or a turn of it, beside the end-of-sequence tokens of the checkpoint."""
     max_num_seqs: Positive = 128
     """Sequences that one engine decodes at once."""
     max_trajectories: Positive | None = None

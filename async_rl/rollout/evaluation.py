@@ -45,10 +45,11 @@ async def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, responses: 
     async def likeliest(partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
         token_ids, max_tokens, first_row = partial.next_request()
-        output = await engine.generate(request_id, token_ids, GREEDY, max_tokens, first_row)
+        sampling = responses.sampling(GREEDY, partial)
+        output = await engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
         if output.finish_reason == "abort":
             raise _Aborted(f"{request_id}: an evaluation was aborted")
-        return partial.absorb(output)
+        return responses.absorb(partial, output)
 
     results = await asyncio.gather(*(_one(prompt, responses, likeliest) for prompt in prompts))
     if engine.version != version:

@@ -259,11 +259,13 @@ class RolloutWorker:
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
         token_ids, max_tokens, first_row = partial.next_request()
+        sampling = self._responses.sampling(self._sampling, partial)
         await self._gate.enter()
         began = time.monotonic()
         try:
-            output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
-            merged = asyncio.create_task(aside(_nbytes(output.routed_experts), lambda: partial.absorb(output)))
+            output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
+            nbytes = _nbytes(output.routed_experts)
+            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output)))
             self._merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()

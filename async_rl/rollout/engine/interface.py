@@ -21,6 +21,11 @@ class Sampling:
     temperature: float
     top_p: float
     greedy: bool = False
+    stop: tuple[str, ...] = ()
+    """Stop strings: a call may end at the token that completes one. What an engine samples beyond it is cut off."""
+    turn_start: int = 0
+    """Index into the tokens sent from which on the stop strings are looked for; tokens of earlier calls may be behind
+    it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class RolloutEngine(Protocol):
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """The tokens that end a response."""
+        """The tokens that end a response; those of rollout.stop_token_ids end it as well."""
 
     @property
     def version(self) -> int:
