@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from async_rl.config.schema import RolloutSection, RunConfig
+    from pathlib import Path
+
+    from async_rl.config.schema import DataFiles, RolloutSection, RunConfig
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -169,11 +171,32 @@ def _check_watchdog(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    train, held_out = (value if isinstance(value, list) else [value] for value in (config.data.train, config.data.eval))
-    if both := [path for path in held_out if path is not None and path in train]:
+    data = config.data
+    if data.train is None and not data.sources:
         raise ValueError(
-            f"data.eval and data.train are the same file, {both[0]}; set data.eval to a file of other problems"
+            "data.train is not set, nor is data.sources: there are no prompts to train on; set one of them"
         )
+    if data.train is not None and data.sources:
+        raise ValueError(
+            f"data.train is set beside data.sources ({', '.join(data.sources)}), which stand in its place; give it a "
+            "name and a weight in data.sources, or remove one of the two"
+        )
+    if unused := next((name for name, source in data.sources.items() if source.weight == 0), None):
+        raise ValueError(
+            f"data.sources.{unused}.weight is 0, so that none of its prompts would be issued; set it above 0, or "
+            f"remove {unused} from data.sources"
+        )
+    train = {"data.train": data.train} if data.train is not None else {}
+    train |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    for key, value in train.items():
+        if both := [path for path in _as_list(data.eval) if path in _as_list(value)]:
+            raise ValueError(
+                f"data.eval and {key} are the same file, {both[0]}; set data.eval to a file of other problems"
+            )
+
+
+def _as_list(files: DataFiles | None) -> list[Path]:
+    return files if isinstance(files, list) else [] if files is None else [files]
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -21,6 +21,10 @@ def path_settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, P
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from path_settings(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, BaseModel):
+                    yield from path_settings(item, f"{prefix}{name}.{key}.")
         else:
             values = value if isinstance(value, list | tuple) else (value,)
             yield from ((f"{prefix}{name}", item) for item in values if isinstance(item, Path))
@@ -36,6 +40,8 @@ def absolute(section: SectionType) -> SectionType:
 def _absolute(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return absolute(value)
+    if isinstance(value, dict):
+        return {key: _absolute(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_absolute, value))
     return value.absolute() if isinstance(value, Path) else value

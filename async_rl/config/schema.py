@@ -47,6 +47,7 @@ def _possible(path: Path) -> Path:
 
 PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths, so strings are accepted
 DataFiles = PathName | list[PathName]
+RowFormat = Literal["plain", "messages", "verl", "trl"]
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
@@ -75,15 +76,37 @@ class ModelSection(Section):
     """Whether to run code that comes with the checkpoint."""
 
 
+class SourceSection(Section):
+    """One of several datasets that a run trains on."""
+
+    path: DataFiles
+    """Its files, as in data.train."""
+    weight: NonNegativeFloat = 1.0
+    """Its share of the prompts issued, relative to the weights of the other sources."""
+    format: RowFormat | None = None
+    """As data.format; null for its value."""
+    prompt_field: str | None = None
+    """As data.prompt_field; null for its value."""
+    system_prompt: str | None = None
+    """As data.system_prompt; null for its value."""
+    limit: Positive | None = None
+    """Use the first so many rows alone; null for all."""
+
+
 class DataSection(Section):
     """The prompts to train and evaluate on."""
 
-    train: DataFiles
+    train: DataFiles | None = None
     """JSONL or Parquet file with one prompt per row, a pattern such as data/*.parquet, or a list of both; the fields
-    other than data.prompt_field are passed to the reward."""
+    other than data.prompt_field are passed to the reward. Required unless data.sources is set."""
+    sources: Annotated[dict[PartName, SourceSection], Field(max_length=32)] = Field(default_factory=dict)
+    """Several datasets by name in place of data.train, for example {math: {path: math.jsonl, weight: 3}, code: {path:
+    code.jsonl, prompt_field: task}}. Of every so many prompts issued, each source has its share by weight, to less than
+    one prompt. format, prompt_field and system_prompt replace those of data for the source, limit takes its first rows
+    alone. On the command line: --data.sources.math.weight 2."""
     eval: DataFiles | None = None
-    """The same, of held-out prompts; null switches evaluation off."""
-    format: Literal["plain", "messages", "verl", "trl"] = "plain"
+    """As data.train, of held-out prompts; null switches evaluation off."""
+    format: RowFormat = "plain"
     """How rows are laid out. A prompt that is a list of messages is always rendered with the chat template; one that is
     text is taken as it stands (plain, trl) or as the message of a user (messages, verl). verl also needs data_source
     and reward_model.ground_truth."""

@@ -27,7 +27,9 @@ class DatasetCursor:
     settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
     """
 
-    def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int, source: str = "") -> None:
+        """Begin with the first epoch. The ids of a named ``source`` begin with its name."""
+        self._prefix = f"{source}/" if source else ""
         self._lines = dataset.lines
         self._digest = dataset.digest
         self._settings = dataset.settings
@@ -54,7 +56,7 @@ class DatasetCursor:
             row = self._row(line)
             self._index += 1
             if row is not None:
-                return row.prompt(f"{self._epoch}-{line}")
+                return row.prompt(f"{self._prefix}{self._epoch}-{line}")
 
     def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
         """Put a prompt that was issued, and not trained, back into circulation; with ``defer`` behind all new ones.
@@ -99,6 +101,11 @@ class DatasetCursor:
         Prompts that were to come again are forgotten where they are not ``usable``. Raises DatasetError when the file
         is not the one that the state belongs to, or its usable rows are others and the run began with release 0.1.
         """
+        if "sources" in state:
+            raise DatasetError(
+                f"the run began with data.sources ({', '.join(state['sources'])}), and data.train is set now; set "
+                "data.sources back, or start a run of another name"
+            )
         if state["digest"] != self._digest:
             raise DatasetError(
                 f"{self._path} is not the dataset that the run started with: its contents have changed; "
@@ -141,7 +148,7 @@ class DatasetCursor:
         return self._by_line.get(line)
 
     def _was_issued(self, prompt_id: str) -> bool:
-        epoch = int(prompt_id.partition("-")[0])
+        epoch = int(_of_row(prompt_id)[0])
         if epoch != self._epoch:
             return epoch < self._epoch
         if self._positions is None:
@@ -152,5 +159,9 @@ class DatasetCursor:
 
 
 def _line(prompt_id: str) -> int:
-    """Return the line of the dataset's file that a prompt id "<epoch>-<line>" names."""
-    return int(prompt_id.partition("-")[2])
+    """Return the line of the dataset's file that a prompt id "<source>/<epoch>-<line>" names."""
+    return int(_of_row(prompt_id)[2])
+
+
+def _of_row(prompt_id: str) -> tuple[str, str, str]:
+    return prompt_id.rpartition("/")[2].partition("-")

@@ -111,7 +111,8 @@ class JsonlFile:
 class Files:
     """The rows of several files, one after the other, numbered from 1."""
 
-    def __init__(self, files: Sequence[RowFile]) -> None:
+    def __init__(self, files: Sequence[RowFile], limit: int | None = None) -> None:
+        """Take the rows of ``files``, the first ``limit`` of them alone if it is given."""
         self._files = tuple(files)
         self._ends = list(accumulate(file.count for file in files))
         self.count = self._ends[-1]
@@ -120,6 +121,9 @@ class Files:
             if len(files) == 1
             else blake2b(" ".join(file.digest for file in files).encode(), digest_size=16).hexdigest()
         )
+        if limit is not None and limit < self.count:
+            self.count = limit
+            self.digest = blake2b(f"{self.digest} {limit}".encode(), digest_size=16).hexdigest()
 
     @property
     def name(self) -> str:
@@ -153,14 +157,16 @@ class Files:
         return self._files[at], number - 1 - (self._ends[at] - self._files[at].count)
 
 
-def open_files(paths: Path | Sequence[Path], *, key: str, cache: Path, in_memory: int) -> Files:
+def open_files(
+    paths: Path | Sequence[Path], *, key: str, cache: Path, in_memory: int, limit: int | None = None
+) -> Files:
     """Open what the setting ``key`` names: files, or patterns such as data/*.parquet.
 
-    A Parquet file of more than ``in_memory`` rows is unpacked into the folder ``cache``, see ``tables``. Raises
-    DatasetError when there is none, or one cannot be read.
+    A Parquet file of more than ``in_memory`` rows is unpacked into the folder ``cache``, see ``tables``. With ``limit``
+    the dataset has its first rows alone. Raises DatasetError when there is none, or one cannot be read.
     """
     found = expanded([paths] if isinstance(paths, Path) else paths, key)
-    return Files([_open(path, cache, in_memory) for path in found])
+    return Files([_open(path, cache, in_memory) for path in found], limit)
 
 
 def _open(path: Path, cache: Path, in_memory: int) -> RowFile:

@@ -134,7 +134,7 @@ def _stop_token(config: RunConfig) -> Iterator[Check]:
 
 def data(config: RunConfig) -> Iterator[Check]:
     """Check that the datasets can be read and are large enough."""
-    for key in ("data.train", "data.eval"):
+    for key in (*reading.train_keys(config).values(), "data.eval"):
         paths = reading.paths_of(config, key)
         if not paths and key == "data.eval" and config.data.eval is None:
             yield Check(key, "warn", "no held-out prompts, so nothing is evaluated", f"set {key} to a JSONL file")

@@ -22,6 +22,7 @@ from async_rl.config.paths import absolute
 from async_rl.config.schema import RunConfig
 from async_rl.data import reading
 from async_rl.data.dataset import Dataset
+from async_rl.data.mixture import Mixture
 from async_rl.data.tokenizer import end_token
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
     """What a run reads before it can begin; ``decode`` turns token ids into text."""
 
     decode: Callable[[Any], str]
-    train_set: Dataset
+    train_set: Dataset | Mixture
     eval_prompts: Sequence[Prompt]
     bad_rows: Mapping[str, int]
 
@@ -164,7 +165,7 @@ def read_inputs(config: RunConfig) -> Inputs:
             log.info("rows_left_on_disk", dataset=key, rows=dataset.later.count, checked=dataset.later.first - 1)
         return dataset
 
-    train_set, eval_prompts, bad_rows = read("data.train"), [], 0
+    train_set, eval_prompts, bad_rows = reading.read_train(config, read), [], 0
     if config.data.eval is not None:
         eval_set = read("data.eval")
         eval_prompts = list(eval_set.first(config.eval.n, label="eval", key="eval.n"))

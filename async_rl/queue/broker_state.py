@@ -156,6 +156,7 @@ class PlainState(TypedDict):
     exhausted: bool
     step_is_open: bool
     issued: int
+    issued_by_source: NotRequired[dict[str, int]]
     trained: int
     trained_in_window: int
     returned: dict[str, int]
@@ -191,6 +192,8 @@ class BrokerState:
     step_is_open: bool = False
     """Whether a training step that leases groups one by one has some and waits for more."""
     issued: int = 0
+    issued_by_source: Counter[str] = field(default_factory=Counter)
+    """{source: groups} of data.sources; empty without them, and in states of release 0.2."""
     trained: int = 0
     trained_in_window: int = 0
     returned: Counter[str] = field(default_factory=Counter)
@@ -221,6 +224,7 @@ class BrokerState:
             "exhausted": self.exhausted,
             "step_is_open": self.step_is_open,
             "issued": self.issued,
+            "issued_by_source": dict(self.issued_by_source),
             "trained": self.trained,
             "trained_in_window": self.trained_in_window,
             "returned": dict(self.returned),
@@ -262,6 +266,7 @@ class BrokerState:
             exhausted=plain["exhausted"],
             step_is_open=plain["step_is_open"],
             issued=plain["issued"],
+            issued_by_source=Counter(plain.get("issued_by_source", {})),
             trained=plain["trained"],
             trained_in_window=plain["trained_in_window"],
             returned=Counter(plain["returned"]),
@@ -314,6 +319,7 @@ class BrokerState:
             returned=dict(self.returned),
             dropped=dict(self.dropped),
             failed=dict(self.failed),
+            issued_by_source=dict(self.issued_by_source),
             refusal=self.refusal(settings),
             exhausted=self.exhausted,
         )
