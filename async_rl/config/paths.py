@@ -12,6 +12,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+HUB = "hf:"
+"""How the name of a dataset of the Hugging Face Hub begins, which stands where a path may."""
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a setting names a dataset of the Hugging Face Hub instead of files."""
+    return str(path).startswith(HUB)
+
+
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -27,7 +36,8 @@ def path_settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, P
                     yield from path_settings(item, f"{prefix}{name}.{key}.")
         else:
             values = value if isinstance(value, list | tuple) else (value,)
-            yield from ((f"{prefix}{name}", item) for item in values if isinstance(item, Path))
+            paths = (item for item in values if isinstance(item, Path) and not is_hub_name(item))
+            yield from ((f"{prefix}{name}", item) for item in paths)
 
 
 def absolute(section: SectionType) -> SectionType:
@@ -44,4 +54,4 @@ def _absolute(value: Any) -> Any:
         return {key: _absolute(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_absolute, value))
-    return value.absolute() if isinstance(value, Path) else value
+    return value.absolute() if isinstance(value, Path) and not is_hub_name(value) else value

@@ -97,8 +97,10 @@ class DataSection(Section):
     """The prompts to train and evaluate on."""
 
     train: DataFiles | None = None
-    """JSONL or Parquet file with one prompt per row, a pattern such as data/*.parquet, or a list of both; the fields
-    other than data.prompt_field are passed to the reward. Required unless data.sources is set."""
+    """JSONL, Parquet or Arrow file with one prompt per row, a folder that datasets has saved with save_to_disk, a
+    pattern such as data/*.parquet, or a list of these; the fields other than data.prompt_field are passed to the
+    reward. Required unless data.sources is set. With data.allow_download also hf:NAME:SPLIT or
+    hf:NAME:CONFIGURATION:SPLIT, a dataset of the Hugging Face Hub."""
     sources: Annotated[dict[PartName, SourceSection], Field(max_length=32)] = Field(default_factory=dict)
     """Several datasets by name in place of data.train, for example {math: {path: math.jsonl, weight: 3}, code: {path:
     code.jsonl, prompt_field: task}}. Of every so many prompts issued, each source has its share by weight, to less than
@@ -124,6 +126,8 @@ class DataSection(Section):
     rows_in_memory: Positive = 20_000
     """How many rows are read and checked before a run starts, and kept in memory. Later rows are read from the files
     when their turn comes; a Parquet file of more rows is unpacked once, below runs/.data."""
+    allow_download: bool = False
+    """Whether a dataset that is named hf:... may be downloaded from the Hugging Face Hub, with the library datasets."""
     max_prompt_tokens: Positive = 512
     """Longest prompt, in tokens; a row with a longer one is a bad row (data.on_bad_row)."""
     on_bad_row: Literal["skip", "fail"] = "fail"

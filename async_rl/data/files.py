@@ -1,7 +1,7 @@
 """The files of a dataset: their rows by number, read from the disk when they are asked for.
 
 Owns where a row is. In memory is one offset for each line of a JSONL file, and no row. It knows ``errors`` and, for
-Parquet, ``tables``; neither prompts nor tokens.
+Parquet and Arrow, ``tables`` and ``arrow_files``; neither prompts nor tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from async_rl.data.arrow_files import ArrowFile, looks_like_arrow, saved_files
 from async_rl.data.tables import TableFile, looks_like_parquet
 from async_rl.errors import DatasetError, RowFault
 
@@ -172,18 +173,21 @@ def open_files(
 def _open(path: Path, cache: Path, in_memory: int) -> RowFile:
     if path.is_dir():
         raise DatasetError(f"dataset {path} is a folder; name its files, for example {path}/*.parquet")
-    return TableFile(path, cache, in_memory) if looks_like_parquet(path) else JsonlFile(path)
+    if looks_like_parquet(path):
+        return TableFile(path, cache, in_memory)
+    return ArrowFile(path, cache) if looks_like_arrow(path) else JsonlFile(path)
 
 
 def expanded(paths: Sequence[Path], key: str) -> list[Path]:
-    """Return the files that ``key`` means, those of a pattern in the order of their names.
+    """Return the files that ``key`` means: those of a pattern by name, those of a folder of ``datasets`` in its order.
 
     Raises DatasetError for none, and for one that is named twice.
     """
     found: list[Path] = []
     for path in paths:
         if path.exists() or not glob.has_magic(str(path)):
-            found.append(path)
+            saved = saved_files(path) if path.is_dir() else None
+            found += [path] if saved is None else saved
             continue
         matching = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not matching:

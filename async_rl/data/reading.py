@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.config.schema import DataSection, RunConfig, SourceSection
+from async_rl.data import hub
 from async_rl.data.chat import CheckpointEncoder
 from async_rl.data.dataset import Dataset, OnBadRow, read_dataset
 from async_rl.data.files import Files, open_files
@@ -77,7 +78,7 @@ def files(config: RunConfig, key: str) -> Files:
     """Open the files of ``key``, see ``train_keys``. Raises DatasetError."""
     source = _source(config, key)
     return open_files(
-        paths_of(config, key),
+        hub.resolved(list(paths_of(config, key)), key, allow_download=config.data.allow_download),
         key=key,
         cache=config.runs / CACHE,
         in_memory=config.data.rows_in_memory,
