@@ -89,6 +89,8 @@ class SourceSection(Section):
     """As data.prompt_field; null for its value."""
     system_prompt: str | None = None
     """As data.system_prompt; null for its value."""
+    order_by: str | None = None
+    """As data.order_by; null for its value."""
     limit: Positive | None = None
     """Use the first so many rows alone; null for all."""
 
@@ -135,6 +137,9 @@ class DataSection(Section):
     run."""
     shuffle: bool = True
     """Whether to shuffle the rows in each epoch, with the run's seed."""
+    order_by: str | None = None
+    """Column with a number, such as a difficulty, by which the rows come in each epoch, ascending; data.shuffle then
+    holds among rows of equal numbers. null for none. All rows are read for it before the run starts."""
 
 
 class WeightedReward(Section):

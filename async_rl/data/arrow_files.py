@@ -12,7 +12,7 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from async_rl.data.tables import arrow_extra, named, row_of, unpack
+from async_rl.data.tables import arrow_extra, named, row_of, unpack, values_of
 from async_rl.errors import DatasetError
 
 _SPLITS = "dataset_dict.json"
@@ -56,6 +56,10 @@ class ArrowFile:
         if self._mapped == self.path:
             self._check_unchanged()
         return row_of(self._rows(), index)
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row; see ``RowFile.column``."""
+        return values_of(self._rows(), name)
 
     def _rows(self) -> Any:
         if self._table is None:

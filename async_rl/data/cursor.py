@@ -23,8 +23,9 @@ class DatasetCursor:
 
     A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
     comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
-    from the seed and is never stored. It is one of all rows of the files, of which the bad ones are passed over:
-    settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
+    from the seed and is never stored; with data.order_by it is ascending by that column, and by the seed among equal
+    numbers. It is one of all rows of the files, of which the bad ones are passed over: settings that make other rows
+    bad, data.max_prompt_tokens for example, do not change it.
     """
 
     def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int, source: str = "") -> None:
@@ -35,6 +36,7 @@ class DatasetCursor:
         self._settings = dataset.settings
         self._path = dataset.path
         self._later = dataset.later
+        self._order_by, self._keys = dataset.order_by, dataset.keys
         self._shuffle = shuffle
         self._seed = seed
         self._by_line = {row.line: row for row in dataset.rows}
@@ -93,6 +95,7 @@ class DatasetCursor:
             "deferred": list(self._deferred),
             "usable_rows": len(self._by_line),
             "order_of": "rows" if self._by_rows else "lines",
+            "order_by": self._order_by,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -110,6 +113,12 @@ class DatasetCursor:
             raise DatasetError(
                 f"{self._path} is not the dataset that the run started with: its contents have changed; "
                 "put the old file back, or start a run of another name"
+            )
+        if (column := state.get("order_by")) != self._order_by:
+            raise DatasetError(
+                f"data.order_by of {self._path} is {self._order_by or 'null'} and was {column or 'null'}: the run's "
+                f"place in one order is none in the other; set it back to {column or 'null'}, or start a run of another "
+                "name"
             )
         self._by_rows = state.get("order_of", "rows") == "rows"  # both since 0.2
         if self._by_rows and self._later is not None:
@@ -140,6 +149,8 @@ class DatasetCursor:
         self._order: npt.NDArray[np.int64] = (
             np.random.default_rng([self._seed, epoch]).permutation(lines) if self._shuffle else lines
         )
+        if self._keys is not None:  # rows of equal numbers stay in that order
+            self._order = self._order[np.argsort(self._keys[self._order - 1], kind="stable")]
 
     def _row(self, line: int) -> Row | None:
         """Return a row, None for one that cannot be used. Raises DatasetError, see ``LaterRows.row``."""

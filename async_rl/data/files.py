@@ -10,9 +10,9 @@ import glob
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,9 @@ class RowFile(Protocol):
 
         Raises RowFault for one that cannot be read as an object, DatasetError for a file that is damaged or changed.
         """
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row under this name, None where it has none. Raises DatasetError as ``row``."""
 
 
 class JsonlFile:
@@ -79,6 +82,14 @@ class JsonlFile:
         if not isinstance(value, dict):
             raise RowFault(f"expected a JSON object, got {type(value).__name__}")
         return value
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row; see ``RowFile.column``."""
+        for index in range(self.count):
+            try:
+                yield self.row(index).get(name)
+            except RowFault:
+                yield None
 
     def _read(self, index: int) -> bytes:
         """Return the bytes of a line without its end."""
@@ -141,6 +152,10 @@ class Files:
         """Return the row ``number``. Raises RowFault and DatasetError as ``RowFile.row`` does."""
         file, index = self._find(number)
         return file.row(index)
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row under this name, None where it has none. Raises DatasetError as ``row``."""
+        return islice(chain.from_iterable(file.column(name) for file in self._files), self.count)
 
     def place(self, number: int) -> str:
         """Return where a row is, for a message that names the dataset: "line 3", with the file if there are several."""

@@ -27,7 +27,7 @@ CACHE = ".data"
 """Folder below runs/ for the rows of long Parquet files, unpacked."""
 
 _SOURCES, _PATH = "data.sources.", ".path"
-_OF_SOURCE = ("format", "prompt_field", "system_prompt")
+_OF_SOURCE = ("format", "prompt_field", "system_prompt", "order_by")
 _DECISIVE = ("format", "prompt_field", "max_prompt_tokens", "system_prompt", "template_kwargs")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 
@@ -118,6 +118,7 @@ def row_reader(config: RunConfig, key: str, encode: Encoder) -> RowReader:
         system_prompt=data.system_prompt,
         tools=_tools(data.tools),
         template_kwargs=data.template_kwargs,
+        order_by=None if key == "data.eval" else data.order_by,
     )
 
 

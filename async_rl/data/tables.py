@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b, file_digest
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class TableFile:
             self._table = self._open()
         return row_of(self._table, index)
 
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row; see ``RowFile.column``."""
+        parquet = _parquet(self.path)
+        with named(self.path, _KIND):
+            has_it = self.columns is not None and name in self.columns
+            column = parquet.ParquetFile(self.path).read(columns=[name] if has_it else [], use_threads=False)
+        return values_of(column, name)
+
     def _open(self) -> Any:
         parquet = _parquet(self.path)
         with named(self.path, _KIND):
@@ -85,6 +94,13 @@ def row_of(table: Any, index: int) -> dict[str, Any]:
     except (ValueError, OverflowError) as error:  # a date beyond Python's, text that is not UTF-8
         raise RowFault(f"it cannot be read ({' '.join(str(error).split())})") from None
     return row
+
+
+def values_of(table: Any, name: str) -> Iterator[Any]:
+    """Yield the values of a column of an Arrow table, None in each row of a table without it."""
+    if name not in table.column_names:
+        return repeat(None, table.num_rows)
+    return (value.as_py() for value in table.column(name))
 
 
 def unpack(path: Path, kind: str, target: Path, schema: Any, batches: Iterable[Any]) -> None:
