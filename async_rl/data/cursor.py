@@ -117,8 +117,8 @@ class DatasetCursor:
         if (column := state.get("order_by")) != self._order_by:
             raise DatasetError(
                 f"data.order_by of {self._path} is {self._order_by or 'null'} and was {column or 'null'}: the run's "
-                f"place in one order is none in the other; set it back to {column or 'null'}, or start a run of another "
-                "name"
+                f"place in one order is none in the other; set it back to {column or 'null'}, or start a run of another"
+                " name"
             )
         self._by_rows = state.get("order_of", "rows") == "rows"  # both since 0.2
         if self._by_rows and self._later is not None:

@@ -131,7 +131,7 @@ class MixtureCursor:
             "weights": self._weights,
             "issued": dict(self._shares.issued),
             "returned": list(self._returned),
-            "settings": " ".join(f"{name}={state['settings']}" for name, state in sources.items()),
+            "settings": {name: state["settings"] for name, state in sources.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:

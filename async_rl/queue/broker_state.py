@@ -214,7 +214,7 @@ class BrokerState:
         def finished(groups: Iterable[Finished]) -> list[FinishedFields]:
             return [[fields(group.issue), group.meta.to_fields()] for group in groups]
 
-        return {
+        plain: PlainState = {
             "rules": self.rules,
             "version": self.version,
             "running": [fields(issue) for issue in self.in_flight.values()],
@@ -224,7 +224,6 @@ class BrokerState:
             "exhausted": self.exhausted,
             "step_is_open": self.step_is_open,
             "issued": self.issued,
-            "issued_by_source": dict(self.issued_by_source),
             "trained": self.trained,
             "trained_in_window": self.trained_in_window,
             "returned": dict(self.returned),
@@ -233,6 +232,9 @@ class BrokerState:
             "history": [[trained.step, trained.prompt.prompt_id, trained.attempt] for trained in self.history],
             "source": source.state(),
         }
+        if self.issued_by_source:
+            plain["issued_by_source"] = dict(self.issued_by_source)
+        return plain
 
     @classmethod
     def from_plain(cls, plain: PlainState, source: PromptSource) -> BrokerState:

@@ -1,5 +1,7 @@
 """Datasets in proportion: shares at every moment, each row once per epoch, and a restored run that continues."""
 
+from types import SimpleNamespace
+
 import msgpack
 import numpy as np
 import pytest
@@ -13,14 +15,15 @@ from async_rl.data.dataset import Dataset
 from async_rl.data.mixture import Mixture, MixtureCursor
 from async_rl.data.prompts import Row
 from async_rl.errors import ConfigError, DatasetError
+from async_rl.queue import start
 from async_rl.types import source_of
 from tests.support.datasets import TextEncoder
 from tests.support.queue_parts import make_broker
 
 
-def dataset(name, rows, digest=None):
+def dataset(name, rows, digest=None, settings="s"):
     found = tuple(Row(n + 1, name, np.array([1], np.int32), {}) for n in range(rows))
-    return Dataset(f"{name}.jsonl", found, (), digest or f"digest of {name}", settings="")
+    return Dataset(f"{name}.jsonl", found, (), digest or f"digest of {name}", settings=settings)
 
 
 def cursor(rows, weights, seed=0, **digests):
@@ -141,6 +144,30 @@ def test_the_queue_counts_what_each_source_was_issued_and_restores_it():
     del plain["issued_by_source"]  # as release 0.2 wrote it
     other.restore(plain)
     assert other.stats().issued_by_source == {}
+
+
+def test_a_resumed_run_says_that_a_source_makes_other_prompts_and_not_that_one_is_new(monkeypatch):
+    said = []
+    monkeypatch.setattr(start, "log", SimpleNamespace(warning=lambda event, **_: said.append(event)))
+
+    def broker(**settings):
+        made = {name: dataset(name, 3, settings=each) for name, each in settings.items()}
+        return MixtureCursor(Mixture(made, dict.fromkeys(made, 1.0)), shuffle=True, seed=0)
+
+    before = make_broker(broker(a="s", b="s"), window_limit=9)
+    before.issue("w", 4)
+    for now, events in (
+        ({"a": "s", "b": "s", "c": "new"}, []),
+        ({"a": "other", "b": "s"}, ["data_settings_changed"]),
+        ({"a": "s"}, ["prompts_given_up"]),
+    ):
+        said.clear()
+        source = broker(**now)
+        after = make_broker(source, window_limit=9)
+        after.restore(before.state())
+        start.report_other_prompts(before.state(), source)
+        assert said == events
+        assert after.counts().failed == (2 if "b" not in now else 0)
 
 
 def config(**data):
