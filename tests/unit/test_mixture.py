@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
@@ -48,6 +48,7 @@ MIXTURES = st.dictionaries(
 
 
 @given(MIXTURES, st.integers(1, 60))
+@example(dict(zip("abcdef", zip([9] * 6, [3.0, 1.0, 5.0, 5.0, 1.0, 5.0], strict=True), strict=True)), 60)
 def test_no_source_is_ever_a_whole_prompt_off_its_share_and_each_row_comes_once_per_epoch(mixture, count):
     rows, weights = ({name: of[n] for name, of in mixture.items()} for n in (0, 1))
     found = ids(cursor(rows, weights), count)
