@@ -54,7 +54,8 @@ class Prompt:
     """One dataset row, tokenized."""
 
     prompt_id: str
-    """The id "<epoch>-<row>", stable over the run and its restarts; conservation is counted by it."""
+    """The id "<epoch>-<row>", stable over the run and its restarts; conservation is counted by it. That of a source of
+    data.sources begins with its name: "<source>/<epoch>-<row>"."""
     row: int
     """Number of the row over all files of the dataset, from 1."""
     text: str
@@ -67,6 +68,11 @@ class Prompt:
         _check_array(f"prompt {self.prompt_id}", "token_ids", self.token_ids, np.int32, 1)
         if len(self.token_ids) == 0:
             raise InvalidTrajectory(f"prompt {self.prompt_id} (row {self.row}): no tokens")
+
+
+def source_of(name: str) -> str:
+    """Return the source that the id of a prompt or of a group names; "" for that of data.train."""
+    return name.rpartition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ tree that it is given.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from async_rl.config.schema import RunConfig
+    from async_rl.config.schema import DataFiles, RolloutSection, RunConfig
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -88,6 +89,7 @@ def _check_rollout(config: RunConfig) -> None:
             "are of the whole vocabulary, so no importance ratio would be right; set rollout.top_p to 1, and lower "
             "rollout.temperature for less random responses"
         )
+    _check_distribution(rollout)
     if rollout.max_num_batched_tokens < rollout.max_num_seqs:
         raise ValueError(
             f"rollout.max_num_batched_tokens is {rollout.max_num_batched_tokens}, less than rollout.max_num_seqs "
@@ -136,6 +138,37 @@ def _check_single(config: RunConfig) -> None:
         )
 
 
+def _check_distribution(rollout: RolloutSection) -> None:
+    """Raise ValueError for what makes the sampled distribution another one than the model's at a temperature.
+
+    Behaviour log-probs are those of the distribution that was sampled from, and the trainer computes the model's.
+    """
+    for key, neutral, why in (
+        ("top_k", 0, "only the likeliest tokens would be sampled"),
+        ("min_p", 0.0, "unlikely tokens would not be sampled"),
+        ("presence_penalty", 0.0, "tokens that a response has would become less likely"),
+        ("frequency_penalty", 0.0, "tokens that a response has would become less likely"),
+        ("repetition_penalty", 1.0, "tokens that prompt or response have would become less likely"),
+    ):
+        value = getattr(rollout, key)
+        if value != neutral and not (key == "top_k" and value == -1):
+            raise ValueError(
+                f"rollout.{key} is {value}: {why}, but the trainer's log-probs are those of the model, so no "
+                f"importance ratio would be right; set rollout.{key} to {neutral}, and lower rollout.temperature for "
+                "less random responses"
+            )
+    if rollout.min_tokens:
+        raise ValueError(
+            f"rollout.min_tokens is {rollout.min_tokens}: stop tokens would have no probability before it, but in the "
+            "trainer's log-probs they have theirs, so no importance ratio of these tokens would be right; set "
+            "rollout.min_tokens to 0, and have the reward score short responses lower"
+        )
+    if broken := next((string for string in rollout.stop if "\N{REPLACEMENT CHARACTER}" in string), None):
+        raise ValueError(
+            f"rollout.stop has {broken!r}, whose U+FFFD stands for a part of a character; remove that from the string"
+        )
+
+
 def _check_cluster(config: RunConfig) -> None:
     cluster = config.cluster
     if cluster.shared_fs and cluster.local_dir is not None:
@@ -170,24 +203,36 @@ def _check_watchdog(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    train = _paths(config.data.train)
-    held_out = {"data.eval": config.data.eval, **{f"eval.sets.{n}.path": s.path for n, s in config.eval.sets.items()}}
-    for key, value in held_out.items():
-        if both := [path for path in _paths(value) if path in train]:
+    data = config.data
+    if data.train is None and not data.sources:
+        raise ValueError(
+            "data.train is not set, nor is data.sources: there are no prompts to train on; set one of them"
+        )
+    if data.train is not None and data.sources:
+        raise ValueError(
+            f"data.train is set beside data.sources ({', '.join(data.sources)}), which stand in its place; give it a "
+            "name and a weight in data.sources, or remove one of the two"
+        )
+    if unused := next((name for name, source in data.sources.items() if source.weight == 0), None):
+        raise ValueError(
+            f"data.sources.{unused}.weight is 0, so that none of its prompts would be issued; set it above 0, or "
+            f"remove {unused} from data.sources"
+        )
+    train = {"data.train": data.train} if data.train is not None else {}
+    train |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    evals = {"data.eval": data.eval} | {f"eval.sets.{name}.path": each.path for name, each in config.eval.sets.items()}
+    for (eval_key, held_out), (key, value) in itertools.product(evals.items(), train.items()):
+        if both := [path for path in _as_list(held_out) if path in _as_list(value)]:
             raise ValueError(
-                f"{key} and data.train are the same file, {both[0]}; set {key} to a file of other problems"
+                f"{eval_key} and {key} are the same file, {both[0]}; set {eval_key} to a file of other problems"
             )
-
-
-def _paths(value: Path | list[Path] | None) -> list[Path]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _check_eval(config: RunConfig) -> None:
     if "held_out" in config.eval.sets:
         raise ValueError("eval.sets.held_out: the name held_out is that of the problems of data.eval; choose another")
     for name, each in config.eval.sets.items():
-        key, file = f"eval.sets.{name}", ", ".join(map(str, _paths(each.path)))
+        key, file = f"eval.sets.{name}", ", ".join(map(str, _as_list(each.path)))
         if max(each.pass_k or [0]) > each.k:
             raise ValueError(
                 f"{key} ({file}): pass_k asks for pass@{max(each.pass_k or [0])}, but k is {each.k}, the responses per "
@@ -218,6 +263,10 @@ def _check_keep_best(config: RunConfig) -> None:
             f"checkpoint.keep_best is {best}, but {missing} is 0, so no checkpoint of an evaluated step would be "
             f"written; set {missing}"
         )
+
+
+def _as_list(files: DataFiles | None) -> list[Path]:
+    return files if isinstance(files, list) else [] if files is None else [files]
 
 
 def _check_schedule(config: RunConfig) -> None:

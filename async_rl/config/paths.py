@@ -12,6 +12,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+HUB = "hf:"
+"""How the name of a dataset of the Hugging Face Hub begins, which stands where a path may."""
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a setting names a dataset of the Hugging Face Hub instead of files."""
+    return str(path).startswith(HUB)
+
+
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -22,12 +31,13 @@ def path_settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, P
         if isinstance(value, BaseModel):
             yield from path_settings(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
-            for key, inner in value.items():
-                if isinstance(inner, BaseModel):
-                    yield from path_settings(inner, f"{prefix}{name}.{key}.")
+            for key, item in value.items():
+                if isinstance(item, BaseModel):
+                    yield from path_settings(item, f"{prefix}{name}.{key}.")
         else:
             values = value if isinstance(value, list | tuple) else (value,)
-            yield from ((f"{prefix}{name}", item) for item in values if isinstance(item, Path))
+            paths = (item for item in values if isinstance(item, Path) and not is_hub_name(item))
+            yield from ((f"{prefix}{name}", item) for item in paths)
 
 
 def absolute(section: SectionType) -> SectionType:
@@ -41,7 +51,7 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return absolute(value)
     if isinstance(value, dict):
-        return {key: absolute(inner) if isinstance(inner, BaseModel) else inner for key, inner in value.items()}
+        return {key: _absolute(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_absolute, value))
-    return value.absolute() if isinstance(value, Path) else value
+    return value.absolute() if isinstance(value, Path) and not is_hub_name(value) else value

@@ -47,6 +47,7 @@ def _possible(path: Path) -> Path:
 
 PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths, so strings are accepted
 DataFiles = PathName | list[PathName]
+RowFormat = Literal["plain", "messages", "verl", "trl"]
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
@@ -75,15 +76,41 @@ class ModelSection(Section):
     """Whether to run code that comes with the checkpoint."""
 
 
+class SourceSection(Section):
+    """One of several datasets that a run trains on."""
+
+    path: DataFiles
+    """Its files, as in data.train."""
+    weight: NonNegativeFloat = 1.0
+    """Its share of the prompts issued, relative to the weights of the other sources."""
+    format: RowFormat | None = None
+    """As data.format; null for its value."""
+    prompt_field: str | None = None
+    """As data.prompt_field; null for its value."""
+    system_prompt: str | None = None
+    """As data.system_prompt; null for its value."""
+    order_by: str | None = None
+    """As data.order_by; null for its value."""
+    limit: Positive | None = None
+    """Use the first so many rows alone; null for all."""
+
+
 class DataSection(Section):
     """The prompts to train and evaluate on."""
 
-    train: DataFiles
-    """JSONL or Parquet file with one prompt per row, a pattern such as data/*.parquet, or a list of both; the fields
-    other than data.prompt_field are passed to the reward."""
+    train: DataFiles | None = None
+    """JSONL, Parquet or Arrow file with one prompt per row, a folder that datasets has saved with save_to_disk, a
+    pattern such as data/*.parquet, or a list of these; the fields other than data.prompt_field are passed to the
+    reward. Required unless data.sources is set. With data.allow_download also hf:NAME:SPLIT or
+    hf:NAME:CONFIGURATION:SPLIT, a dataset of the Hugging Face Hub."""
+    sources: Annotated[dict[PartName, SourceSection], Field(max_length=32)] = Field(default_factory=dict)
+    """Several datasets by name in place of data.train, for example {math: {path: math.jsonl, weight: 3}, code: {path:
+    code.jsonl, prompt_field: task}}. Of every so many prompts issued, each source has its share by weight, to less than
+    one prompt. format, prompt_field and system_prompt replace those of data for the source, limit takes its first rows
+    alone. On the command line: --data.sources.math.weight 2."""
     eval: DataFiles | None = None
-    """The same, of held-out prompts; null switches evaluation off."""
-    format: Literal["plain", "messages", "verl", "trl"] = "plain"
+    """As data.train, of held-out prompts; null switches evaluation off."""
+    format: RowFormat = "plain"
     """How rows are laid out. A prompt that is a list of messages is always rendered with the chat template; one that is
     text is taken as it stands (plain, trl) or as the message of a user (messages, verl). verl also needs data_source
     and reward_model.ground_truth."""
@@ -101,6 +128,8 @@ class DataSection(Section):
     rows_in_memory: Positive = 20_000
     """How many rows are read and checked before a run starts, and kept in memory. Later rows are read from the files
     when their turn comes; a Parquet file of more rows is unpacked once, below runs/.data."""
+    allow_download: bool = False
+    """Whether a dataset that is named hf:... may be downloaded from the Hugging Face Hub, with the library datasets."""
     max_prompt_tokens: Positive = 512
     """Longest prompt, in tokens; a row with a longer one is a bad row (data.on_bad_row)."""
     on_bad_row: Literal["skip", "fail"] = "fail"
@@ -108,6 +137,9 @@ class DataSection(Section):
     run."""
     shuffle: bool = True
     """Whether to shuffle the rows in each epoch, with the run's seed."""
+    order_by: str | None = None
+    """Column with a number, such as a difficulty, by which the rows come in each epoch, ascending; data.shuffle then
+    holds among rows of equal numbers. null for none. All rows are read for it before the run starts."""
 
 
 class WeightedReward(Section):
@@ -291,6 +323,30 @@ class RolloutSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling's probability mass; only 1 can be trained on, because the trainer's log-probs are of the whole
     vocabulary."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] = 0
+    """How many of the likeliest tokens may be sampled, 0 or -1 for all; only all can be trained on, as with
+    rollout.top_p."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest probability, as a share of the likeliest token's, that may be sampled; only 0 can be trained on, as with
+    rollout.top_p."""
+    presence_penalty: float = 0.0
+    """What a token's logit loses if the response has it; only 0 can be trained on, because the trainer's log-probs are
+    those of the model."""
+    frequency_penalty: float = 0.0
+    """What a token's logit loses each time that the response has it; only 0 can be trained on, as with
+    rollout.presence_penalty."""
+    repetition_penalty: PositiveFloat = 1.0
+    """What the logit of a token that prompt or response has is divided by; only 1 can be trained on, as with
+    rollout.presence_penalty."""
+    min_tokens: NonNegative = 0
+    """Tokens before which no stop token could be sampled; only 0 can be trained on, because the trainer's log-probs
+    are of the whole vocabulary, stop tokens included."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = Field(default_factory=list)
+    """Strings at which a response, or a turn of it, ends, for example ["</answer>"]. It ends with the token that
+    completes the string, all of which stays in it, and has finish_reason stop. Evaluations end so too. A token for
+    rollout.stop_token_ids takes less time than a string."""
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
+    """Further tokens that end a response, or a turn of it, beside the end-of-sequence tokens of the checkpoint."""
     max_num_seqs: Positive = 128
     """Sequences that one engine decodes at once."""
     max_trajectories: Positive | None = None

@@ -23,16 +23,20 @@ class DatasetCursor:
 
     A prompt that is given back comes again before any new one, oldest first, under its old id; one that is deferred
     comes again at the end of the epoch. The position is (epoch, index into the epoch's order). The order itself follows
-    from the seed and is never stored. It is one of all rows of the files, of which the bad ones and those that rest are
-    passed over: settings that make other rows bad, data.max_prompt_tokens for example, do not change it.
+    from the seed and is never stored; with data.order_by it is ascending by that column, and by the seed among equal
+    numbers. It is one of all rows of the files, of which the bad ones and those that rest are passed over: settings
+    that make other rows bad, data.max_prompt_tokens for example, do not change it.
     """
 
-    def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, dataset: Dataset, *, shuffle: bool, seed: int, source: str = "") -> None:
+        """Begin with the first epoch. The ids of a named ``source`` begin with its name."""
+        self._prefix = f"{source}/" if source else ""
         self._lines = dataset.lines
         self._digest = dataset.digest
         self._settings = dataset.settings
         self._path = dataset.path
         self._later = dataset.later
+        self._order_by, self._keys = dataset.order_by, dataset.keys
         self._shuffle = shuffle
         self._seed = seed
         self._by_line = {row.line: row for row in dataset.rows}
@@ -59,7 +63,7 @@ class DatasetCursor:
             row = None if self._resting.get(line, 0) > self._epoch else self._row(line)
             self._index += 1
             if row is not None:
-                return row.prompt(f"{self._epoch}-{line}")
+                return row.prompt(f"{self._prefix}{self._epoch}-{line}")
 
     def give_back(self, prompt: Prompt, *, defer: bool = False) -> None:
         """Put a prompt that was issued, and not trained, back into circulation; with ``defer`` behind all new ones.
@@ -102,6 +106,7 @@ class DatasetCursor:
             "resting": [[line, until] for line, until in self._resting.items()],
             "usable_rows": len(self._by_line),
             "order_of": "rows" if self._by_rows else "lines",
+            "order_by": self._order_by,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -110,10 +115,21 @@ class DatasetCursor:
         Prompts that were to come again are forgotten where they are not ``usable``. Raises DatasetError when the file
         is not the one that the state belongs to, or its usable rows are others and the run began with release 0.1.
         """
+        if "sources" in state:
+            raise DatasetError(
+                f"the run began with data.sources ({', '.join(state['sources'])}), and data.train is set now; set "
+                "data.sources back, or start a run of another name"
+            )
         if state["digest"] != self._digest:
             raise DatasetError(
                 f"{self._path} is not the dataset that the run started with: its contents have changed; "
                 "put the old file back, or start a run of another name"
+            )
+        if (column := state.get("order_by")) != self._order_by:
+            raise DatasetError(
+                f"data.order_by of {self._path} is {self._order_by or 'null'} and was {column or 'null'}: the run's "
+                f"place in one order is none in the other; set it back to {column or 'null'}, or start a run of another"
+                " name"
             )
         self._by_rows = state.get("order_of", "rows") == "rows"  # both since 0.2
         if self._by_rows and self._later is not None:
@@ -145,6 +161,8 @@ class DatasetCursor:
         self._order: npt.NDArray[np.int64] = (
             np.random.default_rng([self._seed, epoch]).permutation(lines) if self._shuffle else lines
         )
+        if self._keys is not None:  # rows of equal numbers stay in that order
+            self._order = self._order[np.argsort(self._keys[self._order - 1], kind="stable")]
 
     def _row(self, line: int) -> Row | None:
         """Return a row, None for one that cannot be used. Raises DatasetError, see ``LaterRows.row``."""
@@ -164,10 +182,14 @@ class DatasetCursor:
 
 
 def _epoch(prompt_id: str) -> int:
-    """Return the epoch that a prompt id "<epoch>-<line>" names."""
-    return int(prompt_id.partition("-")[0])
+    """Return the epoch that a prompt id "<source>/<epoch>-<line>" names."""
+    return int(_of_row(prompt_id)[0])
 
 
 def _line(prompt_id: str) -> int:
-    """Return the line of the dataset's file that a prompt id "<epoch>-<line>" names."""
-    return int(prompt_id.partition("-")[2])
+    """Return the line of the dataset's file that a prompt id "<source>/<epoch>-<line>" names."""
+    return int(_of_row(prompt_id)[2])
+
+
+def _of_row(prompt_id: str) -> tuple[str, str, str]:
+    return prompt_id.rpartition("/")[2].partition("-")

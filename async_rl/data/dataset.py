@@ -7,14 +7,16 @@ Its objects pickle into an actor; what is on the disk stays there.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from async_rl.data.files import Files
-from async_rl.data.prompts import Row, RowReader
+from async_rl.data.prompts import Row, RowReader, as_number
 from async_rl.errors import DatasetError, RowFault
 from async_rl.types import Prompt
 
@@ -84,6 +86,10 @@ class Dataset:
     """The rows that were not read; None if all were."""
     settings: str = ""
     """Hash of what decides which prompt a row becomes, so that a restored run can say that it has changed."""
+    order_by: str | None = None
+    """The column of numbers by which rows come, ascending; None for none."""
+    keys: npt.NDArray[np.float64] | None = field(default=None, compare=False)
+    """Its value in each row, usable or not."""
 
     @property
     def lines(self) -> int:
@@ -142,12 +148,20 @@ def read_dataset(
         else:
             bad_rows.append(row)
     later = LaterRows(files, reader, on_bad_row, count + 1) if count < files.count else None
-    dataset = Dataset(files.name, tuple(rows), tuple(bad_rows), files.digest, later, settings)
+    by = reader.order_by
+    keys = None if by is None else _keys(files, by)
+    dataset = Dataset(files.name, tuple(rows), tuple(bad_rows), files.digest, later, settings, by, keys)
     if not rows:
         raise DatasetError(
             dataset.bad_row_report() or f"dataset {files.name} is empty; it needs one JSON object per line"
         )
     return dataset
+
+
+def _keys(files: Files, column: str) -> npt.NDArray[np.float64]:
+    """Return the number of each row in a column, float64[rows]; bad rows, which have none, come last."""
+    found = (as_number(value) for value in files.column(column))
+    return np.fromiter((np.inf if key is None else key for key in found), np.float64, files.count)
 
 
 def read_row(files: Files, line: int, reader: RowReader) -> Row | BadRow:
@@ -164,6 +178,10 @@ def check_columns(files: Files, reader: RowReader) -> None:
         if reader.prompt_field not in columns:
             raise DatasetError(
                 f"{path} has no column {reader.prompt_field!r} (data.prompt_field); it has {', '.join(columns)[:200]}"
+            )
+        if reader.order_by is not None and reader.order_by not in columns:
+            raise DatasetError(
+                f"{path} has no column {reader.order_by!r} (data.order_by); it has {', '.join(columns)[:200]}"
             )
         if twice := [name for name, count in Counter(columns).items() if count > 1]:
             raise DatasetError(f"{path} has the column {twice[0]!r} twice; rename one of them")

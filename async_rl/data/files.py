@@ -1,7 +1,7 @@
 """The files of a dataset: their rows by number, read from the disk when they are asked for.
 
 Owns where a row is. In memory is one offset for each line of a JSONL file, and no row. It knows ``errors`` and, for
-Parquet, ``tables``; neither prompts nor tokens.
+Parquet and Arrow, ``tables`` and ``arrow_files``; neither prompts nor tokens.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import glob
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from async_rl.data.arrow_files import ArrowFile, looks_like_arrow, saved_files
 from async_rl.data.tables import TableFile, looks_like_parquet
 from async_rl.errors import DatasetError, RowFault
 
@@ -43,6 +44,9 @@ class RowFile(Protocol):
 
         Raises RowFault for one that cannot be read as an object, DatasetError for a file that is damaged or changed.
         """
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row under this name, None where it has none. Raises DatasetError as ``row``."""
 
 
 class JsonlFile:
@@ -79,6 +83,14 @@ class JsonlFile:
             raise RowFault(f"expected a JSON object, got {type(value).__name__}")
         return value
 
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row; see ``RowFile.column``."""
+        for index in range(self.count):
+            try:
+                yield self.row(index).get(name)
+            except RowFault:
+                yield None
+
     def _read(self, index: int) -> bytes:
         """Return the bytes of a line without its end."""
         start, stop = int(self._bounds[index]), int(self._bounds[index + 1])
@@ -111,7 +123,8 @@ class JsonlFile:
 class Files:
     """The rows of several files, one after the other, numbered from 1."""
 
-    def __init__(self, files: Sequence[RowFile]) -> None:
+    def __init__(self, files: Sequence[RowFile], limit: int | None = None) -> None:
+        """Take the rows of ``files``, the first ``limit`` of them alone if it is given."""
         self._files = tuple(files)
         self._ends = list(accumulate(file.count for file in files))
         self.count = self._ends[-1]
@@ -120,6 +133,9 @@ class Files:
             if len(files) == 1
             else blake2b(" ".join(file.digest for file in files).encode(), digest_size=16).hexdigest()
         )
+        if limit is not None and limit < self.count:
+            self.count = limit
+            self.digest = blake2b(f"{self.digest} {limit}".encode(), digest_size=16).hexdigest()
 
     @property
     def name(self) -> str:
@@ -137,6 +153,10 @@ class Files:
         file, index = self._find(number)
         return file.row(index)
 
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the value of every row under this name, None where it has none. Raises DatasetError as ``row``."""
+        return islice(chain.from_iterable(file.column(name) for file in self._files), self.count)
+
     def place(self, number: int) -> str:
         """Return where a row is, for a message that names the dataset: "line 3", with the file if there are several."""
         file, index = self._find(number)
@@ -153,31 +173,36 @@ class Files:
         return self._files[at], number - 1 - (self._ends[at] - self._files[at].count)
 
 
-def open_files(paths: Path | Sequence[Path], *, key: str, cache: Path, in_memory: int) -> Files:
+def open_files(
+    paths: Path | Sequence[Path], *, key: str, cache: Path, in_memory: int, limit: int | None = None
+) -> Files:
     """Open what the setting ``key`` names: files, or patterns such as data/*.parquet.
 
-    A Parquet file of more than ``in_memory`` rows is unpacked into the folder ``cache``, see ``tables``. Raises
-    DatasetError when there is none, or one cannot be read.
+    A Parquet file of more than ``in_memory`` rows is unpacked into the folder ``cache``, see ``tables``. With ``limit``
+    the dataset has its first rows alone. Raises DatasetError when there is none, or one cannot be read.
     """
     found = expanded([paths] if isinstance(paths, Path) else paths, key)
-    return Files([_open(path, cache, in_memory) for path in found])
+    return Files([_open(path, cache, in_memory) for path in found], limit)
 
 
 def _open(path: Path, cache: Path, in_memory: int) -> RowFile:
     if path.is_dir():
         raise DatasetError(f"dataset {path} is a folder; name its files, for example {path}/*.parquet")
-    return TableFile(path, cache, in_memory) if looks_like_parquet(path) else JsonlFile(path)
+    if looks_like_parquet(path):
+        return TableFile(path, cache, in_memory)
+    return ArrowFile(path, cache) if looks_like_arrow(path) else JsonlFile(path)
 
 
 def expanded(paths: Sequence[Path], key: str) -> list[Path]:
-    """Return the files that ``key`` means, those of a pattern in the order of their names.
+    """Return the files that ``key`` means: those of a pattern by name, those of a folder of ``datasets`` in its order.
 
     Raises DatasetError for none, and for one that is named twice.
     """
     found: list[Path] = []
     for path in paths:
         if path.exists() or not glob.has_magic(str(path)):
-            found.append(path)
+            saved = saved_files(path) if path.is_dir() else None
+            found += [path] if saved is None else saved
             continue
         matching = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not matching:

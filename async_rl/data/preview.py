@@ -6,7 +6,7 @@ Reads every row once and keeps none. Knows ``reading`` and the settings.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,20 +45,32 @@ def preview(config: RunConfig) -> tuple[str, bool]:
     if config.prepare is not None:
         load_function("prepare", config.prepare, ("config",), ConfigError)(config)
     encoder = reading.encoder(config)
-    pages, usable = [], True
+    pages, usable, rows = [], True, {}
     for key in reading.keys(config):
         if not reading.paths_of(config, key):
             pages.append(f"{key}: none\n")
             continue
         files = reading.files(config, key)
-        seen = _look(config, files, encoder)
+        seen = _look(config, key, files, encoder)
         pages.append("".join(f"{line}\n" for line in _page(key, files, seen, encoder)))
+        rows[key] = len(seen.lengths)
         usable = usable and bool(seen.lengths) and not (seen.reasons and config.data.on_bad_row == "fail")
+    if config.data.sources:
+        pages.insert(0, "".join(f"{line}\n" for line in _shares(config, rows)))
     return "\n".join(pages), usable
 
 
-def _look(config: RunConfig, files: Files, encoder: CheckpointEncoder) -> _Seen:
-    seen, reader = _Seen(), reading.row_reader(config, encoder)
+def _shares(config: RunConfig, rows: Mapping[str, int]) -> Iterator[str]:
+    """Yield each source's share of the prompts, and after how many prompts of the run its rows come again."""
+    total = sum(source.weight for source in config.data.sources.values())
+    yield "data.sources     share  usable rows   epoch, in prompts of all sources"
+    for name, key in reading.train_keys(config).items():
+        share = config.data.sources[name].weight / total
+        yield f"  {name:<12} {share:>6.1%}  {rows[key]:>11}  {round(rows[key] / share):>9}"
+
+
+def _look(config: RunConfig, key: str, files: Files, encoder: CheckpointEncoder) -> _Seen:
+    seen, reader = _Seen(), reading.row_reader(config, key, encoder)
     check_columns(files, reader)
     for line in range(1, files.count + 1):
         row = read_row(files, line, reader)

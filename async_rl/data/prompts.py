@@ -6,6 +6,7 @@ passed in as an ``Encoder``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -68,12 +69,16 @@ class RowReader:
     system_prompt: str | None = None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    order_by: str | None = None
+    """A field that must be a number."""
 
     def read(self, line: int, row: Mapping[str, Any]) -> Row:
         """Return the row ``line`` as a prompt. Raises RowFault with the reason when it cannot be used."""
         name = self.prompt_field
         if name not in row:
             raise RowFault(f"no field {name!r} (data.prompt_field); it has {_short(row)}")
+        if self.order_by is not None and as_number(row.get(self.order_by)) is None:
+            raise RowFault(f"field {self.order_by!r} (data.order_by) is not a number")
         value = row[name]
         chat = isinstance(value, list) or self.format in ("messages", "verl")
         text, ids = self._chat(row, value) if chat else self._text(value)
@@ -114,6 +119,16 @@ class RowReader:
             raise RowFault(f"field {TEMPLATE_KWARGS!r} is {type(variables).__name__}, not an object")
         given = {key: item for key, item in variables.items() if item is not None}
         return self.encoder.chat(messages, tools, {**self.template_kwargs, **given})
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value of a row that is a number as one of floating point; None for anything else, and for NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _checked_text(value: Any, where: str, wanted: str) -> str:

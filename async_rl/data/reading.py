@@ -12,11 +12,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from async_rl.config.schema import HELD_OUT, RunConfig
+from async_rl.config.schema import HELD_OUT, DataFiles, DataSection, RunConfig, SourceSection
+from async_rl.data import hub
 from async_rl.data.chat import CheckpointEncoder
 from async_rl.data.dataset import Dataset, OnBadRow, read_dataset
 from async_rl.data.files import Files, open_files
 from async_rl.data.messages import checked_tools
+from async_rl.data.mixture import Mixture
 from async_rl.data.prompts import Encoder, RowReader
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import DatasetError, RowFault
@@ -25,7 +27,8 @@ from async_rl.types import Prompt
 CACHE = ".data"
 """Folder below runs/ for the rows of long Parquet files, unpacked."""
 
-_SETS = "eval.sets."
+_SOURCES, _SETS, _PATH = "data.sources.", "eval.sets.", ".path"
+_OF_SOURCE = ("format", "prompt_field", "system_prompt", "order_by")
 _DECISIVE = ("format", "prompt_field", "max_prompt_tokens", "system_prompt", "template_kwargs")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 
@@ -42,29 +45,45 @@ def read(
 
     on_bad_row, in_memory: in place of data.on_bad_row and data.rows_in_memory.
     """
-    data = config.data
-    found = files(config, key)
+    data = _data(config, key)
     try:
         return read_dataset(
-            found,
-            row_reader(config, encode),
+            files(config, key),
+            row_reader(config, key, encode),
             on_bad_row=on_bad_row or data.on_bad_row,
             in_memory=data.rows_in_memory if in_memory is None else in_memory,
-            settings=_settings(config),
+            settings=_settings(config, data),
         )
     except DatasetError as error:
         # Of several files for one purpose, a message must say whose it is.
-        raise (DatasetError(f"{key}: {error}") if key.startswith(_SETS) else error) from None
+        if not key.startswith((_SOURCES, _SETS)) or key in str(error):
+            raise
+        raise DatasetError(f"{key}: {error}") from None
+
+
+def train_keys(config: RunConfig) -> dict[str, str]:
+    """Return the settings that name what is trained on by source: data.train, whose source is "", or each source's."""
+    if not config.data.sources:
+        return {"": "data.train"}
+    return {name: f"{_SOURCES}{name}{_PATH}" for name in config.data.sources}
 
 
 def keys(config: RunConfig) -> list[str]:
-    """Return the settings that name datasets: data.train, data.eval, and the path of each evaluation set."""
-    return ["data.train", "data.eval", *(f"{_SETS}{name}.path" for name in config.eval.sets)]
+    """Return the settings that name datasets: those of ``train_keys``, data.eval, the path of each evaluation set."""
+    return [*train_keys(config).values(), "data.eval", *(f"{_SETS}{name}{_PATH}" for name in config.eval.sets)]
+
+
+def read_train(config: RunConfig, read_key: Callable[[str], Dataset]) -> Dataset | Mixture:
+    """Return what is trained on; ``read_key`` reads the dataset of one of ``train_keys``."""
+    found = {name: read_key(key) for name, key in train_keys(config).items()}
+    if not config.data.sources:
+        return found[""]
+    return Mixture(found, {name: source.weight for name, source in config.data.sources.items()})
 
 
 def eval_key(name: str) -> str:
     """Return the setting with the files of an evaluation set."""
-    return "data.eval" if name == HELD_OUT else f"{_SETS}{name}.path"
+    return "data.eval" if name == HELD_OUT else f"{_SETS}{name}{_PATH}"
 
 
 def eval_prompts(config: RunConfig, name: str, dataset: Dataset) -> tuple[Prompt, ...]:
@@ -77,22 +96,46 @@ def eval_prompts(config: RunConfig, name: str, dataset: Dataset) -> tuple[Prompt
 
 def files(config: RunConfig, key: str) -> Files:
     """Open the files of ``key``, one of ``keys``. Raises DatasetError."""
-    paths = paths_of(config, key)
-    return open_files(paths, key=key, cache=config.runs / CACHE, in_memory=config.data.rows_in_memory)
+    source = _source(config, key)
+    return open_files(
+        hub.resolved(list(paths_of(config, key)), key, allow_download=config.data.allow_download),
+        key=key,
+        cache=config.runs / CACHE,
+        in_memory=config.data.rows_in_memory,
+        limit=None if source is None else source.limit,
+    )
 
 
 def paths_of(config: RunConfig, key: str) -> Sequence[Path]:
     """Return what ``key``, one of ``keys``, names: files and patterns, none for null."""
-    if key.startswith(_SETS):
-        value: Path | list[Path] | None = config.eval.sets[key.removeprefix(_SETS).removesuffix(".path")].path
+    source = _source(config, key)
+    value: DataFiles | None
+    if source is not None:
+        value = source.path
+    elif key.startswith(_SETS):
+        value = config.eval.sets[key.removeprefix(_SETS).removesuffix(_PATH)].path
     else:
         value = config.data.train if key == "data.train" else config.data.eval
     return [] if value is None else [value] if isinstance(value, Path) else value
 
 
-def row_reader(config: RunConfig, encode: Encoder) -> RowReader:
-    """Return what makes prompts of rows. Raises DatasetError for tools that cannot be read."""
-    data = config.data
+def _source(config: RunConfig, key: str) -> SourceSection | None:
+    """Return the source whose path ``key`` is; None for another dataset."""
+    if not key.startswith(_SOURCES):
+        return None
+    return config.data.sources[key.removeprefix(_SOURCES).removesuffix(_PATH)]
+
+
+def _data(config: RunConfig, key: str) -> DataSection:
+    """Return the settings of the dataset of ``key``: those of data, and of its source."""
+    source = _source(config, key)
+    own = {} if source is None else {name: getattr(source, name) for name in _OF_SOURCE}
+    return config.data.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
+def row_reader(config: RunConfig, key: str, encode: Encoder) -> RowReader:
+    """Return what makes prompts of the rows of ``key``. Raises DatasetError for tools that cannot be read."""
+    data = _data(config, key)
     return RowReader(
         encode,
         prompt_field=data.prompt_field,
@@ -101,6 +144,7 @@ def row_reader(config: RunConfig, encode: Encoder) -> RowReader:
         system_prompt=data.system_prompt,
         tools=_tools(data.tools),
         template_kwargs=data.template_kwargs,
+        order_by=data.order_by if key in train_keys(config).values() else None,
     )
 
 
@@ -125,9 +169,8 @@ def _text(key: str, path: Path) -> str:
         raise DatasetError(f"{key}: {path}: {error.strerror}") from None
 
 
-def _settings(config: RunConfig) -> str:
+def _settings(config: RunConfig, data: DataSection) -> str:
     """Return a hash of what decides which prompt a row becomes: settings, template, tools and tokenizer."""
-    data = config.data
     digest = blake2b(digest_size=16)
     digest.update(json.dumps([getattr(data, name) for name in _DECISIVE], sort_keys=True, default=str).encode())
     for path in (data.chat_template, data.tools, *(config.model.path / name for name in _TOKENIZER_FILES)):

@@ -13,8 +13,9 @@ from glob import has_magic
 from typing import Any
 
 from async_rl.config.functions import load_function
+from async_rl.config.paths import is_hub_name
 from async_rl.config.schema import RunConfig
-from async_rl.data import reading
+from async_rl.data import hub, reading
 from async_rl.data.files import expanded
 from async_rl.data.messages import Message
 from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
@@ -149,7 +150,12 @@ def data(config: RunConfig) -> Iterator[Check]:
 
 def _dataset(config: RunConfig, key: str) -> Check:
     try:
-        sizes = [path.stat().st_size for path in expanded(reading.paths_of(config, key), key)]
+        paths = reading.paths_of(config, key)
+        if names := [path for path in paths if is_hub_name(path)]:
+            for each in names:
+                hub.check_name(each, key, allow_download=config.data.allow_download)
+            return Check(key, "ok", f"{', '.join(str(name) for name in names)}: loaded when the run starts")
+        sizes = [path.stat().st_size for path in expanded(paths, key)]
         if sum(sizes) > DATASET_BYTES_CHECKED:
             name = ", ".join(map(str, reading.paths_of(config, key)))
             return Check(key, "ok", f"{name}: {sum(sizes) / 10**6:.0f} MB, read when the run starts")

@@ -32,8 +32,8 @@ from pathlib import Path
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.cursor import DatasetCursor
 from async_rl.data.dataset import Dataset
+from async_rl.data.mixture import Mixture, open_cursor
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer, RunMoment
@@ -70,7 +70,7 @@ class TrainingLoop:
         self,
         config: RunConfig,
         recorder: Recorder,
-        train_set: Dataset,
+        train_set: Dataset | Mixture,
         eval_sets: Sequence[EvalSet],
         found: Path | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class TrainingLoop:
         self._step = 0 if restored is None else restored.step
         self._training = self._stopping = False
         self._recovery = Recovery(config, recorder)
-        cursor = DatasetCursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
+        cursor = open_cursor(train_set, shuffle=config.data.shuffle, seed=config.seed)
         recorder.journal.unlink(missing_ok=True)
         state = None if restored is None else restored.queue
         self._queue = start_queue(config, cursor, journal=recorder.journal.absolute(), state=state)

@@ -22,6 +22,7 @@ from async_rl.config.paths import absolute
 from async_rl.config.schema import HELD_OUT, RunConfig
 from async_rl.data import reading
 from async_rl.data.dataset import Dataset
+from async_rl.data.mixture import Mixture
 from async_rl.data.prompts import Encoder
 from async_rl.data.tokenizer import end_token
 from async_rl.driver import checkpoint_folder, run_state
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     """What a run reads before it can begin; ``decode`` turns token ids into text."""
 
     decode: Callable[[Any], str]
-    train_set: Dataset
+    train_set: Dataset | Mixture
     eval_sets: Sequence[EvalSet]
     bad_rows: Mapping[str, int]
 
@@ -156,7 +157,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         config,
         lambda token: log.warning("second_begin_token_removed", token=token, reason="prompts begin with its text"),
     )
-    train_set = _read(config, "data.train", encode)
+    train_set = reading.read_train(config, lambda key: _read(config, key, encode))
     bad_rows = {"train": len(train_set.bad_rows), "eval": 0}
     eval_sets = read_eval_sets(config, encode, bad_rows)
     if encode.prints_date:

@@ -14,6 +14,7 @@ from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
 from async_rl.queue.records import GroupMeta, QueueStats
 from async_rl.rollout.stats import WorkerStats
+from async_rl.types import source_of
 
 
 class RunMeter:
@@ -119,6 +120,8 @@ class RunMeter:
             elapsed_s=totals.wall_s,
             report=report,
             reward_mean=sum(rewards) / len(rewards),
+            reward_by_source=_source_means(groups),
+            issued_share=self._issued_share(),
             reward_parts=_part_means(groups),
             truncated=sum(reason == "length" for group in groups for reason in group.finish_reasons),
             eval_reward_mean=evals[HELD_OUT]["avg"]["mean"] if HELD_OUT in evals else None,
@@ -145,6 +148,11 @@ class RunMeter:
         self._filtered_before = now
         return {reason: more for reason, count in now.items() if (more := count - before.get(reason, 0))}
 
+    def _issued_share(self) -> dict[str, float]:
+        issued = self.queue.issued_by_source if self.queue else {}
+        total = sum(issued.values())
+        return {source: issued[source] / total for source in sorted(issued)}
+
     def totals(self) -> Totals:
         """Return the counters of the whole run, its earlier processes included."""
         end = self._ended or self._clock()
@@ -158,6 +166,15 @@ class RunMeter:
             rollout_busy_s=self._rollout_busy_s,
             trainer_busy_s=self._trainer_busy_s,
         )
+
+
+def _source_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
+    """Return the mean reward of each source's trajectories, by name, ascending; none without data.sources."""
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        if source := source_of(group.group_id):
+            found.setdefault(source, []).extend(group.rewards)
+    return {source: sum(found[source]) / len(found[source]) for source in sorted(found)}
 
 
 def _part_means(groups: Sequence[GroupMeta]) -> dict[str, float]:

@@ -61,9 +61,20 @@ _LEARNING = (
     MetricSpec(
         "reward_mean",
         "gauge",
-        "Mean reward of the trajectories of the last training step.",
-        "The learning curve of the policy as it samples; it should rise.",
-        lambda record: record.reward_mean,
+        "Mean reward of the trajectories of the last training step, and of those of each source of data.sources.",
+        "The learning curve of the policy as it samples; it should rise. A source that stays level is too easy, too "
+        "hard, or scored wrongly.",
+        lambda record: Split(record.reward_mean, record.reward_by_source),
+        labels=("source",),
+        whole=True,
+    ),
+    MetricSpec(
+        "issued_share",
+        "gauge",
+        "Share of the groups issued since the run began that each source of data.sources had.",
+        "Follows the weights, except for prompts that are issued again and for weights that were changed.",
+        lambda record: record.issued_share,
+        labels=("source",),
     ),
     MetricSpec(
         "reward_part_mean",

@@ -114,6 +114,10 @@ class StepRecord:
     """The step's updates, merged."""
 
     reward_mean: float
+    reward_by_source: Mapping[str, float] = field(default_factory=dict)
+    """Mean reward of the trajectories of each source of data.sources."""
+    issued_share: Mapping[str, float] = field(default_factory=dict)
+    """Share of the groups issued so far that each source of data.sources had."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Mean of each named part of the reward over the trajectories that have it."""
     truncated: int = 0

@@ -162,6 +162,11 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"({model.architecture}) has no MoE layer, and so no routed experts to "
             "replay; set trainer.router_replay to off"
         )
+    if unknown := [token for token in config.rollout.stop_token_ids if token >= model.vocab_size]:
+        raise ModelError(
+            f"rollout.stop_token_ids has {unknown[0]}, but {config.model.path} has {model.vocab_size} tokens, from 0; "
+            "remove it"
+        )
     _check_layout(config, model)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > model.max_position_embeddings:

@@ -53,7 +53,7 @@ from async_rl.queue.broker_state import (
 )
 from async_rl.queue.records import GroupMeta, QueueStats, Ticket
 from async_rl.queue.staleness import is_stale, oldest_allowed_version
-from async_rl.types import Prompt
+from async_rl.types import Prompt, source_of
 
 STALE = "stale"
 WORKER_LOST = "worker_lost"
@@ -339,6 +339,8 @@ class Broker:
         ticket = Ticket(f"{prompt.prompt_id}.{attempts.issued}", prompt, state.version)
         state.in_flight[ticket.group_id] = Issue(ticket, attempts, worker)
         state.issued += 1
+        if source := source_of(prompt.prompt_id):
+            state.issued_by_source[source] += 1
         return ticket
 
     def _drop_stale(self, groups: Iterable[Finished]) -> list[str]:

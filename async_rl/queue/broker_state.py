@@ -160,6 +160,7 @@ class PlainState(TypedDict):
     exhausted: bool
     step_is_open: bool
     issued: int
+    issued_by_source: NotRequired[dict[str, int]]
     trained: int
     trained_in_window: int
     returned: dict[str, int]
@@ -197,6 +198,8 @@ class BrokerState:
     step_is_open: bool = False
     """Whether a training step that leases groups one by one has some and waits for more."""
     issued: int = 0
+    issued_by_source: Counter[str] = field(default_factory=Counter)
+    """{source: groups} of data.sources; empty without them, and in states of release 0.2."""
     trained: int = 0
     trained_in_window: int = 0
     returned: Counter[str] = field(default_factory=Counter)
@@ -218,7 +221,7 @@ class BrokerState:
         def finished(groups: Iterable[Finished]) -> list[FinishedFields]:
             return [[fields(group.issue), group.meta.to_fields()] for group in groups]
 
-        return {
+        plain: PlainState = {
             "rules": self.rules,
             "version": self.version,
             "running": [fields(issue) for issue in self.in_flight.values()],
@@ -237,6 +240,9 @@ class BrokerState:
             "history": [[trained.step, trained.prompt.prompt_id, trained.attempt] for trained in self.history],
             "source": source.state(),
         }
+        if self.issued_by_source:
+            plain["issued_by_source"] = dict(self.issued_by_source)
+        return plain
 
     @classmethod
     def from_plain(cls, plain: PlainState, source: PromptSource) -> BrokerState:
@@ -270,6 +276,7 @@ class BrokerState:
             exhausted=plain["exhausted"],
             step_is_open=plain["step_is_open"],
             issued=plain["issued"],
+            issued_by_source=Counter(plain.get("issued_by_source", {})),
             trained=plain["trained"],
             trained_in_window=plain["trained_in_window"],
             returned=Counter(plain["returned"]),
@@ -325,6 +332,7 @@ class BrokerState:
             dropped=dict(self.dropped),
             failed=dict(self.failed),
             filtered=dict(self.filtered),
+            issued_by_source=dict(self.issued_by_source),
             refusal=self.refusal(settings),
             exhausted=self.exhausted,
         )

@@ -164,6 +164,8 @@ class QueueStats:
     """Why no ticket can be issued now; None if one can."""
     exhausted: bool
     """Whether the dataset had no prompt left when last asked."""
+    issued_by_source: Mapping[str, int] = field(default_factory=dict)
+    """{source: groups issued} of data.sources; empty without them."""
     take_wait_s: float = 0.0
     """Seconds that workers have waited for tickets so far, summed over workers."""
     pid: int = 0

@@ -92,8 +92,11 @@ def start_queue(
 def report_other_prompts(plain: PlainState, source: PromptSource) -> None:
     """Log what a run that is resumed from ``plain`` does otherwise than before, because of other settings of data."""
     if given_up := unusable_prompts(plain, source):
-        log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows by now")
+        log.warning("prompts_given_up", count=len(given_up), prompts=given_up[:_NAMED], reason="bad rows or removed")
     before, now = plain["source"].get("settings"), source.state().get("settings")
+    if isinstance(before, Mapping) and isinstance(now, Mapping):  # by source, of which some may be new
+        shared = before.keys() & now.keys()
+        before, now = ({name: each[name] for name in shared} for each in (before, now))
     if before and now and before != now:  # release 0.2 wrote none
         log.warning("data_settings_changed", reason="rows make other prompts than before the run was resumed")
 

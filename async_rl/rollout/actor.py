@@ -125,7 +125,7 @@ class RolloutReplica:
 
     async def adopt(self, *sources: Source) -> list[str]:
         """Take messages of groups in flight of other replicas; see ``RolloutWorker.adopt``."""
-        groups = await asyncio.to_thread(load, self._config, self._engine.stop_token_ids, sources)
+        groups = await asyncio.to_thread(load, self._config, self._responses.stop_token_ids, sources)
         return self._worker.adopt(groups)
 
     def stats(self) -> WorkerStats:

@@ -96,7 +96,7 @@ async def _answer(
 ) -> EvalAnswer:
     """Return the answer to a problem, whose responses are all or none."""
     prompt = problem.prompt
-    call = _call(engine, problem.sampling)
+    call = _call(engine, problem.sampling, responses)
 
     async def respond(number: int) -> ScoredResponse:
         async with places:
@@ -128,13 +128,14 @@ async def _answer(
     return EvalAnswer(problem.set, prompt.prompt_id, scored, found[0] if problem.shown else None)
 
 
-def _call(engine: RolloutEngine, sampling: Sampling) -> Call:
+def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses) -> Call:
     async def call(partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
         token_ids, max_tokens, first_row = partial.next_request()
-        output = await engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
+        as_asked = responses.sampling(sampling, partial)
+        output = await engine.generate(request_id, token_ids, as_asked, max_tokens, first_row)
         if output.finish_reason == "abort":
             raise _Aborted(f"{request_id}: an evaluation was aborted")
-        return partial.absorb(output)
+        return responses.absorb(partial, output)
 
     return call

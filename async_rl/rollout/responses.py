@@ -22,7 +22,7 @@ from async_rl.errors import (
     RewardError,
     RewardNotApplicable,
 )
-from async_rl.rollout.engine.interface import RolloutEngine
+from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
 from async_rl.rollout.environments.turns import Environment
 from async_rl.rollout.filters import FinishedGroup, GroupFilter
 from async_rl.rollout.in_flight import InFlight
@@ -30,6 +30,8 @@ from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import Score
 from async_rl.rollout.rewards.scoring import Scoring
+from async_rl.rollout.stop_strings import decoder
+from async_rl.rollout.stops import Stops
 from async_rl.types import Int32Array, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
@@ -74,6 +76,9 @@ class Responses:
         self._scoring = Scoring(config, tokenizer, rewards)
         self._environment = environment
         self._filter = load_filter(config.rollout.filter)
+        self.stop_token_ids = engine.stop_token_ids | set(config.rollout.stop_token_ids)
+        """The tokens that end a response."""
+        self._stops = Stops(config.rollout.stop, self.stop_token_ids, decoder(tokenizer))
 
     @property
     def whole_groups(self) -> bool:
@@ -86,10 +91,18 @@ class Responses:
             name,
             prompt.token_ids,
             max_response_tokens=self._config.rollout.max_response_tokens,
-            eos_token_id=self._engine.stop_token_ids,
+            eos_token_id=self.stop_token_ids,
             routing_spec=self._engine.routing_spec,
             routing_policy=self._config.async_training.partial_rollout.routing,
         )
+
+    def sampling(self, base: Sampling, partial: PartialRollout) -> Sampling:
+        """Return how the next call of ``partial`` samples: as ``base``, up to a stop string."""
+        return self._stops.sampling(base, partial)
+
+    def absorb(self, partial: PartialRollout, output: EngineOutput) -> PartialRollout:
+        """Return the state after one more call, which ends the response where it has a stop token or stop string."""
+        return partial.absorb(self._stops.cut(partial, output))
 
     async def complete(
         self, partial: PartialRollout, prompt: Prompt, call: Call, keep: Keep = lambda _: None

@@ -35,6 +35,9 @@ log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 _Make = Callable[[InFlight, int], Awaitable[_T]]
 
+# A token that is turned into text for the search of stop strings takes as long as these bytes of an answer.
+_DECODED_BYTES = 300
+
 
 class RolloutWorker:
     """Samples the groups that one engine works on."""
@@ -265,11 +268,14 @@ class RolloutWorker:
     async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
         token_ids, max_tokens, first_row = partial.next_request()
+        sampling = self._responses.sampling(self._sampling, partial)
         await self._gate.enter()
         began = time.monotonic()
         try:
-            output = await self._engine.generate(request_id, token_ids, self._sampling, max_tokens, first_row)
-            merged = asyncio.create_task(aside(_nbytes(output.routed_experts), lambda: partial.absorb(output)))
+            output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
+            nbytes = _nbytes(output.routed_experts)
+            nbytes += _DECODED_BYTES * len(output.token_ids) if sampling.stop else 0
+            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output)))
             self._merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()

@@ -62,7 +62,7 @@ LEARNING = Row(
                 "Reward",
                 "none",
                 (
-                    Query("async_rl_reward_mean{}", "{{run}} sampled", "blue"),
+                    Query('async_rl_reward_mean{source=""}', "{{run}} sampled", "blue"),
                     Query("async_rl_eval_reward_mean{}", "{{run}} held out, greedy", "green"),
                 ),
                 "Mean reward of the responses that each step trained, and on the held-out problems, which are never "
@@ -90,6 +90,33 @@ LEARNING = Row(
                 "lower `trainer.optimizer.lr`. `rollout.group_timeout_s` cuts the tail, which teaches brevity.",
                 width=12,
                 height=9,
+            ),
+        ),
+        (
+            Panel(
+                "Reward by source",
+                "none",
+                (Query('async_rl_reward_mean{source!=""}', "{{run}} {{source}}"),),
+                "Mean reward of the responses that each step trained, of each source of `data.sources`. Empty for a "
+                "single dataset.",
+                "all rise, the hard ones later.",
+                "level at its best: the source is too easy, lower its `data.sources` weight. Level at its worst: it is "
+                "too hard or its reward is wrong; look at its responses in samples.jsonl.",
+                width=12,
+                height=8,
+                low=None,
+            ),
+            Panel(
+                "Share of prompts by source",
+                "percentunit",
+                (Query("async_rl_issued_share{}", "{{run}} {{source}}"),),
+                "Share of the groups issued since the run began that each source of `data.sources` had, groups of "
+                "prompts that came again among them.",
+                "level, at the weights' ratio.",
+                "drifts: the weights were changed, or the groups of one source are returned more often. Compare "
+                "groups dropped and failed by reason.",
+                width=12,
+                height=8,
             ),
         ),
         (

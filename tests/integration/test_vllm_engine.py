@@ -21,6 +21,7 @@ from async_rl.rollout import aside
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.engine.vllm.engine import VllmEngine
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.stop_strings import StopStrings
 from async_rl.types import RoutingSpec
 from async_rl.weights.canary import make_probe
 from tests.support.engine_checkpoint import (
@@ -285,6 +286,27 @@ async def test_a_response_ends_at_the_stop_token(engine, trainer, weights):
     await trainer.push(certain(weights, EOS))
     output = await engine.generate("stop", SHORT_PROMPT, GREEDY, 10)
     assert (output.token_ids.tolist(), output.finish_reason) == ([EOS], "stop")
+
+
+async def test_a_response_ends_at_a_stop_string_with_the_log_probs_and_experts_of_its_tokens(engine, monkeypatch):
+    def text(tokens):
+        return "".join(chr(0x4E00 + token) for token in tokens)
+
+    whole = await engine.generate("whole", SHORT_PROMPT, GREEDY, 24)
+    string = text(whole.token_ids[8:11].tolist())
+    monkeypatch.setattr(engine, "_stops", StopStrings([string], text))
+    sampling = replace(GREEDY, stop=(string,), turn_start=len(SHORT_PROMPT))
+    end = next(n for n in range(25) if string in text(whole.token_ids[:n].tolist()))
+    for cut in (0, end - 2):  # the string is the call's own, or begins before it
+        sent = np.concatenate([SHORT_PROMPT, whole.token_ids[:cut]])
+        output = await engine.generate(f"stopped-{cut}", sent, sampling, 24 - cut)
+        ended = cut + len(output.token_ids)
+        assert (output.finish_reason, ended) == ("stop", end)
+        np.testing.assert_array_equal(output.token_ids, whole.token_ids[cut:ended])
+        np.testing.assert_array_equal(output.logprobs, whole.logprobs[cut:ended])
+        np.testing.assert_array_equal(output.routed_experts, whole.routed_experts[: len(SHORT_PROMPT) + ended - 1])
+    again = await engine.generate("after", SHORT_PROMPT, GREEDY, 24)
+    np.testing.assert_array_equal(again.token_ids, whole.token_ids)
 
 
 async def test_score_agrees_with_transformers(engine, folder):

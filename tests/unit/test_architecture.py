@@ -57,6 +57,8 @@ PURE = {
     "async_rl.rollout.rewards.signature",
     "async_rl.rollout.rewards.text",
     "async_rl.rollout.routing_policies",
+    "async_rl.rollout.stop_strings",
+    "async_rl.rollout.stops",
     "async_rl.rollout.user_values",
     "async_rl.runtime.cores",
     "async_rl.trainer.logprobs",

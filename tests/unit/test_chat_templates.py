@@ -11,6 +11,7 @@ from async_rl.config.loading import validate
 from async_rl.data import preview, reading
 from async_rl.data.chat import CheckpointEncoder
 from async_rl.data.cursor import DatasetCursor
+from async_rl.data.mixture import open_cursor
 from async_rl.doctor import inputs
 from async_rl.driver import run
 from async_rl.errors import DatasetError, RowFault
@@ -219,6 +220,32 @@ def test_the_preview_shows_prompts_lengths_and_bad_rows_by_reason(tmp_path):
     assert "        1  line 44: prompt of 600 tokens, more than data.max_prompt_tokens = 512" in lines
     assert text.endswith("\ndata.eval: none\n")
     assert preview.preview(folder_of(tmp_path, "chatml", rows, on_bad_row="skip"))[1]
+
+
+def test_the_preview_and_the_run_have_every_source(tmp_path):
+    model = folder_of(tmp_path, "chatml", [{"prompt": MESSAGES}] * 3).model.path
+    (tmp_path / "code.jsonl").write_text('{"task": "x = 1"}\n')
+    sources = {
+        "math": {"path": str(tmp_path / "train.jsonl"), "weight": 3, "limit": 2},
+        "code": {"path": str(tmp_path / "code.jsonl"), "prompt_field": "task"},
+    }
+    config = validate({"model": {"path": str(model)}, "runs": str(tmp_path / "runs"), "data": {"sources": sources}})
+    text, usable = preview.preview(config)
+    assert usable
+    lines = text.splitlines()
+    assert lines[1:3] == [
+        "  math          75.0%            2          3",
+        "  code          25.0%            1          4",
+    ]
+    assert f"data.sources.math.path: {tmp_path}/train.jsonl: 2 rows, 2 usable, 0 bad" in lines
+    assert f"data.sources.code.path: {tmp_path}/code.jsonl: 1 rows, 1 usable, 0 bad" in lines
+    cursor = open_cursor(run.read_inputs(config).train_set, shuffle=True, seed=0)
+    found = [cursor.next().prompt_id for _ in range(4)]
+    assert sorted(found) == ["code/0-1", "math/0-1", "math/0-2", "math/1-" + found[-1][-1]]
+    (tmp_path / "code.jsonl").write_text('{"task": ""}\n')
+    text, usable = preview.preview(config)
+    assert not usable
+    assert "line 1: field 'task' is empty" in text
 
 
 def test_the_preview_and_the_run_warn_of_a_template_that_writes_the_date(tmp_path, monkeypatch):

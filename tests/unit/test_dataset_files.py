@@ -270,3 +270,56 @@ def test_a_long_parquet_file_is_unpacked_once(tmp_path):
     again = read_files(path, encode=encode, in_memory=10, cache=tmp_path / "cache")
     assert unpacked.stat().st_mtime_ns == written
     assert again.later.row(3000).text == "p3000"
+
+
+LEVELS = [3, 1, 2.5, 1, None, 3, -2, 1]
+
+
+def leveled(folder, write):
+    rows = [{"prompt": f"p{n}", "level": level} for n, level in enumerate(LEVELS, 1)]
+    return write(folder / f"{write.__name__}.{'parquet' if write is write_parquet else 'jsonl'}", rows)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize("in_memory", [None, 1])
+def test_rows_come_by_a_column_and_at_random_among_equals(tmp_path, write, in_memory):
+    settings = {"encode": encode, "in_memory": in_memory, "cache": tmp_path / "cache", "on_bad_row": "skip"}
+    dataset = read_files(leveled(tmp_path, write), order_by="level", **settings)
+    for seed in range(3):
+        cursor = pickle.loads(pickle.dumps(DatasetCursor(dataset, shuffle=True, seed=seed)))
+        lines = [cursor.next().row for _ in range(21)]
+        epochs = [lines[start : start + 7] for start in (0, 7, 14)]
+        for epoch in epochs:
+            assert [LEVELS[line - 1] for line in epoch] == [-2, 1, 1, 1, 2.5, 3, 3]
+            assert len(set(epoch)) == 7
+        assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+        resumed = DatasetCursor(dataset, shuffle=False, seed=9)
+        resumed.restore(cursor.state())
+        assert [resumed.next().prompt_id for _ in range(9)] == [cursor.next().prompt_id for _ in range(9)]
+    ordered = DatasetCursor(dataset, shuffle=False, seed=0)
+    assert [ordered.next().row for _ in range(8)] == [7, 2, 4, 8, 3, 1, 6, 7]
+
+
+def test_an_order_by_what_is_not_there_or_not_a_number_is_named(tmp_path):
+    for write, said in (
+        (write_jsonl, r"line 1: field 'age' \(data.order_by\) is not"),
+        (write_parquet, "no column 'age'"),
+    ):
+        with pytest.raises(DatasetError, match=said):
+            read_files(leveled(tmp_path, write), encode=encode, order_by="age")
+    with pytest.raises(DatasetError, match=r"line 5: field 'level' \(data.order_by\) is not a number"):
+        read_files(leveled(tmp_path, write_jsonl), encode=encode, order_by="level")
+
+
+def test_a_run_cannot_change_its_order(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "level": 1}, {"prompt": "q", "level": 2}])
+    plain, by_level = (
+        DatasetCursor(read_files(path, encode=encode, order_by=by), shuffle=True, seed=0) for by in (None, "level")
+    )
+    with pytest.raises(DatasetError, match=r"data\.order_by of .*d\.jsonl is level and was null.*set it back to null"):
+        by_level.restore(plain.state())
+    with pytest.raises(DatasetError, match="is null and was level"):
+        plain.restore(by_level.state())
+    old = plain.state()
+    del old["order_by"]  # as release 0.2 wrote it
+    plain.restore(old)

@@ -137,6 +137,15 @@ def test_sequences_longer_than_the_model_are_refused(tmp_path):
     check_run(run_config(path), read_model_config(path))
 
 
+def test_a_stop_token_that_the_model_does_not_have_is_refused(tmp_path):
+    path = folder(tmp_path, max_position_embeddings=4096)
+    model = read_model_config(path)
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}}
+    check_run(validate({**tree, "rollout": {"stop_token_ids": [model.vocab_size - 1]}}), model)
+    with pytest.raises(ModelError, match=f"rollout.stop_token_ids has {model.vocab_size}, but"):
+        check_run(validate({**tree, "rollout": {"stop_token_ids": [model.vocab_size]}}), model)
+
+
 def test_shards_are_those_of_the_index_and_all_must_be_there(tmp_path):
     with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
         checkpoint_shards(tmp_path)

@@ -1,10 +1,12 @@
 """The clocks and counters of a run: idle shares, elapsed time, and what outlives a restore."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from async_rl.driver.step_record import RunMeter
+from async_rl.metrics.publish import step_row
 from async_rl.metrics.records import GroupCounts, SyncRecord
 from async_rl.queue.records import GroupMeta
 from tests.support.step_records import step_report
@@ -37,7 +39,10 @@ def worker(replica, **counts):
 
 def queue(outstanding=5, **filtered):
     counts = GroupCounts(issued=9, trained=4, outstanding=outstanding)
-    return SimpleNamespace(queued_groups=2, queued_bytes=2048, counts=counts, filtered=filtered)
+    shares = {"math": 6, "code": 2}
+    return SimpleNamespace(
+        queued_groups=2, queued_bytes=2048, counts=counts, filtered=filtered, issued_by_source=shares
+    )
 
 
 @pytest.fixture
@@ -64,10 +69,19 @@ def test_a_record_has_the_step_and_the_latest_counts(meter, clock):
     assert (record.response_tokens, record.segments, record.interruptions) == ((10, 30, 20), (1, 3, 1), (0, 2, 0))
     assert (record.queue_groups, record.queue_bytes, record.groups_outstanding) == (2, 2048, 5)
     assert record.reward_parts == {"format": 0.5, "right": 1.0}, "means over the responses that have the part"
+    assert (record.reward_by_source, record.issued_share) == ({}, {"code": 0.25, "math": 0.75})
     assert record.truncated == 2
     assert record.replica_versions == {0: 3, 1: 2}
     assert (record.rollout_idle_ratio, record.trainer_idle_ratio) == (0.5, 0.75)
     assert record.overlap_efficiency == 0.5, "rollout, the busier side, was busy for 2 of 4 s"
+
+
+def test_rewards_are_also_those_of_each_source_which_the_groups_name(meter, clock):
+    clock.now += 4.0
+    groups = [replace(GROUPS[0], group_id="math/0-1.0"), replace(GROUPS[1], group_id="code/0-1.2")]
+    row = step_row(meter.record(7, 3, step_report(), groups, step_s=1.5))
+    assert (row["reward_mean"], row["reward_mean_by_source"]) == (0.5, {"code": 0.5, "math": 0.5})
+    assert row["issued_share"] == {}
 
 
 def test_idle_shares_are_of_the_last_step_only(meter, clock):

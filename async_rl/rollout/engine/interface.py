@@ -23,6 +23,11 @@ class Sampling:
     greedy: bool = False
     top_k: int = 0
     """Likeliest tokens to draw from; 0 for all. Only evaluations set it."""
+    stop: tuple[str, ...] = ()
+    """Stop strings: a call may end at the token that completes one. What an engine samples beyond it is cut off."""
+    turn_start: int = 0
+    """Index into the tokens sent from which on the stop strings are looked for; tokens of earlier calls may be behind
+    it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class RolloutEngine(Protocol):
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """The tokens that end a response."""
+        """The tokens that end a response; those of rollout.stop_token_ids end it as well."""
 
     @property
     def version(self) -> int:

@@ -28,13 +28,16 @@ import numpy as np
 import structlog
 
 from async_rl.config.schema import RunConfig
+from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
 from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
+from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.routing_policies import moe_columns
 from async_rl.rollout.stats import worker_id
+from async_rl.rollout.stop_strings import StopStrings, decoder
 from async_rl.runtime import logs
 from async_rl.runtime.process import starting_on
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
@@ -84,7 +87,9 @@ class VllmEngine:
         self._replica = replica
         self._cores = cores
         self._model = read_model_config(config.model.path)
-        self._stop_token_ids = vllm_process.stop_token_ids(config.model.path)
+        own = vllm_process.stop_token_ids(config.model.path)
+        self._stop_token_ids = own + [token for token in config.rollout.stop_token_ids if token not in own]
+        self._stops: StopStrings | None = None
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
@@ -115,6 +120,8 @@ class VllmEngine:
 
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._model)
+        if self._config.rollout.stop:
+            self._stops = StopStrings(self._config.rollout.stop, decoder(load_tokenizer(self._config)))
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -200,7 +207,7 @@ class VllmEngine:
         while True:
             await self._running.wait()
             with self._errors(request_id):
-                call, output = await self._run(request_id, token_ids, params)
+                call, output = await self._run(request_id, token_ids, params, sampling)
             completion = output.outputs[0]
             if completion.finish_reason == "error":
                 failures += 1
@@ -236,9 +243,14 @@ class VllmEngine:
             raise EngineError(f"replica {self._replica}: {request_id}: the engine failed the call {failures} times")
         await asyncio.sleep(_BACKOFF_S * 2**failures)
 
-    async def _run(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
+    async def _run(self, request_id: str, token_ids: Int32Array, params: Any, sampling: Sampling) -> tuple[_Call, Any]:
         """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""
-        return await self._answer(*await self._submit(request_id, token_ids, params))
+        call, collector = await self._submit(request_id, token_ids, params)
+        if self._stops is not None and sampling.stop:
+            # Nothing was suspended since the request was submitted, so that no output can be here yet.
+            state = self._engine.output_processor.request_states[call.internal_id]
+            state.detokenizer = StoppingDetokenizer(state.detokenizer, self._stops, token_ids[sampling.turn_start :])
+        return await self._answer(call, collector)
 
     async def _submit(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
         """Submit one request. Returns its call, which ``_calls`` has from now on, and the collector of its output."""
