@@ -87,6 +87,20 @@ def test_prompts_that_come_again_are_first_oldest_first_and_count_for_no_share()
         source.give_back(cursor({"a": 9, "b": 9}, {"a": 1, "b": 1}, seed=1).prompt("a/3-1"))
 
 
+def test_a_filtered_row_rests_in_its_own_source_also_over_a_restore():
+    first = cursor({"a": 2, "b": 2}, {"a": 1, "b": 1})
+    prompts = [first.next() for _ in range(4)]
+    tired = next(prompt for prompt in prompts if source_of(prompt.prompt_id) == "a")
+    first.rest(tired, 1)
+    again = cursor({"a": 2, "b": 2}, {"a": 1, "b": 1})
+    again.restore(saved(first))
+    row = tired.prompt_id.rpartition("-")[2]
+    for restored in (first, again):
+        epochs = [prompt_id for prompt_id in ids(restored, 8) if prompt_id.startswith("a/")]
+        assert [e for e in epochs if e.endswith(f"-{row}")] == [e for e in epochs if e == f"a/2-{row}"] != []
+        assert len({e for e in epochs if e.startswith("a/1-")}) == 1
+
+
 def test_sources_are_added_and_weighted_again_without_making_up_for_the_past():
     source = cursor({"a": 9, "b": 9}, {"a": 1, "b": 1})
     ids(source, 10)
