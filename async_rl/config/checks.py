@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from async_rl.config.schema import DataFiles, RolloutSection, RunConfig
+    from async_rl.config.fields import DataFiles
+    from async_rl.config.rollouts import RolloutSection
+    from async_rl.config.schema import RunConfig
 
 
 def check_combinations(config: RunConfig) -> None:

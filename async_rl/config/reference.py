@@ -17,7 +17,7 @@ from async_rl.config.schema import RunConfig
 _HEAD = """\
 # Settings
 
-Written by `make generate` from `async_rl/config/schema.py`. `async-rl train --help` prints the same sentences.
+Written by `make generate` from `async_rl/config/`. `async-rl train --help` prints the same sentences.
 
 A config file is YAML with one mapping per section. On the command line any setting can be overridden by its dotted key:
 `async-rl train CONFIG --async_training.max_staleness 2`. `async-rl train CONFIG --dry-run` prints all settings as the

@@ -46,7 +46,11 @@ class Mixture:
         return [bad for dataset in self.datasets.values() for bad in dataset.bad_rows]
 
 
-def open_cursor(found: Dataset | Mixture, *, shuffle: bool, seed: int) -> DatasetCursor | MixtureCursor:
+TrainSet = Dataset | Mixture
+"""What is trained on: data.train, or data.sources."""
+
+
+def open_cursor(found: TrainSet, *, shuffle: bool, seed: int) -> DatasetCursor | MixtureCursor:
     """Return the cursor that issues what is trained on."""
     if isinstance(found, Dataset):
         return DatasetCursor(found, shuffle=shuffle, seed=seed)

@@ -12,13 +12,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from async_rl.config.schema import HELD_OUT, DataFiles, DataSection, RunConfig, SourceSection
+from async_rl.config.fields import DataFiles
+from async_rl.config.inputs import HELD_OUT, DataSection, SourceSection
+from async_rl.config.schema import RunConfig
 from async_rl.data import hub
 from async_rl.data.chat import CheckpointEncoder
 from async_rl.data.dataset import Dataset, OnBadRow, read_dataset
 from async_rl.data.files import Files, open_files
 from async_rl.data.messages import checked_tools
-from async_rl.data.mixture import Mixture
+from async_rl.data.mixture import Mixture, TrainSet
 from async_rl.data.prompts import Encoder, RowReader
 from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import DatasetError, RowFault
@@ -73,7 +75,7 @@ def keys(config: RunConfig) -> list[str]:
     return [*train_keys(config).values(), "data.eval", *(f"{_SETS}{name}{_PATH}" for name in config.eval.sets)]
 
 
-def read_train(config: RunConfig, read_key: Callable[[str], Dataset]) -> Dataset | Mixture:
+def read_train(config: RunConfig, read_key: Callable[[str], Dataset]) -> TrainSet:
     """Return what is trained on; ``read_key`` reads the dataset of one of ``train_keys``."""
     found = {name: read_key(key) for name, key in train_keys(config).items()}
     if not config.data.sources:

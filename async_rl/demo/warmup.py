@@ -24,15 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from async_rl.config.schema import (
-    DataSection,
-    ModelSection,
-    OptimizerSection,
-    ResourcesSection,
-    RolloutSection,
-    RunConfig,
-    TrainerSection,
-)
+from async_rl.config.inputs import DataSection, ModelSection
+from async_rl.config.operation import ResourcesSection
+from async_rl.config.rollouts import RolloutSection
+from async_rl.config.schema import RunConfig
+from async_rl.config.training import OptimizerSection, TrainerSection
 from async_rl.demo import checkpoint
 from async_rl.demo.model import SIZES, save_random_model
 from async_rl.demo.task import MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, Problem, warmup_problems

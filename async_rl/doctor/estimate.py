@@ -14,7 +14,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from async_rl.config.schema import Dtype, RunConfig
+from async_rl.config.fields import Dtype
+from async_rl.config.schema import RunConfig
 from async_rl.models.config import ModelConfig
 from async_rl.trainer.parallel import world_size
 

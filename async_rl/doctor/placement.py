@@ -17,7 +17,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from async_rl.config.schema import ParallelSection, RunConfig
+from async_rl.config.schema import RunConfig
+from async_rl.config.training import ParallelSection
 from async_rl.trainer.parallel import world_size
 
 Resources = Mapping[str, float]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from async_rl.config.schema import CheckpointSection
+from async_rl.config.operation import CheckpointSection
 
 
 class CheckpointSchedule:

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from async_rl.config.schema import HELD_OUT, EvalSetSection, RunConfig
+from async_rl.config.inputs import HELD_OUT, EvalSetSection
+from async_rl.config.schema import RunConfig
 from async_rl.driver.monitor import Monitor
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.replicas import ReplicaSupervisor

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.config.loading import load
-from async_rl.config.schema import ParallelSection, RunConfig
+from async_rl.config.schema import RunConfig
+from async_rl.config.training import ParallelSection
 from async_rl.driver import checkpoint_folder
 from async_rl.errors import CheckpointDamaged, CheckpointError
 from async_rl.runtime import manifest

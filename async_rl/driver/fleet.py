@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from async_rl.config.schema import ReplicaRange
+from async_rl.config.rollouts import ReplicaRange
 
 State = Literal["waiting", "starting", "working", "lost"]
 STATES: tuple[State, ...] = ("waiting", "starting", "working", "lost")

@@ -32,8 +32,7 @@ from pathlib import Path
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.dataset import Dataset
-from async_rl.data.mixture import Mixture, open_cursor
+from async_rl.data.mixture import TrainSet, open_cursor
 from async_rl.driver import run_state
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks
 from async_rl.driver.checkpoint import Checkpointer, RunMoment
@@ -70,7 +69,7 @@ class TrainingLoop:
         self,
         config: RunConfig,
         recorder: Recorder,
-        train_set: Dataset | Mixture,
+        train_set: TrainSet,
         eval_sets: Sequence[EvalSet],
         found: Path | None = None,
     ) -> None:

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 import structlog
 
-from async_rl.config.schema import HELD_OUT, RunConfig
+from async_rl.config.inputs import HELD_OUT
+from async_rl.config.schema import RunConfig
 from async_rl.driver import checkpoint_folder
 from async_rl.driver.fleet import State
 from async_rl.driver.run_state import RunState

@@ -13,7 +13,8 @@ from collections import defaultdict, deque
 
 import structlog
 
-from async_rl.config.schema import RecoverySection, RunConfig
+from async_rl.config.operation import RecoverySection
+from async_rl.config.schema import RunConfig
 from async_rl.driver.fleet import Fleet, State
 from async_rl.driver.recorder import Recorder
 from async_rl.errors import ProcessLost

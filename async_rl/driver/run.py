@@ -18,11 +18,12 @@ import structlog
 
 from async_rl import doctor
 from async_rl.config.functions import load_function
+from async_rl.config.inputs import HELD_OUT
 from async_rl.config.paths import absolute
-from async_rl.config.schema import HELD_OUT, RunConfig
+from async_rl.config.schema import RunConfig
 from async_rl.data import reading
 from async_rl.data.dataset import Dataset
-from async_rl.data.mixture import Mixture
+from async_rl.data.mixture import TrainSet
 from async_rl.data.prompts import Encoder
 from async_rl.data.tokenizer import end_token
 from async_rl.driver import checkpoint_folder, run_state
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
     """What a run reads before it can begin; ``decode`` turns token ids into text."""
 
     decode: Callable[[Any], str]
-    train_set: Dataset | Mixture
+    train_set: TrainSet
     eval_sets: Sequence[EvalSet]
     bad_rows: Mapping[str, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.queue.records import GroupMeta
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.trainer.parallel import Place, world_size

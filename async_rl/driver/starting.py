@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
-from async_rl.config.schema import WatchdogSection
+from async_rl.config.operation import WatchdogSection
 from async_rl.errors import StalledError
 
 log = structlog.get_logger(__name__)

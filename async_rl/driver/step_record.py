@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from async_rl.config.schema import HELD_OUT
+from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.records import GroupCounts, StepRecord, StepReport, SyncRecord, Totals
 from async_rl.queue.records import GroupMeta, QueueStats

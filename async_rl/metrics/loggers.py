@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from async_rl.config.schema import LoggerName
+from async_rl.config.operation import LoggerName
 from async_rl.errors import ConfigError
 
 log = structlog.get_logger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from async_rl.config.schema import HELD_OUT
+from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.declared import METRICS
 from async_rl.metrics.evaluation import EvalLine, largest_pass
 from async_rl.metrics.exporter import Metrics

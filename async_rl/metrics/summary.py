@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from async_rl.config.schema import HELD_OUT
+from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.evaluation import EvalLine
 from async_rl.metrics.records import StepRecord, SyncRecord, TokenAgreement, Totals, weighted_mean
 from async_rl.types import RESUME_POSITIONS

@@ -325,13 +325,8 @@ class Broker:
         return self._state.exhausted and not self._state.prompts
 
     def starved(self, n: int) -> bool:
-        """Return whether the dataset is exhausted and n groups can no longer be leased.
-
-        Groups leased by a step that waits for more will not come back; other leased groups may.
-        """
-        state = self._state
-        leased = 0 if state.step_is_open else len(state.leased)
-        return state.exhausted and len(state.in_flight) + len(state.queued) + leased < n
+        """Return whether the dataset is exhausted and n groups can no longer be leased."""
+        return self._state.starved(n)
 
     def _start(self, prompt: Prompt, worker: str) -> Ticket:
         state = self._state

@@ -337,6 +337,14 @@ class BrokerState:
             exhausted=self.exhausted,
         )
 
+    def starved(self, n: int) -> bool:
+        """Return whether the dataset is exhausted and n groups can no longer be leased.
+
+        Groups leased by a step that waits for more will not come back; other leased groups may.
+        """
+        leased = 0 if self.step_is_open else len(self.leased)
+        return self.exhausted and len(self.in_flight) + len(self.queued) + leased < n
+
     def refusal(self, settings: BrokerSettings) -> str | None:
         """Return why no ticket can be issued now, naming the holders of the window's groups; None if one can."""
         if self.free_slots(settings) > 0:

@@ -25,7 +25,7 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from async_rl.config.schema import RedisSection
+from async_rl.config.operation import RedisSection
 from async_rl.errors import ConfigError, QueueError
 from async_rl.queue.journal import Event, pack, unpack
 

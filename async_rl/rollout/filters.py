@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from async_rl.config.schema import FilterSection
+from async_rl.config.rollouts import FilterSection
 from async_rl.errors import RewardError
 from async_rl.rollout.in_flight import InFlight
 from async_rl.types import FinishReason, Prompt, Trajectory

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config.schema import RoutingPolicy
+from async_rl.config.fields import RoutingPolicy
 from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue.codec import (
     build_prompt,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_rl.config.schema import RoutingPolicy
+from async_rl.config.fields import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
 from async_rl.rollout import routing_policies
 from async_rl.rollout.engine.interface import EngineOutput

@@ -12,7 +12,8 @@ from typing import Any
 import structlog
 
 from async_rl.config.functions import load_function
-from async_rl.config.schema import FilterSection, RunConfig
+from async_rl.config.rollouts import FilterSection
+from async_rl.config.schema import RunConfig
 from async_rl.errors import (
     ConfigError,
     EngineDied,

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config.schema import RoutingPolicy
+from async_rl.config.fields import RoutingPolicy
 from async_rl.errors import InvalidTrajectory
 from async_rl.models.routing import repeated_expert
 from async_rl.types import ExpertIds, RoutingSpec, Segment, check_routing

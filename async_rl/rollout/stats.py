@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from async_rl.types import Group
+
 
 def worker_id(replica: int) -> str:
     """Return the worker's id as used by the broker and in messages, for example ``rollout-0``."""
@@ -40,6 +42,12 @@ class WorkerStats:
     """Time with an engine call under way, pauses excluded."""
     paused_s: float = 0.0
     """Time paused for weight syncs and checkpoints."""
+
+    def publish(self, group: Group) -> None:
+        """Count a group that was published."""
+        self.groups += 1
+        self.trajectories += len(group.trajectories)
+        self.partial_rollouts += sum(trajectory.is_partial for trajectory in group.trajectories)
 
 
 class Stopwatch:

@@ -190,9 +190,7 @@ class RolloutWorker:
             else:
                 published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
                 await self._queue.put(published)
-                self._stats.groups += 1
-                self._stats.trajectories += len(published.trajectories)
-                self._stats.partial_rollouts += sum(t.is_partial for t in published.trajectories)
+                self._stats.publish(published)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
         self._update_capacity()
@@ -273,8 +271,7 @@ class RolloutWorker:
         began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
-            nbytes = _nbytes(output.routed_experts)
-            nbytes += _DECODED_BYTES * len(output.token_ids) if sampling.stop else 0
+            nbytes = _nbytes(output.routed_experts) + (_DECODED_BYTES * len(output.token_ids) if sampling.stop else 0)
             merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output)))
             self._merging[partial.trajectory_id] = merged
         finally:
@@ -287,16 +284,12 @@ class RolloutWorker:
 
     def _count(self, partial: PartialRollout, context: int, output: EngineOutput, seconds: float) -> None:
         """Count an engine call that was given ``context`` tokens."""
+        tokens = len(output.token_ids)
         if self._timeline is not None:
-            self._timeline.add(
-                "call",
-                seconds,
-                trajectory=partial.trajectory_id,
-                tokens=len(output.token_ids),
-                end=output.finish_reason,
-            )
-        self._stats.generated_tokens += len(output.token_ids)
-        if partial.interrupted and len(output.token_ids):
+            call = {"trajectory": partial.trajectory_id, "tokens": tokens, "end": output.finish_reason}
+            self._timeline.add("call", seconds, **call)
+        self._stats.generated_tokens += tokens
+        if partial.interrupted and tokens:
             self._stats.resumed_prefill_tokens += context
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from async_rl.config.schema import ResourcesSection
+from async_rl.config.operation import ResourcesSection
 from async_rl.runtime.cores import CoreShare
 
 log = structlog.get_logger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from async_rl.config.functions import load_function
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.errors import TrainerError
 from async_rl.types import Float32Array
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer import losses
 from async_rl.trainer.advantages import GroupAdvantages, batch_normalized, batch_sums, group_advantages

@@ -22,7 +22,7 @@ import torch
 from torch.distributed.nn.functional import all_reduce
 
 from async_rl.config.functions import load_function
-from async_rl.config.schema import ImportanceSection, LossSection
+from async_rl.config.training import ImportanceSection, LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer.rejection import rejected_sequences
 

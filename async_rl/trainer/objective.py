@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.trainer import losses
 from async_rl.trainer.logprobs import token_logprobs
 from async_rl.trainer.losses import PolicyLoss

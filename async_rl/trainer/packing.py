@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config.schema import TrainerSection
+from async_rl.config.training import TrainerSection
 from async_rl.trainer import parallel
 from async_rl.trainer.parallel import Int64Array
 from async_rl.trainer.samples import NO_ROUTING, BoolArray, Int8Array, Sample, Scalar

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.types import Int32Array
 
 Int64Array = npt.NDArray[np.int64]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from async_rl.config.schema import TrainerSection
+from async_rl.config.training import TrainerSection
 from async_rl.models.config import ModelConfig
 from async_rl.trainer import packing
 from async_rl.trainer.logprobs import token_logprobs

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from async_rl.config.schema import RejectionSection
+from async_rl.config.training import RejectionSection
 from async_rl.types import Float32Array
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from async_rl.config.schema import Dtype, RunConfig
+from async_rl.config.fields import Dtype
+from async_rl.config.schema import RunConfig
 from async_rl.errors import WeightSyncMismatch
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
 

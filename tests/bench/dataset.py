@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from async_rl.config.schema import DataSection
+from async_rl.config.inputs import DataSection
 from async_rl.data.cursor import DatasetCursor
 from async_rl.data.dataset import read_dataset
 from async_rl.data.files import open_files

@@ -20,7 +20,7 @@ from ray._private.state import actors as actor_table
 from ray.cluster_utils import Cluster
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import WatchdogSection
+from async_rl.config.operation import WatchdogSection
 from async_rl.doctor import placement
 from async_rl.driver import actors, cluster
 from async_rl.driver.actors import RolloutWorkers, TrainerRanks

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpus")]
 # As a trainer rank begins. Prints its cores before and after, and those that NVML calls near its GPU.
 RANK = """
 import json, os, pynvml
-from async_rl.config.schema import ResourcesSection
+from async_rl.config.operation import ResourcesSection
 from async_rl.runtime.numa import own_cores
 from async_rl.runtime.process import pin
 

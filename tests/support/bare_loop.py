@@ -3,7 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.driver.leases import LeasedGroups
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.shares import rank_shares

@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.trainer.losses import MAX_LOG_RATIO, Tokens, sequence_sums
 from tests.support.examples import examples
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.trainer.losses import POLICIES, TokenLoss, Tokens
 
 FAULTS = Path("faults")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer.advantages import (
     batch_normalized,

@@ -1,6 +1,6 @@
 """When a checkpoint is due: by steps, by time, because asked for."""
 
-from async_rl.config.schema import CheckpointSection
+from async_rl.config.operation import CheckpointSection
 from async_rl.driver.checkpoint_schedule import CheckpointSchedule
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.doctor import inputs
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import code as code_reward

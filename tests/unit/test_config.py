@@ -195,7 +195,7 @@ def test_run_name_cannot_leave_its_folder(name):
             ["max_num_batched_tokens", "max_num_seqs"],
         ),
         # Measured on random logits at 0.95: every ratio is 0.951 on average although nothing is stale.
-        ({"rollout": {"top_k": 20}}, ["rollout.top_k is 20", "set rollout.top_k to -1"]),
+        ({"rollout": {"top_k": 20}}, ["rollout.top_k is 20", "set rollout.top_k to 0"]),
         ({"rollout": {"min_p": 0.1}}, ["rollout.min_p is 0.1", "set rollout.min_p to 0.0"]),
         ({"rollout": {"repetition_penalty": 1.1}}, ["rollout.repetition_penalty is 1.1", "to 1.0"]),
         ({"rollout": {"presence_penalty": 0.5}}, ["rollout.presence_penalty is 0.5", "to 0.0"]),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from async_rl.config.schema import LossSection, RejectionSection
+from async_rl.config.training import LossSection, RejectionSection
 from async_rl.errors import TrainerError
 from async_rl.trainer.advantages import group_advantages, load_advantages
 from async_rl.trainer.credit import with_credit

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from async_rl.config.schema import EnvironmentSection
+from async_rl.config.rollouts import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
 from async_rl.rollout.environments.turns import Environment, load_environment
 from async_rl.types import Prompt

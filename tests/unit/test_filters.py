@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import FilterSection
+from async_rl.config.rollouts import FilterSection
 from async_rl.doctor.inputs import functions
 from async_rl.errors import ConfigError, RewardError
 from async_rl.rollout.filters import FinishedGroup, GroupFilter

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.config.schema import ReplicaRange
+from async_rl.config.rollouts import ReplicaRange
 from async_rl.driver.fleet import STATES, Fleet
 from tests.support.examples import examples
 from tests.unit.test_replicas import elastic, train, until

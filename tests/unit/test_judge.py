@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards import judge as module
 from async_rl.rollout.rewards.runner import RewardRunner

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from async_rl.config.schema import CheckpointSection
+from async_rl.config.operation import CheckpointSection
 from tests.support.manifest_schemas import documents, trim
 from tests.support.stub_programs import ROOT, Programs
 

@@ -3,7 +3,7 @@
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import OptimizerSection
+from async_rl.config.training import OptimizerSection
 from async_rl.errors import ConfigError
 from async_rl.trainer.megatron.optimizer import learning_rate
 

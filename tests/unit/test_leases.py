@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.driver.shares import batch_shares, rank_shares
 from async_rl.errors import TrainerDied
 from async_rl.metrics.records import GroupCounts

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.config.schema import ImportanceSection
+from async_rl.config.training import ImportanceSection
 from async_rl.trainer.losses import denominator, load_policy, policy_loss, token_weight
 from tests.support.loss_batches import FAST, NAMES, POLICIES, batches, ordinary_batch, small, tokens_of
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from async_rl.config.schema import ImportanceSection, LossSection
+from async_rl.config.training import ImportanceSection, LossSection
 from async_rl.trainer.losses import importance_weights, interpolated_proximal, kl_penalty, load_policy, policy_loss
 from tests.support.loss_batches import FAST, batches, ratio_of, small, tokens_of
 

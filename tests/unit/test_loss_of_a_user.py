@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer.losses import TokenLoss, load_policy, policy_loss
 from tests.support.loss_batches import FAST, batches, small, tokens_of

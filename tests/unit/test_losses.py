@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from async_rl.config.schema import ImportanceSection, LossSection
+from async_rl.config.training import ImportanceSection, LossSection
 from async_rl.trainer.losses import MAX_LOG_RATIO, MIN_PROBABILITY, load_policy, policy_loss
 from tests.support.loss_batches import FAST, NAMES, POLICIES, batches, ordinary_batch, ratio_of, small, tokens_of
 

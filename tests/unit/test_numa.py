@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import ResourcesSection
+from async_rl.config.operation import ResourcesSection
 from async_rl.rollout import actor as rollout_actor
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.runtime import numa

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from async_rl.config.schema import LossSection, RejectionSection
+from async_rl.config.training import LossSection, RejectionSection
 from async_rl.trainer.losses import load_policy
 from async_rl.trainer.objective import policy_objective
 

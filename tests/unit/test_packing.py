@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.models.config import ModelConfig
 from async_rl.trainer.packing import Packer, pack, rows_without_routing, split_over_ranks, spread_rows, unpack
 from async_rl.trainer.parallel import microbatch_multiple, sequence_multiple

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.trainer.parallel import (
     Place,
     context_rows,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from async_rl.config.fields import PathName, Section
 from async_rl.config.loading import leaves, validate
 from async_rl.config.paths import absolute, path_settings
-from async_rl.config.schema import PathName, Section
 
 
 class Inner(Section):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import ParallelSection
+from async_rl.config.training import ParallelSection
 from async_rl.doctor.placement import Load, block_size, plan
 from async_rl.driver.core_shares import core_shares
 from async_rl.driver.places import Place as ActorPlace

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.trainer.losses import Tokens, load_policy, sequence_sums
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
 from async_rl.types import RESUME_POSITIONS

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from async_rl.config.schema import EvalSection
+from async_rl.config.inputs import EvalSection
 from async_rl.driver.evaluation import Evaluator
 from async_rl.driver.leases import LeasedGroups
 from async_rl.driver.loop import TrainingLoop

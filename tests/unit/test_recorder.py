@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import QueueSection
+from async_rl.config.operation import QueueSection
 from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.run_state import RunState

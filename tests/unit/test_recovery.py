@@ -11,7 +11,7 @@ import msgpack
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.config.schema import RecoverySection
+from async_rl.config.operation import RecoverySection
 from async_rl.driver import run_state
 from async_rl.driver.restarts import Recovery, Restarts
 from async_rl.driver.run_state import RunState

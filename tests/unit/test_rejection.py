@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.config.schema import ImportanceSection, LossSection, RejectionSection
+from async_rl.config.training import ImportanceSection, LossSection, RejectionSection
 from async_rl.trainer.losses import load_policy, policy_loss
 from async_rl.trainer.rejection import largest_kept_square
 from tests.support.data_ranks import DataRanks

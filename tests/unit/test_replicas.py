@@ -6,7 +6,7 @@ import contextlib
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
-from async_rl.config.schema import ReplicaRange
+from async_rl.config.rollouts import ReplicaRange
 from async_rl.driver.fleet import Fleet
 from async_rl.driver.replicas import ReplicaSupervisor
 from async_rl.errors import AsyncRLError, ConfigError, EngineDied, EngineError, ReplicaFailed

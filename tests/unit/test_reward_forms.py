@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.formats import json_schema, regex
 from async_rl.rollout.rewards.loader import load_reward

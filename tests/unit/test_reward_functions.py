@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from async_rl.config.inputs import RewardSection
 from async_rl.config.loading import load, parse_overrides, validate
-from async_rl.config.schema import RewardSection
 from async_rl.errors import ConfigError, RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse, Score, weighted_sum

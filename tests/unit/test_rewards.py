@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.loader import load_reward
 from async_rl.rollout.rewards.named import NamedReward

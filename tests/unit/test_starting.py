@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from async_rl.config.schema import WatchdogSection
+from async_rl.config.operation import WatchdogSection
 from async_rl.driver.starting import wait_started
 from async_rl.errors import EngineError, StalledError
 

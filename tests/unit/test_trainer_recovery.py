@@ -7,7 +7,7 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from async_rl.config.schema import CheckpointSection, WatchdogSection
+from async_rl.config.operation import CheckpointSection, WatchdogSection
 from async_rl.driver import run_state
 from async_rl.driver.run_state import RunState
 from async_rl.driver.trainer_recovery import Suspects, TrainerRecovery

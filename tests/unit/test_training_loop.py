@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from async_rl.config.schema import EvalSection
+from async_rl.config.inputs import EvalSection
 from async_rl.driver.evaluation import EvalSet, Evaluator
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.push import Pusher

@@ -1,6 +1,6 @@
 """What an update counts of its groups, and what it says was kept out of the loss."""
 
-from async_rl.config.schema import TrainerSection
+from async_rl.config.training import TrainerSection
 from async_rl.trainer.packing import Packer
 from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.samples import samples_of

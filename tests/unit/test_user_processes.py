@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import user_call, user_processes
 from async_rl.rollout.rewards.runner import RewardRunner
@@ -298,7 +298,7 @@ async def test_semaphores_are_named_as_those_that_the_end_of_a_run_removes(runne
 RUN = """
 import asyncio, os, sys
 import numpy as np
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt

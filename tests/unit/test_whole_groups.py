@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import in_flight
 from async_rl.rollout.evaluation import EvalProblem

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from async_rl.config.functions import load_function
-from async_rl.config.schema import EnvironmentSection
+from async_rl.config.rollouts import EnvironmentSection
 from async_rl.errors import EnvironmentFailure
 from async_rl.rollout.user_call import FunctionSpec
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 
 
 @dataclass(frozen=True, slots=True)

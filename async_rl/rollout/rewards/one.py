@@ -10,7 +10,7 @@ from typing import Any
 
 from asyncio_throttle.throttler import Throttler
 
-from async_rl.config.schema import RewardSection
+from async_rl.config.inputs import RewardSection
 from async_rl.errors import RewardError
 from async_rl.rollout.rewards.loader import RewardSpec, load_reward
 from async_rl.rollout.rewards.named import NamedReward

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from async_rl.config.schema import OptimizerSection
+from async_rl.config.training import OptimizerSection
 
 # Keeps the quotient of the clipping finite: the same small number that torch's own clipping adds.
 CLIP_EPSILON = 1e-6

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from async_rl.config.schema import OptimizerSection
+from async_rl.config.training import OptimizerSection
 from async_rl.errors import ResourceError, TrainerError
 from async_rl.models.names import Layout
 from async_rl.trainer.parallel import Place, world_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from async_rl.config.schema import LossSection
+from async_rl.config.training import LossSection
 from async_rl.trainer.losses import Tokens
 
 

@@ -1,0 +1,45 @@
+"""The types of settings, and the section that every part of the tree is: strict, frozen, without unknown keys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """Return the integer that YAML reads as a number with a fraction of zero: 1e6 is one to the user."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _possible(path: Path) -> Path:
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ValueError("not a valid file path")
+
+
+PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths, so strings are accepted
+DataFiles = PathName | list[PathName]
+RoutingPolicy = Literal["replace", "preserve", "exact"]
+Dtype = Literal["float32", "bfloat16"]
+FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,31}$")]
+
+
+class Section(BaseModel):
+    """A node of the tree: frozen, without unknown keys or infinities, and strict: "3" and true are not integers."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

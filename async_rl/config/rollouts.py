@@ -1,0 +1,212 @@
+"""The settings of the rollouts: engines, sampling, environments, filters, and how far they run ahead of training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from async_rl.config.fields import (
+    Dtype,
+    FunctionName,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RoutingPolicy,
+    Section,
+)
+
+EngineName = Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")]
+
+
+class PartialRolloutSection(Section):
+    """What happens to generations in flight at a weight sync."""
+
+    mode: Literal["resume", "in_flight", "drain"] = "resume"
+    """What happens to a generation at a weight sync: it is aborted and resumed by prefilling it again (resume), paused
+    and continued on its old KV cache (in_flight), or finished before the sync (drain)."""
+    routing: RoutingPolicy = "replace"
+    """Which routed experts a resumed generation is trained with: those of the resumed call, which covers all earlier
+    tokens (replace); the earlier ones, extended by the resumed call (preserve); or for each segment those of its own
+    call, at the cost of computing prefixes again (exact)."""
+
+
+class AsyncTrainingSection(Section):
+    """How far generation may run ahead of training, and how old tokens may be."""
+
+    staleness_threshold: NonNegativeFloat = 0.5
+    """Admission: groups that may be outstanding beyond those that a version window consumes, as a share of these."""
+    max_staleness: NonNegative = 4
+    """Hard bound: no token older than this many versions contributes a gradient."""
+    on_stale: Literal["mask", "drop"] = "mask"
+    """What to do with tokens over the bound: mask them one by one, or drop the group and issue its prompt again."""
+    trigger_parameter_sync_step: Positive = 1
+    """Training steps per weight sync."""
+    require_batches: Positive = 1
+    """Mini-batches that must be ready before a training step starts; each is one optimizer update."""
+    partial_rollout: PartialRolloutSection = PartialRolloutSection()
+
+
+class EnvironmentSection(Section):
+    """The environment that answers the policy between its turns."""
+
+    function: FunctionName | None = None
+    """The environment as module:function, called as f(prompt: Prompt, turns: tuple[str, ...]) -> str | None when the
+    policy stops: the text that it returns is appended and the policy continues, None ends the response."""
+    max_turns: Annotated[int, Field(ge=2, lt=2**63)] = 8
+    """Turns of the policy in one response, which ends with the last of them."""
+    slow: bool = True
+    """Whether to run an environment that is a plain function in worker processes; false calls it at once, which suits
+    functions of microseconds. Environments that are async def have an event loop of their own."""
+    timeout_s: PositiveFloat = 30.0
+    """Seconds that a call of the environment may take before it is ended; see rollout.environment.on_error for what
+    happens then."""
+    workers: Positive = 32
+    """Worker processes per replica if the environment is a plain function, started as they are needed; further calls
+    wait, which does not count towards their time limit."""
+    retries: NonNegative = 2
+    """Further attempts, after 0.5 s, 1 s, 2 s and so on, when an environment that is slow or async raises an exception,
+    or an async one takes too long."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do when the environment finally raises, times out or returns no text: fail the run, or skip the response
+    if rollout.min_group_size allows, else its group (counted)."""
+
+
+class FilterSection(Section):
+    """Finished groups that are not trained because they would teach nothing; other prompts take their places."""
+
+    zero_variance: bool = False
+    """Whether to filter groups whose rewards are all equal, as DAPO's dynamic sampling does; else they are trained with
+    advantages of zero. As with the other filters, the prompt of a filtered group is done for the epoch, and rewards are
+    taken as the reward functions return them, without the penalty of reward.overlong_tokens."""
+    all_truncated: bool = False
+    """Whether to filter groups of which every response ended at rollout.max_response_tokens."""
+    mean_reward: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Lowest and highest mean reward of a group that is trained, for example [0.05, 0.95]; null for any."""
+    function: FunctionName | None = None
+    """A module:function that decides in addition, called as f(group: FinishedGroup) -> bool, at once, on the worker's
+    event loop; groups for which it returns false are filtered. One that raises is treated like a reward that does
+    (reward.on_error)."""
+    rest_epochs: NonNegative = 0
+    """Epochs after its own in which the row of a filtered group is passed over; 0 to try it again in the next. Where
+    all rows rest, none does."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the last 200 groups to end that may be filtered; above it the run logs a warning, and fails if that
+    lasts for watchdog.abort_s. 1 for any."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any group may be filtered."""
+        return self.zero_variance or self.all_truncated or self.mean_reward is not None or self.function is not None
+
+
+class ReplicaRange(Section):
+    """How many replicas a run has whose hosts come and go."""
+
+    min: Positive
+    """Replicas with which the run starts."""
+    max: Positive
+    """Replicas that the run asks the cluster for."""
+
+
+def _kind_of_replicas(value: Any) -> str:
+    """Return by which of its two types rollout.replicas is judged, so that a fault is reported once."""
+    return "range" if isinstance(value, dict | ReplicaRange) else "number"
+
+
+class RolloutSection(Section):
+    """The rollout engines and how they sample."""
+
+    replicas: Annotated[
+        Annotated[Positive, Tag("number")] | Annotated[ReplicaRange, Tag("range")], Discriminator(_kind_of_replicas)
+    ] = 1
+    """Number of replicas, each a rollout engine with its worker. Or {min: 2, max: 8} where hosts come and go, as with
+    an autoscaler or preemptible hosts: the run starts with min replicas, asks Ray for places for max, and takes in each
+    further replica once it has a host. Those of a host that goes are asked for again. On the command line:
+    --rollout.replicas.min 2 --rollout.replicas.max 8."""
+    engine: EngineName = "vllm"
+    """The engine that samples: vllm, or module:Class of one that has the methods of RolloutEngine."""
+    dtype: Dtype | None = None
+    """Parameter type of the engines; null for the trainer's (model.dtype)."""
+    return_routed_experts: bool = True
+    """Whether the engine of a MoE model returns each token's routed experts; trainer.router_replay R3 needs them."""
+    n: Positive = 8
+    """Responses per prompt, that is, trajectories per group; 1 only with an estimator that needs no group
+    (trainer.loss.advantage reinforce_plus_plus, or a function)."""
+    max_response_tokens: Positive = 1024
+    """Longest response, in tokens over all its segments."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; behaviour log-probs are those of the distribution after it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling's probability mass; only 1 can be trained on, because the trainer's log-probs are of the whole
+    vocabulary."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] = 0
+    """How many of the likeliest tokens may be sampled, 0 or -1 for all; only all can be trained on, as with
+    rollout.top_p."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest probability, as a share of the likeliest token's, that may be sampled; only 0 can be trained on, as with
+    rollout.top_p."""
+    presence_penalty: float = 0.0
+    """What a token's logit loses if the response has it; only 0 can be trained on, because the trainer's log-probs are
+    those of the model."""
+    frequency_penalty: float = 0.0
+    """What a token's logit loses each time that the response has it; only 0 can be trained on, as with
+    rollout.presence_penalty."""
+    repetition_penalty: PositiveFloat = 1.0
+    """What the logit of a token that prompt or response has is divided by; only 1 can be trained on, as with
+    rollout.presence_penalty."""
+    min_tokens: NonNegative = 0
+    """Tokens before which no stop token could be sampled; only 0 can be trained on, because the trainer's log-probs
+    are of the whole vocabulary, stop tokens included."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = Field(default_factory=list)
+    """Strings at which a response, or a turn of it, ends, for example ["</answer>"]. It ends with the token that
+    completes the string, all of which stays in it, and has finish_reason stop. Evaluations end so too. A token for
+    rollout.stop_token_ids takes less time than a string."""
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
+    """Further tokens that end a response, or a turn of it, beside the end-of-sequence tokens of the checkpoint."""
+    max_num_seqs: Positive = 128
+    """Sequences that one engine decodes at once."""
+    max_trajectories: Positive | None = None
+    """Unfinished trajectories that one replica works on; null for rollout.max_num_seqs. Agents that wait for their
+    tools decode nothing: set it higher, so that others take their places in the engine meanwhile."""
+    max_num_batched_tokens: Positive = 4096
+    """Tokens of one engine step, including prefill."""
+    kv_cache_bytes: Positive = 512 * 2**20
+    """Bytes of one engine's KV cache on CPU; on GPUs rollout.gpu_memory_utilization decides."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Share of a GPU's memory that one engine takes."""
+    tensor_parallel_size: Positive = 1
+    """GPUs per engine."""
+    enforce_eager: bool = False
+    """Whether to skip compilation, so that the engine starts sooner and decodes more slowly."""
+    group_timeout_s: PositiveFloat | None = None
+    """Seconds that a group may take; then it is published with the responses that are finished, if they are enough
+    (rollout.min_group_size), or its prompt is issued again."""
+    min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
+    """Responses with which a group may be published: the finished ones after rollout.group_timeout_s, and those left
+    when others have failed or have no reward; null for all n."""
+    max_attempts: Positive = 3
+    """How many groups of one prompt may exceed rollout.group_timeout_s before the prompt is given up."""
+    max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
+    before the run fails; 1 for any."""
+    filter: FilterSection = FilterSection()
+    environment: EnvironmentSection = EnvironmentSection()
+
+    @property
+    def replica_range(self) -> ReplicaRange:
+        """The fewest and the most replicas; equal unless rollout.replicas says otherwise."""
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas
+        return ReplicaRange(min=self.replicas, max=self.replicas)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas come and go with their hosts; see rollout.replicas."""
+        return isinstance(self.replicas, ReplicaRange)
+
+    @property
+    def trajectory_limit(self) -> int:
+        """Unfinished trajectories that one replica works on; see rollout.max_trajectories."""
+        return self.max_trajectories or self.max_num_seqs
