@@ -19,6 +19,7 @@ from async_rl.errors import CheckpointDamaged, CheckpointError, ConfigError, Eng
 from async_rl.metrics.records import SyncRecord, Totals
 from async_rl.metrics.summary import Summary
 from async_rl.runtime import manifest
+from tests.support.step_records import eval_results
 
 
 def test_restarts_are_bounded_within_a_period_and_wait_longer_each_time():
@@ -122,12 +123,12 @@ def test_the_summary_is_restored_from_its_state():
     ]
     for number, sync in enumerate(syncs):
         whole.add_sync(sync)
-        whole.add_eval(number / 10, 8)
+        whole.add_eval(eval_results(number / 10, problems=8))
         (first if number < 3 else second).add_sync(sync)
         if number == 2:
-            first.add_eval(0.0, 8)
+            first.add_eval(eval_results(0.0, problems=8))
             second.restore(msgpack.unpackb(msgpack.packb(first.state()), strict_map_key=False))
-    second.add_eval(0.7, 8)
+    second.add_eval(eval_results(0.7, problems=8))
     totals = Totals(wall_s=1.0, setup_s=1.0)
     assert second.result(totals, "finished") == whole.result(totals, "finished")
 

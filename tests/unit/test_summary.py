@@ -198,7 +198,7 @@ def test_rows_use_the_names_of_the_metrics():
         "response_tokens_max",
     }
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
-    own |= {"trained_tokens_by_resume_position", "eval_version"}
+    own |= {"trained_tokens_by_resume_position", "eval_version", "reward_mean_by_source"}
     assert (row["eval_version"], row["eval_avg"], row["eval_pass_at_k"]) == ({"aime": 7}, {"aime": 0.5}, {"aime": 0.25})
     own |= {f"rollout_logprob_abs_diff_{kind}_by_staleness" for kind in ("mean", "max")}
     assert row["rollout_logprob_abs_diff_max_by_staleness"] == {"0": 2e-6, "2": 0.3}

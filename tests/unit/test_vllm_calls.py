@@ -35,7 +35,7 @@ def engine(monkeypatch):
     subject._running.set()
     subject.ends, subject.waits, sleep = [], [], asyncio.sleep
 
-    async def run(_request_id, _token_ids, params):
+    async def run(_request_id, _token_ids, params, _sampling):
         subject.asked = params
         completion = SimpleNamespace(
             finish_reason=subject.ends.pop(0), token_ids=[3, 4], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]),
