@@ -48,7 +48,7 @@ def test_filtered_groups_are_counted_once_whatever_dies_and_after_a_restore(star
 
 def test_a_run_that_filters_everything_ends_and_says_what_to_set(start_run):
     right = {"reward__function": "tests.support.user_rewards:always_right"}
-    run = start_run(**SETTINGS | right, watchdog__stall_s=5, watchdog__abort_s=5)
+    run = start_run(**SETTINGS | right, watchdog__stall_s=5, watchdog__abort_s=60)  # holds for the start as well
     assert run.wait() == 1, run.output
     run.assert_nothing_left()
     assert run.events("groups_filtered")

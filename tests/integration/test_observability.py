@@ -86,7 +86,18 @@ def with_ray_metrics():
 def watched(recipe, tmp_path_factory, with_ray_metrics):
     """(the run, the URL of the Prometheus that has watched it for a minute); the run goes on."""
     folder = tmp_path_factory.mktemp("watched")
-    settings = {"trainer__steps": 100_000, "checkpoint__every": 10, "eval__every": 5, "trainer__optimizer__lr": 1e-6}
+    settings = {
+        "trainer__steps": 100_000,
+        "checkpoint__every": 10,
+        "eval__every": 5,
+        "trainer__optimizer__lr": 1e-6,
+        # What only such runs have series of.
+        "data__train": "null",
+        "data__sources__letters__path": recipe.parent / "train.jsonl",
+        "eval__sets__letters__path": recipe.parent / "eval.jsonl",
+        "eval__sets__letters__limit": 4,
+        "reward__function": "tests.support.user_rewards:in_parts",
+    }
     run = Run(recipe, folder, **settings)
     try:
         run.wait_for_step(1)

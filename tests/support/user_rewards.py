@@ -16,6 +16,11 @@ def by_chance(prompt: Prompt, response: str) -> float:
     return zlib.crc32(f"{prompt.text} {response}".encode()) / 2**32
 
 
+def in_parts(prompt: Prompt, response: str) -> dict[str, float]:
+    """A reward of which the length is a named part."""
+    return {"score": by_chance(prompt, response), "length": float(len(response))}
+
+
 def ask_twice(prompt: Prompt, turns: tuple[str, ...]) -> str | None:
     """An environment that goes on twice with some letters of the prompt."""
     return prompt.text[:3] if len(turns) < 5 else None
