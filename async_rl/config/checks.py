@@ -235,10 +235,10 @@ def _check_eval(config: RunConfig) -> None:
         raise ValueError("eval.sets.held_out: the name held_out is that of the problems of data.eval; choose another")
     for name, each in config.eval.sets.items():
         key, file = f"eval.sets.{name}", ", ".join(map(str, _as_list(each.path)))
-        if max(each.pass_k or [0]) > each.k:
+        if (largest := max(each.pass_k or [0])) > each.k:
             raise ValueError(
-                f"{key} ({file}): pass_k asks for pass@{max(each.pass_k or [0])}, but k is {each.k}, the responses per "
-                f"problem; set {key}.k to at least {max(each.pass_k or [0])}"
+                f"{key} ({file}): pass_k asks for pass@{largest}, but k is {each.k}, the responses per problem; set "
+                f"{key}.k to at least {largest}"
             )
         if each.temperature == 0 and each.k > 1:
             raise ValueError(

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """Return the integer that YAML reads as a number with a fraction of zero: 1e6 is one to the user."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
-Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0, lt=2**63)]
-NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
+Positive = Annotated[int, BeforeValidator(whole), Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 

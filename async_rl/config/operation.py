@@ -15,7 +15,7 @@ from async_rl.config.fields import (
     Positive,
     PositiveFloat,
     Section,
-    _whole,
+    whole,
 )
 
 
@@ -45,7 +45,7 @@ class QueueSection(Section):
     max_bytes: Positive = 2 * 2**30
     """Payload bytes of queued and leased groups above which workers wait; the groups of one training step are admitted
     whatever their size."""
-    copies: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2)] = 1
+    copies: Annotated[int, BeforeValidator(whole), Field(ge=1, le=2)] = 1
     """Hosts of the cluster that have each finished group: 2 for a copy on a second one, so that the loss of one host
     loses none; the copies take as much memory again, which max_bytes does not count."""
 

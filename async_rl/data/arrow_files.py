@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from async_rl.data.tables import arrow_extra, named, row_of, unpack, values_of
+from async_rl.data.tables import arrow_extra, digest_of, named, row_of, unpack, values_of
 from async_rl.errors import DatasetError
 
 _SPLITS = "dataset_dict.json"
@@ -37,8 +36,7 @@ class ArrowFile:
         self.path = path
         arrow_extra(path, _KIND)
         with named(path, _KIND):
-            with path.open("rb") as file:
-                self.digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+            self.digest = digest_of(path)
             self._stamp = _stamp(path)
             reader, mapped = _open(path)
             self.columns: tuple[str, ...] | None = tuple(reader.schema.names)
@@ -75,9 +73,8 @@ class ArrowFile:
         with named(self.path, _KIND):
             if (stamp := _stamp(self.path)) == self._stamp:
                 return
-            with self.path.open("rb") as file:
-                if file_digest(file, lambda: blake2b(digest_size=16)).hexdigest() != self.digest:
-                    raise DatasetError(f"{self.path} has changed since the run began to read it; put the old file back")
+            if digest_of(self.path) != self.digest:
+                raise DatasetError(f"{self.path} has changed since the run began to read it; put the old file back")
             self._stamp = stamp
 
     def __getstate__(self) -> dict[str, Any]:

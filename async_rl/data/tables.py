@@ -35,16 +35,13 @@ class TableFile:
         self.path = path
         parquet = _parquet(path)
         with named(path, _KIND):
-            with path.open("rb") as file:
-                self.digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+            self.digest = digest_of(path)
             found = parquet.ParquetFile(path)
             self.count: int = found.metadata.num_rows
             self.columns: tuple[str, ...] | None = tuple(found.schema_arrow.names)
         self._unpacked = cache / f"{self.digest}.arrow" if self.count > in_memory else None
         self._table: Any = None
         if self._unpacked is not None and not self._unpacked.exists():
-            with named(path, _KIND):
-                found = parquet.ParquetFile(path)
             batches = found.iter_batches(batch_size=_BATCH, use_threads=False)
             unpack(path, _KIND, self._unpacked, found.schema_arrow, batches)
 
@@ -74,6 +71,12 @@ class TableFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None}
+
+
+def digest_of(path: Path) -> str:
+    """Return a hash of the contents of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def looks_like_parquet(path: Path) -> bool:

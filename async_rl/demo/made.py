@@ -2,7 +2,7 @@
 
 Owns when something is made again: when it is missing, incomplete, or was made by another recipe. A file or folder
 without a record of this module belongs to the user and is left alone. Everything is built next to its place and then
-renamed, so that no reader ever sees a half-written one. Knows no other module.
+renamed, so that no reader ever sees a half-written one. Knows ``config``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from async_rl.config.schema import RunConfig
+
+log = structlog.get_logger(__name__)
+
+Rows = TypeVar("Rows")
 
 Build = Callable[[Path], None]
 """Writes a file or folder at the path that it is given."""
@@ -29,6 +38,29 @@ def recipe_of(sources: Iterable[Path]) -> str:
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
     return digest.hexdigest()
+
+
+def make_inputs(
+    config: RunConfig,
+    recipe: str,
+    *,
+    model: Build,
+    sets: Callable[[], tuple[Rows, Rows]],
+    write: Callable[[Path, Rows], None],
+) -> None:
+    """Make model.path, data.train and data.eval of a config unless they are there. A second call returns at once.
+
+    ``sets`` returns the rows of both files, and is called only for a file that is made. Lists of files are the user's
+    own, and left alone.
+    """
+
+    def rows_of(number: int) -> Build:
+        return lambda path: write(path, sets()[number])
+
+    files = enumerate((config.data.train, config.data.eval))
+    builders = {path: rows_of(number) for number, path in files if isinstance(path, Path)} | {config.model.path: model}
+    for path in make_missing(builders, recipe, lock=config.model.path):
+        log.info("demo_file_written", path=str(path))
 
 
 def make_missing(builders: Mapping[Path, Build], recipe: str, *, lock: Path) -> list[Path]:

@@ -6,17 +6,13 @@ When something is made again, and what is left alone: see ``made``. Knows the ot
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-import structlog
 from safetensors import SafetensorError
 
 from async_rl.config.schema import RunConfig
 from async_rl.demo import checkpoint, made, task
 from async_rl.errors import ModelError
-
-log = structlog.get_logger(__name__)
 
 
 def prepare(config: RunConfig) -> None:
@@ -26,13 +22,7 @@ def prepare(config: RunConfig) -> None:
 
     Raises ModelError when the package's checkpoint is missing or damaged. Nothing is left half-done then.
     """
-    builders: dict[Path, made.Build] = {}
-    for path, rows in zip((config.data.train, config.data.eval), task.train_and_eval(), strict=True):
-        if isinstance(path, Path):
-            builders[path] = functools.partial(task.write_jsonl, rows=rows)
-    builders[config.model.path] = _unpack
-    for path in made.make_missing(builders, _recipe(), lock=config.model.path):
-        log.info("demo_file_written", path=str(path))
+    made.make_inputs(config, _recipe(), model=_unpack, sets=task.train_and_eval, write=task.write_jsonl)
 
 
 def _recipe() -> str:

@@ -70,7 +70,7 @@ def test_the_evaluation_asks_for_things_that_no_training_prompt_asks_for():
         ("apples, apples, Apples!", 1 / 3),
         ("Name three fruits, separated by commas, on one line", 0.0),
         ("apples, the fruits, pears", 2 / 3),
-        ("apples, pears, something that nobody would call one", 2 / 3),
+        ("apples, pears, something that is no fruit at all", 2 / 3),
         ("apples,, pears", 2 / 3),
         ("1. apples\n2. pears\n3. plums", 0.0),
         ("", 0.0),

@@ -5,16 +5,11 @@ When something is made again, and what is left alone: see ``demo.made``. Knows t
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-
-import structlog
 
 from async_rl.config.schema import RunConfig
 from async_rl.demo import made
 from async_rl.demo.chat import lists, smollm, upcycle
-
-log = structlog.get_logger(__name__)
 
 # Two of four experts for a token, each with half of the dense MLP: 214 million parameters, 134 of them for a token.
 EXPERTS, TOP_K = 4, 2
@@ -26,14 +21,8 @@ def prepare(config: RunConfig) -> None:
 
     Raises ModelError when the packages that the model comes from are not installed.
     """
-    builders: dict[Path, made.Build] = {}
-    for path, rows in zip((config.data.train, config.data.eval), lists.train_and_eval(), strict=True):
-        if isinstance(path, Path):
-            builders[path] = functools.partial(lists.write_jsonl, rows=rows)
-    builders[config.model.path] = _make_model
     recipe = made.recipe_of(Path(__file__).parent.glob("*.py"))
-    for path in made.make_missing(builders, recipe, lock=config.model.path):
-        log.info("demo_file_written", path=str(path))
+    made.make_inputs(config, recipe, model=_make_model, sets=lists.train_and_eval, write=lists.write_jsonl)
 
 
 def _make_model(folder: Path) -> None:
