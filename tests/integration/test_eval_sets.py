@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 
 import pytest
 
@@ -30,8 +31,9 @@ def test_each_set_has_one_result_for_each_version_over_a_kill_of_the_run(start_r
     }
     run = start_run(trainer__steps=10_000, **settings)
     run.wait_for_step(3)
-    run.process.kill()
-    run.wait()
+    os.kill(run.driver, 9)
+    assert run.wait() == 137
+    run.assert_nothing_left()
     steps = len(run.rows) + 3
     run = resume_run(trainer__steps=steps, **settings)
     assert run.wait() == 0, run.output
