@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from async_rl.data.arrow_files import looks_like_arrow
 from async_rl.data.dataset import Dataset
 from async_rl.data.tables import looks_like_parquet
 from async_rl.errors import DatasetError
@@ -15,6 +16,8 @@ from async_rl.types import Group, Prompt
 from tests.support.datasets import read_files
 from tests.support.fuzzing import assert_readable, assert_usable, changed_bytes, fuzz
 from tests.unit.test_codec import small_group
+
+TABLES = {"Parquet": looks_like_parquet, "Arrow": looks_like_arrow}
 
 
 def encode_text(text):
@@ -40,8 +43,8 @@ def accounted(folder, content):
     except DatasetError as error:
         message = str(error)
         assert_readable(message)
-        if looks_like_parquet(path):
-            assert "is not a whole Parquet file" in message
+        if kind := next((kind for kind, looks_like in TABLES.items() if looks_like(path)), None):
+            assert f"is not a whole {kind} file" in message
         else:
             assert (f"{len(numbers)} of {len(numbers)} rows are bad" if numbers else "is empty") in message
         with pytest.raises(DatasetError):
@@ -116,8 +119,10 @@ FILES = st.builds(
 @given(st.binary(max_size=300))
 @example(b"")
 @example(b"\r\n\r\r\n")
-@example(b"PAR1")  # Parquet's first bytes, which Hypothesis finds in the code
+@example(b"PAR1")  # the first bytes of Parquet and Arrow files, which Hypothesis finds in the code
 @example(b"PAR1" * 3)
+@example(b"ARROW1")
+@example(b"\xff\xff\xff\xff")
 def test_arbitrary_bytes_are_no_dataset(folder, content):
     assert accounted(folder, content) is None
 
