@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from async_rl.config.inputs import TRAIN
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -28,11 +30,38 @@ def _check_reward(config: RunConfig) -> None:
             f"reward.{key} is set beside reward.functions ({', '.join(reward.functions)}), which stand in its place; "
             f"move it into reward.functions, or remove one of the two"
         )
-    if reward.overlong_tokens > config.rollout.max_response_tokens:
-        raise ValueError(
-            f"reward.overlong_tokens is {reward.overlong_tokens}, more than rollout.max_response_tokens "
-            f"({config.rollout.max_response_tokens}), below which they are counted; set it to less"
-        )
+    for key, limit in _response_limits(config).items():
+        if reward.overlong_tokens > limit:
+            raise ValueError(
+                f"reward.overlong_tokens is {reward.overlong_tokens}, more than {key} ({limit}), below which they are "
+                "counted; set it to less"
+            )
+    _check_reward_names(config)
+
+
+def _check_reward_names(config: RunConfig) -> None:
+    """Raise ValueError where a reward scores what is not there, or nothing scores a source or set."""
+    functions = config.reward.functions
+    sources, sets = list(config.data.sources) or [TRAIN], list(config.eval_sets)
+    for name, each in functions.items():
+        if unknown := [of for of in each.applies_to or () if of not in (*sources, *sets)]:
+            raise ValueError(
+                f"reward.functions.{name}.applies_to has {unknown[0]}, but no source and no evaluation set has this "
+                f"name; it is one of {', '.join(dict.fromkeys((*sources, *sets)))}"
+            )
+    for of in (*sources, *sets) if functions else ():
+        if not any(each.applies_to is None or of in each.applies_to for each in functions.values()):
+            raise ValueError(
+                f"none of reward.functions ({', '.join(functions)}) applies to {of}, so its responses would have no "
+                "reward; add it to applies_to of one of them"
+            )
+
+
+def _response_limits(config: RunConfig) -> dict[str, int]:
+    """Return the limits of responses in training, by the settings that name them."""
+    own = {f"data.sources.{name}.max_response_tokens": each for name, each in config.data.sources.items()}
+    limits = {key: each.max_response_tokens for key, each in own.items() if each.max_response_tokens is not None}
+    return {"rollout.max_response_tokens": config.rollout.max_response_tokens, **limits}
 
 
 def _check_data(config: RunConfig) -> None:
@@ -51,6 +80,13 @@ def _check_data(config: RunConfig) -> None:
             f"data.sources.{unused}.weight is 0, so that none of its prompts would be issued; set it above 0, or "
             f"remove {unused} from data.sources"
         )
+    longest = config.rollout.max_response_tokens
+    for key, limit in _response_limits(config).items():
+        if limit > longest:
+            raise ValueError(
+                f"{key} is {limit}, more than rollout.max_response_tokens ({longest}), by which memory is planned; "
+                "raise that, and set the limits of the other sources"
+            )
     train = {"data.train": data.train} if data.train is not None else {}
     train |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     evals = {"data.eval": data.eval} | {f"eval.sets.{name}.path": each.path for name, each in config.eval.sets.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from async_rl.config.fields import (
     DataFiles,
     Dtype,
+    FunctionName,
     NonNegative,
     NonNegativeFloat,
     PartName,
@@ -50,6 +52,10 @@ class SourceSection(Section):
     """As data.order_by; null for its value."""
     limit: Positive | None = None
     """Use the first so many rows alone; null for all."""
+    max_response_tokens: Positive | None = None
+    """As rollout.max_response_tokens, and at most that; null for its value."""
+    environment: FunctionName | None = None
+    """As rollout.environment.function; null for its value."""
 
 
 class DataSection(Section):
@@ -110,6 +116,10 @@ class WeightedReward(Section):
     """As reward.arguments."""
     slow: bool | None = None
     """As reward.slow; null for its value."""
+    applies_to: Annotated[list[PartName], Field(min_length=1)] | None = None
+    """Sources of data.sources and sets of eval.sets, by name, whose responses it scores; the name of data.train is
+    train, that of data.eval held_out. null for all. On the command line: --reward.functions.right.applies_to
+    '[math, aime]'."""
 
 
 class RewardSection(Section):
@@ -159,8 +169,22 @@ class RewardSection(Section):
     """The reward that a response of rollout.max_response_tokens loses; see reward.overlong_tokens."""
 
 
+TRAIN = "train"
+"""The name of data.train, beside those of data.sources."""
+
 HELD_OUT = "held_out"
 """The name of the set of data.eval, beside those of eval.sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for the responses to the prompts of one source, or to the problems of one evaluation set."""
+
+    name: str
+    """The name of the source or set."""
+    max_response_tokens: int
+    environment: str | None = None
+    """The function of the environment that answers the policy between its turns; None for a single turn."""
 
 
 class EvalSetSection(Section):
@@ -178,6 +202,11 @@ class EvalSetSection(Section):
     """Likeliest tokens to sample from; 0 for all."""
     limit: Positive | None = None
     """Number of problems, the first of the file; null for all."""
+    max_response_tokens: Positive | None = None
+    """As rollout.max_response_tokens, for this set; null for its value. With more than that, each engine keeps room for
+    the longer responses."""
+    environment: FunctionName | None = None
+    """As rollout.environment.function, for this set; null for its value."""
     every: NonNegative | None = None
     """As eval.every, for this set; null for its value."""
     pass_at: float = 1.0

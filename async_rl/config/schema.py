@@ -14,7 +14,17 @@ from pydantic import Field, model_validator
 
 from async_rl.config.checks import check_combinations
 from async_rl.config.fields import Dtype, FunctionName, NonNegative, PathName, Section
-from async_rl.config.inputs import HELD_OUT, DataSection, EvalSection, EvalSetSection, ModelSection, RewardSection
+from async_rl.config.inputs import (
+    HELD_OUT,
+    TRAIN,
+    DataSection,
+    EvalSection,
+    EvalSetSection,
+    ModelSection,
+    RewardSection,
+    SourceSection,
+    Terms,
+)
 from async_rl.config.operation import (
     CheckpointSection,
     ClusterSection,
@@ -70,6 +80,25 @@ class RunConfig(Section):
             return self.eval.sets
         held_out = EvalSetSection(path=self.data.eval, temperature=0.0, limit=self.eval.n)
         return {HELD_OUT: held_out, **self.eval.sets}
+
+    def terms(self, source: str) -> Terms:
+        """Return what holds in training for the prompts of a source of data.sources; "" for data.train."""
+        return self._terms(source or TRAIN, self.data.sources.get(source))
+
+    def eval_terms(self, name: str) -> Terms:
+        """Return what holds for the problems of an evaluation set."""
+        return self._terms(name, self.eval_sets[name])
+
+    def _terms(self, name: str, own: SourceSection | EvalSetSection | None) -> Terms:
+        limit, environment = (None, None) if own is None else (own.max_response_tokens, own.environment)
+        rollout = self.rollout
+        return Terms(name, limit or rollout.max_response_tokens, environment or rollout.environment.function)
+
+    @property
+    def longest_response(self) -> int:
+        """The most tokens of a response that engines have room for, in training or an evaluation."""
+        limits = [self.eval_terms(name).max_response_tokens for name in self.eval_sets]
+        return max([self.rollout.max_response_tokens, *limits])
 
     @property
     def needed_replicas(self) -> int:

@@ -18,6 +18,7 @@ from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
 from async_rl.doctor.placement import counted, filled, listed, misfit, plan_on, processes, too_large
 from async_rl.errors import ConfigError
+from async_rl.rollout.environments.turns import environments_of
 from async_rl.rollout.rewards.named import rewards_of
 
 _DRIVER_ONLY = "data."
@@ -35,11 +36,11 @@ def user_modules(config: RunConfig) -> dict[str, str]:
     """Return the modules of the user that processes of a run import, and for each a setting that names it."""
     settings = {
         "rollout.engine": config.rollout.engine,
-        "rollout.environment.function": config.rollout.environment.function,
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
     }
     named = {reward.setting: reward.module for reward in rewards_of(config.reward)}
+    named |= {key: name.partition(":")[0] for name, key in environments_of(config).items()}
     named |= {key: value.partition(":")[0] for key, value in settings.items() if value is not None and ":" in value}
     return {module: key for key, module in named.items() if not module.startswith("async_rl.")}
 

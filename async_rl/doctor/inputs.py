@@ -25,7 +25,7 @@ from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError,
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.vllm.process import configured_stop_tokens
-from async_rl.rollout.environments.turns import load_environment
+from async_rl.rollout.environments.turns import environments_of, load_environment
 from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward
@@ -84,12 +84,12 @@ def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
         return
     needed = kv_cache_minimum(config, model)
     if config.rollout.kv_cache_bytes < needed:
-        length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        length = config.data.max_prompt_tokens + config.longest_response
         yield Check(
             "rollout.kv_cache_bytes",
             "FAIL",
             f"{config.rollout.kv_cache_bytes} bytes, and one sequence of {length} tokens (data.max_prompt_tokens + "
-            f"rollout.max_response_tokens) takes {needed}",
+            f"the longest max_response_tokens) takes {needed}",
             f"set it to at least {needed}; for rollout.max_num_seqs such sequences at once, to as many times that",
             ConfigError,
         )
@@ -107,7 +107,7 @@ def kv_cache_minimum(config: RunConfig, model: ModelConfig) -> int:
     else:
         block = 16  # with AMX 128, which takes more
         values = latent.key_value_rank + latent.rotary_dim
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    length = config.data.max_prompt_tokens + config.longest_response
     itemsize = 4 if config.engine_dtype == "float32" else 2
     return (math.ceil(length / block) + 1) * block * model.num_layers * values * itemsize
 
@@ -212,9 +212,8 @@ def functions(config: RunConfig) -> Iterator[Check]:
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
-    environment = config.rollout.environment.function
-    if environment is not None:
-        yield _try("rollout.environment.function", environment, lambda: load_environment(environment))
+    for environment, key in environments_of(config).items():
+        yield _try(key, environment, functools.partial(load_environment, environment, key))
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))

@@ -29,7 +29,7 @@ from async_rl.errors import CheckpointError, ConfigError, EngineError
 from async_rl.metrics.evaluation import EvalLine
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.loader import load_engine
-from async_rl.rollout.environments.turns import Environment
+from async_rl.rollout.environments.turns import load_environments
 from async_rl.rollout.evaluation import EvalAnswer, EvalResult, evaluate
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
@@ -140,14 +140,8 @@ def _answers(config: RunConfig, sets: Sequence[EvalSet], encoder: CheckpointEnco
 
 async def answers(config: RunConfig, sets: Sequence[EvalSet], engine: RolloutEngine, tokenizer: Any) -> EvalResult:
     """Start ``engine``, have it answer the problems of all sets, and end it."""
-    environment = config.rollout.environment
-    responses = Responses(
-        config,
-        engine,
-        tokenizer,
-        RewardRunner(config.reward),
-        None if environment.function is None else Environment(environment, tokenizer),
-    )
+    environments = load_environments(config, tokenizer)
+    responses = Responses(config, engine, tokenizer, RewardRunner(config.reward), environments)
     try:
         await engine.start()
         problems = [problem for each in sets for problem in each.problems]

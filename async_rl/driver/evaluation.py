@@ -37,10 +37,10 @@ class EvalSet:
     @classmethod
     def of(cls, config: RunConfig, name: str, prompts: Sequence[Prompt]) -> EvalSet:
         """Make the set ``name`` of ``config.eval_sets`` from its prompts."""
-        settings = config.eval_sets[name]
+        settings, terms = config.eval_sets[name], config.eval_terms(name)
         problems = tuple(
             EvalProblem(
-                name,
+                terms,
                 prompt,
                 settings.k,
                 sampling(settings),

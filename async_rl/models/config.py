@@ -168,13 +168,21 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             "remove it"
         )
     _check_layout(config, model)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.data.max_prompt_tokens + config.longest_response
     if longest > model.max_position_embeddings:
         raise ModelError(
-            f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) + rollout.max_response_tokens "
-            f"({config.rollout.max_response_tokens}) is {longest}, above the {model.max_position_embeddings} "
+            f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) + {_longest_key(config)} "
+            f"({config.longest_response}) is {longest}, above the {model.max_position_embeddings} "
             f"positions of {config.model.path} (max_position_embeddings); lower one of them"
         )
+
+
+def _longest_key(config: RunConfig) -> str:
+    """Return the setting with the longest limit of responses."""
+    if config.longest_response == config.rollout.max_response_tokens:
+        return "rollout.max_response_tokens"
+    limits = {name: each.max_response_tokens or 0 for name, each in config.eval.sets.items()}
+    return f"eval.sets.{max(limits, key=limits.__getitem__)}.max_response_tokens"
 
 
 def _check_layout(config: RunConfig, model: ModelConfig) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from async_rl.metrics.timeline import Timeline
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
 from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, ScoresOnResume, WeightUpdate
-from async_rl.rollout.environments.turns import Environment
+from async_rl.rollout.environments.turns import Environment, load_environments
 from async_rl.rollout.evaluation import EvalProblem, EvalResult, evaluate
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.moments import Moment, SavedGroup, Source, load
@@ -67,14 +68,14 @@ class RolloutReplica:
         engine: RolloutEngine,
         tokenizer: Any,
         rewards: RewardRunner,
-        environment: Environment | None = None,
+        environments: Mapping[str, Environment] = MappingProxyType({}),
         timeline: Timeline | None = None,
     ) -> None:
         self._config = config
         self._replica = replica
         self._engine = engine
         self._gate = Gate()
-        self._responses = Responses(config, engine, tokenizer, rewards, environment)
+        self._responses = Responses(config, engine, tokenizer, rewards, environments)
         self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline)
         self._timeline = timeline
         self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
@@ -283,16 +284,13 @@ class RolloutActor(RolloutReplica):
         mark_semaphores(name)  # those of vLLM
         tokenizer = load_tokenizer(config)
         engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores, config.resources))
-        multi_turn = config.rollout.environment.function is not None
-        environment = Environment(config.rollout.environment, tokenizer) if multi_turn else None
+        environments = load_environments(config, tokenizer)
         self._outbox = Outbox(queue, open_groups(config, name))
         timeline = Timeline(config.run_dir, name, config.metrics.timeline_bytes)
         rewards = RewardRunner(config.reward)
         self._rewards = rewards
-        self._user_code: dict[str, RewardRunner | Environment] = {"reward": rewards}
-        if environment is not None:
-            self._user_code["environment"] = environment
-        super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environment, timeline)
+        self._environments = environments.values()
+        super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environments, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
         self._fetched_weights: HostWeights | None = None
@@ -383,8 +381,9 @@ class RolloutActor(RolloutReplica):
         self._metrics.count_to("rollout_paused_seconds_total", stats.paused_s)
         self._metrics.count_to("groups_cut_total", stats.cut_groups)
         self._metrics.count_to("reward_retries_total", self._rewards.retries)
-        for function, user_code in self._user_code.items():
-            self._metrics.count_to("user_calls_killed_total", user_code.killed, function=function)
+        killed = {"reward": self._rewards.killed, "environment": sum(each.killed for each in self._environments)}
+        for function, calls in killed.items():
+            self._metrics.count_to("user_calls_killed_total", calls, function=function)
         return stats
 
     async def shutdown(self) -> None:

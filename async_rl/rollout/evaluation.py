@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from async_rl.config.inputs import Terms
 from async_rl.errors import EngineError, RewardError
 from async_rl.metrics.evaluation import Answered
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
@@ -28,7 +29,8 @@ class _Aborted(EngineError):
 class EvalProblem:
     """A problem of a set, and how it is answered."""
 
-    set: str
+    terms: Terms
+    """Those of its set."""
     prompt: Prompt
     k: int = 1
     """Number of responses."""
@@ -37,6 +39,11 @@ class EvalProblem:
     """Where the problem is from; None if its row does not say."""
     shown: bool = False
     """Whether the first response is returned, to be read by the user."""
+
+    @property
+    def set(self) -> str:
+        """The name of its set."""
+        return self.terms.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +107,9 @@ async def _answer(
 
     async def respond(number: int) -> ScoredResponse:
         async with places:
-            start = responses.begin(f"eval/{prompt.prompt_id}/{number}", prompt)
-            response = await responses.complete(start, prompt, call)
-        score = await responses.eval_score(prompt, response)
+            start = responses.begin(f"eval/{prompt.prompt_id}/{number}", prompt, problem.terms)
+            response = await responses.complete(start, prompt, call, terms=problem.terms)
+        score = await responses.eval_score(prompt, response, problem.terms)
         assert response.finish_reason is not None
         # Without what else the response has: its routed experts are a hundred times as large.
         return ScoredResponse(response.response_ids, score.reward, response.finish_reason)

@@ -7,7 +7,7 @@ most of the bytes, travel unless the next call returns all of them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.types import Trajectory
+from async_rl.types import Trajectory, source_of
 
 SCHEMA_VERSION = 1
 IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
@@ -96,12 +96,19 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
 
 
 def decode(
-    buffer: Buffer, *, n: int, max_response_tokens: int, stop_token_ids: frozenset[int], routing_policy: RoutingPolicy
+    buffer: Buffer,
+    *,
+    n: int,
+    response_limit: Callable[[str], int],
+    stop_token_ids: frozenset[int],
+    routing_policy: RoutingPolicy,
 ) -> InFlight:
     """Return the group of a message, to be resumed under these settings. Its arrays are copies.
 
+    response_limit: returns the most tokens of a response to a prompt of this source.
+
     Raises WireError for anything but such a message, and for a group that does not fit the settings: with other than
-    ``n`` responses, with one longer than ``max_response_tokens``, or kept under another ``routing_policy``.
+    ``n`` responses, with one longer than its limit, or kept under another ``routing_policy``.
     """
     table, views = unpack(IN_FLIGHT, buffer)
 
@@ -130,7 +137,7 @@ def decode(
         partial = PartialRollout(
             trajectory_id=get(entry, "trajectory_id", str),
             prompt_ids=prompt.token_ids,
-            max_response_tokens=max_response_tokens,
+            max_response_tokens=response_limit(source_of(prompt.prompt_id)),
             stop_token_ids=stop_token_ids,
             routing_spec=routing_spec(entry.get("routing")),
             routing_policy=routing_policy,

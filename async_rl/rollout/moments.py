@@ -90,7 +90,7 @@ def load(config: RunConfig, stop_token_ids: frozenset[int], sources: Iterable[So
                 in_flight.decode(
                     source.read_bytes() if isinstance(source, Path) else source,
                     n=config.rollout.n,
-                    max_response_tokens=config.rollout.max_response_tokens,
+                    response_limit=lambda source: config.terms(source).max_response_tokens,
                     stop_token_ids=stop_token_ids,
                     routing_policy=config.async_training.partial_rollout.routing,
                 )

@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from async_rl.config.functions import load_function
+from async_rl.config.inputs import Terms
 from async_rl.config.rollouts import FilterSection
 from async_rl.config.schema import RunConfig
 from async_rl.errors import (
@@ -33,7 +34,7 @@ from async_rl.rollout.rewards.score import Score
 from async_rl.rollout.rewards.scoring import Scoring
 from async_rl.rollout.stop_strings import decoder
 from async_rl.rollout.stops import Stops
-from async_rl.types import Int32Array, Prompt, Trajectory
+from async_rl.types import Int32Array, Prompt, Trajectory, source_of
 
 log = structlog.get_logger(__name__)
 
@@ -69,13 +70,14 @@ class Responses:
         engine: RolloutEngine,
         tokenizer: Any,
         rewards: RewardRunner,
-        environment: Environment | None,
+        environments: Mapping[str, Environment],
     ) -> None:
+        """``environments`` are those that settings name, by their functions."""
         self._config = config
         self._engine = engine
         self._rewards = rewards
         self._scoring = Scoring(config, tokenizer, rewards)
-        self._environment = environment
+        self._environments = environments
         self._filter = load_filter(config.rollout.filter)
         self.stop_token_ids = engine.stop_token_ids | set(config.rollout.stop_token_ids)
         """The tokens that end a response."""
@@ -86,12 +88,15 @@ class Responses:
         """Whether responses are scored together, once all of their group have ended, by ``score_group``."""
         return self._rewards.whole_groups
 
-    def begin(self, name: str, prompt: Prompt) -> PartialRollout:
-        """Begin the response to a prompt; ``name`` becomes its trajectory id."""
+    def begin(self, name: str, prompt: Prompt, terms: Terms | None = None) -> PartialRollout:
+        """Begin the response to a prompt; ``name`` becomes its trajectory id.
+
+        Here and below, ``terms`` are those of an evaluation; None for those of training.
+        """
         return PartialRollout.begin(
             name,
             prompt.token_ids,
-            max_response_tokens=self._config.rollout.max_response_tokens,
+            max_response_tokens=(terms or self._terms(prompt)).max_response_tokens,
             eos_token_id=self.stop_token_ids,
             routing_spec=self._engine.routing_spec,
             routing_policy=self._config.async_training.partial_rollout.routing,
@@ -106,16 +111,23 @@ class Responses:
         return partial.absorb(self._stops.cut(partial, output))
 
     async def complete(
-        self, partial: PartialRollout, prompt: Prompt, call: Call, keep: Keep = lambda _: None
+        self,
+        partial: PartialRollout,
+        prompt: Prompt,
+        call: Call,
+        keep: Keep = lambda _: None,
+        terms: Terms | None = None,
     ) -> PartialRollout:
         """Complete ``partial`` and return it. ``keep`` is called with each state. Raises EnvironmentFailure."""
+        function = (terms or self._terms(prompt)).environment
+        environment = None if function is None else self._environments[function]
         calls = itertools.count()
         texts: list[str] = []  # of the turns so far, as the environment gets them
         while True:
             while not partial.finished:
                 partial = await call(partial, f"{partial.trajectory_id}/{next(calls)}")
                 keep(partial)
-            answer = await self._answer(prompt, partial, texts)
+            answer = None if environment is None else await self._answer(environment, prompt, partial, texts)
             if answer is None:
                 return partial
             partial = partial.append_turn(answer)
@@ -130,9 +142,9 @@ class Responses:
         assert response is not None
         return await self._scoring.in_training(group.ticket.prompt, response)
 
-    async def eval_score(self, prompt: Prompt, response: PartialRollout) -> Score:
+    async def eval_score(self, prompt: Prompt, response: PartialRollout, terms: Terms) -> Score:
         """Return the score of a response in an evaluation. Raises as ``score``."""
-        return await self._scoring.in_evaluation(prompt, response)
+        return await self._scoring.in_evaluation(prompt, response, terms)
 
     async def score_group(self, group: InFlight, indices: Sequence[int]) -> list[int]:
         """Score these finished responses of a group together. Returns the indices of those that have a score then.
@@ -182,15 +194,20 @@ class Responses:
     def close(self) -> None:
         """Stop calling the user's functions."""
         self._rewards.close()
-        if self._environment is not None:
-            self._environment.close()
+        for environment in self._environments.values():
+            environment.close()
 
-    async def _answer(self, prompt: Prompt, partial: PartialRollout, texts: list[str]) -> Int32Array | None:
+    def _terms(self, prompt: Prompt) -> Terms:
+        return self._config.terms(source_of(prompt.prompt_id))
+
+    async def _answer(
+        self, environment: Environment, prompt: Prompt, partial: PartialRollout, texts: list[str]
+    ) -> Int32Array | None:
         """Return the environment's turn after a turn of the policy; None when the response ends with that."""
-        if self._environment is None or partial.finish_reason != "stop":
+        if partial.finish_reason != "stop":
             return None
         turns = partial.turns
         policy_turns = len(turns) // 2 + 1
         if policy_turns == self._config.rollout.environment.max_turns:
             return None
-        return await self._environment.answer(prompt, turns, texts)
+        return await environment.answer(prompt, turns, texts)

@@ -26,7 +26,7 @@ from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm.process import stop_token_ids
 from async_rl.rollout.gate import Outstanding
-from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
+from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec, source_of
 
 Length = int | Sequence[int] | Callable[[str], int]
 
@@ -111,6 +111,7 @@ class ScriptedEngine:
         self.dead = False
         self.hangs = False
         self.sampled = 0  # tokens, of all calls
+        self._eval_limits: dict[str, int] = {}  # of responses
         self.requests: list[tuple[str, int, int]] = []  # request id, tokens sent, tokens that may be sampled
 
     @property
@@ -143,8 +144,9 @@ class ScriptedEngine:
 
     async def _sample(self, request_id: str, token_ids: Int32Array, max_tokens: int, first_row: int) -> EngineOutput:
         # The worker asks for what is left of a response, so that says how much of it there is.
-        done = self._config.rollout.max_response_tokens - max_tokens
-        last = self.last_position(request_id.rpartition("/")[0], token_ids[len(token_ids) - done :])
+        trajectory_id = request_id.rpartition("/")[0]
+        done = self._limit(trajectory_id, max_tokens) - max_tokens
+        last = self.last_position(trajectory_id, token_ids[len(token_ids) - done :])
         left = min(max_tokens, max(1, last + 1 - done))
         turns: list[tuple[int, int]] = []  # tokens, version
         aborted = await self._fails()
@@ -169,6 +171,12 @@ class ScriptedEngine:
                 routed_experts=self._rows(len(token_ids), versions, first_row) if len(versions) else None,
                 finish_reason="abort" if aborted else "stop" if stopped else "length",
             )
+
+    def _limit(self, trajectory_id: str, max_tokens: int) -> int:
+        """Return the most tokens of a response; of an evaluation's, which begin here, those of its first call."""
+        if trajectory_id.startswith("eval/"):
+            return self._eval_limits.setdefault(trajectory_id, max_tokens)
+        return self._config.terms(source_of(trajectory_id.rpartition("/")[0])).max_response_tokens
 
     def _tokens(self, done: int, count: int, *, stopped: bool) -> Int32Array:
         sampled = self._ordinary[np.arange(done, done + count) % len(self._ordinary)].astype(np.int32)

@@ -16,7 +16,9 @@ ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=4)
 LAYOUT = Layout(ROUTING, frozenset({EOS}), vocab_size=10_000)
 
 
-def scripted(length: int = 12, kind: type[ScriptedEngine] = ScriptedEngine, max_response_tokens: int = 40):
+def scripted(
+    length: int = 12, kind: type[ScriptedEngine] = ScriptedEngine, max_response_tokens: int = 40, sources=None
+):
     """An engine that samples one token per turn of the event loop: 1, 2, 3, ... and EOS as the last of ``length``.
 
     The log-prob of a token names the version that sampled it, as the routing does.
@@ -24,7 +26,7 @@ def scripted(length: int = 12, kind: type[ScriptedEngine] = ScriptedEngine, max_
     config = validate(
         {
             "model": {"path": "model"},
-            "data": {"train": "train.jsonl"},
+            "data": {"sources": sources} if sources else {"train": "train.jsonl"},
             "rollout": {"max_response_tokens": max_response_tokens},
         }
     )
@@ -74,7 +76,7 @@ class Digits:
     needs = frozenset()
     whole_groups = False
 
-    async def score(self, prompt, response):
+    async def score(self, prompt, response, source="train"):
         if self.error is not None:
             raise self.error
         return Score(float(len(response.text.split())))
@@ -91,8 +93,13 @@ def worker(engine, queue, mode="resume", environment=None, digits=None, **settin
         "async_training": {"partial_rollout": {"mode": mode}},
         **settings,
     }
+    environments = {}
+    if environment is not None:
+        environments["tests:environment"] = environment
+        named = {**tree["rollout"].get("environment", {}), "function": "tests:environment"}
+        tree["rollout"] = {**tree["rollout"], "environment": named}
     digits = digits or Digits()
-    return RolloutReplica(validate(tree), 0, queue, engine, digits, digits, environment), digits
+    return RolloutReplica(validate(tree), 0, queue, engine, digits, digits, environments), digits
 
 
 async def snapshot(replica):

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from async_rl.config.inputs import Terms
 from async_rl.errors import EngineDied, EngineError, RewardError
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.evaluation import EvalProblem
@@ -13,7 +14,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import ListQueue, sampled, scripted, worker
 
 PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) for n in range(3)]
-PROBLEMS = [EvalProblem("held_out", prompt) for prompt in PROMPTS]
+PROBLEMS = [EvalProblem(Terms("held_out", 40), prompt) for prompt in PROMPTS]
 
 
 class Uneven(ScriptedEngine):
@@ -36,7 +37,7 @@ def evaluator(engine, failing=(), on_error="skip"):
     subject, digits = worker(engine, ListQueue(0), reward={"on_error": on_error})
     count = digits.score
 
-    async def score(prompt, response):
+    async def score(prompt, response, source):
         if prompt.row in failing:
             raise RewardError(f"reward f: prompt {prompt.prompt_id}: returned nan")
         return await count(prompt, response)
@@ -58,7 +59,9 @@ async def test_the_mean_over_the_problems_at_the_version_of_the_weights():
 
 async def test_k_responses_to_each_problem_sampled_as_its_set_says():
     engine, sampling = scripted(kind=Uneven), Sampling(0.6, 0.9, top_k=20)
-    problems = [EvalProblem("aime", prompt, 3, sampling, "2024", shown=prompt.row == 1) for prompt in PROMPTS[:2]]
+    problems = [
+        EvalProblem(Terms("aime", 40), prompt, 3, sampling, "2024", shown=prompt.row == 1) for prompt in PROMPTS[:2]
+    ]
     result = await evaluator(engine).evaluate([*problems, PROBLEMS[2]])
     assert [len(answer.scored.rewards) for answer in result.answers] == [3, 3, 1]
     assert [answer.set for answer in result.answers] == ["aime", "aime", "held_out"]
@@ -82,7 +85,7 @@ async def test_responses_that_end_at_the_limit_are_counted_and_no_more_are_under
                 self.under_way -= 1
 
     engine = scripted(length=50, kind=Counts)
-    result = await evaluator(engine).evaluate([EvalProblem("aime", prompt, 4) for prompt in PROMPTS])
+    result = await evaluator(engine).evaluate([EvalProblem(Terms("aime", 40), prompt, 4) for prompt in PROMPTS])
     assert [answer.scored.truncated for answer in result.answers] == [4, 4, 4]
     assert engine.most == 4, "rollout.max_num_seqs"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from async_rl.config.inputs import EvalSection
+from async_rl.config.inputs import EvalSection, Terms
 from async_rl.driver.evaluation import EvalSet, Evaluator
 from async_rl.errors import ReplicaFailed, RewardError
 from async_rl.metrics.evaluation import Answered, EvalRules
@@ -16,7 +16,7 @@ PROMPTS = ["a", "b", "c", "d", "e"]
 
 
 def eval_set(name="held_out", names=PROMPTS, every=2, k=1):
-    problems = tuple(EvalProblem(name, SimpleNamespace(prompt_id=each), k) for each in names)
+    problems = tuple(EvalProblem(Terms(name, 40), SimpleNamespace(prompt_id=each), k) for each in names)
     return EvalSet(name, problems, EvalRules(k, (k,), 1.0), every)
 
 

@@ -100,7 +100,7 @@ class Right(Digits):
     def __init__(self, by_row):
         self.by_row = {row: list(rewards) for row, rewards in by_row.items()}
 
-    async def score(self, prompt, response):
+    async def score(self, prompt, response, source):
         return Score(float(self.by_row[prompt.row].pop()))
 
 

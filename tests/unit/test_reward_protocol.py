@@ -123,7 +123,7 @@ async def test_named_parts_reach_the_group_of_a_replica_and_its_prepared_respons
         needs = frozenset({"turns", "completion_ids"})
         seen = ()
 
-        async def score(self, prompt, response):
+        async def score(self, prompt, response, source):
             self.seen += (response,)
             return Score(1.0, {"tokens": float(response.tokens)})
 

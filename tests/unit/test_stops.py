@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from async_rl.config.inputs import Terms
 from async_rl.rollout.engine.interface import EngineOutput, Sampling
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.evaluation import EvalProblem
@@ -128,5 +129,5 @@ async def test_stop_tokens_of_the_settings_end_responses_and_evaluations_of_an_e
     subject, _ = worker(engine, queue, rollout=rollout)
     await subject.run()
     assert [t.response_ids.tolist() for t in queue.groups[0].trajectories] == [[1, 2, 3, 4, 5, 6, 7]] * 2
-    result = await subject.evaluate([EvalProblem("held_out", Prompt("eval-1", 1, "abc", PROMPT))])
+    result = await subject.evaluate([EvalProblem(Terms("held_out", 40), Prompt("eval-1", 1, "abc", PROMPT))])
     assert [answer.scored.tokens for answer in result.answers] == [(7,)]

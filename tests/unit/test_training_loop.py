@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from async_rl.config.inputs import EvalSection
+from async_rl.config.inputs import EvalSection, Terms
 from async_rl.driver.evaluation import EvalSet, Evaluator
 from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.push import Pusher
@@ -68,7 +68,7 @@ def make_loop(evaluated, *, steps, every, beside=True, found=None, version=0, ev
     loop._trainers = SimpleNamespace(export=nothing)
     loop._start, loop._train, loop._shut_down = nothing, train, nothing
     parts = {"sync": loop._sync, "replicas": loop._replicas, "monitor": loop._monitor, "recorder": recorder}
-    problems = (EvalProblem("held_out", SimpleNamespace(prompt_id="a")),)
+    problems = (EvalProblem(Terms("held_out", 40), SimpleNamespace(prompt_id="a")),)
     loop._evaluator = Evaluator(config, [EvalSet("held_out", problems, EvalRules(1, (1,), 1.0), every)], **parts)
     loop._pusher = Pusher(
         version, version, queue=loop._queue, evaluator=loop._evaluator, checkpointer=loop._checkpointer, **parts

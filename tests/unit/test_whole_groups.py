@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from async_rl.config.inputs import RewardSection
+from async_rl.config.inputs import RewardSection, Terms
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout import in_flight
 from async_rl.rollout.evaluation import EvalProblem
@@ -22,7 +22,7 @@ class Ranks(Digits):
     def __init__(self, missing=(), error=None):
         self.missing, self.error, self.asked = missing, error, []
 
-    async def score_group(self, prompt, responses):
+    async def score_group(self, prompt, responses, source):
         self.asked.append([response.tokens for response in responses])
         if self.error is not None:
             return [self.error] * len(responses)
@@ -87,7 +87,7 @@ async def test_late_responses_are_left_out_of_what_is_scored(missing, published)
 
 async def test_a_group_in_flight_whose_responses_have_ended_is_scored_by_the_worker_that_adopts_it():
     class Never(Ranks):
-        async def score_group(self, prompt, responses):
+        async def score_group(self, prompt, responses, source):
             await asyncio.sleep(600)
 
     engine = scripted(length=5)
@@ -113,15 +113,15 @@ async def test_a_group_in_flight_whose_responses_have_ended_is_scored_by_the_wor
 @pytest.mark.parametrize(("tokens", "penalty"), [(1, 0.0), (30, 0.0), (35, -0.25), (40, -0.5)])
 def test_the_soft_overlong_punishment_is_that_of_dapo(tokens, penalty):
     """arXiv:2503.14476, equation 13: 0, then (L_max - L_cache - |y|) / L_cache, then -1; times the penalty."""
-    overlong = Overlong(RewardSection(overlong_tokens=10, overlong_penalty=0.5), 40)
-    score = overlong.shape(FinishedResponse("a", tokens=tokens), Score(1.0, {"right": 1.0}))
+    overlong = Overlong(RewardSection(overlong_tokens=10, overlong_penalty=0.5))
+    score = overlong.shape(FinishedResponse("a", tokens=tokens), Score(1.0, {"right": 1.0}), 40)
     assert score == Score(1.0 + penalty, {"right": 1.0, "overlong": penalty}, raw=1.0)
     assert score.unshaped == 1.0
 
 
 def test_without_a_setting_nothing_is_shaped_or_left_out():
-    overlong, cut = Overlong(RewardSection(), 40), FinishedResponse("a", "length", tokens=40)
-    assert overlong.shape(cut, Score(1.0)) == Score(1.0)
+    overlong, cut = Overlong(RewardSection()), FinishedResponse("a", "length", tokens=40)
+    assert overlong.shape(cut, Score(1.0), 40) == Score(1.0)
     assert not overlong.leaves_out(cut)
 
 
@@ -129,7 +129,7 @@ async def test_a_response_that_is_cut_off_may_be_left_out_of_training_without_a_
     class Counts(Digits):
         calls = 0
 
-        async def score(self, prompt, response):
+        async def score(self, prompt, response, source="train"):
             self.calls += 1
             return await super().score(prompt, response)
 
@@ -141,7 +141,7 @@ async def test_a_response_that_is_cut_off_may_be_left_out_of_training_without_a_
     assert (counts.calls, queue.groups) == (0, [])
     assert queue.failed == [("0-0.0", "reward")]
     prompts = [(await ListQueue(1).take("w", 1))[0].prompt]
-    (answer,) = (await subject.evaluate([EvalProblem("held_out", prompts[0])])).answers
+    (answer,) = (await subject.evaluate([EvalProblem(Terms("held_out", 4), prompts[0])])).answers
     assert answer.scored.rewards == (4.0,)
 
 

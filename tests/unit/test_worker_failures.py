@@ -69,7 +69,7 @@ class SomeFail(Digits):
     def __init__(self, failures):
         self.failures = list(failures)
 
-    async def score(self, prompt, response):
+    async def score(self, prompt, response, source="train"):
         if self.failures:
             raise self.failures.pop()
         return await super().score(prompt, response)

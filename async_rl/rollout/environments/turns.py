@@ -13,6 +13,7 @@ import numpy as np
 
 from async_rl.config.functions import load_function
 from async_rl.config.rollouts import EnvironmentSection
+from async_rl.config.schema import RunConfig
 from async_rl.errors import EnvironmentFailure
 from async_rl.rollout.user_call import FunctionSpec
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
@@ -22,21 +23,45 @@ from async_rl.types import Int32Array, Prompt
 ARGUMENTS = ("prompt", "turns")
 
 
-def load_environment(name: str) -> Callable[..., Any]:
-    """Import the function that ``rollout.environment.function`` names. Raises EnvironmentFailure."""
-    return load_function("rollout.environment.function", name, ARGUMENTS, EnvironmentFailure)
+_SETTING = "rollout.environment.function"
+
+
+def environments_of(config: RunConfig) -> dict[str, str]:
+    """Return the functions that settings name as environments, each with the first setting that does."""
+    own = {f"data.sources.{name}.environment": each.environment for name, each in config.data.sources.items()}
+    own |= {f"eval.sets.{name}.environment": each.environment for name, each in config.eval.sets.items()}
+    found: dict[str, str] = {}
+    for setting, function in {_SETTING: config.rollout.environment.function, **own}.items():
+        if function is not None:
+            found.setdefault(function, setting)
+    return found
+
+
+def load_environments(config: RunConfig, tokenizer: Any) -> dict[str, Environment]:
+    """Return the environments of a run by their functions. Raises EnvironmentFailure."""
+    limits = config.rollout.environment
+    return {
+        function: Environment(limits.model_copy(update={"function": function}), tokenizer, setting)
+        for function, setting in environments_of(config).items()
+    }
+
+
+def load_environment(name: str, setting: str = _SETTING) -> Callable[..., Any]:
+    """Import the function that ``setting`` names as an environment. Raises EnvironmentFailure."""
+    return load_function(setting, name, ARGUMENTS, EnvironmentFailure)
 
 
 class Environment:
-    """Calls ``rollout.environment.function`` for what follows a turn."""
+    """Calls the function that ``setting`` names for what follows a turn."""
 
-    def __init__(self, settings: EnvironmentSection, tokenizer: Any) -> None:
+    def __init__(self, settings: EnvironmentSection, tokenizer: Any, setting: str = _SETTING) -> None:
         assert settings.function is not None
         self._settings = settings
+        self._setting = setting
         self._tokenizer = tokenizer
         self._call = UserFunction(
-            load_environment(settings.function),
-            FunctionSpec("rollout.environment.function", settings.function, ARGUMENTS, text_or_none),
+            load_environment(settings.function, setting),
+            FunctionSpec(setting, settings.function, ARGUMENTS, text_or_none),
             "rollout.environment",
             slow=settings.slow,
             timeout_s=settings.timeout_s,
@@ -75,4 +100,4 @@ class Environment:
 
     def _failure(self, prompt: Prompt, what: str) -> EnvironmentFailure:
         where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
-        return EnvironmentFailure(f"rollout.environment.function {self._settings.function}, {where}: {what}")
+        return EnvironmentFailure(f"{self._setting} {self._settings.function}, {where}: {what}")

@@ -21,6 +21,8 @@ class NamedReward:
     """Arguments by name that the settings give."""
     slow: bool | None = None
     """Whether it runs in worker processes; None for what reward.slow says."""
+    applies_to: frozenset[str] | None = None
+    """The names of the sources and evaluation sets whose responses it scores; None for all."""
 
     @property
     def form(self) -> str:
@@ -38,6 +40,12 @@ def rewards_of(settings: RewardSection) -> list[NamedReward]:
     if not settings.functions:
         return [NamedReward("reward.function", settings.function, settings.arguments)]
     return [
-        NamedReward(f"reward.functions.{name}", each.function, each.arguments, each.slow)
+        NamedReward(
+            f"reward.functions.{name}",
+            each.function,
+            each.arguments,
+            each.slow,
+            None if each.applies_to is None else frozenset(each.applies_to),
+        )
         for name, each in settings.functions.items()
     ]

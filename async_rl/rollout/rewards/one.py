@@ -58,6 +58,10 @@ class OneReward:
         """Calls so far that were killed at reward.timeout_s."""
         return self._call.killed
 
+    def applies_to(self, name: str) -> bool:
+        """Return whether it scores responses of this source or evaluation set."""
+        return self._named.applies_to is None or name in self._named.applies_to
+
     def where(self, prompt: Prompt) -> str:
         """Return the beginning of a message about the reward of one prompt."""
         return f"{self._named.setting} {self._named.function}, {at(prompt)}"

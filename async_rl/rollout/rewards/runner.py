@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from async_rl.config.inputs import RewardSection
+from async_rl.config.inputs import TRAIN, RewardSection
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.rewards.code import limit_sandboxes
 from async_rl.rollout.rewards.named import rewards_of
@@ -47,28 +47,38 @@ class RewardRunner:
         for reward in self._rewards:
             reward.close()
 
-    async def score(self, prompt: Prompt, response: FinishedResponse) -> Score:
+    async def score(self, prompt: Prompt, response: FinishedResponse, source: str = TRAIN) -> Score:
         """Return the score of one response: the weighted sum of the rewards that apply.
 
-        Raises RewardError, naming function, row and what it did, when one fails, and RewardNotApplicable when each
-        returned None.
+        ``source`` is the name of the prompt's source or evaluation set. Raises RewardError, naming function, row and
+        what it did, when a reward fails, and RewardNotApplicable when none applies.
         """
         if len(self._rewards) == 1:
-            return self._sum(prompt, [await self._rewards[0].score(prompt, response)])
-        found = await _all(_or_error(each.score(prompt, response)) for each in self._rewards)
+            return self._sum(prompt, [await self._of_response(self._rewards[0], prompt, response, source)])
+        found = await _all(_or_error(self._of_response(each, prompt, response, source)) for each in self._rewards)
         return _raised(self._combined(prompt, found))
 
-    async def score_group(self, prompt: Prompt, responses: Sequence[FinishedResponse]) -> list[Score | RewardError]:
+    async def score_group(
+        self, prompt: Prompt, responses: Sequence[FinishedResponse], source: str = TRAIN
+    ) -> list[Score | RewardError]:
         """Return for each response of a group its score as ``score`` does, or the error that it would raise."""
-        by_reward = await _all(self._of_group(each, prompt, responses) for each in self._rewards)
+        by_reward = await _all(self._of_group(each, prompt, responses, source) for each in self._rewards)
         return [self._combined(prompt, found) for found in zip(*by_reward, strict=True)]
 
+    async def _of_response(
+        self, reward: OneReward, prompt: Prompt, response: FinishedResponse, source: str
+    ) -> Score | None:
+        """Return what one reward says of a response; None if it does not apply."""
+        return await reward.score(prompt, response) if reward.applies_to(source) else None
+
     async def _of_group(
-        self, reward: OneReward, prompt: Prompt, responses: Sequence[FinishedResponse]
+        self, reward: OneReward, prompt: Prompt, responses: Sequence[FinishedResponse], source: str
     ) -> Sequence[Score | RewardError | None]:
         """Return what one reward says of each response of a group, or why it says nothing."""
         if not reward.whole_groups:
-            return await _all(_or_error(reward.score(prompt, each)) for each in responses)
+            return await _all(_or_error(self._of_response(reward, prompt, each, source)) for each in responses)
+        if not reward.applies_to(source):
+            return [None] * len(responses)
         found = await _or_error(reward.score_group(prompt, responses))
         return [found] * len(responses) if isinstance(found, RewardError) else found
 

@@ -5,47 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from async_rl.config.inputs import Terms
 from async_rl.config.schema import RunConfig
 from async_rl.errors import RewardError, RewardNotApplicable
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.overlong import Overlong
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse, Score
-from async_rl.types import Prompt
+from async_rl.types import Prompt, source_of
 
 
 class Scoring:
     """Scores responses with the run's rewards; ``tokenizer`` turns them into text."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, rewards: RewardRunner) -> None:
+        self._config = config
         self._tokenizer = tokenizer
         self._rewards = rewards
-        self._overlong = Overlong(config.reward, config.rollout.max_response_tokens)
+        self._overlong = Overlong(config.reward)
 
-    async def in_evaluation(self, prompt: Prompt, response: PartialRollout) -> Score:
+    async def in_evaluation(self, prompt: Prompt, response: PartialRollout, terms: Terms) -> Score:
         """Return what the rewards say of a response. Raises RewardError, and RewardNotApplicable if it has none."""
-        return await self._rewards.score(prompt, self._finished(response))
+        return await self._rewards.score(prompt, self._finished(response), terms.name)
 
     async def in_training(self, prompt: Prompt, response: PartialRollout) -> Score:
         """Return the score that a response is trained with: cut off or very long, it may have less, or none.
 
         Raises RewardError, and RewardNotApplicable if it has none.
         """
-        finished = self._finished(response)
+        finished, terms = self._finished(response), self._terms(prompt)
         if self._overlong.leaves_out(finished):
             raise _cut_off(prompt)
-        return self._overlong.shape(finished, await self._rewards.score(prompt, finished))
+        score = await self._rewards.score(prompt, finished, terms.name)
+        return self._overlong.shape(finished, score, terms.max_response_tokens)
 
     async def of_group(self, prompt: Prompt, responses: Sequence[PartialRollout]) -> list[Score | RewardError]:
         """Return for each response of a group what ``in_training`` returns or raises, from one call of the rewards."""
         finished = [self._finished(response) for response in responses]
         asked = [each for each in finished if not self._overlong.leaves_out(each)]
-        answers = iter(await self._rewards.score_group(prompt, asked) if asked else ())
+        terms = self._terms(prompt)
+        answers = iter(await self._rewards.score_group(prompt, asked, terms.name) if asked else ())
         found: list[Score | RewardError] = []
         for each in finished:
             score = _cut_off(prompt) if self._overlong.leaves_out(each) else next(answers)
-            found.append(score if isinstance(score, RewardError) else self._overlong.shape(each, score))
+            if not isinstance(score, RewardError):
+                score = self._overlong.shape(each, score, terms.max_response_tokens)
+            found.append(score)
         return found
+
+    def _terms(self, prompt: Prompt) -> Terms:
+        return self._config.terms(source_of(prompt.prompt_id))
 
     def _finished(self, response: PartialRollout) -> FinishedResponse:
         """Return what rewards may see of a response, as far as those of the run ask for it."""

@@ -123,7 +123,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         trust_remote_code=config.model.trust_remote_code,
         # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
         seed=config.seed + replica,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_model_len=config.data.max_prompt_tokens + config.longest_response,
         max_num_seqs=config.rollout.max_num_seqs,
         max_num_batched_tokens=config.rollout.max_num_batched_tokens,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
