@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.events import RESTARTS
 from async_rl.observe import figures, gantt, history
 from async_rl.observe.drawing import STYLE, clock, text
 from async_rl.observe.figures import Series
 from async_rl.observe.history import Event, History
-from async_rl.observe.rows import Number, Read, Row, as_number, kl_size, of, partial_share, tokens
+from async_rl.observe.rows import Number, Read, Row, as_number, evals, kl_size, of, partial_share, tokens
 from async_rl.runtime import runfolder
 
 _MOST_AGES = 8
@@ -76,6 +77,7 @@ class Report:
         names = [run.name for run in runs]
         self._names = [run.name if names.count(run.name) == 1 else str(run.path) for run in runs]
         self._several = len(runs) > 1
+        self._sets = list(dict.fromkeys(name for run in runs for row in run.rows for name in evals(row)))
 
     def html(self) -> str:
         title = text(" and ".join(self._names))
@@ -124,6 +126,7 @@ class Report:
             Curve("reward, sampled", of("reward_mean")),
             Curve("eval", of("eval_reward_mean"), marks=True),
         )
+        sets = [Curve(name, of("eval_avg", name), marks=True) for name in self._sets if name != HELD_OUT]
         lengths = [Curve("mean", of("response_tokens_mean")), Curve("longest", of("response_tokens_max"))]
         return _section(
             "Is it learning",
@@ -132,6 +135,7 @@ class Report:
             "running mean; in long runs a band goes from the smallest to the largest value.",
             [
                 self._curves("Reward and eval", "mean reward", [reward, held_out]),
+                *([self._curves("Evaluation sets", "mean reward", sets)] if sets else []),
                 self._curves("Response length", "tokens", lengths if not self._several else lengths[:1]),
                 self._curves("Entropy", "nats", [Curve("entropy", of("entropy"))]),
                 self._curves("Gradient norm", "before clipping", [Curve("norm", of("grad_norm"))], log=None),
@@ -316,9 +320,6 @@ def headline(run: History) -> dict[str, str]:
     """Return the headline figures of a run, from its rows where it has no summary."""
     rows, said = run.rows, run.summary if isinstance(run.summary, dict) else {}
     last = rows[-1] if rows else {}
-    evals = [value for row in rows if (value := of("eval_reward_mean")(row)) is not None]
-    first_eval = _first(of("eval", "first")(said), evals[0] if evals else None)
-    last_eval = _first(of("eval", "last")(said), evals[-1] if evals else None)
     ages = [age for row in rows for age, count in tokens(row).items() if count]
     oldest = _first(of("token_staleness", "max")(said), float(max(ages)) if ages else None)
     bound = run.settings.get("async_training")
@@ -335,11 +336,30 @@ def headline(run: History) -> dict[str, str]:
         "Wall time": _duration(wall),
         "Policy version": _said(version, "{:,.0f}"),
         "Overlap efficiency": _said(overlap, "{:.2f}"),
-        "Eval, first → last": f"{_said(first_eval, '{:.3f}')} → {_said(last_eval, '{:.3f}')}",
+        "Eval, first → last": "; ".join(_evals(rows, said)),
         "Largest staleness": _said(oldest, "{:.0f}") + (f" (bound {bound})" if bound is not None else ""),
         "Partial rollouts": _said(partial / trajectories if trajectories else None, "{:.1%}"),
         "Groups": _conservation(said.get("groups")),
     }
+
+
+def _evals(rows: Sequence[Row], said: dict[str, Any]) -> list[str]:
+    """Return the first and the last mean reward of each evaluation set, that of data.eval without its name."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in evals(row).items():
+            found.setdefault(name, []).append(value)
+    summed_up = said.get("eval_sets")
+    names = dict.fromkeys([*found, *(summed_up if isinstance(summed_up, dict) else ())]) or {HELD_OUT: None}
+    lines = []
+    for name in names:
+        keys = ("eval",) if name == HELD_OUT else ("eval_sets", name)
+        mean = () if name == HELD_OUT else ("avg", "mean")
+        first = _first(of(*keys, "first", *mean)(said), found[name][0] if name in found else None)
+        last = _first(of(*keys, "last", *mean)(said), found[name][-1] if name in found else None)
+        shown = f"{_said(first, '{:.3f}')} → {_said(last, '{:.3f}')}"
+        lines.append(shown if name == HELD_OUT else f"{name} {shown}")
+    return lines
 
 
 def _event_list(run: History) -> str:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from async_rl.config.inputs import HELD_OUT
+
 Row = dict[str, Any]
 Number = float | None
 Read = Callable[[Row], Number]
@@ -38,6 +40,12 @@ def split(row: Row, key: str) -> dict[str, float]:
     found = row.get(key)
     known = {name: as_number(value) for name, value in found.items()} if isinstance(found, dict) else {}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def evals(row: Row) -> dict[str, float]:
+    """Return the mean rewards of the evaluations that ended in the step, by set; the set of data.eval is the first."""
+    held_out = as_number(row.get("eval_reward_mean"))
+    return ({} if held_out is None else {HELD_OUT: held_out}) | split(row, "eval_avg")
 
 
 def tokens(row: Row) -> dict[int, float]:

@@ -24,16 +24,18 @@ from rich.control import Control
 from rich.panel import Panel
 from rich.text import Text
 
+from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.live import clock, size
 from async_rl.observe import history
 from async_rl.observe.history import Event
-from async_rl.observe.rows import Row, as_number, kl, kl_size, partial_share, split, tokens
+from async_rl.observe.rows import Row, as_number, evals, kl, kl_size, partial_share, split, tokens
 
 RECENT = 20
 """Steps over which pace and utilization are taken: one alone is too noisy."""
 _POINTS = 512
 _EVENTS = 200
 _LABEL, _VALUE, _NOTE = 13, 10, 22
+_SETS = 3  # evaluation sets that are shown beside that of data.eval
 _LEVELS = "▁▂▃▄▅▆▇█"
 _FULL, _EMPTY = "█", "░"
 _ASCII = str.maketrans(_LEVELS + _EMPTY + "·…", "_.:-=+*#" + ".-~")
@@ -86,14 +88,15 @@ class Story:
     def append(self, row: Row, /) -> None:
         self.recent.append(row)
         self.reward.add(as_number(row.get("reward_mean")))
-        if (value := as_number(row.get("eval_reward_mean"))) is not None:
-            self.evals.add(value)
+        for name, value in evals(row).items():
+            self.evals.setdefault(name, Curve()).add(value)
         self.on_policy.add(kl_size(stale=False)(row))
         self.stale.add(kl_size(stale=True)(row))
 
     def clear(self) -> None:
         self.recent = deque[Row](maxlen=RECENT)
-        self.reward, self.evals, self.on_policy, self.stale = Curve(), Curve(), Curve(), Curve()
+        self.reward, self.on_policy, self.stale = Curve(), Curve(), Curve()
+        self.evals: dict[str, Curve] = {}  # by set
 
     def mean(self, key: str) -> float | None:
         """Return the mean of a value over the recent steps; None if none of them has it."""
@@ -206,14 +209,17 @@ def _utilization(story: Story, inner: int) -> Iterable[Text]:
 def _curves(story: Story, inner: int) -> Iterable[Text]:
     width = max(1, inner - _LABEL - _VALUE - _NOTE)
     row = story.recent[-1]
-    for label, curve in (("reward", story.reward), ("eval", story.evals)):
+    held_out = story.evals.get(HELD_OUT) or Curve()
+    others = [(name, curve) for name, curve in story.evals.items() if name != HELD_OUT]
+    # The latest evaluation, whichever step had it; but a reward only if the last step has one.
+    lines = [("reward", story.reward, as_number(row.get("reward_mean")))]
+    lines += [(label, curve, curve.last) for label, curve in (("eval", held_out), *others[:_SETS])]
+    for label, curve, value in lines:
         means = curve.means(width)
         low, high = _range(means)
-        # The latest evaluation, whichever step had it; but a reward only if the last step has one.
-        value = curve.last if label == "eval" else as_number(row.get("reward_mean"))
         # The range of the drawn values, which are means of several steps in a long run.
         note = "" if low is None else f"avg {low:.2g} to {high:.2g}"
-        yield _curve(label, _sparkline(means, low, high, width), _say(value, ".3g"), note)
+        yield _curve(label[: _LABEL - 1], _sparkline(means, low, high, width), _say(value, ".3g"), note)
     # On one scale: the distance between the two is what matters.
     on_policy, stale = ([_log(mean) for mean in curve.means(width)] for curve in (story.on_policy, story.stale))
     low, high = _range([value for value in on_policy + stale if value != -math.inf])

@@ -389,6 +389,19 @@ def test_lines_that_were_cut_off(tmp_path):
     assert "two" not in page.text.partition("Events")[2]
 
 
+def test_each_evaluation_set_has_a_curve_and_a_headline(tmp_path):
+    found = [{**row, "eval_reward_mean": None, "eval_avg": {}} for row in rows(6)]
+    found[0]["eval_avg"], found[5]["eval_avg"] = {"aime": 0.25, "math": 0.5}, {"aime": 0.375}
+    path = run_folder(tmp_path / "a", metrics=found)
+    source, page = report(path)
+    assert "aime 0.250 → 0.375; math 0.500 → 0.500" in page.text
+    sets = source.partition("<b>Evaluation sets</b>")[2].partition("</figure>")[0]
+    assert ("aime</span>" in sets, "math</span>" in sets, sets.count("<circle")) == (True, True, 3)
+    aime = {"first": {"avg": {"mean": 0.125}}, "last": {"avg": {"mean": 0.75}}}
+    (path / "summary.json").write_text(json.dumps({"eval": {"first": 0.1, "last": 0.7}, "eval_sets": {"aime": aime}}))
+    assert "aime 0.125 → 0.750; math 0.500 → 0.500" in report(path)[1].text
+
+
 def test_two_runs_side_by_side(tmp_path):
     first = with_timeline(run_folder(tmp_path / "a", "first", rows(5)))
     second = run_folder(tmp_path / "b", "second", rows(70))

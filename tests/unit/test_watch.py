@@ -285,6 +285,16 @@ def test_curves_rise_and_grow_with_the_terminal(tmp_path):
     assert set(curve("kl stale", 80)) == {"█"}
 
 
+def test_evaluation_sets_have_lines_of_their_own(tmp_path):
+    rows = rows_to(4)
+    for row, value in zip(rows[::2], (0.25, 0.5), strict=True):
+        row["eval_avg"] = {"a-name-of-many-letters": value, "b": 0.125, "c": 0.0, "d": 0.0}
+    lines = shown_of(a_run(tmp_path / "run", rows), height=40).splitlines()
+    (named,) = [line for line in lines if "a-name-of-ma " in line]
+    assert ("▁█" in named, "0.5 " in named) == (True, True)
+    assert [any(f" {name}  " in line for line in lines) for name in "bcd"] == [True, True, False]
+
+
 def test_kl_of_either_sign_and_zero(tmp_path):
     rows = rows_to(4)
     for row, kl in zip(rows, (-1e-3, 0.0, 1e-8, -1e-8), strict=True):
