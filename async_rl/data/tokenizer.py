@@ -54,6 +54,22 @@ def prompt_encoder(
     return encode_prompt
 
 
+def stop_token_ids(folder: Path) -> list[int]:
+    """Return the tokens that end a response: those configured, or else the tokenizer's. Raises ModelError."""
+    if configured := configured_stop_tokens(folder):
+        return configured
+    token = end_token(folder)
+    return [] if token is None else [token]
+
+
+def configured_stop_tokens(folder: Path) -> list[int]:
+    """Return eos_token_id of generation_config.json or else config.json; [] without one. Raises ModelError."""
+    for name in ("generation_config.json", "config.json"):
+        if (eos := _read(folder / name).get("eos_token_id")) is not None:
+            return list(eos) if isinstance(eos, list) else [eos]
+    return []
+
+
 def end_token(folder: Path) -> int | None:
     """Return the id of the tokenizer's end-of-sequence token from its files; None if they name none.
 

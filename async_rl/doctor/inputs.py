@@ -18,13 +18,12 @@ from async_rl.config.schema import RunConfig
 from async_rl.data import hub, reading
 from async_rl.data.files import expanded
 from async_rl.data.messages import Message
-from async_rl.data.tokenizer import end_token, prompt_encoder, tokenizer_file
+from async_rl.data.tokenizer import configured_stop_tokens, end_token, prompt_encoder, tokenizer_file
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
-from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.rollout.environments.turns import environments_of, load_environment
 from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards import code

@@ -25,7 +25,7 @@ from async_rl.data import reading
 from async_rl.data.dataset import Dataset
 from async_rl.data.mixture import TrainSet
 from async_rl.data.prompts import Encoder
-from async_rl.data.tokenizer import end_token
+from async_rl.data.tokenizer import configured_stop_tokens, end_token
 from async_rl.driver import checkpoint_folder, run_state
 from async_rl.driver.cluster import ray_cluster, ray_exporters
 from async_rl.driver.evaluation import EvalSet
@@ -34,7 +34,6 @@ from async_rl.driver.loop import TrainingLoop
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.remote_files import courier
 from async_rl.errors import CheckpointDamaged, ConfigError
-from async_rl.rollout.engine.vllm.process import configured_stop_tokens
 from async_rl.runtime import logs
 from async_rl.runtime.failures import explain
 from async_rl.runtime.interrupt import Interrupted, until_interrupted

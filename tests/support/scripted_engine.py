@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from async_rl.config.schema import RunConfig
+from async_rl.data.tokenizer import stop_token_ids
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
-from async_rl.rollout.engine.vllm.process import stop_token_ids
 from async_rl.rollout.gate import Outstanding
 from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec, source_of
 

@@ -11,9 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from async_rl.config.loading import validate
-from async_rl.data.tokenizer import end_token, prompt_encoder
+from async_rl.data.tokenizer import end_token, prompt_encoder, stop_token_ids
 from async_rl.driver import run
-from async_rl.rollout.engine.vllm.process import stop_token_ids
 
 BEGIN, END = "<s>", "</s>"
 

@@ -28,7 +28,7 @@ import numpy as np
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.tokenizer import load_tokenizer
+from async_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from async_rl.errors import EngineDied, EngineError, WeightSyncError
 from async_rl.models.config import read_model_config
 from async_rl.rollout.aside import aside
@@ -87,7 +87,7 @@ class VllmEngine:
         self._replica = replica
         self._cores = cores
         self._model = read_model_config(config.model.path)
-        own = vllm_process.stop_token_ids(config.model.path)
+        own = stop_token_ids(config.model.path)
         self._stop_token_ids = own + [token for token in config.rollout.stop_token_ids if token not in own]
         self._stops: StopStrings | None = None
         self._llm: AsyncLLM | None = None

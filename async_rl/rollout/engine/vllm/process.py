@@ -5,7 +5,6 @@ Call ``prepare`` before anything imports vLLM: it reads most of this at import, 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.tokenizer import end_token
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
+from async_rl.rollout.engine.device import on_cpu
 from async_rl.runtime import logs
 from async_rl.runtime.numa import near_gpus
 
@@ -80,14 +79,6 @@ def why_not_started(config: RunConfig, role: str, error: Exception, since: Mappi
         )
     cause, path = fault
     return f"{cause} (log: {path})"
-
-
-def on_cpu(config: RunConfig) -> bool:
-    if config.resources.device != "auto":
-        return config.resources.device == "cpu"
-    import torch
-
-    return not torch.cuda.is_available()
 
 
 def _eager(config: RunConfig, model: ModelConfig) -> bool:
@@ -178,25 +169,3 @@ def check_layout(hf_config: Any, model: ModelConfig) -> None:
     unlike = [f"{name} ({a} in the engine, {b} in the trainer)" for name, (a, b) in pairs.items() if a != b]
     if unlike:
         raise ModelError(f"engine and trainer read different layouts from the checkpoint: {', '.join(unlike)}")
-
-
-def stop_token_ids(folder: Path) -> list[int]:
-    """Return the tokens that end a response: those configured, or else the tokenizer's. Raises ModelError."""
-    if configured := configured_stop_tokens(folder):
-        return configured
-    token = end_token(folder)
-    return [] if token is None else [token]
-
-
-def configured_stop_tokens(folder: Path) -> list[int]:
-    """Return eos_token_id of generation_config.json or else config.json; [] without one. Raises ModelError."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            eos = json.loads((folder / name).read_text()).get("eos_token_id")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.path {folder}: {name}: {error}") from None
-        if eos is not None:
-            return list(eos) if isinstance(eos, list) else [eos]
-    return []
