@@ -95,7 +95,7 @@ def ray_us_per_call() -> float:
     """Return what a call of an actor takes of this process with Ray, its threads included."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     workers = [ray.remote(num_cpus=0)(Counters).remote(replica) for replica in range(4)]
 
     async def poll(times: int) -> None:

@@ -134,7 +134,7 @@ async def measure() -> dict[str, float]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**30, logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2**30, logging_level="error")
     try:
         result = asyncio.run(measure())
     finally:

@@ -29,7 +29,8 @@ from tests.support.queue_parts import Source, make_group
 def cluster():
     for module in (sys.modules[__name__], queue_parts):  # workers cannot import a test module
         ray.cloudpickle.register_pickle_by_value(module)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20)
+    # "local": another process of the tests may have a cluster on this host, which Ray would find.
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
 
