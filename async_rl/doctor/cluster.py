@@ -18,7 +18,7 @@ from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import GB, HostReport, Needs, room_of, used_hosts
 from async_rl.doctor.placement import counted, filled, listed, misfit, plan_on, processes, too_large
 from async_rl.errors import ConfigError
-from async_rl.rollout.environments.turns import environments_of
+from async_rl.rollout.environments.named import environments_of
 from async_rl.rollout.rewards.named import rewards_of
 
 _DRIVER_ONLY = "data."

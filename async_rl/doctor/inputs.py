@@ -24,7 +24,8 @@ from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
-from async_rl.rollout.environments.turns import environments_of, load_environment
+from async_rl.rollout.environments.named import environments_of
+from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.responses import load_filter
 from async_rl.rollout.rewards import code
 from async_rl.rollout.rewards.loader import load_reward

@@ -21,6 +21,7 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 # module of this package that does.
 PURE = {
     "async_rl.config.checks",
+    "async_rl.config.input_checks",
     "async_rl.config.inputs",
     "async_rl.config.rollouts",
     "async_rl.config.schema",
@@ -54,6 +55,7 @@ PURE = {
     "async_rl.rollout.engine.interface",
     "async_rl.rollout.filters",
     "async_rl.rollout.in_flight",
+    "async_rl.rollout.environments.named",
     "async_rl.rollout.partial",
     "async_rl.rollout.rewards.adapters",
     "async_rl.rollout.rewards.named",

@@ -133,4 +133,4 @@ def test_what_cannot_be_called_is_refused_when_loaded():
     ):
         load_environment("math:nothing")
     with pytest.raises(EnvironmentFailure, match=r"cannot be called as f\(prompt, turns\)"):
-        load_environment("async_rl.rollout.environments.turns:environments_of")
+        load_environment("async_rl.rollout.environments.named:environments_of")

@@ -10,7 +10,8 @@ from async_rl.config.inputs import RewardSection, Terms
 from async_rl.config.loading import validate
 from async_rl.errors import ConfigError, RewardNotApplicable
 from async_rl.queue.records import Ticket
-from async_rl.rollout.environments.turns import environments_of, load_environments
+from async_rl.rollout.environments.named import environments_of
+from async_rl.rollout.environments.turns import load_environments
 from async_rl.rollout.evaluation import EvalProblem
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse

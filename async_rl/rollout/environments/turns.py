@@ -15,26 +15,13 @@ from async_rl.config.functions import load_function
 from async_rl.config.rollouts import EnvironmentSection
 from async_rl.config.schema import RunConfig
 from async_rl.errors import EnvironmentFailure
+from async_rl.rollout.environments.named import SETTING, environments_of
 from async_rl.rollout.user_call import FunctionSpec
 from async_rl.rollout.user_function import UserFunction, UserFunctionFailed
 from async_rl.rollout.user_values import text_or_none
 from async_rl.types import Int32Array, Prompt
 
 ARGUMENTS = ("prompt", "turns")
-
-
-_SETTING = "rollout.environment.function"
-
-
-def environments_of(config: RunConfig) -> dict[str, str]:
-    """Return the functions that settings name as environments, each with the first setting that does."""
-    own = {f"data.sources.{name}.environment": each.environment for name, each in config.data.sources.items()}
-    own |= {f"eval.sets.{name}.environment": each.environment for name, each in config.eval.sets.items()}
-    found: dict[str, str] = {}
-    for setting, function in {_SETTING: config.rollout.environment.function, **own}.items():
-        if function is not None:
-            found.setdefault(function, setting)
-    return found
 
 
 def load_environments(config: RunConfig, tokenizer: Any) -> dict[str, Environment]:
@@ -46,7 +33,7 @@ def load_environments(config: RunConfig, tokenizer: Any) -> dict[str, Environmen
     }
 
 
-def load_environment(name: str, setting: str = _SETTING) -> Callable[..., Any]:
+def load_environment(name: str, setting: str = SETTING) -> Callable[..., Any]:
     """Import the function that ``setting`` names as an environment. Raises EnvironmentFailure."""
     return load_function(setting, name, ARGUMENTS, EnvironmentFailure)
 
@@ -54,7 +41,7 @@ def load_environment(name: str, setting: str = _SETTING) -> Callable[..., Any]:
 class Environment:
     """Calls the function that ``setting`` names for what follows a turn."""
 
-    def __init__(self, settings: EnvironmentSection, tokenizer: Any, setting: str = _SETTING) -> None:
+    def __init__(self, settings: EnvironmentSection, tokenizer: Any, setting: str = SETTING) -> None:
         assert settings.function is not None
         self._settings = settings
         self._setting = setting
