@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHAT_STAMP := $(VENV)/.chat-installed
+SGLANG_STAMP := $(VENV)/.sglang-installed
+ENGINE ?= vllm
 TRAIN_ARGS ?=
 
 .PHONY: help setup train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
@@ -12,6 +14,7 @@ TRAIN_ARGS ?=
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
+	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
@@ -25,11 +28,15 @@ help:
 	@echo "make generate  what is written from code: metrics and settings in docs/reference, the dashboards"
 	@echo "make bench   the benchmarks; each prints one JSON line last"
 
-setup: $(STAMP)
+setup: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 
 # The lock lists every package, so pip resolves nothing (see the head of requirements/cpu.txt for why).
 $(STAMP): requirements/cpu.txt requirements/ray-metrics.txt pyproject.toml launch/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash launch/setup.sh
+	@touch $@
+
+$(SGLANG_STAMP): requirements/sglang.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
 	@touch $@
 
 train: $(STAMP)
@@ -51,7 +58,11 @@ generate: $(STAMP)
 	$(BIN)/python dashboards/build.py
 
 # What each tier runs, and within which time, is in tests/support/tiers.py.
-lint check test test-all: $(STAMP)
+lint check: $(STAMP)
+	$(BIN)/python -m tests.support.tiers $@
+
+# The tests of SGLang run where it is installed.
+test test-all: $(SGLANG_STAMP)
 	$(BIN)/python -m tests.support.tiers $@
 
 smoke: $(STAMP)

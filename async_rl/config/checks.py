@@ -20,6 +20,7 @@ def check_combinations(config: RunConfig) -> None:
     check_inputs(config)
     _check_queue(config)
     _check_sync(config)
+    _check_sglang(config)
     _check_rollout(config)
     _check_cluster(config)
     _check_recovery(config)
@@ -46,6 +47,22 @@ def _check_queue(config: RunConfig) -> None:
         raise ValueError(
             f"queue.redis.ca_file is set, but queue.redis.url ({queue.redis.url}) does not use TLS; start it with "
             "rediss://"
+        )
+
+
+def _check_sglang(config: RunConfig) -> None:
+    rollout = config.rollout
+    if rollout.engine != "sglang":
+        if rollout.sglang.python is not None:
+            raise ValueError(
+                f"rollout.sglang.python is {rollout.sglang.python}, but rollout.engine is {rollout.engine}; set the "
+                "engine to sglang, or remove it"
+            )
+        return
+    if config.sync.backend == "nccl":
+        raise ValueError(
+            "sync.backend is nccl, but rollout.engine is sglang, which receives weights through the memory of its "
+            "host; set sync.backend to auto, shm or object_store"
         )
 
 

@@ -127,7 +127,7 @@ class MetricsSection(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """First port to use, counting upwards by process; 0 lets the system choose free ones."""
     engine: bool = True
-    """Whether to serve vLLM's own metrics as well."""
+    """Whether to serve the engine's own metrics as well."""
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
     sample_characters: Positive = 16_384

@@ -11,13 +11,14 @@ from async_rl.config.fields import (
     FunctionName,
     NonNegative,
     NonNegativeFloat,
+    PathName,
     Positive,
     PositiveFloat,
     RoutingPolicy,
     Section,
 )
 
-EngineName = Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")]
+EngineName = Annotated[str, Field(pattern=r"^(vllm|sglang|[\w.]+:\w+)$")]
 
 
 class PartialRolloutSection(Section):
@@ -101,6 +102,14 @@ class FilterSection(Section):
         return self.zero_variance or self.all_truncated or self.mean_reward is not None or self.function is not None
 
 
+class SglangSection(Section):
+    """SGLang's server, where it is the engine."""
+
+    python: PathName | None = None
+    """The Python of a virtual environment that has sglang, where it is not the run's own: on GPUs its dependencies are
+    others than vLLM's."""
+
+
 class ReplicaRange(Section):
     """How many replicas a run has whose hosts come and go."""
 
@@ -126,7 +135,7 @@ class RolloutSection(Section):
     further replica once it has a host. Those of a host that goes are asked for again. On the command line:
     --rollout.replicas.min 2 --rollout.replicas.max 8."""
     engine: EngineName = "vllm"
-    """The engine that samples: vllm, or module:Class of one that has the methods of RolloutEngine."""
+    """The engine that samples: vllm, sglang, or module:Class of one that has the methods of RolloutEngine."""
     dtype: Dtype | None = None
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
     return_routed_experts: bool = True
@@ -191,6 +200,7 @@ class RolloutSection(Section):
     max_failed_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the last groups to end that may be given up (by reward, environment, engine, time-out or staleness)
     before the run fails; 1 for any."""
+    sglang: SglangSection = SglangSection()
     filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
 

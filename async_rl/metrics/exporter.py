@@ -18,7 +18,7 @@ import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,6 +110,19 @@ class _Foreign(Collector):
         return iter(())  # else registering would collect, before there is anything
 
 
+class _Fetched(Collector):
+    """Metrics that a function returns."""
+
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # as above
+
+
 def _add_histogram(family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float) -> None:
     cumulative = 0.0
     for bound, count in zip((*spec.buckets, float("inf")), counts, strict=True):
@@ -140,6 +153,10 @@ class Metrics:
         """Serve also a library's own metrics whose names begin with ``prefix``, without their creation times."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry.register(_Foreign(prefix))
+
+    def include_from(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """Serve also what ``collect`` returns each time; it may take its time."""
+        self.registry.register(_Fetched(collect))
 
     def set(self, name: str, value: float, **labels: str | int) -> None:
         """Set a gauge."""

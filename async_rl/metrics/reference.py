@@ -13,10 +13,10 @@ _HEAD = """\
 Written by `make generate` from `async_rl/metrics/declared.py`; no other metric can be emitted.
 
 Each process of a run serves its own `/metrics`, and announces it to Prometheus by a file in
-`runs/<name>/prometheus/targets/`, with labels `run`, `role` (`pipeline`, `rollout`, `trainer`) and `replica`. vLLM's
-metrics (`vllm:...`) are on the page of each rollout worker. Ray's (`ray_...`, role `ray`) need an installation of
-`ray[default]`. `metrics.jsonl` has the same names without the prefix `async_rl_`, one line per training step. Each
-process also serves `process_resident_memory_bytes` and the like.
+`runs/<name>/prometheus/targets/`, with labels `run`, `role` (`pipeline`, `rollout`, `trainer`) and `replica`. The
+engine's (`vllm:...`, `sglang:...`) are on the page of each rollout worker. Ray's (`ray_...`, role `ray`) need an
+installation of `ray[default]`. `metrics.jsonl` has the same names without the prefix `async_rl_`, one line per training
+step. Each process also serves `process_resident_memory_bytes` and the like.
 """
 
 

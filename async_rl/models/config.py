@@ -167,6 +167,8 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"rollout.stop_token_ids has {unknown[0]}, but {config.model.path} has {model.vocab_size} tokens, from 0; "
             "remove it"
         )
+    if config.rollout.engine == "sglang":
+        _check_sglang(config, model)
     _check_layout(config, model)
     longest = config.data.max_prompt_tokens + config.longest_response
     if longest > model.max_position_embeddings:
@@ -174,6 +176,17 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) + {_longest_key(config)} "
             f"({config.longest_response}) is {longest}, above the {model.max_position_embeddings} "
             f"positions of {config.model.path} (max_position_embeddings); lower one of them"
+        )
+
+
+def _check_sglang(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ModelError for what SGLang 0.5.23 computes otherwise than the trainer, or cannot start with."""
+    if model.architecture == "Qwen3MoeForCausalLM" and len(model.moe_layers) < model.num_layers:
+        dense = next(layer for layer in range(model.num_layers) if layer not in model.moe_layers)
+        raise ModelError(
+            f"rollout.engine is sglang, but layer {dense} of {config.model.path} is dense (mlp_only_layers or "
+            "decoder_sparse_step in config.json), and SGLang computes every layer of Qwen3-MoE as a mixture, with "
+            "experts that it never read; set rollout.engine to vllm"
         )
 
 

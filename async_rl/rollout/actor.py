@@ -26,7 +26,14 @@ from async_rl.metrics.exporter import serve_metrics
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.client import QueueClient, open_groups
 from async_rl.queue.handover import Outbox
-from async_rl.rollout.engine.interface import PauseMode, RolloutEngine, Score, ScoresOnResume, WeightUpdate
+from async_rl.rollout.engine.interface import (
+    HasMetrics,
+    PauseMode,
+    RolloutEngine,
+    Score,
+    ScoresOnResume,
+    WeightUpdate,
+)
 from async_rl.rollout.environments.turns import Environment, load_environments
 from async_rl.rollout.evaluation import EvalProblem, EvalResult, evaluate
 from async_rl.rollout.gate import Gate
@@ -293,6 +300,8 @@ class RolloutActor(RolloutReplica):
         super().__init__(config, replica, self._outbox, engine, tokenizer, rewards, environments, timeline)
         self._metrics = serve_metrics(config, "rollout", replica, order=1 + replica)
         self._metrics.include("vllm:")
+        if isinstance(engine, HasMetrics):
+            self._metrics.include_from(engine.metrics)
         self._fetched_weights: HostWeights | None = None
 
     async def start(self) -> None:

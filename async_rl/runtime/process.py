@@ -116,6 +116,15 @@ def mark_semaphores(role: str) -> None:
         multiprocessing.current_process()._config["semprefix"] = f"/{token}-{role}"  # type: ignore[attr-defined]
 
 
+def marked_file(role: str, what: str) -> Path | None:
+    """Return a path in shared memory for a library's file, which is removed as the semaphores of ``role`` are.
+
+    None outside a run.
+    """
+    token = os.environ.get(_RUN_TOKEN)
+    return None if token is None else _SEMAPHORES / f"sem.{token}-{role}-{what}"
+
+
 def remove_semaphores(role: str = "*") -> None:
     """Unlink the semaphores that marked processes of this run left on this host; call it when they have ended."""
     if (token := os.environ.get(_RUN_TOKEN)) is not None:

@@ -1,5 +1,7 @@
 """Every port that a run opens is in docs/reference/ports.md, and on one host none is open to the network."""
 
+import importlib.util
+
 import pytest
 
 from tests.cluster.hosts import HostsError
@@ -24,8 +26,10 @@ def check_host(host, *, joined: bool) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [SCRIPTED["rollout__engine"], "vllm"])
+@pytest.mark.parametrize("engine", [SCRIPTED["rollout__engine"], "vllm", "sglang"])
 def test_a_run_on_one_host_listens_on_loopback_alone(make_hosts, run_on, engine):
+    if engine == "sglang" and importlib.util.find_spec("sglang") is None:
+        pytest.skip("requirements/sglang.txt is not installed")
     # The host's name is its address on the network, as on most machines: what asks for the own host gets that.
     (host,) = hosts = make_hosts(1)
     run = run_on(
@@ -39,7 +43,7 @@ def test_a_run_on_one_host_listens_on_loopback_alone(make_hosts, run_on, engine)
     run.wait_for_step(2)
     seen = check_host(host, joined=False)
     expected = {"gcs_server", "raylet", "driver", "QueueProcess", "RolloutActor", "TrainerActor"}
-    assert expected | ({"EngineCore"} if engine == "vllm" else set()) <= seen
+    assert expected | {"vllm": {"EngineCore"}, "sglang": {"sglang"}}.get(engine, set()) <= seen
     assert {port.address for port in found_on(host)} <= {"127.0.0.1", "::1"}
     # Without the token, no process enters: neither one that has none nor one that has another.
     gcs = next(port for port in found_on(host) if port.process == "gcs_server")

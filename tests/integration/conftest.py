@@ -8,6 +8,8 @@ from tests.support.layouts import make_checkpoint
 from tests.support.one_rank import make_checkpoints
 from tests.support.ranks import Ranks
 
+pytest.register_assert_rewrite("tests.integration.engine_conformance")
+
 
 @pytest.fixture(scope="session")
 def all_ranks():

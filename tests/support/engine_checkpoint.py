@@ -6,25 +6,24 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from async_rl.config.loading import validate
 from async_rl.config.schema import RunConfig
+from async_rl.rollout.engine.loader import load_engine
 from async_rl.runtime.process import begin_run, mark_semaphores, remove_semaphores
-
-if TYPE_CHECKING:
-    from async_rl.rollout.engine.vllm.engine import VllmEngine
 
 VOCAB = 128
 EOS = 1
 MAX_RUNNING = 8
 
 
-def make_checkpoint(path: Path, eos: int | None = EOS) -> Path:
+def make_checkpoint(path: Path, eos: int | None = EOS, dense: Sequence[int] = (1,)) -> Path:
+    """A checkpoint in ``path``; ``dense``: its layers without experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -40,7 +39,7 @@ def make_checkpoint(path: Path, eos: int | None = EOS) -> Path:
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        mlp_only_layers=[1],
+        mlp_only_layers=list(dense),
         max_position_embeddings=1024,
         eos_token_id=eos,
         initializer_range=0.1,  # wide enough that tokens and experts are not all alike
@@ -49,9 +48,10 @@ def make_checkpoint(path: Path, eos: int | None = EOS) -> Path:
     return path
 
 
-def engine_config(folder: Path, *, backend: str = "shm", **rollout) -> RunConfig:
+def engine_config(folder: Path, *, backend: str = "shm", runs: Path = Path("runs"), **rollout) -> RunConfig:
     return validate(
         {
+            "runs": str(runs),
             "model": {"path": str(folder), "dtype": "float32"},
             "data": {"train": "unused.jsonl", "max_prompt_tokens": 256},
             "rollout": {
@@ -68,14 +68,15 @@ def engine_config(folder: Path, *, backend: str = "shm", **rollout) -> RunConfig
 
 
 @contextlib.asynccontextmanager
-async def running(config: RunConfig) -> AsyncIterator[VllmEngine]:
+async def running(config: RunConfig) -> AsyncIterator[Any]:
     """The engine, started; its process's environment is put back afterwards, and nothing stays in shared memory."""
-    from async_rl.rollout.engine.vllm.engine import VllmEngine
+    from async_rl.weights.vllm.plugin import register
 
+    register()  # which vLLM does where it is the engine
     environment = dict(os.environ)
     begin_run()
     mark_semaphores("engine")
-    engine = VllmEngine(config, replica=0)
+    engine = load_engine(config.rollout.engine)(config, replica=0)
     try:
         await engine.start()
         yield engine
@@ -161,8 +162,16 @@ def perturbed(weights, scale=0.05, seed=1):
 async def until_sampled(engine, count, calls=1, or_done=None):
     """Wait until ``calls`` running calls have sampled ``count`` tokens each."""
     deadline = time.monotonic() + 60
-    while sum((engine._sampled(call) or 0) >= count for call in engine._calls.values()) < calls:
+    while sum(sampled >= count for sampled in _sampled(engine)) < calls:
         if or_done is not None and or_done.done():
             return
         assert time.monotonic() < deadline
         await asyncio.sleep(0)
+
+
+def _sampled(engine) -> list[int]:
+    """The tokens of each running call."""
+    calls = list(engine._calls.values())
+    if hasattr(engine, "_sampled"):
+        return [engine._sampled(call) or 0 for call in calls]
+    return [len(call.answer.token_ids) for call in calls]

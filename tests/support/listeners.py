@@ -32,6 +32,8 @@ _NAMES = (
     ("HostFiles", "HostFiles"),
     ("EngineCore", "EngineCore"),
     ("VLLM::Worker", "EngineCore"),
+    ("engine.sglang.launcher", "sglang"),
+    ("sglang::", "sglang"),
     ("ray::", "Ray's other workers"),
     ("default_worker.py", "Ray's other workers"),
     ("async_rl.cli train", "driver"),

@@ -205,6 +205,14 @@ def test_run_name_cannot_leave_its_folder(name):
         ({"rollout": {"top_p": 0.95}}, ["rollout.top_p is 0.95", "set rollout.top_p to 1", "rollout.temperature"]),
         ({"sync": {"backend": "nccl"}, "resources": {"device": "cpu"}}, ["sync.backend", "resources.device"]),
         (
+            {"sync": {"backend": "nccl"}, "resources": {"device": "cuda"}, "rollout": {"engine": "sglang"}},
+            ["sync.backend is nccl", "rollout.engine is sglang"],
+        ),
+        (
+            {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
+            ["rollout.sglang.python is /venv/bin/python", "rollout.engine is vllm"],
+        ),
+        (
             {"sync": {"backend": "nccl", "rolling": True}, "resources": {"device": "cuda"}},
             ["sync.rolling", "sync.backend is nccl"],
         ),

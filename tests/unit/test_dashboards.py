@@ -98,7 +98,7 @@ def grouping(node):
 
 def labels_of(name):
     """Labels that the series of this name have."""
-    if name.startswith("vllm:"):
+    if name.startswith(("vllm:", "sglang:")):
         return COMMON_LABELS | VLLM_LABELS
     if name.startswith("ray_"):
         return COMMON_LABELS | RAY_LABELS
@@ -172,6 +172,18 @@ def test_every_declared_metric_is_shown(name, drawn):
     series = {selector.name for _, target in targets(drawn) for selector in selectors(parsed(target["expr"]))}
     suffixes = ("_bucket", "_sum", "_count") if METRICS[name].kind == "histogram" else ("",)
     assert any(PREFIX + name + suffix in series for suffix in suffixes), "show it in dashboards/panels"
+
+
+def test_what_sglang_is_asked_for_is_what_it_counts(drawn):
+    spec = importlib.util.find_spec("sglang")
+    if spec is None:
+        pytest.skip("requirements/sglang.txt is not installed")
+    source = (Path(spec.origin).parent / "srt" / "observability" / "metrics_collector.py").read_text()
+    counted = set(re.findall(r'name="(sglang:\w+)"', source))
+    series = {selector.name for _, target in targets(drawn) for selector in selectors(parsed(target["expr"]))}
+    asked = {name for name in series if name.startswith("sglang:")}
+    assert len(asked) == 6
+    assert asked <= counted
 
 
 def test_what_vllm_is_asked_for_is_what_it_counts(drawn):

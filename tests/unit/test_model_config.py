@@ -36,6 +36,31 @@ def folder(path, **changes):
     return path
 
 
+@pytest.mark.parametrize(
+    ("changes", "layer"), [({"mlp_only_layers": [2]}, 2), ({"decoder_sparse_step": 2}, 0), ({}, None)]
+)
+def test_sglang_is_refused_for_dense_layers_that_it_takes_for_mixtures(tmp_path, changes, layer):
+    path = folder(tmp_path, max_position_embeddings=4096, **changes)
+    model = read_model_config(path)
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}, "rollout": {"engine": "sglang"}}
+    if layer is None:
+        check_run(validate(tree), model)
+        return
+    with pytest.raises(ModelError, match=f"engine is sglang, but layer {layer} of .* is dense .*set rollout.engine to"):
+        check_run(validate(tree), model)
+    check_run(validate(tree | {"rollout": {"engine": "vllm"}}), model)
+
+
+def test_the_longest_limit_of_an_evaluation_must_fit_the_model_too(tmp_path):
+    path = folder(tmp_path, max_position_embeddings=2048)
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}}
+    sets = {"aime": {"path": "a", "max_response_tokens": 1536}, "math": {"path": "b", "max_response_tokens": 8}}
+    check_run(validate(tree | {"eval": {"sets": sets}}), read_model_config(path))
+    sets["aime"]["max_response_tokens"] = 1537
+    with pytest.raises(ModelError, match=r"eval.sets.aime.max_response_tokens \(1537\) is 2049, above the 2048"):
+        check_run(validate(tree | {"eval": {"sets": sets}}), read_model_config(path))
+
+
 def run_config(path, **trainer):
     return validate({"model": {"path": str(path)}, "data": {"train": "x"}, "trainer": trainer})
 

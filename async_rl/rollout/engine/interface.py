@@ -5,6 +5,7 @@ Shapes: P tokens sent, g tokens sampled by one call, N tokens of a scored sequen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -150,3 +151,11 @@ class ScoresOnResume(Protocol):
 
     async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
         """Do ``resume`` and then ``score`` as one."""
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """What an engine may have in addition: metrics of its own, which the worker serves with its own."""
+
+    def metrics(self) -> Iterable[Any]:
+        """Return them as they are now, as prometheus_client's ``Metric``. It is called in a thread of its own."""

@@ -10,7 +10,10 @@ from async_rl.errors import ConfigError
 from async_rl.rollout.engine.interface import RolloutEngine
 
 # By the name that users write; a module of ours imports its library only when an engine starts.
-BUILT_IN = {"vllm": "async_rl.rollout.engine.vllm.engine:VllmEngine"}
+BUILT_IN = {
+    "vllm": "async_rl.rollout.engine.vllm.engine:VllmEngine",
+    "sglang": "async_rl.rollout.engine.sglang.engine:SglangEngine",
+}
 
 EngineFactory = Callable[..., RolloutEngine]
 
