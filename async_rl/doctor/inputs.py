@@ -19,11 +19,13 @@ from async_rl.data import hub, reading
 from async_rl.data.files import expanded
 from async_rl.data.messages import Message
 from async_rl.data.tokenizer import configured_stop_tokens, end_token, prompt_encoder, tokenizer_file
+from async_rl.doctor import installation
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout.engine.loader import load_engine
+from async_rl.rollout.engine.sglang import SGLANG_VERSION
 from async_rl.rollout.environments.named import environments_of
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.responses import load_filter
@@ -207,7 +209,9 @@ def functions(config: RunConfig) -> Iterator[Check]:
         yield reward
         if reward.status == "ok" and named.module == code.__name__:
             yield _sandbox()
-    if config.rollout.engine != "vllm":
+    if config.rollout.engine == "sglang":
+        yield _sglang(config)
+    elif config.rollout.engine != "vllm":
         yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
     filter_function = config.rollout.filter.function
     if filter_function is not None:
@@ -217,6 +221,33 @@ def functions(config: RunConfig) -> Iterator[Check]:
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _sglang(config: RunConfig) -> Check:
+    """Check that the SGLang that this package was written for is installed where engines look for it."""
+    python, key = config.rollout.sglang.python, "rollout.sglang.python"
+    if python is not None:  # Its version is seen when it starts.
+        if os.access(python, os.X_OK):
+            return Check(key, "ok", str(python))
+        return Check(key, "FAIL", f"{python} is no program", "set it to the Python of an environment", ConfigError)
+    found = installation.installed_version("sglang")
+    if found is None:
+        return Check(
+            "rollout.engine",
+            "FAIL",
+            "sglang, which is not installed",
+            f"run make setup ENGINE=sglang, or set {key} to the Python of an environment that has it",
+            ConfigError,
+        )
+    if found != SGLANG_VERSION:
+        return Check(
+            "rollout.engine",
+            "FAIL",
+            f"sglang {found} is installed, and this package was written for {SGLANG_VERSION}",
+            f"pip install --no-deps sglang=={SGLANG_VERSION}",
+            ConfigError,
+        )
+    return Check("rollout.engine", "ok", f"sglang {found}")
 
 
 def _sandbox() -> Check:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,22 @@ def test_missing_and_wrong_packages(monkeypatch):
     assert "1.0, but ray==2.60.0 is needed" in the(found, "ray").detail
     assert the(found, "vllm").status == "FAIL"
     assert the(found, "torch").status == "ok"
+
+
+def test_an_engine_that_is_not_installed_or_of_another_version(monkeypatch, machine, inputs):
+    real = installation.installed_version
+
+    def found(version, **sglang):
+        monkeypatch.setattr(installation, "installed_version", lambda name: version if name == "sglang" else real(name))
+        settings = config(inputs, rollout={"engine": "sglang", "sglang": sglang})
+        name = "rollout.sglang.python" if sglang else "rollout.engine"
+        return the(doctor.checks(settings), name)
+
+    assert found("0.5.23").status == "ok"
+    assert "make setup ENGINE=sglang" in found(None).fix
+    assert "sglang 0.5.7 is installed, and this package was written for 0.5.23" in found("0.5.7").detail
+    assert found(None, python=sys.executable).status == "ok"
+    assert "is no program" in found(None, python="/nowhere/python").detail
 
 
 def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):

@@ -1,0 +1,3 @@
+"""The rollout engine on SGLang's server."""
+
+SGLANG_VERSION = "0.5.23"

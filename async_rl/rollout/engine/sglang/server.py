@@ -24,7 +24,6 @@ from async_rl.rollout.engine.device import on_cpu
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime.process import run_token, starting_on
 
-SGLANG_VERSION = "0.5.23"
 LOADER = "async_rl.weights.sglang.load"
 
 _LOOK_S = 0.2
