@@ -49,12 +49,18 @@ RUNNING = 24
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def dense():
+    """The layers without experts."""
+    return (1,)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, dense):
     """A checkpoint for each policy version, each unlike the others."""
     from safetensors.torch import load_file, save_file
 
     # No token ends a response, so that none is over before the last push.
-    first = make_checkpoint(tmp_path_factory.mktemp("version0"), eos=None)
+    first = make_checkpoint(tmp_path_factory.mktemp("version0"), eos=None, dense=dense)
     base = load_file(first / "model.safetensors")
     result = [first]
     for version in range(1, VERSIONS):
