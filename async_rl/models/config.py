@@ -181,6 +181,12 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
 
 def _check_sglang(config: RunConfig, model: ModelConfig) -> None:
     """Raise ModelError for what SGLang 0.5.23 computes otherwise than the trainer, or cannot start with."""
+    if model.architecture == "MixtralForCausalLM" and model.head_dim * model.num_heads != model.hidden_size:
+        raise ModelError(
+            f"rollout.engine is sglang, but the attention heads of {config.model.path} have a size of their own "
+            f"(head_dim {model.head_dim}), and SGLang takes hidden_size / num_attention_heads for Mixtral; set "
+            "rollout.engine to vllm"
+        )
     if model.architecture == "Qwen3MoeForCausalLM" and len(model.moe_layers) < model.num_layers:
         dense = next(layer for layer in range(model.num_layers) if layer not in model.moe_layers)
         raise ModelError(

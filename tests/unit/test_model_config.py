@@ -51,6 +51,18 @@ def test_sglang_is_refused_for_dense_layers_that_it_takes_for_mixtures(tmp_path,
     check_run(validate(tree | {"rollout": {"engine": "vllm"}}), model)
 
 
+@pytest.mark.parametrize(("head_dim", "refused"), [(8, False), (16, True)])
+def test_sglang_is_refused_for_a_mixtral_whose_heads_have_a_size_of_their_own(tmp_path, head_dim, refused):
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "head_dim": head_dim}
+    path = folder(tmp_path, max_position_embeddings=4096, **mixtral)
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}, "rollout": {"engine": "sglang"}}
+    if not refused:
+        check_run(validate(tree), read_model_config(path))
+        return
+    with pytest.raises(ModelError, match=r"heads of .* have a size of their own \(head_dim 16\)"):
+        check_run(validate(tree), read_model_config(path))
+
+
 def test_the_longest_limit_of_an_evaluation_must_fit_the_model_too(tmp_path):
     path = folder(tmp_path, max_position_embeddings=2048)
     tree = {"model": {"path": str(path)}, "data": {"train": "x"}}
