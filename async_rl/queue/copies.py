@@ -33,7 +33,7 @@ import ray
 import structlog
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from async_rl.queue.fetcher import hosts_with
+from async_rl.queue.fetcher import own_place
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import brief, is_process_death
 
@@ -44,6 +44,11 @@ _HOSTS_VALID_S = 1.0
 # How often lost hosts are looked for. Ray itself takes seconds to conclude that a host is gone, up to a minute for one
 # that is silent.
 _PERIOD_S = 5.0
+# Up to this size Ray keeps a message in the process that owns it (its max_direct_call_object_size).
+_SMALL_BYTES = 100 * 2**10
+# How long Ray may take to say where a larger one is, and how often it is asked. One that is lost has no place either.
+_PLACED_S = 2.0
+_LOOK_S = 0.01
 # A host whose holder has died, for example by running out of memory, or was too slow is the last to be asked for so
 # long.
 _AVOIDED_S = 60.0
@@ -111,7 +116,7 @@ class Copies:
         The copy is made again when a host is lost, until ``forget`` is called.
         """
         hosts = await self._look()
-        there = hosts.alive.intersection(hosts_with(payload[:1], own=True)[payload[0]])
+        there = hosts.alive.intersection(await _hosts_of(payload[0]))
         if len(payload) > 1 or not there or self._here in there:
             return
         copy = await self._copied(group_id, payload[0], (hosts.usable | {self._here}) - there)
@@ -238,6 +243,20 @@ class Copies:
             log.warning("hosts_not_seen", reason=brief(error))
         else:
             self._hosts = looking.result()
+
+
+async def _hosts_of(message: Any) -> Sequence[str]:
+    """Return the hosts whose object store has a message of this process; none for one that is lost, small, or on disk.
+
+    Of a message that has just come Ray knows the size, and its place some milliseconds later.
+    """
+    began = time.monotonic()
+    while True:
+        place = own_place(message)
+        known = place.hosts or place.on_disk or place.nbytes <= _SMALL_BYTES
+        if known or time.monotonic() - began > _PLACED_S:
+            return place.hosts
+        await asyncio.sleep(_LOOK_S)
 
 
 def _hosts(resource: str) -> _Hosts:

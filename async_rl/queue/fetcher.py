@@ -12,7 +12,7 @@ Knows Ray and the codec; not the queue's process.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -118,14 +118,27 @@ def _in_memory(payloads: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return found
 
 
-def hosts_with(references: Sequence[Any], *, own: bool = False) -> dict[Any, Sequence[str]]:
-    """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it.
-
-    ``own``: all of them belong to this process, so that no other is asked and nothing is waited for.
-    """
-    ask = ray.experimental.get_local_object_locations if own else ray.experimental.get_object_locations
-    found = ask(list(references)) if references else {}
+def hosts_with(references: Sequence[Any]) -> dict[Any, Sequence[str]]:
+    """Return the hosts whose object store has each message; none for one that is lost, or so small that none has it."""
+    found = ray.experimental.get_object_locations(list(references)) if references else {}
     return {reference: found.get(reference, {}).get("node_ids") or () for reference in references}
+
+
+class Place(NamedTuple):
+    """Where a message is, as far as Ray knows."""
+
+    hosts: Sequence[str]
+    """Those whose object store has it."""
+    nbytes: int
+    """0 where that is unknown."""
+    on_disk: bool
+    """Whether Ray has written it to a disk, for which it names no host."""
+
+
+def own_place(reference: Any) -> Place:
+    """Return where a message that belongs to this process is; no other process is asked."""
+    found = ray.experimental.get_local_object_locations([reference]).get(reference, {})
+    return Place(found.get("node_ids") or (), found.get("object_size") or 0, bool(found.get("did_spill")))
 
 
 def _nearest_first(references: Sequence[Any], places: Mapping[Any, Sequence[str]]) -> list[Any]:

@@ -27,6 +27,7 @@ class Cluster:
     def __init__(self, *hosts):
         self.hosts = {host: {"CPU": 2.0} for host in hosts}
         self.places, self.faults, self.asked, self.errors = {}, {}, [], set()
+        self.sizes, self.unplaced = {}, Counter()  # {message: how often Ray does not know its place yet}
         self.messages = Counter()
         self.holders_started = Counter()
 
@@ -35,8 +36,13 @@ class Cluster:
 
     @property
     def experimental(self):
+        def location(name):
+            known = self.unplaced[name] <= 0
+            self.unplaced[name] -= 1
+            return {"node_ids": self.places[name] if known else [], "object_size": self.sizes.get(name, 0)}
+
         def locations(references):
-            return {each: {"node_ids": self.places[each]} for each in references if each in self.places}
+            return {each: location(each) for each in references if each in self.places}
 
         return SimpleNamespace(get_local_object_locations=locations)  # no other process is asked
 
@@ -131,6 +137,22 @@ async def test_nothing_is_copied_that_only_the_drivers_death_can_lose_or_that_is
     cluster.places["g"], payload = places, ["g"]
     await Copies("cpu").add("g", payload)
     await Copies("cpu").add("unknown", ["unknown"])
+    assert (payload, cluster.asked) == (["g"], [])
+
+
+@pytest.mark.parametrize(("size", "copied"), [(10**6, True), (1000, False)])
+async def test_a_large_message_whose_place_ray_does_not_know_yet_is_copied(cluster, size, copied):
+    """Ray knows the size of a message that has just come, and its place some milliseconds later."""
+    payload = cluster.made_on("a", "g")["g"]
+    cluster.sizes["g"], cluster.unplaced["g"] = size, 3
+    await Copies("cpu").add("g", payload)
+    assert (len(payload) == 2) == copied
+
+
+async def test_a_large_message_that_is_lost_is_not_waited_for_without_end(cluster, monkeypatch):
+    monkeypatch.setattr(copies_module, "_PLACED_S", 0.05)
+    cluster.places["g"], cluster.sizes["g"], payload = [], 10**6, ["g"]
+    await asyncio.wait_for(Copies("cpu").add("g", payload), 10)
     assert (payload, cluster.asked) == (["g"], [])
 
 
