@@ -103,8 +103,8 @@ async def test_a_server_that_is_killed_is_noticed_and_leaves_nothing(config):
 
     def shared():
         """The files of this process and of servers; other tests have their own."""
-        marks = f"async_rl-{os.getpid()}-", "sglang"
-        return {name for name in os.listdir("/dev/shm") if any(mark in name for mark in marks)}
+        own = f"sem.async_rl-{os.getpid()}-"
+        return {name for name in os.listdir("/dev/shm") if name.startswith((own, "sglang"))}
 
     before = shared()
     async with running(config) as engine:

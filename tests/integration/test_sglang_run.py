@@ -50,9 +50,9 @@ def test_every_mode(start_run, mode, routing):
     partial = {"async_training__partial_rollout__mode": mode, "async_training__partial_rollout__routing": routing}
     run = start_run(trainer__steps=6, **SGLANG, **partial)
     summary = finished(run, 6)
-    # A token of a frozen generation rests on activations of older weights.
-    limit = 1e-2 if mode == "in_flight" else 2e-5
-    assert summary["on_policy_logprob_abs_diff"]["max"] <= limit
+    # A later token of a frozen generation rests on activations of older weights, as with vLLM; the first step has none.
+    first = run.rows[0]["on_policy_logprob_abs_diff_max"]
+    assert (first if mode == "in_flight" else summary["on_policy_logprob_abs_diff"]["max"]) <= 2e-5
     assert (summary["trajectories"]["partial"] > 0) == (mode != "drain")
 
 
