@@ -98,20 +98,7 @@ class _Store(Collector):
 
 
 class _Foreign(Collector):
-    """The metrics that a library keeps in prometheus_client's own registry."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def collect(self) -> Iterator[Metric]:
-        return (family for family in REGISTRY.collect() if family.name.startswith(self._prefix))
-
-    def describe(self) -> Iterator[Metric]:
-        return iter(())  # else registering would collect, before there is anything
-
-
-class _Fetched(Collector):
-    """Metrics that a function returns."""
+    """Metrics that are kept elsewhere, and that a function returns."""
 
     def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
         self._collect = collect
@@ -120,7 +107,7 @@ class _Fetched(Collector):
         return self._collect()
 
     def describe(self) -> Iterator[Metric]:
-        return iter(())  # as above
+        return iter(())  # else registering would collect, before there is anything
 
 
 def _add_histogram(family: Metric, spec: MetricSpec, labels: dict[str, str], counts: list[float], total: float) -> None:
@@ -152,11 +139,11 @@ class Metrics:
     def include(self, prefix: str) -> None:
         """Serve also a library's own metrics whose names begin with ``prefix``, without their creation times."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry.register(_Foreign(prefix))
+        self.include_from(lambda: (family for family in REGISTRY.collect() if family.name.startswith(prefix)))
 
     def include_from(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Serve also what ``collect`` returns each time; it may take its time."""
-        self.registry.register(_Fetched(collect))
+        self.registry.register(_Foreign(collect))
 
     def set(self, name: str, value: float, **labels: str | int) -> None:
         """Set a gauge."""

@@ -140,7 +140,8 @@ class Responses:
         """
         response = group.partials[index]
         assert response is not None
-        return await self._scoring.in_training(group.ticket.prompt, response)
+        prompt = group.ticket.prompt
+        return await self._scoring.in_training(prompt, response, self._terms(prompt))
 
     async def eval_score(self, prompt: Prompt, response: PartialRollout, terms: Terms) -> Score:
         """Return the score of a response in an evaluation. Raises as ``score``."""
@@ -152,7 +153,8 @@ class Responses:
         Raises RewardError where one has none and its group cannot do without it.
         """
         left = [(index, partial) for index in indices if (partial := group.partials[index]) and not group.scores[index]]
-        found = await self._scoring.of_group(group.ticket.prompt, [partial for _, partial in left])
+        prompt = group.ticket.prompt
+        found = await self._scoring.of_group(prompt, [partial for _, partial in left], self._terms(prompt))
         last: RewardError | None = None
         for (index, _), score in zip(left, found, strict=True):
             if not isinstance(score, RewardError):

@@ -1,11 +1,10 @@
 """Every port that a run opens is in docs/reference/ports.md, and on one host none is open to the network."""
 
-import importlib.util
-
 import pytest
 
 from tests.cluster.hosts import HostsError
 from tests.support.listeners import Listener, listeners, table, undocumented, unix_sockets
+from tests.support.needs import NEEDS_SGLANG
 from tests.support.real_run import SCRIPTED
 
 pytestmark = pytest.mark.e2e
@@ -26,10 +25,8 @@ def check_host(host, *, joined: bool) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [SCRIPTED["rollout__engine"], "vllm", "sglang"])
+@pytest.mark.parametrize("engine", [SCRIPTED["rollout__engine"], "vllm", pytest.param("sglang", marks=NEEDS_SGLANG)])
 def test_a_run_on_one_host_listens_on_loopback_alone(make_hosts, run_on, engine):
-    if engine == "sglang" and importlib.util.find_spec("sglang") is None:
-        pytest.skip("requirements/sglang.txt is not installed")
     # The host's name is its address on the network, as on most machines: what asks for the own host gets that.
     (host,) = hosts = make_hosts(1)
     run = run_on(

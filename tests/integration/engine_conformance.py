@@ -384,7 +384,7 @@ async def test_score_refuses_a_paused_engine(engine):
     await engine.resume()
 
 
-async def test_a_push_that_was_begun_and_not_finished_lets_nobody_resume(engine, trainer, weights):
+async def test_a_push_that_was_begun_and_not_finished_keeps_the_engine_paused(engine, trainer, weights):
     await engine.pause("abort")
     await engine.start_weight_update()
     with pytest.raises(WeightSyncError, match="it was not finished"):

@@ -6,7 +6,6 @@ What every engine must do is in ``engine_conformance.py``; below is what only SG
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 from pathlib import Path
 from unittest import mock
@@ -21,12 +20,13 @@ from async_rl.rollout.engine.sglang import answers
 from tests.integration.engine_conformance import *  # noqa: F403
 from tests.integration.engine_conformance import GREEDY, SHORT_PROMPT
 from tests.support.engine_checkpoint import engine_config, make_checkpoint, running, until_sampled
+from tests.support.needs import NEEDS_SGLANG
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="requirements/sglang.txt is not installed"),
+    NEEDS_SGLANG,
 ]
 
 
@@ -84,7 +84,7 @@ async def test_a_long_answer_comes_in_parts_and_is_the_same(engine):
     np.testing.assert_array_equal(other.routed_experts, whole.routed_experts)
 
 
-async def test_the_server_answers_nobody_else(engine):
+async def test_the_server_answers_only_calls_with_its_key(engine):
     async with engine._session.get("/server_info", headers={"Authorization": "Bearer guessed"}) as response:
         assert response.status == 401
     server = engine._server._process.pid

@@ -1,6 +1,5 @@
 """SGLang, the trainer and transformers compute the same function, also after interruptions: the tests of the oracle."""
 
-import importlib.util
 from unittest import mock
 
 import pytest
@@ -21,13 +20,14 @@ from tests.integration.test_oracle import (  # noqa: F401
     weights,
 )
 from tests.support.engine_checkpoint import engine_config, running
+from tests.support.needs import NEEDS_SGLANG
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.megatron,
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="requirements/sglang.txt is not installed"),
+    NEEDS_SGLANG,
 ]
 
 

@@ -1,17 +1,17 @@
 """Whole runs whose rollout engine is SGLang: real server, Ray, Megatron, with partial rollouts and the canary."""
 
-import importlib.util
 import statistics
 
 import pytest
 
 from async_rl.queue import codec
 from tests.support.invariants import conserved
+from tests.support.needs import NEEDS_SGLANG
 from tests.support.real_run import ROOT, Run
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="requirements/sglang.txt is not installed"),
+    NEEDS_SGLANG,
 ]
 
 SGLANG = {"rollout__engine": "sglang", "recovery__max_restarts": 0}

@@ -12,14 +12,13 @@ from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.overlong import Overlong
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse, Score
-from async_rl.types import Prompt, source_of
+from async_rl.types import Prompt
 
 
 class Scoring:
     """Scores responses with the run's rewards; ``tokenizer`` turns them into text."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, rewards: RewardRunner) -> None:
-        self._config = config
         self._tokenizer = tokenizer
         self._rewards = rewards
         self._overlong = Overlong(config.reward)
@@ -28,22 +27,23 @@ class Scoring:
         """Return what the rewards say of a response. Raises RewardError, and RewardNotApplicable if it has none."""
         return await self._rewards.score(prompt, self._finished(response), terms.name)
 
-    async def in_training(self, prompt: Prompt, response: PartialRollout) -> Score:
+    async def in_training(self, prompt: Prompt, response: PartialRollout, terms: Terms) -> Score:
         """Return the score that a response is trained with: cut off or very long, it may have less, or none.
 
         Raises RewardError, and RewardNotApplicable if it has none.
         """
-        finished, terms = self._finished(response), self._terms(prompt)
+        finished = self._finished(response)
         if self._overlong.leaves_out(finished):
             raise _cut_off(prompt)
         score = await self._rewards.score(prompt, finished, terms.name)
         return self._overlong.shape(finished, score, terms.max_response_tokens)
 
-    async def of_group(self, prompt: Prompt, responses: Sequence[PartialRollout]) -> list[Score | RewardError]:
+    async def of_group(
+        self, prompt: Prompt, responses: Sequence[PartialRollout], terms: Terms
+    ) -> list[Score | RewardError]:
         """Return for each response of a group what ``in_training`` returns or raises, from one call of the rewards."""
         finished = [self._finished(response) for response in responses]
         asked = [each for each in finished if not self._overlong.leaves_out(each)]
-        terms = self._terms(prompt)
         answers = iter(await self._rewards.score_group(prompt, asked, terms.name) if asked else ())
         found: list[Score | RewardError] = []
         for each in finished:
@@ -52,9 +52,6 @@ class Scoring:
                 score = self._overlong.shape(each, score, terms.max_response_tokens)
             found.append(score)
         return found
-
-    def _terms(self, prompt: Prompt) -> Terms:
-        return self._config.terms(source_of(prompt.prompt_id))
 
     def _finished(self, response: PartialRollout) -> FinishedResponse:
         """Return what rewards may see of a response, as far as those of the run ask for it."""

@@ -120,7 +120,7 @@ class SglangEngine:
     async def shutdown(self) -> None:
         self._running.set()  # calls that wait for a resume continue, and find the engine gone
         self._server.kill()
-        # Each sees that its connection is lost. In a session that is closed before, it would wait for ever.
+        # Each sees that its connection is lost. In a session that is closed before, it would never return.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._requests.wait_none(), _LOST_S)
         await self._server.close()

@@ -22,6 +22,7 @@ from async_rl.errors import EngineDied, EngineError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.device import on_cpu
 from async_rl.rollout.stats import worker_id
+from async_rl.runtime.addresses import hold_port
 from async_rl.runtime.process import run_token, starting_on
 
 LOADER = "async_rl.weights.sglang.load"
@@ -220,9 +221,6 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 def _free_port() -> int:
     """Return a port that was free a moment ago: the server takes a number, and no socket."""
-    import socket
-
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+    with hold_port("127.0.0.1") as listening:
         port: int = listening.getsockname()[1]
     return port
