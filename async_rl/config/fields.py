@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +31,20 @@ def _possible(path: Path) -> Path:
 
 
 PathName = Annotated[Path, Field(strict=False), AfterValidator(_possible)]  # YAML has no paths, so strings are accepted
+
+
+def _written_as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what would not be the same in the run folder's copy of the settings: dates, sets, bytes, NaN."""
+    try:
+        same = json.loads(json.dumps(values, allow_nan=False)) == values
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"values must be those of JSON: {error}") from None
+    if not same:
+        raise ValueError("values must be those of JSON: keys are text, and lists have no other type")
+    return values
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_written_as_json)]
 DataFiles = PathName | list[PathName]
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from async_rl.config.fields import (
+    Arguments,
     DataFiles,
     Dtype,
     FunctionName,
@@ -83,7 +84,7 @@ class DataSection(Section):
     """System message for prompts that begin with none of their own."""
     chat_template: PathName | None = None
     """File with a Jinja chat template to use in place of the checkpoint's."""
-    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    template_kwargs: Arguments = Field(default_factory=dict)
     """Variables for the chat template, for example {enable_thinking: false}; those of a row's field
     chat_template_kwargs win."""
     tools: PathName | None = None
@@ -112,7 +113,7 @@ class WeightedReward(Section):
     """The function, as in reward.function."""
     weight: float = 1.0
     """Its factor in the sum."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Arguments = Field(default_factory=dict)
     """As reward.arguments."""
     slow: bool | None = None
     """As reward.slow; null for its value."""
@@ -135,7 +136,7 @@ class RewardSection(Section):
     """Several rewards by name in place of reward.function, of which the weighted sum is the reward, for example
     {right: {function: "my:right"}, form: {function: "my:form", weight: 0.2}}. One that returns None drops out of the
     sum. On the command line: --reward.functions.form.weight 0.5."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Arguments = Field(default_factory=dict)
     """Values for arguments of reward.function by name, for example {pattern: "<answer>.*</answer>"}; columns of the
     same name are not passed."""
     slow: bool = False

@@ -377,6 +377,17 @@ def test_replay_that_would_do_nothing_is_refused(settings, part):
     assert "set " in str(caught.value), "the message says what to change"
 
 
+@pytest.mark.parametrize("value", ["2001-01-01", ".nan", "{1: a}", "!!set {a}", "!!binary gA==", "&a {b: *a}"])
+@pytest.mark.parametrize("key", ["data.template_kwargs", "reward.arguments", "reward.functions.f.arguments"])
+def test_arguments_that_the_run_folder_would_change_are_refused(tmp_path, key, value):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    words = ["--reward.functions.f.function", "my:f"] if "functions" in key else []
+    with pytest.raises(ConfigError) as caught:
+        load(path, parse_overrides([*words, f"--{key}", f"{{a: {value}}}"]))
+    assert key in str(caught.value)
+    assert "values must be those of JSON" in str(caught.value)
+
+
 def test_replay_settings_that_make_sense_are_not_refused():
     off = {"router_replay": "off", "router_fusion": True}
     validate(tree(trainer=off, rollout={"return_routed_experts": False}))

@@ -167,6 +167,8 @@ def test_any_tree_at_any_key(folder, key, value):
     st.booleans(),
 )
 @example("seed", "2001-13-45", True)
+@example("data.template_kwargs", "depth: !!binary gA==", False)
+@example("reward.arguments", "{a: {1: x}, b: 2001-01-01}", True)
 def test_any_value_for_any_setting_on_the_command_line(folder, key, value, equals):
     result = loaded(folder, TINY_MOE, [f"--{key}={value}"] if equals else [f"--{key}", value])
     assert isinstance(result, RunConfig) or names(result, key)
