@@ -40,7 +40,16 @@ def body():
     while not os.path.exists(ready):
         time.sleep(0.01)
     Path(sys.argv[1], "pids.tmp").write_text(f"{os.getpid()} {daemon.stdout}")
-    os.rename(sys.argv[1] + "/pids.tmp", sys.argv[1] + "/pids")
+    if sys.argv[2] != "clean":
+        return go_on()
+    try:
+        return go_on()
+    finally:
+        time.sleep(0.3)
+        Path(sys.argv[1], "cleaned").touch()
+
+def go_on():
+    os.rename(sys.argv[1] + "/pids.tmp", sys.argv[1] + "/pids")  # from now on the test may end it
     if sys.argv[2] == "raise":
         raise RuntimeError("the body failed")
     if sys.argv[2] == "return":
@@ -53,12 +62,6 @@ def body():
             time.sleep(0.01)
         time.sleep(0.3)  # a second one would have come by now
         return 40 + len(got)
-    if sys.argv[2] == "clean":
-        try:
-            time.sleep(300)
-        finally:
-            time.sleep(0.3)
-            Path(sys.argv[1], "cleaned").touch()
     time.sleep(300)
 
 sys.exit(supervisor.supervise(body))
