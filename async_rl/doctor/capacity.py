@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate, machine
 from async_rl.doctor.check import Check
-from async_rl.doctor.sizes import Sizes, kv_token_bytes, object_store_bytes, worst_case
+from async_rl.doctor.sizes import Sizes, object_store_bytes, worst_case
 from async_rl.errors import ModelError
 from async_rl.models.config import ModelConfig, read_model_config
 from async_rl.queue.wire import MAX_MESSAGE_BYTES
@@ -160,7 +160,7 @@ def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:
         )
     tokens = sizes.resumed_tokens
     if not machine.uses_gpu(config):  # What does not fit the KV cache is not running.
-        tokens_per_engine = config.rollout.kv_cache_bytes // kv_token_bytes(config, model)
+        tokens_per_engine = config.rollout.kv_cache_bytes // model.kv_token_bytes(config.engine_dtype)
         tokens = min(tokens, config.rollout.replica_range.max * tokens_per_engine)
     share = tokens / sizes.window_tokens
     detail = (

@@ -97,14 +97,6 @@ def worst_case(config: RunConfig, model: ModelConfig) -> Sizes:
     )
 
 
-def kv_token_bytes(config: RunConfig, model: ModelConfig) -> int:
-    """Return the bytes of the KV cache that one token takes in all layers of an engine."""
-    itemsize = 4 if config.engine_dtype == "float32" else 2
-    if model.latent is not None:
-        return model.num_layers * (model.latent.key_value_rank + model.latent.rotary_dim) * itemsize
-    return model.num_layers * 2 * model.num_kv_heads * model.head_dim * itemsize
-
-
 def object_store_bytes(max_bytes: int, free_shm: int) -> int:
     """Return the size of the object store that a run starts for queue.max_bytes, with so much free in /dev/shm.
 

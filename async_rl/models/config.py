@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
 from async_rl.types import RoutingSpec
@@ -129,6 +130,13 @@ class ModelConfig:
         parameters = self.num_layers * attention + mlp + self.hidden_size * self.vocab_size
         pairs = positions * (positions + 1) / 2
         return 2.0 * parameters * positions + 2.0 * pairs * self.num_layers * self.num_heads * (query_dim + value_dim)
+
+    def kv_token_bytes(self, dtype: Dtype) -> int:
+        """Return the bytes that one token takes in an engine's KV cache, over all layers."""
+        latent = self.latent
+        heads = 2 * self.num_kv_heads * self.head_dim
+        elements = heads if latent is None else latent.key_value_rank + latent.rotary_dim
+        return self.num_layers * elements * (4 if dtype == "float32" else 2)
 
     @property
     def routing_spec(self) -> RoutingSpec | None:

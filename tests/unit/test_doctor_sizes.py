@@ -7,7 +7,7 @@ from async_rl import doctor
 from async_rl.config.loading import validate
 from async_rl.doctor import capacity, machine
 from async_rl.doctor.estimate import Parameters
-from async_rl.doctor.sizes import kv_token_bytes, object_store_bytes, worst_case
+from async_rl.doctor.sizes import object_store_bytes, worst_case
 from async_rl.models.config import read_model_config
 from async_rl.queue.codec import encode
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
@@ -69,7 +69,7 @@ def test_places_prefill_and_snapshot_by_hand(folder):
     # Twice the 16 groups that fill 256 places.
     assert sizes.in_flight_bytes == 32 * GROUP
     config = settings(folder)
-    assert kv_token_bytes(config, read_model_config(folder)) == 2 * 48 * 4 * 128 * 2 == 98_304
+    assert read_model_config(folder).kv_token_bytes(config.engine_dtype) == 2 * 48 * 4 * 128 * 2 == 98_304
 
 
 def test_more_trajectories_than_places_grow_the_snapshot(folder):

@@ -18,7 +18,7 @@ import functools
 import itertools
 import json
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,18 +28,17 @@ import torch
 from prometheus_client import Metric
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.tokenizer import stop_token_ids
 from async_rl.errors import EngineError, WeightSyncError
 from async_rl.models import names
-from async_rl.models.config import read_model_config
 from async_rl.rollout.aside import aside
+from async_rl.rollout.engine.base import BuiltInEngine
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.sglang import answers
 from async_rl.rollout.engine.sglang.answers import Answer, Json
 from async_rl.rollout.engine.sglang.metrics import fetch
 from async_rl.rollout.engine.sglang.server import LOADER, Server
 from async_rl.rollout.gate import Outstanding
-from async_rl.types import Float32Array, Int32Array, RoutingSpec
+from async_rl.types import Float32Array, Int32Array
 from async_rl.weights.sglang import forget_outcome, outcome
 from async_rl.weights.shm_file import TensorMeta, check_against_checkpoint
 
@@ -62,7 +61,7 @@ class _Call:
     """Whether it is begun again if it ends without a token."""
 
 
-class SglangEngine:
+class SglangEngine(BuiltInEngine):
     """One SGLang server. ``cores``: the CPUs of its processes; None leaves placement to the system.
 
     ``start`` must be called in a thread that lives as long as the engine, for the server dies with the thread that
@@ -70,36 +69,16 @@ class SglangEngine:
     """
 
     def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
-        self._config = config
-        self._replica = replica
-        self._model = read_model_config(config.model.path)
-        own = stop_token_ids(config.model.path)
-        self._stop_token_ids = own + [token for token in config.rollout.stop_token_ids if token not in own]
+        super().__init__(config, replica)
         self._server = Server(config, replica, self._model, cores)
         self._calls: dict[str, _Call] = {}
         self._numbers = itertools.count()
         self._ended_tokens = 0  # sampled by calls that have ended
-        self._version = 0
-        self._running = asyncio.Event()  # clear while paused: calls begun then wait here
         self._under_way = Outstanding()  # calls
         self._requests = Outstanding()  # of HTTP, calls among them
         self._frozen = False
         self._table: list[TensorMeta] | None = None
         self._table_sent = False
-        self._sync_failed: str | None = None
-        self._update_begun = False
-
-    @property
-    def routing_spec(self) -> RoutingSpec | None:
-        return self._model.routing_spec if self._config.rollout.return_routed_experts else None
-
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        return frozenset(self._stop_token_ids)
-
-    @property
-    def version(self) -> int:
-        return self._version
 
     @property
     def sampled_tokens(self) -> int:
@@ -206,8 +185,7 @@ class SglangEngine:
                 yield answered
 
     async def score(self, sequences: list[Int32Array]) -> list[Score]:
-        if not self._running.is_set():
-            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
+        self._check_can_score()
         return list(await asyncio.gather(*map(self._score, sequences)))
 
     async def _score(self, sequence: Int32Array) -> Score:
@@ -252,10 +230,7 @@ class SglangEngine:
                 await self._post("/abort_request", {"rid": call.rid})
 
     async def resume(self) -> None:
-        if self._sync_failed is not None:
-            raise WeightSyncError(
-                f"replica {self._replica}: the last weight sync failed, so the weights are unknown: {self._sync_failed}"
-            )
+        self._check_can_resume()
         if self._frozen:
             # It would ask CUDA for its memory, which fails where there is none.
             await self._post("/continue_generation", {"torch_empty_cache": False})
@@ -275,8 +250,7 @@ class SglangEngine:
         self._table, self._table_sent = table, False
 
     async def start_weight_update(self) -> None:
-        if self._running.is_set():
-            raise WeightSyncError(f"replica {self._replica}: pause the engine before a weight sync")
+        self._check_can_begin_update()
         if self._update_begun:
             # By a trainer that died, for example. The weights that it left half-written are overwritten or never used.
             with contextlib.suppress(EngineError):
@@ -308,28 +282,16 @@ class SglangEngine:
         self._table_sent = True
 
     async def finish_weight_update(self) -> None:
-        if not self._update_begun:
-            raise WeightSyncError(
-                f"replica {self._replica}: a weight transfer was finished, but no weights were received"
-            )
+        self._check_can_finish_update()
         await self._transfer(self._post("/end_weight_update", {}))
         self._update_begun = False
 
     async def update_weight_version(self, version: str) -> None:
-        if self._running.is_set():
-            raise WeightSyncError(f"replica {self._replica}: the version changed while the engine was not paused")
+        self._check_can_change_version()
         body = {"new_version": str(int(version)), "abort_all_requests": False}
         await self._transfer(self._post("/update_weight_version", body))
         self._version = int(version)
         self._sync_failed = None
-
-    async def _transfer(self, step: Awaitable[Any]) -> None:
-        try:
-            await step
-        except Exception as error:
-            self._sync_failed = str(error)
-            self.check_alive()
-            raise WeightSyncError(f"replica {self._replica}: {error}") from error
 
     # -- the server -----------------------------------------------------------------------------------------------
 

@@ -28,10 +28,10 @@ import numpy as np
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.tokenizer import load_tokenizer, stop_token_ids
-from async_rl.errors import EngineDied, EngineError, WeightSyncError
-from async_rl.models.config import read_model_config
+from async_rl.data.tokenizer import load_tokenizer
+from async_rl.errors import EngineDied, EngineError
 from async_rl.rollout.aside import aside
+from async_rl.rollout.engine.base import BuiltInEngine
 from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
@@ -40,7 +40,7 @@ from async_rl.rollout.stats import worker_id
 from async_rl.rollout.stop_strings import StopStrings, decoder
 from async_rl.runtime import logs
 from async_rl.runtime.process import starting_on
-from async_rl.types import ExpertIds, Float32Array, Int32Array, RoutingSpec
+from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -75,7 +75,7 @@ class _Call:
     restart: bool = False
 
 
-class VllmEngine:
+class VllmEngine(BuiltInEngine):
     """One vLLM engine. ``cores``: the CPUs of its engine core and workers; None leaves placement to the system.
 
     ``start`` must be called on the event loop that ``generate`` will run on, and blocks it while the model loads; in a
@@ -83,32 +83,12 @@ class VllmEngine:
     """
 
     def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
-        self._config = config
-        self._replica = replica
+        super().__init__(config, replica)
         self._cores = cores
-        self._model = read_model_config(config.model.path)
-        own = stop_token_ids(config.model.path)
-        self._stop_token_ids = own + [token for token in config.rollout.stop_token_ids if token not in own]
         self._stops: StopStrings | None = None
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
-        self._version = 0
-        self._running = asyncio.Event()  # clear while paused: calls begun then wait here, not in the scheduler
-        self._sync_failed: str | None = None
-        self._update_begun = False
-
-    @property
-    def routing_spec(self) -> RoutingSpec | None:
-        return self._model.routing_spec if self._config.rollout.return_routed_experts else None
-
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        return frozenset(self._stop_token_ids)
-
-    @property
-    def version(self) -> int:
-        return self._version
 
     @property
     def sampled_tokens(self) -> int:
@@ -276,8 +256,7 @@ class VllmEngine:
             collector.close()
 
     async def score(self, sequences: list[Int32Array]) -> list[Score]:
-        if not self._running.is_set():
-            raise EngineError(f"replica {self._replica}: score: the engine is paused, and would never answer")
+        self._check_can_score()
         return await self._scores(sequences)
 
     async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
@@ -359,10 +338,7 @@ class VllmEngine:
                 await self._take_back_unstarted()
 
     async def resume(self) -> None:
-        if self._sync_failed is not None:
-            raise WeightSyncError(
-                f"replica {self._replica}: the last weight sync failed, so the weights are unknown: {self._sync_failed}"
-            )
+        self._check_can_resume()
         with self._errors("resume"):
             await self._engine.resume_generation()
         self._running.set()
@@ -398,8 +374,7 @@ class VllmEngine:
         await self._transfer(self._engine.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
-        if self._running.is_set():
-            raise WeightSyncError(f"replica {self._replica}: pause the engine before a weight sync")
+        self._check_can_begin_update()
         if self._sync_failed is not None:
             # By a trainer that died, for example. The weights that it left half-written are overwritten or never used.
             await self._transfer(self._engine.collective_rpc("abandon_weight_update"))
@@ -413,15 +388,11 @@ class VllmEngine:
         await self._transfer(self._engine.collective_rpc("receive_weight_update", kwargs=arguments))
 
     async def finish_weight_update(self) -> None:
-        if not self._update_begun:
-            raise WeightSyncError(
-                f"replica {self._replica}: a weight transfer was finished, but no weights were received"
-            )
+        self._check_can_finish_update()
         await self._transfer(self._engine.finish_weight_update())
 
     async def update_weight_version(self, version: str) -> None:
-        if self._running.is_set():
-            raise WeightSyncError(f"replica {self._replica}: the version changed while the engine was not paused")
+        self._check_can_change_version()
         with self._errors("update_weight_version"):
             await self._drain_outputs()
         for call in self._calls.values():
@@ -430,15 +401,6 @@ class VllmEngine:
         # The engine core's own record of the version is for vLLM's server, and another round trip: it has none here.
         self._version = int(version)
         self._sync_failed = None
-
-    async def _transfer(self, step: Awaitable[None]) -> None:
-        try:
-            await step
-        except Exception as error:
-            # vLLM hands the engine core's exception over as text.
-            self._sync_failed = str(error)
-            self.check_alive()
-            raise WeightSyncError(f"replica {self._replica}: {error}") from error
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
