@@ -20,7 +20,7 @@ def check_combinations(config: RunConfig) -> None:
     check_inputs(config)
     _check_queue(config)
     _check_sync(config)
-    _check_sglang(config)
+    _check_engines(config)
     _check_rollout(config)
     _check_cluster(config)
     _check_recovery(config)
@@ -50,18 +50,28 @@ def _check_queue(config: RunConfig) -> None:
         )
 
 
-def _check_sglang(config: RunConfig) -> None:
+def _check_engines(config: RunConfig) -> None:
     rollout = config.rollout
-    if rollout.engine != "sglang":
+    if rollout.engines and rollout.engine != "vllm":
+        raise ValueError(
+            f"rollout.engine is {rollout.engine}, and rollout.engines is {rollout.engines}; remove one of them"
+        )
+    if len(rollout.engines) > rollout.replica_range.min:
+        raise ValueError(
+            f"rollout.engines names {len(rollout.engines)} engines, but the run starts with "
+            f"{rollout.replica_range.min} replicas; set rollout.replicas to at least {len(rollout.engines)}"
+        )
+    if "sglang" not in rollout.engine_names:
         if rollout.sglang.python is not None:
             raise ValueError(
-                f"rollout.sglang.python is {rollout.sglang.python}, but rollout.engine is {rollout.engine}; set the "
-                "engine to sglang, or remove it"
+                f"rollout.sglang.python is {rollout.sglang.python}, but the engine is {rollout.engine_names[0]}; "
+                "set rollout.engine to sglang, or remove it"
             )
         return
     if config.sync.backend == "nccl":
+        key = "an engine of rollout.engines" if rollout.engines else "rollout.engine"
         raise ValueError(
-            "sync.backend is nccl, but rollout.engine is sglang, which receives weights through the memory of its "
+            f"sync.backend is nccl, but {key} is sglang, which receives weights through the memory of its "
             "host; set sync.backend to auto, shm or object_store"
         )
 

@@ -83,7 +83,7 @@ def _described(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_described(arguments[0], [])}"
     patterns = _found("pattern", metadata)
     if annotation is str and any("vllm|" in pattern for pattern in patterns):
-        return "`vllm` or `module:Class`"
+        return "`vllm`, `sglang` or `module:Class`"
     if annotation is str and any(r":\w" in pattern for pattern in patterns):
         return "`module:function`"
     bounds = [f"{sign} {bound}" for key, sign in _BOUNDS for bound in _found(key, metadata) if bound != _INT64]

@@ -136,6 +136,9 @@ class RolloutSection(Section):
     --rollout.replicas.min 2 --rollout.replicas.max 8."""
     engine: EngineName = "vllm"
     """The engine that samples: vllm, sglang, or module:Class of one that has the methods of RolloutEngine."""
+    engines: list[EngineName] = Field(default_factory=list)
+    """Several engines in one run, for example [vllm, sglang]: replica 0 has the first, replica 1 the second, and after
+    the last the first again. Empty for rollout.engine in all of them."""
     dtype: Dtype | None = None
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
     return_routed_experts: bool = True
@@ -203,6 +206,16 @@ class RolloutSection(Section):
     sglang: SglangSection = SglangSection()
     filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
+
+    @property
+    def engine_names(self) -> tuple[str, ...]:
+        """The engines that the run uses, each once; see rollout.engines."""
+        return tuple(dict.fromkeys(self.engines or [self.engine]))
+
+    def engine_of(self, replica: int) -> str:
+        """Return the engine that a replica has."""
+        engines = self.engines or [self.engine]
+        return engines[replica % len(engines)]
 
     @property
     def replica_range(self) -> ReplicaRange:

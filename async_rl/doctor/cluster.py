@@ -35,14 +35,16 @@ def device_of(config: RunConfig, hosts: Sequence[HostReport]) -> Literal["cpu", 
 def user_modules(config: RunConfig) -> dict[str, str]:
     """Return the modules of the user that processes of a run import, and for each a setting that names it."""
     settings = {
-        "rollout.engine": config.rollout.engine,
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
     }
     named = {reward.setting: reward.module for reward in rewards_of(config.reward)}
     named |= {key: name.partition(":")[0] for name, key in environments_of(config).items()}
     named |= {key: value.partition(":")[0] for key, value in settings.items() if value is not None and ":" in value}
-    return {module: key for key, module in named.items() if not module.startswith("async_rl.")}
+    found = {module: key for key, module in named.items()}
+    engine_key = "rollout.engines" if config.rollout.engines else "rollout.engine"
+    found |= {engine.partition(":")[0]: engine_key for engine in config.rollout.engine_names if ":" in engine}
+    return {module: key for module, key in found.items() if not module.startswith("async_rl.")}
 
 
 def judge(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: HostReport) -> list[Check]:

@@ -209,10 +209,11 @@ def functions(config: RunConfig) -> Iterator[Check]:
         yield reward
         if reward.status == "ok" and named.module == code.__name__:
             yield _sandbox()
-    if config.rollout.engine == "sglang":
-        yield _sglang(config)
-    elif config.rollout.engine != "vllm":
-        yield _try("rollout.engine", config.rollout.engine, lambda: load_engine(config.rollout.engine))
+    for engine in config.rollout.engine_names:
+        if engine == "sglang":
+            yield _sglang(config)
+        elif engine != "vllm":
+            yield _try("rollout.engine", engine, functools.partial(load_engine, engine))
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))

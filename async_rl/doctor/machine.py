@@ -56,7 +56,7 @@ def needs(config: RunConfig) -> Needs:
         device="cuda" if on_gpu else "cpu",
         memory_bytes=0 if on_gpu else estimate.run_memory(config, model, parameters).fixed,
         shm_bytes=estimate.shared_weights(config, parameters),
-        compiles=not (on_gpu or config.rollout.enforce_eager) and config.rollout.engine == "vllm",
+        compiles=not (on_gpu or config.rollout.enforce_eager) and "vllm" in config.rollout.engine_names,
     )
 
 

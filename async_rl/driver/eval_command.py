@@ -131,7 +131,7 @@ def _answers(config: RunConfig, sets: Sequence[EvalSet], encoder: CheckpointEnco
     found: list[EvalResult] = []
 
     async def work() -> None:
-        engine = load_engine(config.rollout.engine)(config, 0, cores=None)
+        engine = load_engine(config.rollout.engine_of(0))(config, 0, cores=None)
         found.append(await answers(config, sets, engine, encoder.tokenizer))
 
     asyncio.run(until_interrupted(work()))

@@ -44,6 +44,11 @@ def _by_resume_position(record: StepRecord, name: str) -> Mapping[str, float | N
     return {position: getattr(part, name) for position, part in split.items()}
 
 
+def _by_engine(record: StepRecord, name: str) -> Mapping[str, float | None]:
+    """One number of ``TokenAgreement`` by the engine that sampled the tokens."""
+    return {engine: getattr(part, name) for engine, part in record.report.agreement_by_engine.items()}
+
+
 _LEARNING = (
     MetricSpec(
         "policy_version",
@@ -230,6 +235,24 @@ _SAME_POLICY = (
         "A resume that went wrong shows at `first` before anywhere else.",
         lambda record: _by_resume_position(record, "abs_max"),
         labels=("position",),
+        unit="nats",
+    ),
+    MetricSpec(
+        "ppo_kl_by_engine",
+        "gauge",
+        "Mean of behaviour minus current log-prob over trained tokens, by the engine that sampled them.",
+        "Where engines differ, with the same staleness, one of them computes otherwise than the trainer.",
+        lambda record: _by_engine(record, "kl"),
+        labels=("engine",),
+        unit="nats",
+    ),
+    MetricSpec(
+        "rollout_logprob_abs_diff_mean_by_engine",
+        "gauge",
+        "Mean |behaviour - current log-prob| over trained tokens, by the engine that sampled them.",
+        "Its terms cannot cancel; the engine whose line is higher is older, or computes otherwise.",
+        lambda record: _by_engine(record, "abs_mean"),
+        labels=("engine",),
         unit="nats",
     ),
     MetricSpec(

@@ -78,6 +78,8 @@ class StepReport:
     as ``PolicySums.on_policy_temperature`` computes them."""
     router_disagreement: float | None = None
     """Share of the replayed choices of an expert that the trainer's own router would not have made."""
+    agreement_by_engine: Mapping[str, TokenAgreement] = field(default_factory=dict)
+    """``agreement``, split by the engine that sampled the tokens (rollout.engines); only those that occurred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,7 +175,7 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"rollout.stop_token_ids has {unknown[0]}, but {config.model.path} has {model.vocab_size} tokens, from 0; "
             "remove it"
         )
-    if config.rollout.engine == "sglang":
+    if "sglang" in config.rollout.engine_names:
         _check_sglang(config, model)
     _check_layout(config, model)
     longest = config.data.max_prompt_tokens + config.longest_response

@@ -63,17 +63,31 @@ def build_prompt(table: dict[str, Any], token_ids: Array) -> Prompt:
     )
 
 
-def build_segments(t: int, take: Callable[[str], Array], views: dict[str, Array]) -> tuple[Segment, ...]:
+def segment_engines(response: Response) -> dict[str, Any]:
+    """Return the table entry that has the engine of each segment; none where it is not known."""
+    engines = [segment.engine for segment in response.segments]
+    return {"engines": engines} if any(engines) else {}
+
+
+def build_segments(
+    t: int, entry: dict[str, Any], take: Callable[[str], Array], views: dict[str, Array]
+) -> tuple[Segment, ...]:
     """Build the segments of trajectory ``t``, with the routed experts of those that have their own.
 
-    Raises WireError when the array of segments is invalid.
+    ``entry`` is the trajectory's in the table, which may lack ``segment_engines``. Raises WireError when its engines or
+    the array of segments is invalid.
     """
     rows = take(f"{t}.segments")
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int32:
         raise WireError(f"array {t}.segments is {rows.dtype}{list(rows.shape)}, expected int32[S, 3]")
+    engines = entry.get("engines", [""] * len(rows))
+    if not isinstance(engines, list) or len(engines) != len(rows) or any(type(engine) is not str for engine in engines):
+        raise WireError(
+            f"the engines of trajectory {t} are {short(engines)}, not a name for each of {len(rows)} segments"
+        )
     return tuple(
-        Segment(start, stop, version, views.pop(f"{t}.segment_routing.{s}", None))
-        for s, (start, stop, version) in enumerate(rows.tolist())
+        Segment(start, stop, version, views.pop(f"{t}.segment_routing.{s}", None), engine)
+        for s, ((start, stop, version), engine) in enumerate(zip(rows.tolist(), engines, strict=True))
     )
 
 
@@ -125,6 +139,7 @@ def _table(group: Group) -> dict[str, Any]:
                 "finish_reason": t.finish_reason,
                 "routing": routing_entry(t.routing_spec),
                 **({"reward_parts": dict(t.reward_parts)} if t.reward_parts else {}),
+                **segment_engines(t),
             }
             for t in group.trajectories
         ],
@@ -143,7 +158,7 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
         for t, entry in enumerate(get(table, "trajectories", list)):
             if not isinstance(entry, dict):
                 raise WireError(f"the message's trajectory {t} is {short(entry)}, not a map")
-            segments = build_segments(t, take, views)
+            segments = build_segments(t, entry, take, views)
             trajectories.append(
                 Trajectory(
                     trajectory_id=get(entry, "trajectory_id", str),

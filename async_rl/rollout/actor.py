@@ -82,7 +82,7 @@ class RolloutReplica:
         self._replica = replica
         self._engine = engine
         self._gate = Gate()
-        self._responses = Responses(config, engine, tokenizer, rewards, environments)
+        self._responses = Responses(config, engine, tokenizer, rewards, environments, config.rollout.engine_of(replica))
         self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline)
         self._timeline = timeline
         self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
@@ -290,7 +290,9 @@ class RolloutActor(RolloutReplica):
         logs.configure(config.run_dir, name, console=False)
         mark_semaphores(name)  # those of vLLM
         tokenizer = load_tokenizer(config)
-        engine = load_engine(config.rollout.engine)(config, replica, cores=own_cores(cores, config.resources))
+        engine = load_engine(config.rollout.engine_of(replica))(
+            config, replica, cores=own_cores(cores, config.resources)
+        )
         environments = load_environments(config, tokenizer)
         self._outbox = Outbox(queue, open_groups(config, name))
         timeline = Timeline(config.run_dir, name, config.metrics.timeline_bytes)

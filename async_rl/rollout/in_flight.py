@@ -24,6 +24,7 @@ from async_rl.queue.codec import (
     response_arrays,
     routing_entry,
     routing_spec,
+    segment_engines,
 )
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
@@ -144,7 +145,7 @@ def decode(
             response_ids=take(f"{t}.response_ids"),
             logprobs=take(f"{t}.logprobs"),
             versions=take(f"{t}.versions"),
-            segments=build_segments(t, take, views),
+            segments=build_segments(t, entry, take, views),
             routed_experts=take(f"{t}.routed_experts") if f"{t}.routed_experts" in views else None,
             finish_reason=entry.get("finish_reason"),
         )
@@ -186,6 +187,7 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
         "policy": partial.routing_policy,
         "finish_reason": partial.finish_reason,
         "routing": routing_entry(partial.routing_spec),
+        **segment_engines(partial),
     }
 
 

@@ -148,7 +148,7 @@ class PartialRollout:
             routing_policies.first_row(self.routing_policy, known),
         )
 
-    def absorb(self, output: EngineOutput) -> PartialRollout:
+    def absorb(self, output: EngineOutput, engine: str = "") -> PartialRollout:
         """Return the state after one more call. Raises InvalidTrajectory if the output cannot be of this trajectory."""
         request = self.next_request()
         budget = request.max_tokens
@@ -170,7 +170,7 @@ class PartialRollout:
             response_ids=np.concatenate([self.response_ids, output.token_ids]),
             logprobs=np.concatenate([self.logprobs, output.logprobs]),
             versions=np.concatenate([self.versions, output.versions]),
-            segments=segments + _segments(output.versions, len(self.response_ids)),
+            segments=segments + _segments(output.versions, len(self.response_ids), engine),
             routed_experts=routed_experts,
             finish_reason=self._finish_reason_after(output),
         )
@@ -251,7 +251,7 @@ class PartialRollout:
         return None
 
 
-def _segments(versions: Int32Array, start: int) -> tuple[Segment, ...]:
+def _segments(versions: Int32Array, start: int, engine: str) -> tuple[Segment, ...]:
     """Return one segment per run of one version: several if the call was frozen during a weight sync."""
     cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-    return tuple(Segment(start + a, start + b, int(versions[a])) for a, b in itertools.pairwise(cuts))
+    return tuple(Segment(start + a, start + b, int(versions[a]), engine=engine) for a, b in itertools.pairwise(cuts))

@@ -71,10 +71,12 @@ class Responses:
         tokenizer: Any,
         rewards: RewardRunner,
         environments: Mapping[str, Environment],
+        engine_name: str = "",
     ) -> None:
-        """``environments`` are those that settings name, by their functions."""
+        """``environments`` are those that settings name, by their functions; ``engine_name`` is as in the settings."""
         self._config = config
         self._engine = engine
+        self._engine_name = engine_name
         self._rewards = rewards
         self._scoring = Scoring(config, tokenizer, rewards)
         self._environments = environments
@@ -108,7 +110,7 @@ class Responses:
 
     def absorb(self, partial: PartialRollout, output: EngineOutput) -> PartialRollout:
         """Return the state after one more call, which ends the response where it has a stop token or stop string."""
-        return partial.absorb(self._stops.cut(partial, output))
+        return partial.absorb(self._stops.cut(partial, output), self._engine_name)
 
     async def complete(
         self,

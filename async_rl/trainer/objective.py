@@ -6,6 +6,7 @@ Joins the log-probs of the tokens (``logprobs``), the losses (``losses``) and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,13 +29,12 @@ def policy_objective(
     vocabulary: torch.distributed.ProcessGroup | None,
     context: torch.distributed.ProcessGroup,
     version: int,
-    stalenesses: int,
+    empty: Callable[[], PolicySums],
 ) -> LossFunction:
     """Return the function that computes the weighted sum of the policy loss and keeps the microbatch's PolicySums.
 
     vocabulary: the process group over which the logits are split, None if they are not. context: the group over which
-    sequences are split. version: the policy version that consumes the tokens. stalenesses: tokens are counted by
-    staleness from 0 to ``stalenesses`` - 1.
+    sequences are split. version: the policy version that consumes the tokens. empty: returns sums of no token.
     """
 
     def objective(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
@@ -68,8 +68,9 @@ def policy_objective(
             rejected=rejected,
             staleness=staleness,
             resume_position=tensors["resume_position"].long(),
+            engine=tensors["engine"].long(),
             mask=mask,
-            stalenesses=stalenesses,
+            empty=empty(),
         )
         return summed, sums
 

@@ -53,6 +53,8 @@ class Microbatch:
     """float32[T]: the weight of each token in the sum that is the loss."""
     resume_position: Int8Array
     """int8[T]: index into RESUME_POSITIONS."""
+    engine: Int8Array
+    """int8[T]: index into the engines of the run; their number for others."""
     sequence: Int64Array
     """int64[T], from 0 to S - 1: the sequence of each position."""
     cu_seqlens: Int32Array
@@ -99,6 +101,7 @@ BY_POSITION = (
     "advantages",
     "weights",
     "resume_position",
+    "engine",
     "sequence",
     "proximal",
     "reference",
@@ -244,6 +247,7 @@ def _join(
         advantages=filled([sample.advantages for sample in samples], zeros(np.float32)),
         weights=filled([sample.weight for sample in samples], zeros(np.float32)),
         resume_position=filled([sample.resume_position for sample in samples], zeros(np.int8)),
+        engine=filled([sample.engine for sample in samples], zeros(np.int8)),
         sequence=np.repeat(np.arange(len(spans) - 1), np.diff(spans)),
         cu_seqlens=spans,
         longest=int(np.diff(spans).max()),

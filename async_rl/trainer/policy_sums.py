@@ -1,7 +1,7 @@
 """The sums over a batch from which the policy's metrics are computed. Pure: torch only; knows ``types`` and ``losses``.
 
 They are sums over the contributing tokens, never means: the sums of two microbatches, or of two ranks, add up to those
-of both. Shapes: T positions, N contributing tokens, S stalenesses, R resume positions.
+of both. Shapes: T positions, N contributing tokens, S stalenesses, R resume positions, E engines.
 """
 
 from __future__ import annotations
@@ -67,28 +67,37 @@ _COLUMN = {name: index for index, name in enumerate(SUMS)}
 
 @dataclass(slots=True)
 class PolicySums:
-    """Sums over contributing tokens, by token staleness and by position relative to a resume point.
+    """Sums over contributing tokens, by token staleness, by position relative to a resume point and by engine.
 
-    S is the largest staleness allowed + 1, and R is len(RESUME_POSITIONS).
+    S is the largest staleness allowed + 1, R is len(RESUME_POSITIONS), and E is len(engines) + 1: the last is for
+    tokens of any other engine, such as those in the checkpoint of a run that had others.
     """
 
     loss: torch.Tensor
     """float64[]."""
     sums: torch.Tensor
-    """float64[S, R, len(SUMS)]."""
+    """float64[S, R, E, len(SUMS)]."""
     max_abs_diff: torch.Tensor
-    """float64[S, R], largest |behaviour - current log-prob|."""
+    """float64[S, R, E], largest |behaviour - current log-prob|."""
     replayed_choices: torch.Tensor
     """float64[2], over every position and layer: choices of an expert that were replayed, and how many of them the
     trainer's own router would not have made."""
+    engines: tuple[str, ...] = ()
+    """The engines of the run."""
 
     @staticmethod
-    def zero(stalenesses: int, device: torch.device | str = "cpu") -> PolicySums:
+    def zero(stalenesses: int, device: torch.device | str = "cpu", engines: tuple[str, ...] = ()) -> PolicySums:
+        """Return sums of no token."""
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        cells = (stalenesses, len(RESUME_POSITIONS))
-        return PolicySums(zeros(), zeros(*cells, len(SUMS)), zeros(*cells), zeros(2))
+        cells = (stalenesses, len(RESUME_POSITIONS), len(engines) + 1)
+        return PolicySums(zeros(), zeros(*cells, len(SUMS)), zeros(*cells), zeros(2), engines)
+
+    def empty(self) -> PolicySums:
+        """Return sums of no token that can be added to these."""
+        return PolicySums.zero(len(self.sums), self.sums.device, self.engines)
 
     def add(self, other: PolicySums) -> None:
         self.loss += other.loss
@@ -133,18 +142,33 @@ class PolicySums:
         return ratio, product**2 / (diff * sharpness) if diff else 0.0
 
     def by_staleness(self, name: str) -> list[float]:
-        return [float(value) for value in self.sums[..., _COLUMN[name]].sum(dim=1)]
+        return self._along(0, name)
 
     def by_resume_position(self, name: str) -> list[float]:
         """Return a sum by resume position, in the order of RESUME_POSITIONS."""
-        return [float(value) for value in self.sums[..., _COLUMN[name]].sum(dim=0)]
+        return self._along(1, name)
+
+    def by_engine(self, name: str) -> list[float]:
+        """Return a sum by engine; the last is that of engines that are not of the run."""
+        return self._along(2, name)
 
     def max_by_staleness(self) -> list[float]:
         """Return the largest |behaviour - current log-prob| by staleness."""
-        return [float(value) for value in self.max_abs_diff.amax(dim=1)]
+        return self._largest_along(0)
 
     def max_by_resume_position(self) -> list[float]:
-        return [float(value) for value in self.max_abs_diff.amax(dim=0)]
+        return self._largest_along(1)
+
+    def max_by_engine(self) -> list[float]:
+        return self._largest_along(2)
+
+    def _along(self, axis: int, name: str) -> list[float]:
+        values: list[float] = self.sums[..., _COLUMN[name]].movedim(axis, 0).flatten(1).sum(dim=1).tolist()
+        return values
+
+    def _largest_along(self, axis: int) -> list[float]:
+        values: list[float] = self.max_abs_diff.movedim(axis, 0).flatten(1).amax(dim=1).tolist()
+        return values
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -158,15 +182,17 @@ def policy_sums(
     rejected: torch.Tensor,
     staleness: torch.Tensor,
     resume_position: torch.Tensor,
+    engine: torch.Tensor,
     mask: torch.Tensor,
-    stalenesses: int,
+    empty: PolicySums,
 ) -> PolicySums:
-    """Return the sums of one microbatch.
+    """Return ``empty``, with the sums of one microbatch.
 
-    Arrays are [T]. Wherever mask is set, staleness int64[T] must be below ``stalenesses`` and resume_position int64[T]
-    an index into RESUME_POSITIONS.
+    Arrays are [T]. Wherever mask is set, staleness, resume_position and engine int64[T] must be indices of a cell of
+    ``empty``.
     """
-    cell = staleness[mask] * len(RESUME_POSITIONS) + resume_position[mask]
+    _, positions, engines = empty.max_abs_diff.shape
+    cell = (staleness[mask] * positions + resume_position[mask]) * engines + engine[mask]
     current, behaviour, entropy = current[mask].double(), behaviour[mask].double(), entropy[mask].double()
     log_ratio = current - behaviour
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -181,10 +207,9 @@ def policy_sums(
         ratio=torch.exp(bounded),
         sharpness=current + entropy,
     )
-    result = PolicySums.zero(stalenesses, current.device)
-    result.loss += loss
+    empty.loss += loss
     # Views: adding to them adds to the sums.
     values = torch.stack([contribution(tokens) for contribution in SUMS.values()], dim=1)
-    result.sums.view(-1, len(SUMS)).index_add_(0, cell, values)
-    result.max_abs_diff.view(-1).scatter_reduce_(0, cell, log_ratio.abs(), "amax")
-    return result
+    empty.sums.view(-1, len(SUMS)).index_add_(0, cell, values)
+    empty.max_abs_diff.view(-1).scatter_reduce_(0, cell, log_ratio.abs(), "amax")
+    return empty

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the driver merges reports, and does not load torch
 
 Key = TypeVar("Key", bound=Hashable)
 
+# The label of tokens that no engine of the run sampled: they are of a checkpoint.
+OTHER_ENGINES = "other"
+
 
 def step_report(
     sums: PolicySums,
@@ -60,6 +63,7 @@ def step_report(
         ),
         agreement_by_staleness=_split(stalenesses, sums.by_staleness, sums.max_by_staleness()),
         agreement_by_resume_position=_split(RESUME_POSITIONS, sums.by_resume_position, sums.max_by_resume_position()),
+        agreement_by_engine=_split((*sums.engines, OTHER_ENGINES), sums.by_engine, sums.max_by_engine()),
         ppo_kl_k3=mean("k3"),
         extreme_token_fraction=mean("extreme"),
         clip_fraction=mean("clipped"),
@@ -90,6 +94,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         total = sum(weights)
         return sum(value(report) * weight for report, weight in zip(reports, weights, strict=True)) / max(1, total)
 
+    engines = dict.fromkeys(engine for report in reports for engine in report.agreement_by_engine)
     ages = sorted({age for report in reports for age in report.agreement_by_staleness})
     return StepReport(
         loss=mean(lambda report: report.loss),
@@ -105,6 +110,7 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         agreement_by_resume_position=_merged_split(
             [report.agreement_by_resume_position for report in reports], RESUME_POSITIONS
         ),
+        agreement_by_engine=_merged_split([report.agreement_by_engine for report in reports], engines),
         ppo_kl_k3=mean(lambda report: report.ppo_kl_k3),
         extreme_token_fraction=mean(lambda report: report.extreme_token_fraction),
         clip_fraction=mean(lambda report: report.clip_fraction),

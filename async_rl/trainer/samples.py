@@ -9,6 +9,7 @@ Shapes: N tokens of a sample, P of its prompt, G of its response, L MoE layers, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -55,6 +56,8 @@ class Sample:
     """float32[N-1]."""
     resume_position: Int8Array
     """int8[N-1]: where each token lies relative to the last resume point, as an index into RESUME_POSITIONS."""
+    engine: Int8Array
+    """int8[N-1]: the engine that sampled each token, as an index into those of the run; their number for others."""
     routed_experts: ExpertIds | Int32Array | None = None
     """[N-1, L, K]: the experts to replay, NO_ROUTING in a row that has none; None if there is nothing to replay."""
     weight: float = 1.0
@@ -97,12 +100,14 @@ def samples_of(
     per_segment: bool = False,
     mask_truncated: bool = False,
     advantage: float = 0.0,
+    engines: Sequence[str] = (),
 ) -> list[Sample]:
     """Return a trajectory's samples, with a loss on its sampled tokens of ``oldest_version`` or later (invariant 4).
 
     That is one sample, or with ``per_segment`` (routing policy ``exact``) one for each segment: all tokens up to the
     segment's end, the routed experts of the call that sampled it, and a loss on the segment's own tokens only. A sample
     without a token to train is left out; with ``mask_truncated`` that is each of a trajectory that was cut off.
+    ``engines`` are the names of those of the run.
     """
     whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
     segments = trajectory.segments if per_segment else (whole,)
@@ -110,7 +115,7 @@ def samples_of(
     if mask_truncated and trajectory.finish_reason == "length":
         return []
     return [
-        _segment_sample(trajectory, segment, counts, advantage)
+        _segment_sample(trajectory, segment, counts, advantage, engines)
         for segment in segments
         if bool(counts[segment.start : segment.stop].any())
     ]
@@ -122,7 +127,9 @@ def trained_tokens(trajectory: Trajectory, oldest_version: int) -> BoolArray:
     return counts
 
 
-def _segment_sample(trajectory: Trajectory, segment: Segment, counts: BoolArray, advantage: float) -> Sample:
+def _segment_sample(
+    trajectory: Trajectory, segment: Segment, counts: BoolArray, advantage: float, engines: Sequence[str]
+) -> Sample:
     """Return the trajectory up to the end of ``segment``, with a loss on those tokens of the segment that count."""
     prompt, stop = len(trajectory.prompt_ids), segment.stop
 
@@ -140,6 +147,7 @@ def _segment_sample(trajectory: Trajectory, segment: Segment, counts: BoolArray,
         versions=over_response(trajectory.versions),
         advantages=over_response(np.full(stop, advantage, dtype=np.float32)),
         resume_position=over_response(resume_positions(trajectory)),
+        engine=over_response(engine_indices(trajectory, engines)),
         routed_experts=None if routed_experts is None else routed_experts[: prompt + stop - 1],
     )
 
@@ -156,6 +164,7 @@ def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None) -> S
         versions=np.zeros(positions, dtype=np.int32),
         advantages=np.zeros(positions, dtype=np.float32),
         resume_position=np.zeros(positions, dtype=np.int8),
+        engine=np.zeros(positions, dtype=np.int8),
     )
 
 
@@ -167,6 +176,15 @@ def resume_positions(trajectory: Trajectory) -> Int8Array:
         result[: points[-1]] = RESUME_POSITIONS.index("before")
         result[points[-1]] = RESUME_POSITIONS.index("first")
         result[points[-1] + 1 :] = RESUME_POSITIONS.index("after")
+    return result
+
+
+def engine_indices(trajectory: Trajectory, engines: Sequence[str]) -> Int8Array:
+    """Return int8[G]: which of ``engines`` sampled each response token; their number where none of them did."""
+    result = np.full(len(trajectory.response_ids), len(engines), dtype=np.int8)
+    for segment in trajectory.segments:
+        if segment.engine in engines:
+            result[segment.start : segment.stop] = engines.index(segment.engine)
     return result
 
 

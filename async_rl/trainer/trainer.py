@@ -7,6 +7,7 @@ the other modules of this room and ``models``; knows neither the queue nor an en
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ class Trainer:
         """Open an update whose groups arrive in several calls of ``accumulate``; see ``train_step``."""
         self._executor.zero_gradients()
         # At least one staleness, so that a mini-batch of stale tokens alone has sums too.
-        sums = PolicySums.zero(max(version - oldest_version + 1, 1), self._device)
+        sums = PolicySums.zero(max(version - oldest_version + 1, 1), self._device, self._config.rollout.engine_names)
         self._step = Step(version, oldest_version, sums, Packer.of(self._config.trainer, self._replayed_spec))
 
     def accumulate(self, groups: Sequence[Group]) -> None:
@@ -185,10 +186,9 @@ class Trainer:
             vocabulary=self._groups.vocabulary,
             context=self._groups.context,
             version=step.version,
-            stalenesses=len(step.sums.max_abs_diff),
+            empty=step.sums.empty,
         )
-        filler = step.packer.filler()
-        for part in self._executor.accumulate(batches, objective, filler=filler, verify=self._verifying):
+        for part in self._executor.accumulate(batches, objective, filler=step.packer.filler(), verify=self._verifying):
             if self._place.reports_loss:
                 step.sums.add(part)
 
@@ -221,17 +221,15 @@ class Trainer:
         prepared. Call it first, with the groups of all updates of a training step, so that later updates use what was
         computed before the first.
         """
-        per_segment = self._config.async_training.partial_rollout.routing == "exact"
-        mask_truncated = self._config.trainer.mask_truncated
+        make = functools.partial(
+            samples_of,
+            oldest_version=oldest_version,
+            per_segment=self._config.async_training.partial_rollout.routing == "exact",
+            mask_truncated=self._config.trainer.mask_truncated,
+            engines=self._config.rollout.engine_names,
+        )
         fresh = [group for group in groups if group.group_id not in self._prepared]
-        owned = [
-            (group.group_id, sample)
-            for group in fresh
-            for trajectory in group.trajectories
-            for sample in samples_of(
-                trajectory, oldest_version=oldest_version, per_segment=per_segment, mask_truncated=mask_truncated
-            )
-        ]
+        owned = [(group.group_id, sample) for group in fresh for t in group.trajectories for sample in make(t)]
         samples = self._with_passes([sample for _, sample in owned])
         self._prepared |= {group.group_id: [] for group in fresh}
         for (group_id, _), sample in zip(owned, samples, strict=True):

@@ -219,5 +219,28 @@ SAME_POLICY = Row(
                 "`async_training.partial_rollout.mode` drain shows whether resuming is at fault.",
             ),
         ),
+        (
+            Panel(
+                "ppo_kl by engine",
+                NATS,
+                (Query("async_rl_ppo_kl_by_engine{}", "{{run}} {{engine}}"),),
+                "Mean of behaviour minus current log-prob, by the engine that sampled a token. A run has several with "
+                "`rollout.engines`.",
+                "all equal, as far as their tokens are equally stale.",
+                "`rollout.engines` without the one that differs; the canary's largest difference is over all engines.",
+                width=12,
+                low=None,
+                centred=True,
+            ),
+            Panel(
+                "|behaviour - current|, mean, by engine",
+                NATS,
+                (Query("async_rl_rollout_logprob_abs_diff_mean_by_engine{}", "{{run}} {{engine}}"),),
+                "Its terms cannot cancel, unlike those of the plain mean.",
+                "all equal, as far as their tokens are equally stale.",
+                "`rollout.engines` without the one that differs.",
+                width=12,
+            ),
+        ),
     ),
 )

@@ -66,6 +66,22 @@ def test_the_death_of_a_server_costs_a_restart_of_its_replica(start_run):
     assert len(run.events("worker_restarted")) == 1
 
 
+@pytest.mark.slow
+def test_one_replica_of_each_engine_in_one_run(start_run):
+    mixed = {"rollout__engines": "[vllm, sglang]", "rollout__replicas": 2, "recovery__max_restarts": 0}
+    run = start_run(debug__dump_trajectories=64, trainer__steps=6, **mixed)
+    summary = finished(run, 6)
+    assert summary["trajectories"]["partial"] > 0
+    assert summary["on_policy_logprob_abs_diff"]["max"] <= 2e-5
+    sampled = {engine for row in run.rows for engine in row["ppo_kl_by_engine"]}
+    assert sampled == {"vllm", "sglang"}
+    groups = [codec.decode(path.read_bytes()) for path in sorted((run.folder / "trajectories").iterdir())]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    assert {segment.engine for trajectory in trajectories for segment in trajectory.segments} == {"vllm", "sglang"}
+    for engine in sampled:  # partial rollouts of both
+        assert any(t.is_partial and t.segments[-1].engine == engine for t in trajectories)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_as_with_vllm(tmp_path, seed):

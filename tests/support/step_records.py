@@ -28,6 +28,7 @@ def step_report(**changes) -> StepReport:
             "uninterrupted": TokenAgreement(tokens=70, kl=1e-3, abs_mean=0.002, abs_max=0.01),
             "before": TokenAgreement(tokens=30, kl=0.011, abs_mean=0.03, abs_max=0.3),
         },
+        "agreement_by_engine": {"vllm": TokenAgreement(tokens=100, kl=0.004, abs_mean=0.01, abs_max=0.3)},
         "ppo_kl_k3": 0.002,
         "extreme_token_fraction": 0.01,
         "clip_fraction": 0.05,

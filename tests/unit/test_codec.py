@@ -18,6 +18,8 @@ from async_rl.queue.wire import MAX_MESSAGE_BYTES
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 from tests.support.examples import examples
 
+ENGINES = "", "vllm", "my:Engine"
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -42,7 +44,9 @@ def make_trajectory(rng, prompt_ids, cuts, spec=None, per_segment=False, name="t
         logprobs=rng.normal(size=g).astype(np.float32),
         versions=versions,
         segments=tuple(
-            Segment(start, stop, v, routing(p + stop - 1) if spec and per_segment else None)
+            Segment(
+                start, stop, v, routing(p + stop - 1) if spec and per_segment else None, ENGINES[per_segment * v % 3]
+            )
             for v, (start, stop) in enumerate(zip(starts, cuts, strict=True))
         ),
         reward=float(rng.normal()),
@@ -333,6 +337,9 @@ def set_entry(name, at, value):
         (lambda table: table["trajectories"][0].update(reward=float("nan")), "reward is nan"),
         (lambda table: table["trajectories"][0].update(reward_parts={"a": "b"}), "parts of its reward are {'a': 'b'}"),
         (lambda table: table["trajectories"][0].update(reward_parts={"a": float("inf")}), "not finite numbers by name"),
+        (lambda table: table["trajectories"][0].update(engines=["vllm"] * 3), "engines of trajectory 0 are"),
+        (lambda table: table["trajectories"][0].update(engines=[1, 2]), "engines of trajectory 0 are \\[1, 2\\]"),
+        (lambda table: table["trajectories"][0].update(engines="vllm"), "engines of trajectory 0 are 'vllm'"),
         (lambda table: table["trajectories"][0].update(finish_reason="abort"), "abort"),
         (lambda table: table["trajectories"][0].update(routing=None), "together"),
         (lambda table: table["trajectories"][0].update(routing=[2, 2, 0]), "routing is"),

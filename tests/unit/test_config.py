@@ -210,7 +210,23 @@ def test_run_name_cannot_leave_its_folder(name):
         ),
         (
             {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
-            ["rollout.sglang.python is /venv/bin/python", "rollout.engine is vllm"],
+            ["rollout.sglang.python is /venv/bin/python", "the engine is vllm"],
+        ),
+        (
+            {
+                "sync": {"backend": "nccl"},
+                "resources": {"device": "cuda"},
+                "rollout": {"engines": ["vllm", "sglang"], "replicas": 2},
+            },
+            ["sync.backend is nccl", "an engine of rollout.engines is sglang"],
+        ),
+        (
+            {"rollout": {"engine": "sglang", "engines": ["vllm", "sglang"], "replicas": 2}},
+            ["rollout.engine is sglang", "rollout.engines", "remove one of them"],
+        ),
+        (
+            {"rollout": {"engines": ["vllm", "sglang"]}},
+            ["names 2 engines", "starts with 1 replicas", "rollout.replicas to at least 2"],
         ),
         (
             {"sync": {"backend": "nccl", "rolling": True}, "resources": {"device": "cuda"}},
@@ -393,6 +409,14 @@ def test_replay_settings_that_make_sense_are_not_refused():
     validate(tree(trainer=off, rollout={"return_routed_experts": False}))
     validate(tree(trainer={"router_replay": "R2"}, rollout={"return_routed_experts": False}))
     validate(tree(async_training={"partial_rollout": {"routing": "exact", "mode": "drain"}}))
+
+
+def test_replicas_have_the_engines_in_turn():
+    rollout = validate(tree(rollout={"engines": ["vllm", "vllm", "sglang"], "replicas": 4})).rollout
+    assert [rollout.engine_of(replica) for replica in range(4)] == ["vllm", "vllm", "sglang", "vllm"]
+    assert rollout.engine_names == ("vllm", "sglang")
+    alone = validate(tree(rollout={"engine": "sglang", "replicas": 2})).rollout
+    assert [alone.engine_of(0), alone.engine_of(1), *alone.engine_names] == ["sglang"] * 3
 
 
 def test_the_engine_has_the_trainers_dtype_unless_told_otherwise():

@@ -37,6 +37,7 @@ RECORDS = {
         "agreement": NOTHING,
         "agreement_by_staleness": {3: NOTHING},
         "agreement_by_resume_position": {},
+        "agreement_by_engine": {},
         "temperature": None,
         "router_disagreement": None,
         "response_tokens": (),

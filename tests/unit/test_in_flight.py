@@ -59,7 +59,7 @@ def group(seed, n=3, policy="replace", dense=False):
                 made_output = EngineOutput(
                     *[getattr(made_output, f) for f in ("token_ids", "logprobs", "versions")], None, end
                 )
-            partial = partial.absorb(made_output)
+            partial = partial.absorb(made_output, ("", "vllm", "sglang")[call % 3])
         if partial.finished and rng.random() < 0.5:
             shaped = {"parts": {"length": float(rng.normal())}, "raw": float(rng.normal())} if index else {}
             made.scores[index] = Score(float(rng.normal()), **shaped)
@@ -91,6 +91,8 @@ def test_invariant_3_a_group_comes_back_as_it_stood(seed, n, policy, dense):
             kept = None if policy == "replace" and not a.finished else a.routed_experts
             assert (b.routed_experts is None) if kept is None else (b.routed_experts == kept).all()
         assert (a is None) == (b is None)
+        if a is not None:
+            assert [segment.engine for segment in a.segments] == [segment.engine for segment in b.segments]
         if a is not None and not a.finished:
             assert [x.tolist() if hasattr(x, "tolist") else x for x in a.next_request()] == [
                 x.tolist() if hasattr(x, "tolist") else x for x in b.next_request()

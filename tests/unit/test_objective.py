@@ -6,6 +6,7 @@ import torch
 from async_rl.config.training import LossSection, RejectionSection
 from async_rl.trainer.losses import load_policy
 from async_rl.trainer.objective import policy_objective
+from async_rl.trainer.policy_sums import PolicySums
 
 T, V = 12, 7
 
@@ -25,13 +26,20 @@ def microbatch(apart):
         "weights": torch.full((T,), 0.5),
         "sequence": torch.arange(T) // 6,
         "resume_position": torch.zeros(T, dtype=torch.int8),
+        "engine": torch.zeros(T, dtype=torch.int8),
     }
 
 
 def objective_of(**loss):
     settings = LossSection(**loss)
     return policy_objective(
-        settings, load_policy(settings), temperature=1.0, vocabulary=None, context=None, version=4, stalenesses=2
+        settings,
+        load_policy(settings),
+        temperature=1.0,
+        vocabulary=None,
+        context=None,
+        version=4,
+        empty=lambda: PolicySums.zero(2),
     )
 
 

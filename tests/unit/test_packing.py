@@ -24,6 +24,7 @@ def sample(n, seed=0, routed_experts=None):
         versions=rng.integers(0, 5, n - 1).astype(np.int32),
         advantages=rng.random(n - 1).astype(np.float32),
         resume_position=rng.integers(0, 4, n - 1).astype(np.int8),
+        engine=rng.integers(0, 2, n - 1).astype(np.int8),
         routed_experts=routed_experts,
     )
 

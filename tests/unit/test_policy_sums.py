@@ -20,9 +20,10 @@ def arrays(seed=0):
     return current, behaviour, advantages, rng.random(T) < 0.7
 
 
-def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resume_position=None, rejected=None):
+def sums_of(current, behaviour, advantages, mask, staleness, resume_position=None, rejected=None, engine=None):
     if resume_position is None:
         resume_position = np.arange(len(mask)) % len(RESUME_POSITIONS)
+    engine = np.zeros(len(mask), dtype=np.int64) if engine is None else engine
     tensors = [torch.from_numpy(a) for a in (current, behaviour, advantages, mask)]
     settings = LossSection(clip_low=0.2, clip_high=0.2)
     tokens = Tokens(
@@ -45,8 +46,9 @@ def sums_of(current, behaviour, advantages, mask, staleness, stalenesses=4, resu
         rejected=torch.zeros(len(mask), dtype=torch.bool) if rejected is None else torch.from_numpy(rejected),
         staleness=torch.from_numpy(staleness),
         resume_position=torch.from_numpy(resume_position),
+        engine=torch.from_numpy(engine),
         mask=tensors[3],
-        stalenesses=stalenesses,
+        empty=PolicySums.zero(4, engines=("vllm", "sglang")),
     )
 
 
@@ -54,7 +56,8 @@ def test_metric_sums_match_numpy():
     current, behaviour, advantages, mask = arrays()
     staleness = np.random.default_rng(1).integers(0, 3, T)
     rejected = np.arange(T) % 3 == 0
-    sums = sums_of(current, behaviour, advantages, mask, staleness, rejected=rejected)
+    engine = np.random.default_rng(2).integers(0, 3, T)
+    sums = sums_of(current, behaviour, advantages, mask, staleness, rejected=rejected, engine=engine)
     x = (current.astype(np.float64) - behaviour)[mask]
     s = staleness[mask]
     assert sums["tokens"] == mask.sum()
@@ -80,13 +83,17 @@ def test_metric_sums_match_numpy():
     assert sums.by_resume_position("kl") == pytest.approx(np.bincount(position, weights=-x, minlength=4))
     largest = [np.abs(x[position == p]).max(initial=0.0) for p in range(4)]
     assert sums.max_by_resume_position() == pytest.approx(largest)
+    e = engine[mask]
+    assert sums.by_engine("tokens") == np.bincount(e, minlength=3).tolist()
+    assert sums.by_engine("kl") == pytest.approx(np.bincount(e, weights=-x, minlength=3))
+    assert sums.max_by_engine() == pytest.approx([np.abs(x[e == which]).max(initial=0.0) for which in range(3)])
 
 
 def test_sums_of_two_halves_add_up_to_the_whole():
     current, behaviour, advantages, mask = arrays()
     staleness = np.random.default_rng(1).integers(0, 4, T)
     whole = sums_of(current, behaviour, advantages, mask, staleness)
-    total = PolicySums.zero(4)
+    total = whole.empty()
     position = np.arange(T) % len(RESUME_POSITIONS)
     for part in (slice(0, 13), slice(13, T)):
         arguments = [array[part] for array in (current, behaviour, advantages, mask, staleness)]
@@ -108,8 +115,9 @@ def on_policy(behaviour, logits, sampled):
         rejected=torch.zeros(len(sampled), dtype=torch.bool),
         staleness=torch.zeros(size, dtype=torch.long),
         resume_position=torch.zeros(size, dtype=torch.long),
+        engine=torch.zeros(size, dtype=torch.long),
         mask=torch.ones(size, dtype=torch.bool),
-        stalenesses=2,
+        empty=PolicySums.zero(2),
     )
 
 

@@ -92,14 +92,14 @@ def reported(sums: PolicySums) -> StepReport:
     )
 
 
-def test_sums_are_reported_by_staleness_and_by_resume_position():
-    sums = PolicySums.zero(3)
-    for age, position, tokens, kl, difference, largest in (
-        (0, "uninterrupted", 10, 1.0, 2.0, 0.5),
-        (2, "uninterrupted", 10, 3.0, 4.0, 0.7),
-        (2, "after", 5, -1.0, 1.0, 0.6),
+def test_sums_are_reported_by_staleness_by_resume_position_and_by_engine():
+    sums = PolicySums.zero(3, engines=("vllm", "sglang"))
+    for age, position, engine, tokens, kl, difference, largest in (
+        (0, "uninterrupted", 1, 10, 1.0, 2.0, 0.5),
+        (2, "uninterrupted", 1, 10, 3.0, 4.0, 0.7),
+        (2, "after", 2, 5, -1.0, 1.0, 0.6),
     ):
-        cell = (age, RESUME_POSITIONS.index(position))
+        cell = (age, RESUME_POSITIONS.index(position), engine)
         for name, value in (("tokens", tokens), ("kl", kl), ("abs_diff", difference)):
             sums.sums[(*cell, list(SUMS).index(name))] = value
         sums.max_abs_diff[cell] = largest
@@ -114,6 +114,10 @@ def test_sums_are_reported_by_staleness_and_by_resume_position():
     assert result.agreement_by_resume_position == {
         "uninterrupted": TokenAgreement(tokens=20, kl=0.2, abs_mean=0.3, abs_max=0.7),
         "after": TokenAgreement(tokens=5, kl=-0.2, abs_mean=0.2, abs_max=0.6),
+    }
+    assert result.agreement_by_engine == {
+        "sglang": TokenAgreement(tokens=20, kl=0.2, abs_mean=0.3, abs_max=0.7),
+        "other": TokenAgreement(tokens=5, kl=-0.2, abs_mean=0.2, abs_max=0.6),
     }
     assert result.extra_positions == 11
 

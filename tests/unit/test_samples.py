@@ -65,6 +65,14 @@ def test_what_was_cut_off_can_be_kept_out_of_the_loss_and_is_counted_apart():
         assert masked_tokens(step.counts, rejected=0.0) == {"stale": 2, "not_sampled": 0, **reasons}
 
 
+def test_each_token_counts_for_the_engine_that_sampled_it():
+    one = trajectory(prompt=3, response=5, versions=[3, 3, 4, 4, 5])
+    names = ("sglang", "vllm", "my:Engine")
+    one = replace(one, segments=tuple(replace(s, engine=name) for s, name in zip(one.segments, names, strict=True)))
+    (sample,) = samples_of(one, oldest_version=0, engines=("vllm", "sglang"))
+    assert sample.engine.tolist() == [0, 0, 1, 1, 0, 0, 2], "2 is for an engine that the run does not have"
+
+
 def multi_turn():
     """Segments [0, 2) of version 3, [2, 4) of 4 and [6, 8) of 4, and the environment's text from 4 to 6."""
     rng = np.random.default_rng(0)
