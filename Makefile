@@ -87,6 +87,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.staleness
 	$(BIN)/python -m tests.bench.recovery
 	$(BIN)/python -m tests.bench.overlap
+	$(BIN)/python -m tests.bench.pause
 	$(BIN)/python -m tests.bench.policies
 	$(BIN)/python -m tests.bench.replay
 	$(BIN)/python -m tests.bench.mismatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -76,17 +77,18 @@ def arguments(config: RunConfig, replica: int, model: ModelConfig, port: int) ->
     }
     if model.routing_spec is not None and rollout.return_routed_experts:
         flags.add("enable-return-routed-experts")
+    if model.architecture == "DeepseekV3ForCausalLM":
+        # It asks for this key, which transformers does not write. ``models.config`` refuses any other value.
+        given["json-model-override-args"] = json.dumps({"moe_layer_freq": 1})
     if config.metrics.engine:
         flags.add("enable-metrics")
     if config.model.trust_remote_code:
         flags.add("trust-remote-code")
     if on_cpu(config):
-        itemsize = 4 if config.engine_dtype == "float32" else 2
-        token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
         given |= {
             "device": "cpu",
             "attention-backend": "torch_native",
-            "max-total-tokens": max(rollout.kv_cache_bytes // token, 1),
+            "max-total-tokens": max(rollout.kv_cache_bytes // model.kv_token_bytes(config.engine_dtype), 1),
             "mem-fraction-static": 0.1,
             "cuda-graph-backend-decode": "disabled",
             "cuda-graph-backend-prefill": "disabled",
