@@ -172,10 +172,6 @@ def _check_distribution(rollout: RolloutSection) -> None:
             "trainer's log-probs they have theirs, so no importance ratio of these tokens would be right; set "
             "rollout.min_tokens to 0, and have the reward score short responses lower"
         )
-    if broken := next((string for string in rollout.stop if "\N{REPLACEMENT CHARACTER}" in string), None):
-        raise ValueError(
-            f"rollout.stop has {broken!r}, whose U+FFFD stands for a part of a character; remove that from the string"
-        )
 
 
 def _check_cluster(config: RunConfig) -> None:

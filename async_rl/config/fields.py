@@ -49,6 +49,17 @@ DataFiles = PathName | list[PathName]
 RoutingPolicy = Literal["replace", "preserve", "exact"]
 Dtype = Literal["float32", "bfloat16"]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+
+
+def _whole_characters(strings: list[str]) -> list[str]:
+    if broken := next((string for string in strings if "\N{REPLACEMENT CHARACTER}" in string), None):
+        raise ValueError(f"{broken!r} has U+FFFD, which stands for a part of a character; remove that from the string")
+    return strings
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=16), AfterValidator(_whole_characters)
+]
 PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,31}$")]
 
 

@@ -19,6 +19,7 @@ from async_rl.config.fields import (
     Positive,
     PositiveFloat,
     Section,
+    StopStrings,
 )
 
 RowFormat = Literal["plain", "messages", "verl", "trl"]
@@ -57,6 +58,21 @@ class SourceSection(Section):
     """As rollout.max_response_tokens, and at most that; null for its value."""
     environment: FunctionName | None = None
     """As rollout.environment.function; null for its value."""
+    temperature: PositiveFloat | None = None
+    """As rollout.temperature; null for its value."""
+    stop: StopStrings = Field(default_factory=list)
+    """Stop strings beside those of rollout.stop."""
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
+    """Stop tokens beside those of rollout.stop_token_ids."""
+
+
+class RowSampling(Section):
+    """What a row says in data.sampling_field."""
+
+    temperature: PositiveFloat | None = None
+    max_response_tokens: Positive | None = None
+    stop: StopStrings = Field(default_factory=list)
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
 
 
 class DataSection(Section):
@@ -94,6 +110,10 @@ class DataSection(Section):
     when their turn comes; a Parquet file of more rows is unpacked once, below runs/.data."""
     allow_download: bool = False
     """Whether a dataset that is named hf:... may be downloaded from the Hugging Face Hub, with the library datasets."""
+    sampling_field: str | None = None
+    """Name of a field that says how the responses to its row are sampled in training, for example {"temperature": 0.7,
+    "max_response_tokens": 200, "stop": ["\\n"], "stop_token_ids": [7]}, each of which may be missing: the first two in
+    place of its source's, the others beside them. null for no such field."""
     max_prompt_tokens: Positive = 512
     """Longest prompt, in tokens; a row with a longer one is a bad row (data.on_bad_row)."""
     on_bad_row: Literal["skip", "fail"] = "fail"
@@ -186,6 +206,11 @@ class Terms:
     max_response_tokens: int
     environment: str | None = None
     """The function of the environment that answers the policy between its turns; None for a single turn."""
+    temperature: float = 1.0
+    """Sampling temperature in training."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the end-of-sequence tokens of the checkpoint."""
 
 
 class EvalSetSection(Section):
@@ -208,6 +233,10 @@ class EvalSetSection(Section):
     the longer responses."""
     environment: FunctionName | None = None
     """As rollout.environment.function, for this set; null for its value."""
+    stop: StopStrings = Field(default_factory=list)
+    """Stop strings beside those of rollout.stop."""
+    stop_token_ids: list[NonNegative] = Field(default_factory=list)
+    """Stop tokens beside those of rollout.stop_token_ids."""
     every: NonNegative | None = None
     """As eval.every, for this set; null for its value."""
     pass_at: float = 1.0

@@ -16,6 +16,7 @@ from async_rl.config.fields import (
     PositiveFloat,
     RoutingPolicy,
     Section,
+    StopStrings,
 )
 
 EngineName = Annotated[str, Field(pattern=r"^(vllm|sglang|[\w.]+:\w+)$")]
@@ -171,7 +172,7 @@ class RolloutSection(Section):
     min_tokens: NonNegative = 0
     """Tokens before which no stop token could be sampled; only 0 can be trained on, because the trainer's log-probs
     are of the whole vocabulary, stop tokens included."""
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = Field(default_factory=list)
+    stop: StopStrings = Field(default_factory=list)
     """Strings at which a response, or a turn of it, ends, for example ["</answer>"]. It ends with the token that
     completes the string, all of which stays in it, and has finish_reason stop. Evaluations end so too. A token for
     rollout.stop_token_ids takes less time than a string."""

@@ -7,8 +7,11 @@ the model cannot do; ``loading`` reads the tree from a file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +25,7 @@ from async_rl.config.inputs import (
     EvalSetSection,
     ModelSection,
     RewardSection,
+    RowSampling,
     SourceSection,
     Terms,
 )
@@ -81,9 +85,26 @@ class RunConfig(Section):
         held_out = EvalSetSection(path=self.data.eval, temperature=0.0, limit=self.eval.n)
         return {HELD_OUT: held_out, **self.eval.sets}
 
-    def terms(self, source: str) -> Terms:
-        """Return what holds in training for the prompts of a source of data.sources; "" for data.train."""
-        return self._terms(source or TRAIN, self.data.sources.get(source))
+    def terms(self, source: str, fields: Mapping[str, Any] = MappingProxyType({})) -> Terms:
+        """Return what holds in training for a prompt with these fields, of a source of data.sources; "" for data.train.
+
+        Without ``fields`` that is what holds for all rows of the source that say nothing else.
+        """
+        own = self.data.sources.get(source)
+        terms = self._terms(source or TRAIN, own)
+        if own is not None and own.temperature is not None:
+            terms = replace(terms, temperature=own.temperature)
+        said = fields.get(self.data.sampling_field) if self.data.sampling_field is not None else None
+        if said is None:
+            return terms
+        row = RowSampling.model_validate(said)
+        return replace(
+            terms,
+            temperature=row.temperature or terms.temperature,
+            max_response_tokens=min(row.max_response_tokens or terms.max_response_tokens, terms.max_response_tokens),
+            stop=(*terms.stop, *row.stop),
+            stop_token_ids=(*terms.stop_token_ids, *row.stop_token_ids),
+        )
 
     def eval_terms(self, name: str) -> Terms:
         """Return what holds for the problems of an evaluation set."""
@@ -91,8 +112,23 @@ class RunConfig(Section):
 
     def _terms(self, name: str, own: SourceSection | EvalSetSection | None) -> Terms:
         limit, environment = (None, None) if own is None else (own.max_response_tokens, own.environment)
+        stop, stop_token_ids = ([], []) if own is None else (own.stop, own.stop_token_ids)
         rollout = self.rollout
-        return Terms(name, limit or rollout.max_response_tokens, environment or rollout.environment.function)
+        return Terms(
+            name,
+            limit or rollout.max_response_tokens,
+            environment or rollout.environment.function,
+            rollout.temperature,
+            (*rollout.stop, *stop),
+            (*rollout.stop_token_ids, *stop_token_ids),
+        )
+
+    @property
+    def uses_stop_strings(self) -> bool:
+        """Whether responses to some prompts may have a stop string."""
+        of_sources = (source.stop for source in self.data.sources.values())
+        of_sets = (each.stop for each in self.eval.sets.values())
+        return any([self.rollout.stop, self.data.sampling_field, *of_sources, *of_sets])
 
     @property
     def longest_response(self) -> int:

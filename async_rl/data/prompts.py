@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from pydantic import ValidationError
 
+from async_rl.config.inputs import RowSampling
 from async_rl.data.messages import Message, checked_messages, checked_tools, with_system
 from async_rl.errors import RowFault
 from async_rl.queue.wire import check_json_like
@@ -71,6 +73,10 @@ class RowReader:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     order_by: str | None = None
     """A field that must be a number."""
+    sampling_field: str | None = None
+    """A field that, where a row has it, must be as ``RowSampling`` says."""
+    max_response_tokens: int = 2**31 - 1
+    """The most that it may ask for."""
 
     def read(self, line: int, row: Mapping[str, Any]) -> Row:
         """Return the row ``line`` as a prompt. Raises RowFault with the reason when it cannot be used."""
@@ -79,6 +85,8 @@ class RowReader:
             raise RowFault(f"no field {name!r} (data.prompt_field); it has {_short(row)}")
         if self.order_by is not None and as_number(row.get(self.order_by)) is None:
             raise RowFault(f"field {self.order_by!r} (data.order_by) is not a number")
+        if self.sampling_field is not None and row.get(self.sampling_field) is not None:
+            self._check_sampling(row[self.sampling_field])
         value = row[name]
         chat = isinstance(value, list) or self.format in ("messages", "verl")
         text, ids = self._chat(row, value) if chat else self._text(value)
@@ -94,6 +102,19 @@ class RowReader:
         except TypeError as error:
             raise RowFault(str(error)) from None
         return Row(line, text, np.asarray(ids, dtype=np.int32), fields)
+
+    def _check_sampling(self, value: Any) -> None:
+        where = f"field {self.sampling_field!r} (data.sampling_field)"
+        try:
+            asked = RowSampling.model_validate(value).max_response_tokens
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise RowFault(f"{where}: {key + ': ' if key else ''}{first['msg']}") from None
+        if asked is not None and asked > self.max_response_tokens:
+            raise RowFault(
+                f"{where} has max_response_tokens {asked}, above the {self.max_response_tokens} of its source"
+            )
 
     def _text(self, value: Any) -> tuple[str, list[int]]:
         """Return the text and tokens of a prompt that is a string, already as the policy is to see it."""

@@ -123,9 +123,12 @@ def paths_of(config: RunConfig, key: str) -> Sequence[Path]:
 
 def _source(config: RunConfig, key: str) -> SourceSection | None:
     """Return the source whose path ``key`` is; None for another dataset."""
-    if not key.startswith(_SOURCES):
-        return None
-    return config.data.sources[key.removeprefix(_SOURCES).removesuffix(_PATH)]
+    return config.data.sources.get(_source_name(key))
+
+
+def _source_name(key: str) -> str:
+    """Return the name of the source whose path ``key`` is; "" for another dataset."""
+    return key.removeprefix(_SOURCES).removesuffix(_PATH) if key.startswith(_SOURCES) else ""
 
 
 def _data(config: RunConfig, key: str) -> DataSection:
@@ -137,7 +140,7 @@ def _data(config: RunConfig, key: str) -> DataSection:
 
 def row_reader(config: RunConfig, key: str, encode: Encoder) -> RowReader:
     """Return what makes prompts of the rows of ``key``. Raises DatasetError for tools that cannot be read."""
-    data = _data(config, key)
+    data, trained = _data(config, key), key in train_keys(config).values()
     return RowReader(
         encode,
         prompt_field=data.prompt_field,
@@ -146,7 +149,9 @@ def row_reader(config: RunConfig, key: str, encode: Encoder) -> RowReader:
         system_prompt=data.system_prompt,
         tools=_tools(data.tools),
         template_kwargs=data.template_kwargs,
-        order_by=data.order_by if key in train_keys(config).values() else None,
+        order_by=data.order_by if trained else None,
+        sampling_field=data.sampling_field if trained else None,
+        max_response_tokens=config.terms(_source_name(key)).max_response_tokens,
     )
 
 

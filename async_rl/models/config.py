@@ -170,11 +170,15 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"({model.architecture}) has no MoE layer, and so no routed experts to "
             "replay; set trainer.router_replay to off"
         )
-    if unknown := [token for token in config.rollout.stop_token_ids if token >= model.vocab_size]:
-        raise ModelError(
-            f"rollout.stop_token_ids has {unknown[0]}, but {config.model.path} has {model.vocab_size} tokens, from 0; "
-            "remove it"
-        )
+    stops = {"rollout": config.rollout.stop_token_ids}
+    stops |= {f"data.sources.{name}": source.stop_token_ids for name, source in config.data.sources.items()}
+    stops |= {f"eval.sets.{name}": each.stop_token_ids for name, each in config.eval.sets.items()}
+    for key, tokens in stops.items():
+        if unknown := [token for token in tokens if token >= model.vocab_size]:
+            raise ModelError(
+                f"{key}.stop_token_ids has {unknown[0]}, but {config.model.path} has {model.vocab_size} tokens, from "
+                "0; remove it"
+            )
     if "sglang" in config.rollout.engine_names:
         _check_sglang(config, model)
     _check_layout(config, model)

@@ -14,6 +14,7 @@ from async_rl.metrics.evaluation import Answered
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Call, Responses
+from async_rl.rollout.stops import Stops
 from async_rl.types import Int32Array, Prompt
 
 log = structlog.get_logger(__name__)
@@ -103,7 +104,7 @@ async def _answer(
 ) -> EvalAnswer:
     """Return the answer to a problem, whose responses are all or none."""
     prompt = problem.prompt
-    call = _call(engine, problem.sampling, responses)
+    call = _call(engine, problem.sampling, responses, responses.stops(problem.terms))
 
     async def respond(number: int) -> ScoredResponse:
         async with places:
@@ -135,14 +136,13 @@ async def _answer(
     return EvalAnswer(problem.set, prompt.prompt_id, scored, found[0] if problem.shown else None)
 
 
-def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses) -> Call:
+def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses, stops: Stops) -> Call:
     async def call(partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
         token_ids, max_tokens, first_row = partial.next_request()
-        as_asked = responses.sampling(sampling, partial)
-        output = await engine.generate(request_id, token_ids, as_asked, max_tokens, first_row)
+        output = await engine.generate(request_id, token_ids, stops.sampling(sampling, partial), max_tokens, first_row)
         if output.finish_reason == "abort":
             raise _Aborted(f"{request_id}: an evaluation was aborted")
-        return responses.absorb(partial, output)
+        return responses.absorb(partial, output, stops)
 
     return call

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_rl.config.fields import RoutingPolicy
+from async_rl.config.inputs import Terms
 from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue.codec import (
     build_prompt,
@@ -30,7 +31,7 @@ from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.types import Trajectory, source_of
+from async_rl.types import Prompt, Trajectory
 
 SCHEMA_VERSION = 1
 IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
@@ -100,13 +101,13 @@ def decode(
     buffer: Buffer,
     *,
     n: int,
-    response_limit: Callable[[str], int],
+    terms: Callable[[Prompt], Terms],
     stop_token_ids: frozenset[int],
     routing_policy: RoutingPolicy,
 ) -> InFlight:
     """Return the group of a message, to be resumed under these settings. Its arrays are copies.
 
-    response_limit: returns the most tokens of a response to a prompt of this source.
+    terms: returns those of a prompt. stop_token_ids: the tokens that end every response.
 
     Raises WireError for anything but such a message, and for a group that does not fit the settings: with other than
     ``n`` responses, with one longer than its limit, or kept under another ``routing_policy``.
@@ -119,6 +120,7 @@ def decode(
         return views.pop(name).copy()
 
     prompt = build_prompt(table, take("prompt"))
+    own = terms(prompt)
     ticket = Ticket(get(table, "group_id", str), prompt, get(table, "version", int))
     entries = get(table, "partials", list)
     scores = _scores(ticket.group_id, get(table, "rewards", list), table.get("reward_parts"), table.get("raw_rewards"))
@@ -138,8 +140,8 @@ def decode(
         partial = PartialRollout(
             trajectory_id=get(entry, "trajectory_id", str),
             prompt_ids=prompt.token_ids,
-            max_response_tokens=response_limit(source_of(prompt.prompt_id)),
-            stop_token_ids=stop_token_ids,
+            max_response_tokens=own.max_response_tokens,
+            stop_token_ids=stop_token_ids.union(own.stop_token_ids),
             routing_spec=routing_spec(entry.get("routing")),
             routing_policy=routing_policy,
             response_ids=take(f"{t}.response_ids"),

@@ -23,6 +23,7 @@ from async_rl.rollout import in_flight
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.runtime.manifest import FileEntry, write_file
+from async_rl.types import source_of
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +91,7 @@ def load(config: RunConfig, stop_token_ids: frozenset[int], sources: Iterable[So
                 in_flight.decode(
                     source.read_bytes() if isinstance(source, Path) else source,
                     n=config.rollout.n,
-                    response_limit=lambda source: config.terms(source).max_response_tokens,
+                    terms=lambda prompt: config.terms(source_of(prompt.prompt_id), prompt.fields),
                     stop_token_ids=stop_token_ids,
                     routing_policy=config.async_training.partial_rollout.routing,
                 )

@@ -82,8 +82,9 @@ class Responses:
         self._environments = environments
         self._filter = load_filter(config.rollout.filter)
         self.stop_token_ids = engine.stop_token_ids | set(config.rollout.stop_token_ids)
-        """The tokens that end a response."""
-        self._stops = Stops(config.rollout.stop, self.stop_token_ids, decoder(tokenizer))
+        """The tokens that end every response."""
+        self._decode = decoder(tokenizer)
+        self._stops: dict[tuple[tuple[str, ...], tuple[int, ...]], Stops] = {}
 
     @property
     def whole_groups(self) -> bool:
@@ -95,22 +96,37 @@ class Responses:
 
         Here and below, ``terms`` are those of an evaluation; None for those of training.
         """
+        terms = terms or self._terms(prompt)
         return PartialRollout.begin(
             name,
             prompt.token_ids,
-            max_response_tokens=(terms or self._terms(prompt)).max_response_tokens,
-            eos_token_id=self.stop_token_ids,
+            max_response_tokens=terms.max_response_tokens,
+            eos_token_id=self.stop_token_ids.union(terms.stop_token_ids),
             routing_spec=self._engine.routing_spec,
             routing_policy=self._config.async_training.partial_rollout.routing,
         )
 
-    def sampling(self, base: Sampling, partial: PartialRollout) -> Sampling:
-        """Return how the next call of ``partial`` samples: as ``base``, up to a stop string."""
-        return self._stops.sampling(base, partial)
+    def sampling(self, partial: PartialRollout, prompt: Prompt) -> tuple[Sampling, Stops]:
+        """Return how the next call of ``partial`` samples in training, and what ends the response."""
+        terms = self._terms(prompt)
+        stops = self.stops(terms)
+        return stops.sampling(Sampling(terms.temperature, self._config.rollout.top_p), partial), stops
 
-    def absorb(self, partial: PartialRollout, output: EngineOutput) -> PartialRollout:
+    def stops(self, terms: Terms) -> Stops:
+        """Return what ends a response under these terms."""
+        key = terms.stop, terms.stop_token_ids
+        if key not in self._stops:
+            self._stops[key] = Stops(
+                terms.stop,
+                self.stop_token_ids.union(terms.stop_token_ids),
+                self._decode,
+                [token for token in terms.stop_token_ids if token not in self.stop_token_ids],
+            )
+        return self._stops[key]
+
+    def absorb(self, partial: PartialRollout, output: EngineOutput, stops: Stops) -> PartialRollout:
         """Return the state after one more call, which ends the response where it has a stop token or stop string."""
-        return partial.absorb(self._stops.cut(partial, output), self._engine_name)
+        return partial.absorb(stops.cut(partial, output), self._engine_name)
 
     async def complete(
         self,
@@ -202,7 +218,7 @@ class Responses:
             environment.close()
 
     def _terms(self, prompt: Prompt) -> Terms:
-        return self._config.terms(source_of(prompt.prompt_id))
+        return self._config.terms(source_of(prompt.prompt_id), prompt.fields)
 
     async def _answer(
         self, environment: Environment, prompt: Prompt, partial: PartialRollout, texts: list[str]

@@ -17,18 +17,25 @@ from async_rl.types import NOT_SAMPLED, Int32Array
 
 
 class Stops:
-    """Ends responses by rollout.stop and stop tokens, whether or not the engine has."""
+    """Ends responses at stop strings and stop tokens, whether or not the engine has.
 
-    def __init__(self, strings: Collection[str], token_ids: Collection[int], decode: Decode) -> None:
+    ``own`` are those of ``token_ids`` that the engine does not look for by itself.
+    """
+
+    def __init__(
+        self, strings: Collection[str], token_ids: Collection[int], decode: Decode, own: Collection[int] = ()
+    ) -> None:
         self._strings = tuple(strings)
+        self._own = tuple(own)
         self._token_ids = np.array(sorted(token_ids), np.int32)
         self._find = StopStrings(strings, decode) if strings else None
 
     def sampling(self, base: Sampling, partial: PartialRollout) -> Sampling:
         """Return ``base`` for the next call of ``partial``, with what the engine needs to end it in time."""
         if self._find is None:
-            return base
-        return replace(base, stop=self._strings, turn_start=len(partial.prompt_ids) + _turn_start(partial))
+            return replace(base, stop_token_ids=self._own) if self._own else base
+        start = len(partial.prompt_ids) + _turn_start(partial)
+        return replace(base, stop=self._strings, stop_token_ids=self._own, turn_start=start)
 
     def cut(self, partial: PartialRollout, output: EngineOutput) -> EngineOutput:
         """Return what a call for ``partial`` sampled, up to the first token that ends the response."""

@@ -20,7 +20,7 @@ from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.aside import aside
 from async_rl.rollout.deadline import wait_in_time
-from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine, Sampling
+from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.in_flight import InFlight
@@ -28,7 +28,7 @@ from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
-from async_rl.types import ExpertIds, Group, Trajectory
+from async_rl.types import ExpertIds, Group, Prompt, Trajectory
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +60,6 @@ class RolloutWorker:
         self._merging: dict[str, asyncio.Task[PartialRollout]] = {}  # answers being absorbed, by trajectory id
         self._responses = responses
         self._timeline = timeline
-        self._sampling = Sampling(config.rollout.temperature, config.rollout.top_p, greedy=False)
         # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
         self._max_groups = 2 * -(-config.rollout.trajectory_limit // config.rollout.n)
@@ -252,7 +251,7 @@ class RolloutWorker:
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         try:
-            keep(await self._responses.complete(start, prompt, self._sample, keep))
+            keep(await self._responses.complete(start, prompt, lambda *call: self._sample(prompt, *call), keep))
         finally:
             self._unfinished -= 1
             self._update_capacity()
@@ -263,16 +262,16 @@ class RolloutWorker:
         nbytes = 0 if partial is None else _nbytes(partial.routed_experts)
         return await aside(nbytes, lambda: group.trajectory(index))
 
-    async def _sample(self, partial: PartialRollout, request_id: str) -> PartialRollout:
+    async def _sample(self, prompt: Prompt, partial: PartialRollout, request_id: str) -> PartialRollout:
         """Make one engine call for the rest of ``partial``, once the gate is open."""
         token_ids, max_tokens, first_row = partial.next_request()
-        sampling = self._responses.sampling(self._sampling, partial)
+        sampling, stops = self._responses.sampling(partial, prompt)
         await self._gate.enter()
         began = time.monotonic()
         try:
             output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
             nbytes = _nbytes(output.routed_experts) + (_DECODED_BYTES * len(output.token_ids) if sampling.stop else 0)
-            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output)))
+            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output, stops)))
             self._merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()

@@ -22,7 +22,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, group: Any
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, group: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = logits.shape[-1]
         index = targets - (0 if group is None else group.rank() * width)
@@ -30,29 +30,28 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
         index = index.clamp(0, width - 1)
         chosen, normalizer, expected = logits.new_empty((3, len(logits)), dtype=torch.float32)
         for rows in _blocks(logits):
-            scaled = _scaled(logits[rows], temperature)
+            scaled = _scaled(logits[rows], temperature[rows])
             chosen[rows] = scaled.gather(-1, index[rows].unsqueeze(-1)).squeeze(-1)
             normalizer[rows] = scaled.logsumexp(dim=-1)
         if group is not None:
             chosen = _summed(torch.where(here, chosen, 0.0), group)
             normalizer = _logsumexp_over(normalizer, group)
         for rows in _blocks(logits):
-            scaled = _scaled(logits[rows], temperature)
+            scaled = _scaled(logits[rows], temperature[rows])
             probabilities = (scaled - normalizer[rows].unsqueeze(-1)).exp_()
             expected[rows] = torch.einsum("tv,tv->t", probabilities, scaled)
         entropy = normalizer - (expected if group is None else _summed(expected, group))
-        ctx.save_for_backward(logits, index, here, normalizer)
-        ctx.temperature = temperature
+        ctx.save_for_backward(logits, index, here, normalizer, temperature)
         ctx.mark_non_differentiable(entropy)
         return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, index, here, normalizer = ctx.saved_tensors
-        gradient = (gradients[0] / ctx.temperature).unsqueeze(-1)
+        logits, index, here, normalizer, temperature = ctx.saved_tensors
+        gradient = (gradients[0] / temperature).unsqueeze(-1)
         result = torch.empty_like(logits)
         for rows in _blocks(logits):
-            block = _scaled(logits[rows], ctx.temperature)
+            block = _scaled(logits[rows], temperature[rows])
             block.sub_(normalizer[rows].unsqueeze(-1)).exp_().mul_(-gradient[rows])
             block.scatter_add_(-1, index[rows].unsqueeze(-1), gradient[rows] * here[rows].unsqueeze(-1))
             result[rows] = block
@@ -60,16 +59,19 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, group: Any = None
+    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor | float = 1.0, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-prob of each target and the entropy at its position under softmax(logits / temperature).
 
-    logits [T, V], or [T, V / ranks] on each rank of ``group``; targets int64[T]. Returns log-probs float32[T]
+    logits [T, V], or [T, V / ranks] on each rank of ``group``; targets int64[T]; temperature float32[T], or one.
+    Returns log-probs float32[T]
     (differentiable) and entropies float32[T] (not), the same on every rank. The gradient of the log-probs must be the
     same on every rank too. A row's values and its gradient do not depend on the other rows, to the last bit on a CPU.
     """
+    if not isinstance(temperature, torch.Tensor):
+        temperature = logits.new_full((len(logits),), temperature, dtype=torch.float32)
     if len(logits) == 1:  # computed with a copy of itself; see _blocks
-        logprobs, entropy = token_logprobs(logits.repeat(2, 1), targets.repeat(2), temperature, group)
+        logprobs, entropy = token_logprobs(logits.repeat(2, 1), targets.repeat(2), temperature.repeat(2), group)
         return logprobs[:1], entropy[:1]
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, group)
     return logprobs, entropy
@@ -87,9 +89,9 @@ def _blocks(logits: torch.Tensor) -> Iterator[slice]:
         yield slice(block * count // blocks, (block + 1) * count // blocks)
 
 
-def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return logits / temperature, float32[R, V], in memory of its own."""
-    return logits.to(torch.float32, copy=True).div_(temperature)
+def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Return logits / temperature, float32[R, V], in memory of its own; temperature float32[R]."""
+    return logits.to(torch.float32, copy=True).div_(temperature.unsqueeze(-1))
 
 
 def _summed(values: torch.Tensor, group: Any) -> torch.Tensor:

@@ -25,7 +25,6 @@ def policy_objective(
     settings: LossSection,
     policy: PolicyLoss,
     *,
-    temperature: float,
     vocabulary: torch.distributed.ProcessGroup | None,
     context: torch.distributed.ProcessGroup,
     version: int,
@@ -38,7 +37,7 @@ def policy_objective(
     """
 
     def objective(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, PolicySums]:
-        current, entropy = token_logprobs(logits, tensors["labels"], temperature, vocabulary)
+        current, entropy = token_logprobs(logits, tensors["labels"], tensors["temperature"], vocabulary)
         mask, behaviour = tensors["loss_mask"], tensors["logprobs"]
         staleness = version - tensors["versions"].long()
         match settings.proximal:

@@ -49,6 +49,8 @@ class Microbatch:
     """int32[T]: the policy version that each token was sampled with."""
     advantages: Float32Array
     """float32[T]."""
+    temperature: Float32Array
+    """float32[T]: that of the distribution from which each token was sampled; 1 where there is none."""
     weights: Float32Array
     """float32[T]: the weight of each token in the sum that is the loss."""
     resume_position: Int8Array
@@ -99,6 +101,7 @@ BY_POSITION = (
     "logprobs",
     "versions",
     "advantages",
+    "temperature",
     "weights",
     "resume_position",
     "engine",
@@ -245,6 +248,7 @@ def _join(
         logprobs=filled([sample.logprobs for sample in samples], zeros(np.float32)),
         versions=filled([sample.versions for sample in samples], zeros(np.int32)),
         advantages=filled([sample.advantages for sample in samples], zeros(np.float32)),
+        temperature=filled([sample.temperature for sample in samples], np.ones(total, dtype=np.float32)),
         weights=filled([sample.weight for sample in samples], zeros(np.float32)),
         resume_position=filled([sample.resume_position for sample in samples], zeros(np.int8)),
         engine=filled([sample.engine for sample in samples], zeros(np.int8)),

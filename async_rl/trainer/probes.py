@@ -51,17 +51,19 @@ class ModelProbe:
         self,
         sequences: Sequence[Int32Array],
         routed_experts: Sequence[ExpertIds | Int32Array] | None = None,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[Float32Array]:
         """Return log-probs float32[N-1] of tokens 1..N-1 of each sequence int32[N].
 
-        routed_experts: [N-1, L, K] of each sequence, to replay. Rows of NO_ROUTING, or all rows without it, are routed
-        natively. Raises ReplayError where the model cannot execute them.
+        temperature: one for all, or that of each. routed_experts: [N-1, L, K] of each sequence, to replay. Rows of
+        NO_ROUTING, or all rows without it, are routed natively. Raises ReplayError where the model cannot execute them.
         """
-        batches, filler = self._batches(sequences, routed_experts)
+        batches, filler = self._batches(sequences, routed_experts, temperature)
 
         def collect(tensors: Tensors, logits: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            values, _entropy = token_logprobs(logits, tensors["labels"], temperature, self._groups.vocabulary)
+            values, _entropy = token_logprobs(
+                logits, tensors["labels"], tensors["temperature"], self._groups.vocabulary
+            )
             return values.sum(), {0: values.cpu().numpy()}
 
         kept = self._executor.forward(batches, collect, filler=filler)
@@ -93,11 +95,18 @@ class ModelProbe:
         return [part.swapaxes(0, 1) for part in whole]
 
     def _batches(
-        self, sequences: Sequence[Int32Array], routed_experts: Sequence[ExpertIds | Int32Array] | None
+        self,
+        sequences: Sequence[Int32Array],
+        routed_experts: Sequence[ExpertIds | Int32Array] | None,
+        temperature: float | Sequence[float] = 1.0,
     ) -> tuple[list[Microbatch], Microbatch]:
         """Pack the sequences, with ``routed_experts`` to replay where given. Returns them and a filler."""
         spec = self._model.routing_spec
-        samples = [plain_sample(f"sequence {index}", ids) for index, ids in enumerate(sequences)]
+        each = [temperature] * len(sequences) if isinstance(temperature, float) else temperature
+        samples = [
+            plain_sample(f"sequence {index}", ids, temperature=own)
+            for index, (ids, own) in enumerate(zip(sequences, each, strict=True))
+        ]
         if routed_experts is not None:
             samples = [sample.with_routed_experts(rows) for sample, rows in zip(samples, routed_experts, strict=True)]
             for sample in samples:

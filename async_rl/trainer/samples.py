@@ -1,4 +1,4 @@
-"""Makes the samples that a trajectory is trained as. Pure: NumPy only; knows ``types``, ``errors`` and ``models``.
+"""Makes the samples that a trajectory is trained as. Pure: NumPy only; knows settings, ``types`` and ``models``.
 
 A sample of N tokens has N - 1 positions: position t reads token t and predicts token t + 1. The last token is only
 ever a label and never enters the forward pass, so that positions and rows of routed experts (P+G-1 of them) match one
@@ -16,16 +16,19 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplayError
 from async_rl.models.routing import repeated_expert
 from async_rl.types import (
     RESUME_POSITIONS,
     ExpertIds,
     Float32Array,
+    Group,
     Int32Array,
     RoutingSpec,
     Segment,
     Trajectory,
+    source_of,
 )
 
 BoolArray = npt.NDArray[np.bool_]
@@ -60,6 +63,8 @@ class Sample:
     """int8[N-1]: the engine that sampled each token, as an index into those of the run; their number for others."""
     routed_experts: ExpertIds | Int32Array | None = None
     """[N-1, L, K]: the experts to replay, NO_ROUTING in a row that has none; None if there is nothing to replay."""
+    temperature: float = 1.0
+    """That of the distribution from which its tokens were sampled."""
     weight: float = 1.0
     """The weight of each of its tokens in the sum that is the loss."""
     proximal: Float32Array | None = None
@@ -101,6 +106,7 @@ def samples_of(
     mask_truncated: bool = False,
     advantage: float = 0.0,
     engines: Sequence[str] = (),
+    temperature: float = 1.0,
 ) -> list[Sample]:
     """Return a trajectory's samples, with a loss on its sampled tokens of ``oldest_version`` or later (invariant 4).
 
@@ -115,9 +121,26 @@ def samples_of(
     if mask_truncated and trajectory.finish_reason == "length":
         return []
     return [
-        _segment_sample(trajectory, segment, counts, advantage, engines)
+        replace(_segment_sample(trajectory, segment, counts, advantage, engines), temperature=temperature)
         for segment in segments
         if bool(counts[segment.start : segment.stop].any())
+    ]
+
+
+def group_samples(group: Group, config: RunConfig, *, oldest_version: int) -> list[Sample]:
+    """Return the samples of all trajectories of a group, as the settings say; see ``samples_of``."""
+    terms = config.terms(source_of(group.prompt.prompt_id), group.prompt.fields)
+    return [
+        sample
+        for trajectory in group.trajectories
+        for sample in samples_of(
+            trajectory,
+            oldest_version=oldest_version,
+            per_segment=config.async_training.partial_rollout.routing == "exact",
+            mask_truncated=config.trainer.mask_truncated,
+            engines=config.rollout.engine_names,
+            temperature=terms.temperature,
+        )
     ]
 
 
@@ -152,7 +175,7 @@ def _segment_sample(
     )
 
 
-def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None) -> Sample:
+def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None, *, temperature: float = 1.0) -> Sample:
     """Return a sample of int32[N] ids that no policy sampled; every token counts unless a mask bool[N-1] is given."""
     positions = max(len(ids) - 1, 0)
     return Sample(
@@ -165,6 +188,7 @@ def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None) -> S
         advantages=np.zeros(positions, dtype=np.float32),
         resume_position=np.zeros(positions, dtype=np.int8),
         engine=np.zeros(positions, dtype=np.int8),
+        temperature=temperature,
     )
 
 

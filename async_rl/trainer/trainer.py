@@ -7,7 +7,6 @@ the other modules of this room and ``models``; knows neither the queue nor an en
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.probes import ModelProbe
 from async_rl.trainer.reference import ReferenceWeights
 from async_rl.trainer.report import step_report
-from async_rl.trainer.samples import NO_ROUTING, BoolArray, Sample, check_routed_experts, plain_sample, samples_of
+from async_rl.trainer.samples import NO_ROUTING, BoolArray, Sample, check_routed_experts, group_samples, plain_sample
 from async_rl.trainer.step import Step, masked_tokens
 from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, RoutingSpec
 
@@ -182,7 +181,6 @@ class Trainer:
         objective = policy_objective(
             self._config.trainer.loss,
             self._policy,
-            temperature=self._config.rollout.temperature,
             vocabulary=self._groups.vocabulary,
             context=self._groups.context,
             version=step.version,
@@ -221,15 +219,12 @@ class Trainer:
         prepared. Call it first, with the groups of all updates of a training step, so that later updates use what was
         computed before the first.
         """
-        make = functools.partial(
-            samples_of,
-            oldest_version=oldest_version,
-            per_segment=self._config.async_training.partial_rollout.routing == "exact",
-            mask_truncated=self._config.trainer.mask_truncated,
-            engines=self._config.rollout.engine_names,
-        )
         fresh = [group for group in groups if group.group_id not in self._prepared]
-        owned = [(group.group_id, sample) for group in fresh for t in group.trajectories for sample in make(t)]
+        owned = [
+            (group.group_id, sample)
+            for group in fresh
+            for sample in group_samples(group, self._config, oldest_version=oldest_version)
+        ]
         samples = self._with_passes([sample for _, sample in owned])
         self._prepared |= {group.group_id: [] for group in fresh}
         for (group_id, _), sample in zip(owned, samples, strict=True):
@@ -266,7 +261,7 @@ class Trainer:
                 np.full((s.positions, *shape), absent) if s.routed_experts is None else s.routed_experts
                 for s in samples
             ]
-        return self.logprobs([s.token_ids for s in samples], routed_experts, self._config.rollout.temperature)
+        return self.logprobs([s.token_ids for s in samples], routed_experts, [s.temperature for s in samples])
 
     def _with_credit(self, groups: Sequence[Group]) -> Credited:
         """Take the prepared samples of these groups, and give their tokens advantages and weights."""
@@ -284,7 +279,7 @@ class Trainer:
         self,
         sequences: Sequence[Int32Array],
         routed_experts: Sequence[ExpertIds | Int32Array] | None = None,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
     ) -> list[Float32Array]:
         """Return log-probs float32[N-1] of each sequence int32[N]; see ``ModelProbe.logprobs``."""
         return self._probe.logprobs(sequences, routed_experts, temperature)

@@ -20,7 +20,6 @@ from async_rl.errors import WeightSyncError
 from async_rl.rollout import aside
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.engine.vllm.engine import VllmEngine
-from async_rl.rollout.stop_strings import StopStrings
 from tests.integration.engine_conformance import *  # noqa: F403
 from tests.integration.engine_conformance import GREEDY, RANDOM, SHORT_PROMPT, reference
 from tests.support.engine_checkpoint import engine_config, make_checkpoint, perturbed, running, until_sampled
@@ -76,7 +75,7 @@ async def test_a_response_ends_at_a_stop_string_with_the_log_probs_and_experts_o
 
     whole = await engine.generate("whole", SHORT_PROMPT, GREEDY, 24)
     string = text(whole.token_ids[8:11].tolist())
-    monkeypatch.setattr(engine, "_stops", StopStrings([string], text))
+    monkeypatch.setattr(engine, "_decode", text)
     sampling = replace(GREEDY, stop=(string,), turn_start=len(SHORT_PROMPT))
     end = next(n for n in range(25) if string in text(whole.token_ids[:n].tolist()))
     for cut in (0, end - 2):  # the string is the call's own, or begins before it

@@ -141,6 +141,10 @@ def test_messages_that_a_template_would_misread_are_named(tmp_path, prompt, reas
     assert len(read_files(path, encode=encode, on_bad_row="skip").bad_rows) == 1
 
 
+HOW = {"prompt": "2+2="}
+SAMPLED = {"sampling_field": "how", "max_response_tokens": 8}
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "reason"),
     [
@@ -156,6 +160,11 @@ def test_messages_that_a_template_would_misread_are_named(tmp_path, prompt, reas
         ({"prompt": [USER], "tools": "{"}, {}, "field 'tools' is not JSON"),
         ({"prompt": [USER], "tools": [{"name": "f"}]}, {}, "field 'tools', tool 1: no name of a function"),
         ({"prompt": [USER], "chat_template_kwargs": 1}, {}, "field 'chat_template_kwargs' is int, not an object"),
+        (HOW | {"how": {"temperature": 0}}, SAMPLED, "field 'how' (data.sampling_field): temperature: Input should be"),
+        (HOW | {"how": {"top_p": 0.5}}, SAMPLED, "field 'how' (data.sampling_field): top_p: Extra inputs are not per"),
+        (HOW | {"how": [1]}, SAMPLED, "field 'how' (data.sampling_field): Input should be"),
+        (HOW | {"how": {"stop": "x"}}, SAMPLED, "field 'how' (data.sampling_field): stop: Input should be a valid lis"),
+        (HOW | {"how": {"max_response_tokens": 9}}, SAMPLED, "has max_response_tokens 9, above the 8 of its source"),
     ],
 )
 def test_a_row_that_does_not_fit_its_settings_is_named(tmp_path, row, settings, reason):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from async_rl.config.inputs import Terms
 from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue import wire
 from async_rl.queue.records import Ticket
@@ -70,7 +71,9 @@ def group(seed, n=3, policy="replace", dense=False):
 
 
 def decode(message, n=3, policy="replace"):
-    return in_flight.decode(message, n=n, response_limit=lambda _: LIMIT, stop_token_ids=STOP, routing_policy=policy)
+    return in_flight.decode(
+        message, n=n, terms=lambda _: Terms("train", LIMIT), stop_token_ids=STOP, routing_policy=policy
+    )
 
 
 @given(
@@ -154,7 +157,7 @@ def test_what_the_settings_of_now_do_not_allow_is_refused():
     with pytest.raises(WireError, match="not one kept under exact"):
         decode(message, policy="exact")
     with pytest.raises(WireError, match="response tokens, more than 1 allowed"):
-        in_flight.decode(message, n=3, response_limit=lambda _: 1, stop_token_ids=STOP, routing_policy="replace")
+        in_flight.decode(message, n=3, terms=lambda _: Terms("train", 1), stop_token_ids=STOP, routing_policy="replace")
     with pytest.raises(WireError, match="not a group in flight"):
         decode(b"ARLG" + message.tobytes()[4:])
 

@@ -17,23 +17,30 @@ def reference_logprobs(logits, targets, temperature):
     return logs[np.arange(len(targets)), targets], -(np.exp(logs) * logs).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+EACH_ITS_OWN = np.linspace(0.4, 2.0, T, dtype=np.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6, EACH_ITS_OWN])
 def test_token_logprobs_and_entropy_are_of_logits_over_temperature(temperature):
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(T, V)).astype(np.float32) * 3, rng.integers(0, V, T)
-    expected, expected_entropy = reference_logprobs(logits, targets, temperature)
-    logprobs, entropy = token_logprobs(torch.from_numpy(logits), torch.from_numpy(targets), temperature)
+    rows = np.broadcast_to(temperature, T)[:, None]
+    expected, expected_entropy = reference_logprobs(logits, targets, rows)
+    given = torch.from_numpy(temperature) if isinstance(temperature, np.ndarray) else temperature
+    logprobs, entropy = token_logprobs(torch.from_numpy(logits), torch.from_numpy(targets), given)
     assert logprobs.numpy() == pytest.approx(expected, abs=1e-5)
     assert entropy.numpy() == pytest.approx(expected_entropy, abs=1e-5)
 
 
-def test_token_logprobs_gradient_is_that_of_log_softmax():
+@pytest.mark.parametrize("temperature", [0.7, torch.from_numpy(EACH_ITS_OWN)])
+def test_token_logprobs_gradient_is_that_of_log_softmax(temperature):
     torch.manual_seed(0)
     logits = torch.randn(T, V, requires_grad=True)
     targets, weights = torch.randint(0, V, (T,)), torch.randn(T)
-    (token_logprobs(logits, targets, 0.7)[0] * weights).sum().backward()
+    (token_logprobs(logits, targets, temperature)[0] * weights).sum().backward()
     ours, logits.grad = logits.grad, None
-    expected = (logits / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    rows = temperature if isinstance(temperature, float) else temperature[:, None]
+    expected = (logits / rows).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours, logits.grad, rtol=1e-5, atol=1e-6)
 

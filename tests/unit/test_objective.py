@@ -23,6 +23,7 @@ def microbatch(apart):
         "logprobs": current - apart * (torch.arange(T) >= 6),
         "versions": torch.full((T,), 3, dtype=torch.int32),
         "advantages": torch.ones(T),
+        "temperature": torch.ones(T),
         "weights": torch.full((T,), 0.5),
         "sequence": torch.arange(T) // 6,
         "resume_position": torch.zeros(T, dtype=torch.int8),
@@ -35,7 +36,6 @@ def objective_of(**loss):
     return policy_objective(
         settings,
         load_policy(settings),
-        temperature=1.0,
         vocabulary=None,
         context=None,
         version=4,

@@ -1,5 +1,7 @@
 """What holds for one source or evaluation set alone: rewards, limits of responses, environments."""
 
+import asyncio
+import dataclasses
 import importlib
 import sys
 
@@ -10,13 +12,17 @@ from async_rl.config.inputs import RewardSection, Terms
 from async_rl.config.loading import validate
 from async_rl.errors import ConfigError, RewardNotApplicable
 from async_rl.queue.records import Ticket
+from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.environments.named import environments_of
 from async_rl.rollout.environments.turns import load_environments
 from async_rl.rollout.evaluation import EvalProblem
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
-from async_rl.types import Prompt
-from tests.support.scripted_replica import Digits, ListQueue, scripted, worker
+from async_rl.trainer.samples import group_samples
+from async_rl.types import Group, Prompt
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_replica import Digits, ListQueue, push, sampled, scripted, worker
+from tests.unit.test_samples import trajectory
 from tests.unit.test_worker_environment import Answers, TurnEngine
 
 SOURCES = {
@@ -70,6 +76,22 @@ def test_a_source_or_set_has_its_own_terms_where_it_says_so():
 
 def test_the_prompts_of_data_train_have_the_terms_of_the_run():
     assert config(data={"train": "train.jsonl"}, eval={}).terms("") == Terms("train", 40, None)
+
+
+def test_a_source_and_a_row_say_how_they_are_sampled():
+    sources = {
+        "math": {"path": "m.jsonl", "temperature": 0.6, "stop": ["</a>"], "stop_token_ids": [7]},
+        "code": {"path": "c"},
+    }
+    rollout = {"max_response_tokens": 40, "temperature": 0.9, "stop": ["end"], "stop_token_ids": [3]}
+    found = config(data={"sources": sources, "sampling_field": "how"}, rollout=rollout, eval={})
+    assert found.terms("math") == Terms("math", 40, None, 0.6, ("end", "</a>"), (3, 7))
+    assert found.terms("code") == Terms("code", 40, None, 0.9, ("end",), (3,))
+    how = {"temperature": 1.5, "max_response_tokens": 20, "stop": ["!"], "stop_token_ids": [8]}
+    assert found.terms("math", {"how": how}) == Terms("math", 20, None, 1.5, ("end", "</a>", "!"), (3, 7, 8))
+    assert found.terms("code", {"how": {"temperature": 2}}) == Terms("code", 40, None, 2.0, ("end",), (3,))
+    assert found.terms("code", {"other": how}) == found.terms("code", {"how": None}) == found.terms("code")
+    assert config().terms("math", {"how": how}) == config().terms("math"), "no field is read unless it is named"
 
 
 def test_a_limit_above_that_of_the_run_and_a_penalty_without_room_are_refused():
@@ -174,6 +196,57 @@ async def test_each_response_has_the_limit_of_its_source_and_a_penalty_by_it():
     found = {group.group_id: group.trajectories for group in queue.groups}
     assert [(len(t.response_ids), t.finish_reason, t.reward) for t in found["math/0-0.0"]] == [(5, "length", 4.5)] * 2
     assert [(len(t.response_ids), t.finish_reason, t.reward) for t in found["code/0-0.0"]] == [(8, "stop", 8.0)] * 2
+
+
+class Asked(ScriptedEngine):
+    """Keeps how it was asked to sample, by trajectory."""
+
+    asked: dict[str, Sampling]
+
+    async def generate(self, request_id, token_ids, sampling, max_tokens, first_row=0):
+        self.asked[request_id.partition(".")[0]] = sampling
+        return await super().generate(request_id, token_ids, sampling, max_tokens, first_row)
+
+
+class Text(Digits):
+    def decode(self, ids, **_):
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_each_response_is_sampled_and_stopped_as_its_source_and_row_say(cut):
+    sources = {"math": {"path": "m.jsonl", "temperature": 0.5, "stop_token_ids": [9]}, "code": {"path": "c.jsonl"}}
+    queue = SourcedQueue("math/0-0", "code/0-0", "code/0-1")
+    row = {"how": {"temperature": 1.5, "stop": ["4 5"]}}
+    queue.waiting[2] = Ticket("code/0-1.0", dataclasses.replace(prompt("code/0-1"), fields=row), 0)
+    engine = scripted(12, kind=Asked, sources=sources)
+    engine.asked = {}
+    subject, _ = worker(engine, queue, data={"sources": sources, "sampling_field": "how"}, digits=Text())
+    if cut:
+        running = asyncio.create_task(subject.run())
+        await sampled(engine, 14)
+        await push(subject, engine)
+        await running
+    else:
+        await subject.run()
+    found = {group.group_id: {len(t.response_ids) for t in group.trajectories} for group in queue.groups}
+    assert found == {"math/0-0.0": {9}, "code/0-0.0": {12}, "code/0-1.0": {5}}
+    assert {name: (how.temperature, how.stop, how.stop_token_ids) for name, how in engine.asked.items()} == {
+        "math/0-0": (0.5, (), (9,)),
+        "code/0-0": (1.0, (), ()),
+        "code/0-1": (1.5, ("4 5",), ()),
+    }
+
+
+def test_what_a_row_asks_for_is_what_it_is_trained_with():
+    sources = {"math": {"path": "m.jsonl", "temperature": 0.5}, "code": {"path": "c.jsonl"}}
+    settings = config(data={"sources": sources, "sampling_field": "how"}, eval={})
+    found = {}
+    for prompt_id, fields in (("math/0-0", {}), ("code/0-0", {}), ("code/0-1", {"how": {"temperature": 1.5}})):
+        asked = dataclasses.replace(prompt(prompt_id), fields=fields)
+        group = Group(f"{prompt_id}.0", asked, (trajectory(prompt_id),))
+        (found[prompt_id],) = {sample.temperature for sample in group_samples(group, settings, oldest_version=0)}
+    assert found == {"math/0-0": 0.5, "code/0-0": 1.0, "code/0-1": 1.5}
 
 
 async def test_only_a_source_with_an_environment_has_several_turns():

@@ -5,12 +5,14 @@ import threading
 
 import pytest
 
+from async_rl.config.inputs import Terms
 from async_rl.errors import RewardError
 from async_rl.rollout import aside, in_flight, routing_policies
 from async_rl.runtime import manifest
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import EOS, ListQueue, push, sampled, scripted, snapshot, turns, worker
 
+TERMS = Terms("train", 40)
 LONG = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
 
 
@@ -127,7 +129,12 @@ async def test_a_pause_does_not_wait_for_what_calls_have_sampled_but_a_checkpoin
     await subject.wake()
     await subject.resume()
     saved = await subject.write_in_flight(1, tmp_path)
-    settings = {"n": 2, "response_limit": lambda _: 40, "stop_token_ids": frozenset({EOS}), "routing_policy": "replace"}
+    settings = {
+        "n": 2,
+        "terms": lambda _: Terms("train", 40),
+        "stop_token_ids": frozenset({EOS}),
+        "routing_policy": "replace",
+    }
     groups = [in_flight.decode((tmp_path / group.file).read_bytes(), **settings) for group in saved.values()]
     assert sum(group.num_tokens for group in groups) >= 8
     await run
@@ -198,7 +205,12 @@ async def test_a_pause_does_not_wait_until_the_answers_are_checked_but_a_snapsho
     assert not may_check.is_set()
     assert not saving.done()
     may_check.set()
-    settings = {"n": 2, "response_limit": lambda _: 40, "stop_token_ids": frozenset({EOS}), "routing_policy": "replace"}
+    settings = {
+        "n": 2,
+        "terms": lambda _: Terms("train", 40),
+        "stop_token_ids": frozenset({EOS}),
+        "routing_policy": "replace",
+    }
     saved = [in_flight.decode(message, **settings) for message in (await saving).values()]
     assert sum(group.num_tokens for group in saved) == engine.sampled
     await subject.wake()

@@ -26,6 +26,8 @@ class Sampling:
     """Likeliest tokens to draw from; 0 for all. Only evaluations set it."""
     stop: tuple[str, ...] = ()
     """Stop strings: a call may end at the token that completes one. What an engine samples beyond it is cut off."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop tokens beside the engine's own; as with stop strings, what is sampled beyond one is cut off."""
     turn_start: int = 0
     """Index into the tokens sent from which on the stop strings are looked for; tokens of earlier calls may be behind
     it."""

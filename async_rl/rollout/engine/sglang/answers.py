@@ -65,7 +65,7 @@ def generate(
         "top_p": 1.0 if sampling.greedy else sampling.top_p,
         "top_k": sampling.top_k if sampling.top_k and not sampling.greedy else -1,
         "max_new_tokens": max_tokens,
-        "stop_token_ids": list(stop_token_ids),
+        "stop_token_ids": [*stop_token_ids, *sampling.stop_token_ids],
         "stream_interval": STREAM_INTERVAL,
     }
     return _call(rid, token_ids, how, cache_key, first_row) | {"stream": True}

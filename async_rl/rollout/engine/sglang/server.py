@@ -159,6 +159,11 @@ class Server:
             "ASYNC_RL_SGLANG_ROLE": f"{worker_id(self._replica)}-sglang",
             "ASYNC_RL_SGLANG_FOLDER": str(self.folder),
             "TMPDIR": str(self.folder),
+            # Its processes meet in a file. They are on one host, and a store of PyTorch's listens on every interface.
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": (self.folder / "store").as_uri(),
+            # By these its kernels name shared memory that several engines of a host must not share.
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
         }
         if on_cpu(self._config):
             environment |= _ON_CPU | {"OMP_NUM_THREADS": str(self._config.resources.engine_threads)}

@@ -37,7 +37,7 @@ from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.routing_policies import moe_columns
 from async_rl.rollout.stats import worker_id
-from async_rl.rollout.stop_strings import StopStrings, decoder
+from async_rl.rollout.stop_strings import Decode, StopStrings, decoder
 from async_rl.runtime import logs
 from async_rl.runtime.process import starting_on
 from async_rl.types import ExpertIds, Float32Array, Int32Array
@@ -85,7 +85,8 @@ class VllmEngine(BuiltInEngine):
     def __init__(self, config: RunConfig, replica: int, cores: tuple[int, ...] | None = None) -> None:
         super().__init__(config, replica)
         self._cores = cores
-        self._stops: StopStrings | None = None
+        self._decode: Decode | None = None  # set if there may be stop strings
+        self._stop_strings: dict[tuple[str, ...], StopStrings] = {}
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
@@ -100,8 +101,8 @@ class VllmEngine(BuiltInEngine):
 
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._model)
-        if self._config.rollout.stop:
-            self._stops = StopStrings(self._config.rollout.stop, decoder(load_tokenizer(self._config)))
+        if self._config.uses_stop_strings:
+            self._decode = decoder(load_tokenizer(self._config))
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -178,7 +179,7 @@ class VllmEngine(BuiltInEngine):
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             detokenize=False,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=[*self._stop_token_ids, *sampling.stop_token_ids],
             routed_experts_prompt_start=first_row,
             # Not DELTA, which loses routed experts when the consumer lags; and nobody reads tokens one by one.
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -226,10 +227,13 @@ class VllmEngine(BuiltInEngine):
     async def _run(self, request_id: str, token_ids: Int32Array, params: Any, sampling: Sampling) -> tuple[_Call, Any]:
         """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""
         call, collector = await self._submit(request_id, token_ids, params)
-        if self._stops is not None and sampling.stop:
+        if self._decode is not None and sampling.stop:
             # Nothing was suspended since the request was submitted, so that no output can be here yet.
             state = self._engine.output_processor.request_states[call.internal_id]
-            state.detokenizer = StoppingDetokenizer(state.detokenizer, self._stops, token_ids[sampling.turn_start :])
+            stops = self._stop_strings.get(sampling.stop)
+            if stops is None:
+                stops = self._stop_strings[sampling.stop] = StopStrings(sampling.stop, self._decode)
+            state.detokenizer = StoppingDetokenizer(state.detokenizer, stops, token_ids[sampling.turn_start :])
         return await self._answer(call, collector)
 
     async def _submit(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
