@@ -211,6 +211,8 @@ def _is_text(key: str, text: str) -> bool:
     One that may also be a list is a string unless ``text`` begins like a list.
     """
     info = _field(key)
+    if info is not None and get_origin(info.annotation) is list:
+        return False
     options = get_args(info.annotation) if info is not None and get_args(info.annotation) else ()
     kinds = [kind for kind in (options or (info.annotation if info else None,)) if kind is not type(None)]
     kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]

@@ -78,6 +78,21 @@ def model(config: RunConfig) -> Iterator[Check]:
     yield Check("model.path", "ok", f"{path}: {found.architecture}, {size / 10**6:.1f} MB in {len(shards)} files")
     yield from _stop_token(config)
     yield from _kv_cache(config, found)
+    yield from _latent_attention(config, found)
+
+
+def _latent_attention(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
+    """Check that SGLang's engine on CPU has not to compute latent attention: it fails at its first step."""
+    if uses_gpu(config) or not device_is_known(config) or model.latent is None:
+        return
+    if "sglang" in config.rollout.engine_names:
+        yield Check(
+            "rollout.engine",
+            "FAIL",
+            f"sglang, which on CPUs does not compute the latent attention of {model.architecture}",
+            "set it to vllm",
+            ConfigError,
+        )
 
 
 def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:

@@ -86,7 +86,7 @@ def test_one_replica_of_each_engine_in_one_run(start_run):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_as_with_vllm(tmp_path, seed):
     """The demo as it is, whose greedy evaluation begins at about 0.2."""
-    run = Run(ROOT / "configs" / "tiny_moe.yaml", tmp_path, trainer__steps=40, seed=seed, **SGLANG)
+    run = Run(ROOT / "configs" / "tiny_moe.yaml", tmp_path, name="run", trainer__steps=40, seed=seed, **SGLANG)
     try:
         summary = finished(run, 40)
     finally:

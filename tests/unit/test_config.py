@@ -469,6 +469,18 @@ def test_an_integer_may_be_written_with_an_exponent(tmp_path):
 
 def test_a_dataset_is_a_file_a_pattern_or_a_list_of_them():
     words = ["--data.train", "7", "--data.eval", "[a.jsonl, b.parquet]", "--data.template_kwargs", "{depth: 1}"]
+    lists = [
+        "--rollout.engines",
+        "[vllm, my:Engine]",
+        "--rollout.stop=['</a>', '7']",
+        "--rollout.stop_token_ids",
+        "[7]",
+    ]
+    assert parse_overrides(lists) == {
+        "rollout.engines": ["vllm", "my:Engine"],
+        "rollout.stop": ["</a>", "7"],
+        "rollout.stop_token_ids": [7],
+    }
     overrides = parse_overrides(words)
     assert overrides == {
         "data.train": "7",

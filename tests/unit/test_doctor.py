@@ -17,6 +17,7 @@ from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError,
 from async_rl.models.config import read_model_config
 from async_rl.queue import redis_store
 from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
+from tests.unit.test_model_config import MOONLIGHT
 
 
 @pytest.fixture
@@ -292,6 +293,14 @@ def test_a_cache_on_cpu_is_judged_once_the_hosts_have_decided_the_device(machine
     assert fails(doctor.checks(config(inputs, **small))) == []
     (fault,) = fails(doctor.checks(config(inputs, **small, resources={"device": "cpu"})))
     assert fault.startswith("rollout.kv_cache_bytes: ")
+
+
+def test_latent_attention_with_sglang_on_cpu(machine, inputs):
+    (inputs / "model" / "config.json").write_text(json.dumps(MOONLIGHT | {"eos_token_id": 0}))
+    mixed = {"engines": ["vllm", "sglang"], "replicas": 2}
+    for rollout, faulty in (({"engine": "sglang"}, True), (mixed, True), ({"engine": "vllm"}, False)):
+        found = fails(doctor.checks(config(inputs, rollout=rollout, trainer={"router_replay": "R3"})))
+        assert any("does not compute the latent attention of DeepseekV3ForCausalLM" in each for each in found) is faulty
 
 
 def test_a_model_without_a_stop_token(machine, inputs):
