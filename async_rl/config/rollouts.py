@@ -54,8 +54,9 @@ class EnvironmentSection(Section):
     """The environment that answers the policy between its turns."""
 
     function: FunctionName | None = None
-    """The environment as module:function, called as f(prompt: Prompt, turns: tuple[str, ...]) -> str | None when the
-    policy stops: the text that it returns is appended and the policy continues, None ends the response."""
+    """The environment as module:function, called as f(prompt: Prompt, turns: tuple[str, ...]) when the policy stops.
+    Text that it returns is appended as it stands, and the policy continues; messages, for example [{"role": "tool",
+    "content": "4"}], are appended as the chat template writes them after a turn; None ends the response."""
     max_turns: Annotated[int, Field(ge=2, lt=2**63)] = 8
     """Turns of the policy in one response, which ends with the last of them."""
     slow: bool = True

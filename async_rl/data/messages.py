@@ -41,6 +41,16 @@ def checked_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def checked_answer(value: Any, where: str) -> list[Message]:
+    """Return messages that follow a turn of the policy, as ``checked_messages`` does. Raises RowFault."""
+    if not value:
+        raise RowFault(f"{where} has no messages")
+    messages = [_message(_without_nulls(message), f"{where}, message {at}") for at, message in enumerate(value, 1)]
+    if said := next((at for at, message in enumerate(messages, 1) if message["role"] == "assistant"), None):
+        raise RowFault(f"{where}, message {said}: it is the assistant's, which the policy is to write")
+    return messages
+
+
 def with_system(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """Return the messages, after a system message of ``system_prompt`` unless they begin with one of their own."""
     if system_prompt is None or messages[0]["role"] in ("system", "developer"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,12 +18,13 @@ from async_rl.config.inputs import HELD_OUT, DataSection, SourceSection
 from async_rl.config.schema import RunConfig
 from async_rl.data import hub
 from async_rl.data.chat import CheckpointEncoder
+from async_rl.data.chat_turns import ChatTurns
 from async_rl.data.dataset import Dataset, OnBadRow, read_dataset
 from async_rl.data.files import Files, open_files
 from async_rl.data.messages import checked_tools
 from async_rl.data.mixture import Mixture, TrainSet
 from async_rl.data.prompts import Encoder, RowReader
-from async_rl.data.tokenizer import load_tokenizer
+from async_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from async_rl.errors import DatasetError, RowFault
 from async_rl.types import Prompt
 
@@ -153,6 +155,21 @@ def row_reader(config: RunConfig, key: str, encode: Encoder) -> RowReader:
         sampling_field=data.sampling_field if trained else None,
         max_response_tokens=config.terms(_source_name(key)).max_response_tokens,
     )
+
+
+def chat_turns(config: RunConfig) -> ChatTurns:
+    """Return what renders messages after a turn of the policy, with a tokenizer of its own, loaded when needed.
+
+    Raises DatasetError for tools or a template that cannot be read.
+    """
+    encode, lock = encoder(config), threading.Lock()
+
+    def render(*arguments: Any) -> tuple[str, list[int]]:
+        with lock:  # threads call it, and a tokenizer keeps state while it works
+            return encode.chat(*arguments)
+
+    stops = {*stop_token_ids(config.model.path), *config.rollout.stop_token_ids}
+    return ChatTurns(render, stops, _tools(config.data.tools), config.data.template_kwargs)
 
 
 def _tools(path: Path | None) -> list[dict[str, Any]] | None:

@@ -234,9 +234,30 @@ def functions(config: RunConfig) -> Iterator[Check]:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
     for environment, key in environments_of(config).items():
         yield _try(key, environment, functools.partial(load_environment, environment, key))
+    if environments_of(config):
+        yield from _chat_turns(config)
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _chat_turns(config: RunConfig) -> Iterator[Check]:
+    """Say which messages an environment may answer with, if the checkpoint has a chat template."""
+    try:
+        found = reading.chat_turns(config).check()
+    except AsyncRLError:  # It has none, and an environment may return text; a faulty one is named where it is used.
+        return
+    able = [role for role, fault in found.items() if fault is None]
+    faults = [f"{role}: {fault}" for role, fault in found.items() if fault is not None]
+    if not faults:
+        yield Check("chat turns", "ok", f"environments may return text, or messages of {' and '.join(able)}")
+    else:
+        yield Check(
+            "chat turns",
+            "warn",
+            f"environments cannot return messages of {'; '.join(faults)}",
+            "have them return text" if not able else f"have them return text, or messages of {' and '.join(able)}",
+        )
 
 
 def _sglang(config: RunConfig) -> Check:

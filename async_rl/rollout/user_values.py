@@ -1,4 +1,4 @@
-"""What a user's function may return: the number of a reward, the text of an environment. Pure.
+"""What a user's function may return: the number of a reward, the answer of an environment. Pure.
 
 Each function here raises ValueError for all else, and says what was returned and what is expected.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 import numbers
 from typing import Any
+
+from async_rl.data.messages import Message, checked_answer
+from async_rl.errors import RowFault
+from async_rl.queue.wire import check_json_like
 
 _NUMBER = "one finite real number, or None where the reward does not apply"
 
@@ -42,7 +46,9 @@ def is_real(value: Any) -> bool:
 def text_or_none(value: Any) -> str | None:
     """Return an environment's text, or None, which ends the response."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"returned {_shown(value)} of type {type(value).__name__}; expected a string or None")
+        raise ValueError(
+            f"returned {_shown(value)} of type {type(value).__name__}; expected a string, a list of messages or None"
+        )
     if value is None:
         return None
     if len(value) > MAX_TEXT:
@@ -53,6 +59,21 @@ def text_or_none(value: Any) -> str | None:
         # The tokenizer would raise an error that does not name the function.
         raise ValueError(f"returned {_shown(value)}, which has half of a surrogate pair; expected text") from None
     return str(value)
+
+
+def answer(value: Any) -> str | list[Message] | None:
+    """Return an environment's answer: text, messages for the chat template, or None, which ends the response."""
+    if not isinstance(value, list):
+        return text_or_none(value)
+    try:
+        messages = checked_answer(value, "the list")
+        check_json_like(messages, "the list")
+    except (RowFault, TypeError) as fault:
+        raise ValueError(f"returned {_shown(value)}: {fault}") from None
+    size = sum(len(message["content"]) for message in messages)
+    if size > MAX_TEXT:
+        raise ValueError(f"returned {size} characters in messages; expected at most {MAX_TEXT}")
+    return messages
 
 
 def _shown(value: Any) -> str:

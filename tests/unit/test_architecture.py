@@ -26,6 +26,7 @@ PURE = {
     "async_rl.config.rollouts",
     "async_rl.config.schema",
     "async_rl.config.training",
+    "async_rl.data.chat_turns",
     "async_rl.data.messages",
     "async_rl.data.prompts",
     "async_rl.doctor.check",

@@ -11,12 +11,16 @@ from safetensors.numpy import save_file
 
 from async_rl import doctor
 from async_rl.config.loading import validate
+from async_rl.data import reading
+from async_rl.data.chat_turns import ChatTurns
 from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
 from async_rl.queue import redis_store
 from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
+from tests.unit.test_chat_templates import encoder
+from tests.unit.test_chat_turns import STOPS, ids
 from tests.unit.test_model_config import MOONLIGHT
 
 
@@ -301,6 +305,16 @@ def test_latent_attention_with_sglang_on_cpu(machine, inputs):
     for rollout, faulty in (({"engine": "sglang"}, True), (mixed, True), ({"engine": "vllm"}, False)):
         found = fails(doctor.checks(config(inputs, rollout=rollout, trainer={"router_replay": "R3"})))
         assert any("does not compute the latent attention of DeepseekV3ForCausalLM" in each for each in found) is faulty
+
+
+def test_the_messages_that_an_environment_may_return(machine, inputs, monkeypatch):
+    monkeypatch.setattr(reading, "chat_turns", lambda _: ChatTurns(encoder("gemma").chat, ids("gemma", STOPS["gemma"])))
+    several = {"environment": {"function": "tests.unit.test_chat_turns:calculator"}}
+    check = the(doctor.checks(config(inputs, rollout=several)), "chat turns")
+    assert check.status == "warn"
+    assert "messages of tool: the chat template refuses the messages: roles must alternate" in check.detail
+    assert check.fix == "have them return text, or messages of user"
+    assert all(check.name != "chat turns" for check in doctor.checks(config(inputs))), "no environment"
 
 
 def test_a_model_without_a_stop_token(machine, inputs):

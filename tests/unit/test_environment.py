@@ -83,7 +83,7 @@ async def test_none_ends_the_response(environment):
     ("source", "settings", "message"),
     [
         ("def answer(prompt, turns): return {}['x']", {}, "raised KeyError: 'x'"),
-        ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string or None"),
+        ("def answer(prompt, turns): return 7", {}, "returned 7 of type int; expected a string, a list of messages"),
         ("def answer(prompt, turns): return 'a\\ud800'", {}, r"returned 'a\ud800', which has half of a surrogate pair"),
         ("def answer(prompt, turns): return ''", {}, "returned '', which has no tokens; return None to end"),
         ("def answer(prompt, turns): return 'a' * (2**20 + 1)", {}, "returned 1048577 characters; expected at most"),

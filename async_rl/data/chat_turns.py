@@ -1,0 +1,77 @@
+"""How what follows a turn of the policy becomes tokens, without a look at that turn.
+
+Rendering the whole conversation again would turn what the policy sampled into text and back, which can give other
+tokens than were sampled. So a stand-in takes the place of its turn: what the template writes after it, from its stop
+token on, is what follows every turn. Two stand-ins must lead to the same tokens, or the template is refused.
+
+Pure: it knows ``messages`` and ``errors``; how messages become tokens is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from async_rl.data.messages import Message, checked_tools
+from async_rl.data.prompts import TEMPLATE_KWARGS, TOOLS
+from async_rl.errors import RowFault
+
+Render = Callable[[list[Message], list[dict[str, Any]] | None, Mapping[str, Any]], tuple[str, list[int]]]
+"""``Encoder.chat``: (messages, tools, variables) -> text and tokens, up to where the assistant's answer begins."""
+
+_QUESTION: Message = {"role": "user", "content": "u"}
+# They end differently, so that what is equal after them is the template's.
+_STAND_INS = ("One", "Two!")
+
+
+class ChatTurns:
+    """Renders messages that follow a turn of the policy."""
+
+    def __init__(
+        self,
+        render: Render,
+        stop_token_ids: Collection[int],
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take ``render`` as of ``CheckpointEncoder.chat``, and what it gets where a row says nothing else."""
+        self._render = render
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._tools = tools
+        self._template_kwargs = dict(template_kwargs or {})
+
+    def tokens(self, messages: Sequence[Message], fields: Mapping[str, Any], last: int | None) -> list[int]:
+        """Return the tokens from the end of a turn of the policy to where its next turn begins.
+
+        ``messages`` follow the turn, whose ``last`` token it was: if that is the stop token that the template would
+        write, it is not written again. ``fields`` are those of the row. Raises RowFault when the template refuses the
+        messages, or where they do not follow every turn alike.
+        """
+        tools = checked_tools(fields.get(TOOLS), f"field {TOOLS!r}") or self._tools
+        given = {key: item for key, item in (fields.get(TEMPLATE_KWARGS) or {}).items() if item is not None}
+        variables = {**self._template_kwargs, **given}
+        one, two = (
+            self._render([_QUESTION, {"role": "assistant", "content": turn}, *messages], tools, variables)[1]
+            for turn in _STAND_INS
+        )
+        pairs = zip(reversed(one), reversed(two), strict=False)
+        after = one[len(one) - next((n for n, (a, b) in enumerate(pairs) if a != b), 0) :]
+        start = next((at for at, token in enumerate(after) if token in self._stop_token_ids), None)
+        if start is None:
+            raise RowFault(
+                "the chat template writes no stop token between a turn of the policy and what follows it, or what "
+                "follows depends on the turn; return text, which is appended as it stands"
+            )
+        return after[start + (after[start] == last) :]
+
+    def check(self, roles: Sequence[str] = ("user", "tool")) -> dict[str, str | None]:
+        """Return for each role why a message of it cannot follow a turn; None where it can."""
+        found: dict[str, str | None] = {}
+        for role in roles:
+            try:
+                self.tokens([{"role": role, "content": "x"}], {}, None)
+            except RowFault as fault:
+                found[role] = str(fault)
+            else:
+                found[role] = None
+        return found
