@@ -120,7 +120,7 @@ def decode(
         return views.pop(name).copy()
 
     prompt = build_prompt(table, take("prompt"))
-    own = terms(prompt)
+    own = _terms_now(prompt, terms)
     ticket = Ticket(get(table, "group_id", str), prompt, get(table, "version", int))
     entries = get(table, "partials", list)
     scores = _scores(ticket.group_id, get(table, "rewards", list), table.get("reward_parts"), table.get("raw_rewards"))
@@ -162,6 +162,13 @@ def decode(
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])}")
     return InFlight(ticket, partials, scores)
+
+
+def _terms_now(prompt: Prompt, terms: Callable[[Prompt], Terms]) -> Terms:
+    try:
+        return terms(prompt)
+    except ValueError as error:  # the settings of now read another field of the row
+        raise WireError(f"prompt {prompt.prompt_id}: {short(str(error))}") from None
 
 
 def _scores(group_id: str, rewards: list[Any], parts: Any, raw: Any) -> list[Score | None]:

@@ -5,6 +5,7 @@ The caller supplies the engine call: ``worker`` one that samples, ``evaluation``
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ from async_rl.rollout.rewards.scoring import Scoring
 from async_rl.rollout.stop_strings import decoder
 from async_rl.rollout.stops import Stops
 from async_rl.types import Int32Array, Prompt, Trajectory, source_of
+
+# Sources have a few, but each row may have its own.
+_KNOWN_STOPS = 256
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +88,7 @@ class Responses:
         self.stop_token_ids = engine.stop_token_ids | set(config.rollout.stop_token_ids)
         """The tokens that end every response."""
         self._decode = decoder(tokenizer)
-        self._stops: dict[tuple[tuple[str, ...], tuple[int, ...]], Stops] = {}
+        self._stops = functools.lru_cache(_KNOWN_STOPS)(self._new_stops)
 
     @property
     def whole_groups(self) -> bool:
@@ -114,15 +118,11 @@ class Responses:
 
     def stops(self, terms: Terms) -> Stops:
         """Return what ends a response under these terms."""
-        key = terms.stop, terms.stop_token_ids
-        if key not in self._stops:
-            self._stops[key] = Stops(
-                terms.stop,
-                self.stop_token_ids.union(terms.stop_token_ids),
-                self._decode,
-                [token for token in terms.stop_token_ids if token not in self.stop_token_ids],
-            )
-        return self._stops[key]
+        return self._stops(terms.stop, terms.stop_token_ids)
+
+    def _new_stops(self, strings: tuple[str, ...], token_ids: tuple[int, ...]) -> Stops:
+        own = [token for token in token_ids if token not in self.stop_token_ids]
+        return Stops(strings, self.stop_token_ids.union(token_ids), self._decode, own)
 
     def absorb(self, partial: PartialRollout, output: EngineOutput, stops: Stops) -> PartialRollout:
         """Return the state after one more call, which ends the response where it has a stop token or stop string."""

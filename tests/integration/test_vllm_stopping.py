@@ -57,7 +57,7 @@ async def test_a_call_ends_with_the_token_that_completes_a_stop_string_begun_in_
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm, engine._replica, engine._version, engine._ended_tokens = FakeCore(), 0, 3, 0
     engine._calls, engine._stop_token_ids = {}, [25]
-    engine._decode, engine._stop_strings = letters if searched else None, {}
+    engine._decode, engine._stop_strings = letters if searched else None, engine._new_stop_strings
     engine._config = SimpleNamespace(rollout=SimpleNamespace(return_routed_experts=False))
     engine._model = SimpleNamespace(routing_spec=None)
     engine._running = asyncio.Event()

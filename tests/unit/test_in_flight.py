@@ -162,6 +162,15 @@ def test_what_the_settings_of_now_do_not_allow_is_refused():
         decode(b"ARLG" + message.tobytes()[4:])
 
 
+def test_a_row_whose_sampling_the_settings_of_now_cannot_read_is_refused():
+    def unreadable(_):
+        raise ValueError("temperature: Input should be greater than 0")
+
+    message = in_flight.encode(group(0, 3, "replace", dense=False))
+    with pytest.raises(WireError, match=r"prompt 3-7: .*Input should be greater than 0"):
+        in_flight.decode(message, n=3, terms=unreadable, stop_token_ids=STOP, routing_policy="replace")
+
+
 @pytest.mark.parametrize("policy", ["replace", "preserve", "exact"])
 def test_invariant_2_a_resumed_response_is_the_same_whether_its_rows_travelled_or_not(policy):
     """Under replace they do not: the next call returns them all, and those that it returns are kept."""

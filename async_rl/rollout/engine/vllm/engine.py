@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator
@@ -58,6 +59,9 @@ _CALL_END: dict[str, CallEnd] = {"stop": "stop", "length": "length", "abort": "a
 _MAX_FAILURES = 4
 _BACKOFF_S = 0.1
 
+# Sources have a few, but each row may have its own.
+_KNOWN_STOPS = 256
+
 # What a token's id and log-prob take in vLLM's lists, references included.
 _BYTES_PER_TOKEN = 72
 
@@ -86,7 +90,7 @@ class VllmEngine(BuiltInEngine):
         super().__init__(config, replica)
         self._cores = cores
         self._decode: Decode | None = None  # set if there may be stop strings
-        self._stop_strings: dict[tuple[str, ...], StopStrings] = {}
+        self._stop_strings = functools.lru_cache(_KNOWN_STOPS)(self._new_stop_strings)
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
@@ -230,11 +234,13 @@ class VllmEngine(BuiltInEngine):
         if self._decode is not None and sampling.stop:
             # Nothing was suspended since the request was submitted, so that no output can be here yet.
             state = self._engine.output_processor.request_states[call.internal_id]
-            stops = self._stop_strings.get(sampling.stop)
-            if stops is None:
-                stops = self._stop_strings[sampling.stop] = StopStrings(sampling.stop, self._decode)
+            stops = self._stop_strings(sampling.stop)
             state.detokenizer = StoppingDetokenizer(state.detokenizer, stops, token_ids[sampling.turn_start :])
         return await self._answer(call, collector)
+
+    def _new_stop_strings(self, strings: tuple[str, ...]) -> StopStrings:
+        assert self._decode is not None
+        return StopStrings(strings, self._decode)
 
     async def _submit(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
         """Submit one request. Returns its call, which ``_calls`` has from now on, and the collector of its output."""
