@@ -24,7 +24,7 @@ from async_rl.errors import AsyncRLError, ConfigError
 _FLAGS = ("-h", "--help", "--version", "--dry-run", "--once", "--cluster")
 """Options without a value; every other --word takes one."""
 
-_OPTIONS = ("--resume", "--out", "--trace", "--port", "--checkpoint")
+_OPTIONS = ("--resume", "--out", "--trace", "--port", "--checkpoint", "--cluster-spec")
 """Options with a value; every other --word is a setting."""
 
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reported(lambda: _doctor(arguments.config, settings, of_cluster=arguments.cluster))
     if arguments.verb == "data":
         return _reported(lambda: _data(arguments.config, settings))
+    if arguments.verb == "plan":
+        return _reported(lambda: _plan(arguments.config, arguments.cluster_spec, settings))
     return _reported(lambda: _look(arguments, settings))
 
 
@@ -156,6 +158,14 @@ def _data(paths: Sequence[Path], settings: Sequence[str]) -> int:
     text, usable = preview(load(paths, parse_overrides(settings)))
     sys.stdout.write(text)
     return 0 if usable else 1
+
+
+def _plan(paths: Sequence[Path], spec: str, settings: Sequence[str]) -> int:
+    from async_rl.doctor.memory_plan import ClusterSpec, plan_memory
+
+    text, fits = plan_memory(load(paths, parse_overrides(settings)), ClusterSpec.parse(spec))
+    sys.stdout.write(text)
+    return 0 if fits else 1
 
 
 def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -275,6 +285,19 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     data.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
+    plan = verbs.add_parser(
+        "plan",
+        help="compute whether a run fits into GPUs that this machine need not have",
+        usage="async-rl plan memory CONFIG [CONFIG ...] --cluster-spec HOSTSxGPUSxNAME-GB [--section.key value ...]",
+        description="Compute from CONFIG and the checkpoint's config.json what a trainer rank and an engine take of a "
+        "GPU, and what to set where they do not fit. Exits with 1 if they do not.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("what", choices=["memory"], help="what to compute")
+    plan.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
+    plan.add_argument(
+        "--cluster-spec", required=True, metavar="SPEC", help="hosts, GPUs of each, their name and GB: 4x8xH100-80"
+    )
     _add_looking(verbs)
     return parser
 

@@ -8,7 +8,7 @@ import numpy as np
 VOCAB, LAYERS, EXPERTS = 128, 4, 8
 
 
-def _configs():
+def configs():
     from transformers import (
         DeepseekV3Config,
         Glm4MoeConfig,
@@ -109,7 +109,7 @@ def make(name, folder, seed=0, tied=None):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = _configs()[name]
+    config = configs()[name]
     if tied is not None:
         config.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(config).float()

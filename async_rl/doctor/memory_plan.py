@@ -1,0 +1,240 @@
+"""Whether a run fits into GPUs that this machine need not have, for ``async-rl plan memory``.
+
+Computed from the settings and config.json alone: no weights are read, and nothing is started. The terms of a trainer
+rank are those of ``estimate``; they were compared with running processes on CPUs only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from async_rl.config.loading import validate
+from async_rl.config.schema import RunConfig
+from async_rl.doctor import estimate
+from async_rl.doctor.estimate import BYTES, Parameters, TrainerMemory
+from async_rl.errors import AsyncRLError, ConfigError
+from async_rl.models.config import ModelConfig, check_run, read_model_config
+from async_rl.trainer.parallel import world_size
+
+GB = 10**9
+# Assumed, not measured: CUDA's context and libraries, NCCL's buffers, what the allocator cannot use.
+RANK_RESERVE, ENGINE_RESERVE = 4 * GB, 3 * GB
+
+_SPEC = re.compile(
+    r"(?P<hosts>[1-9]\d{0,4})x(?P<gpus>[1-9]\d{0,2})x(?P<name>[A-Za-z][A-Za-z0-9]*)-(?P<gb>[1-9]\d{0,3})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """Hosts with GPUs that are alike."""
+
+    hosts: int
+    gpus: int
+    """GPUs of each host."""
+    name: str
+    gb: int
+    """Memory of each GPU in GB."""
+
+    @classmethod
+    def parse(cls, text: str) -> ClusterSpec:
+        """Read HOSTSxGPUSxNAME-GB. Raises ConfigError."""
+        found = _SPEC.fullmatch(text)
+        if found is None:
+            raise ConfigError(
+                f"--cluster-spec: {text[:80]!r} is not HOSTSxGPUSxNAME-GB, such as 4x8xH100-80 for four hosts of eight "
+                "H100 with 80 GB each"
+            )
+        return cls(int(found["hosts"]), int(found["gpus"]), found["name"], int(found["gb"]))
+
+    def __str__(self) -> str:
+        hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
+        return f"{hosts} with {self.gpus} x {self.name} of {self.gb} GB"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes on one GPU of a rollout engine."""
+
+    weights: int
+    update: int
+    """The experts of one layer, whole, while new weights are loaded."""
+    kv_cache: int
+    """What is left for keys and values; negative if the weights alone do not fit."""
+    kv_token: int
+    """What one token takes of it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return max(0, self.kv_cache) // self.kv_token
+
+
+def parameters_of(model: ModelConfig) -> Parameters:
+    """Count the parameters that a checkpoint of this shape has."""
+    hidden, layers, moe = model.hidden_size, model.num_layers, len(model.moe_layers)
+    embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
+    router = hidden * model.num_experts + (model.num_experts if model.expert_bias else 0)
+    dense_layers = (layers - moe) * 3 * hidden * model.intermediate_size
+    moe_layers = moe * (router + 3 * hidden * model.shared_intermediate_size)
+    experts = moe * model.num_experts * 3 * hidden * model.moe_intermediate_size
+    return Parameters(
+        embeddings + hidden + layers * (_attention(model) + 2 * hidden) + dense_layers + moe_layers, experts
+    )
+
+
+def _attention(model: ModelConfig) -> int:
+    hidden, heads, latent = model.hidden_size, model.num_heads, model.latent
+    if latent is None:
+        queries, keys = heads * model.head_dim, model.num_kv_heads * model.head_dim
+        norms, biases = 2 * model.head_dim * model.qk_norm, (queries + 2 * keys) * model.qkv_bias
+        return hidden * (2 * queries + 2 * keys) + norms + biases
+    query = heads * (latent.plain_dim + latent.rotary_dim)
+    rank = latent.query_rank
+    to_query = hidden * query if rank is None else hidden * rank + rank + rank * query
+    compressed = hidden * (latent.key_value_rank + latent.rotary_dim) + latent.key_value_rank
+    expanded = latent.key_value_rank * heads * (latent.plain_dim + latent.value_dim)
+    return to_query + compressed + expanded + heads * latent.value_dim * hidden
+
+
+def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemory:
+    """Estimate what one GPU of ``gb`` GB has of an engine."""
+    rollout, itemsize = config.rollout, BYTES[config.engine_dtype]
+    parameters, split = parameters_of(model), rollout.tensor_parallel_size
+    weights = parameters.total * itemsize // split
+    update = parameters.experts // max(1, len(model.moe_layers)) * itemsize
+    heads = max(1, model.num_kv_heads // split) if model.latent is None else 1
+    token = model.kv_token_bytes(config.engine_dtype) * heads // (1 if model.latent is not None else model.num_kv_heads)
+    cache = int(rollout.gpu_memory_utilization * gb * GB) - weights - ENGINE_RESERVE
+    return EngineMemory(weights, update, cache, token)
+
+
+def rank_memory(config: RunConfig, model: ModelConfig) -> TrainerMemory:
+    """Estimate one trainer rank on a GPU."""
+    return estimate.trainer_memory(config, model, parameters_of(model), gpu=True)
+
+
+def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
+    """Return a table of what a rank and an engine take, and whether all fit. Raises ModelError and ConfigError."""
+    model = read_model_config(config.model.path)
+    check_run(config, model)
+    parameters = parameters_of(model)
+    ranks, engines = world_size(config.trainer.parallel), config.rollout.replica_range.min
+    split = config.rollout.tensor_parallel_size
+    needed, present = ranks + engines * split, spec.hosts * spec.gpus
+    rank, engine = rank_memory(config, model), engine_memory(config, model, spec.gb)
+    lines = [
+        f"{model.architecture}, {parameters.total / 1e9:.2f} billion parameters, {parameters.experts / 1e9:.2f} of "
+        f"them in experts, {config.model.dtype}",
+        f"{spec}: {present} GPUs; needed are {needed}, {ranks} for the trainer and {engines} x {split} for engines",
+        "",
+        *_table(f"trainer rank ({_layout(config)})", _rank_rows(config, rank), rank.total + RANK_RESERVE, spec),
+        "",
+        *_table(f"engine GPU (tensor_parallel_size {split})", _engine_rows(config, engine, spec), None, spec),
+    ]
+    faults = []
+    if needed > present:
+        faults.append(f"{needed} GPUs are needed, and {spec} have {present}")
+    if split > spec.gpus:
+        faults.append(f"an engine of {split} GPUs needs them on one host, which has {spec.gpus}")
+    if rank.total + RANK_RESERVE > spec.gb * GB:
+        faults.append(f"a trainer rank does not fit{_instead(config, model, spec)}")
+    faults += _engine_faults(config, engine, spec)
+    lines += ["", *(f"does not fit: {fault}" for fault in faults)] if faults else ["", "fits"]
+    return "\n".join(lines) + "\n", not faults
+
+
+def _layout(config: RunConfig) -> str:
+    sizes = config.trainer.parallel
+    return " ".join(f"{name}{getattr(sizes, name)}" for name in ("dp", "tp", "ep", "etp", "pp", "cp"))
+
+
+def _rank_rows(config: RunConfig, rank: TrainerMemory) -> Iterator[tuple[str, int]]:
+    yield "parameters", rank.parameters
+    yield "gradients, float32", rank.gradients
+    yield "optimizer, float32, its share", rank.optimizer
+    if rank.reference:
+        yield "reference policy", rank.reference
+    recompute = "recomputed" if config.trainer.recompute == "full" else "kept"
+    yield f"activations, {recompute}, {estimate.largest_microbatch(config)} positions", rank.activations
+    yield "logits and their gradient", rank.logits
+    yield "CUDA, NCCL, fragmentation (assumed)", RANK_RESERVE
+
+
+def _engine_rows(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> Iterator[tuple[str, int]]:
+    yield "weights", engine.weights
+    yield "CUDA, NCCL, activations (assumed)", ENGINE_RESERVE
+    yield f"keys and values, {engine.tokens} tokens", max(0, engine.kv_cache)
+    share = config.rollout.gpu_memory_utilization
+    yield f"outside of gpu_memory_utilization {share}", int((1 - share) * spec.gb * GB)
+    if engine.update:
+        yield "of that, in a weight sync: one layer's experts", engine.update
+
+
+def _table(title: str, rows: Iterator[tuple[str, int]], total: int | None, spec: ClusterSpec) -> Iterator[str]:
+    yield f"{title:<58}{'GB':>8}"
+    for name, nbytes in rows:
+        yield f"  {name:<56}{nbytes / GB:8.1f}"
+    if total is not None:
+        yield f"  {'total':<56}{total / GB:8.1f} of {spec.gb}"
+
+
+def _engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.longest_response
+    if engine.kv_cache <= 0:
+        yield "an engine's weights; raise rollout.tensor_parallel_size or rollout.gpu_memory_utilization"
+    elif engine.tokens < longest:
+        yield (
+            f"one sequence of {longest} tokens into an engine's cache of {engine.tokens}; raise "
+            "rollout.tensor_parallel_size or rollout.gpu_memory_utilization"
+        )
+    free = int((1 - config.rollout.gpu_memory_utilization) * spec.gb * GB)
+    if engine.update > free:
+        yield (
+            f"a weight sync, for which an engine needs {engine.update / GB:.1f} GB beside its share of {free / GB:.1f} "
+            "GB; lower rollout.gpu_memory_utilization"
+        )
+
+
+def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
+    """Return what to set so that a rank fits, each alone, and all together if none does; "" if nothing helps."""
+    alone = [said for said, changed in _changes(config) if _fits(changed, model, spec)]
+    if alone:
+        return f"; it would with {' or with '.join(alone)}"
+    every, said = config, list[str]()
+    for name in ("trainer.recompute", "trainer.tokens_per_microbatch"):
+        for text, changed in _changes(every):
+            if text.startswith(name):
+                every, said = changed, [*said, text]
+    for text, changed in _changes(every):
+        if _fits(changed, model, spec):
+            return f"; it would with {', '.join([*said, text])}"
+    return "; use more GPUs for the trainer (trainer.parallel)"
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Yield settings that need less memory per rank, each as words and as the whole tree."""
+    trainer, sizes = config.trainer, config.trainer.parallel
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    tree = config.model_dump(mode="json")
+    found: list[tuple[str, str, object]] = []
+    if trainer.recompute != "full":
+        found.append(("trainer", "recompute", "full"))
+    if trainer.tokens_per_microbatch > longest:
+        found.append(("trainer", "tokens_per_microbatch", longest))
+    for section, key, value in found:
+        yield f"{section}.{key} {value}", validate(tree | {section: tree[section] | {key: value}})
+    for name in ("ep", "pp", "tp", "dp"):
+        larger = {**tree["trainer"]["parallel"], name: 2 * getattr(sizes, name)}
+        try:
+            changed = validate(tree | {"trainer": tree["trainer"] | {"parallel": larger}})
+            check_run(changed, read_model_config(config.model.path))
+        except AsyncRLError:
+            continue
+        yield f"trainer.parallel.{name} {larger[name]}", changed
+
+
+def _fits(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> bool:
+    return rank_memory(config, model).total + RANK_RESERVE <= spec.gb * GB

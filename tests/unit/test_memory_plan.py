@@ -1,0 +1,116 @@
+"""Whether a run fits into GPUs that are not here."""
+
+import json
+
+import pytest
+
+from async_rl.cli import main
+from async_rl.config.loading import to_yaml, validate
+from async_rl.doctor.estimate import count_parameters
+from async_rl.doctor.memory_plan import GB, ClusterSpec, engine_memory, parameters_of, plan_memory, rank_memory
+from async_rl.errors import ConfigError
+from async_rl.models.config import read_model_config
+from tests.support.model_families import configs
+from tests.support.model_folders import QWEN3_30B_A3B, write_config
+from tests.unit.test_model_config import DEEPSEEK_V3, MOONLIGHT
+
+SPEC = ClusterSpec(2, 8, "H100", 80)
+SHORT = {"recompute": "full", "tokens_per_microbatch": 9216}
+PARALLEL = {"dp": 4, "tp": 2, "ep": 8}
+
+
+def settings(folder, model=QWEN3_30B_A3B, *, parallel=PARALLEL, trainer=(), **rollout):
+    write_config(folder / "model", model)
+    tree = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": "train.jsonl", "max_prompt_tokens": 1024},
+        "rollout": {"max_response_tokens": 8192, "replicas": 4, "tensor_parallel_size": 2, **rollout},
+        "trainer": {"groups_per_step": 64, "tokens_per_microbatch": 32_768, "parallel": parallel, **dict(trainer)},
+    }
+    return validate(tree)
+
+
+@pytest.mark.parametrize(("model", "billions"), [(QWEN3_30B_A3B, 30.53), (MOONLIGHT, 15.96)])
+def test_parameters_are_as_many_as_published(tmp_path, model, billions):
+    found = parameters_of(read_model_config(write_config(tmp_path / "model", model)))
+    assert found.total / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("name", configs())
+def test_parameters_are_those_of_a_checkpoint_of_each_family(tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(configs()[name])
+    model.save_pretrained(tmp_path)
+    shape = read_model_config(tmp_path)
+    assert parameters_of(shape) == count_parameters(tmp_path, shape)
+
+
+def test_the_table_of_a_run_that_fits_adds_up(tmp_path):
+    config = settings(tmp_path, trainer=SHORT, parallel=PARALLEL | {"pp": 2})
+    text, fits = plan_memory(config, ClusterSpec(3, 8, "H100", 80))
+    assert fits
+    rank = rank_memory(config, read_model_config(tmp_path / "model"))
+    assert f"{(rank.total + 4 * GB) / GB:.1f} of 80" in text
+    assert "3 hosts with 8 x H100 of 80 GB: 24 GPUs; needed are 24, 16 for the trainer and 4 x 2 for engines" in text
+    assert text.endswith("\nfits\n")
+
+
+def test_an_engine_by_hand(tmp_path):
+    config = settings(tmp_path)
+    engine = engine_memory(config, read_model_config(tmp_path / "model"), 80)
+    assert engine.weights == 30_532_122_624 * 2 // 2
+    assert engine.update == 128 * 3 * 2048 * 768 * 2
+    assert engine.kv_token == 48 * 2 * 2 * 128 * 2  # two of the four heads
+    assert engine.kv_cache == int(0.85 * 80e9) - engine.weights - 3 * GB
+
+
+def test_what_does_not_fit_is_said_with_what_would(tmp_path):
+    text, fits = plan_memory(settings(tmp_path), SPEC)
+    assert not fits
+    assert (
+        "does not fit: a trainer rank does not fit; it would with trainer.recompute full, "
+        "trainer.tokens_per_microbatch 9216, trainer.parallel.pp 2"
+    ) in text
+
+
+def test_each_setting_that_would_make_it_fit_alone_is_named(tmp_path):
+    config = settings(tmp_path, trainer=SHORT)
+    text, _ = plan_memory(config, ClusterSpec(1, 8, "H100", 80))
+    assert "it would with trainer.parallel.pp 2 or with trainer.parallel.tp 4 or with trainer.parallel.dp 8" in text
+    assert "does not fit: 16 GPUs are needed, and 1 host with 8 x H100 of 80 GB have 8" in text
+
+
+@pytest.mark.parametrize(
+    ("rollout", "spec", "fault"),
+    [
+        ({"tensor_parallel_size": 1}, "2x8xL40-48", "an engine's weights; raise rollout.tensor_parallel_size"),
+        ({"tensor_parallel_size": 16, "replicas": 1}, "3x8xH100-80", "an engine of 16 GPUs needs them on one host"),
+        ({"gpu_memory_utilization": 0.42}, "2x8xH100-80", "one sequence of 9216 tokens into an engine's cache of"),
+        ({"gpu_memory_utilization": 0.99}, "2x8xH100-80", "a weight sync, for which an engine needs 1.2 GB beside its"),
+    ],
+)
+def test_engines_that_do_not_fit(tmp_path, rollout, spec, fault):
+    assert f"does not fit: {fault}" in plan_memory(settings(tmp_path, **rollout), ClusterSpec.parse(spec))[0]
+
+
+def test_a_model_that_no_setting_fits(tmp_path):
+    large = {"hidden_size": 7168, "num_hidden_layers": 64, "n_routed_experts": 256, "moe_intermediate_size": 2048}
+    text, _ = plan_memory(settings(tmp_path, DEEPSEEK_V3 | large | {"max_position_embeddings": 163_840}), SPEC)
+    assert "a trainer rank does not fit; use more GPUs for the trainer (trainer.parallel)" in text
+
+
+@pytest.mark.parametrize("text", ["", "8xH100", "0x8xH100-80", "4x8x100-80", "4x8xH100", "4x8xH100-80GB", "x" * 300])
+def test_a_spec_that_is_none(text):
+    with pytest.raises(ConfigError, match=r"^--cluster-spec: .* is not HOSTSxGPUSxNAME-GB, such as 4x8xH100-80"):
+        ClusterSpec.parse(text)
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings(tmp_path)))
+    assert main(["plan", "memory", str(path), "--cluster-spec", "2x8xH100-80"]) == 1
+    assert "trainer rank (dp4 tp2 ep8 etp1 pp1 cp1)" in capsys.readouterr().out
+    assert main(["plan", "memory", str(path), "--cluster-spec=2x8xB300-288", "--trainer.recompute", "full"]) == 0
+    assert main(["plan", "memory", str(path), "--cluster-spec", "two"]) == 2
+    assert json.dumps("two")[1:-1] in capsys.readouterr().err
