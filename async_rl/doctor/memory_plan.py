@@ -105,8 +105,9 @@ def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemor
     parameters, split = parameters_of(model), rollout.tensor_parallel_size
     weights = parameters.total * itemsize // split
     update = parameters.experts // max(1, len(model.moe_layers)) * itemsize
-    heads = max(1, model.num_kv_heads // split) if model.latent is None else 1
-    token = model.kv_token_bytes(config.engine_dtype) * heads // (1 if model.latent is not None else model.num_kv_heads)
+    token = model.kv_token_bytes(config.engine_dtype)
+    if model.latent is None:  # each GPU has its heads, and one at least; latent attention is whole on each
+        token = token * max(1, model.num_kv_heads // split) // model.num_kv_heads
     cache = int(rollout.gpu_memory_utilization * gb * GB) - weights - ENGINE_RESERVE
     return EngineMemory(weights, update, cache, token)
 
@@ -199,7 +200,10 @@ def _engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -
 
 
 def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
-    """Return what to set so that a rank fits, each alone, and all together if none does; "" if nothing helps."""
+    """Return what to set so that a rank fits.
+
+    That is each setting that does it alone, or else the first that does it with recomputation and short microbatches.
+    """
     alone = [said for said, changed in _changes(config) if _fits(changed, model, spec)]
     if alone:
         return f"; it would with {' or with '.join(alone)}"
