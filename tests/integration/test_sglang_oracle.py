@@ -13,6 +13,7 @@ from tests.integration.test_oracle import (  # noqa: F401
     pusher,
     test_engine_trainer_and_transformers_agree_on_every_token,
     test_exact_every_token_agrees_at_the_version_that_sampled_it,
+    test_faults_that_cannot_be_a_routers_choice_are_refused_at_the_border,
     test_preserve_agrees_before_the_first_resume_point_and_not_after,
     test_replace_agrees_after_the_last_resume_point_and_not_before,
     test_what_differs_differs_because_its_rows_are_not_those_of_its_own_call,
