@@ -4,7 +4,7 @@ Rendering the whole conversation again would turn what the policy sampled into t
 tokens than were sampled. So a stand-in takes the place of its turn: what the template writes after it, from its stop
 token on, is what follows every turn. Two stand-ins must lead to the same tokens, or the template is refused.
 
-Pure: it knows ``messages`` and ``errors``; how messages become tokens is passed in.
+Pure: it knows ``messages``, ``prompts`` and ``errors``; how messages become tokens is passed in.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from async_rl.data.messages import Message, checked_tools
-from async_rl.data.prompts import TEMPLATE_KWARGS, TOOLS
+from async_rl.data.messages import Message
+from async_rl.data.prompts import template_inputs
 from async_rl.errors import RowFault
 
 Render = Callable[[list[Message], list[dict[str, Any]] | None, Mapping[str, Any]], tuple[str, list[int]]]
@@ -47,9 +47,7 @@ class ChatTurns:
         write, it is not written again. ``fields`` are those of the row. Raises RowFault when the template refuses the
         messages, or where they do not follow every turn alike.
         """
-        tools = checked_tools(fields.get(TOOLS), f"field {TOOLS!r}") or self._tools
-        given = {key: item for key, item in (fields.get(TEMPLATE_KWARGS) or {}).items() if item is not None}
-        variables = {**self._template_kwargs, **given}
+        tools, variables = template_inputs(fields, self._tools, self._template_kwargs)
         one, two = (
             self._render([_QUESTION, {"role": "assistant", "content": turn}, *messages], tools, variables)[1]
             for turn in _STAND_INS

@@ -26,11 +26,7 @@ def checked_messages(value: Any, where: str) -> list[Message]:
     Keys without a value are left out: so does a table, whose rows all have the same keys, write a missing one. Raises
     RowFault for what a template would misread, naming the message.
     """
-    if not isinstance(value, list):
-        raise RowFault(f"{where} is {type(value).__name__}, not a list of messages")
-    if not value:
-        raise RowFault(f"{where} has no messages")
-    messages = [_message(_without_nulls(message), f"{where}, message {at}") for at, message in enumerate(value, 1)]
+    messages = _messages(value, where)
     if messages[-1]["role"] == "assistant":
         raise RowFault(
             f"{where}, message {len(messages)}: the last message is the assistant's, which the policy is to write; "
@@ -43,9 +39,7 @@ def checked_messages(value: Any, where: str) -> list[Message]:
 
 def checked_answer(value: Any, where: str) -> list[Message]:
     """Return messages that follow a turn of the policy, as ``checked_messages`` does. Raises RowFault."""
-    if not value:
-        raise RowFault(f"{where} has no messages")
-    messages = [_message(_without_nulls(message), f"{where}, message {at}") for at, message in enumerate(value, 1)]
+    messages = _messages(value, where)
     if said := next((at for at, message in enumerate(messages, 1) if message["role"] == "assistant"), None):
         raise RowFault(f"{where}, message {said}: it is the assistant's, which the policy is to write")
     return messages
@@ -81,6 +75,14 @@ def checked_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
                 '{"name": ..., "parameters": ...}}'
             )
     return tools
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowFault(f"{where} is {type(value).__name__}, not a list of messages")
+    if not value:
+        raise RowFault(f"{where} has no messages")
+    return [_message(_without_nulls(message), f"{where}, message {at}") for at, message in enumerate(value, 1)]
 
 
 def _message(message: Any, where: str) -> Message:

@@ -134,12 +134,19 @@ class RowReader:
         if isinstance(value, str):
             value = [{"role": "user", "content": _checked_text(value, where, "messages")}]
         messages = with_system(checked_messages(value, where), self.system_prompt)
-        tools = checked_tools(row.get(TOOLS), f"field {TOOLS!r}") or self.tools
-        variables = row.get(TEMPLATE_KWARGS) or {}
-        if not isinstance(variables, Mapping):
-            raise RowFault(f"field {TEMPLATE_KWARGS!r} is {type(variables).__name__}, not an object")
-        given = {key: item for key, item in variables.items() if item is not None}
-        return self.encoder.chat(messages, tools, {**self.template_kwargs, **given})
+        return self.encoder.chat(messages, *template_inputs(row, self.tools, self.template_kwargs))
+
+
+def template_inputs(
+    row: Mapping[str, Any], tools: list[dict[str, Any]] | None, template_kwargs: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """Return the tools and variables of a row's template; the arguments are those of the settings. Raises RowFault."""
+    own = checked_tools(row.get(TOOLS), f"field {TOOLS!r}")
+    variables = row.get(TEMPLATE_KWARGS) or {}
+    if not isinstance(variables, Mapping):
+        raise RowFault(f"field {TEMPLATE_KWARGS!r} is {type(variables).__name__}, not an object")
+    given = {key: item for key, item in variables.items() if item is not None}
+    return own or tools, {**template_kwargs, **given}
 
 
 def as_number(value: Any) -> float | None:

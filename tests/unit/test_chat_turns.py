@@ -104,7 +104,7 @@ def test_variables_of_the_row_reach_the_template():
 @pytest.mark.parametrize(
     "template",
     [
-        # What follows a turn repeats it, counts it, or is not told from it.
+        # No stop token after a turn; words behind it that repeat the turn or count its letters; a turn left out.
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}",
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ messages[1].content }}",
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ messages[1].content | length }}",
@@ -143,6 +143,14 @@ async def test_the_tokens_of_messages_follow_those_of_the_policys_turn():
     assert tokens[0] not in stop
     assert (await environment().answer(asked("text"), said, texts)).tolist() == made("tools").encode(" and?")
     assert await environment().answer(asked("none"), said, texts) is None
+
+
+async def test_variables_of_a_row_that_are_none_cost_its_response():
+    row = Prompt("0-0", 1, "tool", np.array([1], np.int32), {"chat_template_kwargs": [1]})
+    with pytest.raises(
+        EnvironmentFailure, match=r"returned messages, but field 'chat_template_kwargs' is list, not an"
+    ):
+        await environment().answer(row, (np.array([5, 6], np.int32),), [])
 
 
 async def test_messages_that_cannot_follow_cost_their_response_and_are_named():
