@@ -47,6 +47,14 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
 
 
+def with_settings(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the tree with other values, by dotted key as for ``load``. Raises ConfigError as ``load`` does."""
+    tree = config.model_dump(mode="json")
+    for key, value in overrides.items():
+        _set(tree, key, value)
+    return validate(tree)
+
+
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Parse ``--a.b value`` and ``--a.b=value`` to {"a.b": value}; values are YAML, names and paths stay text.
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from async_rl.config.loading import validate
+from async_rl.config.loading import with_settings
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.estimate import BYTES, Parameters, TrainerMemory
 from async_rl.errors import AsyncRLError, ConfigError
 from async_rl.models.config import ModelConfig, check_run, read_model_config
 from async_rl.trainer.parallel import world_size
+
+# Other values of settings, by dotted key.
+Change = dict[str, Any]
 
 GB = 10**9
 # Assumed, not measured: CUDA's context and libraries, NCCL's buffers, what the allocator cannot use.
@@ -204,41 +208,40 @@ def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
 
     That is each setting that does it alone, or else the first that does it with recomputation and short microbatches.
     """
-    alone = [said for said, changed in _changes(config) if _fits(changed, model, spec)]
-    if alone:
-        return f"; it would with {' or with '.join(alone)}"
-    every, said = config, list[str]()
-    for name in ("trainer.recompute", "trainer.tokens_per_microbatch"):
-        for text, changed in _changes(every):
-            if text.startswith(name):
-                every, said = changed, [*said, text]
-    for text, changed in _changes(every):
-        if _fits(changed, model, spec):
-            return f"; it would with {', '.join([*said, text])}"
-    return "; use more GPUs for the trainer (trainer.parallel)"
+    lighter, larger = _lighter(config), _larger(config)
+    every = {key: value for change in lighter for key, value in change.items()}
+    alone = [change for change in (*lighter, *larger) if _fits(config, change, model, spec)]
+    together = [every, *(every | change for change in larger)]
+    found = alone or [change for change in together if _fits(config, change, model, spec)][:1]
+    if not found:
+        return "; use more GPUs for the trainer (trainer.parallel)"
+    return "; it would with " + " or with ".join(
+        ", ".join(f"{key} {value}" for key, value in change.items()) for change in found
+    )
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Yield settings that need less memory per rank, each as words and as the whole tree."""
-    trainer, sizes = config.trainer, config.trainer.parallel
+def _lighter(config: RunConfig) -> list[Change]:
+    """Return the settings with which the same ranks take less."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    tree = config.model_dump(mode="json")
-    found: list[tuple[str, str, object]] = []
-    if trainer.recompute != "full":
-        found.append(("trainer", "recompute", "full"))
-    if trainer.tokens_per_microbatch > longest:
-        found.append(("trainer", "tokens_per_microbatch", longest))
-    for section, key, value in found:
-        yield f"{section}.{key} {value}", validate(tree | {section: tree[section] | {key: value}})
-    for name in ("ep", "pp", "tp", "dp"):
-        larger = {**tree["trainer"]["parallel"], name: 2 * getattr(sizes, name)}
-        try:
-            changed = validate(tree | {"trainer": tree["trainer"] | {"parallel": larger}})
-            check_run(changed, read_model_config(config.model.path))
-        except AsyncRLError:
-            continue
-        yield f"trainer.parallel.{name} {larger[name]}", changed
+    found: list[Change] = []
+    if config.trainer.recompute != "full":
+        found.append({"trainer.recompute": "full"})
+    if config.trainer.tokens_per_microbatch > longest:
+        found.append({"trainer.tokens_per_microbatch": longest})
+    return found
 
 
-def _fits(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> bool:
-    return rank_memory(config, model).total + RANK_RESERVE <= spec.gb * GB
+def _larger(config: RunConfig) -> list[Change]:
+    """Return the layouts with twice the ranks of one kind."""
+    sizes = config.trainer.parallel
+    return [{f"trainer.parallel.{name}": 2 * getattr(sizes, name)} for name in ("ep", "pp", "tp", "dp")]
+
+
+def _fits(config: RunConfig, change: Change, model: ModelConfig, spec: ClusterSpec) -> bool:
+    """Return whether a rank fits with other settings; not if these cannot be."""
+    try:
+        changed = with_settings(config, change)
+        check_run(changed, model)
+    except AsyncRLError:
+        return False
+    return rank_memory(changed, model).total + RANK_RESERVE <= spec.gb * GB
