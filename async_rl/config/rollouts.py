@@ -214,6 +214,11 @@ class RolloutSection(Section):
         """The engines that the run uses, each once; see rollout.engines."""
         return tuple(dict.fromkeys(self.engines or [self.engine]))
 
+    @property
+    def engine_setting(self) -> str:
+        """The setting that names them."""
+        return "rollout.engines" if self.engines else "rollout.engine"
+
     def engine_of(self, replica: int) -> str:
         """Return the engine that a replica has."""
         engines = self.engines or [self.engine]

@@ -38,12 +38,11 @@ def user_modules(config: RunConfig) -> dict[str, str]:
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
     }
-    named = {reward.setting: reward.module for reward in rewards_of(config.reward)}
-    named |= {key: name.partition(":")[0] for name, key in environments_of(config).items()}
-    named |= {key: value.partition(":")[0] for key, value in settings.items() if value is not None and ":" in value}
-    found = {module: key for key, module in named.items()}
-    engine_key = "rollout.engines" if config.rollout.engines else "rollout.engine"
-    found |= {engine.partition(":")[0]: engine_key for engine in config.rollout.engine_names if ":" in engine}
+    named = {value: key for key, value in settings.items() if value is not None and ":" in value}
+    named |= {name: config.rollout.engine_setting for name in config.rollout.engine_names if ":" in name}
+    named |= environments_of(config)
+    found = {name.partition(":")[0]: key for name, key in named.items()}
+    found |= {reward.module: reward.setting for reward in rewards_of(config.reward)}
     return {module: key for module, key in found.items() if not module.startswith("async_rl.")}
 
 

@@ -87,7 +87,7 @@ def _latent_attention(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
         return
     if "sglang" in config.rollout.engine_names:
         yield Check(
-            "rollout.engine",
+            config.rollout.engine_setting,
             "FAIL",
             f"sglang, which on CPUs does not compute the latent attention of {model.architecture}",
             "set it to vllm",
@@ -228,7 +228,7 @@ def functions(config: RunConfig) -> Iterator[Check]:
         if engine == "sglang":
             yield _sglang(config)
         elif engine != "vllm":
-            yield _try("rollout.engine", engine, functools.partial(load_engine, engine))
+            yield _try(config.rollout.engine_setting, engine, functools.partial(load_engine, engine))
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
@@ -270,7 +270,7 @@ def _sglang(config: RunConfig) -> Check:
     found = installation.installed_version("sglang")
     if found is None:
         return Check(
-            "rollout.engine",
+            config.rollout.engine_setting,
             "FAIL",
             "sglang, which is not installed",
             f"run make setup ENGINE=sglang, or set {key} to the Python of an environment that has it",
@@ -278,13 +278,13 @@ def _sglang(config: RunConfig) -> Check:
         )
     if found != SGLANG_VERSION:
         return Check(
-            "rollout.engine",
+            config.rollout.engine_setting,
             "FAIL",
             f"sglang {found} is installed, and this package was written for {SGLANG_VERSION}",
             f"pip install --no-deps sglang=={SGLANG_VERSION}",
             ConfigError,
         )
-    return Check("rollout.engine", "ok", f"sglang {found}")
+    return Check(config.rollout.engine_setting, "ok", f"sglang {found}")
 
 
 def _sandbox() -> Check:

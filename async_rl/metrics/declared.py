@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from async_rl.metrics.records import StepRecord
+from async_rl.metrics.records import StepRecord, TokenAgreement
 from async_rl.metrics.spec import MetricSpec, Split
 
 # Staleness is a small integer; beyond 16 versions only the fact matters, not the number.
@@ -38,15 +38,9 @@ def _by_staleness(record: StepRecord, name: str) -> Split:
     return Split(getattr(record.report.agreement, name), {age: getattr(split[age], name) for age in sorted(split)})
 
 
-def _by_resume_position(record: StepRecord, name: str) -> Mapping[str, float | None]:
-    """One number of ``TokenAgreement`` by position relative to a resume point."""
-    split = record.report.agreement_by_resume_position
-    return {position: getattr(part, name) for position, part in split.items()}
-
-
-def _by_engine(record: StepRecord, name: str) -> Mapping[str, float | None]:
-    """One number of ``TokenAgreement`` by the engine that sampled the tokens."""
-    return {engine: getattr(part, name) for engine, part in record.report.agreement_by_engine.items()}
+def _numbers(split: Mapping[str, TokenAgreement], name: str) -> Mapping[str, float | None]:
+    """One number of each ``TokenAgreement`` of a split."""
+    return {label: getattr(part, name) for label, part in split.items()}
 
 
 _LEARNING = (
@@ -215,7 +209,7 @@ _SAME_POLICY = (
         "gauge",
         "Mean of behaviour minus current log-prob over trained tokens, by position relative to a resume point.",
         "Where `before`, `first` or `after` differ from `uninterrupted`, the routing policy causes an error.",
-        lambda record: _by_resume_position(record, "kl"),
+        lambda record: _numbers(record.report.agreement_by_resume_position, "kl"),
         labels=("position",),
         unit="nats",
     ),
@@ -224,7 +218,7 @@ _SAME_POLICY = (
         "gauge",
         "Mean |behaviour - current log-prob| over trained tokens, by position relative to a resume point.",
         "With policy `replace`, the tokens `before` the last resume point have newer routed experts than log-probs.",
-        lambda record: _by_resume_position(record, "abs_mean"),
+        lambda record: _numbers(record.report.agreement_by_resume_position, "abs_mean"),
         labels=("position",),
         unit="nats",
     ),
@@ -233,7 +227,7 @@ _SAME_POLICY = (
         "gauge",
         "Largest |behaviour - current log-prob| of a trained token, by position relative to a resume point.",
         "A resume that went wrong shows at `first` before anywhere else.",
-        lambda record: _by_resume_position(record, "abs_max"),
+        lambda record: _numbers(record.report.agreement_by_resume_position, "abs_max"),
         labels=("position",),
         unit="nats",
     ),
@@ -242,7 +236,7 @@ _SAME_POLICY = (
         "gauge",
         "Mean of behaviour minus current log-prob over trained tokens, by the engine that sampled them.",
         "Where engines differ, with the same staleness, one of them computes otherwise than the trainer.",
-        lambda record: _by_engine(record, "kl"),
+        lambda record: _numbers(record.report.agreement_by_engine, "kl"),
         labels=("engine",),
         unit="nats",
     ),
@@ -251,7 +245,7 @@ _SAME_POLICY = (
         "gauge",
         "Mean |behaviour - current log-prob| over trained tokens, by the engine that sampled them.",
         "Its terms cannot cancel; the engine whose line is higher is older, or computes otherwise.",
-        lambda record: _by_engine(record, "abs_mean"),
+        lambda record: _numbers(record.report.agreement_by_engine, "abs_mean"),
         labels=("engine",),
         unit="nats",
     ),

@@ -1,4 +1,4 @@
-"""How long generation stands still for a push on one host, against what moving the bytes and the canary take.
+"""How long generation stalls at a push on one host, against what moving the bytes and the canary take.
 
     python -m tests.bench.pause [--engine vllm|sglang] [--pushes 8]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import Any
 
@@ -13,7 +14,7 @@ from async_rl.models.config import read_model_config
 from async_rl.types import RoutingSpec
 
 
-class BuiltInEngine:
+class BuiltInEngine(ABC):
     """The part of a ``RolloutEngine`` that knows no library. An engine adds its own, and ``check_alive``.
 
     A weight sync is refused out of order, and once one has failed the engine does not resume before another succeeds.
@@ -42,8 +43,9 @@ class BuiltInEngine:
     def version(self) -> int:
         return self._version
 
+    @abstractmethod
     def check_alive(self) -> None:
-        raise NotImplementedError
+        """Raise EngineDied as ``RolloutEngine`` says."""
 
     def _check_can_resume(self) -> None:
         if self._sync_failed is not None:

@@ -30,7 +30,7 @@ ARGUMENTS = ("prompt", "turns")
 
 
 def load_environments(config: RunConfig, tokenizer: Any) -> dict[str, Environment]:
-    """Return the environments of a run by their functions. Raises EnvironmentFailure."""
+    """Return the environments of a run by their functions. Raises EnvironmentFailure, ModelError and DatasetError."""
     limits, named = config.rollout.environment, environments_of(config)
     chat = chat_turns(config) if named else None
     return {
