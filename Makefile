@@ -3,7 +3,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# What the environment is for: as it was made, else cuda where there is a GPU.
+DEVICE ?= $(or $(shell cat $(VENV)/device 2>/dev/null),$(if $(wildcard $(VENV)/.installed),cpu),$(if $(shell nvidia-smi --list-gpus 2>/dev/null),cuda,cpu))
+LOCK := requirements/$(if $(filter cuda,$(DEVICE)),gpu,cpu).txt
+STAMP := $(VENV)/.installed-$(DEVICE)
 CHAT_STAMP := $(VENV)/.chat-installed
 SGLANG_STAMP := $(VENV)/.sglang-installed
 ENGINE ?= vllm
@@ -14,6 +17,7 @@ TRAIN_ARGS ?=
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
+	@echo "make setup DEVICE=cuda  an environment for NVIDIA GPUs; without DEVICE, where nvidia-smi finds one"
 	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
@@ -31,8 +35,8 @@ help:
 setup: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 
 # The lock lists every package, so pip resolves nothing (see the head of requirements/cpu.txt for why).
-$(STAMP): requirements/cpu.txt requirements/ray-metrics.txt pyproject.toml launch/setup.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) bash launch/setup.sh
+$(STAMP): $(LOCK) requirements/ray-metrics.txt pyproject.toml launch/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) bash launch/setup.sh
 	@touch $@
 
 $(SGLANG_STAMP): requirements/sglang.txt $(STAMP)
@@ -62,7 +66,7 @@ lint check: $(STAMP)
 	$(BIN)/python -m tests.support.tiers $@
 
 # The tests of SGLang run where it is installed.
-test test-all: $(SGLANG_STAMP)
+test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP))
 	$(BIN)/python -m tests.support.tiers $@
 
 smoke: $(STAMP)

@@ -104,7 +104,7 @@ def _pynvml() -> Any:
     try:
         import pynvml
     except ImportError:
-        raise RuntimeError("the package nvidia-ml-py is not installed (pip install async-rl[gpu])") from None
+        raise RuntimeError("nvidia-ml-py is not installed; run make setup DEVICE=cuda") from None
     return pynvml
 
 

@@ -11,8 +11,10 @@ WORKDIR /app
 RUN python3.11 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY . .
-# Not pinned beyond pyproject.toml: requirements/ has the complete pins of the CPU environment only. ray-metrics: a cluster
-# takes jobs, and KubeRay sees that it lives, only with ray[default].
-RUN pip install --no-cache-dir "setuptools>=77" wheel && pip install --no-cache-dir --editable ".[gpu,ray-metrics]"
+# No GPU is seen while an image is built: --build-arg COMPUTE_CAPABILITY=8.0 for A100, which need flash-attn.
+ARG COMPUTE_CAPABILITY=9.0
+RUN DEVICE=cuda VENV=/opt/venv PROGRAMS='' COMPUTE_CAPABILITY=$COMPUTE_CAPABILITY PIP_NO_CACHE_DIR=1 bash launch/setup.sh
+# A cluster takes jobs, and KubeRay sees that it lives, only with ray[default].
+RUN pip install --no-cache-dir --constraint requirements/gpu.txt "ray[default]==2.60.0"
 
 ENTRYPOINT ["async-rl"]
