@@ -106,7 +106,8 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def descendants(self, name: str = "") -> list[psutil.Process]:
-        return [p for p in self._seen.values() if _alive(p) and name in " ".join(_cmdline(p))]
+        seen = list(self._seen.values())  # the watcher adds to it
+        return [p for p in seen if _alive(p) and name in " ".join(_cmdline(p))]
 
     @property
     def trained(self) -> list[dict]:
@@ -174,7 +175,7 @@ class Run:
 
     def assert_nothing_left(self) -> None:
         deadline = time.monotonic() + CLEAN_WITHIN_S
-        while left := [p for p in self._seen.values() if _alive(p)]:
+        while left := [p for p in list(self._seen.values()) if _alive(p)]:
             assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
