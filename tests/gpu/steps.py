@@ -10,6 +10,7 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -313,32 +314,47 @@ def nccl(device: str, folder: Path) -> Figures:
 
 
 def kill(device: str, folder: Path) -> Figures:
-    """Two replicas, one of which is killed; training continues."""
+    """Two replicas, one of which is killed: it is started again, and training continues with it."""
     needs_vllm()
     needs_gpus(device, 3)
-    return _whole_run(device, folder, kill=True, trainer__steps=8, rollout__replicas=2)
+    with _started(device, folder, trainer__steps=100_000, rollout__replicas=2) as one:
+        one.wait_for_step(2)
+        one.one("RolloutActor").kill()
+        killed = time.monotonic()
+        while not one.events("worker_restarted"):
+            _still_running(one)
+            time.sleep(0.1)
+        restart_s = time.monotonic() - killed
+        one.wait_for_step(len(one.rows) + 2)
+        one.process.send_signal(signal.SIGINT)
+        if (code := one.wait()) != 130:
+            raise AssertionError(f"the interrupted run ended with {code}:\n{one.output[-3000:]}")
+        return {"restart_s": round(restart_s, 1), "steps": len(one.rows)}
 
 
-def _whole_run(device: str, folder: Path, *, kill: bool = False, **settings: Any) -> Figures:
+def _whole_run(device: str, folder: Path, **settings: Any) -> Figures:
+    with _started(device, folder, **settings) as one:
+        if (code := one.wait()) != 0:
+            raise AssertionError(f"the run ended with {code}:\n{one.output[-3000:]}")
+        found = one.summary
+    return {name: found[name] for name in ("wall_s", "on_policy_logprob_abs_diff")}
+
+
+@contextmanager
+def _started(device: str, folder: Path, **settings: Any) -> Iterator[Any]:
     from tests.support.real_run import Run, make_model, make_recipe
 
     settings |= {"resources__device": device, "model__dtype": "bfloat16" if device == "cuda" else "float32"}
     one = Run(make_recipe(folder, make_model(folder / "model")), folder, **settings)
     try:
-        if kill:
-            one.wait_for_step(2)
-            one.one("RolloutActor").kill()
-        code = one.wait()
-        if code != 0:
-            raise AssertionError(f"the run ended with {code}:\n{one.output[-3000:]}")
-        summary = one.summary
-        restarts = [line for line in one.log if line["event"] == "worker_restarted"]
+        yield one
     finally:
         one.close()
-    if kill and not restarts:
-        raise AssertionError("no replica was started again")
-    agreement = summary["on_policy_logprob_abs_diff"]
-    return {"wall_s": summary["wall_s"], "on_policy_logprob_abs_diff": agreement, "restarts": len(restarts)}
+
+
+def _still_running(one: Any) -> None:
+    if one.process.poll() is not None:
+        raise AssertionError(f"the run ended:\n{one.output[-3000:]}")
 
 
 def _engine_config(device: str, model: Path, folder: Path) -> Any:
