@@ -336,6 +336,12 @@ def _check_parallel(config: RunConfig) -> None:
             f"trainer.parallel: ep x etp is {experts}, which does not divide dp x tp x cp ({dense}), the ranks of "
             "a pipeline stage, over which the experts are distributed; change one of them"
         )
+    counts, stages = sizes.layers_per_stage, sizes.pp * sizes.vpp
+    if counts is not None and len(counts) != stages:
+        raise ValueError(
+            f"trainer.parallel.layers_per_stage has {len(counts)} numbers, but there are {stages} stages (pp x vpp); "
+            f"give {stages} numbers, or set it to null"
+        )
     if sizes.vpp > 1 and sizes.pp == 1:
         raise ValueError(
             f"trainer.parallel.vpp is {sizes.vpp}, but pp is 1, and virtual stages need a pipeline; set vpp to 1, or "

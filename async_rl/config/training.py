@@ -26,6 +26,11 @@ class ParallelSection(Section):
     """Pipeline-parallel size."""
     vpp: Positive = 1
     """Virtual pipeline stages per pipeline rank."""
+    layers_per_stage: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
+    """Layers of each pipeline stage, for example [16, 16, 15, 14]: pp numbers in the order in which a token passes the
+    stages, or pp x vpp with virtual stages, the first chunk of every stage before the second of any. Null for equal
+    numbers, or where pp x vpp does not divide the layers for numbers that differ by one, the last stage having the
+    fewest, because the output layer is there."""
     cp: Positive = 1
     """Context-parallel size."""
 

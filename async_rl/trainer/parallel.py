@@ -84,18 +84,39 @@ def owning_rank(sizes: ParallelSection, stage: int, expert_rank: int | None) -> 
     return first if expert_rank is None else first + expert_rank * sizes.etp
 
 
+def layers_per_stage(num_layers: int, sizes: ParallelSection) -> tuple[int, ...]:
+    """Return the number of layers of each virtual stage, in the order in which a token passes them: chunk by chunk.
+
+    Unless trainer.parallel.layers_per_stage says otherwise the numbers are equal, or differ by one. The larger ones are
+    then just before the last stage, which has the output layer; the first, which has the embedding and the most
+    microbatches under way, is the last to get one.
+    """
+    if sizes.layers_per_stage is not None:
+        return sizes.layers_per_stage
+    stages = sizes.pp * sizes.vpp
+    each, more = divmod(num_layers, stages)
+    return tuple(each + (stages - 1 - more <= number < stages - 1) for number in range(stages))
+
+
 def layers(num_layers: int, sizes: ParallelSection, stage: int, chunk: int) -> range:
     """Return the global numbers of the layers of a stage's virtual chunk: chunk after chunk, each over all stages."""
-    each = num_layers // (sizes.pp * sizes.vpp)
-    first = (chunk * sizes.pp + stage) * each
-    return range(first, first + each)
+    counts, number = layers_per_stage(num_layers, sizes), chunk * sizes.pp + stage
+    first = sum(counts[:number])
+    return range(first, first + counts[number])
 
 
 def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, int, int]:
-    """Return (pipeline stage, its virtual chunk, number within the chunk) of a layer: the inverse of ``layers``."""
-    each = num_layers // (sizes.pp * sizes.vpp)
-    chunk, stage = divmod(layer // each, sizes.pp)
-    return stage, chunk, layer % each
+    """Return (pipeline stage, its virtual chunk, number within the chunk) of a layer: the inverse of ``layers``.
+
+    Raises ValueError for a layer that no stage has.
+    """
+    left = layer
+    for number, count in enumerate(layers_per_stage(num_layers, sizes)):
+        if left < count:
+            chunk, stage = divmod(number, sizes.pp)
+            return stage, chunk, left
+        left -= count
+    raise ValueError(f"layer {layer} of {num_layers} is in no stage")
 
 
 def expert_rank_of(num_experts: int, sizes: ParallelSection, expert: int) -> tuple[int, int]:

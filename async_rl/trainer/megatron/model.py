@@ -20,12 +20,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from safetensors import safe_open
 
 from async_rl.config.schema import RunConfig
+from async_rl.config.training import ParallelSection
 from async_rl.errors import ModelError
 from async_rl.models import names
 from async_rl.models.config import LatentAttention, ModelConfig, checkpoint_shards
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.platform import Device
-from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
+from async_rl.trainer.parallel import Place, expert_rank_of, layers_per_stage, stage_of
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,7 @@ def transformer_config(config: RunConfig, model: ModelConfig, device: Device) ->
         "sequence_parallel": sizes.tp > 1,
         "pipeline_model_parallel_size": sizes.pp,
         "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
+        "pipeline_model_parallel_layout": _stages(model, sizes),
         # Microbatches are packed to different lengths, which the stages must then send each other.
         "variable_seq_lengths": sizes.pp > 1,
         # Two stages that are each other's next and previous cannot send both ways in one batch.
@@ -86,6 +88,15 @@ def transformer_config(config: RunConfig, model: ModelConfig, device: Device) ->
         qk_layernorm=model.qk_norm,
         add_qkv_bias=model.qkv_bias,
     )
+
+
+def _stages(model: ModelConfig, sizes: ParallelSection) -> list[list[str]] | None:
+    """Return what each virtual stage has, in Megatron's words; None for Megatron's own even split."""
+    counts = layers_per_stage(model.num_layers, sizes)
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _recomputation(config: RunConfig) -> dict[str, Any]:
