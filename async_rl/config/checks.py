@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from async_rl.config.input_checks import check_inputs
+from async_rl.config.memory_checks import check_memory
 
 if TYPE_CHECKING:
     from async_rl.config.rollouts import RolloutSection
@@ -29,6 +30,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_schedule(config)
     _check_loss(config)
     _check_parallel(config)
+    check_memory(config)
 
 
 def _check_queue(config: RunConfig) -> None:

@@ -262,6 +262,13 @@ def _check_stages(config: RunConfig, model: ModelConfig) -> None:
             f"trainer.parallel.{key} is {stages}, but {has}, and each stage needs one; set it to {model.num_layers} at "
             "most"
         )
+    unit = config.trainer.recompute_num_layers
+    uniform = config.trainer.recompute == "full" and config.trainer.recompute_method == "uniform"
+    if uniform and (uneven := [count for count in sizes.stage_layers(model.num_layers) if count % unit]):
+        raise ModelError(
+            f"trainer.recompute_num_layers is {unit}, which does not divide the {uneven[0]} layers of a pipeline stage "
+            f"of {config.model.path}; set it to 1, or trainer.recompute_method to block"
+        )
 
 
 def checkpoint_shards(path: Path) -> list[Path]:

@@ -84,23 +84,9 @@ def owning_rank(sizes: ParallelSection, stage: int, expert_rank: int | None) -> 
     return first if expert_rank is None else first + expert_rank * sizes.etp
 
 
-def layers_per_stage(num_layers: int, sizes: ParallelSection) -> tuple[int, ...]:
-    """Return the number of layers of each virtual stage, in the order in which a token passes them: chunk by chunk.
-
-    Unless trainer.parallel.layers_per_stage says otherwise the numbers are equal, or differ by one. The larger ones are
-    then just before the last stage, which has the output layer; the first, which has the embedding and the most
-    microbatches under way, is the last to get one.
-    """
-    if sizes.layers_per_stage is not None:
-        return sizes.layers_per_stage
-    stages = sizes.pp * sizes.vpp
-    each, more = divmod(num_layers, stages)
-    return tuple(each + (stages - 1 - more <= number < stages - 1) for number in range(stages))
-
-
 def layers(num_layers: int, sizes: ParallelSection, stage: int, chunk: int) -> range:
     """Return the global numbers of the layers of a stage's virtual chunk: chunk after chunk, each over all stages."""
-    counts, number = layers_per_stage(num_layers, sizes), chunk * sizes.pp + stage
+    counts, number = sizes.stage_layers(num_layers), chunk * sizes.pp + stage
     first = sum(counts[:number])
     return range(first, first + counts[number])
 
@@ -111,7 +97,7 @@ def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, 
     Raises ValueError for a layer that no stage has.
     """
     left = layer
-    for number, count in enumerate(layers_per_stage(num_layers, sizes)):
+    for number, count in enumerate(sizes.stage_layers(num_layers)):
         if left < count:
             chunk, stage = divmod(number, sizes.pp)
             return stage, chunk, left

@@ -12,7 +12,6 @@ from async_rl.trainer.parallel import (
     Place,
     context_rows,
     layers,
-    layers_per_stage,
     microbatch_multiple,
     owning_rank,
     router_rows,
@@ -80,7 +79,7 @@ def test_every_layer_has_one_stage_whatever_their_number(count, pp, vpp, data):
         cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), min_size=stages - 1, max_size=stages - 1)))
         given_counts = tuple(b - a for a, b in pairwise([0, *cuts, count]))
     sizes = ParallelSection(pp=pp, vpp=vpp, layers_per_stage=given_counts)
-    found = layers_per_stage(count, sizes)
+    found = sizes.stage_layers(count)
     assert sum(found) == count
     assert given_counts in (None, found)
     placed = {}
@@ -104,7 +103,7 @@ def test_every_layer_has_one_stage_whatever_their_number(count, pp, vpp, data):
     [(8, 2, 2, (2, 2, 2, 2)), (61, 4, 1, (15, 15, 16, 15)), (27, 2, 1, (14, 13)), (46, 4, 2, (5, 6, 6, 6, 6, 6, 6, 5))],
 )
 def test_stages_by_hand(count, pp, vpp, expected):
-    assert layers_per_stage(count, ParallelSection(pp=pp, vpp=vpp)) == expected
+    assert ParallelSection(pp=pp, vpp=vpp).stage_layers(count) == expected
 
 
 def brute_force_rows(cu_seqlens, place):

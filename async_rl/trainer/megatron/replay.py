@@ -108,7 +108,7 @@ class RoutingReplay:
             for name, router in chunk.named_modules():
                 # A multi-token-prediction head routes too, but the engine returns nothing for it.
                 if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
-                    router.router_replay = _RowwiseReplay(recomputed=_is_recomputed(router))
+                    router.router_replay = _RowwiseReplay(recomputed=_is_recomputed(router, name))
                     found.append((model.moe_layers.index(router.layer_number - 1), router))
             self._routers.append(sorted(found, key=lambda pair: pair[0]))
             _, expected = self._share(np.zeros(1, dtype=np.int32), number)
@@ -197,11 +197,16 @@ class RoutingReplay:
             router.router_replay.set_router_replay_action(action)
 
 
-def _is_recomputed(router: TopKRouter) -> bool:
-    """Return whether a backward pass runs the router again: with its whole layer, or with its MoE block."""
+def _is_recomputed(router: TopKRouter, name: str) -> bool:
+    """Return whether a backward pass runs the router again: with its whole layer, or with its MoE block.
+
+    name: of the module in its chunk, decoder.layers.N and so on.
+    """
     config = router.config
-    selected = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
-    return selected or config.recompute_granularity == "full"
+    if config.recompute_granularity == "full":
+        number = int(name.partition("layers.")[2].partition(".")[0])
+        return bool(config.recompute_method == "uniform" or number < config.recompute_num_layers)
+    return bool(config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
 
 
 class _Verifier:
