@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from async_rl.config.input_checks import check_inputs
 from async_rl.config.memory_checks import check_memory
+from async_rl.config.pass_through import check_pass_through
 
 if TYPE_CHECKING:
     from async_rl.config.rollouts import RolloutSection
@@ -31,6 +32,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_loss(config)
     _check_parallel(config)
     check_memory(config)
+    check_pass_through(config)
 
 
 def _check_queue(config: RunConfig) -> None:

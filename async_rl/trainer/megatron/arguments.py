@@ -74,6 +74,8 @@ def transformer_settings(config: RunConfig, model: ModelConfig, device: Device) 
         # Two stages that are each other's next and previous cannot send both ways in one batch.
         "overlap_p2p_comm": sizes.vpp > 1,
         "batch_p2p_comm": sizes.vpp == 1,
+        # What a stage has sent has no use but its place in the graph.
+        "deallocate_pipeline_outputs": sizes.pp > 1,
         "context_parallel_size": sizes.cp,
         "expert_model_parallel_size": sizes.ep,
         "expert_tensor_parallel_size": sizes.etp,
