@@ -198,6 +198,9 @@ class TrainerSection(Section):
     """Number of first steps in which the experts executed are compared with the experts to replay."""
     router_fusion: bool = False
     """Whether to use Megatron's fused router kernel (Transformer Engine), which is faster and cannot replay."""
+    tf32: bool = False
+    """Whether matrix products in float32 may run in TF32 on GPUs, which keeps three digits of each factor and is
+    several times as fast; routers compute in float32 with any model.dtype."""
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
     per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""

@@ -53,6 +53,7 @@ def buckets(trainer):
     return len(trainer._chunks[0].bucket_groups)
 
 
+@pytest.mark.slow
 def test_a_field_of_the_gradients_takes_effect(ranks, checkpoint):
     plain, changed = (
         ranks.run(buckets, config_of(checkpoint, {"dp": 2}, trainer__ddp=given))[0]

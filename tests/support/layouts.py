@@ -1,5 +1,6 @@
 """A small model and batches for it, and the layouts that must compute the same with them."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -89,6 +90,11 @@ def make_groups(count=6, n=3, seed=0):
             )
         groups.append(Group(f"{seed}-{g}.0", prompt, tuple(trajectories)))
     return groups
+
+
+def without_routing(group):
+    bare = (replace(one, routed_experts=None, routing_spec=None) for one in group.trajectories)
+    return replace(group, trajectories=tuple(bare))
 
 
 def shared_out(groups, ranks):

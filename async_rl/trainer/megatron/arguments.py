@@ -109,10 +109,11 @@ def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConf
 
 def ddp_settings(config: RunConfig, device: Device) -> dict[str, Any]:
     """Return what the named settings say of gradients and their reduction, by Megatron's names."""
+    sizes = config.trainer.parallel
     return {
         "grad_reduce_in_fp32": config.trainer.optimizer.gradient_dtype == "float32",
         "use_distributed_optimizer": device == "cuda",
-        "overlap_grad_reduce": False,
+        "overlap_grad_reduce": device == "cuda" and sizes.dp * sizes.cp > 1,
     }
 
 
