@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from async_rl.config.input_checks import check_inputs
+from async_rl.config.memory_checks import check_memory
+from async_rl.config.pass_through import check_pass_through
 
 if TYPE_CHECKING:
     from async_rl.config.rollouts import RolloutSection
@@ -29,6 +31,8 @@ def check_combinations(config: RunConfig) -> None:
     _check_schedule(config)
     _check_loss(config)
     _check_parallel(config)
+    check_memory(config)
+    check_pass_through(config)
 
 
 def _check_queue(config: RunConfig) -> None:
@@ -335,6 +339,12 @@ def _check_parallel(config: RunConfig) -> None:
         raise ValueError(
             f"trainer.parallel: ep x etp is {experts}, which does not divide dp x tp x cp ({dense}), the ranks of "
             "a pipeline stage, over which the experts are distributed; change one of them"
+        )
+    counts, stages = sizes.layers_per_stage, sizes.pp * sizes.vpp
+    if counts is not None and len(counts) != stages:
+        raise ValueError(
+            f"trainer.parallel.layers_per_stage has {len(counts)} numbers, but there are {stages} stages (pp x vpp); "
+            f"give {stages} numbers, or set it to null"
         )
     if sizes.vpp > 1 and sizes.pp == 1:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from async_rl.config.fields import (
+    Arguments,
     Dtype,
     FunctionName,
     NonNegative,
@@ -194,6 +195,9 @@ class RolloutSection(Section):
     """GPUs per engine."""
     enforce_eager: bool = False
     """Whether to skip compilation, so that the engine starts sooner and decodes more slowly."""
+    engine_args: Arguments = Field(default_factory=dict)
+    """Further arguments of the engine, by the names of vLLM's AsyncEngineArgs or SGLang's ServerArgs, for example
+    {enable_expert_parallel: true}, for what no setting names."""
     group_timeout_s: PositiveFloat | None = None
     """Seconds that a group may take; then it is published with the responses that are finished, if they are enough
     (rollout.min_group_size), or its prompt is issued again."""

@@ -6,9 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from async_rl.config.fields import FunctionName, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from async_rl.config.fields import (
+    Arguments,
+    Dtype,
+    FunctionName,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+OffloadModule = Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 
 
 class ParallelSection(Section):
@@ -26,8 +36,25 @@ class ParallelSection(Section):
     """Pipeline-parallel size."""
     vpp: Positive = 1
     """Virtual pipeline stages per pipeline rank."""
+    layers_per_stage: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
+    """Layers of each pipeline stage, for example [16, 16, 15, 14]: pp numbers in the order in which a token passes the
+    stages, or pp x vpp with virtual stages, the first chunk of every stage before the second of any. Null for equal
+    numbers, or where pp x vpp does not divide the layers for numbers that differ by one, the last stage having the
+    fewest, because the output layer is there."""
     cp: Positive = 1
     """Context-parallel size."""
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of each virtual stage, in the order in which a token passes them: chunk by chunk.
+
+        Where the numbers differ by one, the larger ones are just before the last stage, which has the output layer; the
+        first, which has the embedding and the most microbatches under way, is the last to get one.
+        """
+        if self.layers_per_stage is not None:
+            return self.layers_per_stage
+        stages = self.pp * self.vpp
+        each, more = divmod(num_layers, stages)
+        return tuple(each + (stages - 1 - more <= number < stages - 1) for number in range(stages))
 
 
 class OptimizerSection(Section):
@@ -54,6 +81,16 @@ class OptimizerSection(Section):
     """AdamW's epsilon."""
     clip_grad: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    gradient_dtype: Dtype = "float32"
+    """Type in which gradients are summed over microbatches and ranks; bfloat16 takes half the memory, loses digits, and
+    needs model.dtype bfloat16."""
+    first_moment_dtype: Dtype = "float32"
+    """Type in which AdamW keeps the first moment; bfloat16, on GPUs only, takes half the memory."""
+    second_moment_dtype: Dtype = "float32"
+    """Type in which AdamW keeps the second moment; bfloat16, on GPUs only, takes half the memory."""
+    offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the optimizer's states that are in the host's memory and updated there, on GPUs only: it costs a
+    transfer of these parameters and gradients at each update."""
 
 
 class ImportanceSection(Section):
@@ -161,6 +198,9 @@ class TrainerSection(Section):
     """Number of first steps in which the experts executed are compared with the experts to replay."""
     router_fusion: bool = False
     """Whether to use Megatron's fused router kernel (Transformer Engine), which is faster and cannot replay."""
+    tf32: bool = False
+    """Whether matrix products in float32 may run in TF32 on GPUs, which keeps three digits of each factor and is
+    several times as fast; routers compute in float32 with any model.dtype."""
     streaming: bool = True
     """Whether to compute microbatches as soon as groups arrive, before the mini-batch is complete; needs one mini-batch
     per step, advantages that depend on one group alone, no KL penalty, and with a pipeline no other forward pass."""
@@ -176,6 +216,22 @@ class TrainerSection(Section):
     trainer.recompute_modules (selective), or all of each layer (full)."""
     recompute_modules: Annotated[tuple[RecomputeModule, ...], Field(strict=False)] = ("core_attn",)
     """Megatron's names of the modules whose activations are computed again with trainer.recompute selective."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers trainer.recompute full computes again: all of them, of which the input of every
+    recompute_num_layers-th is kept (uniform), or the first recompute_num_layers of each pipeline stage (block)."""
+    recompute_num_layers: Positive = 1
+    """Layers from one kept input to the next, or layers computed again per stage; see trainer.recompute_method."""
+    offload_activations: Annotated[tuple[OffloadModule, ...], Field(strict=False)] = ()
+    """Megatron's names of the modules whose inputs wait for the backward pass in the host's memory, for example
+    [core_attn, expert_fc1]; on GPUs only."""
+    moe_dispatcher: Literal["auto", "alltoall", "allgather", "flex"] = "auto"
+    """How tokens get to their experts: through all-to-all, by gathering all tokens on every rank, or through DeepEP's
+    kernels (flex, on GPUs where DeepEP is installed). auto is allgather for one rank alone, else alltoall."""
+    megatron: Arguments = Field(default_factory=dict)
+    """Further fields of Megatron's TransformerConfig, for example {moe_shared_expert_overlap: true}, for what no
+    setting names."""
+    ddp: Arguments = Field(default_factory=dict)
+    """Further fields of Megatron's DistributedDataParallelConfig, for example {bucket_size: 100000000}."""
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
     loss: LossSection = LossSection()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor import capacity, cluster, inputs, installation, machine
+from async_rl.doctor import capacity, cluster, inputs, installation, machine, pass_through
 from async_rl.doctor.check import Check, Status
 from async_rl.doctor.host_report import HostReport
 from async_rl.doctor.machine import uses_gpu
@@ -54,6 +54,7 @@ def checks(config: RunConfig | None) -> list[Check]:
         inputs.model,
         inputs.data,
         inputs.functions,
+        pass_through.names,
         inputs.durable_queue,
         capacity.longest_responses,
         capacity.checkpoints,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from async_rl.config.memory_checks import first_for_gpus, refusal_on_cpu
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
@@ -84,6 +85,9 @@ def devices(config: RunConfig) -> Iterator[Check]:
                 "set sync.backend to auto",
                 ConfigError,
             )
+        if (found := first_for_gpus(config)) is not None:
+            key, _, instead = found
+            yield Check(key, "FAIL", refusal_on_cpu(found), f"set it to {instead}", ConfigError)
         yield Check("device", "ok", "CPU")
         return
     needed = sum(need.units for need in _processes(config))

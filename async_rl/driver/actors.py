@@ -52,9 +52,16 @@ _ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 # and Ray sets one thread where nothing is set.
 _GPU_RANK_THREADS = 8
 
-# Megatron's overlap of communication and computation under tensor parallelism relies on kernels that start in the order
-# in which they were launched, which GPUs before Blackwell do on a single queue.
-_GPU_RANK_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+_GPU_RANK_ENVIRONMENT = {
+    # Megatron's overlap of communication and computation under tensor parallelism relies on kernels that start in the
+    # order in which they were launched, which GPUs before Blackwell do on a single queue.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Microbatches have ever other lengths, whose blocks the allocator could else not use for each other.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+# Transformer Engine multiplies float32 matrices in TF32 whatever torch is told; this tells NVIDIA's libraries.
+_EXACT_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+_TF32 = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
 
 T = TypeVar("T")
 
@@ -447,12 +454,18 @@ def start_trainer(config: RunConfig, rank: int, place: Place, *, one_host: bool)
     on_gpu = config.resources.device == "cuda"
     environment = _process_environment(_GPU_RANK_THREADS if on_gpu else config.resources.trainer_threads)
     if on_gpu:
-        environment |= {name: os.environ.get(name, value) for name, value in _GPU_RANK_ENVIRONMENT.items()}
+        environment |= gpu_rank_environment(config)
     return (
         ray.remote(TrainerActor)
         .options(num_cpus=0, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": environment}, **place.options)
         .remote(config, rank, place.cores, one_host=one_host)
     )
+
+
+def gpu_rank_environment(config: RunConfig) -> dict[str, str]:
+    """Return the variables of a trainer rank on a GPU; one that the driver's environment has keeps its value."""
+    defaults = _GPU_RANK_ENVIRONMENT | (_TF32 if config.trainer.tf32 else _EXACT_FLOAT32)
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def _process_environment(threads: int) -> dict[str, str]:

@@ -219,12 +219,11 @@ def _longest_key(config: RunConfig) -> str:
 def _check_layout(config: RunConfig, model: ModelConfig) -> None:
     """Raise ModelError unless trainer.parallel divides the model."""
     sizes = config.trainer.parallel
-    stages = sizes.pp * sizes.vpp
+    _check_stages(config, model)
     divided = [
         ("tp", sizes.tp, "num_attention_heads", model.num_heads),
         ("tp", sizes.tp, "intermediate_size", model.intermediate_size),
         ("tp", sizes.tp, "vocab_size", model.vocab_size),
-        ("pp x trainer.parallel.vpp" if sizes.vpp > 1 else "pp", stages, "num_hidden_layers", model.num_layers),
     ]
     if model.latent is None:
         divided.append(("tp", sizes.tp, "num_key_value_heads", model.num_kv_heads))
@@ -245,6 +244,31 @@ def _check_layout(config: RunConfig, model: ModelConfig) -> None:
                 f"trainer.parallel.{key} is {size}, which does not divide {what} ({count}) of {config.model.path}; "
                 f"possible are {', '.join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)}"
             )
+
+
+def _check_stages(config: RunConfig, model: ModelConfig) -> None:
+    """Raise ModelError unless each pipeline stage gets a layer, and each layer a stage."""
+    sizes = config.trainer.parallel
+    stages, counts = sizes.pp * sizes.vpp, sizes.layers_per_stage
+    has = f"{config.model.path} has {model.num_layers} layers (num_hidden_layers)"
+    if counts is not None and sum(counts) != model.num_layers:
+        raise ModelError(
+            f"trainer.parallel.layers_per_stage is {list(counts)}, {sum(counts)} layers together, but {has}; change "
+            "the numbers, or set it to null"
+        )
+    if stages > model.num_layers:
+        key = "pp x trainer.parallel.vpp" if sizes.vpp > 1 else "pp"
+        raise ModelError(
+            f"trainer.parallel.{key} is {stages}, but {has}, and each stage needs one; set it to {model.num_layers} at "
+            "most"
+        )
+    unit = config.trainer.recompute_num_layers
+    uniform = config.trainer.recompute == "full" and config.trainer.recompute_method == "uniform"
+    if uniform and (uneven := [count for count in sizes.stage_layers(model.num_layers) if count % unit]):
+        raise ModelError(
+            f"trainer.recompute_num_layers is {unit}, which does not divide the {uneven[0]} layers of a pipeline stage "
+            f"of {config.model.path}; set it to 1, or trainer.recompute_method to block"
+        )
 
 
 def checkpoint_shards(path: Path) -> list[Path]:

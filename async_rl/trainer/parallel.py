@@ -86,16 +86,23 @@ def owning_rank(sizes: ParallelSection, stage: int, expert_rank: int | None) -> 
 
 def layers(num_layers: int, sizes: ParallelSection, stage: int, chunk: int) -> range:
     """Return the global numbers of the layers of a stage's virtual chunk: chunk after chunk, each over all stages."""
-    each = num_layers // (sizes.pp * sizes.vpp)
-    first = (chunk * sizes.pp + stage) * each
-    return range(first, first + each)
+    counts, number = sizes.stage_layers(num_layers), chunk * sizes.pp + stage
+    first = sum(counts[:number])
+    return range(first, first + counts[number])
 
 
 def stage_of(num_layers: int, sizes: ParallelSection, layer: int) -> tuple[int, int, int]:
-    """Return (pipeline stage, its virtual chunk, number within the chunk) of a layer: the inverse of ``layers``."""
-    each = num_layers // (sizes.pp * sizes.vpp)
-    chunk, stage = divmod(layer // each, sizes.pp)
-    return stage, chunk, layer % each
+    """Return (pipeline stage, its virtual chunk, number within the chunk) of a layer: the inverse of ``layers``.
+
+    Raises ValueError for a layer that no stage has.
+    """
+    left = layer
+    for number, count in enumerate(sizes.stage_layers(num_layers)):
+        if left < count:
+            chunk, stage = divmod(number, sizes.pp)
+            return stage, chunk, left
+        left -= count
+    raise ValueError(f"layer {layer} of {num_layers} is in no stage")
 
 
 def expert_rank_of(num_experts: int, sizes: ParallelSection, expert: int) -> tuple[int, int]:

@@ -138,7 +138,7 @@ class Trainer:
         """Compute the microbatches that wait, update the parameters, and report."""
         step = self._step
         started = time.perf_counter()
-        self._forward_backward(step.take_ready() + step.packer.flush())
+        self._forward_backward(step.take_ready() + step.packer.flush(), last=True)
         started = step.lap("forward_backward", started)
         total = self._ranks.sum_over_data(**step.counts)
         divisor = losses.denominator(
@@ -175,7 +175,7 @@ class Trainer:
             seconds=step.seconds,
         )
 
-    def _forward_backward(self, batches: Sequence[Microbatch]) -> None:
+    def _forward_backward(self, batches: Sequence[Microbatch], *, last: bool = False) -> None:
         step = self._step
         step.count_microbatches(batches, self._model_config.sequence_cost)
         objective = policy_objective(
@@ -186,7 +186,8 @@ class Trainer:
             version=step.version,
             empty=step.sums.empty,
         )
-        for part in self._executor.accumulate(batches, objective, filler=step.packer.filler(), verify=self._verifying):
+        filler = step.packer.filler()
+        for part in self._executor.accumulate(batches, objective, filler=filler, last=last, verify=self._verifying):
             if self._place.reports_loss:
                 step.sums.add(part)
 

@@ -1,5 +1,6 @@
 """A small model and batches for it, and the layouts that must compute the same with them."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -31,7 +32,7 @@ LAYOUTS = {
 }
 
 
-def make_checkpoint(folder):
+def make_checkpoint(folder, layers=4, dense=(1,)):
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -40,14 +41,14 @@ def make_checkpoint(folder):
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         num_experts=SPEC.num_experts,
         num_experts_per_tok=SPEC.top_k,
         moe_intermediate_size=16,
-        mlp_only_layers=[1],
+        mlp_only_layers=list(dense),
         norm_topk_prob=True,
         max_position_embeddings=256,
         initializer_range=0.15,  # ten times the usual: logits and routers that are not degenerate
@@ -91,6 +92,11 @@ def make_groups(count=6, n=3, seed=0):
     return groups
 
 
+def without_routing(group):
+    bare = (replace(one, routed_experts=None, routing_spec=None) for one in group.trajectories)
+    return replace(group, trajectories=tuple(bare))
+
+
 def shared_out(groups, ranks):
     shares = split_over_ranks([group.num_tokens for group in groups], ranks)
     return [[groups[index] for index in share] for share in shares]
@@ -100,6 +106,26 @@ def config_of(folder, layout, **settings):
     sizes = {f"trainer__parallel__{name}": size for name, size in layout.items()}
     settings = {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 160} | settings
     return run_config(folder, **sizes, **settings)
+
+
+def probes():
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, VOCAB, n).astype(np.int32) for n in (40, 2, 1, 23)]
+
+
+def train_and_probe(trainer, updates):
+    """Make the updates, each given as groups by data-parallel index, and probe the model."""
+    reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
+    source = trainer.weights()
+    weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
+    # A weight sync sizes the receiving buffers by the metadata, and fills them with the tensors.
+    declared = {meta.name: meta.shape for meta in source.metadata()}
+    assert list(declared) == list(weights)
+    assert all(declared[name] == w.shape for name, w in weights.items() if w is not None)
+    ids = probes()
+    rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
+    probed = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
+    return reports, weights, probed
 
 
 def relative(found, expected):

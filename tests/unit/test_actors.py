@@ -243,12 +243,26 @@ def created(monkeypatch):
 
     monkeypatch.setattr(actors.ray, "remote", remote)
 
-    def create(device, place=NOWHERE):
+    def create(device, place=NOWHERE, **trainer):
         tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"device": device, "trainer_threads": 2}}
+        tree["trainer"] = trainer
         actors.start_trainer(validate(tree), 0, place, one_host=False)
         return seen
 
     return create
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_rank_on_a_gpu_rounds_as_the_settings_say_and_does_not_fragment_its_memory(monkeypatch, created, tf32):
+    for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    given = created("cuda", tf32=tf32)["runtime_env"]["env_vars"]
+    assert given.get("NVIDIA_TF32_OVERRIDE") == (None if tf32 else "0")
+    assert given.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == ("1" if tf32 else None)
+    assert given["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert created("cuda")["runtime_env"]["env_vars"]["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
+    assert "NVIDIA_TF32_OVERRIDE" not in created("cpu")["runtime_env"]["env_vars"]
 
 
 def test_a_rank_has_the_threads_of_the_settings_on_a_cpu_and_more_than_one_beside_a_gpu(monkeypatch, created):

@@ -22,6 +22,8 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 PURE = {
     "async_rl.config.checks",
     "async_rl.config.input_checks",
+    "async_rl.config.memory_checks",
+    "async_rl.config.pass_through",
     "async_rl.config.inputs",
     "async_rl.config.rollouts",
     "async_rl.config.schema",

@@ -186,6 +186,7 @@ def test_run_name_cannot_leave_its_folder(name):
         ({"queue": {"copies": 0}}, ["queue.copies", "0", "1"]),
         ({"trainer": {"parallel": {"dp": 3, "ep": 2}}}, ["trainer.parallel", "ep x etp is 2", "(3)"]),
         ({"trainer": {"parallel": {"vpp": 2}}}, ["trainer.parallel.vpp", "pp is 1"]),
+        ({"trainer": {"parallel": {"pp": 2, "layers_per_stage": [3]}}}, ["layers_per_stage has 1", "2 stages"]),
         (
             {"rollout": {"max_num_seqs": 64, "max_trajectories": 32}},
             ["rollout.max_trajectories is 32", "max_num_seqs"],

@@ -269,6 +269,12 @@ def test_port_taken(machine, inputs):
     assert f"127.0.0.1:{port}" in check.detail
 
 
+def test_settings_that_only_gpus_have_are_refused_where_the_device_turns_out_to_be_a_cpu(machine, inputs):
+    on_gpus = {"trainer": {"router_replay": "off", "optimizer": {"offload_fraction": 0.5}}}
+    with pytest.raises(ConfigError, match=r"offload_fraction: 0\.5, which works on GPUs alone.*set it to 0\.0"):
+        doctor.require(config(inputs, **on_gpus))
+
+
 def test_gpus(machine, inputs):
     nccl = {"sync": {"backend": "nccl"}}
     with pytest.raises(ConfigError, match=r"sync\.backend: nccl needs GPUs"):

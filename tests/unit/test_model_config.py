@@ -294,16 +294,23 @@ def test_refuses_what_it_would_compute_otherwise(tmp_path, changes, words):
         ({"tp": 2}, {"vocab_size": 63}, ["trainer.parallel.tp is 2", "vocab_size (63)"]),
         ({"dp": 3, "ep": 3}, {}, ["trainer.parallel.ep is 3", "number of experts (8)"]),
         ({"dp": 5, "etp": 5}, {}, ["trainer.parallel.etp is 5", "moe_intermediate_size (24)"]),
-        ({"pp": 3}, {}, ["trainer.parallel.pp is 3", "num_hidden_layers (4)", "possible are 1, 2, 4"]),
-        ({"pp": 2, "vpp": 4}, {}, ["trainer.parallel.pp x trainer.parallel.vpp is 8", "num_hidden_layers (4)"]),
+        ({"pp": 5}, {}, ["trainer.parallel.pp is 5", "4 layers (num_hidden_layers)", "set it to 4 at most"]),
+        ({"pp": 2, "vpp": 4}, {}, ["trainer.parallel.pp x trainer.parallel.vpp is 8", "4 layers (num_hidden_layers)"]),
+        ({"pp": 2, "layers_per_stage": [2, 3]}, {}, ["layers_per_stage is [2, 3], 5 layers together", "has 4 layers"]),
     ],
 )
-def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path, sizes, changes, words):
+def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path, sizes, changes, words):
     path = folder(tmp_path / "model", **changes)
     with pytest.raises(ModelError) as caught:
         check_run(run_config(path, parallel=sizes), read_model_config(path))
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 3}, {"pp": 2, "layers_per_stage": [1, 3]}])
+def test_stages_may_have_different_numbers_of_layers(tmp_path, sizes):
+    path = folder(tmp_path / "model", max_position_embeddings=2048)
+    check_run(run_config(path, parallel=sizes), read_model_config(path))
 
 
 def test_experts_cannot_be_spread_where_there_are_none(tmp_path):

@@ -4,6 +4,8 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from async_rl.config.training import ParallelSection
 from async_rl.trainer.parallel import (
@@ -61,6 +63,47 @@ def test_layers_are_laid_over_the_stages_chunk_by_chunk(sizes):
     for stage, chunk in product(range(sizes.pp), range(sizes.vpp)):
         for number, layer in enumerate(layers(count, sizes, stage, chunk)):
             assert stage_of(count, sizes, layer) == (stage, chunk, number)
+
+
+# Layers of Moonlight, GLM-4.5-Air, DeepSeek-V3, GLM-4.5 and Qwen3-235B.
+PUBLISHED = (27, 46, 61, 92, 94)
+
+
+@given(st.sampled_from(PUBLISHED) | st.integers(2, 128), st.integers(1, 16), st.integers(1, 4), st.data())
+def test_every_layer_has_one_stage_whatever_their_number(count, pp, vpp, data):
+    stages = pp * vpp
+    if stages > count:
+        pp = vpp = stages = 1
+    given_counts = None
+    if data.draw(st.booleans()):
+        cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), min_size=stages - 1, max_size=stages - 1)))
+        given_counts = tuple(b - a for a, b in pairwise([0, *cuts, count]))
+    sizes = ParallelSection(pp=pp, vpp=vpp, layers_per_stage=given_counts)
+    found = sizes.stage_layers(count)
+    assert sum(found) == count
+    assert given_counts in (None, found)
+    placed = {}
+    for chunk, stage in product(range(vpp), range(pp)):
+        for number, layer in enumerate(layers(count, sizes, stage, chunk)):
+            assert stage_of(count, sizes, layer) == (stage, chunk, number)
+            placed[layer] = (chunk, stage)
+    assert [*placed] == list(range(count)), "in the order in which a token passes them"
+    with pytest.raises(ValueError, match=f"layer {count} of {count}"):
+        stage_of(count, sizes, count)
+    if given_counts is None:
+        assert max(found) - min(found) <= 1
+        assert found[-1] == min(found), "the last stage has the output layer as well"
+        assert found[0] == min(found) or found[1:-1] == (max(found),) * (stages - 2)
+        by_rank = [sum(found[stage::pp]) for stage in range(pp)]
+        assert max(by_rank) - min(by_rank) <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "pp", "vpp", "expected"),
+    [(8, 2, 2, (2, 2, 2, 2)), (61, 4, 1, (15, 15, 16, 15)), (27, 2, 1, (14, 13)), (46, 4, 2, (5, 6, 6, 6, 6, 6, 6, 5))],
+)
+def test_stages_by_hand(count, pp, vpp, expected):
+    assert ParallelSection(pp=pp, vpp=vpp).stage_layers(count) == expected
 
 
 def brute_force_rows(cu_seqlens, place):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from async_rl.trainer import packing
@@ -25,6 +25,7 @@ from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.fingerprint import FingerprintHooks
 from async_rl.trainer.megatron.model import packed_seq_params
 from async_rl.trainer.megatron.platform import Device
+from async_rl.trainer.megatron.reduction import GradientReduction
 from async_rl.trainer.megatron.replay import RoutingReplay
 from async_rl.trainer.packing import Microbatch
 from async_rl.trainer.parallel import Place, context_rows
@@ -51,24 +52,32 @@ class Executor:
         device: Device,
     ) -> None:
         self._chunks = list(chunks)
+        self._reduction = GradientReduction(chunks)
         self._replay = replay
         self._place = place
         self._device = device
 
     def zero_gradients(self) -> None:
         """Set the gradients of all parameters to zero."""
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
+        self._reduction.zero()
 
     def accumulate(
-        self, batches: Sequence[Microbatch], loss: LossFunction, *, filler: Microbatch, verify: bool = False
+        self,
+        batches: Sequence[Microbatch],
+        loss: LossFunction,
+        *,
+        filler: Microbatch,
+        last: bool = True,
+        verify: bool = False,
     ) -> list[Any]:
         """Add the gradient of the summed losses to this rank's gradients. May be called several times in a step.
+
+        Only the ``last`` of these calls reduces gradients.
 
         Returns the values that ``loss`` kept of this rank's microbatches, on the last stage. verify: compare the
         experts executed with those to replay. Raises ReplayError where they differ.
         """
-        return self._run(batches, loss, filler, forward_only=False, verify=verify)
+        return self._run(batches, loss, filler, forward_only=False, last=last, verify=verify)
 
     def take_disagreement(self) -> tuple[float, float]:
         """Return how ``accumulate`` has routed since the last call; see RoutingReplay.take_disagreement."""
@@ -77,9 +86,7 @@ class Executor:
     def finish_gradients(self, divisor: float) -> None:
         """Leave the sum of all ranks' gradients, over ``divisor``, in the parameters' main_grad."""
         with platform.redirect_cuda_to(self._device):
-            finalize_model_grads(self._chunks, None)
-        for chunk in self._chunks:
-            chunk.scale_gradients(1.0 / divisor)
+            self._reduction.finish(divisor)
 
     def forward(
         self,
@@ -143,6 +150,7 @@ class Executor:
         filler: Microbatch,
         *,
         forward_only: bool,
+        last: bool = False,
         verify: bool = False,
         watch: Watcher | None = None,
     ) -> list[Any]:
@@ -156,13 +164,9 @@ class Executor:
             index, batch = next(iterator)
             number = chunk_of[id(chunk)]
             tensors = self._to_device(batch)
-            routed_experts = (
-                None if batch.routed_experts is None else torch.from_numpy(batch.routed_experts).to(self._device)
-            )
             # A forward pass alone is a probe, or comes before the training pass over the same rows.
-            compare = routed_experts is not None and not forward_only
-            compared = torch.from_numpy(batch.of_samples).to(self._device) if compare else None
-            self._replay.before_forward(routed_experts, batch.cu_seqlens, number, compared)
+            compared = None if forward_only else batch.of_samples
+            self._replay.before_forward(batch.routed_experts, batch.cu_seqlens, number, compared)
             logits = chunk(
                 input_ids=tensors["token_ids"].unsqueeze(0),
                 position_ids=tensors["position_ids"].unsqueeze(0),
@@ -181,7 +185,8 @@ class Executor:
             return logits, scalar
 
         iterators = [iter(enumerate(run)) for _ in self._chunks]
-        with platform.redirect_cuda_to(self._device), self._replay.schedule(verify=verify):
+        schedule = self._replay.schedule(verify=verify), self._reduction.schedule(last=last)
+        with platform.redirect_cuda_to(self._device), schedule[0], schedule[1]:
             kept: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],

@@ -13,143 +13,21 @@ from typing import Any
 
 import structlog
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from safetensors import safe_open
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
 from async_rl.models import names
-from async_rl.models.config import LatentAttention, ModelConfig, checkpoint_shards
+from async_rl.models.config import ModelConfig, checkpoint_shards
 from async_rl.trainer.megatron import platform
+from async_rl.trainer.megatron.arguments import ddp_config, transformer_config
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.parallel import Place, expert_rank_of, stage_of
 
 log = structlog.get_logger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def transformer_config(config: RunConfig, model: ModelConfig, device: Device) -> TransformerConfig:
-    """Translate the model's shape and the run's settings into Megatron's configuration."""
-    dtype = DTYPES[config.model.dtype]
-    sizes = config.trainer.parallel
-    settings: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.intermediate_size,
-        "num_attention_heads": model.num_heads,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": model.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        # The checkpoint overwrites every parameter, so none is initialized.
-        "perform_initialization": False,
-        "bias_dropout_fusion": False,
-        # The loss is a sum, divided once by the global batch's count: Megatron must not average, neither over
-        # microbatches nor over data-parallel ranks.
-        "calculate_per_token_loss": True,
-        "tensor_model_parallel_size": sizes.tp,
-        "sequence_parallel": sizes.tp > 1,
-        "pipeline_model_parallel_size": sizes.pp,
-        "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
-        # Microbatches are packed to different lengths, which the stages must then send each other.
-        "variable_seq_lengths": sizes.pp > 1,
-        # Two stages that are each other's next and previous cannot send both ways in one batch.
-        "overlap_p2p_comm": sizes.vpp > 1,
-        "batch_p2p_comm": sizes.vpp == 1,
-        "context_parallel_size": sizes.cp,
-        "expert_model_parallel_size": sizes.ep,
-        "expert_tensor_parallel_size": sizes.etp,
-        # With every expert and token on this rank, "allgather" gathers nothing and saves alltoall's second sort; it
-        # refuses the pipeline's microbatches of different lengths.
-        "moe_token_dispatcher_type": "allgather" if sizes.tp * sizes.ep * sizes.pp == 1 else "alltoall",
-        **platform.model_overrides(device),
-        **_recomputation(config),
-    }
-    if model.moe_layers:
-        settings |= _experts(config, model)
-    if model.latent is not None:
-        return MLATransformerConfig(**settings, **_latent_attention(model, model.latent))
-    return TransformerConfig(
-        **settings,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_dim,
-        qk_layernorm=model.qk_norm,
-        add_qkv_bias=model.qkv_bias,
-    )
-
-
-def _recomputation(config: RunConfig) -> dict[str, Any]:
-    match config.trainer.recompute:
-        case "full":
-            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        case "selective":
-            return {
-                "recompute_granularity": "selective",
-                "recompute_modules": list(config.trainer.recompute_modules),
-            }
-    return {}
-
-
-def _experts(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_moe_experts": model.num_experts,
-        "moe_ffn_hidden_size": model.moe_intermediate_size,
-        "moe_layer_freq": [int(layer in model.moe_layers) for layer in range(model.num_layers)],
-        "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
-        "moe_router_topk": model.top_k,
-        "moe_router_score_function": model.score_function,
-        # Renormalizing the k chosen probabilities is a softmax over the k chosen logits.
-        "moe_router_pre_softmax": model.score_function == "softmax" and not model.norm_topk_prob,
-        "moe_router_num_groups": model.num_groups or None,
-        "moe_router_group_topk": model.group_top_k or None,
-        "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1.0 else None,
-        # The bias balances load in pre-training. Here it stays as in the checkpoint, because the engine's does.
-        "moe_router_enable_expert_bias": model.expert_bias,
-        "moe_router_bias_update_rate": 0.0,
-        # Engine and trainer must decide near-ties the same way, whatever the parameters' type.
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_enable_routing_replay": True,
-        "moe_router_fusion": config.trainer.router_fusion,  # it bypasses replay: the settings' checks refuse the pair
-    }
-
-
-def _latent_attention(model: ModelConfig, latent: LatentAttention) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "multi_latent_attention": True,
-        "qk_layernorm": True,
-        "q_lora_rank": latent.query_rank,
-        "kv_lora_rank": latent.key_value_rank,
-        "qk_head_dim": latent.plain_dim,
-        "qk_pos_emb_head_dim": latent.rotary_dim,
-        "v_head_dim": latent.value_dim,
-        "rotary_base": model.rope_theta,
-        "rope_type": "rope",
-        "rotary_scaling_factor": 1.0,  # Megatron scales the softmax by it for plain rotary embeddings too
-        "apply_rope_fusion": False,
-    }
-    if (yarn := latent.yarn) is not None:
-        settings |= {
-            "rope_type": "yarn",
-            "rotary_scaling_factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
-    return settings
 
 
 def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -> list[DistributedDataParallel]:
@@ -157,7 +35,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
 
     Returns one module per virtual pipeline chunk, each wrapped for gradient accumulation and data parallelism.
     """
-    settings = transformer_config(config, model, device)
+    settings, reduction = transformer_config(config, model, device), ddp_config(config, device)
     sizes = place.sizes
     chunks = []
     for chunk in range(sizes.vpp):
@@ -186,9 +64,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
     return [
         DistributedDataParallel(
             settings,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=device == "cuda", overlap_grad_reduce=False
-            ),
+            reduction,
             gpt,
             # Megatron's own choice for the chunks after the first: the step does not wait for their reduction.
             disable_bucketing=chunk > 0,

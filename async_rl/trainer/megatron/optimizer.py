@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from async_rl.config.training import OptimizerSection
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import OptimizerConfig
 
 # Keeps the quotient of the clipping finite: the same small number that torch's own clipping adds.
 CLIP_EPSILON = 1e-6
@@ -97,7 +100,9 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
         (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
     ):
         gradients = [p.main_grad for p in counted if getattr(p, "allreduce", True) != of_experts]
-        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else torch.tensor(0.0)
+        # In float32: the norm of a bfloat16 gradient would have three digits.
+        norms = torch._foreach_norm(gradients, dtype=torch.float32) if gradients else []
+        square = torch.stack(norms).double().square().sum() if gradients else torch.tensor(0.0)
         square = square.to(dtype=torch.float64, device=parameters[0].device)
         torch.distributed.all_reduce(square, group=group)
         total += float(square)
@@ -133,7 +138,7 @@ class TorchAdamW:
         for group in self._adam.param_groups:
             group["lr"] = lr
         for master, gradient in zip(self._masters, gradients, strict=True):
-            master.grad = gradient
+            master.grad = gradient.to(master.dtype)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -187,35 +192,59 @@ class TorchAdamW:
             }
 
 
+def optimizer_config(settings: OptimizerSection, dtype: torch.dtype) -> OptimizerConfig:
+    """Translate the settings into Megatron's, for parameters of ``dtype``."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    moments = {
+        "exp_avg_dtype": getattr(torch, settings.first_moment_dtype),
+        "exp_avg_sq_dtype": getattr(torch, settings.second_moment_dtype),
+    }
+    # The optimizer on the host uses the code of the one that knows types: Megatron's own arguments demand both.
+    aware = settings.offload_fraction > 0 or any(each is not torch.float32 for each in moments.values())
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        use_precision_aware_optimizer=aware,
+        optimizer_cpu_offload=settings.offload_fraction > 0,
+        optimizer_offload_fraction=settings.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=settings.offload_fraction > 0,
+        **(moments if aware else {}),
+    )
+
+
+def set_groups(groups: Sequence[dict[str, Any]], settings: OptimizerSection, lr: float) -> None:
+    """Give Megatron's parameter groups their learning rate and weight decay.
+
+    Its groups carry only a factor on the decay, 0 for norms and biases, which Megatron's own scheduler would apply.
+    """
+    for group in groups:
+        group["lr"] = lr
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+
+
 class MegatronAdamW:
     """Megatron's distributed optimizer: sharded states, float32 masters, clipping over the model-parallel groups."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], settings: OptimizerSection) -> None:
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer import get_megatron_optimizer
 
         self._settings = settings
-        dtype = next(chunks[0].parameters()).dtype
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-            ),
-            list(chunks),
-        )
+        config = optimizer_config(settings, next(chunks[0].parameters()).dtype)
+        self._optimizer = get_megatron_optimizer(config, list(chunks))
         self._steps = 0
 
     def step(self) -> Update:
         lr = learning_rate(self._settings, self._steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_groups(self._optimizer.param_groups, self._settings, lr)
         # Megatron looks for non-finite values only under fp16 loss scaling, so the norm is taken before it steps.
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())

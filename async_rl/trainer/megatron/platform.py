@@ -210,8 +210,11 @@ def keep_float32(model: torch.nn.Module) -> None:
             module._maintain_float32_expert_bias()
 
 
-def model_overrides(device: Device) -> dict[str, Any]:
-    """Return the settings of TransformerConfig that depend on the device; none of them changes results."""
+def model_overrides(device: Device, *, latent: bool = False) -> dict[str, Any]:
+    """Return the settings of TransformerConfig that depend on the device; none of them changes results.
+
+    latent: whether the model has latent attention, of which Megatron 0.16.1 fuses the rotary embedding experimentally.
+    """
     if device == "cpu":
         return {
             "use_cpu_initialization": True,
@@ -219,7 +222,15 @@ def model_overrides(device: Device) -> dict[str, Any]:
             "bias_activation_fusion": False,
             "moe_grouped_gemm": False,
         }
-    return {"bias_activation_fusion": True, "moe_grouped_gemm": True, "moe_permute_fusion": True}
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return {
+        "bias_activation_fusion": True,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        # Without it the host waits for the device twice in each layer, to read the lengths of packed sequences.
+        "apply_rope_fusion": not latent and rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+    }
 
 
 def optimizer(device: Device, chunks: Sequence[Any], settings: OptimizerSection) -> Optimizer:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
@@ -34,6 +35,10 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
     def __init__(self, *, recomputed: bool) -> None:
         super().__init__()
         self.recomputed = recomputed
+        # Whether a target has rows of NO_ROUTING: of the next forward pass, and of those to be recomputed. It is known
+        # on the host, for asking the device makes the host wait in each layer.
+        self.fallback = True
+        self._fallbacks: deque[bool] = deque()
         # bool[rows]: the rows of the next forward pass to compare with the router's own choice; None for no row.
         self.compared: torch.Tensor | None = None
         self.choices: torch.Tensor | float = 0.0
@@ -41,12 +46,22 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
         # The registry would keep this object, and its targets, for the life of the process.
         RouterReplay.global_router_replay_instances.remove(self)
 
-    def set_target_indices(self, topk_indices: torch.Tensor) -> None:
-        """Take the target of the next forward pass, which is kept for its recomputation if there will be one."""
+    def set_target_indices(self, topk_indices: torch.Tensor, *, fallback: bool = True) -> None:
+        """Take the target of the next forward pass, which is kept for its recomputation if there will be one.
+
+        fallback: whether it may have rows of NO_ROUTING.
+        """
+        self.fallback = fallback
         if self.recomputed and torch.is_grad_enabled():
             super().set_target_indices(topk_indices)
+            self._fallbacks.append(fallback)
         else:
             self.target_topk_idx = topk_indices
+
+    def clear_indices(self) -> None:
+        """Forget all targets."""
+        super().clear_indices()
+        self._fallbacks.clear()
 
     def get_replay_topk(
         self,
@@ -58,9 +73,11 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert default_compute_topk is not None
         if self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
-            target = self.target_topk_idx
+            target, fallback = self.target_topk_idx, self.fallback
         elif self.router_replay_action is RouterReplayAction.REPLAY_BACKWARD:
-            target = self.replay_backward_list.pop(0) if self.replay_backward_list else None
+            waiting = bool(self.replay_backward_list)
+            target = self.replay_backward_list.pop(0) if waiting else None
+            fallback = self._fallbacks.popleft() if waiting else False
         else:
             native: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(
                 scores, topk, num_groups, group_topk, default_compute_topk
@@ -69,8 +86,8 @@ class _RowwiseReplay(RouterReplay):  # type: ignore[misc]  # Megatron has no typ
         if target is None or target.shape != (scores.shape[0], topk):
             found = "none" if target is None else list(target.shape)
             raise ReplayError(f"router got {scores.shape[0]} rows of {topk} experts, its target is {found}")
-        absent = target[:, :1] < 0
-        if self.compared is not None or absent.any():
+        if self.compared is not None or fallback:
+            absent = target[:, :1] < 0
             with torch.no_grad():
                 _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
             if self.compared is not None:
@@ -108,7 +125,7 @@ class RoutingReplay:
             for name, router in chunk.named_modules():
                 # A multi-token-prediction head routes too, but the engine returns nothing for it.
                 if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
-                    router.router_replay = _RowwiseReplay(recomputed=_is_recomputed(router))
+                    router.router_replay = _RowwiseReplay(recomputed=_is_recomputed(router, name))
                     found.append((model.moe_layers.index(router.layer_number - 1), router))
             self._routers.append(sorted(found, key=lambda pair: pair[0]))
             _, expected = self._share(np.zeros(1, dtype=np.int32), number)
@@ -117,6 +134,7 @@ class RoutingReplay:
                     f"rank {place.rank}, chunk {number}: routers of MoE layers {[layer for layer, _ in found]} were "
                     f"built where the layout has {expected}"
                 )
+        self._devices = [next(chunk.parameters()).device for chunk in chunks]
         self._recording = False
 
     @contextmanager
@@ -145,10 +163,10 @@ class RoutingReplay:
 
     def before_forward(
         self,
-        routed_experts: torch.Tensor | None,
+        routed_experts: npt.NDArray[np.int16] | Int32Array | None,
         cu_seqlens: Int32Array,
         chunk: int = 0,
-        compared: torch.Tensor | None = None,
+        compared: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Arm a chunk's next forward pass with its share of a microbatch's routed_experts int[T, L, K].
 
@@ -158,11 +176,11 @@ class RoutingReplay:
             self._act(chunk, RouterReplayAction.RECORD)
         elif routed_experts is not None:
             rows, _ = self._share(cu_seqlens, chunk)
-            index = torch.from_numpy(rows).to(routed_experts.device)
-            share = routed_experts[index]
-            counted = None if compared is None else compared[index]
+            fallback = np.any(routed_experts[rows, :, 0] < 0, axis=0)
+            share = torch.from_numpy(routed_experts[rows]).to(self._devices[chunk])
+            counted = None if compared is None else torch.from_numpy(compared[rows]).to(self._devices[chunk])
             for layer, router in self._routers[chunk]:
-                router.router_replay.set_target_indices(share[:, layer])
+                router.router_replay.set_target_indices(share[:, layer], fallback=bool(fallback[layer]))
                 router.router_replay.compared = counted
             self._act(chunk, RouterReplayAction.REPLAY_FORWARD)
             if self._verifiers:
@@ -197,11 +215,16 @@ class RoutingReplay:
             router.router_replay.set_router_replay_action(action)
 
 
-def _is_recomputed(router: TopKRouter) -> bool:
-    """Return whether a backward pass runs the router again: with its whole layer, or with its MoE block."""
+def _is_recomputed(router: TopKRouter, name: str) -> bool:
+    """Return whether a backward pass runs the router again: with its whole layer, or with its MoE block.
+
+    name: of the module in its chunk, decoder.layers.N and so on.
+    """
     config = router.config
-    selected = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
-    return selected or config.recompute_granularity == "full"
+    if config.recompute_granularity == "full":
+        number = int(name.partition("layers.")[2].partition(".")[0])
+        return bool(config.recompute_method == "uniform" or number < config.recompute_num_layers)
+    return bool(config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
 
 
 class _Verifier:

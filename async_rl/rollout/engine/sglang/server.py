@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,17 @@ def arguments(config: RunConfig, replica: int, model: ModelConfig, port: int) ->
     else:
         given["mem-fraction-static"] = rollout.gpu_memory_utilization
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return [*words, *(f"--{flag}" for flag in sorted(flags))]
+    return [*words, *(f"--{flag}" for flag in sorted(flags)), *_further(rollout.engine_args)]
+
+
+def _further(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield rollout.engine_args as words: a flag for true, lists as several words, mappings as JSON."""
+    for name, value in arguments.items():
+        yield f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif value is not True:
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 class Server:

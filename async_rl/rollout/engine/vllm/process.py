@@ -108,36 +108,37 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
     if not vllm.__version__.startswith(VLLM_VERSION):
         raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
     cpu, nodes = on_cpu(config), _gpu_nodes(config)
-    return AsyncEngineArgs(
-        model=str(config.model.path),
-        dtype=config.engine_dtype,
-        trust_remote_code=config.model.trust_remote_code,
+    arguments: dict[str, Any] = {
+        "model": str(config.model.path),
+        "dtype": config.engine_dtype,
+        "trust_remote_code": config.model.trust_remote_code,
         # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
-        seed=config.seed + replica,
-        max_model_len=config.data.max_prompt_tokens + config.longest_response,
-        max_num_seqs=config.rollout.max_num_seqs,
-        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
-        tensor_parallel_size=config.rollout.tensor_parallel_size,
+        "seed": config.seed + replica,
+        "max_model_len": config.data.max_prompt_tokens + config.longest_response,
+        "max_num_seqs": config.rollout.max_num_seqs,
+        "max_num_batched_tokens": config.rollout.max_num_batched_tokens,
+        "tensor_parallel_size": config.rollout.tensor_parallel_size,
         # In a Ray actor that is in a placement group vLLM would choose Ray, and spread one engine over actors.
-        distributed_executor_backend="mp" if config.rollout.tensor_parallel_size > 1 else None,
-        kv_cache_memory_bytes=config.rollout.kv_cache_bytes if cpu else None,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        numa_bind=nodes is not None,
-        numa_bind_nodes=nodes,
-        enforce_eager=_eager(config, model),
-        enable_prefix_caching=True,
-        enable_return_routed_experts=model.routing_spec is not None and config.rollout.return_routed_experts,
+        "distributed_executor_backend": "mp" if config.rollout.tensor_parallel_size > 1 else None,
+        "kv_cache_memory_bytes": config.rollout.kv_cache_bytes if cpu else None,
+        "gpu_memory_utilization": config.rollout.gpu_memory_utilization,
+        "numa_bind": nodes is not None,
+        "numa_bind_nodes": nodes,
+        "enforce_eager": _eager(config, model),
+        "enable_prefix_caching": True,
+        "enable_return_routed_experts": model.routing_spec is not None and config.rollout.return_routed_experts,
         # Behaviour log-probs: after temperature and top-p.
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[config.sync_backend]),
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[config.sync_backend]),
         # More methods on the worker; without a call of them nothing is hooked into the model.
-        worker_extension_cls="async_rl.weights.vllm.extension.WorkerExtension",
+        "worker_extension_cls": "async_rl.weights.vllm.extension.WorkerExtension",
         # Token ids in, token ids out. Sampling is what each request says, nothing from generation_config.json.
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        disable_log_stats=not config.metrics.engine,
-        enable_log_requests=False,
-    )
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "disable_log_stats": not config.metrics.engine,
+        "enable_log_requests": False,
+    }
+    return AsyncEngineArgs(**(arguments | config.rollout.engine_args))
 
 
 def stat_loggers(config: RunConfig) -> list[type] | None:
