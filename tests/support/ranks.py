@@ -1,6 +1,7 @@
 """Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
 import signal
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,15 +34,21 @@ def run_config(path, **overrides):
 
 
 class Ranks:
-    """``with Ranks(4) as ranks: ranks.run(function, config, ...)``."""
+    """``with Ranks(4) as ranks: ranks.run(function, config, ...)``.
 
-    def __init__(self, most: int) -> None:
+    prepare: called first in each process, before Megatron is imported there.
+    """
+
+    def __init__(self, most: int, prepare: Callable[[], None] | None = None) -> None:
         self._most = most
+        self._prepare = prepare
         self._start()
 
     def _start(self) -> None:
         self.met = False  # in a layout of several
-        self._processes = [ProcessPoolExecutor(1, get_context("spawn"), _begin) for _ in range(self._most)]
+        self._processes = [
+            ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._prepare,)) for _ in range(self._most)
+        ]
 
     def __enter__(self):
         return self
@@ -86,12 +93,14 @@ class Ranks:
         return [future.result() for future in futures]
 
 
-def _begin():
+def _begin(prepare):
     # A worker would wait for calls forever, even after the process that makes them was killed.
     signal_on_parent_death(signal.SIGKILL)
     # Named after its process: a killed one leaves its semaphores behind, and whole runs look for those of their own.
     begin_run()
     mark_semaphores("ranks")
+    if prepare is not None:
+        prepare()
 
 
 _STORES = []  # of rank 0, until its ranks have met

@@ -6,9 +6,12 @@ Importing this module starts and changes nothing; ``activate`` does. Knows Megat
 Differences between the devices, and where they are:
     activate            patches Megatron for the CPU; selects the GPU
     init_distributed    gloo or nccl
-    layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
+    layout              Megatron's own modules with our attention and norm, or Transformer Engine's
+    layer_spec          those modules
     model_overrides     settings of TransformerConfig
     optimizer           AdamW of torch, or Megatron's distributed one
+
+Tests replace ``layout`` to compute with Transformer Engine's layers on a CPU.
 """
 
 from __future__ import annotations
@@ -88,8 +91,9 @@ def activate(device: Device) -> None:
     if device == "cpu":
         _patch_cuda_calls()
         _patch_dispatcher()
-        _patch_transformer_engine()
         _patch_rng()
+        if layout(device) == "local":
+            _patch_transformer_engine()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
@@ -174,7 +178,7 @@ def redirect_cuda_to(device: Device) -> Iterator[None]:
 
 
 def layout(device: Device) -> Layout:
-    """Return which parameter names a model built with ``layer_spec`` has."""
+    """Return whose modules ``layer_spec`` builds a model of, on which its parameters' names depend."""
     return "local" if device == "cpu" else "transformer_engine"
 
 
@@ -185,10 +189,11 @@ def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
     from async_rl.trainer.megatron.attention import LatentAttention, PackedAttention
     from async_rl.trainer.megatron.norm import RMSNorm
 
+    local = layout(device) == "local"
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=device == "cuda", normalization=config.normalization, vp_stage=vp_stage
+        config, use_transformer_engine=not local, normalization=config.normalization, vp_stage=vp_stage
     )
-    if device == "cpu":
+    if local:
         # Megatron's own attention refuses packed sequences, its RMSNorm is slow; see the two modules.
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
@@ -211,8 +216,8 @@ def keep_float32(model: torch.nn.Module) -> None:
 
 
 def model_overrides(device: Device) -> dict[str, Any]:
-    """Return the settings of TransformerConfig that depend on the device; none of them changes results."""
-    if device == "cpu":
+    """Return the settings of TransformerConfig that depend on the layers; none of them changes results."""
+    if layout(device) == "local":
         return {
             "use_cpu_initialization": True,
             # Fused activations use torch.compile, which would need a C++ compiler on every machine.
