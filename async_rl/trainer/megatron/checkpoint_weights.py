@@ -41,7 +41,9 @@ class CheckpointWeights:
         # Both are pickles, as torch and Megatron read them.
         saved = torch.load(folder / _COMMON, map_location="cpu", weights_only=False)["model"]
         if differing := differences(saved, model):
-            raise CheckpointError(f"checkpoint {folder} is of a model with another {differing}")
+            raise CheckpointError(
+                f"checkpoint {folder} is of a model with another {differing}; set model.path to its own"
+            )
         self._reader = FileSystemReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)

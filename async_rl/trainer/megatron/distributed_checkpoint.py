@@ -108,8 +108,8 @@ class DistributedCheckpoint:
         if saved != self._layers:
             was, here = (_LAYERS[layers] for layers in (saved, self._layers))
             raise CheckpointError(
-                f"checkpoint {path} is of a trainer with {was}, and this one has {here}: set resources.device to what it "
-                f"was, or begin a new run from its model: `async-rl export {path} FOLDER` and model.path FOLDER"
+                f"checkpoint {path} is of a trainer with {was}, and this one has {here}: set resources.device to what "
+                f"it was, or begin a new run from its model: `async-rl export {path} FOLDER` and model.path FOLDER"
             )
 
     def _verify(self, path: Path) -> None:
