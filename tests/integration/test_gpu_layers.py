@@ -118,6 +118,24 @@ def test_a_family_computes_the_same_with_the_layers_of_gpus(gpu_layer_ranks, fol
         assert same.all(-1).mean() > 0.98, "the routers agree too, but for rounding"
 
 
+# All that trainer.recompute_modules takes, by the families that have it. One of them, moe_act, only these layers have.
+RECOMPUTED = {
+    "Qwen3-MoE": ["core_attn", "mlp", "layernorm", "moe_act"],
+    "DeepSeek-V3": ["core_attn", "mlp", "layernorm", "moe_act", "shared_experts", "mla_up_proj"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FAMILY_LAYOUTS)
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputing_any_module_changes_nothing(gpu_layer_ranks, folders, local, name, layout):
+    settings = {"trainer__recompute": "selective", "trainer__recompute_modules": RECOMPUTED[name]}
+    config, expected = family_config(folders[name], name, layout, **settings), local[name]
+    found = gpu_layer_ranks.run(look, config, *questions(name))[0]
+    scale = max(np.abs(gradient).max() for gradient in expected[2].values())
+    assert max(np.abs(found[2][key] - gradient).max() / scale for key, gradient in expected[2].items()) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -320,18 +320,19 @@ def _patch_pipeline_shapes() -> None:
 
 
 def _patch_transformer_engine() -> None:
-    """Make Megatron 0.16.1 notice that Transformer Engine is absent.
+    """Have Megatron 0.16.1 do without Transformer Engine, installed or not.
 
-    Its router reads ``te_general_gemm``, which is undefined then, and its latent attention mistakes the stand-ins for
-    Transformer Engine's classes for the real ones.
+    Its router reads ``te_general_gemm``, which is undefined without it, and with it needs a GPU. Its latent attention
+    mistakes the stand-ins for Transformer Engine's classes for the real ones. Its recomputation of a module's output
+    asks Transformer Engine for FP8's state unless ``fp8`` is None, and most callers leave it at False.
     """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     multi_latent_attention.HAVE_TE = False
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    moe_utils.te_general_gemm = None
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _patch_rng() -> None:

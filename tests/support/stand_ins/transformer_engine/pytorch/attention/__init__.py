@@ -96,6 +96,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         keys, values = key_layer, value_layer
         if ranks > 1:
             keys, values = (GatherAlongFirstDim.apply(tensor, self.cp_group) for tensor in (keys, values))
+        assert len(query_layer) == int(lengths.sum()) // ranks, "rows outside of all sequences have no attention"
         # The sequence and the place in it of each row: of this rank's queries, and of the keys in gathered order.
         mine = _places(lengths.tolist(), ranks, rank)
         theirs = torch.cat([_places(lengths.tolist(), ranks, other) for other in range(ranks)])
