@@ -3,11 +3,7 @@
 Real Megatron over gloo writes it; Transformer Engine is a stand-in (``tests/support/stand_ins``).
 """
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,18 +11,14 @@ import pytest
 from async_rl.driver.export import export
 from async_rl.errors import CheckpointError
 from async_rl.models.config import read_model_config
-from async_rl.runtime import manifest
 from async_rl.trainer.megatron.checkpoint_weights import CheckpointWeights
 from tests.support import model_families
-from tests.support.family_probes import MadeOnce, assert_same_tensors, family_config
+from tests.support.family_probes import MadeOnce, family_config
 from tests.support.layouts import LAYOUTS, TOLERANCE, config_of, largest, make_groups, relative, shared_out
 from tests.support.model_families import FAMILIES
-from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, train_and_save
+from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, save_and_write, train_and_save
 
-pytestmark = pytest.mark.megatron
-
-SLOW = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -51,44 +43,6 @@ def layer_ranks(layers, request):
     return request.getfixturevalue("ranks" if layers == "local" else "gpu_layer_ranks")
 
 
-def save_and_write(trainer, folder, out):
-    """Save a checkpoint, and write the Hugging Face folder that the trainer itself makes of its weights."""
-    import torch
-
-    if trainer._place.rank == 0:
-        folder.mkdir(parents=True)
-    torch.distributed.barrier()
-    entries = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(entries, trainer.begin_save(folder).finish())
-    if trainer._place.rank == 0:
-        manifest.write(folder, {name: entry for each in entries for name, entry in each.items()})
-    trainer.save_hf(out)
-
-
-# Megatron's absence is what a None among the modules means to Python.
-EXPORT = """
-import sys
-from pathlib import Path
-sys.modules["megatron"] = sys.modules["transformer_engine"] = None
-from async_rl.driver.export import export
-export(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
-def test_a_checkpoint_of_gpus_is_exported_without_megatron(gpu_layer_ranks, folders, tmp_path):
-    """Latent attention and experts: most of their tensors have other names there than with Megatron's own layers."""
-    config = family_config(folders["DeepSeek-V3"], "DeepSeek-V3", "alone")
-    gpu_layer_ranks.run(save_and_write, config, tmp_path / "saved", tmp_path / "written")
-    command = [sys.executable, "-c", EXPORT, tmp_path / "saved", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert_same_tensors(folders["DeepSeek-V3"], tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        path.name for path in (tmp_path / "written").iterdir()
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -100,7 +54,6 @@ def test_what_is_exported_is_what_the_trainer_would_write(layer_ranks, folders, 
     assert files[0] == files[1]
 
 
-@pytest.mark.slow
 def test_another_type_of_parameters_may_be_asked_for(ranks, folders, tmp_path):
     """The bias of the experts stays float32, as in a trainer of that type."""
     name = "DeepSeek-V3"
@@ -112,7 +65,6 @@ def test_another_type_of_parameters_may_be_asked_for(ranks, folders, tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_lacks_weights_is_refused(ranks, folders, tmp_path):
     name = "Qwen3-MoE"
     ranks.run(save_and_write, family_config(folders[name], name, "alone"), tmp_path / "saved", tmp_path / "written")
@@ -145,7 +97,6 @@ def saved(gpu_layer_ranks, checkpoint, batches, tmp_path_factory):
     return folder, gpu_layer_ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["alone", "DP2", "EP2", "VPP2", "TP2, ETP2"])
 def test_a_run_is_restored_in_another_layout(gpu_layer_ranks, checkpoint, batches, saved, layout):
     folder, (weights, reports, final) = saved
@@ -159,7 +110,6 @@ def test_a_run_is_restored_in_another_layout(gpu_layer_ranks, checkpoint, batche
     assert max(relative(end[name], final[name]) for name in final) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_a_trainer_with_other_layers_says_how_to_go_on(ranks, gpu_layer_ranks, checkpoint, saved, tmp_path):
     ways_out = r"set resources\.device to what it was, or begin a new run .*`async-rl export .*step-000002 FOLDER`"
     with pytest.raises(
@@ -172,7 +122,6 @@ def test_a_trainer_with_other_layers_says_how_to_go_on(ranks, gpu_layer_ranks, c
         gpu_layer_ranks.run(restore_and_train, config_of(checkpoint, {}, **SETTINGS), [], tmp_path)
 
 
-@pytest.mark.slow
 def test_the_trained_model_is_exported(saved, tmp_path):
     from safetensors.numpy import load_file
 

@@ -8,7 +8,10 @@ shows nothing.
 """
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -38,6 +41,7 @@ from tests.support.layouts import (
 )
 from tests.support.model_families import DENSE, FAMILIES
 from tests.support.ranks import Ranks
+from tests.support.trainer_checkpoints import save_and_write
 
 pytestmark = pytest.mark.megatron
 
@@ -142,6 +146,32 @@ def test_recomputing_any_module_changes_nothing(gpu_layer_ranks, folders, local,
 def test_there_and_back_is_bit_exact(gpu_layer_ranks, folders, tmp_path, name, layout):
     gpu_layer_ranks.run(write_folder, family_config(folders[name], name, layout), tmp_path / "out")
     assert_same_tensors(folders[name], tmp_path / "out")
+
+
+# ---- exported ----
+
+
+# Megatron's absence is what a None among the modules means to Python.
+EXPORT = """
+import sys
+from pathlib import Path
+sys.modules["megatron"] = sys.modules["transformer_engine"] = None
+from async_rl.driver.export import export
+export(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_checkpoint_of_gpus_is_exported_without_megatron(gpu_layer_ranks, folders, tmp_path):
+    """Latent attention and experts: most of their tensors have other names there than with Megatron's own layers."""
+    config = family_config(folders[QUICK[0]], *QUICK)
+    gpu_layer_ranks.run(save_and_write, config, tmp_path / "saved", tmp_path / "written")
+    command = [sys.executable, "-c", EXPORT, tmp_path / "saved", tmp_path / "out"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(folders[QUICK[0]], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "written").iterdir()
+    )
 
 
 # ---- updates, in every layout ----

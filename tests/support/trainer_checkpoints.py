@@ -6,6 +6,7 @@ import threading
 import torch
 
 from async_rl.driver import checkpoint_folder
+from async_rl.runtime import manifest
 
 
 def weights_of(trainer):
@@ -57,6 +58,18 @@ def train_and_save(trainer, updates, later, folder):
             checkpoint_folder.commit(partial, everything, keep=2)
         torch.distributed.barrier()
     return saved, later_reports, weights_of(trainer)
+
+
+def save_and_write(trainer, folder, out):
+    """Save a checkpoint, and write the Hugging Face folder that the trainer itself makes of its weights."""
+    if trainer._place.rank == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    entries = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(entries, trainer.begin_save(folder).finish())
+    if trainer._place.rank == 0:
+        manifest.write(folder, {name: entry for each in entries for name, entry in each.items()})
+    trainer.save_hf(out)
 
 
 def restore_and_train(trainer, later, folder):
