@@ -21,6 +21,7 @@ from tests.support.family_probes import (
     LAYOUTS as FAMILY_LAYOUTS,
 )
 from tests.support.family_probes import (
+    TF32_TOLERANCE,
     MadeOnce,
     assert_same_tensors,
     family_config,
@@ -120,6 +121,23 @@ def test_a_family_computes_the_same_with_the_layers_of_gpus(gpu_layer_ranks, fol
     if name not in DENSE:
         same = np.concatenate([np.sort(a, -1) == np.sort(b, -1) for a, b in zip(found[1], expected[1], strict=True)])
         assert same.all(-1).mean() > 0.98, "the routers agree too, but for rounding"
+
+
+@pytest.fixture(scope="module")
+def tf32_rank():
+    with Ranks(1, gpu_layers.use_in_tf32) as ranks:
+        yield ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_on_gpus_has_products_in_tf32(tf32_rank, folders, local, name):
+    """What tests/gpu may expect of the real ones: they differ by more than the rounding of float32."""
+    config, expected = family_config(folders[name], name, "alone"), local[name]
+    found = tf32_rank.run(look, config, *questions(name))[0]
+    apart = furthest(found[0], expected[0])
+    print(f"\n  {name:12} in TF32: log-probs {apart:.1e}")
+    assert TOLERANCE < apart < TF32_TOLERANCE / 2
 
 
 # All that trainer.recompute_modules takes, by the families that have it. One of them, moe_act, only these layers have.

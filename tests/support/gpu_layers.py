@@ -19,6 +19,32 @@ def use() -> None:
     platform.layout = lambda _device: "transformer_engine"
 
 
+def use_in_tf32() -> None:
+    """Do the same with factors of products rounded to TF32, as Transformer Engine rounds them where all is float32."""
+    use()
+
+    import torch
+    from transformer_engine.pytorch.module import grouped_linear, linear
+
+    def rounded(tensor):
+        # Of 23 bits of the mantissa 10 remain.
+        return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return rounded(x) @ rounded(weight).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            gradient = rounded(gradient)
+            return gradient @ rounded(weight), gradient.flatten(0, -2).T @ rounded(x).flatten(0, -2)
+
+    linear.product = grouped_linear.product = Product.apply
+
+
 def install() -> None:
     """Make ``transformer_engine`` importable, as on a machine with GPUs, and leave the trainer as it is."""
     assert "megatron.core" not in sys.modules, "Megatron has noticed already that Transformer Engine is absent"

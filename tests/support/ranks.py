@@ -12,6 +12,9 @@ from async_rl.trainer.parallel import world_size
 
 # Far beyond what a call takes on an idle machine: with a load of ten on two cores, importing Megatron takes a minute.
 TIMEOUT_S = 300
+# The groups of each layout of several ranks leave gloo's threads behind in the processes, and those spin: after thirty
+# layouts hundreds of them want the processor.
+MOST_LAYOUTS = 4
 
 
 def run_config(path, **overrides):
@@ -45,7 +48,7 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        self.met = False  # in a layout of several
+        self.met = 0  # layouts of several ranks that the processes have been in
         self._processes = [
             ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._prepare,)) for _ in range(self._most)
         ]
@@ -79,7 +82,9 @@ class Ranks:
     def run(self, function, config, *arguments):
         """Call ``function(trainer, *arguments)`` on every rank of the config's layout; return the results by rank."""
         count = world_size(config.trainer.parallel)
-        self.met |= count > 1
+        if count > 1 and self.met >= MOST_LAYOUTS:
+            self.renew()
+        self.met += count > 1
         address = self.call(_open_store) if count > 1 else None
         futures = [
             process.submit(_with_trainer, config, rank, address, function, arguments)

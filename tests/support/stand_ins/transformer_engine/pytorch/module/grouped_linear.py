@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import linear as product
 
 from transformer_engine.pytorch.distributed import set_tensor_model_parallel_attributes
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule, divide
@@ -76,4 +76,4 @@ class GroupedLinear(TransformerEngineBaseModule):
             raise ValueError(f"{len(m_splits)} splits for {self.num_gemms} groups")
         inp = self.prepare_forward(inp)
         weights = (getattr(self, f"weight{group}") for group in range(self.num_gemms))
-        return torch.cat([F.linear(rows, weight) for rows, weight in zip(inp.split(m_splits), weights, strict=True)])
+        return torch.cat([product(rows, weight) for rows, weight in zip(inp.split(m_splits), weights, strict=True)])

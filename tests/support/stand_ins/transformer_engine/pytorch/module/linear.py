@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import linear as product
 
 from transformer_engine.pytorch.distributed import (
     AllReduce,
@@ -81,7 +81,7 @@ class ParallelLinear(TransformerEngineBaseModule):
             inp = GatherAlongFirstDim.apply(inp, self.tp_group)
         elif self.parallel_mode == "column" and self.tp_size > 1:
             inp = SumGradient.apply(inp, self.tp_group)
-        out = F.linear(inp, self.weight)
+        out = product(inp, self.weight)
         if self.parallel_mode == "row" and self.tp_size > 1:
             collective = ReduceScatterAlongFirstDim if self.sequence_parallel else AllReduce
             out = collective.apply(out, self.tp_group)
