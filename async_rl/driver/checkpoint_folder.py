@@ -3,7 +3,7 @@
     checkpoints/step-000020/        what ``save`` of Megatron's distributed checkpointing writes, from every rank
         manifest.json               size and checksum of every file; written last, so that a torn folder has none
         pipeline/                   the driver's part and the groups in flight, see ``driver.run_state``
-        config.yaml                 the run's settings, from which ``async-rl export`` builds the model
+        config.yaml                 the run's settings, from which ``async-rl export`` knows its model
     checkpoints/step-000040.partial a checkpoint that is being written, or was not finished
     checkpoints/best-step-000010/   the best of those that are not among the newest, with checkpoint.keep_best; no run
                                     is restored from it

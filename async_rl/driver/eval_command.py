@@ -116,7 +116,7 @@ def _model(source: Source, folder: Path, moved: Path | None) -> Iterator[Path]:
         yield source.path
         return
     with tempfile.TemporaryDirectory(prefix="model-", dir=folder) as made:
-        # In a process of its own: what Megatron changes in torch must not meet vLLM.
+        # In a process of its own, whose memory is free again before the engine starts.
         command = [sys.executable, "-m", "async_rl.cli", "export", str(source.path), made]
         command += [] if moved is None else ["--model.path", str(moved)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

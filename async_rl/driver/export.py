@@ -1,6 +1,7 @@
 """``async-rl export``: writes a checkpoint, which any trainer layout may have saved, as a Hugging Face folder.
 
-Runs in one process on the CPU, which needs memory for the model and its gradients. Needs no Ray and no engine.
+Runs in one process, also for a checkpoint of GPUs on a machine without any, and copies parameter by parameter: it needs
+memory for one of the files that it writes. Needs neither Ray, an engine nor Megatron.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 from async_rl.config.loading import load
 from async_rl.config.schema import RunConfig
-from async_rl.config.training import ParallelSection
 from async_rl.driver import checkpoint_folder
 from async_rl.errors import CheckpointDamaged, CheckpointError
+from async_rl.models.config import read_model_config
 from async_rl.runtime import manifest
 
 FINAL = "final"
@@ -62,14 +63,15 @@ def find(path: Path, damaged: Mapping[Path, str] | None = None) -> Path:
 
 
 def _write(config: RunConfig, source: Path, out: Path) -> None:
-    from async_rl.trainer.trainer import Trainer
+    from async_rl.trainer.export import write_folder
+    from async_rl.trainer.megatron.checkpoint_weights import CheckpointWeights
 
-    trainer = Trainer(_alone(config))
-    try:
-        trainer.load(source, optimizer=False)
-        trainer.save_hf(out)
-    finally:
-        trainer.close()
+    altered = manifest.find_altered(source, manifest.read(source))
+    if altered is not None:
+        raise CheckpointDamaged(str(source), altered)
+    model = read_model_config(config.model.path)
+    weights = CheckpointWeights(source, model, config.model.dtype)
+    write_folder(weights, out, like=config.model.path, model=model)
 
 
 def _with_model(config: RunConfig, checkpoint: Path) -> RunConfig:
@@ -88,13 +90,3 @@ def _with_model(config: RunConfig, checkpoint: Path) -> RunConfig:
             "model that the run began with is: --model.path FOLDER"
         )
     return config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
-
-
-def _alone(config: RunConfig) -> RunConfig:
-    """Return the config for the same model on one rank of the CPU."""
-    return config.model_copy(
-        update={
-            "trainer": config.trainer.model_copy(update={"parallel": ParallelSection()}),
-            "resources": config.resources.model_copy(update={"device": "cpu"}),
-        }
-    )

@@ -23,18 +23,22 @@ SHARD_BYTES = 5 * 10**9
 def write_hf(
     weights: Iterable[tuple[str, torch.Tensor | None]], folder: Path, *, like: Path, model: ModelConfig, place: Place
 ) -> None:
-    """Write gathered ``weights`` as a checkpoint folder like the folder ``like``, with its config and tokenizer files.
-
-    Layers that predict further tokens are not trained, and are copied from ``like``. Every rank calls it, and rank 0
-    writes.
-    """
+    """Write gathered ``weights`` with ``write_folder``. Every rank calls it, and rank 0 writes."""
     if place.rank == 0:
-        extra = names.extra_layers(model, checkpoint_shards(like))
-        names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
-        for file in like.iterdir():
-            if file.is_file() and ".safetensors" not in file.name:
-                shutil.copy2(file, folder / file.name)
+        write_folder(weights, folder, like=like, model=model)
     else:
         for _ in weights:  # gathering a parameter is a collective: take part in it
             pass
     torch.distributed.barrier()
+
+
+def write_folder(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, *, like: Path, model: ModelConfig) -> None:
+    """Write ``weights`` as a checkpoint folder like the folder ``like``, with its config and tokenizer files.
+
+    Layers that predict further tokens are not trained, and are copied from ``like``.
+    """
+    extra = names.extra_layers(model, checkpoint_shards(like))
+    names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
+    for file in like.iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copy2(file, folder / file.name)

@@ -324,16 +324,13 @@ class Trainer:
         """
         return self._checkpoint.begin_save(folder, updates=self._steps)
 
-    def load(self, path: Path, *, optimizer: bool = True) -> None:
-        """Restore the checkpoint ``path``, which a trainer in any layout may have written.
+    def load(self, path: Path) -> None:
+        """Restore the checkpoint ``path``, which a trainer in any layout on the same kind of device may have written.
 
-        optimizer: restore its state too; otherwise only the weights. Raises CheckpointDamaged where a file is not as it
-        was written, and CheckpointError where the checkpoint is not of this model.
+        Raises CheckpointDamaged where a file is not as it was written, and CheckpointError where the checkpoint is not
+        of this model or device.
         """
-        if optimizer:
-            self._steps = self._checkpoint.load(path)
-        else:
-            self._checkpoint.load_weights(path)
+        self._steps = self._checkpoint.load(path)
 
     def close(self) -> None:
         """Leave the process groups. The Trainer is unusable afterwards."""

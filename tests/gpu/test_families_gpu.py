@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 
 from tests.support import model_families
+from tests.support.family_probes import TF32_TOLERANCE
 from tests.support.model_families import DENSE, FAMILIES, VOCAB
 from tests.support.ranks import Ranks, run_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.needs(1), pytest.mark.usefixtures("gpus")]
-
-# float32 through TF32-free matrix products, and attention kernels that add in another order.
-TOLERANCE = 1e-3
 
 
 def logprobs(trainer, ids, routing):
@@ -28,4 +26,4 @@ def test_a_family_computes_what_transformers_computes(name, tmp_path):
         routing = None if name in DENSE else expected.routing
         (found,) = ranks.run(logprobs, config, ids, routing)
     for a, b in zip(found, expected.logprobs, strict=True):
-        np.testing.assert_allclose(a, b, atol=TOLERANCE)
+        np.testing.assert_allclose(a, b, atol=TF32_TOLERANCE)

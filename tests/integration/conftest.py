@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.support import gpu_layers
 from tests.support.layouts import make_checkpoint
 from tests.support.one_rank import make_checkpoints
 from tests.support.ranks import Ranks
@@ -17,14 +18,31 @@ def all_ranks():
         yield ranks
 
 
+@pytest.fixture(scope="session")
+def all_gpu_layer_ranks():
+    with Ranks(4, gpu_layers.use) as ranks:
+        yield ranks
+
+
 @pytest.fixture(scope="module")
 def ranks(all_ranks):
     """Up to four trainer ranks, for whatever layout."""
     yield all_ranks
+    renew_if_met(all_ranks)
+
+
+@pytest.fixture(scope="module")
+def gpu_layer_ranks(all_gpu_layer_ranks):
+    """The same with the layers of GPUs, on the CPU."""
+    yield all_gpu_layer_ranks
+    renew_if_met(all_gpu_layer_ranks)
+
+
+def renew_if_met(ranks):
     # The process groups of each layout leave threads behind, and thousands of those would take the processor from what
     # runs beside. Ranks that had none are kept: each imports Megatron, which takes ten seconds.
-    if all_ranks.met:
-        all_ranks.renew()
+    if ranks.met:
+        ranks.renew()
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_a_layout_computes_what_one_rank_computes(ranks, checkpoint, batches, al
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modules", [["moe"], ["core_attn", "mlp"]])
+@pytest.mark.parametrize("modules", [["moe"], ["core_attn", "mlp"], ["layernorm"]])
 @pytest.mark.parametrize("name", ["EP2", "VPP2", "TP2 x EP2 x PP2"])
 def test_selective_recomputation_changes_nothing(ranks, checkpoint, batches, alone, name, modules):
     """With module moe the router runs again, and replays; with others it does not, and nothing may be left over."""

@@ -1,11 +1,9 @@
 """A real trainer's checkpoints are saved in one layout, restored in another, and exported."""
 
-import contextlib
 import inspect
 import multiprocessing
 import os
 import shutil
-import threading
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from tests.support.layouts import (
     shared_out,
 )
 from tests.support.ranks import run_config
+from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, train_and_save
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
@@ -32,71 +31,6 @@ pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def batches():
     return [make_groups(seed=seed, count=4) for seed in range(4)]
-
-
-def weights_of(trainer):
-    return {name: None if w is None else w.detach().numpy().copy() for name, w in trainer.weights()}
-
-
-def step(trainer, shares):
-    return trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3)
-
-
-@contextlib.contextmanager
-def writing_waits_for(event):
-    from async_rl.trainer.megatron.writers import FileWriter
-
-    write = FileWriter._write_file
-
-    def waiting(*arguments):
-        event.wait(60)
-        return write(*arguments)
-
-    FileWriter._write_file = waiting
-    try:
-        yield
-    finally:
-        FileWriter._write_file = write
-
-
-def train_and_save(trainer, updates, later, folder):
-    for number, shares in enumerate(updates, start=1):
-        step(trainer, shares)
-        partial = checkpoint_folder.unfinished(folder, number)
-        if trainer._place.rank == 0:
-            checkpoint_folder.begin(folder, number)
-        torch.distributed.barrier()
-        may_write = threading.Event()
-        with writing_waits_for(may_write):
-            save = trainer.begin_save(partial)
-            if number == len(updates):
-                # What is written is the state of now, although training goes on before it is written.
-                saved = weights_of(trainer)
-                later_reports = [step(trainer, shares) for shares in later]
-                assert not save.done()
-            may_write.set()
-        entries = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(entries, save.finish())
-        if trainer._place.rank == 0:
-            everything = {name: entry for each in entries for name, entry in each.items()}
-            assert everything.keys() == {path.name for path in partial.iterdir()}, "each file has an entry"
-            checkpoint_folder.commit(partial, everything, keep=2)
-        torch.distributed.barrier()
-    return saved, later_reports, weights_of(trainer)
-
-
-def restore_and_train(trainer, later, folder):
-    path = checkpoint_folder.latest_valid(folder)
-    trainer.load(path)
-    return (
-        checkpoint_folder.step_of(path),
-        weights_of(trainer),
-        [step(trainer, shares) for shares in later],
-        weights_of(trainer),
-    )
-
-
-SETTINGS = {"trainer__optimizer__warmup_steps": 6, "checkpoint__keep": 2}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Runs trainer ranks in processes of their own, one layout after another, because Megatron's state is global."""
 
 import signal
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,6 +12,9 @@ from async_rl.trainer.parallel import world_size
 
 # Far beyond what a call takes on an idle machine: with a load of ten on two cores, importing Megatron takes a minute.
 TIMEOUT_S = 300
+# The groups of each layout of several ranks leave gloo's threads behind in the processes, and those spin: after thirty
+# layouts hundreds of them want the processor.
+MOST_LAYOUTS = 4
 
 
 def run_config(path, **overrides):
@@ -33,15 +37,21 @@ def run_config(path, **overrides):
 
 
 class Ranks:
-    """``with Ranks(4) as ranks: ranks.run(function, config, ...)``."""
+    """``with Ranks(4) as ranks: ranks.run(function, config, ...)``.
 
-    def __init__(self, most: int) -> None:
+    prepare: called first in each process, before Megatron is imported there.
+    """
+
+    def __init__(self, most: int, prepare: Callable[[], None] | None = None) -> None:
         self._most = most
+        self._prepare = prepare
         self._start()
 
     def _start(self) -> None:
-        self.met = False  # in a layout of several
-        self._processes = [ProcessPoolExecutor(1, get_context("spawn"), _begin) for _ in range(self._most)]
+        self.met = 0  # layouts of several ranks that the processes have been in
+        self._processes = [
+            ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._prepare,)) for _ in range(self._most)
+        ]
 
     def __enter__(self):
         return self
@@ -72,7 +82,9 @@ class Ranks:
     def run(self, function, config, *arguments):
         """Call ``function(trainer, *arguments)`` on every rank of the config's layout; return the results by rank."""
         count = world_size(config.trainer.parallel)
-        self.met |= count > 1
+        if count > 1 and self.met >= MOST_LAYOUTS:
+            self.renew()
+        self.met += count > 1
         address = self.call(_open_store) if count > 1 else None
         futures = [
             process.submit(_with_trainer, config, rank, address, function, arguments)
@@ -86,12 +98,14 @@ class Ranks:
         return [future.result() for future in futures]
 
 
-def _begin():
+def _begin(prepare):
     # A worker would wait for calls forever, even after the process that makes them was killed.
     signal_on_parent_death(signal.SIGKILL)
     # Named after its process: a killed one leaves its semaphores behind, and whole runs look for those of their own.
     begin_run()
     mark_semaphores("ranks")
+    if prepare is not None:
+        prepare()
 
 
 _STORES = []  # of rank 0, until its ranks have met

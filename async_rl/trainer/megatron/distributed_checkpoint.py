@@ -22,14 +22,21 @@ from async_rl.config.loading import to_yaml
 from async_rl.config.schema import RunConfig
 from async_rl.errors import CheckpointDamaged, CheckpointError
 from async_rl.models.config import ModelConfig
+from async_rl.models.names import Layout
 from async_rl.runtime import manifest
 from async_rl.runtime.manifest import Entries
 from async_rl.runtime.process import release_freed_memory
 from async_rl.trainer.megatron import platform
+from async_rl.trainer.megatron.checkpoint_weights import differences
 from async_rl.trainer.megatron.optimizer import Optimizer, ShardedState
 from async_rl.trainer.megatron.platform import Device
 from async_rl.trainer.megatron.writers import FileWriter, all_ranks
 from async_rl.trainer.parallel import Place
+
+_LAYERS: dict[Layout, str] = {
+    "local": "Megatron's own layers, which a CPU has",
+    "transformer_engine": "Transformer Engine's layers, which a GPU has",
+}
 
 
 class DistributedCheckpoint:
@@ -45,11 +52,12 @@ class DistributedCheckpoint:
         device: Device,
     ) -> None:
         self._config = config
-        self._model = asdict(model)
+        self._model = model
         self._chunks = list(chunks)
         self._optimizer = optimizer
         self._place = place
         self._device = device
+        self._layers = platform.layout(device)
 
     def begin_save(self, folder: Path, *, updates: int) -> Save:
         """Begin to write model, optimizer, schedule, random state and the number of updates made.
@@ -71,32 +79,38 @@ class DistributedCheckpoint:
         Raises CheckpointDamaged where a file is not as it was written, and CheckpointError where the checkpoint is not
         of this model.
         """
-        state = self._read(path, lambda: self._whole(updates=0, loading=True))
-        self._load_weights(state)
+        state = self._read(path)
+        for number, chunk in enumerate(self._chunks):
+            chunk.module.load_state_dict(state[f"model{number}"])
         self._optimizer.load_state(state["optimizer"])
         torch.set_rng_state(state["rng"])
         updates: int = state["updates"]
         return updates
 
-    def load_weights(self, path: Path) -> None:
-        """Restore the weights alone. Raises what ``load`` raises."""
-        self._load_weights(self._read(path, self._weights))
-
-    def _read(self, path: Path, wanted: Callable[[], ShardedState]) -> ShardedState:
-        """Read what ``wanted`` returns, which is called here: it needs the device seam too, and may fail likewise."""
+    def _read(self, path: Path) -> ShardedState:
         self._verify(path)
         try:
-            model = dist_checkpointing.load_common_state_dict(str(path))["model"]
-            if model != self._model:
-                differing = [key for key, value in self._model.items() if model.get(key) != value]
-                raise ValueError(f"it is of a model with another {', '.join(differing)}")
+            saved = dist_checkpointing.load_common_state_dict(str(path))
+            if differing := differences(saved["model"], self._model):
+                raise ValueError(f"it is of a model with another {differing}")
+            self._check_layers(path, saved.get("layers", self._layers))
             with platform.redirect_cuda_to(self._device):
-                state: ShardedState = dist_checkpointing.load(wanted(), str(path))
+                wanted = self._whole(updates=0, loading=True)
+                state: ShardedState = dist_checkpointing.load(wanted, str(path))
         except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {path} does not fit {self._config.model.path}: {' '.join(str(error).split())[:300]}"
             ) from error
         return state
+
+    def _check_layers(self, path: Path, saved: Layout) -> None:
+        """Refuse a checkpoint of other layers: names differ, and the optimizer's state, which has the device's form."""
+        if saved != self._layers:
+            was, here = (_LAYERS[layers] for layers in (saved, self._layers))
+            raise CheckpointError(
+                f"checkpoint {path} is of a trainer with {was}, and this one has {here}: set resources.device to what "
+                f"it was, or begin a new run from its model: `async-rl export {path} FOLDER` and model.path FOLDER"
+            )
 
     def _verify(self, path: Path) -> None:
         """Compare all files with the manifest, each rank a share of them. Raises CheckpointDamaged on every rank."""
@@ -108,15 +122,8 @@ class DistributedCheckpoint:
         for damage in filter(None, altered):
             raise CheckpointDamaged(str(path), damage)
 
-    def _load_weights(self, state: ShardedState) -> None:
-        for number, chunk in enumerate(self._chunks):
-            chunk.module.load_state_dict(state[f"model{number}"])
-
-    def _weights(self) -> ShardedState:
-        return {f"model{number}": chunk.module.sharded_state_dict() for number, chunk in enumerate(self._chunks)}
-
     def _whole(self, *, updates: int, loading: bool) -> ShardedState:
-        weights = self._weights()
+        weights = {f"model{number}": chunk.module.sharded_state_dict() for number, chunk in enumerate(self._chunks)}
         # Training draws no random numbers, so the state of any rank will do.
         rng = [torch.get_rng_state()]
         torch.distributed.broadcast_object_list(rng, src=0)
@@ -125,7 +132,8 @@ class DistributedCheckpoint:
             "optimizer": self._optimizer.sharded_state(weights, loading=loading),
             "updates": updates,
             "rng": rng[0],
-            "model": self._model,
+            "model": asdict(self._model),
+            "layers": self._layers,
         }
 
 

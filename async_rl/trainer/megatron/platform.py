@@ -6,9 +6,12 @@ Importing this module starts and changes nothing; ``activate`` does. Knows Megat
 Differences between the devices, and where they are:
     activate            patches Megatron for the CPU; selects the GPU
     init_distributed    gloo or nccl
-    layer_spec          Megatron's own modules with our attention and norm, or Transformer Engine's
+    layout              Megatron's own modules with our attention and norm, or Transformer Engine's
+    layer_spec          those modules
     model_overrides     settings of TransformerConfig
     optimizer           AdamW of torch, or Megatron's distributed one
+
+Tests replace ``layout`` to compute with Transformer Engine's layers on a CPU.
 """
 
 from __future__ import annotations
@@ -88,8 +91,9 @@ def activate(device: Device) -> None:
     if device == "cpu":
         _patch_cuda_calls()
         _patch_dispatcher()
-        _patch_transformer_engine()
         _patch_rng()
+        if layout(device) == "local":
+            _patch_transformer_engine()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
 
@@ -174,7 +178,7 @@ def redirect_cuda_to(device: Device) -> Iterator[None]:
 
 
 def layout(device: Device) -> Layout:
-    """Return which parameter names a model built with ``layer_spec`` has."""
+    """Return whose modules ``layer_spec`` builds a model of, on which its parameters' names depend."""
     return "local" if device == "cpu" else "transformer_engine"
 
 
@@ -185,10 +189,11 @@ def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
     from async_rl.trainer.megatron.attention import LatentAttention, PackedAttention
     from async_rl.trainer.megatron.norm import RMSNorm
 
+    local = layout(device) == "local"
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=device == "cuda", normalization=config.normalization, vp_stage=vp_stage
+        config, use_transformer_engine=not local, normalization=config.normalization, vp_stage=vp_stage
     )
-    if device == "cpu":
+    if local:
         # Megatron's own attention refuses packed sequences, its RMSNorm is slow; see the two modules.
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
@@ -211,11 +216,11 @@ def keep_float32(model: torch.nn.Module) -> None:
 
 
 def model_overrides(device: Device, *, latent: bool = False) -> dict[str, Any]:
-    """Return the settings of TransformerConfig that depend on the device; none of them changes results.
+    """Return the settings of TransformerConfig that depend on device and layers; none of them changes results.
 
     latent: whether the model has latent attention, of which Megatron 0.16.1 fuses the rotary embedding experimentally.
     """
-    if device == "cpu":
+    if layout(device) == "local":
         return {
             "use_cpu_initialization": True,
             # Fused activations use torch.compile, which would need a C++ compiler on every machine.
@@ -229,7 +234,7 @@ def model_overrides(device: Device, *, latent: bool = False) -> dict[str, Any]:
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         # Without it the host waits for the device twice in each layer, to read the lengths of packed sequences.
-        "apply_rope_fusion": not latent and rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+        "apply_rope_fusion": device == "cuda" and not latent and rope_utils.fused_apply_rotary_pos_emb_thd is not None,
     }
 
 
@@ -326,18 +331,19 @@ def _patch_pipeline_shapes() -> None:
 
 
 def _patch_transformer_engine() -> None:
-    """Make Megatron 0.16.1 notice that Transformer Engine is absent.
+    """Have Megatron 0.16.1 do without Transformer Engine, installed or not.
 
-    Its router reads ``te_general_gemm``, which is undefined then, and its latent attention mistakes the stand-ins for
-    Transformer Engine's classes for the real ones.
+    Its router reads ``te_general_gemm``, which is undefined without it, and with it needs a GPU. Its latent attention
+    mistakes the stand-ins for Transformer Engine's classes for the real ones. Its recomputation of a module's output
+    asks Transformer Engine for FP8's state unless ``fp8`` is None, and most callers leave it at False.
     """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     multi_latent_attention.HAVE_TE = False
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    moe_utils.te_general_gemm = None
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _patch_rng() -> None:
