@@ -298,8 +298,8 @@ class Trainer:
         """Return the live weights under Hugging Face names, tensor by tensor, on rank 0. All ranks iterate in step."""
         from async_rl.trainer.megatron.gather import GatheredWeights
 
-        modules = [chunk.module for chunk in self._chunks]
-        return GatheredWeights(modules, self._model_config, self._place, self._groups, platform.layout(self._device))
+        modules, size = [chunk.module for chunk in self._chunks], self._config.sync.gather_bucket_bytes
+        return GatheredWeights(modules, self._model_config, self._place, platform.layout(self._device), size)
 
     def weight_source(self) -> WeightSource:
         """Return the live weights for vLLM's weight transfer. The first call imports part of vLLM (seconds)."""

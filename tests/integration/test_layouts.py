@@ -43,6 +43,8 @@ def train_and_probe(trainer, updates):
     reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
     source = trainer.weights()
     weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
+    for name, tensor in gathered_by_tensor(trainer):
+        np.testing.assert_array_equal(weights[name], tensor, name)
     # A weight sync sizes the receiving buffers by the metadata, and fills them with the tensors.
     declared = {meta.name: meta.shape for meta in source.metadata()}
     assert list(declared) == list(weights)
@@ -51,6 +53,15 @@ def train_and_probe(trainer, updates):
     rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
     probed = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
     return reports, weights, probed
+
+
+def gathered_by_tensor(trainer):
+    from async_rl.trainer.megatron import platform
+    from tests.support.tensor_gather import TensorGather
+
+    modules, groups = [chunk.module for chunk in trainer._chunks], trainer._groups
+    layout = platform.layout(trainer._device)
+    return TensorGather(modules, trainer._model_config, trainer._place, layout, groups.tensor, groups.expert_tensor)
 
 
 @pytest.fixture(scope="module")
