@@ -1,13 +1,20 @@
-"""Both ends of vLLM's NCCL weight transfer with a time limit, after which the communicator is aborted.
+"""Both ends of vLLM's NCCL weight transfer, with what vLLM 0.30 leaves to its caller.
 
-A process that dies in an NCCL call leaves the others in theirs for good: NCCL has no time limit, and vLLM 0.30 leaves
-it to the caller to abort the communicator (``NCCLTrainerWeightTransferEngine.send_weights`` says so). Here the ranks
-meet in a thread that can be left behind, and a timer aborts a transfer that takes too long. Does not know Ray.
+A time limit, after which the communicator is aborted. A process that dies in an NCCL call leaves the others in theirs
+for good: NCCL has no time limit, and vLLM leaves it to the caller to abort the communicator
+(``NCCLTrainerWeightTransferEngine.send_weights`` says so). Here the ranks meet in a thread that can be left behind, and
+a timer aborts a transfer that takes too long.
+
+One CUDA stream for all that is gathered: vLLM's packed producer takes tensors under two streams in turn, and gathering
+makes several at a time. See ``under_own_stream``.
+
+The name table: vLLM takes whatever names it is given. See ``name_table``. Does not know Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +37,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from async_rl.errors import WeightSyncError
+from async_rl.weights.shm_file import TensorMeta
+from async_rl.weights.vllm.name_table import Rows, checked, name_table, rows
 from async_rl.weights.vllm.plugin import BACKENDS
 from async_rl.weights.vllm.staging import gathered
 
@@ -51,9 +60,10 @@ class TimedNCCLTrainerInitInfo(NCCLTrainerInitInfo):  # type: ignore[misc]  # vL
 
 @dataclass(kw_only=True)
 class TimedNCCLInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not followed
-    """The same for the engine's end; the trainer sends it."""
+    """The same for the engine's end, and the name table of every transfer; the trainer sends it."""
 
     timeout_s: float
+    table: Rows
 
 
 class Client(VLLMWeightSyncClient, Protocol):  # type: ignore[misc]  # vLLM is not followed
@@ -104,6 +114,7 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
                         packed_buffer_size_bytes=init_info.packed_buffer_size_bytes,
                         packed_num_buffers=init_info.packed_num_buffers,
                         timeout_s=init_info.timeout_s,
+                        table=rows(name_table(self.source)),
                     )
                 )
             )
@@ -124,12 +135,37 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
         with gathered(source) as tensors:
+            if self.is_sender:
+                # That of now: the parameters were written under it.
+                tensors = under_own_stream(tensors, torch.cuda.current_stream())
             super()._broadcast(tensors, meta)
 
     def shutdown(self) -> None:
         if self.model_update_group is not None:
             self._limit.abort()
             self.model_update_group = None
+
+
+def under_own_stream(
+    tensors: Iterator[tuple[str, torch.Tensor]], making: torch.cuda.Stream
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Take ``tensors`` under the stream ``making``, and make each safe to use under the stream of who asks for it.
+
+    vLLM's producer (``packed_nccl_broadcast_producer``) asks for each tensor under the stream that will pack it, and
+    changes streams when a pack is full. Gathering makes several tensors at a time, also of one message, and yields them
+    later: then packing would not wait until a tensor is there, and the memory of one that was dropped would be used
+    again while the other stream still reads it.
+    """
+    while True:
+        with torch.cuda.stream(making):
+            item = next(tensors, None)
+        if item is None:
+            return
+        using = torch.cuda.current_stream()
+        if using != making:
+            using.wait_stream(making)
+            item[1].record_stream(using)
+        yield item
 
 
 def _open_endpoint(init_info: TimedNCCLTrainerInitInfo) -> Any:
@@ -159,6 +195,7 @@ class TimedNCCLWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[m
 
     def init_transfer_engine(self, init_info: TimedNCCLInitInfo) -> None:
         self.shutdown()  # what an earlier sender has left
+        self._table = checked(init_info.table, self.model_config)
         self.packed = init_info.packed
         self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
         self.packed_num_buffers = init_info.packed_num_buffers
@@ -169,8 +206,16 @@ class TimedNCCLWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[m
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         if self.model_update_group is None:
             raise WeightSyncError("update_weights was called before init_weight_transfer_engine")
+        self._check(update_info)
         with self._limit.of("a weight transfer"):
             super().receive_weights(update_info)
+
+    def _check(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Raise WeightSyncError for an update of other tensors than those of the name table, in its order."""
+        given = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        for row, meta in itertools.zip_longest(given, self._table):
+            if row is None or meta is None or TensorMeta(row[0], row[1], tuple(row[2])) != meta:
+                raise WeightSyncError(f"the update has {row} where the name table has {meta}; nothing was loaded")
 
     def shutdown(self) -> None:
         if self.model_update_group is not None:

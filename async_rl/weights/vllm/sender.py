@@ -26,10 +26,11 @@ from async_rl.runtime.addresses import hold_port
 from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
+from async_rl.weights.vllm.name_table import name_table
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
-from async_rl.weights.vllm.shm import ShmTrainerInitInfo, name_table
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 
 # Of sync.timeout_s, the most that one call may take in which processes wait for each other: so it ends with an error of
 # its own, and a second attempt has as much.
