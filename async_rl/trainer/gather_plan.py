@@ -1,8 +1,8 @@
-"""Plans how the parts of a model's parameters come to rank 0: which ranks send them, and in which exchanges.
+"""Plans how the parts of a model's parameters come to one rank: which ranks send them, and in which exchanges.
 
-Every rank makes the same plan. An exchange takes consecutive parameters, whatever layers and experts they belong to, so
-that there are as many exchanges as the model's bytes fill, not as it has tensors. In it each rank sends what it has as
-one message:
+That is rank 0 for all parameters, or for those of each pipeline stage its first rank. Every rank makes the same plan.
+An exchange takes consecutive parameters, whatever layers and experts they belong to, so that there are as many
+exchanges as the model's bytes fill, not as it has tensors. In it each rank sends what it has as one message:
 
     ranks        | 1                    | 2                    |
     parameters   |  e0 e1 e2 (fc1, fc2) |  e3 e4 e5 (fc1, fc2) |      each at a multiple of ALIGNMENT bytes
@@ -29,18 +29,20 @@ from async_rl.trainer.parallel import expert_rank_of, owning_rank, stage_of
 ALIGNMENT = 16
 
 
+def stage_of_entry(model: ModelConfig, sizes: ParallelSection, entry: names.Entry) -> int:
+    """Return the pipeline stage whose part of a parameter is taken."""
+    if entry.layer < 0:
+        return 0  # where the last stage has a copy of the embedding, the first stage's is taken
+    return sizes.pp - 1 if entry.layer == model.num_layers else stage_of(model.num_layers, sizes, entry.layer)[0]
+
+
 def holders(model: ModelConfig, sizes: ParallelSection, entry: names.Entry) -> range:
     """Return the ranks whose parts make a parameter, in the order of the parts.
 
     Further ranks have the same parts (data and context parallelism, the remaining ranks of an expert layer, and for
     a parameter that is not cut the other tensor-parallel ranks): they send nothing.
     """
-    if entry.layer < 0:
-        stage = 0  # where the last stage has a copy of the embedding, the first stage's is taken
-    elif entry.layer == model.num_layers:
-        stage = sizes.pp - 1
-    else:
-        stage, _, _ = stage_of(model.num_layers, sizes, entry.layer)
+    stage = stage_of_entry(model, sizes, entry)
     if entry.expert is None:
         first, parts = owning_rank(sizes, stage, None), sizes.tp
     else:
@@ -58,6 +60,8 @@ class Parameter:
     shape: tuple[int, ...]
     """The shape of each part."""
     holders: range
+    destination: int = 0
+    """The rank that needs all of it."""
 
     @property
     def nbytes(self) -> int:
@@ -67,15 +71,16 @@ class Parameter:
 
     @property
     def from_others(self) -> int:
-        """Bytes that rank 0 receives."""
-        return self.nbytes * sum(1 for rank in self.holders if rank != 0)
+        """Bytes that the destination receives."""
+        return self.nbytes * sum(1 for rank in self.holders if rank != self.destination)
 
 
 class Exchange:
-    """Consecutive parameters whose parts come to rank 0 together."""
+    """Consecutive parameters whose parts come to one rank together."""
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self.parameters = list(parameters)
+        self.destination = self.parameters[0].destination
         self.nbytes: Mapping[int, int] = self._sizes()
         """The size of the message of each rank that sends one, by rank."""
 
@@ -83,7 +88,7 @@ class Exchange:
         """Yield each parameter with the position of its part in the message of each rank that sends one."""
         filled: Counter[int] = Counter()
         for parameter in self.parameters:
-            places = {rank: filled[rank] for rank in parameter.holders if rank != 0}
+            places = {rank: filled[rank] for rank in parameter.holders if rank != self.destination}
             yield parameter, places
             for rank in places:
                 filled[rank] += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
@@ -96,14 +101,15 @@ class Exchange:
 
 
 def exchanges(parameters: Iterable[Parameter], bucket_bytes: int) -> Iterator[Exchange]:
-    """Yield exchanges of all parameters, in their order, in each of which rank 0 receives at most ``bucket_bytes``.
+    """Yield exchanges of all parameters, in their order, in each of which one rank receives at most ``bucket_bytes``.
 
-    A parameter that is larger has an exchange of its own. What rank 0 has itself counts nothing.
+    A parameter that is larger has an exchange of its own. What the destination has itself counts nothing.
     """
     taken: list[Parameter] = []
     received = 0
     for parameter in parameters:
-        if received and received + parameter.from_others > bucket_bytes:
+        full = received and received + parameter.from_others > bucket_bytes
+        if full or (taken and taken[0].destination != parameter.destination):
             yield Exchange(taken)
             taken, received = [], 0
         taken.append(parameter)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from async_rl.config.training import ParallelSection
+from async_rl.trainer.parallel import owning_rank
+from tests.bench import push
 from tests.support import spread_model
 from tests.support.spread_model import DEEPSEEK, GLM, QWEN
 
@@ -50,6 +52,30 @@ def gather(place, model, layout, buckets):
     return part.held_bytes, traffic, wrong
 
 
+def gather_by_stage(place, model, layout, bucket_bytes):
+    """Return this rank's traffic, what its stage should have, and what was wrong with what it got."""
+    from async_rl.trainer.megatron.gather import GatheredWeights
+    from tests.support.tensor_gather import TensorGather
+    from tests.support.traffic import counted
+
+    part = spread_model.Rank(model, place.sizes, place.rank, layout)
+    weights = GatheredWeights(part.chunks, model, place, layout, bucket_bytes, by_stage=True)
+    # What every rank can compute by itself.
+    expected = {meta.name: meta for meta in TensorGather(part.chunks, model, place, layout, *part.groups()).metadata()}
+    with counted() as traffic:
+        got = list(weights)
+    metadata = weights.by_destination()
+    first = owning_rank(place.sizes, place.pp, None)
+    wrong = [] if metadata[first] == weights.metadata() else ["metadata"]
+    wrong += [meta.name for metas in metadata.values() for meta in metas if meta != expected.pop(meta.name)]
+    wrong += list(expected)
+    for (name, tensor), meta in zip(got, weights.metadata(), strict=True):
+        want = spread_model.whole(model, name) if place.rank == first else None
+        if name != meta.name or not same(tensor, want):
+            wrong.append(name)
+    return traffic, sorted(metadata), wrong
+
+
 def same(tensor, want):
     if tensor is None or want is None:
         return tensor is want
@@ -79,3 +105,26 @@ def test_every_family_and_layout_of_names_survives(model, layout):
     sizes = ParallelSection(tp=2, ep=2, pp=2)
     for _, _, wrong in spread_model.run(gather, sizes, MODELS[model], layout, BUCKETS):
         assert wrong == []
+
+
+@pytest.mark.parametrize(("layout", "firsts"), [("TP2 x EP2 x PP2", [0, 2]), ("VPP2", [0, 1])])
+@pytest.mark.slow
+def test_each_stage_gathers_its_own_layers_on_its_first_rank(layout, firsts):
+    for bucket_bytes in BUCKETS:
+        for traffic, destinations, wrong in spread_model.run(
+            gather_by_stage, ParallelSection(**LAYOUTS[layout]), QWEN, "local", bucket_bytes
+        ):
+            assert wrong == []
+            assert destinations == firsts
+            assert traffic.calls <= 4 * QWEN.num_layers
+            if layout == "VPP2":  # each stage is one rank
+                assert traffic.calls == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_meets_its_aims_at_a_small_size():
+    figures = push.run(4, 16, {"tp2_ep2_pp2": push.LAYOUTS["tp2_ep2_pp2"]})
+    assert max(figures["calls_over_limit"], figures["sent_over_limit"]) <= 1
+    before, after = figures["tp2_ep2_pp2"]["before"], figures["tp2_ep2_pp2"]["after"]
+    assert before["calls_per_layer"] > 40
+    assert after["sent_mb"] < before["sent_mb"]

@@ -22,7 +22,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
+from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm import sender
+from async_rl.weights.vllm.name_table import rows
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.plugin import BACKENDS, register
 from tests.support import nccl
@@ -172,6 +174,53 @@ def connect():
         each.shutdown()
 
 
+class StageSource(Source):
+    """What the first rank of one of two stages has: two tensors, or the last one."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self._metas = {0: METAS[:2], 2: METAS[2:]}
+        self._rank = rank
+
+    def metadata(self):
+        return self._metas[self._rank]
+
+    def tables(self):
+        return {rank: rows(TensorMeta.of(m.name, m) for m in metas) for rank, metas in self._metas.items()}
+
+
+class Stages:
+    """The two senders of a trainer with a pipeline, on ranks 0 and 2 of four, each in a thread."""
+
+    def __init__(self, config):
+        self.sources = {rank: StageSource(rank) for rank in (0, 2)}
+        self.senders = {
+            rank: sender.WeightSender(config, rank, source=source, host=lambda: "127.0.0.1")
+            for rank, source in self.sources.items()
+        }
+        self._rank, self._said, self._barrier = threading.local(), {}, threading.Barrier(2)
+
+    def call(self, method, *arguments, ranks=(0, 2)):
+        """Call these ranks at once, and return what each raised."""
+        with (
+            mock.patch.object(torch.distributed, "get_world_size", return_value=4),
+            mock.patch.object(torch.distributed, "all_gather_object", self._all_gather),
+            ThreadPoolExecutor(2) as pool,
+        ):
+            futures = [pool.submit(self._call, rank, method, arguments) for rank in ranks]
+        return [future.exception() for future in futures]
+
+    def _call(self, rank, method, arguments):
+        self._rank.now = rank
+        getattr(self.senders[rank], method)(*arguments)
+
+    def _all_gather(self, found, mine):
+        self._said[self._rank.now] = mine
+        self._barrier.wait(LIMIT_S)
+        for rank, said in self._said.items():
+            found[rank] = said
+
+
 def settings(rollout=None, **sync):
     """The settings of a run whose weights travel over NCCL."""
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout or {}}
@@ -298,6 +347,70 @@ def test_an_engine_refuses_an_update_of_other_tensors_than_were_agreed(connect, 
     with pytest.raises(WeightSyncError, match="where the name table has"):
         trainer.send_weights()
     assert received(replica) == [{}]
+
+
+@pytest.fixture
+def stages():
+    """A trainer whose stages send, to which replicas are connected by their handles."""
+    made = Stages(settings(timeout_s=10 * SHORT_S, senders="stages"))
+    yield made
+    made.call("close")
+
+
+def test_stages_send_in_turn_within_one_update(stages):
+    replicas = [Replica(ranks=1), Replica(ranks=1)]
+    handles = [Handle(replica) for replica in replicas]
+    for connected in (handles, handles[1:]):  # one is lost
+        assert stages.call("connect", connected) == [None, None]
+        for value in (1.0, 2.0):
+            for source in stages.sources.values():
+                source.value = value
+            assert stages.call("send", 7) == [None, None]
+            for handle in connected:
+                assert received(handle.replica) == [all_are(value)]
+                assert list(handle.replica.models[0].loaded) == [meta.name for meta in METAS]
+                update = ["start_weight_update", *["update_weights"] * 2, "finish_weight_update"]
+                assert handle.calls[-5:] == [*update, "update_weight_version"]
+    # A communicator of each sender with all that were connected.
+    assert places_of(nccl.Communicator.made[:6]) == sorted([(0, 3), (1, 3), (2, 3)] * 2)
+    assert places_of(nccl.Communicator.made[6:]) == sorted([(0, 2), (1, 2)] * 2)
+
+
+def test_a_replica_that_dies_while_a_later_stage_sends_ends_all_within_the_limit(stages):
+    replica = Replica()
+    handle = Handle(replica)
+    stages.call("connect", [handle])
+    answer, updates = handle._answer, []
+
+    def die_at_the_second(method, request=None):
+        updates.append(method)
+        if updates.count("update_weights") == 2:
+            replica.dead.set()
+        return answer(method, request)
+
+    handle._answer = die_at_the_second
+    began = time.monotonic()
+    first, second = stages.call("send", 7)
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert "the actor died" in str(first)
+    assert "a weight transfer over NCCL took longer than 2.5 s" in str(second)
+    assert [source.gathered for source in stages.sources.values()] == [2, 1]
+    again = Handle(Replica())
+    assert stages.call("connect", [again]) == [None, None]
+    assert stages.call("send", 8) == [None, None]
+    assert received(again.replica) == [all_are(1.0)]
+
+
+def test_a_stage_that_does_not_come_ends_the_connection_of_the_others(stages):
+    handle, comes = Handle(Replica()), stages.senders[2].connect
+    stages.senders[2].connect = lambda handles: None  # after the exchange of addresses
+    stages._barrier, stages._said[2] = threading.Barrier(1), ("127.0.0.1", 12345)
+    first, _ = stages.call("connect", [handle])
+    assert "did not meet for NCCL within 2.5 s" in str(first)
+    stages.senders[2].connect, stages._barrier = comes, threading.Barrier(2)
+    assert stages.call("connect", [handle]) == [None, None]
+    assert stages.call("send", 8) == [None, None]
+    assert received(handle.replica) == [all_are(1.0)]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ class Traffic:
     messages: int = 0
     """Messages sent, where an all_gather sends one to each other rank."""
     sent_bytes: int = 0
+    received_bytes: int = 0
     copies: int = 0
     """Calls of torch that write what they read to another place in memory."""
     copied_bytes: int = 0
@@ -66,6 +67,7 @@ def counted() -> Iterator[Traffic]:
         traffic.calls += 1
         traffic.messages += others
         traffic.sent_bytes += others * _bytes(part)
+        traffic.received_bytes += others * _bytes(part)
         return real["all_gather"](pieces, part, group=group)
 
     def send(tensor: torch.Tensor, dst: int) -> Any:
@@ -76,6 +78,7 @@ def counted() -> Iterator[Traffic]:
 
     def recv(tensor: torch.Tensor, src: int) -> Any:
         traffic.calls += 1
+        traffic.received_bytes += _bytes(tensor)
         return real["recv"](tensor, src)
 
     def batch_isend_irecv(operations: list[Any]) -> Any:
@@ -83,6 +86,7 @@ def counted() -> Iterator[Traffic]:
         sent = [operation.tensor for operation in operations if operation.op is torch.distributed.isend]
         traffic.messages += len(sent)
         traffic.sent_bytes += sum(map(_bytes, sent))
+        traffic.received_bytes += sum(_bytes(each.tensor) for each in operations if each.op is torch.distributed.irecv)
         return real["batch_isend_irecv"](operations)
 
     def refuse(name: str) -> Any:

@@ -1,10 +1,10 @@
 """Gathers the model's weights under Hugging Face names on rank 0, from the ranks that hold their parts.
 
-The parts of many parameters come in one message from each rank that has some (``gather_plan``), and each byte travels
-once: from the first of the ranks that hold it, straight to rank 0. Every rank iterates in step. Memory beside the
-parameters: on rank 0 what one exchange brings, and the whole tensors of the parameter that is being yielded; on a rank
-that sends, its message. Knows ``gather_plan``, ``model`` (which tensors a rank holds) and the tables in
-``models.names``.
+Or those of each pipeline stage on its first rank. The parts of many parameters come in one message from each rank that
+has some (``gather_plan``), and each byte travels once: from the first of the ranks that hold it, straight to where it
+is needed. Every rank iterates in step. Memory beside the parameters: on a rank that gathers what one exchange brings,
+and the whole tensors of the parameter that is being yielded; on a rank that sends, its message. Knows ``gather_plan``,
+``model`` (which tensors a rank holds) and the tables in ``models.names``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 
 from async_rl.models import names
 from async_rl.models.config import ModelConfig
-from async_rl.trainer.gather_plan import Exchange, Parameter, exchanges, holders
+from async_rl.trainer.gather_plan import Exchange, Parameter, exchanges, holders, stage_of_entry
 from async_rl.trainer.megatron.model import LocalTensor, local_tensors
-from async_rl.trainer.parallel import Place
+from async_rl.trainer.parallel import Place, owning_rank
 
 
 class GatheredWeights:
     """The live weights of a model that is spread over ranks. All ranks make one together, and iterate it together.
+
+    With ``by_stage`` each rank has the weights of its own pipeline stage alone, and the stages do not wait for each
+    other.
 
     Tensors that rank 0 holds whole are views of the parameters where Megatron's layout allows: a consumer must be done
     with them before the next optimizer step. Others are views of what one exchange brought: a consumer that keeps one
@@ -30,40 +33,56 @@ class GatheredWeights:
     """
 
     def __init__(
-        self, chunks: Sequence[Any], model: ModelConfig, place: Place, layout: names.Layout, bucket_bytes: int
+        self,
+        chunks: Sequence[Any],
+        model: ModelConfig,
+        place: Place,
+        layout: names.Layout,
+        bucket_bytes: int,
+        *,
+        by_stage: bool = False,
     ) -> None:
         self._model = model
         self._place = place
+        self._by_stage = by_stage
+        self._destination = owning_rank(place.sizes, place.pp, None) if by_stage else 0
         # Where the last stage has a copy of the embedding, the first stage's is exported.
         self._local: dict[str, LocalTensor] = {}
         for one in local_tensors(chunks, model, place, layout):
             self._local.setdefault(one.entry.hf[0], one)
         self._parameters = self._agree_on_parameters(layout)
-        self._exchanges = list(exchanges(self._parameters, bucket_bytes))
+        every = exchanges(self._parameters, bucket_bytes)
+        self._exchanges = [exchange for exchange in every if exchange.destination == self._destination]
 
     def metadata(self) -> list[names.Meta]:
         """Return name, dtype and shape of every tensor that iteration yields, in the same order."""
-        return [
-            names.Meta(name, parameter.dtype, shape)
-            for parameter in self._parameters
-            for name, shape in zip(parameter.entry.hf, self._shapes(parameter), strict=True)
-        ]
+        return self.by_destination()[self._destination]
+
+    def by_destination(self) -> dict[int, list[names.Meta]]:
+        """Return the metadata of the tensors that each rank gets which gets any, in the order of ranks."""
+        found: dict[int, list[names.Meta]] = {}
+        for parameter in self._parameters:
+            metas = found.setdefault(parameter.destination, [])
+            for name, shape in zip(parameter.entry.hf, self._shapes(parameter), strict=True):
+                metas.append(names.Meta(name, parameter.dtype, shape))
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield (name, tensor) on rank 0, (name, None) elsewhere."""
+        """Yield (name, tensor) on the rank that gathers, (name, None) elsewhere."""
+        gathers = self._place.rank == self._destination
         for exchange in self._exchanges:
             messages = self._exchanged(exchange)
             for parameter, places in exchange.places():
-                if self._place.rank != 0:
+                if not gathers:
                     yield from ((name, None) for name in parameter.entry.hf)
                     continue
                 parts = [self._part(parameter, messages, places, rank) for rank in parameter.holders]
                 yield from zip(parameter.entry.hf, self._whole(parameter.entry, parts), strict=True)
 
     def _exchanged(self, exchange: Exchange) -> dict[int, torch.Tensor]:
-        """Send this rank's parts to rank 0, which returns the message of each other rank, uint8[bytes]."""
+        """Send this rank's parts to the rank that gathers, which returns the message of each other, uint8[bytes]."""
         rank = self._place.rank
-        if rank == 0:
+        if rank == self._destination:
             messages = {source: self._message(nbytes) for source, nbytes in exchange.nbytes.items()}
             calls = [
                 torch.distributed.P2POp(torch.distributed.irecv, message, source)
@@ -71,7 +90,7 @@ class GatheredWeights:
             ]
         elif rank in exchange.nbytes:
             messages = {}
-            calls = [torch.distributed.P2POp(torch.distributed.isend, self._packed(exchange), 0)]
+            calls = [torch.distributed.P2POp(torch.distributed.isend, self._packed(exchange), self._destination)]
         else:
             return {}
         # As one batch, NCCL uses the communicator of all ranks: for calls by themselves it makes one for each pair.
@@ -90,8 +109,8 @@ class GatheredWeights:
     def _part(
         self, parameter: Parameter, messages: Mapping[int, torch.Tensor], places: Mapping[int, int], rank: int
     ) -> torch.Tensor:
-        """Return a rank's part of a parameter, on rank 0."""
-        return self._own(parameter) if rank == 0 else _view(messages[rank], places[rank], parameter)
+        """Return a rank's part of a parameter, on the rank that gathers."""
+        return self._own(parameter) if rank == self._destination else _view(messages[rank], places[rank], parameter)
 
     def _own(self, parameter: Parameter) -> torch.Tensor:
         return self._local[parameter.entry.hf[0]].tensor.detach()
@@ -124,7 +143,16 @@ class GatheredWeights:
         torch.distributed.all_gather_object(of_ranks, mine)
         found = {name: one for of_rank in of_ranks for name, one in of_rank.items()}
         described = ((one, found[one[0].hf[0]]) for one in entries)
-        return [Parameter(entry, dtype, shape, ranks) for (entry, ranks), (dtype, shape) in described]
+        parameters = [
+            Parameter(entry, dtype, shape, ranks, self._destination_of(entry))
+            for (entry, ranks), (dtype, shape) in described
+        ]
+        return sorted(parameters, key=lambda parameter: parameter.destination)  # the layers of a stage together
+
+    def _destination_of(self, entry: names.Entry) -> int:
+        if not self._by_stage:
+            return 0
+        return owning_rank(self._place.sizes, stage_of_entry(self._model, self._place.sizes, entry), None)
 
 
 def _view(message: torch.Tensor, place: int, parameter: Parameter) -> torch.Tensor:
