@@ -101,6 +101,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.joining
 	$(BIN)/python -m tests.bench.hosts_at_scale
 	$(BIN)/python -m tests.bench.scale
+	$(BIN)/python -m tests.bench.push
 	$(BIN)/python -m tests.bench.dataset
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.trainer_memory

@@ -82,6 +82,11 @@ def _check_engines(config: RunConfig) -> None:
 
 def _check_sync(config: RunConfig) -> None:
     if config.sync.backend != "nccl":
+        if config.sync.senders != "one":
+            raise ValueError(
+                f"sync.senders is {config.sync.senders}, but sync.backend is {config.sync.backend}, with which rank 0 "
+                "alone sends; set sync.senders to one, or sync.backend to nccl"
+            )
         return
     if config.resources.device == "cpu":
         raise ValueError(

@@ -63,6 +63,14 @@ class SyncSection(Section):
     timeout_s: PositiveFloat = 120.0
     """Seconds that a weight sync may take; then engines that do not answer are replaced, and if all answer, the run
     fails."""
+    # At 50 GB/s it takes 10 ms, long against the tens of microseconds that each message costs, also where sixteen ranks
+    # share it; and it is little beside the GiB that vLLM's NCCL transfer broadcasts at a time.
+    gather_bucket_bytes: Positive = 512 * 2**20
+    """Most bytes of weights that the trainer's ranks bring to rank 0 at a time, which it holds beside its own; a larger
+    parameter comes alone."""
+    senders: Literal["one", "stages"] = "one"
+    """Which trainer ranks send with sync.backend nccl: rank 0 all weights (one), or the first rank of each pipeline
+    stage those of its stage, one stage after the other, so that no rank gathers or sends more than its stage has."""
     rolling: bool = False
     """Whether to sync one replica after the other, so that generation never stops on all; not with sync.backend
     nccl."""

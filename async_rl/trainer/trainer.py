@@ -295,18 +295,19 @@ class Trainer:
         """Return float32[layers + 1, N-1, WIDTH] of each sequence int32[N]; see ``ModelProbe.fingerprints``."""
         return self._probe.fingerprints(sequences, routed_experts)
 
-    def weights(self) -> GatheredWeights:
-        """Return the live weights under Hugging Face names, tensor by tensor, on rank 0. All ranks iterate in step."""
+    def weights(self, *, by_stage: bool = False) -> GatheredWeights:
+        """Return the live weights under Hugging Face names, tensor by tensor; see ``GatheredWeights``."""
         from async_rl.trainer.megatron.gather import GatheredWeights
 
-        modules = [chunk.module for chunk in self._chunks]
-        return GatheredWeights(modules, self._model_config, self._place, self._groups, platform.layout(self._device))
+        modules, size = [chunk.module for chunk in self._chunks], self._config.sync.gather_bucket_bytes
+        layout = platform.layout(self._device)
+        return GatheredWeights(modules, self._model_config, self._place, layout, size, by_stage=by_stage)
 
     def weight_source(self) -> WeightSource:
         """Return the live weights for vLLM's weight transfer. The first call imports part of vLLM (seconds)."""
         from async_rl.weights.vllm.source import StreamedSource
 
-        return StreamedSource(self.weights())
+        return StreamedSource(self.weights(by_stage=self._config.sync.senders == "stages"))
 
     # ---- files ----
 

@@ -1,4 +1,7 @@
-"""Both ends of sync.backend nccl, vLLM's own classes under ours, on stand-ins for NCCL: who takes part, what ends."""
+"""Both ends of sync.backend nccl, vLLM's own classes under ours, on stand-ins for NCCL and CUDA's streams.
+
+Who takes part, what ends when, what is sent and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.distributed import utils
 from vllm.distributed.device_communicators import pynccl
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -18,11 +22,14 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
+from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm import sender
+from async_rl.weights.vllm.name_table import rows
 from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.plugin import BACKENDS, register
 from tests.support import nccl
 from tests.support.loopbacks import ELSEWHERE, LOOPBACKS, is_held, is_open
+from tests.support.model_folders import SMALLEST, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +47,21 @@ class Model(torch.nn.Module):
         self.loaded.update({name: tensor.clone() for name, tensor in weights})
 
 
+METAS = [ParamMeta(f"w{i}", torch.float32, (i + 1, 2)) for i in range(3)]
+BYTES = sum(meta.shape[0] * meta.shape[1] * 4 for meta in METAS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _checkpoint(tmp_path_factory):
+    """What the engines of this file have loaded: three tensors, in the folder of a model that is supported."""
+    Replica.folder = write_config(tmp_path_factory.mktemp("engines") / "model", SMALLEST)
+    save_file({meta.name: torch.zeros(meta.shape) for meta in METAS}, Replica.folder / "model.safetensors")
+
+
 class Replica:
     """An engine of some ranks, each in a thread, as a rollout actor has it."""
+
+    folder = None
 
     def __init__(self, ranks=1):
         self.models = [Model() for _ in range(ranks)]
@@ -51,7 +71,7 @@ class Replica:
             WeightTransferEngineFactory.create_engine(
                 config,
                 SimpleNamespace(
-                    model_config=None,
+                    model_config=SimpleNamespace(model=str(self.folder)),
                     parallel_config=SimpleNamespace(data_parallel_index=0, world_size=ranks, rank=rank),
                 ),
                 torch.device("cpu"),
@@ -107,12 +127,21 @@ class Source(WeightSource):
         self.value, self.gathered = 1.0, 0
 
     def metadata(self):
-        return [ParamMeta(f"w{i}", torch.float32, (i + 1, 2)) for i in range(3)]
+        return list(METAS)
 
     def __iter__(self):
         for meta in self.metadata():
             self.gathered += 1
-            yield meta.name, torch.full(meta.shape, self.value)
+            yield meta.name, nccl.made(torch.full(meta.shape, self.value))
+
+
+class AllAtOnce(Source):
+    """Makes all tensors before it yields the first, as gathering does with those of one message."""
+
+    def __iter__(self):
+        self.streams = {nccl.Stream.now()}
+        yield from list(super().__iter__())
+        self.streams.add(nccl.Stream.now())
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +172,53 @@ def connect():
     yield _connect
     for each in senders:
         each.shutdown()
+
+
+class StageSource(Source):
+    """What the first rank of one of two stages has: two tensors, or the last one."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self._metas = {0: METAS[:2], 2: METAS[2:]}
+        self._rank = rank
+
+    def metadata(self):
+        return self._metas[self._rank]
+
+    def tables(self):
+        return {rank: rows(TensorMeta.of(m.name, m) for m in metas) for rank, metas in self._metas.items()}
+
+
+class Stages:
+    """The two senders of a trainer with a pipeline, on ranks 0 and 2 of four, each in a thread."""
+
+    def __init__(self, config):
+        self.sources = {rank: StageSource(rank) for rank in (0, 2)}
+        self.senders = {
+            rank: sender.WeightSender(config, rank, source=source, host=lambda: "127.0.0.1")
+            for rank, source in self.sources.items()
+        }
+        self._rank, self._said, self._barrier = threading.local(), {}, threading.Barrier(2)
+
+    def call(self, method, *arguments, ranks=(0, 2)):
+        """Call these ranks at once, and return what each raised."""
+        with (
+            mock.patch.object(torch.distributed, "get_world_size", return_value=4),
+            mock.patch.object(torch.distributed, "all_gather_object", self._all_gather),
+            ThreadPoolExecutor(2) as pool,
+        ):
+            futures = [pool.submit(self._call, rank, method, arguments) for rank in ranks]
+        return [future.exception() for future in futures]
+
+    def _call(self, rank, method, arguments):
+        self._rank.now = rank
+        getattr(self.senders[rank], method)(*arguments)
+
+    def _all_gather(self, found, mine):
+        self._said[self._rank.now] = mine
+        self._barrier.wait(LIMIT_S)
+        for rank, said in self._said.items():
+            found[rank] = said
 
 
 def settings(rollout=None, **sync):
@@ -195,6 +271,146 @@ def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects():
     trainer.close()
     assert [received(replica) for replica in replicas] == [[{}] * 2, [all_are(1.0)] * 2, [all_are(2.0)] * 2]
     assert handles[2].calls[-2:] == ["finish_weight_update", "update_weight_version"]
+
+
+def places_of(communicators):
+    """Return (rank, world size) of each, in the order of ranks."""
+    return sorted((communicator.group.rank, communicator.group.world_size) for communicator in communicators)
+
+
+def test_ranks_follow_one_another_also_after_a_loss(connect):
+    replicas, source = [Replica(ranks=2), Replica(ranks=2)], Source()
+    connect(replicas, source, ranks=2)
+    assert places_of(nccl.Communicator.made) == [(rank, 5) for rank in range(5)]
+    replicas[0].dead.set()
+    connect(replicas[1:], source, ranks=2).send_weights()
+    assert places_of(nccl.Communicator.made[5:]) == [(rank, 3) for rank in range(3)]
+    assert received(replicas[1]) == [all_are(1.0)] * 2
+
+
+def test_a_transfer_broadcasts_each_byte_once_in_the_order_of_the_name_table(connect):
+    replicas, source = [Replica(), Replica()], Source()
+    trainer = connect(replicas, source)
+    trainer.send_weights()
+    meeting = trainer.model_update_group.group.meeting
+    assert sum(tensor.nbytes for tensor in meeting.sent) == BYTES
+    assert len(meeting.sent) > 1
+    for replica in replicas:
+        assert list(replica.models[0].loaded) == [meta.name for meta in METAS]
+
+
+def test_tensors_made_together_are_safe_under_each_of_the_streams_that_pack_them(connect):
+    """They are made under the stream that the parameters were written under; see ``nccl.check_handed_out``."""
+    replica, source = Replica(), AllAtOnce()
+    trainer = connect([replica], source)
+    for value in (1.0, 2.0):
+        source.value = value
+        trainer.send_weights()
+        assert received(replica) == [all_are(value)]
+        assert source.streams == {nccl.Stream.now()}
+
+
+def test_without_a_stream_of_its_own_gathering_is_not_safe(connect):
+    """vLLM's producer still changes streams. When this fails, it waits by itself, and ``under_own_stream`` can go."""
+    trainer = connect([Replica()], AllAtOnce(), limit_s=5 * SHORT_S)
+    with (
+        mock.patch("async_rl.weights.vllm.nccl.under_own_stream", lambda tensors, _: tensors),
+        pytest.raises(AssertionError, match="may not be there yet"),
+    ):
+        trainer.send_weights()
+
+
+@pytest.mark.parametrize(
+    ("metas", "message"),
+    [
+        (METAS[:2], r"lacks 1 tensors, first w2"),
+        ([*METAS, ParamMeta("w9", torch.float32, (1,))], "has, unlike the checkpoint, 1 tensors, first w9"),
+        ([ParamMeta("w0", torch.float32, (2, 2)), *METAS[1:]], r"tensor w0: \[2, 2\] in the trainer, \[1, 2\] in"),
+    ],
+)
+def test_an_engine_refuses_another_name_table_than_its_checkpoints(connect, metas, message):
+    """At the connection, before any of its weights is touched."""
+    source = Source()
+    source.metadata = lambda: metas
+    with pytest.raises(WeightSyncError, match=message):
+        connect([Replica()], source, limit_s=SHORT_S)
+
+
+@pytest.mark.parametrize(
+    "change", [{"names": ["w0", "w2", "w1"]}, {"shapes": [[1, 2], [2, 2], [2, 3]]}, {"dtype_names": ["float16"] * 3}]
+)
+def test_an_engine_refuses_an_update_of_other_tensors_than_were_agreed(connect, change):
+    replica, source = Replica(), Source()
+    trainer = connect([replica], source, limit_s=5 * SHORT_S)
+    call = trainer.client.update_weights
+    trainer.client.update_weights = lambda update: call(update | change)
+    with pytest.raises(WeightSyncError, match="where the name table has"):
+        trainer.send_weights()
+    assert received(replica) == [{}]
+
+
+@pytest.fixture
+def stages():
+    """A trainer whose stages send, to which replicas are connected by their handles."""
+    made = Stages(settings(timeout_s=10 * SHORT_S, senders="stages"))
+    yield made
+    made.call("close")
+
+
+def test_stages_send_in_turn_within_one_update(stages):
+    replicas = [Replica(ranks=1), Replica(ranks=1)]
+    handles = [Handle(replica) for replica in replicas]
+    for connected in (handles, handles[1:]):  # one is lost
+        assert stages.call("connect", connected) == [None, None]
+        for value in (1.0, 2.0):
+            for source in stages.sources.values():
+                source.value = value
+            assert stages.call("send", 7) == [None, None]
+            for handle in connected:
+                assert received(handle.replica) == [all_are(value)]
+                assert list(handle.replica.models[0].loaded) == [meta.name for meta in METAS]
+                update = ["start_weight_update", *["update_weights"] * 2, "finish_weight_update"]
+                assert handle.calls[-5:] == [*update, "update_weight_version"]
+    # A communicator of each sender with all that were connected.
+    assert places_of(nccl.Communicator.made[:6]) == sorted([(0, 3), (1, 3), (2, 3)] * 2)
+    assert places_of(nccl.Communicator.made[6:]) == sorted([(0, 2), (1, 2)] * 2)
+
+
+def test_a_replica_that_dies_while_a_later_stage_sends_ends_all_within_the_limit(stages):
+    replica = Replica()
+    handle = Handle(replica)
+    stages.call("connect", [handle])
+    answer, updates = handle._answer, []
+
+    def die_at_the_second(method, request=None):
+        updates.append(method)
+        if updates.count("update_weights") == 2:
+            replica.dead.set()
+        return answer(method, request)
+
+    handle._answer = die_at_the_second
+    began = time.monotonic()
+    first, second = stages.call("send", 7)
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert "the actor died" in str(first)
+    assert "a weight transfer over NCCL took longer than 2.5 s" in str(second)
+    assert [source.gathered for source in stages.sources.values()] == [2, 1]
+    again = Handle(Replica())
+    assert stages.call("connect", [again]) == [None, None]
+    assert stages.call("send", 8) == [None, None]
+    assert received(again.replica) == [all_are(1.0)]
+
+
+def test_a_stage_that_does_not_come_ends_the_connection_of_the_others(stages):
+    handle, comes = Handle(Replica()), stages.senders[2].connect
+    stages.senders[2].connect = lambda handles: None  # after the exchange of addresses
+    stages._barrier, stages._said[2] = threading.Barrier(1), ("127.0.0.1", 12345)
+    first, _ = stages.call("connect", [handle])
+    assert "did not meet for NCCL within 2.5 s" in str(first)
+    stages.senders[2].connect, stages._barrier = comes, threading.Barrier(2)
+    assert stages.call("connect", [handle]) == [None, None]
+    assert stages.call("send", 8) == [None, None]
+    assert received(handle.replica) == [all_are(1.0)]
 
 
 @pytest.fixture
@@ -305,11 +521,13 @@ def test_an_engine_whose_transfer_was_aborted_says_so():
     replica = Replica()
     engine = replica.engines[0]
     info = {"master_address": "127.0.0.1", "master_port": 0, "rank_offset": 1, "world_size": 2, "packed": True}
+    info["table"] = [[meta.name, "float32", list(meta.shape)] for meta in METAS]
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(nccl.Group.create, host="127.0.0.1", port=0, rank=0, world_size=2)
         engine.init_transfer_engine(engine.parse_init_info(info | {"timeout_s": 4 * SHORT_S}))
         other.result()
-    update = {"names": ["w0"], "dtype_names": ["float32"], "shapes": [[1, 2]]}
+    shapes = [list(meta.shape) for meta in METAS]
+    update = {"names": [meta.name for meta in METAS], "dtype_names": ["float32"] * 3, "shapes": shapes}
     with pytest.raises(WeightSyncError, match="over NCCL took longer"):
         engine.update_weights(update)
     with pytest.raises(WeightSyncError, match="over NCCL took longer"):  # not that it has received anything

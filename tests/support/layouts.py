@@ -118,6 +118,8 @@ def train_and_probe(trainer, updates):
     reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
     source = trainer.weights()
     weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
+    for name, tensor in gathered_by_tensor(trainer):
+        np.testing.assert_array_equal(weights[name], tensor, name)
     # A weight sync sizes the receiving buffers by the metadata, and fills them with the tensors.
     declared = {meta.name: meta.shape for meta in source.metadata()}
     assert list(declared) == list(weights)
@@ -126,6 +128,15 @@ def train_and_probe(trainer, updates):
     rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
     probed = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
     return reports, weights, probed
+
+
+def gathered_by_tensor(trainer):
+    from async_rl.trainer.megatron import platform
+    from tests.support.tensor_gather import TensorGather
+
+    modules, groups = [chunk.module for chunk in trainer._chunks], trainer._groups
+    layout = platform.layout(trainer._device)
+    return TensorGather(modules, trainer._model_config, trainer._place, layout, groups.tensor, groups.expert_tensor)
 
 
 def relative(found, expected):
@@ -136,23 +147,3 @@ def relative(found, expected):
 def largest(found, expected):
     assert len(found) == len(expected)
     return max(relative(a, b) for a, b in zip(found, expected, strict=True) if np.size(b))
-
-
-def probes():
-    rng = np.random.default_rng(7)
-    return [rng.integers(0, VOCAB, n).astype(np.int32) for n in (40, 2, 1, 23)]
-
-
-def train_and_probe(trainer, updates):
-    """Make the updates, each given as groups by data-parallel index, and probe the model."""
-    reports = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3) for shares in updates]
-    source = trainer.weights()
-    weights = {name: None if w is None else w.detach().numpy().copy() for name, w in source}
-    # A weight sync sizes the receiving buffers by the metadata, and fills them with the tensors.
-    declared = {meta.name: meta.shape for meta in source.metadata()}
-    assert list(declared) == list(weights)
-    assert all(declared[name] == w.shape for name, w in weights.items() if w is not None)
-    ids = probes()
-    rows = [random_rows(len(one) - 1, np.random.default_rng(len(one))) for one in ids]
-    probed = trainer.logprobs(ids, rows), trainer.native_routing(ids), trainer.fingerprints(ids, rows)
-    return reports, weights, probed

@@ -1,4 +1,4 @@
-"""Stand-ins for what vLLM's NCCL transfer meets and broadcasts with, between threads of one process and on the CPU.
+"""Stand-ins for what vLLM's NCCL transfer meets, broadcasts and orders with, between threads and on the CPU.
 
 They wait as NCCL does: for ranks that never come, and for peers that take no part in a broadcast, until ``destroy``.
 """
@@ -99,8 +99,62 @@ class Communicator:
             raise RuntimeError("NCCL error: aborted")
 
 
-class _Stream:
+class Stream:
+    """In place of a CUDA stream: counts what it was given to do, and how much of the others' it begins after."""
+
+    current = threading.local()
+
+    def __init__(self) -> None:
+        self.issued = 0
+        self.after: dict[Stream, int] = {}
+
+    def issue(self) -> int:
+        """Give it something to do, and return the number of that."""
+        self.issued += 1
+        return self.issued
+
+    def wait_stream(self, other: Stream) -> None:
+        for stream, count in {**other.after, other: other.issued}.items():
+            self.after[stream] = max(self.after.get(stream, 0), count)
+
     def synchronize(self) -> None: ...
+
+    @classmethod
+    def now(cls) -> Stream:
+        """Return the current stream of this thread; each has a default stream of its own."""
+        if not hasattr(cls.current, "stream"):
+            cls.current.stream = cls()
+        found: Stream = cls.current.stream
+        return found
+
+    @classmethod
+    @contextlib.contextmanager
+    def as_current(cls, stream: Stream) -> Iterator[None]:
+        before, cls.current.stream = cls.now(), stream
+        try:
+            yield
+        finally:
+            cls.current.stream = before
+
+
+def made(tensor: torch.Tensor) -> torch.Tensor:
+    """Note under which stream a tensor was made. It must not be handed out to another one that may come too early."""
+    stream = Stream.now()
+    tensor.made = stream, stream.issue()
+    tensor.recorded = {stream}
+    return tensor
+
+
+def check_handed_out(item: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Assert that the current stream may read a tensor, and that its memory is not used again meanwhile."""
+    name, tensor = item
+    if hasattr(tensor, "made"):
+        stream, number = tensor.made
+        using = Stream.now()
+        assert using is stream or using.after.get(stream, 0) >= number, f"{name} may not be there yet"
+        # Otherwise its memory goes back to the stream that made it, when the last reference is dropped.
+        assert using in tensor.recorded, f"{name} may be overwritten while it is read"
+    return item
 
 
 @contextlib.contextmanager
@@ -111,11 +165,19 @@ def on_cpu() -> Iterator[None]:
     from vllm.distributed.weight_transfer import packed_tensor
 
     Group.meetings, Communicator.made = {}, []
+    pack_tensors = packed_tensor.pack_tensors
+
+    def pack_checked(iterator, *arguments):
+        return pack_tensors(map(check_handed_out, iterator), *arguments)
+
     with (
         mock.patch.object(utils, "StatelessProcessGroup", Group),
         mock.patch.object(pynccl, "PyNcclCommunicator", Communicator),
-        mock.patch.object(packed_tensor, "_get_streams", lambda _, count: [_Stream()] * count),
-        mock.patch.object(torch.cuda, "stream", return_value=contextlib.nullcontext()),
+        mock.patch.object(packed_tensor, "_get_streams", lambda _, count: [Stream() for _ in range(count)]),
+        mock.patch.object(packed_tensor, "pack_tensors", pack_checked),
+        mock.patch.object(torch.cuda, "stream", Stream.as_current),
+        mock.patch.object(torch.cuda, "current_stream", Stream.now),
+        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: tensor.recorded.add(stream)),
         mock.patch.object(torch.accelerator, "current_device_index", return_value=None),
         mock.patch.object(torch.accelerator, "synchronize"),
     ):

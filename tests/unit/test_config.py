@@ -233,6 +233,10 @@ def test_run_name_cannot_leave_its_folder(name):
             {"sync": {"backend": "nccl", "rolling": True}, "resources": {"device": "cuda"}},
             ["sync.rolling", "sync.backend is nccl"],
         ),
+        (
+            {"sync": {"backend": "object_store", "senders": "stages"}},
+            ["sync.senders is stages", "sync.backend is object_store"],
+        ),
         ({"data": {"train": "same.jsonl", "eval": "same.jsonl"}}, ["data.eval", "data.train"]),
         ({"cluster": {"local_dir": "/scratch"}}, ["cluster.local_dir", "cluster.shared_fs"]),
     ],

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from async_rl.errors import WeightSyncError
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
-from async_rl.weights.vllm.shm import name_table
+from async_rl.weights.vllm.name_table import name_table, rows
 from async_rl.weights.vllm.staging import StagingTrainerEngine, gathered
 
 
@@ -50,8 +50,7 @@ class ObjectStoreTrainerWeightTransferEngine(StagingTrainerEngine):
         self._staged = init_info.staged
         self._publisher = init_info.publisher
         if init_info.is_sender:
-            table = [[meta.name, meta.dtype, list(meta.shape)] for meta in name_table(source)]
-            client.init_weight_transfer_engine({"table": table})
+            client.init_weight_transfer_engine({"table": rows(name_table(source))})
 
     @classmethod
     def trainer_init(

@@ -1,15 +1,18 @@
 """The trainer's end of a weight transfer: vLLM's transfer backend, and the clients that reach the rollout actors.
 
-Runs on every trainer rank; rank 0 sends. Imports vLLM, so only trainer processes import this module.
+Runs on every trainer rank; rank 0 sends, and with sync.senders stages the first rank of each further stage. Imports
+vLLM, so only trainer processes import this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
@@ -26,10 +29,11 @@ from async_rl.runtime.addresses import hold_port
 from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
 from async_rl.weights.object_store import Publisher, Staged
-from async_rl.weights.vllm.nccl import TimedNCCLTrainerInitInfo
+from async_rl.weights.vllm.name_table import Rows, name_table
+from async_rl.weights.vllm.nccl import Endpoint, TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
 from async_rl.weights.vllm.plugin import register
-from async_rl.weights.vllm.shm import ShmTrainerInitInfo, name_table
+from async_rl.weights.vllm.shm import ShmTrainerInitInfo
 
 # Of sync.timeout_s, the most that one call may take in which processes wait for each other: so it ends with an error of
 # its own, and a second attempt has as much.
@@ -228,13 +232,24 @@ class WeightSender:
         if self._config.sync_backend == "object_store":
             return ObjectStoreTrainerInitInfo(rank=self._rank, staged=self._staged, publisher=self._publisher)
         host = self._host()
-        listening = hold_port(host) if self._rank == 0 else None
+        tables = {0: []} if self._config.sync.senders == "one" else self._source.tables()
+        listening = hold_port(host) if self._rank in tables else None
         return TimedNCCLTrainerInitInfo(
             master_address=host,
             master_port=0 if listening is None else int(listening.getsockname()[1]),
             listening=listening,
+            others=_other_senders(host, listening, tables),
             # The sender, and every GPU of every replica that is connected.
             world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
             rank=self._rank,
             timeout_s=self._limit_s,
         )
+
+
+def _other_senders(host: str, listening: socket.socket | None, tables: Mapping[int, Rows]) -> list[Endpoint]:
+    """Return where the senders after rank 0 wait for engines. With several, all ranks call it together."""
+    if len(tables) == 1:
+        return []
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, None if listening is None else (host, listening.getsockname()[1]))
+    return [Endpoint(found[rank][0], found[rank][1], table) for rank, table in tables.items() if rank != 0]

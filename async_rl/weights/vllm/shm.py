@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from vllm.distributed.weight_transfer.base import (
@@ -23,18 +22,17 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from async_rl.errors import WeightSyncError
-from async_rl.models import names
-from async_rl.models.config import read_model_config
-from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, check_against_checkpoint, read
+from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, read
+from async_rl.weights.vllm.name_table import Rows, checked, name_table, rows
 from async_rl.weights.vllm.reload import Reload
 from async_rl.weights.vllm.staging import StagingTrainerEngine, gathered
 
 
 @dataclass
 class ShmInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not followed
-    """The name table of every transfer: [name, dtype, shape] of each tensor."""
+    """The name table of every transfer."""
 
-    table: list[list[Any]]
+    table: Rows
 
 
 @dataclass
@@ -45,11 +43,6 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM is 
     fd: int
     nbytes: int
     round: int
-
-
-def name_table(source: WeightSource) -> list[TensorMeta]:
-    """Return the name table of the tensors that ``source`` yields."""
-    return [TensorMeta.of(meta.name, meta) for meta in source.metadata()]
 
 
 @dataclass
@@ -69,7 +62,7 @@ class ShmTrainerWeightTransferEngine(StagingTrainerEngine):
         metas = name_table(source)
         self._file = WeightFile(metas) if is_sender else None
         if is_sender:
-            client.init_weight_transfer_engine({"table": [[m.name, m.dtype, list(m.shape)] for m in metas]})
+            client.init_weight_transfer_engine({"table": rows(metas)})
 
     @classmethod
     def trainer_init(
@@ -113,11 +106,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.table]
-        folder = Path(self.model_config.model)
-        model = read_model_config(folder)
-        check_against_checkpoint(table, folder, ignored=lambda name: names.ignored(model, name))
-        self._table = table
+        self._table = checked(init_info.table, self.model_config)
 
     def start_weight_update(self) -> None:
         # Layerwise reloading would take the model apart here, before anything is verified; see receive_weights.
