@@ -1,14 +1,13 @@
 """RolloutWorker: keeps one engine full and publishes complete groups.
 
-It samples: it takes tickets, makes engine calls, scores the finished responses. ``partial`` decides what a resumed call
-sends, ``filters`` which groups are not published, the queue's broker what may be issued, and ``actor`` when the gate
-before the engine is open. It knows neither the trainer nor Ray.
+It samples: it takes tickets, and completes and scores their responses. ``calls`` makes the engine calls, ``partial``
+decides what a resumed one sends, ``filters`` which groups are not published, the queue's broker what may be issued, and
+``actor`` when the gate before the engine is open. It knows neither the trainer nor Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -19,8 +18,9 @@ from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.aside import aside
+from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.deadline import wait_in_time
-from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine
+from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.in_flight import InFlight
@@ -28,15 +28,12 @@ from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
-from async_rl.types import ExpertIds, Group, Prompt, Trajectory
+from async_rl.types import Group, Trajectory
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 _Make = Callable[[InFlight, int], Awaitable[_T]]
-
-# A token that is turned into text for the search of stop strings takes as long as these bytes of an answer.
-_DECODED_BYTES = 300
 
 
 class RolloutWorker:
@@ -57,9 +54,9 @@ class RolloutWorker:
         self._queue = queue
         self._engine = engine
         self._gate = gate
-        self._merging: dict[str, asyncio.Task[PartialRollout]] = {}  # answers being absorbed, by trajectory id
         self._responses = responses
-        self._timeline = timeline
+        self._stats = WorkerStats(replica)
+        self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
         # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
         self._max_groups = 2 * -(-config.rollout.trajectory_limit // config.rollout.n)
@@ -70,7 +67,6 @@ class RolloutWorker:
         self._has_capacity.set()
         self._work: asyncio.Task[None] | None = None
         self._stopping = False
-        self._stats = WorkerStats(replica)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +133,7 @@ class RolloutWorker:
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        return Moment((*self._adopted, *self._in_flight.values()), self._merging)
+        return Moment((*self._adopted, *self._in_flight.values()), self._calls.merging)
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
@@ -251,7 +247,7 @@ class RolloutWorker:
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         try:
-            keep(await self._responses.complete(start, prompt, lambda *call: self._sample(prompt, *call), keep))
+            keep(await self._responses.complete(start, prompt, lambda *call: self._calls.sample(prompt, *call), keep))
         finally:
             self._unfinished -= 1
             self._update_capacity()
@@ -259,38 +255,5 @@ class RolloutWorker:
 
     async def _built(self, group: InFlight, index: int) -> Trajectory:
         partial = group.partials[index]
-        nbytes = 0 if partial is None else _nbytes(partial.routed_experts)
+        nbytes = 0 if partial is None else routing_bytes(partial.routed_experts)
         return await aside(nbytes, lambda: group.trajectory(index))
-
-    async def _sample(self, prompt: Prompt, partial: PartialRollout, request_id: str) -> PartialRollout:
-        """Make one engine call for the rest of ``partial``, once the gate is open."""
-        token_ids, max_tokens, first_row = partial.next_request()
-        sampling, stops = self._responses.sampling(partial, prompt)
-        await self._gate.enter()
-        began = time.monotonic()
-        try:
-            output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
-            nbytes = _nbytes(output.routed_experts) + (_DECODED_BYTES * len(output.token_ids) if sampling.stop else 0)
-            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output, stops)))
-            self._merging[partial.trajectory_id] = merged
-        finally:
-            self._gate.leave()
-        try:
-            self._count(partial, len(token_ids), output, time.monotonic() - began)
-            return await merged
-        finally:
-            del self._merging[partial.trajectory_id]
-
-    def _count(self, partial: PartialRollout, context: int, output: EngineOutput, seconds: float) -> None:
-        """Count an engine call that was given ``context`` tokens."""
-        tokens = len(output.token_ids)
-        if self._timeline is not None:
-            call = {"trajectory": partial.trajectory_id, "tokens": tokens, "end": output.finish_reason}
-            self._timeline.add("call", seconds, **call)
-        self._stats.generated_tokens += tokens
-        if partial.interrupted and tokens:
-            self._stats.resumed_prefill_tokens += context
-
-
-def _nbytes(routed_experts: ExpertIds | None) -> int:
-    return 0 if routed_experts is None else routed_experts.nbytes
