@@ -28,7 +28,7 @@ from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
-from async_rl.types import Group, Trajectory
+from async_rl.types import Group, RolloutRecord
 
 log = structlog.get_logger(__name__)
 
@@ -169,31 +169,31 @@ class RolloutWorker:
         """Complete a group and publish or filter it, or fail it alone where only its requests or user code failed."""
         group_id = group.group_id
         try:
-            trajectories = await self._trajectories(group)
-            reason = self._responses.why_filtered(group, trajectories) if trajectories else None
+            rollouts = await self._rollouts(group)
+            reason = self._responses.why_filtered(group, rollouts) if rollouts else None
         except COST_THEIR_GROUP as error:
             if self._responses.is_fatal(error):
                 raise
             log.warning("group_failed", group=group_id, reason=str(error))
             await self._queue.fail(group_id, failure_reason(error))
         else:
-            if trajectories is None:
+            if rollouts is None:
                 await self._queue.return_group(group_id, TIMEOUT)
             elif reason is not None:
                 log.info("group_filtered", group=group_id, reason=reason)
                 await self._queue.filter_group(group_id, reason, self._config.rollout.filter.rest_epochs)
             else:
-                published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
+                published = Group(group_id, group.ticket.prompt, tuple(rollouts.values()))
                 await self._queue.put(published)
                 self._stats.publish(published)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
         self._update_capacity()
 
-    async def _trajectories(self, group: InFlight) -> dict[int, Trajectory] | None:
-        """Return the group's responses by index, or those of ``_in_time``; None if too few are finished by then."""
+    async def _rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
+        """Return the group's rollouts by index, or those of ``_in_time``; None if too few are finished by then."""
         if not self._responses.whole_groups:
-            made = await self._in_time(group, self._trajectory)
+            made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
         if ended is None:
@@ -233,7 +233,7 @@ class RolloutWorker:
                 raise
             return None
 
-    async def _trajectory(self, group: InFlight, index: int) -> tuple[int, Trajectory]:
+    async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
@@ -253,7 +253,7 @@ class RolloutWorker:
             self._update_capacity()
         return index
 
-    async def _built(self, group: InFlight, index: int) -> Trajectory:
+    async def _built(self, group: InFlight, index: int) -> RolloutRecord:
         partial = group.partials[index]
         nbytes = 0 if partial is None else routing_bytes(partial.routed_experts)
-        return await aside(nbytes, lambda: group.trajectory(index))
+        return await aside(nbytes, lambda: group.rollout(index))
