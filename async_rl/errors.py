@@ -16,6 +16,7 @@
     ├── PayloadLost            the messages of finished groups are gone with the host or the store that had them
     ├── RewardError            a reward function that cannot be loaded, raises, or returns no finite number
     ├── EnvironmentFailure     an environment that cannot be loaded, raises, or returns no text
+    ├── RequestRefused         an agent's request that cannot be answered: malformed, or beyond a limit
     ├── EngineError            the rollout engine refused a request
     │   └── EngineDied         its process is dead, or does not answer
     ├── ReplayError            routed experts that cannot be replayed as configured
@@ -38,6 +39,10 @@ prints it as it is, without a traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+RefusalCode = Literal["invalid_request", "context_length_exceeded", "rollout_budget_exceeded"]
+"""Why an agent's request is refused, in words that clients know: only the first is the agent's fault."""
 
 
 class AsyncRLError(Exception):
@@ -116,6 +121,18 @@ class RewardNotApplicable(RewardError):
 
 class EnvironmentFailure(AsyncRLError):
     """A multi-turn environment cannot be loaded, raised, timed out, or returned something other than text or None."""
+
+
+class RequestRefused(AsyncRLError):
+    """An agent's request to the policy cannot be answered; nothing has changed for it."""
+
+    def __init__(self, code: RefusalCode, why: str) -> None:
+        super().__init__(f"{code}: {why}")
+        self.code = code
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[RequestRefused], tuple[RefusalCode, str]]:
+        return RequestRefused, (self.code, self.why)
 
 
 class EngineError(AsyncRLError):

@@ -1,4 +1,4 @@
-"""The data that travels between processes: Prompt, Segment, Trajectory, Group. Frozen, and validated when built.
+"""The data that travels between processes: Prompt, Segment, Trajectory, RolloutRecord, Group. Validated when built.
 
 Shapes: P prompt tokens, G response tokens, L MoE layers, K experts per token (top-k). The last token of a sequence
 never went through a forward pass, so a sequence of P+G tokens has P+G-1 rows of routed experts. Knows only ``errors``.
@@ -23,6 +23,10 @@ ExpertIds = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 FinishReason = Literal["stop", "length"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length")
+
+# How a rollout ended: by itself, at a limit of tokens, turns or time, or because it was given up.
+RolloutEnd = Literal["done", "truncated", "abandoned"]
+ROLLOUT_ENDS: tuple[RolloutEnd, ...] = ("done", "truncated", "abandoned")
 
 # Version of a response token that no policy sampled: the text of an environment between two turns.
 NOT_SAMPLED = -1
@@ -94,7 +98,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One sampled response of a prompt.
+    """One sequence of tokens that was sampled in a rollout.
 
     Response tokens between two segments were not sampled (an environment's text between two turns). Their version is
     NOT_SAMPLED and their behaviour log-prob NaN, so that any computation with it is noticed.
@@ -113,14 +117,11 @@ class Trajectory:
     """int32[G]: the policy version that sampled each token."""
     segments: tuple[Segment, ...]
     """In ascending order without overlap, the first from token 0, the last to token G."""
-    reward: float
     finish_reason: FinishReason
     routed_experts: ExpertIds | None = None
     """uint8 or uint16 [P+G-1, L, K]; None for a dense model or an engine that returned none."""
     routing_spec: RoutingSpec | None = None
     """The layout of routed_experts; given exactly when these are."""
-    reward_parts: Mapping[str, float] = field(default_factory=dict)
-    """What the reward was made of or came with, by name."""
 
     def __post_init__(self) -> None:
         name = f"trajectory {self.trajectory_id}"
@@ -142,8 +143,6 @@ class Trajectory:
             raise InvalidTrajectory(
                 f"{name}: logprobs[{at}] is {self.logprobs[at]}; sampled tokens need a finite one, others NaN"
             )
-        if not np.isfinite(self.reward):
-            raise InvalidTrajectory(f"{name}: reward is {self.reward}")
         if self.finish_reason not in FINISH_REASONS:
             raise InvalidTrajectory(f"{name}: finish_reason is {self.finish_reason!r}, not one of {FINISH_REASONS}")
         if not self.segments or self.segments[0].start != 0 or self.segments[-1].stop != response:
@@ -189,17 +188,58 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutRecord:
+    """One attempt at a prompt: what it was worth, and what was sampled in it."""
+
+    rollout_id: str
+    """The id "<group_id>/<index>"."""
+    reward: float
+    trajectories: tuple[Trajectory, ...]
+    """Several where an agent branched, each sampled token in one of them; none where it had not sampled any."""
+    end: RolloutEnd = "done"
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """What the reward was made of or came with, by name."""
+    trainable: bool = True
+    """Whether it is compared with others and trained: not so a judge's, or that of an opponent that stays as it is."""
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.reward):
+            raise InvalidTrajectory(f"rollout {self.rollout_id}: reward is {self.reward}")
+        if self.end not in ROLLOUT_ENDS:
+            raise InvalidTrajectory(f"rollout {self.rollout_id}: end is {self.end!r}, not one of {ROLLOUT_ENDS}")
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, reward: float, parts: Mapping[str, float] | None = None) -> RolloutRecord:
+        """Return the rollout that is this one trajectory; it has its id."""
+        end: RolloutEnd = "truncated" if trajectory.finish_reason == "length" else "done"
+        return cls(trajectory.trajectory_id, reward, (trajectory,), end, dict(parts or {}))
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """The n finished responses of one prompt: the unit of the queue and of group-relative advantages."""
+    """The n finished rollouts of one prompt: the unit of the queue and of group-relative advantages."""
 
     group_id: str
     """The id "<prompt_id>.<attempt>"; each issue of a prompt has an attempt, and so a group id, of its own."""
     prompt: Prompt
-    trajectories: tuple[Trajectory, ...]
+    rollouts: tuple[RolloutRecord, ...]
 
     def __post_init__(self) -> None:
-        if not self.trajectories:
-            raise InvalidTrajectory(f"group {self.group_id}: no trajectories")
+        if not any(rollout.trajectories for rollout in self.trainable):
+            raise InvalidTrajectory(f"group {self.group_id}: no trajectories to train in {len(self.rollouts)} rollouts")
+        for ids in [r.rollout_id for r in self.rollouts], [t.trajectory_id for t in self.trajectories]:
+            if len(set(ids)) < len(ids):
+                raise InvalidTrajectory(f"group {self.group_id}: an id is there twice in {', '.join(ids)}")
+
+    @property
+    def trainable(self) -> tuple[RolloutRecord, ...]:
+        """The rollouts that are compared and trained."""
+        return tuple(rollout for rollout in self.rollouts if rollout.trainable)
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """Those of all rollouts, in their order."""
+        return tuple(trajectory for rollout in self.rollouts for trajectory in rollout.trajectories)
 
     @property
     def num_tokens(self) -> int:
@@ -208,13 +248,13 @@ class Group:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest version that sampled a token of the group."""
-        return min(t.oldest_version for t in self.trajectories)
+        """The oldest version that sampled a token to be trained."""
+        return min(t.oldest_version for rollout in self.trainable for t in rollout.trajectories)
 
     @property
     def rewards(self) -> Float32Array:
-        """float32[n]: the rewards of the trajectories."""
-        return np.array([t.reward for t in self.trajectories], dtype=np.float32)
+        """float32[n]: the rewards of the trainable rollouts."""
+        return np.array([rollout.reward for rollout in self.trainable], dtype=np.float32)
 
 
 def check_segments(name: str, segments: Sequence[Segment], versions: Int32Array) -> None:

@@ -47,7 +47,16 @@ class ChatTurns:
         write, it is not written again. ``fields`` are those of the row. Raises RowFault when the template refuses the
         messages, or where they do not follow every turn alike.
         """
-        tools, variables = template_inputs(fields, self._tools, self._template_kwargs)
+        after = self.after(messages, *template_inputs(fields, self._tools, self._template_kwargs))
+        return after[after[0] == last :]
+
+    def after(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Return the tokens from the template's stop token after a turn of the policy to where its next turn begins.
+
+        Raises RowFault as ``tokens`` does.
+        """
         one, two = (
             self._render([_QUESTION, {"role": "assistant", "content": turn}, *messages], tools, variables)[1]
             for turn in _STAND_INS
@@ -60,7 +69,7 @@ class ChatTurns:
                 "the chat template writes no stop token between a turn of the policy and what follows it, or what "
                 "follows depends on the turn; return text, which is appended as it stands"
             )
-        return after[start + (after[start] == last) :]
+        return after[start:]
 
     def check(self, roles: Sequence[str] = ("user", "tool")) -> dict[str, str | None]:
         """Return for each role why a message of it cannot follow a turn; None where it can."""

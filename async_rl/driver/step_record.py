@@ -169,7 +169,7 @@ class RunMeter:
 
 
 def _source_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
-    """Return the mean reward of each source's trajectories, by name, ascending; none without data.sources."""
+    """Return the mean reward of each source's rollouts, by name, ascending; none without data.sources."""
     found: dict[str, list[float]] = {}
     for group in groups:
         if source := source_of(group.group_id):
@@ -178,7 +178,7 @@ def _source_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
 
 
 def _part_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
-    """Return the mean of each part of the rewards over the trajectories that have it, by name, ascending."""
+    """Return the mean of each part of the rewards over the rollouts that have it, by name, ascending."""
     found: dict[str, list[tuple[float, int]]] = {}
     for group in groups:
         for name, total, count in zip(group.reward_parts, group.part_sums, group.part_counts, strict=True):

@@ -60,7 +60,7 @@ _LEARNING = (
     MetricSpec(
         "reward_mean",
         "gauge",
-        "Mean reward of the trajectories of the last training step, and of those of each source of data.sources.",
+        "Mean reward of the rollouts of the last training step, and of those of each source of data.sources.",
         "The learning curve of the policy as it samples; it should rise. A source that stays level is too easy, too "
         "hard, or scored wrongly.",
         lambda record: Split(record.reward_mean, record.reward_by_source),
@@ -78,7 +78,7 @@ _LEARNING = (
     MetricSpec(
         "reward_part_mean",
         "gauge",
-        "Mean of each named part of the reward over the trajectories of the last training step that have it.",
+        "Mean of each named part of the reward over the rollouts of the last training step that have it.",
         "Shows which part the policy earns; one that rises alone is the cheap one, and may want a smaller weight.",
         lambda record: record.reward_parts,
         labels=("part",),
@@ -347,11 +347,12 @@ _STALENESS = (
         "Response tokens kept out of the loss, by reason.",
         "A lot of `stale` asks for a lower staleness_threshold; `not_sampled` is text of the environment, "
         "`zero_advantage` what trainer.skip_zero_advantage does not compute, `truncated` what trainer.mask_truncated "
-        "leaves out, `rejected` what trainer.loss.importance with mode mask or trainer.loss.rejection leaves out; "
-        "where that is much, engine and trainer disagree.",
+        "leaves out, `not_trainable` what was sampled in rollouts that are not to be trained, `rejected` what "
+        "trainer.loss.importance with mode mask or trainer.loss.rejection leaves out; where that is much, engine and "
+        "trainer disagree.",
         lambda record: record.report.tokens_masked,
         labels=("reason",),
-        values=("stale", "not_sampled", "zero_advantage", "truncated", "rejected"),
+        values=("stale", "not_sampled", "zero_advantage", "truncated", "not_trainable", "rejected"),
     ),
     MetricSpec(
         "groups_dropped_total",

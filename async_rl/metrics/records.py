@@ -117,11 +117,11 @@ class StepRecord:
 
     reward_mean: float
     reward_by_source: Mapping[str, float] = field(default_factory=dict)
-    """Mean reward of the trajectories of each source of data.sources."""
+    """Mean reward of the rollouts of each source of data.sources."""
     issued_share: Mapping[str, float] = field(default_factory=dict)
     """Share of the groups issued so far that each source of data.sources had."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
-    """Mean of each named part of the reward over the trajectories that have it."""
+    """Mean of each named part of the reward over the rollouts that have it."""
     truncated: int = 0
     """Trajectories that ended at rollout.max_response_tokens."""
     eval_reward_mean: float | None = None

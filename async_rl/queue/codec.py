@@ -15,11 +15,32 @@ import numpy as np
 import numpy.typing as npt
 
 from async_rl.errors import InvalidTrajectory, WireError
-from async_rl.queue.wire import MAX_MESSAGE_BYTES, Array, Buffer, Kind, check_json_like, get, pack, short, unpack
-from async_rl.types import ExpertIds, Float32Array, Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.queue.wire import (
+    MAX_MESSAGE_BYTES,
+    Array,
+    Buffer,
+    Kind,
+    Message,
+    check_json_like,
+    get,
+    pack,
+    short,
+    unpack,
+)
+from async_rl.types import (
+    ExpertIds,
+    Float32Array,
+    Group,
+    Int32Array,
+    Prompt,
+    RolloutRecord,
+    RoutingSpec,
+    Segment,
+    Trajectory,
+)
 
-SCHEMA_VERSION = 1
-GROUP = Kind(b"ARLG", SCHEMA_VERSION, "group")
+SCHEMA_VERSION = 2
+GROUP = Kind(b"ARLG", SCHEMA_VERSION, "group", earlier=(1,))
 
 
 def encode(group: Group, max_bytes: int = MAX_MESSAGE_BYTES) -> npt.NDArray[np.uint8]:
@@ -35,7 +56,7 @@ def decode(buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> Group:
 
     Raises WireError for anything but a whole, intact message of this schema and at most ``max_bytes``.
     """
-    return _build_group(*unpack(GROUP, buffer, max_bytes))
+    return _build_group(unpack(GROUP, buffer, max_bytes))
 
 
 def prompt_table(name: str, prompt: Prompt) -> dict[str, Any]:
@@ -132,13 +153,23 @@ def _table(group: Group) -> dict[str, Any]:
     return {
         "group_id": group.group_id,
         **prompt_table(f"group {group.group_id}", group.prompt),
+        "rollouts": [
+            {
+                "rollout_id": rollout.rollout_id,
+                "reward": float(rollout.reward),
+                "end": rollout.end,
+                "trainable": rollout.trainable,
+                # So many of the trajectories, which lie in the order of their rollouts.
+                "trajectories": len(rollout.trajectories),
+                **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
+            }
+            for rollout in group.rollouts
+        ],
         "trajectories": [
             {
                 "trajectory_id": t.trajectory_id,
-                "reward": float(t.reward),
                 "finish_reason": t.finish_reason,
                 "routing": routing_entry(t.routing_spec),
-                **({"reward_parts": dict(t.reward_parts)} if t.reward_parts else {}),
                 **segment_engines(t),
             }
             for t in group.trajectories
@@ -146,7 +177,9 @@ def _table(group: Group) -> dict[str, Any]:
     }
 
 
-def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
+def _build_group(message: Message) -> Group:
+    table, views = message.table, message.arrays
+
     def take(name: str) -> Array:
         if name not in views:
             raise WireError(f"the message has no array {name}")
@@ -154,32 +187,72 @@ def _build_group(table: dict[str, Any], views: dict[str, Array]) -> Group:
 
     try:
         prompt = build_prompt(table, take("prompt"))
-        trajectories = []
-        for t, entry in enumerate(get(table, "trajectories", list)):
-            if not isinstance(entry, dict):
-                raise WireError(f"the message's trajectory {t} is {short(entry)}, not a map")
-            segments = build_segments(t, entry, take, views)
-            trajectories.append(
-                Trajectory(
-                    trajectory_id=get(entry, "trajectory_id", str),
-                    prompt_ids=take(f"{t}.prompt_ids"),
-                    response_ids=take(f"{t}.response_ids"),
-                    logprobs=take(f"{t}.logprobs"),
-                    versions=take(f"{t}.versions"),
-                    segments=segments,
-                    reward=get(entry, "reward", float),
-                    finish_reason=get(entry, "finish_reason", str),  # type: ignore[arg-type]  # Trajectory checks it
-                    routed_experts=views.pop(f"{t}.routed_experts", None),
-                    routing_spec=routing_spec(entry.get("routing")),
-                    reward_parts=check_parts(f"trajectory {t}", entry.get("reward_parts", {})),
-                )
-            )
-        group = Group(get(table, "group_id", str), prompt, tuple(trajectories))
+        entries = _maps(table, "trajectories", "trajectory")
+        trajectories = [_build_trajectory(t, entry, take, views) for t, entry in enumerate(entries)]
+        if message.schema == 1:  # a trajectory has the reward, and is a rollout of its own
+            rollouts = [
+                RolloutRecord.of(trajectory, get(entry, "reward", float), _parts(f"trajectory {t}", entry))
+                for t, (trajectory, entry) in enumerate(zip(trajectories, entries, strict=True))
+            ]
+        else:
+            rollouts = _build_rollouts(_maps(table, "rollouts", "rollout"), trajectories)
+        group = Group(get(table, "group_id", str), prompt, tuple(rollouts))
     except InvalidTrajectory as error:
         raise WireError(f"the message is intact, but its contents are invalid: {str(error)[:500]}") from None
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])[:200]}")
     return group
+
+
+def _maps(table: dict[str, Any], key: str, one: str) -> list[dict[str, Any]]:
+    """Return the maps of a list in the table; ``one`` names one of them in errors."""
+    entries = get(table, key, list)
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise WireError(f"the message's {one} {i} is {short(entry)}, not a map")
+    return entries
+
+
+def _build_trajectory(
+    t: int, entry: dict[str, Any], take: Callable[[str], Array], views: dict[str, Array]
+) -> Trajectory:
+    return Trajectory(
+        segments=build_segments(t, entry, take, views),
+        trajectory_id=get(entry, "trajectory_id", str),
+        prompt_ids=take(f"{t}.prompt_ids"),
+        response_ids=take(f"{t}.response_ids"),
+        logprobs=take(f"{t}.logprobs"),
+        versions=take(f"{t}.versions"),
+        finish_reason=get(entry, "finish_reason", str),  # type: ignore[arg-type]  # Trajectory checks it
+        routed_experts=views.pop(f"{t}.routed_experts", None),
+        routing_spec=routing_spec(entry.get("routing")),
+    )
+
+
+def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory]) -> list[RolloutRecord]:
+    rollouts, left = [], list(trajectories)
+    for r, entry in enumerate(entries):
+        count = get(entry, "trajectories", int)
+        if not 0 <= count <= len(left):
+            raise WireError(f"rollout {r} has {count} trajectories, and {len(left)} are left in the message")
+        rollouts.append(
+            RolloutRecord(
+                rollout_id=get(entry, "rollout_id", str),
+                reward=get(entry, "reward", float),
+                trajectories=tuple(left[:count]),
+                end=get(entry, "end", str),  # type: ignore[arg-type]  # RolloutRecord checks it
+                reward_parts=_parts(f"rollout {r}", entry),
+                trainable=get(entry, "trainable", bool),
+            )
+        )
+        left = left[count:]
+    if left:
+        raise WireError(f"{len(left)} of the message's {len(trajectories)} trajectories belong to no rollout")
+    return rollouts
+
+
+def _parts(name: str, entry: dict[str, Any]) -> dict[str, float]:
+    return check_parts(name, entry.get("reward_parts", {}))
 
 
 def check_parts(name: str, parts: Any) -> dict[str, float]:

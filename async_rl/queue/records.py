@@ -34,7 +34,7 @@ class GroupMeta:
     nbytes: int
     """Size of the encoded group."""
     oldest_version: int
-    """The oldest policy version that sampled a token of the group."""
+    """The oldest policy version that sampled a token to be trained."""
     newest_version: int
     """The newest policy version that sampled a token of the group."""
     num_trajectories: int
@@ -45,8 +45,10 @@ class GroupMeta:
     address: str = ""
     """Address of the encoded group in a store that has addresses (Redis); "" for the object store."""
     rewards: tuple[float, ...] = ()
-    """Reward of each trajectory; this and the fields below are empty in journals and checkpoints of release 0.1."""
+    """Reward of each trainable rollout; this and the fields below are empty in journals and checkpoints of release
+    0.1."""
     response_tokens: tuple[int, ...] = ()
+    """Number of response tokens of each trajectory."""
     segments: tuple[int, ...] = ()
     """Number of segments of each trajectory."""
     interruptions: tuple[int, ...] = ()
@@ -55,9 +57,9 @@ class GroupMeta:
     reward_parts: tuple[str, ...] = ()
     """Names of the parts of the rewards, ascending; with them, as tuples of the same length:"""
     part_sums: tuple[float, ...] = ()
-    """The sum of each part over the trajectories that have it."""
+    """The sum of each part over the trainable rollouts that have it."""
     part_counts: tuple[int, ...] = ()
-    """The number of trajectories that have the part."""
+    """The number of trainable rollouts that have the part."""
 
     @classmethod
     def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
@@ -76,8 +78,8 @@ class GroupMeta:
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
         """Describe a group whose encoded message has ``nbytes`` bytes."""
         parts: dict[str, list[float]] = {}
-        for trajectory in group.trajectories:
-            for part, value in trajectory.reward_parts.items():
+        for rollout in group.trainable:
+            for part, value in rollout.reward_parts.items():
                 parts.setdefault(part, []).append(value)
         names = tuple(sorted(parts))
         return cls(
@@ -89,7 +91,7 @@ class GroupMeta:
             num_trajectories=len(group.trajectories),
             num_partial=sum(t.is_partial for t in group.trajectories),
             lengths=tuple(t.num_tokens for t in group.trajectories),
-            rewards=tuple(float(t.reward) for t in group.trajectories),
+            rewards=tuple(float(rollout.reward) for rollout in group.trainable),
             response_tokens=tuple(len(t.response_ids) for t in group.trajectories),
             segments=tuple(len(t.segments) for t in group.trajectories),
             interruptions=tuple(len(t.resume_points) for t in group.trajectories),
@@ -102,7 +104,7 @@ class GroupMeta:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """One response of a group, to be shown: its text and where it was resumed, without log-probs and routed experts."""
+    """One trajectory of a group, to be shown: text, and where it was resumed, without log-probs and routed experts."""
 
     trajectory_id: str
     prompt: str
@@ -111,21 +113,22 @@ class Excerpt:
     segments: tuple[tuple[int, int, int], ...]
     """(start, stop, policy version) of each segment."""
     reward: float
+    """That of the rollout."""
     finish_reason: FinishReason
     reward_parts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: Group, index: int) -> Excerpt:
         """Return the excerpt of one trajectory of a group; it shares no memory with the group."""
-        trajectory = group.trajectories[index]
+        rollout, trajectory = [(r, t) for r in group.rollouts for t in r.trajectories][index]
         return cls(
             trajectory.trajectory_id,
             group.prompt.text,
             trajectory.response_ids.copy(),
             tuple((segment.start, segment.stop, segment.version) for segment in trajectory.segments),
-            trajectory.reward,
+            rollout.reward,
             trajectory.finish_reason,
-            dict(trajectory.reward_parts),
+            dict(rollout.reward_parts),
         )
 
 

@@ -28,7 +28,7 @@ import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 import numpy as np
@@ -64,9 +64,21 @@ class Kind:
     magic: bytes
     """The first four bytes."""
     schema: int
-    """Version of the format."""
+    """Version of the format in which messages are written."""
     what: str
     """Name of the kind in error messages."""
+    earlier: tuple[int, ...] = ()
+    """Earlier versions that are read too."""
+
+
+class Message(NamedTuple):
+    """What a message holds."""
+
+    schema: int
+    """Version of the format in which it was written."""
+    table: dict[str, Any]
+    arrays: dict[str, Array]
+    """By name: read-only views that keep the buffer alive."""
 
 
 def pack(
@@ -106,10 +118,11 @@ def pack(
     return message
 
 
-def unpack(kind: Kind, buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return (table, {name: array}); the arrays are read-only views that keep ``buffer`` alive.
+def unpack(kind: Kind, buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Return what the message holds.
 
-    Raises WireError for anything but a whole, intact message of this kind and schema and at most ``max_bytes``.
+    Raises WireError for anything but a whole, intact message of this kind, in a schema that is read, of at most
+    ``max_bytes``.
     """
     message = _as_bytes(buffer)
     length = len(message)
@@ -120,8 +133,11 @@ def unpack(kind: Kind, buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> tu
     magic, schema, checksum, stated, table_bytes, _ = _PREAMBLE.unpack_from(message.data)
     if magic != kind.magic:
         raise WireError(f"not a {kind.what}: the message starts with {magic!r} instead of {kind.magic!r}")
-    if schema != kind.schema:
-        raise WireError(f"message of schema version {schema}; this reader knows version {kind.schema}")
+    known = (*kind.earlier, kind.schema)
+    if schema not in known:
+        raise WireError(
+            f"message of schema version {schema}; this reader knows version {' and '.join(map(str, known))}"
+        )
     if stated != length:
         fault = "truncated" if length < stated else "followed by foreign bytes"
         raise WireError(f"message of {length} bytes is {fault}: it states a length of {stated}")
@@ -132,7 +148,7 @@ def unpack(kind: Kind, buffer: Buffer, max_bytes: int = MAX_MESSAGE_BYTES) -> tu
     if actual != checksum:
         raise WireError(f"message is corrupted: checksum {actual:016x}, stated {checksum:016x}")
     table = _unpack_table(message[_PREAMBLE.size : _PREAMBLE.size + table_bytes])
-    return table, _views(message[payload:], get(table, "arrays", list), max_bytes)
+    return Message(schema, table, _views(message[payload:], get(table, "arrays", list), max_bytes))
 
 
 def _pack_table(name: str, table: Mapping[str, Any]) -> bytes:

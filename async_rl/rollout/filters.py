@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from async_rl.config.rollouts import FilterSection
 from async_rl.errors import RewardError
 from async_rl.rollout.in_flight import InFlight
-from async_rl.types import FinishReason, Prompt, Trajectory
+from async_rl.types import FinishReason, Prompt, RolloutRecord
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedGroup:
-    """What ``rollout.filter`` may see of a group: its prompt, and one value of each kind for each of its responses."""
+    """What ``rollout.filter`` may see of a group: its prompt, and one value of each kind for each trainable rollout."""
 
     prompt: Prompt
     rewards: tuple[float, ...]
@@ -27,16 +27,16 @@ class FinishedGroup:
     response_tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, group: InFlight, trajectories: Mapping[int, Trajectory]) -> FinishedGroup:
-        """Describe a group that is to be published with these of its responses, by index."""
-        scores = [score for index in trajectories if (score := group.scores[index]) is not None]
-        responses = trajectories.values()
+    def of(cls, group: InFlight, rollouts: Mapping[int, RolloutRecord]) -> FinishedGroup:
+        """Describe a group that is to be published with these of its rollouts, by index."""
+        trainable = {index: rollout for index, rollout in rollouts.items() if rollout.trainable}
+        scores = [score for index in trainable if (score := group.scores[index]) is not None]
         return cls(
             prompt=group.ticket.prompt,
             rewards=tuple(score.unshaped for score in scores),
             reward_parts=tuple(score.parts for score in scores),
-            finish_reasons=tuple(response.finish_reason for response in responses),
-            response_tokens=tuple(len(response.response_ids) for response in responses),
+            finish_reasons=tuple("length" if each.end == "truncated" else "stop" for each in trainable.values()),
+            response_tokens=tuple(sum(len(t.response_ids) for t in each.trajectories) for each in trainable.values()),
         )
 
     @property

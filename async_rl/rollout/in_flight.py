@@ -31,7 +31,7 @@ from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.types import Prompt, Trajectory
+from async_rl.types import Prompt, RolloutRecord
 
 SCHEMA_VERSION = 1
 IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
@@ -66,12 +66,12 @@ class InFlight:
         """Return the id of the response at ``index``."""
         return f"{self.ticket.group_id}/{index}"
 
-    def trajectory(self, index: int) -> Trajectory:
+    def rollout(self, index: int) -> RolloutRecord:
         """Return the response at ``index``, which is complete and has a score, validated. Raises InvalidTrajectory."""
         partial, score = self.partials[index], self.scores[index]
         assert partial is not None
         assert score is not None
-        return partial.to_trajectory(score.reward, score.parts)
+        return RolloutRecord.of(partial.to_trajectory(), score.reward, score.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -112,7 +112,7 @@ def decode(
     Raises WireError for anything but such a message, and for a group that does not fit the settings: with other than
     ``n`` responses, with one longer than its limit, or kept under another ``routing_policy``.
     """
-    table, views = unpack(IN_FLIGHT, buffer)
+    _, table, views = unpack(IN_FLIGHT, buffer)
 
     def take(name: str) -> Array:
         if name not in views:

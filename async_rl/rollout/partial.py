@@ -9,9 +9,8 @@ was recorded when a token was sampled never changes (3): arrays only grow, and e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -197,7 +196,7 @@ class PartialRollout:
             finish_reason=None,
         )
 
-    def to_trajectory(self, reward: float, parts: Mapping[str, float] = MappingProxyType({})) -> Trajectory:
+    def to_trajectory(self) -> Trajectory:
         """Return the finished trajectory, validated. Raises InvalidTrajectory if the response has not ended."""
         if self.finish_reason is None:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: the response has not ended")
@@ -208,11 +207,9 @@ class PartialRollout:
             logprobs=self.logprobs,
             versions=self.versions,
             segments=self.segments,
-            reward=reward,
             finish_reason=self.finish_reason,
             routed_experts=self.routed_experts,
             routing_spec=self.routing_spec,
-            reward_parts=dict(parts),
         )
 
     def _merged(

@@ -35,7 +35,7 @@ from async_rl.rollout.rewards.score import Score
 from async_rl.rollout.rewards.scoring import Scoring
 from async_rl.rollout.stop_strings import decoder
 from async_rl.rollout.stops import Stops
-from async_rl.types import Int32Array, Prompt, Trajectory, source_of
+from async_rl.types import Int32Array, Prompt, RolloutRecord, source_of
 
 # Sources have a few, but each row may have its own.
 _KNOWN_STOPS = 256
@@ -204,12 +204,12 @@ class Responses:
         log.warning("response_left_out", group=group.group_id, response=index, reason=str(error))
         return True
 
-    def why_filtered(self, group: InFlight, trajectories: Mapping[int, Trajectory]) -> str | None:
-        """Return why a group with these responses, by index, is not to be trained; None if it is.
+    def why_filtered(self, group: InFlight, rollouts: Mapping[int, RolloutRecord]) -> str | None:
+        """Return why a group with these rollouts, by index, is not to be trained; None if it is.
 
         Raises RewardError where rollout.filter.function failed.
         """
-        return self._filter.reason(FinishedGroup.of(group, trajectories))
+        return self._filter.reason(FinishedGroup.of(group, rollouts))
 
     def close(self) -> None:
         """Stop calling the user's functions."""

@@ -1,14 +1,13 @@
 """RolloutWorker: keeps one engine full and publishes complete groups.
 
-It samples: it takes tickets, makes engine calls, scores the finished responses. ``partial`` decides what a resumed call
-sends, ``filters`` which groups are not published, the queue's broker what may be issued, and ``actor`` when the gate
-before the engine is open. It knows neither the trainer nor Ray.
+It samples: it takes tickets, and completes and scores their responses. ``calls`` makes the engine calls, ``partial``
+decides what a resumed one sends, ``filters`` which groups are not published, the queue's broker what may be issued, and
+``actor`` when the gate before the engine is open. It knows neither the trainer nor Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -19,8 +18,9 @@ from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.aside import aside
+from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.deadline import wait_in_time
-from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine
+from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.in_flight import InFlight
@@ -28,15 +28,12 @@ from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
-from async_rl.types import ExpertIds, Group, Prompt, Trajectory
+from async_rl.types import Group, RolloutRecord
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 _Make = Callable[[InFlight, int], Awaitable[_T]]
-
-# A token that is turned into text for the search of stop strings takes as long as these bytes of an answer.
-_DECODED_BYTES = 300
 
 
 class RolloutWorker:
@@ -57,9 +54,9 @@ class RolloutWorker:
         self._queue = queue
         self._engine = engine
         self._gate = gate
-        self._merging: dict[str, asyncio.Task[PartialRollout]] = {}  # answers being absorbed, by trajectory id
         self._responses = responses
-        self._timeline = timeline
+        self._stats = WorkerStats(replica)
+        self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
         # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
         self._max_groups = 2 * -(-config.rollout.trajectory_limit // config.rollout.n)
@@ -70,7 +67,6 @@ class RolloutWorker:
         self._has_capacity.set()
         self._work: asyncio.Task[None] | None = None
         self._stopping = False
-        self._stats = WorkerStats(replica)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +133,7 @@ class RolloutWorker:
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        return Moment((*self._adopted, *self._in_flight.values()), self._merging)
+        return Moment((*self._adopted, *self._in_flight.values()), self._calls.merging)
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
@@ -173,31 +169,31 @@ class RolloutWorker:
         """Complete a group and publish or filter it, or fail it alone where only its requests or user code failed."""
         group_id = group.group_id
         try:
-            trajectories = await self._trajectories(group)
-            reason = self._responses.why_filtered(group, trajectories) if trajectories else None
+            rollouts = await self._rollouts(group)
+            reason = self._responses.why_filtered(group, rollouts) if rollouts else None
         except COST_THEIR_GROUP as error:
             if self._responses.is_fatal(error):
                 raise
             log.warning("group_failed", group=group_id, reason=str(error))
             await self._queue.fail(group_id, failure_reason(error))
         else:
-            if trajectories is None:
+            if rollouts is None:
                 await self._queue.return_group(group_id, TIMEOUT)
             elif reason is not None:
                 log.info("group_filtered", group=group_id, reason=reason)
                 await self._queue.filter_group(group_id, reason, self._config.rollout.filter.rest_epochs)
             else:
-                published = Group(group_id, group.ticket.prompt, tuple(trajectories.values()))
+                published = Group(group_id, group.ticket.prompt, tuple(rollouts.values()))
                 await self._queue.put(published)
                 self._stats.publish(published)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
         self._update_capacity()
 
-    async def _trajectories(self, group: InFlight) -> dict[int, Trajectory] | None:
-        """Return the group's responses by index, or those of ``_in_time``; None if too few are finished by then."""
+    async def _rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
+        """Return the group's rollouts by index, or those of ``_in_time``; None if too few are finished by then."""
         if not self._responses.whole_groups:
-            made = await self._in_time(group, self._trajectory)
+            made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
         if ended is None:
@@ -237,7 +233,7 @@ class RolloutWorker:
                 raise
             return None
 
-    async def _trajectory(self, group: InFlight, index: int) -> tuple[int, Trajectory]:
+    async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
@@ -251,46 +247,13 @@ class RolloutWorker:
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         try:
-            keep(await self._responses.complete(start, prompt, lambda *call: self._sample(prompt, *call), keep))
+            keep(await self._responses.complete(start, prompt, lambda *call: self._calls.sample(prompt, *call), keep))
         finally:
             self._unfinished -= 1
             self._update_capacity()
         return index
 
-    async def _built(self, group: InFlight, index: int) -> Trajectory:
+    async def _built(self, group: InFlight, index: int) -> RolloutRecord:
         partial = group.partials[index]
-        nbytes = 0 if partial is None else _nbytes(partial.routed_experts)
-        return await aside(nbytes, lambda: group.trajectory(index))
-
-    async def _sample(self, prompt: Prompt, partial: PartialRollout, request_id: str) -> PartialRollout:
-        """Make one engine call for the rest of ``partial``, once the gate is open."""
-        token_ids, max_tokens, first_row = partial.next_request()
-        sampling, stops = self._responses.sampling(partial, prompt)
-        await self._gate.enter()
-        began = time.monotonic()
-        try:
-            output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
-            nbytes = _nbytes(output.routed_experts) + (_DECODED_BYTES * len(output.token_ids) if sampling.stop else 0)
-            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output, stops)))
-            self._merging[partial.trajectory_id] = merged
-        finally:
-            self._gate.leave()
-        try:
-            self._count(partial, len(token_ids), output, time.monotonic() - began)
-            return await merged
-        finally:
-            del self._merging[partial.trajectory_id]
-
-    def _count(self, partial: PartialRollout, context: int, output: EngineOutput, seconds: float) -> None:
-        """Count an engine call that was given ``context`` tokens."""
-        tokens = len(output.token_ids)
-        if self._timeline is not None:
-            call = {"trajectory": partial.trajectory_id, "tokens": tokens, "end": output.finish_reason}
-            self._timeline.add("call", seconds, **call)
-        self._stats.generated_tokens += tokens
-        if partial.interrupted and tokens:
-            self._stats.resumed_prefill_tokens += context
-
-
-def _nbytes(routed_experts: ExpertIds | None) -> int:
-    return 0 if routed_experts is None else routed_experts.nbytes
+        nbytes = 0 if partial is None else routing_bytes(partial.routed_experts)
+        return await aside(nbytes, lambda: group.rollout(index))

@@ -1,4 +1,7 @@
-"""Gives samples the advantages of their trajectories, and their tokens the weights by which the loss adds up.
+"""Gives samples the advantages of their rollouts, and their tokens the weights by which the loss adds up.
+
+A rollout is what is compared and what is averaged over, however many trajectories it has: an agent that branches more
+often must not count more often.
 
 Knows ``advantages``, ``losses`` and ``samples``; what other ranks have it is given as sums.
 """
@@ -45,14 +48,20 @@ def with_credit(
     (``LossSection.needs_batch_statistics``).
     """
     samples = [sample for _, of_group in groups for sample in of_group]
-    # How many tokens of each trajectory count, in all its samples.
-    tokens = dict.fromkeys((t.trajectory_id for group, _ in groups for t in group.trajectories), 0)
-    for sample in samples:
-        tokens[sample.trajectory_id] += int(sample.loss_mask.sum())
-    group_tokens = {
-        t.trajectory_id: sum(tokens[other.trajectory_id] for other in group.trajectories)
+    rollout_of = {
+        t.trajectory_id: rollout.rollout_id
         for group, _ in groups
-        for t in group.trajectories
+        for rollout in group.trainable
+        for t in rollout.trajectories
+    }
+    # How many tokens of each rollout count, in all its samples.
+    tokens = dict.fromkeys((rollout.rollout_id for group, _ in groups for rollout in group.trainable), 0)
+    for sample in samples:
+        tokens[rollout_of[sample.trajectory_id]] += int(sample.loss_mask.sum())
+    group_tokens = {
+        rollout.rollout_id: sum(tokens[other.rollout_id] for other in group.trainable)
+        for group, _ in groups
+        for rollout in group.trainable
     }
     values = [group_advantages(group.group_id, group.rewards, estimator).tolist() for group, _ in groups]
     advantages = [value for group in values for value in group]
@@ -62,17 +71,18 @@ def with_credit(
         total = sum_over_data(**sums)
         advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
     advantage_of = dict(zip(tokens, advantages, strict=True))
-    samples = [
-        sample.with_advantages(advantage_of[sample.trajectory_id]).with_weight(
-            losses.token_weight(
-                settings.aggregation,
-                tokens=tokens[sample.trajectory_id],
-                group_tokens=group_tokens[sample.trajectory_id],
-                max_response_tokens=max_response_tokens,
-            )
+
+    def with_its_share(sample: Sample) -> Sample:
+        rollout = rollout_of[sample.trajectory_id]
+        weight = losses.token_weight(
+            settings.aggregation,
+            tokens=tokens[rollout],
+            group_tokens=group_tokens[rollout],
+            max_response_tokens=max_response_tokens,
         )
-        for sample in samples
-    ]
+        return sample.with_advantages(advantage_of[rollout]).with_weight(weight)
+
+    samples = [with_its_share(sample) for sample in samples]
     if settings.rejection.rule == "second_moment":
         return _without_largest_squares(samples, settings.rejection.limit, sum_over_data)
     return Credited(samples, 0)

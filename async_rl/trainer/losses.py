@@ -316,9 +316,9 @@ Aggregation = Literal["token_mean", "group_mean", "sequence_mean", "sequence_sum
 
 
 def token_weight(aggregation: Aggregation, *, tokens: int, group_tokens: int, max_response_tokens: int) -> float:
-    """Return the weight of each token of a sequence of which ``tokens`` count; see ``denominator``.
+    """Return the weight of each token of a rollout of which ``tokens`` count; see ``denominator``.
 
-    group_tokens: how many count in all sequences of its group.
+    group_tokens: how many count in all rollouts of its group.
     """
     match aggregation:
         case "token_mean" | "sequence_sum":
@@ -331,18 +331,19 @@ def token_weight(aggregation: Aggregation, *, tokens: int, group_tokens: int, ma
             return 1.0 / max_response_tokens
 
 
-def denominator(aggregation: Aggregation, *, tokens: float, sequences: float, groups: float) -> float:
-    """Return the divisor of the weighted sum over the global batch, in which so many tokens, sequences, groups count.
+def denominator(aggregation: Aggregation, *, tokens: float, rollouts: float, groups: float) -> float:
+    """Return the divisor of the weighted sum over the global batch, in which so many tokens, rollouts, groups count.
 
     token_mean: every token weighs the same (loss_agg_mode token-mean in verl/trainer/ppo/core_algos.py). group_mean:
     every group weighs the same, and so do the tokens in it (the objective of DAPO, arXiv:2503.14476, is an expectation
-    over prompts; ScaleRL's prompt average, arXiv:2510.13786). sequence_mean: every sequence weighs the same (GRPO,
-    arXiv:2402.03300). sequence_sum: every token weighs the same, however many there are (seq-mean-token-sum in verl).
-    fixed_length: that, divided by the longest length possible (Dr. GRPO, arXiv:2503.20783).
+    over prompts; ScaleRL's prompt average, arXiv:2510.13786). sequence_mean: every rollout weighs the same (GRPO,
+    arXiv:2402.03300), and so do the tokens in all its trajectories. sequence_sum: every token weighs the same, however
+    many there are (seq-mean-token-sum in verl). fixed_length: that, divided by the longest length possible (Dr. GRPO,
+    arXiv:2503.20783). In the papers a rollout is one sequence.
     """
     if aggregation == "token_mean":
         return tokens
-    return groups if aggregation == "group_mean" else sequences
+    return groups if aggregation == "group_mean" else rollouts
 
 
 def sequence_sums(

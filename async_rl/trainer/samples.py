@@ -103,7 +103,6 @@ def samples_of(
     *,
     oldest_version: int,
     per_segment: bool = False,
-    mask_truncated: bool = False,
     advantage: float = 0.0,
     engines: Sequence[str] = (),
     temperature: float = 1.0,
@@ -112,14 +111,11 @@ def samples_of(
 
     That is one sample, or with ``per_segment`` (routing policy ``exact``) one for each segment: all tokens up to the
     segment's end, the routed experts of the call that sampled it, and a loss on the segment's own tokens only. A sample
-    without a token to train is left out; with ``mask_truncated`` that is each of a trajectory that was cut off.
-    ``engines`` are the names of those of the run.
+    without a token to train is left out. ``engines`` are the names of those of the run.
     """
     whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
     segments = trajectory.segments if per_segment else (whole,)
     counts = trained_tokens(trajectory, oldest_version)
-    if mask_truncated and trajectory.finish_reason == "length":
-        return []
     return [
         replace(_segment_sample(trajectory, segment, counts, advantage, engines), temperature=temperature)
         for segment in segments
@@ -128,16 +124,20 @@ def samples_of(
 
 
 def group_samples(group: Group, config: RunConfig, *, oldest_version: int) -> list[Sample]:
-    """Return the samples of all trajectories of a group, as the settings say; see ``samples_of``."""
+    """Return the samples of all trajectories of a group that are trained, as the settings say; see ``samples_of``.
+
+    With trainer.mask_truncated those of truncated rollouts are not.
+    """
     terms = config.terms(source_of(group.prompt.prompt_id), group.prompt.fields)
     return [
         sample
-        for trajectory in group.trajectories
+        for rollout in group.trainable
+        if not (config.trainer.mask_truncated and rollout.end == "truncated")
+        for trajectory in rollout.trajectories
         for sample in samples_of(
             trajectory,
             oldest_version=oldest_version,
             per_segment=config.async_training.partial_rollout.routing == "exact",
-            mask_truncated=config.trainer.mask_truncated,
             engines=config.rollout.engine_names,
             temperature=terms.temperature,
         )

@@ -14,7 +14,7 @@ from async_rl.trainer import packing
 from async_rl.trainer.packing import Microbatch, Packer
 from async_rl.trainer.policy_sums import PolicySums
 from async_rl.trainer.samples import Sample, trained_tokens
-from async_rl.types import Group
+from async_rl.types import Group, RolloutRecord
 
 COUNTS = (
     "tokens",
@@ -23,7 +23,8 @@ COUNTS = (
     "zero_advantage",
     "truncated",
     "rejected",
-    "sequences",
+    "not_trainable",
+    "counting_rollouts",
     "extra_positions",
     "groups",
     "counting_groups",
@@ -74,25 +75,33 @@ class Step:
     def count_groups(self, groups: Sequence[Group], samples: Sequence[Sample]) -> None:
         """Count these groups, which are trained as ``samples``."""
         trajectories = [t for group in groups for t in group.trajectories]
+        rollouts = [rollout for group in groups for rollout in group.trainable]
+        trained = [t for rollout in rollouts for t in rollout.trajectories]
         sampled = sum(int(t.sampled.sum()) for t in trajectories)
         positions: dict[str, list[int]] = {}  # of each trajectory's samples
         for sample in samples:
             positions.setdefault(sample.trajectory_id, []).append(sample.positions)
+
+        def counts(rollout: RolloutRecord) -> bool:
+            return any(t.trajectory_id in positions for t in rollout.trajectories)
+
         self._add(
             tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
             sampled=sampled,
             not_sampled=sum(len(t.response_ids) for t in trajectories) - sampled,
-            # What was cut off has samples unless trainer.mask_truncated leaves it out, or all of it is stale.
+            not_trainable=sampled - sum(int(t.sampled.sum()) for t in trained),
+            # A truncated rollout has samples unless trainer.mask_truncated leaves it out, or all of it is stale.
             truncated=sum(
                 int(trained_tokens(t, self.oldest_version).sum())
-                for t in trajectories
-                if t.finish_reason == "length" and t.trajectory_id not in positions
+                for rollout in rollouts
+                if rollout.end == "truncated" and not counts(rollout)
+                for t in rollout.trajectories
             ),
             # A trajectory's last sample is all of it that is trained, the others are prefixes of that.
             extra_positions=sum(sum(of_samples[:-1]) for of_samples in positions.values()),
-            sequences=len(positions),
+            counting_rollouts=sum(map(counts, rollouts)),
             groups=len(groups),
-            counting_groups=sum(any(t.trajectory_id in positions for t in group.trajectories) for group in groups),
+            counting_groups=sum(any(map(counts, group.trainable)) for group in groups),
             trajectories=len(trajectories),
         )
 
@@ -133,8 +142,8 @@ def masked_tokens(total: Mapping[str, float], *, rejected: float) -> dict[str, i
 
     rejected: those that the loss itself left out.
     """
-    stale = int(total["sampled"] - total["tokens"] - total["truncated"])
+    stale = int(total["sampled"] - total["tokens"] - total["truncated"] - total["not_trainable"])
     masked = {"stale": stale, "not_sampled": int(total["not_sampled"])}
-    further = {reason: int(total[reason]) for reason in ("zero_advantage", "truncated")}
+    further = {reason: int(total[reason]) for reason in ("zero_advantage", "truncated", "not_trainable")}
     further["rejected"] = int(total["rejected"] + rejected)
     return masked | {reason: tokens for reason, tokens in further.items() if tokens}

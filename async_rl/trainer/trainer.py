@@ -144,7 +144,7 @@ class Trainer:
         divisor = losses.denominator(
             self._config.trainer.loss.aggregation,
             tokens=total["tokens"],
-            sequences=total["sequences"],
+            rollouts=total["counting_rollouts"],
             groups=total["counting_groups"],
         )
         update = self._optimizer.no_update()

@@ -23,6 +23,7 @@ import numpy as np
 
 from async_rl.queue.codec import decode, encode
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 
 PROMPT, RESPONSE, SPEC = 512, 1536, RoutingSpec(num_moe_layers=48, top_k=8, num_experts=128)
 
@@ -30,10 +31,10 @@ PROMPT, RESPONSE, SPEC = 512, 1536, RoutingSpec(num_moe_layers=48, top_k=8, num_
 def make_group(rng: np.random.Generator, trajectories: int) -> Group:
     prompt_ids = rng.integers(0, 150_000, PROMPT).astype(np.int32)
     shape = (PROMPT + RESPONSE - 1, SPEC.num_moe_layers, SPEC.top_k)
-    return Group(
+    return grouped(
         "0-1.0",
         Prompt("0-1", 1, "a prompt", prompt_ids, {"answer": "42"}),
-        tuple(
+        [
             Trajectory(
                 trajectory_id=f"0-1.0/{i}",
                 prompt_ids=prompt_ids,
@@ -41,13 +42,12 @@ def make_group(rng: np.random.Generator, trajectories: int) -> Group:
                 logprobs=rng.normal(size=RESPONSE).astype(np.float32),
                 versions=np.repeat(np.array([3, 4], dtype=np.int32), [1000, RESPONSE - 1000]),
                 segments=(Segment(0, 1000, 3), Segment(1000, RESPONSE, 4)),
-                reward=1.0,
                 finish_reason="stop",
                 routed_experts=rng.integers(0, SPEC.num_experts, shape, dtype=np.uint8),
                 routing_spec=SPEC,
             )
             for i in range(trajectories)
-        ),
+        ],
     )
 
 

@@ -30,7 +30,8 @@ from async_rl.queue.client import QueueClient
 from async_rl.queue.codec import encode
 from async_rl.queue.records import GroupMeta, Ticket
 from async_rl.queue.start import MAX_CONCURRENCY
-from async_rl.types import Group, Int32Array, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Int32Array, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 
 BATCH, BATCHES, ROUNDS = 16, 12, 9
 PRODUCERS = 2  # as two workers would: one stores while the other waits for the actor
@@ -66,12 +67,11 @@ def make_message(seed: int) -> np.ndarray:
         logprobs=rng.normal(size=RESPONSE).astype(np.float32),
         versions=np.zeros(RESPONSE, dtype=np.int32),
         segments=(Segment(0, RESPONSE, 0),),
-        reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, SPEC.num_experts, shape, dtype=np.uint8),
         routing_spec=SPEC,
     )
-    return encode(Group("0-1.0", prompt, (trajectory,)))
+    return encode(grouped("0-1.0", prompt, [trajectory]))
 
 
 def bare(messages: list[np.ndarray]) -> float:

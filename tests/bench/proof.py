@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Group, Prompt, RolloutRecord, RoutingSpec, Segment, Trajectory
 
 UPDATES = 3
 GROUPS, RESPONSES, PROMPT_TOKENS = 3, 4, 6
@@ -119,40 +119,41 @@ def make_groups(seed: int) -> list[Group]:
     for number in range(GROUPS):
         name = f"{seed}-{number}"
         prompt = Prompt(name, number + 1, "", rng.integers(0, VOCAB, PROMPT_TOKENS).astype(np.int32))
-        trajectories = []
+        rollouts = []
         for index in range(RESPONSES):
             length = int(rng.integers(6, 60))
             cut = length // 2
-            trajectories.append(
-                Trajectory(
-                    trajectory_id=f"{name}.0/{index}",
-                    prompt_ids=prompt.token_ids,
-                    response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
-                    logprobs=rng.normal(-3.5, 0.2, length).astype(np.float32),
-                    # The first half is one version too old in every fourth trajectory: those tokens are masked.
-                    versions=np.repeat([VERSION - 2 - (index == 3), VERSION], [cut, length - cut]).astype(np.int32),
-                    segments=(
-                        Segment(0, cut, VERSION - 2 - (index == 3), experts(PROMPT_TOKENS + cut - 1)),
-                        Segment(cut, length, VERSION),
-                    ),
-                    reward=float(rng.random()),
-                    finish_reason="stop",
-                    routed_experts=experts(PROMPT_TOKENS + length - 1),
-                    routing_spec=SPEC,
-                )
+            ids, logprobs = rng.integers(0, VOCAB, length), rng.normal(-3.5, 0.2, length)
+            first, reward = experts(PROMPT_TOKENS + cut - 1), float(rng.random())
+            # The first half is one version too old in every fourth trajectory: those tokens are masked.
+            old = VERSION - 2 - (index == 3)
+            trajectory = Trajectory(
+                trajectory_id=f"{name}.0/{index}",
+                prompt_ids=prompt.token_ids,
+                response_ids=ids.astype(np.int32),
+                logprobs=logprobs.astype(np.float32),
+                versions=np.repeat([old, VERSION], [cut, length - cut]).astype(np.int32),
+                segments=(Segment(0, cut, old, first), Segment(cut, length, VERSION)),
+                finish_reason="stop",
+                routed_experts=experts(PROMPT_TOKENS + length - 1),
+                routing_spec=SPEC,
             )
-        groups.append(Group(f"{name}.0", prompt, tuple(trajectories)))
+            rollouts.append(RolloutRecord.of(trajectory, reward))
+        groups.append(Group(f"{name}.0", prompt, tuple(rollouts)))
     return groups
 
 
 def without_own_routing(groups: list[Group]) -> list[Group]:
     """Return the groups as every policy but ``exact`` has them: with the rows of the whole trajectory only."""
+
+    def without(trajectory: Trajectory) -> Trajectory:
+        return replace(trajectory, segments=tuple(replace(s, routed_experts=None) for s in trajectory.segments))
+
     return [
         replace(
             group,
-            trajectories=tuple(
-                replace(t, segments=tuple(replace(s, routed_experts=None) for s in t.segments))
-                for t in group.trajectories
+            rollouts=tuple(
+                replace(rollout, trajectories=tuple(map(without, rollout.trajectories))) for rollout in group.rollouts
             ),
         )
         for group in groups

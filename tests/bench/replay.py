@@ -34,6 +34,7 @@ from async_rl.queue import codec
 from async_rl.trainer.samples import samples_of
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
 from tests.bench.runs import ROOT, train
+from tests.support.groups import grouped, with_trajectories
 
 GROUPS_PER_STEP = 8
 STEPS = 12
@@ -131,7 +132,7 @@ def without_routing(trajectory: Trajectory) -> Trajectory:
 
 
 def changed(group: Group, change: Any) -> Group:
-    return replace(group, trajectories=tuple(change(t) for t in group.trajectories))
+    return with_trajectories(group, change)
 
 
 def wire_ratio(groups: list[Group]) -> float:
@@ -155,12 +156,11 @@ def large_group() -> Group:
         logprobs=-rng.random(1024).astype(np.float32),
         versions=np.zeros(1024, np.int32),
         segments=(Segment(0, 1024, 0),),
-        reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, 128, (2047, 48, 8)).astype(np.uint8),
         routing_spec=spec,
     )
-    return Group("0-0.0", Prompt("0-0", 1, "p", prompt), (trajectory,))
+    return grouped("0-0.0", Prompt("0-0", 1, "p", prompt), [trajectory])
 
 
 def extra_fraction(trajectories: list[Trajectory]) -> float:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from async_rl.types import Group, Prompt, Segment, Trajectory
+from tests.support.groups import grouped
 
 RESPONSES = 8
 LONGEST = 480
@@ -45,12 +46,11 @@ def make_groups(count: int, seed: int) -> list[Group]:
                 logprobs=rng.normal(-3.4, 0.1, int(n)).astype(np.float32),
                 versions=np.zeros(int(n), np.int32),
                 segments=(Segment(0, int(n), 0),),
-                reward=float(rng.random()),
                 finish_reason="stop",
             )
             for i, n in enumerate(lengths)
         )
-        groups.append(Group(f"{seed}-{g}.0", prompt, trajectories))
+        groups.append(grouped(f"{seed}-{g}.0", prompt, trajectories, rng.random(RESPONSES).tolist()))
     return groups
 
 

@@ -110,7 +110,7 @@ async def rollout(engine, cuts, prompt=SHORT_PROMPT, limit=48, policy="replace")
             await engine.pause("abort")
             await engine.resume()
         partial = partial.absorb(await call)
-    return partial.to_trajectory(0.0)
+    return partial.to_trajectory()
 
 
 async def test_it_is_a_rollout_engine(engine, folder):
@@ -144,7 +144,7 @@ async def cut_after(engine, cut, policy):
     first = await engine.generate(f"c{cut}/0", tokens, GREEDY, cut, first_row)
     partial = partial.absorb(replace(first, finish_reason="abort"))
     tokens, budget, first_row = partial.next_request()
-    return partial.absorb(await engine.generate(f"c{cut}/1", tokens, GREEDY, budget, first_row)).to_trajectory(0.0)
+    return partial.absorb(await engine.generate(f"c{cut}/1", tokens, GREEDY, budget, first_row)).to_trajectory()
 
 
 @pytest.mark.parametrize("policy", ["replace", "preserve", "exact"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from async_rl.errors import ReplayError
+from tests.support.groups import with_trajectories
 from tests.support.one_rank import (
     SPEC,
     Opened,
@@ -105,10 +106,7 @@ def test_invariant_8_verification_notices_a_router_that_does_something_else(rank
 
 def test_full_recomputation_replays_the_same_rows(ranks, models):
     groups = make_groups()
-    groups[0] = replace(
-        groups[0],
-        trajectories=tuple(replace(t, routed_experts=None, routing_spec=None) for t in groups[0].trajectories),
-    )
+    groups[0] = with_trajectories(groups[0], lambda t: replace(t, routed_experts=None, routing_spec=None))
     r3 = {"trainer__router_replay": "R3", "trainer__tokens_per_microbatch": 60}
     plain, gradients, weights, calls = ranks.call(train_once, models / "moe", groups, r3)
     again, recomputed, recomputed_weights, more_calls = ranks.call(
@@ -233,10 +231,7 @@ def native_then_changed(path, changed, overrides):
     with Opened(path, **still, **overrides) as (trainer, _):
 
         def routed(change):
-            return [
-                replace(g, trajectories=tuple(replace(t, routed_experts=change(t)) for t in g.trajectories))
-                for g in groups
-            ]
+            return [with_trajectories(g, lambda t: replace(t, routed_experts=change(t))) for g in groups]
 
         def native(t):
             return trainer.native_routing([np.concatenate([t.prompt_ids, t.response_ids])])[0].astype(np.uint8)
@@ -252,7 +247,7 @@ def native_then_changed(path, changed, overrides):
         # One response without routing: the router's own choice is not a replayed one.
         first = shifted[0].trajectories[0]
         without = replace(first, routed_experts=None, routing_spec=None)
-        absent = replace(shifted[0], trajectories=(without, *shifted[0].trajectories[1:]))
+        absent = with_trajectories(shifted[0], lambda t: without if t is first else t)
         batches = {"native": own, "changed": shifted, "one without": [absent, *shifted[1:]]}
         reports = {name: step(trainer, batch) for name, batch in batches.items()}
         return reports, rows, len(first.routed_experts)

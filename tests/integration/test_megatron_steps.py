@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from async_rl.trainer.packing import split_over_ranks
+from tests.support.groups import with_trajectories
 from tests.support.one_rank import (
     Opened,
     assert_close,
@@ -26,18 +27,15 @@ def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_w
     groups = make_groups()
     r3, exact = {"trainer__router_replay": "R3"}, {"async_training__partial_rollout__routing": "exact"}
     own = [
-        replace(
+        with_trajectories(
             group,
-            trajectories=tuple(
-                replace(
-                    t,
-                    segments=tuple(
-                        replace(s, routed_experts=t.routed_experts[: len(t.prompt_ids) + s.stop - 1])
-                        for s in t.segments[:-1]
-                    )
-                    + t.segments[-1:],
+            lambda t: replace(
+                t,
+                segments=tuple(
+                    replace(s, routed_experts=t.routed_experts[: len(t.prompt_ids) + s.stop - 1])
+                    for s in t.segments[:-1]
                 )
-                for t in group.trajectories
+                + t.segments[-1:],
             ),
         )
         for group in groups
@@ -50,17 +48,14 @@ def test_exact_views_whose_routing_is_that_of_the_whole_make_the_update_of_the_w
     assert (whole[0].extra_positions, split[0].extra_positions) == (0, first_segments)
     # Another routing for the first segments changes what is computed for them, and for no other.
     changed = [
-        replace(
+        with_trajectories(
             group,
-            trajectories=tuple(
-                replace(
-                    t,
-                    segments=(
-                        replace(t.segments[0], routed_experts=t.segments[0].routed_experts[::-1].copy()),
-                        *t.segments[1:],
-                    ),
-                )
-                for t in group.trajectories
+            lambda t: replace(
+                t,
+                segments=(
+                    replace(t.segments[0], routed_experts=t.segments[0].routed_experts[::-1].copy()),
+                    *t.segments[1:],
+                ),
             ),
         )
         for group in own
@@ -98,7 +93,7 @@ def test_the_update_does_not_depend_on_microbatches(ranks, models):
 
 
 def with_equal_rewards(groups):
-    return [replace(g, trajectories=tuple(replace(t, reward=1.0) for t in g.trajectories)) for g in groups]
+    return [replace(g, rollouts=tuple(replace(rollout, reward=1.0) for rollout in g.rollouts)) for g in groups]
 
 
 @pytest.mark.parametrize("policy", ["ppo", "gspo", "cispo"])
@@ -243,11 +238,8 @@ def change_stale_tokens(path):
     results = []
     for shift in (0.0, 3.0):
         groups = [
-            replace(
-                group,
-                trajectories=tuple(
-                    replace(t, logprobs=t.logprobs - np.float32(shift) * (t.versions < 4)) for t in group.trajectories
-                ),
+            with_trajectories(
+                group, lambda t, shift=shift: replace(t, logprobs=t.logprobs - np.float32(shift) * (t.versions < 4))
             )
             for group in make_groups()
         ]

@@ -24,7 +24,7 @@ from async_rl.rollout import routing_policies
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.partial import PartialRollout
-from async_rl.types import Group, Prompt
+from async_rl.types import Prompt
 from async_rl.weights.sync import WeightSync
 from tests.support import trainer_process
 from tests.support.alert_rules import assert_firing, scraped
@@ -37,6 +37,7 @@ from tests.support.engine_checkpoint import (
     running,
     until_sampled,
 )
+from tests.support.groups import grouped, with_trajectories
 from tests.support.step_records import step_record
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.asyncio(loop_scope="module")]
@@ -135,7 +136,7 @@ async def respond(engine, name, token_ids, limit, policy="replace", sampling=RAN
         tokens, budget, first_row = partial.next_request()
         partial = partial.absorb(await engine.generate(f"{name}/{call}", tokens, sampling, budget, first_row))
         call += 1
-    return partial.to_trajectory(float(int(name[-1]) % 3))
+    return partial.to_trajectory()
 
 
 def ids(trajectory):
@@ -332,15 +333,13 @@ async def sample_groups(engine, name, sampling=RANDOM):
             )
             for t in await asyncio.gather(*tasks)
         ]
-        groups.append(Group(f"{name}-{g}.0", Prompt(f"{name}-{g}", 1, "p", token_ids, {}), tuple(trajectories)))
+        rewards = [float(i % 3) for i in range(4)]
+        groups.append(grouped(f"{name}-{g}.0", Prompt(f"{name}-{g}", 1, "p", token_ids, {}), trajectories, rewards))
     return groups
 
 
 def with_routing(groups, change):
-    return [
-        replace(g, trajectories=tuple(replace(t, routed_experts=change(t.routed_experts)) for t in g.trajectories))
-        for g in groups
-    ]
+    return [with_trajectories(g, lambda t: replace(t, routed_experts=change(t.routed_experts))) for g in groups]
 
 
 def layer_tensors(weights, layer, part):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from async_rl.types import Group
+from tests.support.groups import with_trajectories
 from tests.support.one_rank import Opened, make_groups, parameters, step
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
@@ -37,7 +37,7 @@ def nearly_on_policy(trainer, groups):
         noise = rng.normal(0, 0.02, len(own)) * np.where(rng.random(len(own)) < 0.1, 60, 1)
         return replace(trajectory, logprobs=np.minimum(own + noise, 0).astype(np.float32))
 
-    return [Group(group.group_id, group.prompt, tuple(moved(t) for t in group.trajectories)) for group in groups]
+    return [with_trajectories(group, moved) for group in groups]
 
 
 def train_twice(path, overrides):

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from async_rl.trainer.packing import split_over_ranks
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 from tests.support.ranks import run_config
 
 # Layer 1 is dense: a shift between layers and MoE layers would show.
@@ -68,27 +69,28 @@ def make_groups(count=6, n=3, seed=0):
     groups = []
     for g in range(count):
         prompt = Prompt(f"{seed}-{g}", g + 1, "", rng.integers(0, VOCAB, int(rng.integers(1, 20))).astype(np.int32), {})
-        trajectories = []
+        trajectories, rewards = [], []
         for t in range(n):
             length = int(rng.integers(2, 50))
             versions = np.sort(rng.integers(2, 5, length)).astype(np.int32)
             cuts = [0, *(i for i in range(1, length) if versions[i] != versions[i - 1]), length]
             routed = (g * n + t) % 5 > 0
+            ids, logprobs = rng.integers(0, VOCAB, length), rng.normal(-4.0, 0.3, length)
+            rewards.append(float(rng.random()))
             trajectories.append(
                 Trajectory(
                     trajectory_id=f"{seed}-{g}/{t}",
                     prompt_ids=prompt.token_ids,
-                    response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
-                    logprobs=rng.normal(-4.0, 0.3, length).astype(np.float32),
+                    response_ids=ids.astype(np.int32),
+                    logprobs=logprobs.astype(np.float32),
                     versions=versions,
                     segments=tuple(Segment(a, b, int(versions[a])) for a, b in pairwise(cuts)),
-                    reward=float(rng.random()),
                     finish_reason="stop",
                     routed_experts=random_rows(len(prompt.token_ids) + length - 1, rng) if routed else None,
                     routing_spec=SPEC if routed else None,
                 )
             )
-        groups.append(Group(f"{seed}-{g}.0", prompt, tuple(trajectories)))
+        groups.append(grouped(f"{seed}-{g}.0", prompt, trajectories, rewards))
     return groups
 
 

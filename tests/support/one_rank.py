@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 from tests.support.ranks import run_config
 
 # Layer 1 is dense: a shift between layers and MoE layers would show.
@@ -114,25 +115,26 @@ def make_groups(count=3, n=3, version=4, routing=True, seed=0, epoch=0):
     groups = []
     for g in range(count):
         prompt = Prompt(f"{epoch}-{g}", g + 1, "", rng.integers(0, VOCAB, 6).astype(np.int32), fields={})
-        trajectories = []
+        trajectories, rewards = [], []
         for t in range(n):
             length = int(rng.integers(6, 30))
             cut = length // 2
+            ids, logprobs = rng.integers(0, VOCAB, length), rng.normal(-3.5, 0.2, length)
+            rewards.append(float(rng.random()))
             trajectories.append(
                 Trajectory(
                     trajectory_id=f"{epoch}-{g}.0/{t}",
                     prompt_ids=prompt.token_ids,
-                    response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
-                    logprobs=rng.normal(-3.5, 0.2, length).astype(np.float32),
+                    response_ids=ids.astype(np.int32),
+                    logprobs=logprobs.astype(np.float32),
                     versions=np.repeat([version - 2, version], [cut, length - cut]).astype(np.int32),
                     segments=(Segment(0, cut, version - 2), Segment(cut, length, version)),
-                    reward=float(rng.random()),
                     finish_reason="stop",
                     routed_experts=random_rows(6 + length - 1, seed + 100 * g + t) if routing else None,
                     routing_spec=SPEC if routing else None,
                 )
             )
-        groups.append(Group(f"{epoch}-{g}.0", prompt, tuple(trajectories)))
+        groups.append(grouped(f"{epoch}-{g}.0", prompt, trajectories, rewards))
     return groups
 
 

@@ -11,7 +11,8 @@ from async_rl.queue.broker import Broker
 from async_rl.queue.broker_state import BrokerSettings
 from async_rl.queue.journal import FileJournal
 from async_rl.queue.records import GroupMeta
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 
 
 class Source:
@@ -63,12 +64,11 @@ def make_group(ticket, tokens=50, seed=0):
         logprobs=rng.normal(size=tokens).astype(np.float32),
         versions=np.full(tokens, ticket.version, dtype=np.int32),
         segments=(Segment(0, tokens, ticket.version),),
-        reward=1.0,
         finish_reason="stop",
         routed_experts=rng.integers(0, 128, (p + tokens - 1, 48, 8)).astype(np.uint8),
         routing_spec=spec,
     )
-    return Group(ticket.group_id, ticket.prompt, (trajectory,))
+    return grouped(ticket.group_id, ticket.prompt, [trajectory])
 
 
 def make_broker(source=None, version=0, **settings):

@@ -15,6 +15,7 @@ from async_rl.doctor import estimate
 from async_rl.doctor.estimate import TrainerMemory
 from async_rl.models.config import read_model_config
 from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,12 @@ def make_groups(config: RunConfig, spec: RoutingSpec, vocabulary: int) -> list[G
                     logprobs=np.full(length, -3.0, np.float32),
                     versions=np.zeros(length, np.int32),
                     segments=(Segment(0, length, 0),),
-                    reward=float(t % 2),
                     finish_reason="length",
                     routed_experts=routed,
                     routing_spec=spec,
                 )
             )
-        groups.append(Group(f"0-{g}.0", prompt, tuple(trajectories)))
+        groups.append(grouped(f"0-{g}.0", prompt, trajectories, [float(t % 2) for t in range(config.rollout.n)]))
     return groups
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import struct
 import tracemalloc
+from pathlib import Path
 from types import MappingProxyType
 
 import msgpack
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from async_rl.errors import WireError
 from async_rl.queue.codec import SCHEMA_VERSION, decode, encode
 from async_rl.queue.wire import MAX_MESSAGE_BYTES
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import ROLLOUT_ENDS, Group, Prompt, RolloutRecord, RoutingSpec, Segment, Trajectory
 from tests.support.examples import examples
+from tests.support.groups import grouped
 
 ENGINES = "", "vllm", "my:Engine"
 
@@ -49,8 +51,6 @@ def make_trajectory(rng, prompt_ids, cuts, spec=None, per_segment=False, name="t
             )
             for v, (start, stop) in enumerate(zip(starts, cuts, strict=True))
         ),
-        reward=float(rng.normal()),
-        reward_parts={"format": float(rng.normal())} if per_segment else {},
         finish_reason="length",
         routed_experts=routing(p + g - 1) if spec else None,
         routing_spec=spec,
@@ -78,18 +78,30 @@ def groups(draw):
         )
         for i in range(draw(st.integers(1, 3)))
     ]
-    return Group(f"{prompt.prompt_id}.0", prompt, tuple(trajectories))
+    rollouts, left = [], trajectories
+    while left or (rollouts and draw(st.booleans())):
+        count = draw(st.integers(0 if rollouts else 1, len(left)))
+        rollouts.append(
+            RolloutRecord(
+                f"r{len(rollouts)}",
+                float(rng.normal()),
+                tuple(left[:count]),
+                draw(st.sampled_from(ROLLOUT_ENDS)),
+                draw(st.dictionaries(st.text(max_size=3), st.floats(-1, 1), max_size=2)),
+                trainable=not rollouts or draw(st.booleans()),
+            )
+        )
+        left = left[count:]
+    return Group(f"{prompt.prompt_id}.0", prompt, tuple(rollouts))
 
 
 def small_group(**prompt):
     rng = np.random.default_rng(0)
     prompt_ids = np.array([5, 6, 7], dtype=np.int32)
     fields = prompt.pop("fields", {"answer": "abc"})
-    return Group(
-        "0-1.0",
-        Prompt("0-1", 1, "sort cab", prompt_ids, fields),
-        (make_trajectory(rng, prompt_ids, [2, 5], RoutingSpec(2, 2, 8), True),),
-    )
+    trajectory = make_trajectory(rng, prompt_ids, [2, 5], RoutingSpec(2, 2, 8), True, "0-1.0/0")
+    rollout = RolloutRecord.of(trajectory, 0.25, {"format": 0.5})
+    return Group("0-1.0", Prompt("0-1", 1, "sort cab", prompt_ids, fields), (rollout,))
 
 
 def assert_same(a, b):
@@ -154,7 +166,7 @@ def test_size_is_close_to_the_sum_of_the_arrays():
     prompt_ids = np.zeros(512, dtype=np.int32)
     t = make_trajectory(rng, prompt_ids, [1536], RoutingSpec(48, 8, 128))
     arrays = sum(a.nbytes for a in (t.prompt_ids, t.response_ids, t.logprobs, t.versions, t.routed_experts))
-    group = Group("0-1.0", Prompt("0-1", 1, "", prompt_ids), (t,))
+    group = grouped("0-1.0", Prompt("0-1", 1, "", prompt_ids), [t])
     assert len(encode(group)) <= 1.01 * arrays
 
 
@@ -243,9 +255,23 @@ def test_another_schema_version_is_named():
     message = bytearray(encode(small_group()).tobytes())
     struct.pack_into("<I", message, 4, SCHEMA_VERSION + 1)
     with pytest.raises(
-        WireError, match=f"schema version {SCHEMA_VERSION + 1}; this reader knows version {SCHEMA_VERSION}"
+        WireError, match=f"schema version {SCHEMA_VERSION + 1}; this reader knows version 1 and {SCHEMA_VERSION}"
     ):
         decode(message)
+
+
+def test_a_message_of_the_release_before_is_a_group_of_rollouts_of_one_trajectory():
+    """Golden: as it was written while trajectories had the rewards."""
+    message = (Path(__file__).parent / "golden" / "group_schema_1.bin").read_bytes()
+    group = decode(message)
+    (rollout,) = group.rollouts
+    (trajectory,) = rollout.trajectories
+    assert (rollout.rollout_id, rollout.end, rollout.trainable) == ("t", "truncated", True)
+    assert (rollout.reward, list(rollout.reward_parts)) == (pytest.approx(-1.0096, abs=1e-4), ["format"])
+    assert (trajectory.trajectory_id, trajectory.finish_reason) == ("t", "length")
+    assert trajectory.routed_experts.shape == (7, 2, 2)
+    assert [(s.start, s.stop, s.version, s.engine) for s in trajectory.segments] == [(0, 2, 0, ""), (2, 5, 1, "vllm")]
+    assert_same(decode(encode(group)), group)
 
 
 @given(st.binary(max_size=300))
@@ -301,6 +327,10 @@ def set_entry(name, at, value):
     return lambda table: entry(table, name).__setitem__(at, value)
 
 
+def set_rollout(**values):
+    return lambda table: table["rollouts"][0].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -330,13 +360,23 @@ def set_entry(name, at, value):
         (lambda table: table.pop("arrays"), "arrays is None"),
         (lambda table: table.update(row=True), "row is True"),
         (lambda table: table.update(group_id=5), "group_id is 5"),
-        (lambda table: table.update(trajectories=[]), "belong|no trajectories"),
+        (lambda table: table.update(trajectories=[]), "rollout 0 has 1 trajectories, and 0 are left"),
+        (lambda table: table["rollouts"].clear(), "1 of the message's 1 trajectories belong to no rollout"),
+        (lambda table: table.pop("rollouts"), "rollouts is None"),
+        (lambda table: table.update(rollouts=[4]), "rollout 0 is 4"),
+        (set_rollout(trajectories=2), "rollout 0 has 2 trajectories, and 1 are left"),
+        (set_rollout(trajectories=-1), "rollout 0 has -1"),
+        (set_rollout(trainable=False), "no trajectories to train in 1 rollouts"),
+        (set_rollout(trainable=1), "trainable is 1"),
+        (set_rollout(end="over"), "end is 'over', not one of"),
+        (set_rollout(rollout_id=None), "rollout_id is None"),
+        (lambda table: table["rollouts"].append({**table["rollouts"][0], "trajectories": 0}), "twice in 0-1.0/0, "),
         (lambda table: table.update(trajectories=[3]), "trajectory 0 is 3"),
         (lambda table: table["trajectories"].append(table["trajectories"][0]), "no array 1.segments"),
-        (lambda table: table["trajectories"][0].update(reward="high"), "reward is 'high'"),
-        (lambda table: table["trajectories"][0].update(reward=float("nan")), "reward is nan"),
-        (lambda table: table["trajectories"][0].update(reward_parts={"a": "b"}), "parts of its reward are {'a': 'b'}"),
-        (lambda table: table["trajectories"][0].update(reward_parts={"a": float("inf")}), "not finite numbers by name"),
+        (set_rollout(reward="high"), "reward is 'high'"),
+        (set_rollout(reward=float("nan")), "reward is nan"),
+        (set_rollout(reward_parts={"a": "b"}), "rollout 0: the parts of its reward are {'a': 'b'}"),
+        (set_rollout(reward_parts={"a": float("inf")}), "not finite numbers by name"),
         (lambda table: table["trajectories"][0].update(engines=["vllm"] * 3), "engines of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines=[1, 2]), "engines of trajectory 0 are \\[1, 2\\]"),
         (lambda table: table["trajectories"][0].update(engines="vllm"), "engines of trajectory 0 are 'vllm'"),

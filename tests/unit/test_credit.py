@@ -11,6 +11,7 @@ from async_rl.trainer.advantages import group_advantages, load_advantages
 from async_rl.trainer.credit import with_credit
 from async_rl.trainer.samples import samples_of
 from tests.support.data_ranks import DataRanks
+from tests.support.groups import rewarded
 from tests.support.layouts import make_groups
 
 LIMIT = 64
@@ -48,7 +49,7 @@ def test_tokens_get_the_weight_of_their_trajectory_and_its_advantage(aggregation
     found, _ = credited(groups, LossSection(aggregation=aggregation, normalize_by_std=False))
     for group, samples in groups:
         of_group = sum(int(s.loss_mask.sum()) for s in samples)
-        for trajectory in group.trajectories:
+        for trajectory, reward in rewarded(group):
             own = [s for s in samples if s.trajectory_id == trajectory.trajectory_id]
             tokens = sum(int(s.loss_mask.sum()) for s in own)
             weight = {
@@ -58,7 +59,7 @@ def test_tokens_get_the_weight_of_their_trajectory_and_its_advantage(aggregation
                 "sequence_sum": 1.0,
                 "fixed_length": 1 / LIMIT,
             }[aggregation]
-            advantage = trajectory.reward - group.rewards.mean()
+            advantage = reward - group.rewards.mean()
             for sample in own:
                 assert found[sample.name].weight == pytest.approx(weight)
                 assert found[sample.name].advantages == pytest.approx(np.full(sample.positions, advantage), rel=1e-5)
@@ -70,7 +71,7 @@ def test_tokens_get_the_weight_of_their_trajectory_and_its_advantage(aggregation
 def test_each_response_is_compared_with_its_own_group_whatever_the_sizes(advantage, per_segment):
     """Time limits and failed responses leave groups of any size."""
     whole = make_groups(count=3, n=5)
-    batch = [replace(group, trajectories=group.trajectories[:n]) for group, n in zip(whole, (2, 5, 3), strict=True)]
+    batch = [replace(group, rollouts=group.rollouts[:n]) for group, n in zip(whole, (2, 5, 3), strict=True)]
     settings = LossSection(advantage=advantage)
     found, _ = credited(prepared(batch, per_segment), settings)
     for group, samples in prepared(batch, per_segment):

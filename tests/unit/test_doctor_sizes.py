@@ -10,7 +10,8 @@ from async_rl.doctor.estimate import Parameters
 from async_rl.doctor.sizes import object_store_bytes, worst_case
 from async_rl.models.config import read_model_config
 from async_rl.queue.codec import encode
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
 from tests.support.model_folders import QWEN3_30B_A3B, write_config
 
 # 2,048 prompt and 32,768 response tokens. Rows of routed experts: 34,815, of 48 x 8 = 384 bytes each.
@@ -109,14 +110,13 @@ def test_the_wire_takes_what_is_worked_out(folder):
             logprobs=np.zeros(900, np.float32),
             versions=np.zeros(900, np.int32),
             segments=(Segment(0, 900, 0),),
-            reward=0.0,
             finish_reason="length",
             routed_experts=rows,
             routing_spec=spec,
         )
         for t in range(2)
     )
-    message = encode(Group("0-0.0", prompt, trajectories))
+    message = encode(grouped("0-0.0", prompt, trajectories))
     expected = worst_case(config, read_model_config(folder)).group_bytes
     assert expected <= len(message) < expected + 2_000
 

@@ -161,4 +161,4 @@ def test_a_row_that_is_accepted_can_be_encoded_and_carried(folder, lines):
         assert isinstance(prompt, Prompt)
         assert prompt.token_ids.dtype == np.int32
         group = small_group()
-        assert_usable(Group("0-1.0", prompt, group.trajectories))
+        assert_usable(Group("0-1.0", prompt, group.rollouts))

@@ -203,7 +203,7 @@ def test_a_table_of_anything_at_all_is_refused(table, payload):
 
 @pytest.mark.parametrize("value", sorted(RAW))
 def test_what_no_packer_writes_is_refused_or_sound_at_any_place(value):
-    for place in ("group_id", "row", "text", "arrays", "trajectories", "fields"):
+    for place in ("group_id", "row", "text", "arrays", "rollouts", "trajectories", "fields"):
         table, payload = unseal(encode(small_group()))
         table[place] = value
         group = decoded(seal(pack(table), payload))
@@ -228,6 +228,8 @@ def test_fields_are_refused_or_sound(value):
         (("prompt_id",), "x" * 100_000),
         (("trajectories", 0, "trajectory_id"), "x" * 100_000),
         (("trajectories", 0, "finish_reason"), "x" * 100_000),
+        (("rollouts", 0, "rollout_id"), "x" * 100_000),
+        (("rollouts", 0, "end"), "x" * 100_000),
         (("trajectories", 0, "routing"), [2, 2, "x" * 100_000]),
         (("arrays", 0, 0), "x" * 100_000),
         (("arrays", 0), ["x" * 100_000, "|O", [3], 0]),
@@ -241,7 +243,7 @@ def test_the_error_stays_short_however_long_the_value_is(place, value):
     table, payload = unseal(encode(small_group()))
     found(table, place[:-1])[place[-1]] = value
     if place[-1] != "finish_reason":
-        table["trajectories"][0]["reward"] = float("nan")  # so that each of them is refused, for this if nothing else
+        table["rollouts"][0]["reward"] = float("nan")  # so that each of them is refused, for this if nothing else
     with pytest.raises(WireError) as refused:
         decode(seal(pack(table), payload))
     assert_readable(str(refused.value))

@@ -130,7 +130,7 @@ json_like = st.recursive(
 @settings(max_examples=examples(300), deadline=None)
 def test_a_table_that_says_something_else_is_refused_or_harmless(seed, key, value, inner):
     """With a valid checksum: only the checks of what it means stand in the way."""
-    table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(group(seed)))
+    _, table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(group(seed)))
     table.pop("arrays")
     if inner is None:
         table[key] = value
@@ -183,7 +183,7 @@ def test_invariant_2_a_resumed_response_is_the_same_whether_its_rows_travelled_o
             if a is None or a.finished:
                 continue
             last = output(np.random.default_rng(seed), a, 2, 9, "stop")
-            ended = [partial.absorb(last).to_trajectory(1.0) for partial in (a, b)]
+            ended = [partial.absorb(last).to_trajectory() for partial in (a, b)]
             assert (ended[0].routed_experts == ended[1].routed_experts).all()
             assert len(ended[1].routed_experts) == len(a.prompt_ids) + len(ended[1].response_ids) - 1
             assert ended[0].versions.tolist() == ended[1].versions.tolist()
@@ -191,7 +191,7 @@ def test_invariant_2_a_resumed_response_is_the_same_whether_its_rows_travelled_o
 
 def test_a_message_of_release_0_1_with_rows_that_come_again_is_read():
     sent = group(1)
-    table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(sent))
+    _, table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(sent))
     table.pop("arrays")
     for t, partial in enumerate(sent.partials):
         if partial is not None and partial.routed_experts is not None:

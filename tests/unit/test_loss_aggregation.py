@@ -39,7 +39,7 @@ def test_aggregation_is_the_mean_it_is_named_for_however_the_batch_is_cut(aggreg
             weight = token_weight(aggregation, tokens=len(part), group_tokens=in_group, max_response_tokens=limit)
             total += weight * part.sum()
     tokens = sum(len(part) for part in parts)
-    divisor = denominator(aggregation, tokens=tokens, sequences=len(parts), groups=len(groups))
+    divisor = denominator(aggregation, tokens=tokens, rollouts=len(parts), groups=len(groups))
     assert total / divisor == pytest.approx(expected)
 
 
@@ -61,7 +61,7 @@ def test_two_microbatches_have_the_loss_and_the_gradient_of_one(loss, aggregatio
         token_weight(aggregation, tokens=count, group_tokens=sum(counts), max_response_tokens=16) for count in counts
     ]
     batch["weights"] = np.array(weights)[batch["sequence"]]
-    divisor = denominator(aggregation, tokens=sum(counts), sequences=len(counts), groups=1)
+    divisor = denominator(aggregation, tokens=sum(counts), rollouts=len(counts), groups=1)
 
     def computed(part):
         part = dict(part)

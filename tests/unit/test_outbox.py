@@ -8,7 +8,8 @@ import pytest
 from async_rl.queue import client as client_module
 from async_rl.queue.handover import Outbox
 from async_rl.queue.records import GroupMeta
-from async_rl.types import Group, Prompt, Segment, Trajectory
+from async_rl.types import Prompt, Segment, Trajectory
+from tests.support.groups import grouped
 
 TOKENS = 1000
 
@@ -22,10 +23,9 @@ def group(number):
         logprobs=np.full(TOKENS, -0.5, np.float32),
         versions=np.zeros(TOKENS, np.int32),
         segments=(Segment(0, TOKENS, 0),),
-        reward=1.0,
         finish_reason="stop",
     )
-    return Group(f"0-{number}.0", prompt, (trajectory,))
+    return grouped(f"0-{number}.0", prompt, [trajectory])
 
 
 async def test_invariant_6_a_full_queue_stops_the_worker_from_filling_the_object_store(monkeypatch):

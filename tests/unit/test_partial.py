@@ -91,7 +91,7 @@ def test_invariant_2_any_interruptions_give_the_uninterrupted_response(case):
     *_, final = run(*case)
     assert final.finished
     assert final.finish_reason == reason
-    trajectory = final.to_trajectory(0.5)  # validates lengths, segments and routing once more
+    trajectory = final.to_trajectory()  # validates lengths, segments and routing once more
     np.testing.assert_array_equal(trajectory.response_ids, response)
     np.testing.assert_array_equal(trajectory.logprobs, [-0.25 * (i + 1) for i in range(len(response))])
 
@@ -174,7 +174,7 @@ def test_an_answer_between_two_turns_has_no_logprob_no_version_and_its_routing_f
     np.testing.assert_array_equal(sent, [*PROMPT, 3, EOS, 30, 31, 32])
     assert budget == 20 - 5
     response = [3, EOS, 30, 31, 32, 8, EOS]
-    trajectory = asked.absorb(call(sent, response, 7, [5, 5], finish="stop")).to_trajectory(1.0)
+    trajectory = asked.absorb(call(sent, response, 7, [5, 5], finish="stop")).to_trajectory()
     assert trajectory.response_ids.tolist() == response
     assert trajectory.sampled.tolist() == [True, True, False, False, False, True, True]
     assert np.isnan(trajectory.logprobs[2:5]).all()
@@ -189,7 +189,7 @@ def test_an_answer_that_leaves_no_room_ends_the_response():
     assert first.append_turn(np.array([30, 31], dtype=np.int32)).next_request().max_tokens == 1
     ended = first.append_turn(np.array([30, 31, 32], dtype=np.int32))
     assert ended.finish_reason == "length"
-    assert ended.to_trajectory(0.0).response_ids.tolist() == [3, EOS]
+    assert ended.to_trajectory().response_ids.tolist() == [3, EOS]
 
 
 def test_only_a_turn_that_stopped_can_be_answered_and_only_with_tokens():
@@ -209,7 +209,7 @@ def test_routing_for_a_dense_model_is_refused():
 
 def test_a_dense_model_has_no_routing():
     partial = begin(routing_spec=None).absorb(call(PROMPT, [3, EOS], 2, [0, 0], routing=False, finish="stop"))
-    trajectory = partial.to_trajectory(1.0)
+    trajectory = partial.to_trajectory()
     assert trajectory.routed_experts is None
     assert trajectory.routing_spec is None
 
@@ -257,6 +257,6 @@ def test_an_ended_response_takes_no_call_and_an_open_one_is_no_trajectory():
     with pytest.raises(InvalidTrajectory, match="has ended"):
         ended.next_request()
     with pytest.raises(InvalidTrajectory, match="has not ended"):
-        begin().to_trajectory(0.0)
+        begin().to_trajectory()
     with pytest.raises(InvalidTrajectory, match="max_response_tokens is 0"):
         begin(limit=0)

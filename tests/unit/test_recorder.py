@@ -21,30 +21,30 @@ from async_rl.queue import codec
 from async_rl.queue.records import Excerpt, GroupMeta
 from async_rl.rollout.evaluation import EvalAnswer, ScoredResponse
 from async_rl.rollout.stats import WorkerStats
-from async_rl.types import Group, Prompt, Segment, Trajectory
+from async_rl.types import Group, Prompt, RolloutRecord, Segment, Trajectory
 from tests.support.queue_parts import make_broker
 from tests.support.step_records import eval_results, step_report
 
 
-def trajectory(name, reward, stops=(3,)):
+def rollout(name, reward, stops=(3,)):
     starts = (0, *stops[:-1])
-    return Trajectory(
+    trajectory = Trajectory(
         trajectory_id=name,
         prompt_ids=np.array([1, 2], np.int32),
         response_ids=np.arange(stops[-1], dtype=np.int32),
         logprobs=np.zeros(stops[-1], np.float32),
         versions=np.repeat(np.arange(len(stops)), np.diff([0, *stops])).astype(np.int32),
         segments=tuple(Segment(a, b, version) for version, (a, b) in enumerate(zip(starts, stops, strict=True))),
-        reward=reward,
         finish_reason="stop",
-        reward_parts={"format": reward} if reward != 0.3 else {"format": 0.25, "right": 1.0},
     )
+    parts = {"format": reward} if reward != 0.3 else {"format": 0.25, "right": 1.0}
+    return RolloutRecord.of(trajectory, reward, parts)
 
 
 def group(number):
     prompt = Prompt(f"0-{number}", number + 1, f"prompt {number}", np.array([1, 2], np.int32))
     name = f"0-{number}.0"
-    return Group(name, prompt, (trajectory(f"{name}/0", number / 10), trajectory(f"{name}/1", 0.5, (2, 5))))
+    return Group(name, prompt, (rollout(f"{name}/0", number / 10), rollout(f"{name}/1", 0.5, (2, 5))))
 
 
 class Store:

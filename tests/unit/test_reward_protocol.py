@@ -131,7 +131,7 @@ async def test_named_parts_reach_the_group_of_a_replica_and_its_prepared_respons
     subject, _ = worker(scripted(length=5), queue, digits=asks)
     await subject.run()
     (group,) = queue.groups
-    assert [(t.reward, t.reward_parts) for t in group.trajectories] == [(1.0, {"tokens": 5.0})] * 2
+    assert [(r.reward, r.reward_parts) for r in group.rollouts] == [(1.0, {"tokens": 5.0})] * 2
     ids = group.trajectories[0].response_ids
     for response in asks.seen:
         assert (response.turns, response.finish_reason) == ((response.text,), "stop")

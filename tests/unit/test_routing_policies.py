@@ -15,7 +15,8 @@ from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.routing_policies import exact, moe_columns
 from async_rl.trainer.samples import samples_of
-from async_rl.types import Group, Prompt, RoutingSpec, Segment
+from async_rl.types import Prompt, RoutingSpec, Segment
+from tests.support.groups import grouped
 
 EOS = 1
 PROMPT = np.array([5, 9, 7, 4], dtype=np.int32)
@@ -81,7 +82,7 @@ def play(engine, policy, plan):
             number += 1
         if turn < len(plan) - 1:
             partial = partial.append_turn(np.full(answer, 60, dtype=np.int32))
-    return partial.to_trajectory(1.0), calls
+    return partial.to_trajectory(), calls
 
 
 @given(engines(), st.sampled_from(POLICIES), turns)
@@ -125,7 +126,7 @@ def test_exact_has_the_rows_of_its_own_call_for_each_segment(engine, plan):
 def test_invariant_1_all_of_it_survives_the_wire(engine, policy, plan):
     trajectory, _ = play(engine, policy, plan)
     prompt = Prompt("0-0", 1, "p", PROMPT)
-    (decoded,) = codec.decode(codec.encode(Group("0-0.0", prompt, (trajectory,)))).trajectories
+    (decoded,) = codec.decode(codec.encode(grouped("0-0.0", prompt, [trajectory]))).trajectories
     np.testing.assert_array_equal(decoded.routed_experts, trajectory.routed_experts)
     np.testing.assert_array_equal(decoded.logprobs, trajectory.logprobs)  # NaN where nothing was sampled
     for a, b in zip(decoded.segments, trajectory.segments, strict=True):

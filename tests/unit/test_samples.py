@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.errors import ReplayError
-from async_rl.trainer.samples import NO_ROUTING, check_routed_experts, plain_sample, resume_positions, samples_of
+from async_rl.trainer.samples import (
+    NO_ROUTING,
+    check_routed_experts,
+    group_samples,
+    plain_sample,
+    resume_positions,
+    samples_of,
+)
 from async_rl.trainer.step import Step, masked_tokens
-from async_rl.types import Group, Prompt, RoutingSpec, Segment, Trajectory
+from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
+from tests.support.groups import grouped
+from tests.support.ranks import run_config
 
 
 def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
@@ -26,7 +35,6 @@ def trajectory(name="t", prompt=3, response=5, versions=None, seed=0):
         logprobs=-rng.random(response).astype(np.float32),
         versions=versions,
         segments=tuple(Segment(a, b, int(versions[a])) for a, b in pairwise(cuts)),
-        reward=0.5,
         finish_reason="stop",
         routed_experts=np.zeros((prompt + response - 1, 2, 1), np.uint8),
         routing_spec=RoutingSpec(2, 1, 4),
@@ -56,9 +64,9 @@ def test_invariant_4_staleness_bound_masks_tokens_sampled_before_the_oldest_vers
 
 def test_what_was_cut_off_can_be_kept_out_of_the_loss_and_is_counted_apart():
     whole, cut = trajectory("whole"), replace(trajectory("cut", versions=[3, 3, 7, 7, 7]), finish_reason="length")
-    group = Group("0-1.0", Prompt("0-1", 1, "a", np.array([1], np.int32)), (whole, cut))
+    group = grouped("0-1.0", Prompt("0-1", 1, "a", np.array([1], np.int32)), (whole, cut))
     for mask, kept, reasons in ((False, ["whole", "cut"], {}), (True, ["whole"], {"truncated": 3})):
-        samples = [s for t in (whole, cut) for s in samples_of(t, oldest_version=5, mask_truncated=mask)]
+        samples = group_samples(group, run_config("unused", trainer__mask_truncated=mask), oldest_version=5)
         assert [sample.trajectory_id for sample in samples] == kept
         step = Step(7, 5, None, None)
         step.count_groups([group], samples)
@@ -85,7 +93,6 @@ def multi_turn():
         logprobs=np.array([-1, -2, -3, -4, nothing, nothing, -7, -8], np.float32),
         versions=np.array([3, 3, 4, 4, -1, -1, 4, 4], np.int32),
         segments=(Segment(0, 2, 3, rows[2]), Segment(2, 4, 4, rows[4]), Segment(6, 8, 4)),
-        reward=1.0,
         finish_reason="stop",
         routed_experts=rows[8],
         routing_spec=RoutingSpec(2, 1, 4),

@@ -60,7 +60,7 @@ def ended(response, cuts, stop, searched):
         if done < upto and not partial.finished:
             strings = StopStrings(stop, decode)
             partial = partial.absorb(stops.cut(partial, engine_call(response, done, upto, strings, searched)))
-    return partial.to_trajectory(0.0)
+    return partial.to_trajectory()
 
 
 @given(

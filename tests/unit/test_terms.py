@@ -19,7 +19,8 @@ from async_rl.rollout.evaluation import EvalProblem
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.trainer.samples import group_samples
-from async_rl.types import Group, Prompt
+from async_rl.types import Prompt
+from tests.support.groups import grouped, rewarded
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import Digits, ListQueue, push, sampled, scripted, worker
 from tests.unit.test_samples import trajectory
@@ -193,9 +194,11 @@ async def test_each_response_has_the_limit_of_its_source_and_a_penalty_by_it():
     queue, reward = SourcedQueue("math/0-0", "code/0-0"), {"overlong_tokens": 4, "overlong_penalty": 0.5}
     subject, _ = worker(scripted(8, sources=sources), queue, data={"sources": sources}, reward=reward)
     await subject.run()
-    found = {group.group_id: group.trajectories for group in queue.groups}
-    assert [(len(t.response_ids), t.finish_reason, t.reward) for t in found["math/0-0.0"]] == [(5, "length", 4.5)] * 2
-    assert [(len(t.response_ids), t.finish_reason, t.reward) for t in found["code/0-0.0"]] == [(8, "stop", 8.0)] * 2
+    found = {
+        group.group_id: [(len(t.response_ids), t.finish_reason, reward) for t, reward in rewarded(group)]
+        for group in queue.groups
+    }
+    assert found == {"math/0-0.0": [(5, "length", 4.5)] * 2, "code/0-0.0": [(8, "stop", 8.0)] * 2}
 
 
 class Asked(ScriptedEngine):
@@ -244,7 +247,7 @@ def test_what_a_row_asks_for_is_what_it_is_trained_with():
     found = {}
     for prompt_id, fields in (("math/0-0", {}), ("code/0-0", {}), ("code/0-1", {"how": {"temperature": 1.5}})):
         asked = dataclasses.replace(prompt(prompt_id), fields=fields)
-        group = Group(f"{prompt_id}.0", asked, (trajectory(prompt_id),))
+        group = grouped(f"{prompt_id}.0", asked, [trajectory(prompt_id)])
         (found[prompt_id],) = {sample.temperature for sample in group_samples(group, settings, oldest_version=0)}
     assert found == {"math/0-0": 0.5, "code/0-0": 1.0, "code/0-1": 1.5}
 

@@ -25,7 +25,6 @@ def trajectory():
         logprobs=np.array([-1, -1, -1, -1, np.nan, -1], np.float32),
         versions=np.array([3, 3, 4, 4, NOT_SAMPLED, 4], np.int32),
         segments=(Segment(0, 2, 3, rows(4)), Segment(2, 4, 4), Segment(5, 6, 4)),
-        reward=0.0,
         finish_reason="stop",
         routed_experts=rows(8),
         routing_spec=SPEC,
@@ -84,4 +83,4 @@ def test_invariant_1_what_does_not_fit_is_refused_by_name(changes, message):
 def test_a_trajectory_can_be_sent_to_another_process():
     sent = pickle.loads(pickle.dumps(trajectory()))
     assert sent.trajectory_id == trajectory().trajectory_id
-    assert sent.reward_parts == {}
+    assert sent.segments[0].routed_experts.tolist() == trajectory().segments[0].routed_experts.tolist()

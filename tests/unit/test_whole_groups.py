@@ -54,13 +54,13 @@ async def test_a_group_is_scored_at_once_when_all_its_responses_have_ended():
     subject, queue = await run(ranks)
     assert ranks.asked == [[5, 5, 5]] * 2
     for group in queue.groups:
-        assert [(t.reward, t.reward_parts) for t in group.trajectories] == [(n, {"rank": n}) for n in range(3)]
+        assert [(r.reward, r.reward_parts) for r in group.rollouts] == [(n, {"rank": n}) for n in range(3)]
     assert subject.stats().cut_groups == 0
 
 
 async def test_a_response_without_a_reward_is_left_out_as_far_as_the_group_can_do_without():
     subject, queue = await run(Ranks(missing=[0]), {**THREE, "min_group_size": 2})
-    assert [[t.reward for t in group.trajectories] for group in queue.groups] == [[1.0, 2.0]] * 2
+    assert [[rollout.reward for rollout in group.rollouts] for group in queue.groups] == [[1.0, 2.0]] * 2
     assert subject.stats().cut_groups == 2
     _, queue = await run(Ranks(missing=[0, 1]), {**THREE, "min_group_size": 2})
     assert queue.groups == []
@@ -80,7 +80,7 @@ async def test_late_responses_are_left_out_of_what_is_scored(missing, published)
     ranks = Ranks(missing)
     subject, queue = await run(ranks, rollout, kind=LastIsLate)
     assert ranks.asked == [[5, 5]] * 2
-    assert [[t.reward for t in group.trajectories] for group in queue.groups] == published
+    assert [[rollout.reward for rollout in group.rollouts] for group in queue.groups] == published
     assert len(queue.failed) == 2 - len(published)
     assert subject.stats().cut_groups == 2
 

@@ -169,7 +169,7 @@ async def test_a_scored_response_is_not_scored_again_by_the_next_worker():
     strict.error = RewardError("asked again")
     await successor.adopt(*message.values())
     await successor.run()
-    assert [t.reward for t in heir.groups[0].trajectories] == [8.0, 8.0]
+    assert [rollout.reward for rollout in heir.groups[0].rollouts] == [8.0, 8.0]
     assert other.sampled == 0
 
 
