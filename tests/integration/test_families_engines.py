@@ -21,8 +21,7 @@ from tests.support.ranks import run_config
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow]
 
 # Every family, with tied embeddings too where engines have that. Qwen3-MoE without is what the engines' own tests push
-# to; with a dense layer, as here, SGLang is refused, and with a Mixtral whose heads have a size of their own; so is
-# latent attention on a CPU.
+# to. SGLang is refused with what CHANGES replaces, and with latent attention on a CPU.
 CASES = [
     ("vllm", "Llama", True),
     ("vllm", "Qwen3", True),
@@ -34,8 +33,15 @@ CASES = [
     ("vllm", "GLM-4 MoE", False),
     ("sglang", "Llama", True),
     ("sglang", "Qwen3", True),
+    ("sglang", "Qwen3-MoE", True),
+    ("sglang", "Mixtral", False),
     ("sglang", "GLM-4 MoE", False),
 ]
+# A dense layer among those with experts, and heads whose size is not that of the hidden state over their number.
+CHANGES = {
+    ("sglang", "Qwen3-MoE"): {"mlp_only_layers": []},
+    ("sglang", "Mixtral"): {"head_dim": 32, "hidden_size": 128},
+}
 PUSHES = 3
 
 
@@ -48,7 +54,7 @@ def test_an_export_and_each_push_after_it_compute_the_same(ranks, tmp_path, monk
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     rng = np.random.default_rng(5)
     ids = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (7, 100, 33)]
-    ranks.call(model_families.make, name, tmp_path / "model", 0, tied)
+    ranks.call(model_families.make, name, tmp_path / "model", 0, tied, CHANGES.get((kind, name)))
     expected = ranks.call(model_families.reference, tmp_path / "model", ids)
     sizes = {"trainer__parallel__tp": 2, "trainer__parallel__pp": 2}
     if name not in DENSE:

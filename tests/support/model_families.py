@@ -100,10 +100,11 @@ FAMILIES = ("Llama", "Qwen3", "Qwen3-MoE", "Mixtral", "Moonlight", "DeepSeek-V3"
 DENSE = ("Llama", "Qwen3")
 
 
-def make(name, folder, seed=0, tied=None):
+def make(name, folder, seed=0, tied=None, changes=None):
     """Make a checkpoint with random parameters, norms and biases included, at scales that spread the log-probs.
 
     ``tied``: whether the output layer shares the weights of the embeddings; None for what the family is tested with.
+    ``changes``: other values of the family's configuration.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -112,6 +113,8 @@ def make(name, folder, seed=0, tied=None):
     config = configs()[name]
     if tied is not None:
         config.tie_word_embeddings = tied
+    for key, value in (changes or {}).items():
+        setattr(config, key, value)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:

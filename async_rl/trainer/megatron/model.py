@@ -76,7 +76,7 @@ def build(config: RunConfig, model: ModelConfig, device: Device, place: Place) -
 def _mark(here: Sequence[LocalTensor]) -> None:
     """Mark the kind of each parameter for Megatron's gradient reduction and norm, where its modules do not.
 
-    Megatron 0.16.1 sets the first two only where it initializes parameters itself. Transformer Engine 2.14.1 marks all
+    Megatron 0.16.1 sets the first two only where it initializes parameters itself. Transformer Engine 2.11.0 marks all
     linear layers as cut, and so the down-projections of latent attention, which every tensor-parallel rank has whole:
     each rank would add their gradient to the norm. Megatron takes experts that are not spread over ranks (ep 1) for
     dense parameters, whose gradients every tensor-parallel rank has whole; but it gives each of these ranks tokens of

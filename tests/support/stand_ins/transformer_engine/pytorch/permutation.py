@@ -57,10 +57,9 @@ def moe_unpermute(
     restore_shape: torch.Size | None = None,
     map_type: str = "mask",
     probs: torch.Tensor | None = None,
-    pad_offsets: torch.Tensor | None = None,
 ):
     assert map_type == "mask", map_type
-    assert probs is pad_offsets is None
+    assert probs is None
     if not inp.numel():
         return inp
     rows = row_id_map[:, : row_id_map.size(1) // 2]

@@ -33,12 +33,10 @@ class GroupedLinear(TransformerEngineBaseModule):
         ub_name: str | None = None,
         delay_wgrad_compute: bool = False,
         save_original_input: bool = False,
-        single_grouped_weight: bool = False,
-        single_grouped_bias: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        if bias or fuse_wgrad_accumulation or delay_wgrad_compute or single_grouped_weight or single_grouped_bias:
+        if bias or fuse_wgrad_accumulation or delay_wgrad_compute:
             raise NotImplementedError("the stand-in's GroupedLinear has one weight per group, and nothing beside")
         if ub_overlap_rs or ub_overlap_ag:
             raise ValueError("GroupedLinear doesn't support Userbuffer overlap.")
