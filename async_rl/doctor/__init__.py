@@ -35,6 +35,7 @@ __all__ = [
 _COMPUTING = (
     machine.copies,
     machine.devices,
+    machine.layers,
     machine.compiler,
     machine.cores,
     machine.memory,

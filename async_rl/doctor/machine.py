@@ -15,6 +15,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import Needs
+from async_rl.doctor.installation import installed_version
 from async_rl.doctor.placement import Need, processes
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
@@ -116,6 +117,17 @@ def _elastic(config: RunConfig, units: int) -> str:
     if not config.rollout.elastic:
         return ""
     return f"; {here} replicas run here (rollout.replicas.min {replicas.min}, max {replicas.max}), the others wait"
+
+
+def layers(config: RunConfig) -> Iterator[Check]:
+    """Check that a run on GPUs has the layers that are made for them."""
+    if uses_gpu(config) and installed_version("transformer-engine") is None:
+        yield Check(
+            "transformer-engine",
+            "warn",
+            "not installed: the trainer computes with Megatron's own layers, which are slower",
+            "run make setup DEVICE=cuda",
+        )
 
 
 def compiler(config: RunConfig) -> Iterator[Check]:

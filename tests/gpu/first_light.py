@@ -3,8 +3,8 @@
     .venv/bin/python -m tests.gpu.first_light [--device cuda|cpu] [--only STEP ...]
 
 A line per step as it ends, then one JSON line: for each step its seconds and figures, why it failed, or what it would
-have needed. Exits with 1 if a step failed. Runs with whatever is installed, the trainer's steps without vLLM too; and
-on a CPU, as far as that goes. ``steps`` has the steps.
+have needed. Exits with 1 if a step failed. Runs with whatever is installed, the trainer's steps without vLLM and
+without Transformer Engine too; and on a CPU, as far as that goes. ``steps`` has the steps.
 """
 
 from __future__ import annotations

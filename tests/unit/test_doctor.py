@@ -108,6 +108,16 @@ def test_missing_and_wrong_packages(monkeypatch):
     assert the(found, "torch").status == "ok"
 
 
+def test_gpus_without_the_layers_that_are_made_for_them(monkeypatch, machine, inputs):
+    machine.setattr(probes, "gpu_count", lambda: 4)
+    assert the(doctor.checks(config(inputs)), "transformer-engine").status == "warn"
+    monkeypatch.setattr(probes, "installed_version", lambda _: "2.11.0")
+    assert "transformer-engine" not in {check.name for check in doctor.checks(config(inputs))}
+    machine.setattr(probes, "gpu_count", lambda: 0)
+    monkeypatch.setattr(probes, "installed_version", lambda _: None)
+    assert "transformer-engine" not in {check.name for check in doctor.checks(config(inputs))}
+
+
 def test_an_engine_that_is_not_installed_or_of_another_version(monkeypatch, machine, inputs):
     real = installation.installed_version
 

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -92,10 +93,10 @@ def activate(device: Device) -> None:
         _patch_cuda_calls()
         _patch_dispatcher()
         _patch_rng()
-        if layout(device) == "local":
-            _patch_transformer_engine()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
+    if layout(device) == "local":
+        _patch_transformer_engine()
 
 
 def init_distributed(device: Device, place: Place, store: torch.distributed.Store | None) -> Groups:
@@ -178,8 +179,11 @@ def redirect_cuda_to(device: Device) -> Iterator[None]:
 
 
 def layout(device: Device) -> Layout:
-    """Return whose modules ``layer_spec`` builds a model of, on which its parameters' names depend."""
-    return "local" if device == "cpu" else "transformer_engine"
+    """Return whose modules ``layer_spec`` builds a model of, on which its parameters' names depend.
+
+    They are Transformer Engine's on GPUs where it is installed, else Megatron's own, which are slower there.
+    """
+    return "transformer_engine" if device == "cuda" and find_spec("transformer_engine") is not None else "local"
 
 
 def layer_spec(device: Device, config: Any, vp_stage: int | None = None) -> Any:
