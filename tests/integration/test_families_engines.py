@@ -12,9 +12,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tests.integration.test_families import export
 from tests.support import model_families
 from tests.support.engine_checkpoint import Pusher, engine_config, running
+from tests.support.family_probes import write_folder
 from tests.support.model_families import DENSE, VOCAB
 from tests.support.ranks import run_config
 
@@ -59,7 +59,7 @@ def test_an_export_and_each_push_after_it_compute_the_same(ranks, tmp_path, monk
     sizes = {"trainer__parallel__tp": 2, "trainer__parallel__pp": 2}
     if name not in DENSE:
         sizes["trainer__parallel__ep"] = 2
-    ranks.run(export, run_config(tmp_path / "model", **sizes), tmp_path / "out")
+    ranks.run(write_folder, run_config(tmp_path / "model", **sizes), tmp_path / "out")
     folders = [tmp_path / f"pushed{push}" for push in range(PUSHES)]
     weights = [model_families.changed(tmp_path / "out", folder, push) for push, folder in enumerate(folders)]
     assert ("lm_head.weight" in weights[0]) is not tied
