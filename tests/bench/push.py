@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -54,12 +53,10 @@ def measure(place: Place, model: Any, layer_bytes: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"held_bytes": part.held_bytes}
     for name, weights in ways.items():
-        began = time.monotonic()
         with counted() as traffic:
             for _ in weights:
                 pass
         found[name] = traffic
-        found[f"{name}_s"] = time.monotonic() - began
     return found
 
 
@@ -77,7 +74,6 @@ def summarize(results: list[dict[str, Any]], name: str, layers: int) -> dict[str
         "copies_on_rank_0": ranks[0].copies,
         "copied_mb_on_rank_0": round(ranks[0].copied_bytes / 1e6, 2),
         "copied_mb": round(sum(rank.copied_bytes for rank in ranks) / 1e6, 2),
-        "s": round(max(result[f"{name}_s"] for result in results), 2),
     }
 
 

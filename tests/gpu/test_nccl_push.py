@@ -37,6 +37,7 @@ def test_a_push_over_nccl_passes_the_canary(tmp_path):
 
 
 @pytest.mark.needs(5)
-def test_a_push_over_nccl_from_a_parallel_trainer_passes_the_canary(tmp_path):
+@pytest.mark.parametrize("senders", ["one", "stages"])
+def test_a_push_over_nccl_from_a_parallel_trainer_passes_the_canary(tmp_path, senders):
     sizes = {"trainer.parallel.tp": 2, "trainer.parallel.ep": 2, "trainer.parallel.pp": 2}
-    assert run(tmp_path, **sizes)["exit_reason"] == "finished"
+    assert run(tmp_path, **sizes, **{"sync.senders": senders})["exit_reason"] == "finished"

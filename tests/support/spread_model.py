@@ -24,7 +24,8 @@ from async_rl.models.config import LatentAttention, ModelConfig
 from async_rl.runtime.process import signal_on_parent_death
 from async_rl.trainer.parallel import Place, world_size
 
-TIMEOUT_S = 240.0
+# Far beyond what a call takes on an idle machine.
+TIMEOUT_S = 900.0
 
 QWEN = ModelConfig(
     architecture="Qwen3MoeForCausalLM",
