@@ -33,6 +33,7 @@ from tests.support.family_probes import (
 from tests.support.layouts import (
     LAYOUTS,
     TOLERANCE,
+    VOCAB,
     config_of,
     largest,
     make_groups,
@@ -236,14 +237,25 @@ def test_updates_with_replay_are_the_same_in_every_layout(gpu_layer_ranks, check
     assert max(apart.values()) < TOLERANCE
 
 
+def train_and_score(trainer, updates):
+    losses = [trainer.train_step(shares[trainer._place.dp], version=4, oldest_version=3).loss for shares in updates]
+    return losses, trainer.logprobs(sequences_of(VOCAB), None)
+
+
+def sequences_of(vocabulary):
+    return [ids % vocabulary for ids in sequences()]
+
+
 @pytest.mark.slow
 def test_bfloat16_runs_too(ranks, gpu_layer_ranks, checkpoint, batches):
     """Transformer Engine refuses a parameter of another type than its input, such as a norm that stayed float32."""
     config = config_of(checkpoint, LAYOUTS["TP2 x EP2 x PP2"], model__dtype="bfloat16")
     updates = [shared_out(batch, 1) for batch in batches]
-    found, expected = (each.run(train_and_probe, config, updates)[0] for each in (gpu_layer_ranks, ranks))
-    assert [r.loss for r in found[0]] == pytest.approx([r.loss for r in expected[0]], abs=0.02)
-    assert furthest(found[2][0], expected[2][0]) < 0.2
+    found, expected = (each.run(train_and_score, config, updates)[0] for each in (gpu_layer_ranks, ranks))
+    apart = furthest(found[1], expected[1])
+    print(f"\n  bfloat16: log-probs {apart:.1e}, losses {found[0]} and {expected[0]}")
+    assert found[0] == pytest.approx(expected[0], abs=0.02)
+    assert apart < 0.5
 
 
 # ---- Megatron's own layers where Transformer Engine is installed ----
