@@ -16,6 +16,7 @@
     ├── PayloadLost            the messages of finished groups are gone with the host or the store that had them
     ├── RewardError            a reward function that cannot be loaded, raises, or returns no finite number
     ├── EnvironmentFailure     an environment that cannot be loaded, raises, or returns no text
+    ├── AgentFailure           an agent that cannot be loaded, raises, or returns no reward
     ├── RequestRefused         an agent's request that cannot be answered: malformed, or beyond a limit
     ├── EngineError            the rollout engine refused a request
     │   └── EngineDied         its process is dead, or does not answer
@@ -121,6 +122,10 @@ class RewardNotApplicable(RewardError):
 
 class EnvironmentFailure(AsyncRLError):
     """A multi-turn environment cannot be loaded, raised, timed out, or returned something other than text or None."""
+
+
+class AgentFailure(AsyncRLError):
+    """An agent cannot be loaded, raised, or returned something that is no outcome."""
 
 
 class RequestRefused(AsyncRLError):

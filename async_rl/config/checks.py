@@ -121,6 +121,7 @@ def _check_rollout(config: RunConfig) -> None:
             "or lower rollout.max_num_seqs"
         )
     _check_single(config)
+    _check_agent(config)
     bounds, rest = rollout.filter.mean_reward, rollout.filter.rest_epochs
     if rest and not rollout.filter.active:
         raise ValueError(
@@ -135,6 +136,25 @@ def _check_rollout(config: RunConfig) -> None:
     if size is not None and size > rollout.n:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
+        )
+
+
+def _check_agent(config: RunConfig) -> None:
+    agent, sources = config.rollout.agent.function, config.data.sources.items()
+    if agent is None:
+        return
+    others = {"rollout.environment.function": config.rollout.environment.function}
+    others |= {f"data.sources.{name}.environment": each.environment for name, each in sources}
+    for key, function in others.items():
+        if function is not None:
+            raise ValueError(
+                f"rollout.agent.function is {agent}, and {key} is {function}, but an agent answers the policy itself; "
+                "remove one of them"
+            )
+    if config.eval_sets:
+        raise ValueError(
+            f"rollout.agent.function is {agent}, but agents are not evaluated yet, and the answers to "
+            f"{', '.join(config.eval_sets)} would be those of the policy alone; remove data.eval and eval.sets"
         )
 
 

@@ -77,6 +77,27 @@ class EnvironmentSection(Section):
     if rollout.min_group_size allows, else its group (counted)."""
 
 
+class AgentSection(Section):
+    """A program that asks the policy by itself, in place of one response or an environment."""
+
+    function: FunctionName | None = None
+    """The agent as module:function, an async def that is called as f(prompt: Prompt, policy: Policy, context: Context)
+    for each rollout, on the worker's event loop, and returns the reward: a number, a mapping of named numbers, or an
+    Outcome. It asks with policy.chat, policy.complete and policy.extend, also several times at once. The rewards of the
+    settings are not called. A rollout that has not ended when its worker or the run does is made again."""
+    max_turns: Positive | None = None
+    """Turns of the policy in one rollout; null for any number. A request beyond this or a limit below is refused."""
+    max_sampled_tokens: Positive | None = None
+    """Tokens that the policy samples in one rollout, over all its trajectories; null for any number. Each trajectory is
+    within rollout.max_response_tokens, of which a fork has what its branch has left."""
+    max_branches: Positive = 64
+    """Trajectories of one rollout. An agent that does not send back what was said as it was said makes one for each
+    request."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do when an agent raises or returns no reward: fail the run, or skip the rollout if rollout.min_group_size
+    allows, else its group (counted)."""
+
+
 class FilterSection(Section):
     """Finished groups that are not trained because they would teach nothing; other prompts take their places."""
 
@@ -212,6 +233,7 @@ class RolloutSection(Section):
     sglang: SglangSection = SglangSection()
     filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
+    agent: AgentSection = AgentSection()
 
     @property
     def engine_names(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ Pure: it knows ``messages``, ``prompts`` and ``errors``; how messages become tok
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from async_rl.data.messages import Message
 from async_rl.data.prompts import template_inputs
@@ -71,6 +71,10 @@ class ChatTurns:
             )
         return after[start:]
 
+    def for_row(self, fields: Mapping[str, Any]) -> RowChat:
+        """Return what renders the requests of an agent for a row, with the row's variables. Raises RowFault."""
+        return RowChat(self._render, self.after, template_inputs(fields, None, self._template_kwargs)[1])
+
     def check(self, roles: Sequence[str] = ("user", "tool")) -> dict[str, str | None]:
         """Return for each role why a message of it cannot follow a turn; None where it can."""
         found: dict[str, str | None] = {}
@@ -82,3 +86,19 @@ class ChatTurns:
             else:
                 found[role] = None
         return found
+
+
+class RowChat(NamedTuple):
+    """Renders what an agent asks, with the tools that it names itself. See ``ChatTurns`` for what is raised."""
+
+    render: Render
+    rest: Callable[[Sequence[Message], list[dict[str, Any]] | None, Mapping[str, Any]], list[int]]
+    variables: Mapping[str, Any]
+
+    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Return the tokens of a whole conversation, up to where the policy's turn begins."""
+        return self.render(list(messages), tools, self.variables)[1]
+
+    def after(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Return the tokens of messages that follow a turn of the policy, from the template's stop token on."""
+        return self.rest(messages, tools, self.variables)

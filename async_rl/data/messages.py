@@ -45,6 +45,11 @@ def checked_answer(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def checked_history(value: Any, where: str) -> list[Message]:
+    """Return the messages that an agent sends, as ``checked_messages`` does, but any may be empty. Raises RowFault."""
+    return _messages(value, where, may_be_empty=True)
+
+
 def with_system(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
     """Return the messages, after a system message of ``system_prompt`` unless they begin with one of their own."""
     if system_prompt is None or messages[0]["role"] in ("system", "developer"):
@@ -77,15 +82,18 @@ def checked_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _messages(value: Any, where: str) -> list[Message]:
+def _messages(value: Any, where: str, *, may_be_empty: bool = False) -> list[Message]:
     if not isinstance(value, list):
         raise RowFault(f"{where} is {type(value).__name__}, not a list of messages")
     if not value:
         raise RowFault(f"{where} has no messages")
-    return [_message(_without_nulls(message), f"{where}, message {at}") for at, message in enumerate(value, 1)]
+    return [
+        _message(_without_nulls(message), f"{where}, message {at}", may_be_empty=may_be_empty)
+        for at, message in enumerate(value, 1)
+    ]
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, where: str, *, may_be_empty: bool) -> Message:
     if not isinstance(message, dict):
         raise RowFault(f"{where} is {type(message).__name__}, not an object with role and content")
     role = message.get("role")
@@ -95,7 +103,7 @@ def _message(message: Any, where: str) -> Message:
     content = _text(message.get("content"), where)
     if not _is_utf8(content):
         raise RowFault(f"{where} has half of a surrogate pair, which is not a character")
-    if not content.strip() and not (role == "assistant" and message.get("tool_calls")):
+    if not (may_be_empty or content.strip() or (role == "assistant" and message.get("tool_calls"))):
         raise RowFault(f"{where}: the content of the {role} is empty")
     return message | {"content": content}
 

@@ -37,6 +37,7 @@ def user_modules(config: RunConfig) -> dict[str, str]:
     settings = {
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
+        "rollout.agent.function": config.rollout.agent.function,
     }
     named = {value: key for key, value in settings.items() if value is not None and ":" in value}
     named |= {name: config.rollout.engine_setting for name in config.rollout.engine_names if ":" in name}

@@ -24,6 +24,7 @@ from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
+from async_rl.rollout import agents
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.sglang import SGLANG_VERSION
 from async_rl.rollout.environments.named import environments_of
@@ -232,6 +233,9 @@ def functions(config: RunConfig) -> Iterator[Check]:
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
+    agent = config.rollout.agent.function
+    if agent is not None:
+        yield _try(agents.SETTING, agent, functools.partial(agents.load_agent, agent))
     for environment, key in environments_of(config).items():
         yield _try(key, environment, functools.partial(load_environment, environment, key))
     if environments_of(config):

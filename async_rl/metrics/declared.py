@@ -473,7 +473,7 @@ _FLOW = (
         "Groups given up permanently, by reason.",
         "These prompts teach nothing: check the reward function first.",
         labels=("reason",),
-        values=("reward", "environment", "engine", "timeout", "stale", "row", "trainer"),
+        values=("reward", "environment", "agent", "engine", "timeout", "stale", "row", "trainer"),
     ),
     MetricSpec(
         "groups_filtered_total",

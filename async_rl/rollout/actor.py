@@ -83,7 +83,7 @@ class RolloutReplica:
         self._engine = engine
         self._gate = Gate()
         self._responses = Responses(config, engine, tokenizer, rewards, environments, config.rollout.engine_of(replica))
-        self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline)
+        self._worker = RolloutWorker(config, replica, queue, engine, self._gate, self._responses, timeline, tokenizer)
         self._timeline = timeline
         self._pending_engine_call: str | None = None  # of a weight sync, and not answered yet
         self._frozen: tuple[int, Moment] | None = None  # training step and groups of a checkpoint

@@ -30,11 +30,11 @@ class FinishedGroup:
     def of(cls, group: InFlight, rollouts: Mapping[int, RolloutRecord]) -> FinishedGroup:
         """Describe a group that is to be published with these of its rollouts, by index."""
         trainable = {index: rollout for index, rollout in rollouts.items() if rollout.trainable}
-        scores = [score for index in trainable if (score := group.scores[index]) is not None]
+        scores = {index: group.scores[index] for index in trainable}
         return cls(
             prompt=group.ticket.prompt,
-            rewards=tuple(score.unshaped for score in scores),
-            reward_parts=tuple(score.parts for score in scores),
+            rewards=tuple(trainable[i].reward if score is None else score.unshaped for i, score in scores.items()),
+            reward_parts=tuple(each.reward_parts for each in trainable.values()),
             finish_reasons=tuple("length" if each.end == "truncated" else "stop" for each in trainable.values()),
             response_tokens=tuple(sum(len(t.response_ids) for t in each.trajectories) for each in trainable.values()),
         )

@@ -17,6 +17,7 @@ from async_rl.config.inputs import Terms
 from async_rl.config.rollouts import FilterSection
 from async_rl.config.schema import RunConfig
 from async_rl.errors import (
+    AgentFailure,
     ConfigError,
     EngineDied,
     EngineError,
@@ -48,13 +49,15 @@ Keep = Callable[[PartialRollout], None]
 
 # What costs a response its group, or the group that response; all else ends the worker. EngineDied is an EngineError,
 # but fatal: see ``Responses.is_fatal``.
-COST_THEIR_GROUP = (RewardError, EnvironmentFailure, EngineError, InvalidTrajectory)
+COST_THEIR_GROUP = (RewardError, EnvironmentFailure, AgentFailure, EngineError, InvalidTrajectory)
 
 
 def failure_reason(error: Exception) -> str:
     """Return the reason under which a failed group is counted."""
     if isinstance(error, RewardError):
         return "reward"
+    if isinstance(error, AgentFailure):
+        return "agent"
     return "environment" if isinstance(error, EnvironmentFailure) else "engine"
 
 
@@ -100,11 +103,15 @@ class Responses:
 
         Here and below, ``terms`` are those of an evaluation; None for those of training.
         """
-        terms = terms or self._terms(prompt)
+        terms = terms or self.terms(prompt)
+        return self.begin_tokens(name, prompt.token_ids, terms.max_response_tokens, terms)
+
+    def begin_tokens(self, name: str, token_ids: Int32Array, max_response_tokens: int, terms: Terms) -> PartialRollout:
+        """Begin the response to a prompt of tokens, int32[P], which ends as ``terms`` say."""
         return PartialRollout.begin(
             name,
-            prompt.token_ids,
-            max_response_tokens=terms.max_response_tokens,
+            token_ids,
+            max_response_tokens=max_response_tokens,
             eos_token_id=self.stop_token_ids.union(terms.stop_token_ids),
             routing_spec=self._engine.routing_spec,
             routing_policy=self._config.async_training.partial_rollout.routing,
@@ -112,7 +119,7 @@ class Responses:
 
     def sampling(self, partial: PartialRollout, prompt: Prompt) -> tuple[Sampling, Stops]:
         """Return how the next call of ``partial`` samples in training, and what ends the response."""
-        terms = self._terms(prompt)
+        terms = self.terms(prompt)
         stops = self.stops(terms)
         return stops.sampling(Sampling(terms.temperature, self._config.rollout.top_p), partial), stops
 
@@ -137,7 +144,7 @@ class Responses:
         terms: Terms | None = None,
     ) -> PartialRollout:
         """Complete ``partial`` and return it. ``keep`` is called with each state. Raises EnvironmentFailure."""
-        function = (terms or self._terms(prompt)).environment
+        function = (terms or self.terms(prompt)).environment
         environment = None if function is None else self._environments[function]
         calls = itertools.count()
         texts: list[str] = []  # of the turns so far, as the environment gets them
@@ -159,7 +166,7 @@ class Responses:
         response = group.partials[index]
         assert response is not None
         prompt = group.ticket.prompt
-        return await self._scoring.in_training(prompt, response, self._terms(prompt))
+        return await self._scoring.in_training(prompt, response, self.terms(prompt))
 
     async def eval_score(self, prompt: Prompt, response: PartialRollout, terms: Terms) -> Score:
         """Return the score of a response in an evaluation. Raises as ``score``."""
@@ -172,7 +179,7 @@ class Responses:
         """
         left = [(index, partial) for index in indices if (partial := group.partials[index]) and not group.scores[index]]
         prompt = group.ticket.prompt
-        found = await self._scoring.of_group(prompt, [partial for _, partial in left], self._terms(prompt))
+        found = await self._scoring.of_group(prompt, [partial for _, partial in left], self.terms(prompt))
         last: RewardError | None = None
         for (index, _), score in zip(left, found, strict=True):
             if not isinstance(score, RewardError):
@@ -192,6 +199,8 @@ class Responses:
             return self._config.reward.on_error == "fail" and not isinstance(error, RewardNotApplicable)
         if isinstance(error, EnvironmentFailure):
             return self._config.rollout.environment.on_error == "fail"
+        if isinstance(error, AgentFailure):
+            return self._config.rollout.agent.on_error == "fail"
         return isinstance(error, EngineDied)
 
     def leave_out(self, group: InFlight, index: int, error: Exception) -> bool:
@@ -217,7 +226,8 @@ class Responses:
         for environment in self._environments.values():
             environment.close()
 
-    def _terms(self, prompt: Prompt) -> Terms:
+    def terms(self, prompt: Prompt) -> Terms:
+        """Return the terms of a prompt's responses in training."""
         return self._config.terms(source_of(prompt.prompt_id), prompt.fields)
 
     async def _answer(

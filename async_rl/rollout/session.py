@@ -81,9 +81,11 @@ class Session:
         """Requests that repeated one which was being answered, or had been answered last."""
         self.truncated = False
         """Whether a request was refused because a limit was reached."""
+        self._closed = False
         self._made = 0  # branches ever made, those undone included: an id is never used again
         self._calls = 0
         self._sampled = 0  # tokens of turns that have ended
+        self._last: Turn | None = None  # of these
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -184,6 +186,7 @@ class Session:
         turn.stop, turn.message, turn.state, branch.open = len(branch), message, "ended", None
         branch.turns.append(turn)
         self._sampled += turn.stop - turn.start
+        self._last = turn
 
     def undo(self, turn: Turn) -> None:
         """Undo a turn that has failed or was given up: its branch is as before, or gone if the turn had made it."""
@@ -214,8 +217,17 @@ class Session:
         """Tokens that the policy has sampled, those of turns under way included."""
         return self._sampled + sum(len(b) - b.open.start for b in self.branches if b.open is not None)
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the turn that ended last was cut off by its limit."""
+        return self._last is not None and self._last.finish_reason == "length"
+
     def trajectories(self) -> tuple[Trajectory, ...]:
-        """Return the trajectory of each branch; turns under way are undone. Raises InvalidTrajectory."""
+        """End the session and return the trajectory of each branch; turns under way are undone.
+
+        Raises InvalidTrajectory.
+        """
+        self._closed = True
         for turn in [branch.open for branch in self.branches if branch.open is not None]:
             self.undo(turn)
         made = tuple(branch.partial.to_trajectory() for branch in self.branches)
@@ -229,6 +241,8 @@ class Session:
     def _room(self, context: int, root: int, *, makes_branch: bool) -> int:
         """Return how many tokens a turn may have behind ``context`` others. Raises RequestRefused for none."""
         limits = self._limits
+        if self._closed:
+            raise RequestRefused("rollout_budget_exceeded", "the rollout has ended")
         if makes_branch and len(self.branches) >= limits.branches:
             self._refuse(
                 "rollout_budget_exceeded",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -17,8 +17,10 @@ from async_rl.config.schema import RunConfig
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
+from async_rl.rollout.agents import Agents
 from async_rl.rollout.aside import aside
 from async_rl.rollout.calls import EngineCalls, routing_bytes
+from async_rl.rollout.capacity import Capacity
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.liveness import watch_engine
@@ -48,6 +50,7 @@ class RolloutWorker:
         gate: Gate,
         responses: Responses,
         timeline: Timeline | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self._config = config
         self._name = worker_id(replica)
@@ -57,14 +60,11 @@ class RolloutWorker:
         self._responses = responses
         self._stats = WorkerStats(replica)
         self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
-        # Twice what fills the replica: a group with one long response must not leave the places of its other responses
-        # empty, and finished groups that wait for capacity in the queue must not pile up.
-        self._max_groups = 2 * -(-config.rollout.trajectory_limit // config.rollout.n)
+        agent = config.rollout.agent.function
+        self._agents = None if agent is None else Agents(config, responses, self._calls, tokenizer)
+        self._capacity = Capacity(config.rollout)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
-        self._unfinished = 0  # responses in flight that have not ended
-        self._has_capacity = asyncio.Event()  # set while the replica has free places
-        self._has_capacity.set()
         self._work: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -93,21 +93,19 @@ class RolloutWorker:
 
             def begin(group: InFlight) -> None:
                 self._in_flight[group.group_id] = group
-                self._unfinished += self._config.rollout.n
+                self._capacity.begin_group()
                 groups.create_task(self._sample_and_publish(group))
 
             for group in self._adopted:
                 begin(group)
             self._adopted = []
-            self._update_capacity()
             while True:
-                await self._has_capacity.wait()
-                tickets = await self._queue.take(self._name, self._free_groups())
+                await self._capacity.wait()
+                tickets = await self._queue.take(self._name, self._capacity.free_groups)
                 if not tickets:
                     return  # the dataset is exhausted or the queue is closed; groups in flight finish first
                 for ticket in tickets:
                     begin(InFlight.begin(ticket, self._config.rollout.n))
-                self._update_capacity()
 
     async def stop(self) -> None:
         """Begin no more work and abort all calls. Partial rollouts are dropped; their groups stay outstanding.
@@ -150,17 +148,6 @@ class RolloutWorker:
 
     # -- work ---------------------------------------------------------------------------------------------------
 
-    def _free_groups(self) -> int:
-        """Return how many groups fill the replica's free places, counting one that fits in part."""
-        free = self._config.rollout.trajectory_limit - self._unfinished
-        return max(0, min(-(-free // self._config.rollout.n), self._max_groups - len(self._in_flight)))
-
-    def _update_capacity(self) -> None:
-        if self._free_groups() > 0:
-            self._has_capacity.set()
-        else:
-            self._has_capacity.clear()
-
     def _cancel_work(self) -> None:
         if self._work is not None:
             self._work.cancel()
@@ -170,6 +157,7 @@ class RolloutWorker:
         group_id = group.group_id
         try:
             rollouts = await self._rollouts(group)
+            published = Group(group_id, group.ticket.prompt, tuple(rollouts.values())) if rollouts else None
             reason = self._responses.why_filtered(group, rollouts) if rollouts else None
         except COST_THEIR_GROUP as error:
             if self._responses.is_fatal(error):
@@ -177,22 +165,21 @@ class RolloutWorker:
             log.warning("group_failed", group=group_id, reason=str(error))
             await self._queue.fail(group_id, failure_reason(error))
         else:
-            if rollouts is None:
+            if published is None:
                 await self._queue.return_group(group_id, TIMEOUT)
             elif reason is not None:
                 log.info("group_filtered", group=group_id, reason=reason)
                 await self._queue.filter_group(group_id, reason, self._config.rollout.filter.rest_epochs)
             else:
-                published = Group(group_id, group.ticket.prompt, tuple(rollouts.values()))
                 await self._queue.put(published)
                 self._stats.publish(published)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
-        self._update_capacity()
+        self._capacity.end_group()
 
     async def _rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Return the group's rollouts by index, or those of ``_in_time``; None if too few are finished by then."""
-        if not self._responses.whole_groups:
+        if self._agents is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
@@ -234,6 +221,9 @@ class RolloutWorker:
             return None
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
+        if self._agents is not None:
+            with self._capacity.response():
+                return index, await self._agents.rollout(group.ticket.prompt, group.trajectory_id(index))
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
@@ -246,11 +236,8 @@ class RolloutWorker:
             group.partials[index] = partial
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
-        try:
+        with self._capacity.response():
             keep(await self._responses.complete(start, prompt, lambda *call: self._calls.sample(prompt, *call), keep))
-        finally:
-            self._unfinished -= 1
-            self._update_capacity()
         return index
 
     async def _built(self, group: InFlight, index: int) -> RolloutRecord:
