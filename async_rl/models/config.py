@@ -191,8 +191,17 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
         )
 
 
+# Families whose output layer SGLang 0.5.23 makes apart from the embedding, whatever the checkpoint says.
+_UNTIED_IN_SGLANG = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
+
+
 def _check_sglang(config: RunConfig, model: ModelConfig) -> None:
     """Raise ModelError for what SGLang 0.5.23 computes otherwise than the trainer, or cannot start with."""
+    if model.tie_word_embeddings and model.architecture in _UNTIED_IN_SGLANG:
+        raise ModelError(
+            f"rollout.engine is sglang, but tie_word_embeddings in {config.model.path}/config.json is true, and SGLang "
+            f"leaves the output layer of {model.architecture} empty then; set rollout.engine to vllm"
+        )
     if model.architecture == "MixtralForCausalLM" and model.head_dim * model.num_heads != model.hidden_size:
         raise ModelError(
             f"rollout.engine is sglang, but the attention heads of {config.model.path} have a size of their own "

@@ -33,7 +33,7 @@ CASES = [
     ("vllm", "GLM-4 MoE", False),
     ("sglang", "Llama", True),
     ("sglang", "Qwen3", True),
-    ("sglang", "Qwen3-MoE", True),
+    ("sglang", "Qwen3-MoE", False),
     ("sglang", "Mixtral", False),
     ("sglang", "GLM-4 MoE", False),
 ]

@@ -51,6 +51,23 @@ def test_sglang_is_refused_for_dense_layers_that_it_takes_for_mixtures(tmp_path,
     check_run(validate(tree | {"rollout": {"engine": "vllm"}}), model)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "refused"),
+    [("Qwen3MoeForCausalLM", True), ("MixtralForCausalLM", True), ("Qwen3ForCausalLM", False)],
+)
+def test_sglang_is_refused_for_mixtures_with_tied_embeddings(tmp_path, architecture, refused):
+    changes = {"architectures": [architecture], "num_local_experts": 8, "head_dim": 8, "tie_word_embeddings": True}
+    path = folder(tmp_path, max_position_embeddings=4096, **changes)
+    replay = {} if refused else {"trainer": {"router_replay": "off"}}
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}, "rollout": {"engine": "sglang"}, **replay}
+    if not refused:
+        check_run(validate(tree), read_model_config(path))
+        return
+    with pytest.raises(ModelError, match=r"tie_word_embeddings in .* is true, and SGLang leaves the output layer"):
+        check_run(validate(tree), read_model_config(path))
+    check_run(validate(tree | {"rollout": {"engine": "vllm"}}), read_model_config(path))
+
+
 @pytest.mark.parametrize(("head_dim", "refused"), [(8, False), (16, True)])
 def test_sglang_is_refused_for_a_mixtral_whose_heads_have_a_size_of_their_own(tmp_path, head_dim, refused):
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "head_dim": head_dim}
