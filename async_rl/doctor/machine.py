@@ -15,6 +15,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import Needs
+from async_rl.doctor.parameters import Parameters
 from async_rl.doctor.placement import Need, processes
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
@@ -196,7 +197,7 @@ def memory(config: RunConfig) -> Iterator[Check]:
     model, parameters = _model(config)
     if uses_gpu(config):
         if model is not None:
-            yield _memory_of_rank(estimate.trainer_memory(config, model, parameters, gpu=True))
+            yield _memory_of_rank(estimate.trainer_memory(config, model, gpu=True))
         return
     engines = _engines_with_room(config, len(available_cores()))
     needed, free = estimate.run_memory(config, model, parameters, engines), available_memory()
@@ -239,13 +240,13 @@ def _memory_of_rank(rank: estimate.TrainerMemory) -> Check:
     return Check("trainer memory", "ok", f"about {rank.total / GB:.1f} GB of each rank's GPU ({listed})")
 
 
-def _model(config: RunConfig) -> tuple[ModelConfig | None, estimate.Parameters]:
+def _model(config: RunConfig) -> tuple[ModelConfig | None, Parameters]:
     """Return the model and how many parameters it has; none where it cannot be read yet (``inputs.model`` says so)."""
     try:
         model = read_model_config(config.model.path)
         return model, estimate.count_parameters(config.model.path, model)
     except (ModelError, ValueError, OSError):
-        return None, estimate.Parameters()
+        return None, Parameters()
 
 
 def shared_memory(config: RunConfig) -> Iterator[Check]:
