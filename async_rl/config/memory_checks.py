@@ -46,9 +46,19 @@ def check_memory(config: RunConfig) -> None:
             f"trainer.moe_dispatcher is allgather, which takes no microbatches of different lengths, but "
             f"trainer.parallel.pp is {trainer.parallel.pp}; set it to auto"
         )
+    if config.resources.device == "cuda" and (fault := float32_over_contexts(config)) is not None:
+        raise ValueError(f"trainer.parallel.cp is {fault}; set cp to 1, or model.dtype to bfloat16")
     if config.resources.device == "cpu" and (found := first_for_gpus(config)) is not None:
         key, _, instead = found
         raise ValueError(f"{key} is {refusal_on_cpu(found)}; set it to {instead}")
+
+
+def float32_over_contexts(config: RunConfig) -> str | None:
+    """Return why a run on GPUs has no attention kernel; None if it has."""
+    cp = config.trainer.parallel.cp
+    if config.model.dtype != "float32" or cp == 1:
+        return None
+    return f"{cp}, but model.dtype is float32, for which no attention kernel on GPUs takes parts of sequences"
 
 
 def first_for_gpus(config: RunConfig) -> tuple[str, object, object] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor import capacity, cluster, inputs, installation, machine, pass_through
+from async_rl.doctor import capacity, cluster, gpus, inputs, installation, machine, pass_through
 from async_rl.doctor.check import Check, Status
 from async_rl.doctor.host_report import HostReport
 from async_rl.doctor.machine import uses_gpu
@@ -35,7 +35,7 @@ __all__ = [
 _COMPUTING = (
     machine.copies,
     machine.devices,
-    machine.layers,
+    gpus.suitable,
     machine.compiler,
     machine.cores,
     machine.memory,

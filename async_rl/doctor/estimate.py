@@ -16,6 +16,8 @@ from pathlib import Path
 
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
+from async_rl.doctor.activations import largest_microbatch, stage_elements
+from async_rl.doctor.parameters import Parameters, rank_parameters
 from async_rl.models.config import ModelConfig
 from async_rl.trainer.parallel import world_size
 
@@ -25,25 +27,11 @@ BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 # trainer rank, the driver with Ray's own processes.
 ENGINE_BYTES, COMPILED_BYTES = int(1.3 * 10**9), int(0.9 * 10**9)
 TRAINER_BYTES, DRIVER_BYTES = int(0.7 * 10**9), int(0.7 * 10**9)
-# Gradients are summed in float32 whatever the parameters' type; AdamW keeps two moments in float32.
+# Of AdamW: gradients and two moments in float32, and a float32 copy of parameters of a smaller type.
 GRADIENT_BYTES, MOMENT_BYTES, MASTER_BYTES = 4, 8, 4
 # What log-probs and their gradient take over the bytes of the logits: these, their gradient in the same type, and
 # blocks of rows in float32 (``trainer.logprobs``; ``tests.bench.memory`` measures up to 1.2 beside the logits).
 LOGITS_FACTOR = 2.2
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """The number of parameters in a checkpoint's files."""
-
-    dense: int = 0
-    """Outside of routed experts."""
-    experts: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.dense + self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +41,16 @@ class TrainerMemory:
     parameters: int
     gradients: int
     optimizer: int
+    update: int
+    """What the optimizer's update takes in addition, when the activations are gone."""
     reference: int
     """Bytes of the reference policy, and of the own weights while it is loaded."""
     activations: int
     """Kept for the backward pass."""
+    working: int
+    """What is computed again in the backward pass of a layer, and gradients of its activations."""
     logits: int
+    """The logits and what is made of them; they are gone when the layers are computed backwards."""
 
     @property
     def fixed(self) -> int:
@@ -66,8 +59,8 @@ class TrainerMemory:
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.fixed + self.activations + self.logits
+        """The most at one moment."""
+        return self.fixed + max(self.activations + max(self.logits, self.working), self.update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,46 +108,56 @@ def count_parameters(folder: Path, model: ModelConfig) -> Parameters:
     return Parameters(dense, experts)
 
 
-def trainer_memory(config: RunConfig, model: ModelConfig, parameters: Parameters, *, gpu: bool) -> TrainerMemory:
-    """Estimate one trainer rank. gpu: whether Megatron's distributed optimizer keeps the states, or torch's AdamW."""
-    sizes, itemsize = config.trainer.parallel, BYTES[config.model.dtype]
-    dense = parameters.dense // (sizes.tp * sizes.pp)
-    experts = parameters.experts // (sizes.ep * sizes.etp * sizes.pp)
-    per_state = MOMENT_BYTES + (MASTER_BYTES if itemsize < 4 else 0)
-    states = dense + experts
-    if gpu:  # Spread over the ranks that have the same parameters, with a float32 copy in any case.
-        per_state = MOMENT_BYTES + MASTER_BYTES
+def trainer_memory(config: RunConfig, model: ModelConfig, *, gpu: bool) -> TrainerMemory:
+    """Estimate one rank of the pipeline stage that takes most.
+
+    gpu: whether Megatron's distributed optimizer keeps the states, or torch's AdamW.
+    """
+    stages = range(config.trainer.parallel.pp)
+    return max((stage_memory(config, model, stage, gpu=gpu) for stage in stages), key=lambda memory: memory.total)
+
+
+def stage_memory(config: RunConfig, model: ModelConfig, stage: int, *, gpu: bool) -> TrainerMemory:
+    """Estimate one trainer rank of a pipeline stage; see ``trainer_memory``."""
+    sizes, itemsize, optimizer = config.trainer.parallel, BYTES[config.model.dtype], config.trainer.optimizer
+    mine = rank_parameters(model, sizes, stage)
+    states = mine.total
+    if gpu:  # Spread over the ranks that have the same parameters.
         same = sizes.dp * sizes.cp
-        states = dense // same + experts // max(1, same * sizes.tp // (sizes.ep * sizes.etp))
+        states = mine.dense // same + mine.experts // max(1, same * sizes.tp // (sizes.ep * sizes.etp))
+    gradient = BYTES[optimizer.gradient_dtype]
     positions = largest_microbatch(config) // sizes.cp
-    logits = int(positions * (model.vocab_size // sizes.tp) * itemsize * LOGITS_FACTOR)
+    logits = positions * (model.vocab_size // sizes.tp) * itemsize * LOGITS_FACTOR
+    elements = stage_elements(config, model, stage)
     return TrainerMemory(
-        parameters=(dense + experts) * itemsize,
-        gradients=(dense + experts) * GRADIENT_BYTES,
-        optimizer=states * per_state,
-        reference=2 * (dense + experts) * itemsize if config.trainer.loss.kl != "none" and not gpu else 0,
-        activations=positions * activation_bytes(config, model) // sizes.tp,
-        logits=logits,
+        parameters=mine.total * itemsize,
+        gradients=mine.total * gradient,
+        optimizer=int(states * _state_bytes(config, gpu=gpu) * (1 - optimizer.offload_fraction)),
+        # AdamW's kernels take gradients in float32.
+        update=states * GRADIENT_BYTES if gradient < GRADIENT_BYTES and not _knows_types(config) else 0,
+        reference=2 * mine.total * itemsize if config.trainer.loss.kl != "none" and not gpu else 0,
+        activations=positions * elements.kept * itemsize // sizes.tp,
+        working=positions * elements.working * itemsize // sizes.tp,
+        logits=int(logits) if stage == sizes.pp - 1 else 0,
     )
 
 
-def largest_microbatch(config: RunConfig) -> int:
-    """Return the most positions of a microbatch: what sequences are packed up to, or one longer sequence alone."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
-    most = config.trainer.groups_per_step * config.rollout.n * longest
-    return max(longest, min(config.trainer.tokens_per_microbatch, most))
+def _knows_types(config: RunConfig) -> bool:
+    """Return whether Megatron's optimizer is the one that takes gradients and keeps moments in any type."""
+    optimizer = config.trainer.optimizer
+    moments = {optimizer.first_moment_dtype, optimizer.second_moment_dtype}
+    return optimizer.offload_fraction > 0 or moments != {"float32"}
 
 
-def activation_bytes(config: RunConfig, model: ModelConfig) -> int:
-    """Return the bytes per position that a rank without tensor parallelism keeps for the backward pass.
-
-    Pipeline stages divide the layers, but the first stage has as many microbatches under way as there are stages.
-    """
-    itemsize = BYTES[config.model.dtype]
-    layers = [_layer_elements(model, moe=layer in model.moe_layers) for layer in range(model.num_layers)]
-    if config.trainer.recompute == "full":  # The input of each layer, and all of the layer that is computed again.
-        return itemsize * (model.num_layers * model.hidden_size + max(layers))
-    return itemsize * (sum(layers) + 2 * model.hidden_size)  # the embedding's output, and the last norm's
+def _state_bytes(config: RunConfig, *, gpu: bool) -> int:
+    """Return the bytes of the optimizer's states per parameter."""
+    optimizer, itemsize = config.trainer.optimizer, BYTES[config.model.dtype]
+    moments = BYTES[optimizer.first_moment_dtype] + BYTES[optimizer.second_moment_dtype]
+    if not gpu:
+        return moments + (MASTER_BYTES if itemsize < MASTER_BYTES else 0)
+    # A float32 copy in any case; the optimizer that knows types keeps the half of it that bfloat16 lacks.
+    halves = _knows_types(config) and optimizer.offload_fraction == 0 and itemsize < MASTER_BYTES
+    return moments + (MASTER_BYTES // 2 if halves else MASTER_BYTES)
 
 
 def engine_memory(config: RunConfig, model: ModelConfig | None, parameters: Parameters) -> int:
@@ -174,12 +177,12 @@ def run_memory(
     """Estimate a run on CPU; without a model, what it takes before weights. ``engines``: None for the fewest."""
     engines = config.rollout.replica_range.min if engines is None else engines
     ranks = world_size(config.trainer.parallel)
-    rank = None if model is None else trainer_memory(config, model, parameters, gpu=False)
+    rank = None if model is None else trainer_memory(config, model, gpu=False)
     return RunMemory(
         driver=DRIVER_BYTES,
         engines=engines * engine_memory(config, model, parameters),
         trainer=ranks * (TRAINER_BYTES + (0 if rank is None else rank.fixed)),
-        microbatch=0 if rank is None else ranks * (rank.activations + rank.logits),
+        microbatch=0 if rank is None else ranks * (rank.total - rank.fixed),
         shared_weights=shared_weights(config, parameters),
     )
 
@@ -187,26 +190,6 @@ def run_memory(
 def shared_weights(config: RunConfig, parameters: Parameters) -> int:
     """Return the bytes of the copy in shared memory that a weight sync leaves for all engines of the host."""
     return 0 if config.sync_backend == "nccl" else parameters.total * BYTES[config.model.dtype]
-
-
-def _layer_elements(model: ModelConfig, *, moe: bool) -> int:
-    """Return the numbers per position that one layer keeps for the backward pass."""
-    hidden = model.hidden_size
-    elements = 4 * hidden  # input and output of both norms
-    latent = model.latent
-    if latent is None:
-        heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        # The projection's output; query and key with positions; attention's output by sequence, and joined.
-        elements += (heads + 2 * kv_heads) + (heads + kv_heads) + 2 * heads
-    else:
-        query = latent.plain_dim + latent.rotary_dim
-        compressed = 2 * (latent.key_value_rank + latent.rotary_dim) + 2 * (latent.query_rank or 0)
-        elements += compressed + model.num_heads * (4 * query + 4 * latent.value_dim)
-    if not moe:
-        return elements + 4 * model.intermediate_size  # both projections up, the gate's activation, the product
-    # A copy of the position for each of its experts, the same four per expert and the product weighted, its output.
-    routed = model.top_k * (2 * hidden + 5 * model.moe_intermediate_size)
-    return elements + routed + 4 * model.shared_intermediate_size + 4 * model.num_experts
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:

@@ -15,7 +15,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
 from async_rl.doctor.check import Check
 from async_rl.doctor.host_report import Needs
-from async_rl.doctor.installation import installed_version
+from async_rl.doctor.parameters import Parameters
 from async_rl.doctor.placement import Need, processes
 from async_rl.doctor.sizes import worst_case
 from async_rl.errors import ConfigError, ModelError
@@ -119,17 +119,6 @@ def _elastic(config: RunConfig, units: int) -> str:
     return f"; {here} replicas run here (rollout.replicas.min {replicas.min}, max {replicas.max}), the others wait"
 
 
-def layers(config: RunConfig) -> Iterator[Check]:
-    """Check that a run on GPUs has the layers that are made for them."""
-    if uses_gpu(config) and installed_version("transformer-engine") is None:
-        yield Check(
-            "transformer-engine",
-            "warn",
-            "not installed: the trainer computes with Megatron's own layers, which are slower",
-            "run make setup DEVICE=cuda",
-        )
-
-
 def compiler(config: RunConfig) -> Iterator[Check]:
     """Check for a C++ compiler, with which vLLM compiles the model on CPU unless rollout.enforce_eager is set."""
     if uses_gpu(config) or config.rollout.enforce_eager:
@@ -208,7 +197,7 @@ def memory(config: RunConfig) -> Iterator[Check]:
     model, parameters = _model(config)
     if uses_gpu(config):
         if model is not None:
-            yield _memory_of_rank(estimate.trainer_memory(config, model, parameters, gpu=True))
+            yield _memory_of_rank(estimate.trainer_memory(config, model, gpu=True))
         return
     engines = _engines_with_room(config, len(available_cores()))
     needed, free = estimate.run_memory(config, model, parameters, engines), available_memory()
@@ -251,13 +240,13 @@ def _memory_of_rank(rank: estimate.TrainerMemory) -> Check:
     return Check("trainer memory", "ok", f"about {rank.total / GB:.1f} GB of each rank's GPU ({listed})")
 
 
-def _model(config: RunConfig) -> tuple[ModelConfig | None, estimate.Parameters]:
+def _model(config: RunConfig) -> tuple[ModelConfig | None, Parameters]:
     """Return the model and how many parameters it has; none where it cannot be read yet (``inputs.model`` says so)."""
     try:
         model = read_model_config(config.model.path)
         return model, estimate.count_parameters(config.model.path, model)
     except (ModelError, ValueError, OSError):
-        return None, estimate.Parameters()
+        return None, Parameters()
 
 
 def shared_memory(config: RunConfig) -> Iterator[Check]:

@@ -14,7 +14,9 @@ from typing import Any
 from async_rl.config.loading import with_settings
 from async_rl.config.schema import RunConfig
 from async_rl.doctor import estimate
-from async_rl.doctor.estimate import BYTES, Parameters, TrainerMemory
+from async_rl.doctor.activations import largest_microbatch
+from async_rl.doctor.estimate import BYTES, TrainerMemory
+from async_rl.doctor.parameters import parameters_of
 from async_rl.errors import AsyncRLError, ConfigError
 from async_rl.models.config import ModelConfig, check_run, read_model_config
 from async_rl.trainer.parallel import world_size
@@ -25,6 +27,8 @@ Change = dict[str, Any]
 GB = 10**9
 # Assumed, not measured: CUDA's context and libraries, NCCL's buffers, what the allocator cannot use.
 RANK_RESERVE, ENGINE_RESERVE = 4 * GB, 3 * GB
+# vLLM's weight transfer receives packed tensors into two buffers of 1 GiB.
+NCCL_BUFFERS = 2 * 2**30
 
 _SPEC = re.compile(
     r"(?P<hosts>[1-9]\d{0,4})x(?P<gpus>[1-9]\d{0,2})x(?P<name>[A-Za-z][A-Za-z0-9]*)-(?P<gb>[1-9]\d{0,3})"
@@ -64,7 +68,7 @@ class EngineMemory:
 
     weights: int
     update: int
-    """The experts of one layer, whole, while new weights are loaded."""
+    """The experts of one layer, whole, while new weights are loaded, and what they are received into."""
     kv_cache: int
     """What is left for keys and values; negative if the weights alone do not fit."""
     kv_token: int
@@ -76,39 +80,14 @@ class EngineMemory:
         return max(0, self.kv_cache) // self.kv_token
 
 
-def parameters_of(model: ModelConfig) -> Parameters:
-    """Count the parameters that a checkpoint of this shape has."""
-    hidden, layers, moe = model.hidden_size, model.num_layers, len(model.moe_layers)
-    embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
-    router = hidden * model.num_experts + (model.num_experts if model.expert_bias else 0)
-    dense_layers = (layers - moe) * 3 * hidden * model.intermediate_size
-    moe_layers = moe * (router + 3 * hidden * model.shared_intermediate_size)
-    experts = moe * model.num_experts * 3 * hidden * model.moe_intermediate_size
-    return Parameters(
-        embeddings + hidden + layers * (_attention(model) + 2 * hidden) + dense_layers + moe_layers, experts
-    )
-
-
-def _attention(model: ModelConfig) -> int:
-    hidden, heads, latent = model.hidden_size, model.num_heads, model.latent
-    if latent is None:
-        queries, keys = heads * model.head_dim, model.num_kv_heads * model.head_dim
-        norms, biases = 2 * model.head_dim * model.qk_norm, (queries + 2 * keys) * model.qkv_bias
-        return hidden * (2 * queries + 2 * keys) + norms + biases
-    query = heads * (latent.plain_dim + latent.rotary_dim)
-    rank = latent.query_rank
-    to_query = hidden * query if rank is None else hidden * rank + rank + rank * query
-    compressed = hidden * (latent.key_value_rank + latent.rotary_dim) + latent.key_value_rank
-    expanded = latent.key_value_rank * heads * (latent.plain_dim + latent.value_dim)
-    return to_query + compressed + expanded + heads * latent.value_dim * hidden
-
-
 def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemory:
     """Estimate what one GPU of ``gb`` GB has of an engine."""
     rollout, itemsize = config.rollout, BYTES[config.engine_dtype]
     parameters, split = parameters_of(model), rollout.tensor_parallel_size
     weights = parameters.total * itemsize // split
     update = parameters.experts // max(1, len(model.moe_layers)) * itemsize
+    if config.sync.backend == "nccl":
+        update += NCCL_BUFFERS
     token = model.kv_token_bytes(config.engine_dtype)
     if model.latent is None:  # each GPU has its heads, and one at least; latent attention is whole on each
         token = token * max(1, model.num_kv_heads // split) // model.num_kv_heads
@@ -118,7 +97,7 @@ def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemor
 
 def rank_memory(config: RunConfig, model: ModelConfig) -> TrainerMemory:
     """Estimate one trainer rank on a GPU."""
-    return estimate.trainer_memory(config, model, parameters_of(model), gpu=True)
+    return estimate.trainer_memory(config, model, gpu=True)
 
 
 def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
@@ -144,11 +123,18 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
         faults.append(f"{needed} GPUs are needed, and {spec} have {present}")
     if split > spec.gpus:
         faults.append(f"an engine of {split} GPUs needs them on one host, which has {spec.gpus}")
-    if rank.total + RANK_RESERVE > spec.gb * GB:
-        faults.append(f"a trainer rank does not fit{_instead(config, model, spec)}")
+    if (fault := rank_fault(config, model, spec)) is not None:
+        faults.append(fault)
     faults += _engine_faults(config, engine, spec)
     lines += ["", *(f"does not fit: {fault}" for fault in faults)] if faults else ["", "fits"]
     return "\n".join(lines) + "\n", not faults
+
+
+def rank_fault(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str | None:
+    """Return that a trainer rank does not fit into a GPU, and what would make it fit; None if it fits."""
+    if rank_memory(config, model).total + RANK_RESERVE <= spec.gb * GB:
+        return None
+    return f"a trainer rank does not fit{_instead(config, model, spec)}"
 
 
 def _layout(config: RunConfig) -> str:
@@ -157,14 +143,25 @@ def _layout(config: RunConfig) -> str:
 
 
 def _rank_rows(config: RunConfig, rank: TrainerMemory) -> Iterator[tuple[str, int]]:
+    optimizer = config.trainer.optimizer
     yield "parameters", rank.parameters
-    yield "gradients, float32", rank.gradients
-    yield "optimizer, float32, its share", rank.optimizer
+    yield f"gradients, {optimizer.gradient_dtype}", rank.gradients
+    yield (
+        "optimizer, its share"
+        + f", {1 - optimizer.offload_fraction:.0%} on the GPU" * (optimizer.offload_fraction > 0),
+        rank.optimizer,
+    )
     if rank.reference:
         yield "reference policy", rank.reference
-    recompute = "recomputed" if config.trainer.recompute == "full" else "kept"
-    yield f"activations, {recompute}, {estimate.largest_microbatch(config)} positions", rank.activations
-    yield "logits and their gradient", rank.logits
+    recompute = {"none": "kept", "selective": "kept in part", "full": "recomputed"}[config.trainer.recompute]
+    yield f"activations, {recompute}, {largest_microbatch(config)} positions", rank.activations
+    if rank.logits > rank.working:
+        yield "logits and their gradient", rank.logits
+    else:
+        yield "one layer's backward pass", rank.working
+    # Activations and the update do not stand at once; the larger of the two counts.
+    if (more := rank.update - rank.activations - max(rank.logits, rank.working)) > 0:
+        yield "float32 gradients in an update, beyond the activations", more
     yield "CUDA, NCCL, fragmentation (assumed)", RANK_RESERVE
 
 
@@ -175,7 +172,8 @@ def _engine_rows(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> 
     share = config.rollout.gpu_memory_utilization
     yield f"outside of gpu_memory_utilization {share}", int((1 - share) * spec.gb * GB)
     if engine.update:
-        yield "of that, in a weight sync: one layer's experts", engine.update
+        buffers = " and NCCL's buffers" * (config.sync.backend == "nccl")
+        yield f"of that, in a weight sync: one layer's experts{buffers}", engine.update
 
 
 def _table(title: str, rows: Iterator[tuple[str, int]], total: int | None, spec: ClusterSpec) -> Iterator[str]:
@@ -208,7 +206,7 @@ def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
 
     That is each setting that does it alone, or else the first that does it with recomputation and short microbatches.
     """
-    lighter, larger = _lighter(config), _larger(config)
+    lighter, larger = _lighter(config), [*_larger(config), _offloaded(config)]
     every = {key: value for change in lighter for key, value in change.items()}
     alone = [change for change in (*lighter, *larger) if _fits(config, change, model, spec)]
     together = [every, *(every | change for change in larger)]
@@ -228,13 +226,30 @@ def _lighter(config: RunConfig) -> list[Change]:
         found.append({"trainer.recompute": "full"})
     if config.trainer.tokens_per_microbatch > longest:
         found.append({"trainer.tokens_per_microbatch": longest})
+    optimizer = config.trainer.optimizer
+    if config.model.dtype == "bfloat16" and optimizer.gradient_dtype == "float32" and optimizer.offload_fraction == 0:
+        key = "trainer.optimizer."
+        lower = {f"{key}{name}": "bfloat16" for name in ("gradient_dtype", "first_moment_dtype", "second_moment_dtype")}
+        found.append(lower)
     return found
+
+
+def _offloaded(config: RunConfig) -> Change:
+    """Return the change that takes the optimizer's states off the GPU, at the cost of a transfer each step."""
+    moments = {f"trainer.optimizer.{name}_moment_dtype": "float32" for name in ("first", "second")}
+    kept = {key: value for key, value in moments.items() if getattr(config.trainer.optimizer, key[18:]) != value}
+    return {"trainer.optimizer.offload_fraction": 1.0} | kept
 
 
 def _larger(config: RunConfig) -> list[Change]:
     """Return the layouts with twice the ranks of one kind."""
     sizes = config.trainer.parallel
-    return [{f"trainer.parallel.{name}": 2 * getattr(sizes, name)} for name in ("ep", "pp", "tp", "dp")]
+    changes: list[Change] = [
+        {f"trainer.parallel.{name}": 2 * getattr(sizes, name)} for name in ("ep", "pp", "tp", "dp")
+    ]
+    if sizes.layers_per_stage is not None:  # they are of so many stages
+        changes[1]["trainer.parallel.layers_per_stage"] = None
+    return changes
 
 
 def _fits(config: RunConfig, change: Change, model: ModelConfig, spec: ClusterSpec) -> bool:

@@ -93,7 +93,7 @@ def make_groups(config: RunConfig, spec: RoutingSpec, vocabulary: int) -> list[G
     return groups
 
 
-def settings(folder: Path, size: Size, dtype: str = "float32") -> RunConfig:
+def settings(folder: Path, size: Size, dtype: str = "float32", **trainer: Any) -> RunConfig:
     """Return a run's settings on the checkpoint of ``folder``, whose microbatches are as full as can be."""
     return validate(
         {
@@ -103,6 +103,7 @@ def settings(folder: Path, size: Size, dtype: str = "float32") -> RunConfig:
             "trainer": {
                 "groups_per_step": size.groups,
                 "tokens_per_microbatch": size.sequences * (size.prompt + size.response - 1),
+                **trainer,
             },
             "resources": {"device": "cpu"},
         }
@@ -112,7 +113,7 @@ def settings(folder: Path, size: Size, dtype: str = "float32") -> RunConfig:
 def estimated(config: RunConfig) -> TrainerMemory:
     """Return what doctor expects of the rank."""
     model = read_model_config(config.model.path)
-    return estimate.trainer_memory(config, model, estimate.count_parameters(config.model.path, model), gpu=False)
+    return estimate.trainer_memory(config, model, gpu=False)
 
 
 def allocated(config: RunConfig, steps: int = 2) -> tuple[int, int]:
@@ -125,6 +126,32 @@ def allocated(config: RunConfig, steps: int = 2) -> tuple[int, int]:
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     trainer.close()
     return int(held.max()), int(held[-1])
+
+
+def taken(trainer: Any) -> dict[str, int]:
+    """Return what a rank's tensors take: before a step, and at the peak of one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, place = trainer._model_config, trainer._place
+    assert model.routing_spec is not None
+    mine = make_groups(trainer._config, model.routing_spec, model.vocab_size)[place.dp :: place.sizes.dp]
+    trainer.train_step(mine, version=0, oldest_version=0)  # Adam has no moments before
+    parameters = [each for chunk in trainer._chunks for each in chunk.parameters()]
+    adam = trainer._optimizer
+    states = [each for state in adam._adam.state.values() for each in state.values()]
+    kept = [*parameters, *(each.main_grad for each in parameters), *adam._masters, *states]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
+    fixed = sum(storages.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train_step(mine, version=0, oldest_version=0)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return {
+        "parameters": sum(each.nbytes for each in parameters),
+        "gradients": sum(each.main_grad.nbytes for each in parameters),
+        "fixed": fixed,
+        "peak": fixed + int(held.max()),
+    }
 
 
 def resident(config: RunConfig, steps: int = 2) -> int:

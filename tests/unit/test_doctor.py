@@ -15,6 +15,7 @@ from async_rl.data import reading
 from async_rl.data.chat_turns import ChatTurns
 from async_rl.doctor import estimate, installation
 from async_rl.doctor import machine as probes
+from async_rl.doctor.parameters import Parameters, parameters_of
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
 from async_rl.queue import redis_store
@@ -108,16 +109,6 @@ def test_missing_and_wrong_packages(monkeypatch):
     assert the(found, "torch").status == "ok"
 
 
-def test_gpus_without_the_layers_that_are_made_for_them(monkeypatch, machine, inputs):
-    machine.setattr(probes, "gpu_count", lambda: 4)
-    assert the(doctor.checks(config(inputs)), "transformer-engine").status == "warn"
-    monkeypatch.setattr(probes, "installed_version", lambda _: "2.11.0")
-    assert "transformer-engine" not in {check.name for check in doctor.checks(config(inputs))}
-    machine.setattr(probes, "gpu_count", lambda: 0)
-    monkeypatch.setattr(probes, "installed_version", lambda _: None)
-    assert "transformer-engine" not in {check.name for check in doctor.checks(config(inputs))}
-
-
 def test_an_engine_that_is_not_installed_or_of_another_version(monkeypatch, machine, inputs):
     real = installation.installed_version
 
@@ -186,7 +177,7 @@ def test_memory(machine, inputs):
     machine.setattr(probes, "available_memory", lambda: 3 * probes.GB)
     detail = the(doctor.checks(config(inputs)), "memory").detail
     assert "3.0 GB available, about 3.3 GB needed" in detail
-    assert "(engines 1.8, trainer 0.7 and 0.0 for its largest microbatch)" in detail
+    assert "(engines 1.8, trainer 0.7 and 0.1 for its largest microbatch)" in detail
     with pytest.raises(ResourceError, match=r"memory: 3\.0 GB available"):
         doctor.require(config(inputs))
     needed = estimate.run_memory(config(inputs), *probes._model(config(inputs))).total
@@ -211,22 +202,28 @@ def test_memory_that_long_responses_exceed_is_a_warning(machine, inputs):
 def test_memory_grows_with_replicas_ranks_and_weights(inputs):
     def needed(parameters: int, **sections) -> int:
         settings = config(inputs, **sections)
-        return estimate.run_memory(settings, probes._model(settings)[0], estimate.Parameters(parameters)).fixed
+        return estimate.run_memory(settings, probes._model(settings)[0], Parameters(parameters)).fixed
 
     one = needed(0)
     assert needed(0, rollout={"replicas": 2}) - one > 1.8 * probes.GB
     assert needed(0, trainer={"parallel": {"dp": 2}}) > one
     dense = config(inputs)
     assert (
-        estimate.engine_memory(dense, None, estimate.Parameters())
-        - estimate.engine_memory(config(inputs, rollout={"enforce_eager": True}), None, estimate.Parameters())
+        estimate.engine_memory(dense, None, Parameters())
+        - estimate.engine_memory(config(inputs, rollout={"enforce_eager": True}), None, Parameters())
         == estimate.COMPILED_BYTES
     )
-    # float32: one copy in the engine, one in shared memory, and 16 bytes per parameter in the trainer.
-    assert needed(1000) - one == (4 + 4 + 16) * 1000
-    # bfloat16: half as much, and a float32 master, whatever the files have.
+    # float32: one copy in the engine and one in shared memory; bfloat16: half as much, whatever the files have.
+    assert needed(1000) - one == (4 + 4) * 1000
     half = {"model": {"dtype": "bfloat16"}}
-    assert needed(1000, **half) - needed(0, **half) == (2 + 2 + 18) * 1000
+    assert needed(1000, **half) - needed(0, **half) == (2 + 2) * 1000
+    # In the trainer 16 bytes per parameter; with bfloat16 18, for a float32 copy.
+    model = probes._model(config(inputs))[0]
+    for each, nbytes in (({}, 16), (half, 18)):
+        assert (
+            estimate.trainer_memory(config(inputs, **each), model, gpu=False).fixed
+            == nbytes * parameters_of(model).total
+        )
     assert probes._model(config(inputs, **half))[1].total == 1000
 
 
@@ -240,12 +237,14 @@ def test_gpu_memory_of_a_trainer_rank_by_hand(tmp_path):
         trainer={"parallel": {"dp": 8, "tp": 2, "ep": 8}, "tokens_per_microbatch": 4000, "recompute": "full"},
     )
     model = read_model_config(settings.model.path)
-    rank = estimate.trainer_memory(settings, model, estimate.Parameters(1_600_000_000, 28_800_000_000), gpu=True)
-    mine = 1_600_000_000 // 2 + 28_800_000_000 // 8
-    assert rank.parameters == mine * 2
-    assert rank.gradients == mine * 4
+    rank = estimate.trainer_memory(settings, model, gpu=True)
+    # Embeddings and attention are cut in two; norms and routers are whole on each rank.
+    dense = 2048 * 151_936 + 48 * 2048 * (2 * 32 + 2 * 4) * 128 // 2 + 48 * (2048 * 130 + 2 * 128) + 2048
+    experts = 48 * 128 * 3 * 2048 * 768 // 8
+    assert rank.parameters == (dense + experts) * 2
+    assert rank.gradients == (dense + experts) * 4
     # Dense states over 8 data-parallel ranks; each expert is on two ranks.
-    assert rank.optimizer == (800_000_000 // 8 + 3_600_000_000 // 2) * 12
+    assert rank.optimizer == (dense // 8 + experts // 2) * 12
     # One sequence is longer than what sequences are packed up to.
     assert rank.logits == int(8000 * (151_936 // 2) * 2 * 2.2)
     assert rank.reference == 0
@@ -259,7 +258,7 @@ def test_parameters_are_counted_whatever_their_type(tmp_path):
         "model.layers.0.mlp.experts.3.up_proj.weight": np.zeros((16, 32), np.float32),
     }
     save_file(tensors, str(folder / "model.safetensors"))
-    assert estimate.count_parameters(folder, read_model_config(folder)) == estimate.Parameters(64 * 32, 16 * 32)
+    assert estimate.count_parameters(folder, read_model_config(folder)) == Parameters(64 * 32, 16 * 32)
     (folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not in safetensors format"):
         estimate.count_parameters(folder, read_model_config(folder))

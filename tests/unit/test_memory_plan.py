@@ -6,8 +6,9 @@ import pytest
 
 from async_rl.cli import main
 from async_rl.config.loading import to_yaml, validate
-from async_rl.doctor.estimate import count_parameters
-from async_rl.doctor.memory_plan import GB, ClusterSpec, engine_memory, parameters_of, plan_memory, rank_memory
+from async_rl.doctor.estimate import count_parameters, stage_memory
+from async_rl.doctor.memory_plan import GB, ClusterSpec, _larger, engine_memory, plan_memory, rank_memory
+from async_rl.doctor.parameters import parameters_of, rank_parameters
 from async_rl.errors import ConfigError
 from async_rl.models.config import read_model_config
 from tests.support.model_families import configs
@@ -70,14 +71,18 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     assert not fits
     assert (
         "does not fit: a trainer rank does not fit; it would with trainer.recompute full, "
-        "trainer.tokens_per_microbatch 9216, trainer.parallel.pp 2"
+        "trainer.tokens_per_microbatch 9216, trainer.optimizer.gradient_dtype bfloat16, "
+        "trainer.optimizer.first_moment_dtype bfloat16, trainer.optimizer.second_moment_dtype bfloat16"
     ) in text
 
 
 def test_each_setting_that_would_make_it_fit_alone_is_named(tmp_path):
     config = settings(tmp_path, trainer=SHORT)
     text, _ = plan_memory(config, ClusterSpec(1, 8, "H100", 80))
-    assert "it would with trainer.parallel.pp 2 or with trainer.parallel.tp 4 or with trainer.parallel.dp 8" in text
+    assert (
+        "it would with trainer.parallel.pp 2 or with trainer.parallel.tp 4 or with trainer.parallel.dp 8 or with "
+        "trainer.optimizer.offload_fraction 1.0"
+    ) in text
     assert "does not fit: 16 GPUs are needed, and 1 host with 8 x H100 of 80 GB have 8" in text
 
 
@@ -98,6 +103,44 @@ def test_a_model_that_no_setting_fits(tmp_path):
     large = {"hidden_size": 7168, "num_hidden_layers": 64, "n_routed_experts": 256, "moe_intermediate_size": 2048}
     text, _ = plan_memory(settings(tmp_path, DEEPSEEK_V3 | large | {"max_position_embeddings": 163_840}), SPEC)
     assert "a trainer rank does not fit; use more GPUs for the trainer (trainer.parallel)" in text
+
+
+BF16 = {"gradient_dtype": "bfloat16"}
+MOMENTS = {"first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "gradient", "state", "update"),
+    [
+        ({}, 4, 12, 0),
+        (BF16, 2, 12, 4),
+        (MOMENTS, 4, 2 + 2 + 2, 0),  # of the float32 copy, the half that the bfloat16 parameter lacks
+        (BF16 | {"offload_fraction": 0.75}, 2, 3, 0),
+    ],
+)
+def test_settings_of_the_optimizer_by_hand(tmp_path, optimizer, gradient, state, update):
+    config = settings(tmp_path, parallel={}, trainer=SHORT | {"optimizer": optimizer})
+    rank, count = rank_memory(config, read_model_config(tmp_path / "model")), 30_532_122_624
+    assert (rank.parameters, rank.gradients, rank.optimizer) == (2 * count, gradient * count, state * count)
+    assert rank.update == update * count
+
+
+def test_a_plan_is_of_the_fullest_stage(tmp_path):
+    uneven = {"pp": 2, "layers_per_stage": [8, 40], "ep": 8, "dp": 8}
+    config = settings(tmp_path, parallel=uneven, trainer=SHORT)
+    model = read_model_config(tmp_path / "model")
+    first, last = (stage_memory(config, model, stage, gpu=True) for stage in (0, 1))
+    assert rank_memory(config, model) == last
+    assert last.parameters > 3 * first.parameters
+    assert (first.logits, last.logits > 0) == (0, True)
+    whole = parameters_of(model)
+    count = sum(rank_parameters(model, config.trainer.parallel, stage).total for stage in (0, 1))
+    assert count == whole.dense + whole.experts // 8
+
+
+def test_layers_of_one_stage_number_are_dropped_where_more_stages_are_tried(tmp_path):
+    config = settings(tmp_path, parallel=PARALLEL | {"pp": 2, "layers_per_stage": [24, 24]}, trainer=SHORT)
+    assert _larger(config)[1] == {"trainer.parallel.pp": 4, "trainer.parallel.layers_per_stage": None}
 
 
 @pytest.mark.parametrize("text", ["", "8xH100", "0x8xH100-80", "4x8x100-80", "4x8xH100", "4x8xH100-80GB", "x" * 300])
