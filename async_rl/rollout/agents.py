@@ -83,7 +83,10 @@ class Agents:
             encode=lambda text: list(self._tokenizer.encode(text, add_special_tokens=False)),
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
         )
-        outcome = await self._outcome(prompt, policy, Context(rollout_id, zlib.crc32(rollout_id.encode())))
+        try:
+            outcome = await self._outcome(prompt, policy, Context(rollout_id, zlib.crc32(rollout_id.encode())))
+        finally:
+            session.close()  # what the agent has left running asks nothing more
         nbytes = sum(routing_bytes(branch.partial.routed_experts) for branch in session.branches)
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 

@@ -222,14 +222,15 @@ class Session:
         """Whether the turn that ended last was cut off by its limit."""
         return self._last is not None and self._last.finish_reason == "length"
 
-    def trajectories(self) -> tuple[Trajectory, ...]:
-        """End the session and return the trajectory of each branch; turns under way are undone.
-
-        Raises InvalidTrajectory.
-        """
+    def close(self) -> None:
+        """Undo the turns under way, and refuse further requests."""
         self._closed = True
         for turn in [branch.open for branch in self.branches if branch.open is not None]:
             self.undo(turn)
+
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """Close the session and return the trajectory of each branch. Raises InvalidTrajectory."""
+        self.close()
         made = tuple(branch.partial.to_trajectory() for branch in self.branches)
         if (found := sum(int(t.sampled.sum()) for t in made)) != self._sampled:
             raise InvalidTrajectory(

@@ -158,6 +158,30 @@ async def raises(prompt, policy, context):
     raise ValueError("no such tool")
 
 
+async def leaves_a_task_behind(prompt, policy, context):
+    async def asks_on():
+        try:
+            while True:
+                await policy.complete(prompt.token_ids)
+        except RequestRefused as error:
+            HELD["refused"].append(str(error))
+
+    HELD["tasks"].append(asyncio.create_task(asks_on()))
+    await policy.complete(prompt.token_ids)
+    raise ValueError("given up")
+
+
+async def test_what_an_agent_leaves_running_asks_nothing_more():
+    engine = scripted()
+    HELD.update(tasks=[], refused=[])
+    await replica(engine, ListQueue(1), "leaves_a_task_behind", agent_settings={"on_error": "skip"}).run()
+    await asyncio.wait_for(asyncio.gather(*HELD["tasks"]), 10)
+    assert HELD["refused"] == ["rollout_budget_exceeded: the rollout has ended"] * 2
+    sampled_then = engine.sampled
+    await turns(50)
+    assert engine.sampled == sampled_then
+
+
 async def asks_too_much(prompt, policy, context):
     while True:
         await policy.complete(prompt.token_ids)

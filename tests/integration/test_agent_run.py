@@ -1,0 +1,39 @@
+"""A whole run of agents that branch: real vLLM, Ray and Megatron, weight syncs in the middle of turns."""
+
+import pytest
+
+from async_rl.queue import codec
+from tests.support.invariants import conserved
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def test_engine_and_trainer_agree_on_the_tokens_of_every_branch(start_run):
+    """A fork's prompt has tokens that another version may have sampled, and routed experts of the fork's own calls."""
+    run = start_run(
+        data__eval="null",
+        rollout__agent__function="tests.support.user_agents:forks",
+        trainer__loss__aggregation="sequence_mean",
+        debug__dump_trajectories=64,
+        trainer__steps=4,
+    )
+    assert run.wait() == 0, run.output
+    run.assert_nothing_left()
+    summary = run.summary
+    assert conserved(summary["groups"])
+    assert summary["trajectories"]["partial"] > 0
+    assert summary["on_policy_logprob_abs_diff"]["max"] <= 2e-5
+    groups = [codec.decode(path.read_bytes()) for path in sorted((run.folder / "trajectories").iterdir())]
+    assert len(groups) == 4 * 4
+    assert {rollout.reward for group in groups for rollout in group.rollouts} <= {0.0, 1.0, 2.0}
+    counts = {len(rollout.trajectories) for group in groups for rollout in group.rollouts}
+    assert counts <= {2, 3}, "the first turn, and two after it of which one may extend it"
+    for group in groups:
+        for rollout in group.rollouts:
+            first, *forks = rollout.trajectories
+            assert len(first.prompt_ids) == len(group.prompt.token_ids)
+            for fork in forks:
+                assert fork.prompt_ids[: len(first.prompt_ids)].tolist() == first.prompt_ids.tolist()
+                assert len(fork.routed_experts) == fork.num_tokens - 1
+    assert summary["trajectories"]["total"] == sum(len(group.trajectories) for group in groups)
+    assert all("tokens" in row["reward_part_mean"] for row in run.rows)
