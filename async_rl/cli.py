@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     if arguments.verb == "doctor":
-        return _reported(lambda: _doctor(arguments.config, settings, of_cluster=arguments.cluster))
+        cluster, spec = arguments.cluster, arguments.cluster_spec
+        return _reported(lambda: _doctor(arguments.config, settings, of_cluster=cluster, spec=spec))
     if arguments.verb == "data":
         return _reported(lambda: _data(arguments.config, settings))
     if arguments.verb == "plan":
@@ -129,7 +130,7 @@ def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
     return 0
 
 
-def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool) -> int:
+def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool, spec: str | None) -> int:
     from async_rl import doctor
 
     config: RunConfig | None = None
@@ -139,6 +140,15 @@ def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool)
         raise ConfigError("--cluster: hosts are checked for a run; write async-rl doctor CONFIG --cluster")
     elif settings:
         raise ConfigError(f"{settings[0]}: settings need a config file; write async-rl doctor CONFIG {settings[0]} ...")
+    if spec is not None:
+        if config is None or of_cluster:
+            raise ConfigError("--cluster-spec: write async-rl doctor CONFIG --cluster-spec SPEC, without --cluster")
+        from async_rl.doctor import described
+        from async_rl.doctor.memory_plan import ClusterSpec
+
+        found = described.checks(config, ClusterSpec.parse(spec))
+        sys.stdout.write(doctor.report(found, "cluster"))
+        return 1 if doctor.failed(found) else 0
     if config is not None and of_cluster:
         from async_rl.driver.hosts import examine
 
@@ -265,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser(
         "doctor",
         help="check whether a run can start on this machine",
-        usage="async-rl doctor [CONFIG ...] [--cluster] [--section.key value ...]",
+        usage="async-rl doctor [CONFIG ...] [--cluster | --cluster-spec SPEC] [--section.key value ...]",
         description="Check this machine, its packages and the inputs for the run that CONFIG describes; without "
         "CONFIG, only machine and packages. Exits with 1 if a run could not start.",
         allow_abbrev=False,
@@ -275,6 +285,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster",
         action="store_true",
         help="check every host of the Ray cluster at cluster.address, or RAY_ADDRESS, against what the run needs",
+    )
+    doctor.add_argument(
+        "--cluster-spec",
+        metavar="SPEC",
+        help="check against GPUs that this machine need not have: hosts, GPUs of each, name and GB, as 4x8xH100-80",
     )
     data = verbs.add_parser(
         "data",

@@ -125,7 +125,7 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
         faults.append(f"an engine of {split} GPUs needs them on one host, which has {spec.gpus}")
     if (fault := rank_fault(config, model, spec)) is not None:
         faults.append(fault)
-    faults += _engine_faults(config, engine, spec)
+    faults += engine_faults(config, engine, spec)
     lines += ["", *(f"does not fit: {fault}" for fault in faults)] if faults else ["", "fits"]
     return "\n".join(lines) + "\n", not faults
 
@@ -184,7 +184,8 @@ def _table(title: str, rows: Iterator[tuple[str, int]], total: int | None, spec:
         yield f"  {'total':<56}{total / GB:8.1f} of {spec.gb}"
 
 
-def _engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> Iterator[str]:
+def engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> Iterator[str]:
+    """Yield what of an engine does not fit into a GPU, and what to set."""
     longest = config.data.max_prompt_tokens + config.longest_response
     if engine.kv_cache <= 0:
         yield "an engine's weights; raise rollout.tensor_parallel_size or rollout.gpu_memory_utilization"
