@@ -80,8 +80,9 @@ def test_each_setting_that_would_make_it_fit_alone_is_named(tmp_path):
     config = settings(tmp_path, trainer=SHORT)
     text, _ = plan_memory(config, ClusterSpec(1, 8, "H100", 80))
     assert (
-        "it would with trainer.parallel.pp 2 or with trainer.parallel.tp 4 or with trainer.parallel.dp 8 or with "
-        "trainer.optimizer.offload_fraction 1.0"
+        "it would with trainer.optimizer.gradient_dtype bfloat16, trainer.optimizer.first_moment_dtype bfloat16, "
+        "trainer.optimizer.second_moment_dtype bfloat16 or with trainer.parallel.pp 2 or with trainer.parallel.tp 4 or "
+        "with trainer.parallel.dp 8 or with trainer.optimizer.offload_fraction 1.0"
     ) in text
     assert "does not fit: 16 GPUs are needed, and 1 host with 8 x H100 of 80 GB have 8" in text
 
