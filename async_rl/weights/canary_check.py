@@ -22,11 +22,10 @@ from async_rl.weights.buckets import checksum
 from async_rl.weights.canary import (
     BATCHES,
     CANDIDATES,
-    CEILING,
-    FLOOR,
     CanaryReport,
     Noise,
     agrees,
+    bounds,
     candidates,
     coarser_dtype,
     compare,
@@ -210,10 +209,7 @@ class CanaryCheck:
 
     async def _report(self, replica: int, scores: list[Score], ours: Expected, *, replay: bool) -> CanaryReport:
         """Return how far one replica is from the trainer. Raises WeightSyncMismatch if it is too far."""
-        dtype = coarser_dtype(self._config)
-        limit = tolerance(self._config, self.noise)
-        # What needs no further look, and what is refused whatever the look shows.
-        usual, most = (FLOOR[dtype], CEILING[dtype]) if limit is None else (limit, limit)
+        usual, most = bounds(self._config, self.noise)
         logprobs = [score.logprobs for score in scores]
         routed_experts = _routed_experts(scores) or None
         report = compare(logprobs, ours.logprobs)
@@ -228,6 +224,15 @@ class CanaryCheck:
         blamed, where = await self._look_into_layers(replica, report, routed_experts)
         if blamed or not agrees(report, most):
             raise mismatch(replica, report, usual if agrees(report, most) else most, where)
+        if self.noise is not None:
+            log.warning(
+                "canary_token_beyond_tolerance",
+                replica=replica,
+                max_abs_diff=float(f"{report.max_abs_diff:.3g}"),
+                allowed=float(f"{usual.token:.3g}"),
+                mean_abs_diff=float(f"{report.mean_abs_diff:.3g}"),
+                reason=where,
+            )
         return report
 
     def _calibrate(self, reports: Sequence[CanaryReport]) -> None:

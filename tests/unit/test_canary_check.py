@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncMismatch
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.interface import Score
-from async_rl.weights.canary import FLOOR, agrees, tolerance
+from async_rl.weights.canary import CEILING, FLOOR, agrees, tolerance
 from async_rl.weights.canary_check import CanaryCheck
 from tests.support import deep_model
 from tests.support.deep_model import LAYERS, VOCAB, layer, swapped, updated
@@ -120,6 +121,35 @@ async def test_a_stale_layer_is_caught_after_the_start(weights, dtype, size):
     new = updated(weights, size)
     with pytest.raises(WeightSyncMismatch, match="differs most in layer 15"):
         await canary.report(engine={**new, **layer(weights, 15)}, trainer=new)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("off", "canary_tolerance", "refused"), [(0.5, "auto", False), (1.5, "auto", True), (0.5, None, True)]
+)
+async def test_one_token_alone_may_be_off_by_what_a_first_comparison_may_be(
+    weights, monkeypatch, dtype, off, canary_tolerance, refused
+):
+    """As rounding is where training has made a model sharp. ``off`` is in ceilings of a token."""
+    canary = Canary(weights, dtype, canary_tolerance)
+    if canary_tolerance == "auto":
+        await canary.report()
+    score, ceiling = canary.engine.score, CEILING[dtype].token
+    assert 0.5 * ceiling > FLOOR[dtype].token
+
+    async def sharper(sequences):
+        first, *others = await score(sequences)
+        first.logprobs[3] -= off * ceiling
+        return [first, *others]
+
+    monkeypatch.setattr(canary.engine, "score", sharper)
+    if refused:
+        with pytest.raises(WeightSyncMismatch, match=r"by .* at token 4 of probe sequence 0"):
+            await canary.report()
+    else:
+        with structlog.testing.capture_logs() as logged:
+            await canary.report()
+        assert [line["event"] for line in logged] == ["canary_token_beyond_tolerance"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
