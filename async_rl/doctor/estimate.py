@@ -8,15 +8,14 @@ Shapes: T positions of the largest microbatch, V vocabulary, H hidden size, b by
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.models.config import ModelConfig
+from async_rl.models.headers import read_header
 from async_rl.trainer.parallel import world_size
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -102,12 +101,12 @@ def count_parameters(folder: Path, model: ModelConfig) -> Parameters:
     dense = experts = 0
     unbuilt = tuple(f"model.layers.{model.num_layers + n}." for n in range(model.extra_layers))
     for file in folder.glob("*.safetensors"):
-        for name, entry in _header(file).items():
-            if name == "__metadata__" or name.startswith(unbuilt):
+        for name, header in read_header(file).items():
+            if name.startswith(unbuilt):
                 continue
             if name == "lm_head.weight" and model.tie_word_embeddings:
                 continue
-            count = math.prod(entry["shape"])
+            count = math.prod(header.shape)
             if ".experts." in name:
                 experts += count
             else:
@@ -207,15 +206,3 @@ def _layer_elements(model: ModelConfig, *, moe: bool) -> int:
     # A copy of the position for each of its experts, the same four per expert and the product weighted, its output.
     routed = model.top_k * (2 * hidden + 5 * model.moe_intermediate_size)
     return elements + routed + 4 * model.shared_intermediate_size + 4 * model.num_experts
-
-
-def _header(file: Path) -> dict[str, dict[str, list[int]]]:
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
-        except (struct.error, ValueError) as error:
-            raise ValueError(f"{file} is not in safetensors format: {error}") from None
-    return header

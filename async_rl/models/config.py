@@ -15,6 +15,7 @@ from typing import Any, Literal
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
+from async_rl.models.quantization import refuse_quantized
 from async_rl.types import RoutingSpec
 
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -148,12 +149,13 @@ class ModelConfig:
 
 def read_model_config(path: Path) -> ModelConfig:
     """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the fix."""
-    values = _read_json(path)
+    values = read_json(path)
     architecture = (values.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise ModelError(
             f"model.path {path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    refuse_quantized(path, values)
     return FAMILIES[architecture](architecture, _Fields(path, values))
 
 
@@ -370,7 +372,7 @@ class _Fields:
 
 def _common(architecture: str, fields: _Fields) -> ModelConfig:
     """Read the fields that all families name alike."""
-    fields.only(hidden_act="silu", use_sliding_window=False, quantization_config=None)
+    fields.only(hidden_act="silu", use_sliding_window=False)
     heads = fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -505,7 +507,8 @@ FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
 }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return ``path``/config.json as it is. Raises ModelError naming the folder and the fix."""
     if not path.is_dir():
         raise ModelError(f"model.path {path}: no such folder")
     file = path / "config.json"
