@@ -15,6 +15,7 @@ from typing import Any, Literal
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
+from async_rl.models.headers import check_plain, read_headers
 from async_rl.models.quantization import refuse_quantized
 from async_rl.types import RoutingSpec
 
@@ -292,6 +293,16 @@ def checkpoint_shards(path: Path) -> list[Path]:
     if not shards:
         raise ModelError(f"model.path {path}: no *.safetensors file; set it to a Hugging Face checkpoint folder")
     return shards
+
+
+def check_not_quantized(path: Path) -> None:
+    """Raise ModelError if the checkpoint in ``path`` is quantized, by its config.json or the types of its tensors.
+
+    Reads the headers of its *.safetensors files, if it has such, and raises ModelError naming one that is damaged.
+    """
+    refuse_quantized(path, read_json(path))
+    if any(path.glob("*.safetensors")):
+        check_plain(path, read_headers(checkpoint_shards(path)))
 
 
 class _Fields:

@@ -1,14 +1,18 @@
 """A checkpoint in block-wise fp8 becomes one in bfloat16, bit for bit by the published rule, or is refused."""
 
 import json
+import re
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from async_rl import cli
+from async_rl.config.loading import validate
+from async_rl.doctor import inputs
+from async_rl.driver import eval_command
 from async_rl.errors import ConfigError, ModelError, ResourceError
 from async_rl.models import dequantize as module
 from async_rl.models import names
@@ -17,6 +21,7 @@ from async_rl.models.dequantize import dequantize
 from async_rl.models.headers import read_header
 from tests.support import fp8_folders
 from tests.support.full_disk import room_for
+from tests.support.model_folders import SMALLEST
 
 SHAPES = {
     # Neither 128 nor 96 divides these.
@@ -46,6 +51,11 @@ def tensors(block=(128, 128), scale_type=torch.float32):
         found[name], scales = fp8_folders.quantize(weight, block)
         found[f"{name}_scale_inv"] = scales.to(scale_type)
     return found
+
+
+def smallest(path, found, **changes):
+    """Make a checkpoint whose config.json is one of a family."""
+    return fp8_folders.write(path, {"model.safetensors": found}, SMALLEST | {"max_position_embeddings": 8192} | changes)
 
 
 def folder(path, found=None, **changes):
@@ -322,9 +332,30 @@ def test_the_user_is_told_what_to_run_and_runs_it(tmp_path, capsys, monkeypatch)
     assert "dequantize has no option --model.dtype" in capsys.readouterr().err
 
 
-def test_a_trainer_refuses_fp8_that_config_json_does_not_mention(tmp_path):
-    save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    from async_rl.models.headers import check_plain
-
-    with pytest.raises(ModelError, match=r"a\.weight is F8_E4M3, but config\.json has no quantization_config"):
-        check_plain(tmp_path, read_header(tmp_path / "model.safetensors"))
+def test_fp8_is_refused_before_anything_loads(tmp_path):
+    """Also where config.json does not mention it, by doctor, which each run asks first, and by an evaluation."""
+    source = smallest(tmp_path / "V3", tensors(), quantization_config=fp8_folders.config())
+    hidden = smallest(tmp_path / "hidden", tensors())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    told = {
+        source: f"in block-wise fp8, .* run async-rl dequantize {source} {source}-bf16 and set model.path to",
+        hidden: r"\.weight is F8_E4M3; .* but config\.json has no quantization_config",
+    }
+    for path, words in told.items():
+        config = validate({"name": "a", "model": {"path": str(path)}, "data": {"train": str(tmp_path / "rows.jsonl")}})
+        (check,) = inputs.model(config)
+        assert check.status == "FAIL"
+        assert re.search(words, check.detail)
+        with pytest.raises(ModelError, match=words):
+            eval_command.run(
+                validate(
+                    {
+                        "name": "a",
+                        "runs": str(tmp_path / "runs"),
+                        "model": {"path": str(path)},
+                        "data": {"train": "train.jsonl", "eval": str(tmp_path / "rows.jsonl")},
+                    }
+                ),
+                None,
+            )
+    assert not (tmp_path / "runs").exists()
