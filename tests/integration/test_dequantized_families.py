@@ -8,7 +8,8 @@ import pytest
 
 from async_rl.errors import ModelError
 from async_rl.models.config import read_model_config
-from async_rl.models.dequantize import dequantize
+from async_rl.models.dequantize import dequantize, dequantized
+from async_rl.models.quantization import Blocks
 from tests.support import fp8_folders, model_families
 from tests.support.family_probes import family_config, furthest, look, sequences, write_folder
 from tests.support.model_families import LAYERS
@@ -43,6 +44,17 @@ def quantized(name, folder):
     return apart, sum(bits is not None for bits, _ in meant.values())
 
 
+def as_transformers():
+    """Return whether transformers dequantizes to the same bits weights of whole blocks, the only ones it takes."""
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randn(256, 384) * torch.logspace(-4, 2, 384)
+    values, scales = fp8_folders.quantize(weight, (128, 128))
+    theirs = Fp8Dequantize(None)._dequantize_one(values, scales, torch.bfloat16)
+    return theirs.equal(dequantized(values, scales, Blocks(128, 128)))
+
+
 def without_its_config(name, folder):
     """Make a family's checkpoint in fp8 whose config.json does not say so, and build a trainer on it."""
     from async_rl.trainer.trainer import Trainer
@@ -60,6 +72,10 @@ def tensors_of(folder):
         for file in folder.glob("*.safetensors")
         for key, tensor in load_file(file).items()
     }
+
+
+def test_the_rule_is_that_of_transformers(ranks):
+    assert ranks.call(as_transformers)
 
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Qwen3-MoE"])
