@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reported(lambda: _eval(arguments.config, arguments.checkpoint, settings))
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
+    if arguments.verb == "dequantize":
+        return _reported(lambda: _dequantize(arguments.source, arguments.out, settings))
     if arguments.verb == "doctor":
         cluster, spec = arguments.cluster, arguments.cluster_spec
         return _reported(lambda: _doctor(arguments.config, settings, of_cluster=cluster, spec=spec))
@@ -130,6 +132,22 @@ def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
     return 0
 
 
+def _dequantize(source: Path, out: Path, settings: Sequence[str]) -> int:
+    _refuse_settings("dequantize", settings)
+    from async_rl.models.dequantize import dequantize
+
+    plan = dequantize(source, out, report=_progress)
+    sys.stdout.write(
+        f"converted {plan.quantized} weights of {source} to bfloat16 and copied {plan.copied}; "
+        f"set model.path to {out}\n"
+    )
+    return 0
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
 def _doctor(paths: Sequence[Path], settings: Sequence[str], *, of_cluster: bool, spec: str | None) -> int:
     from async_rl import doctor
 
@@ -180,10 +198,7 @@ def _plan(paths: Sequence[Path], spec: str, settings: Sequence[str]) -> int:
 
 def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
     """Run a verb that reads run folders; these verbs take no settings."""
-    if settings:
-        raise ConfigError(
-            f"async-rl {arguments.verb} has no option {settings[0]}; see async-rl {arguments.verb} --help"
-        )
+    _refuse_settings(arguments.verb, settings)
     if arguments.verb == "watch":
         from async_rl.observe.watch import watch
 
@@ -195,6 +210,11 @@ def _look(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
     if arguments.verb == "replay-metrics":
         return serve.replay(_run_folder(arguments.run), port=arguments.port)
     return serve.observe(arguments.runs, port=arguments.port)
+
+
+def _refuse_settings(verb: str, settings: Sequence[str]) -> None:
+    if settings:
+        raise ConfigError(f"async-rl {verb} has no option {settings[0]}; see async-rl {verb} --help")
 
 
 def _report(runs: Sequence[Path], out: Path, trace: Path | None) -> int:
@@ -271,6 +291,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint or run folder")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
+
+    convert = verbs.add_parser(
+        "dequantize",
+        help="convert a checkpoint in block-wise fp8 to bfloat16",
+        usage="async-rl dequantize SOURCE OUT",
+        description="Write the Hugging Face folder SOURCE, whose weights are in block-wise fp8 like DeepSeek-V3's, to "
+        "OUT in bfloat16, in which they are trained. Needs memory for one file of 5 GB, and no GPU.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="folder whose config.json has quantization_config")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
 
     doctor = verbs.add_parser(
         "doctor",

@@ -8,9 +8,7 @@ Shapes: T positions of the largest microbatch, V vocabulary, H hidden size, b by
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor.activations import largest_microbatch, stage_elements
 from async_rl.doctor.parameters import Parameters, rank_parameters
 from async_rl.models.config import ModelConfig
+from async_rl.models.headers import read_header
 from async_rl.trainer.parallel import world_size
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -95,12 +94,12 @@ def count_parameters(folder: Path, model: ModelConfig) -> Parameters:
     dense = experts = 0
     unbuilt = tuple(f"model.layers.{model.num_layers + n}." for n in range(model.extra_layers))
     for file in folder.glob("*.safetensors"):
-        for name, entry in _header(file).items():
-            if name == "__metadata__" or name.startswith(unbuilt):
+        for name, header in read_header(file).items():
+            if name.startswith(unbuilt):
                 continue
             if name == "lm_head.weight" and model.tie_word_embeddings:
                 continue
-            count = math.prod(entry["shape"])
+            count = math.prod(header.shape)
             if ".experts." in name:
                 experts += count
             else:
@@ -190,15 +189,3 @@ def run_memory(
 def shared_weights(config: RunConfig, parameters: Parameters) -> int:
     """Return the bytes of the copy in shared memory that a weight sync leaves for all engines of the host."""
     return 0 if config.sync_backend == "nccl" else parameters.total * BYTES[config.model.dtype]
-
-
-def _header(file: Path) -> dict[str, dict[str, list[int]]]:
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, dict[str, list[int]]] = json.loads(stream.read(length))
-        except (struct.error, ValueError) as error:
-            raise ValueError(f"{file} is not in safetensors format: {error}") from None
-    return header

@@ -23,7 +23,7 @@ from async_rl.doctor import installation
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
-from async_rl.models.config import ModelConfig, check_run, checkpoint_shards, read_model_config
+from async_rl.models.config import ModelConfig, check_not_quantized, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout import agents
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.sglang import SGLANG_VERSION
@@ -63,6 +63,7 @@ def model(config: RunConfig) -> Iterator[Check]:
         found = read_model_config(path)
         check_run(config, found)
         shards = checkpoint_shards(path)
+        check_not_quantized(path)
     except AsyncRLError as error:
         yield refused("model", error)
         return

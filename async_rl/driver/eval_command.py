@@ -27,6 +27,7 @@ from async_rl.driver.run import read_eval_sets, resolved
 from async_rl.driver.samples import readable_answer
 from async_rl.errors import CheckpointError, ConfigError, EngineError
 from async_rl.metrics.evaluation import EvalLine
+from async_rl.models.config import check_not_quantized
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.environments.turns import load_environments
@@ -59,6 +60,8 @@ def run(config: RunConfig, checkpoint: Path | None, moved: Path | None = None) -
     if config.prepare is not None:
         load_function("prepare", config.prepare, ("config",), ConfigError)(config)
     source = Source(config.model.path, exported=True) if checkpoint is None else find_source(checkpoint)
+    if source.exported:
+        check_not_quantized(source.path)
     config = alone(config, source)
     encoder = reading.encoder(config)
     sets = read_eval_sets(config, encoder, {})

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
+from async_rl.models.headers import check_plain, read_headers
+from async_rl.models.quantization import refuse_quantized
 from async_rl.types import RoutingSpec
 
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -148,12 +150,13 @@ class ModelConfig:
 
 def read_model_config(path: Path) -> ModelConfig:
     """Read ``path``/config.json. Raises ModelError naming the folder or key, its value and the fix."""
-    values = _read_json(path)
+    values = read_json(path)
     architecture = (values.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise ModelError(
             f"model.path {path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    refuse_quantized(path, values)
     return FAMILIES[architecture](architecture, _Fields(path, values))
 
 
@@ -301,6 +304,16 @@ def checkpoint_shards(path: Path) -> list[Path]:
     return shards
 
 
+def check_not_quantized(path: Path) -> None:
+    """Raise ModelError if the checkpoint in ``path`` is quantized, by its config.json or the types of its tensors.
+
+    Reads the headers of its *.safetensors files, if it has such, and raises ModelError naming one that is damaged.
+    """
+    refuse_quantized(path, read_json(path))
+    if any(path.glob("*.safetensors")):
+        check_plain(path, read_headers(checkpoint_shards(path)))
+
+
 class _Fields:
     """A config.json whose fields are read with errors that name folder and key."""
 
@@ -379,7 +392,7 @@ class _Fields:
 
 def _common(architecture: str, fields: _Fields) -> ModelConfig:
     """Read the fields that all families name alike."""
-    fields.only(hidden_act="silu", use_sliding_window=False, quantization_config=None)
+    fields.only(hidden_act="silu", use_sliding_window=False)
     heads = fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -514,7 +527,8 @@ FAMILIES: dict[str, Callable[[str, _Fields], ModelConfig]] = {
 }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return ``path``/config.json as it is. Raises ModelError naming the folder and the fix."""
     if not path.is_dir():
         raise ModelError(f"model.path {path}: no such folder")
     file = path / "config.json"

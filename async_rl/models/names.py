@@ -25,6 +25,8 @@ Kind = Literal["same", "qkv", "gate_up"]
 # How tensor parallelism cuts the Hugging Face tensors: by rows (dimension 0), by columns (1), or not at all.
 Cut = Literal["rows", "columns", "whole"]
 AXIS: dict[Cut, int] = {"rows": 0, "columns": 1}
+# Size of one *.safetensors file, the same that transformers writes.
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,6 @@ from async_rl.models import names
 from async_rl.models.config import ModelConfig, checkpoint_shards
 from async_rl.trainer.parallel import Place
 
-# Size of one *.safetensors file, the same that transformers writes.
-SHARD_BYTES = 5 * 10**9
-
 
 class NamedWeights(Protocol):
     """Weights that are gathered tensor by tensor, in the order of their metadata."""
@@ -50,7 +47,7 @@ def _meeting(weights: NamedWeights) -> Iterator[tuple[str, torch.Tensor | None]]
     for meta, item in zip(weights.metadata(), weights, strict=True):
         yield item
         passed += math.prod(meta.shape) * meta.dtype.itemsize
-        if passed >= SHARD_BYTES:
+        if passed >= names.SHARD_BYTES:
             torch.distributed.barrier()
             passed = 0
 
@@ -61,7 +58,7 @@ def write_folder(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, *, l
     Layers that predict further tokens are not trained, and are copied from ``like``.
     """
     extra = names.extra_layers(model, checkpoint_shards(like))
-    names.write_checkpoint(chain(weights, extra), folder, shard_bytes=SHARD_BYTES)
+    names.write_checkpoint(chain(weights, extra), folder, shard_bytes=names.SHARD_BYTES)
     for file in like.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copy2(file, folder / file.name)

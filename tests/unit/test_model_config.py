@@ -292,7 +292,7 @@ def test_reads_moonlight_and_deepseek_v3(tmp_path):
         ({"norm_topk_prob": False}, ["norm_topk_prob is False"]),
         ({"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "'yarn'"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "only None"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "quant_method is 'awq'"]),
         ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM"]),
     ],
 )

@@ -29,7 +29,7 @@ class Weights:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_meet_after_as_much_as_one_file_has(tmp_path, monkeypatch, rank):
     order = []
-    monkeypatch.setattr(export, "SHARD_BYTES", 1200)
+    monkeypatch.setattr(names, "SHARD_BYTES", 1200)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: order.append("meet"))
     model = write_inputs(tmp_path) / "model"
     export.write_hf(

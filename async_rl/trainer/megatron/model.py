@@ -22,6 +22,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
 from async_rl.models import names
 from async_rl.models.config import ModelConfig, checkpoint_shards
+from async_rl.models.headers import PLAIN, listed
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.megatron.arguments import ddp_config, transformer_config
 from async_rl.trainer.megatron.platform import Device
@@ -163,14 +164,14 @@ def _where(entry: names.Entry, model: ModelConfig, place: Place) -> Iterator[tup
 def load_checkpoint(here: Sequence[LocalTensor], path: Path, model: ModelConfig, layout: names.Layout) -> None:
     """Fill this rank's tensors from the folder's safetensors, one parameter at a time, reading nothing else.
 
-    Raises ModelError that names the tensors which are missing, surplus, or of another shape than config.json says.
+    Raises ModelError that names the tensors which are missing, surplus, quantized, or of another shape than config.json
+    says.
     """
     shards: list[Any] = [safe_open(shard, framework="pt") for shard in checkpoint_shards(path)]
     where = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118  # not a dict
     faults = _faults(model, here, {name for entry in names.entries(model, layout) for name in entry.hf}, where)
     if faults:
-        listed = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise ModelError(f"model.path {path}: weights do not fit config.json: {listed}")
+        raise ModelError(f"model.path {path}: weights do not fit config.json: {listed(faults)}")
     with torch.no_grad():
         for one in here:
             tensors = [
@@ -189,6 +190,8 @@ def _faults(model: ModelConfig, here: Sequence[LocalTensor], known: set[str], wh
                 faults.append(f"{name} is missing")
             elif tuple(where[name].get_slice(name).get_shape()) != shape:
                 faults.append(f"{name} is {where[name].get_slice(name).get_shape()}, expected {list(shape)}")
+            elif (dtype := where[name].get_slice(name).get_dtype()) not in PLAIN:
+                faults.append(f"{name} is {dtype}, expected one of {', '.join(PLAIN)}")
     faults += [f"{name} is surplus" for name in where if name not in known and not names.ignored(model, name)]
     return faults
 
