@@ -1,4 +1,4 @@
-"""What the gateway answers in the dialect of OpenAI, as JSON or as the events of a stream. Pure."""
+"""What the gateway answers in the dialect of OpenAI, as JSON or as the events of a stream."""
 
 from __future__ import annotations
 

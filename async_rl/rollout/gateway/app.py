@@ -42,7 +42,7 @@ MAX_CALLS = 64
 """Requests of one rollout at one time. More are a loop that has gone wrong, at the cost of the other rollouts."""
 
 KEEP_ALIVE_S = 15.0
-"""Seconds of silence after which a client is told that its request is alive; proxies give one up after 30 to 60."""
+"""Seconds of silence after which a client gets a sign of life; proxies give one up after 30 to 60."""
 
 _T = TypeVar("_T")
 _Handler = Callable[[Endpoint, Request, bytes], Awaitable[Response]]
@@ -288,7 +288,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _done_or_gone(request: Request, turn: asyncio.Task[Reply]) -> bool:
-    """Return whether a turn ends before its client is to be told that it is alive. Raises ClientDisconnect."""
+    """Return whether a turn ends before its client needs a sign of life. Raises ClientDisconnect."""
     gone = asyncio.ensure_future(request.receive())  # After the body, only the end of the connection comes.
     try:
         await asyncio.wait({turn, gone}, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)

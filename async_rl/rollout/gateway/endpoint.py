@@ -14,7 +14,7 @@ from async_rl.errors import RequestRefused
 from async_rl.rollout.policy import Policy, Reply
 
 REPEAT_WITHIN_S = 60.0
-"""Seconds for which a turn is sampled on although nobody waits for it. OpenAI's clients repeat after at most 8."""
+"""Seconds for which a turn is sampled on although no client waits for it. OpenAI's clients repeat after at most 8."""
 
 
 class Asked:
@@ -68,7 +68,7 @@ class Endpoint:
         return asked
 
     def leave(self, key: bytes, asked: Asked, *, answered: bool) -> None:
-        """Note that somebody waits no longer, because of the answer or of a lost connection."""
+        """Note that a client waits no longer, because of the answer or of a lost connection."""
         asked.waiting -= 1
         if answered:
             self._forget(key, asked)

@@ -1,7 +1,7 @@
 """The gateway: an endpoint as of OpenAI's API for the agents of one rollout worker, in its process and loop.
 
-Each attempt at a rollout has a key of its own: whoever comes with that of an attempt that has ended gets 401, and can
-write nothing. Knows policies and where it listens; neither groups nor how an engine is called.
+Each attempt at a rollout has a key of its own: a client that comes with that of an attempt that has ended gets 401,
+and can write nothing. Knows policies and where it listens; neither groups nor how an engine is called.
 """
 
 from __future__ import annotations
