@@ -140,20 +140,25 @@ def _check_rollout(config: RunConfig) -> None:
 
 
 def _check_agent(config: RunConfig) -> None:
-    agent, sources = config.rollout.agent.function, config.data.sources.items()
-    if agent is None:
+    agent, sources = config.rollout.agent, config.data.sources.items()
+    if agent.named is None:
         return
+    if agent.function is not None and agent.command is not None:
+        raise ValueError(
+            f"rollout.agent.function is {agent.function}, and rollout.agent.command is {agent.command}, but a rollout "
+            "has one agent; remove one of them"
+        )
+    named = " is ".join(agent.named)
     others = {"rollout.environment.function": config.rollout.environment.function}
     others |= {f"data.sources.{name}.environment": each.environment for name, each in sources}
     for key, function in others.items():
         if function is not None:
             raise ValueError(
-                f"rollout.agent.function is {agent}, and {key} is {function}, but an agent answers the policy itself; "
-                "remove one of them"
+                f"{named}, and {key} is {function}, but an agent answers the policy itself; remove one of them"
             )
     if config.eval_sets:
         raise ValueError(
-            f"rollout.agent.function is {agent}, but agents are not evaluated yet, and the answers to "
+            f"{named}, but agents are not evaluated yet, and the answers to "
             f"{', '.join(config.eval_sets)} would be those of the policy alone; remove data.eval and eval.sets"
         )
 

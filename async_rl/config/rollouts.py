@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -85,6 +86,16 @@ class AgentSection(Section):
     for each rollout, on the worker's event loop, and returns the reward: a number, a mapping of named numbers, or an
     Outcome. It asks with policy.chat, policy.complete and policy.extend, also several times at once. The rewards of the
     settings are not called. A rollout that has not ended when its worker or the run does is made again."""
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    """In place of a function, a program with its arguments, which is started for each rollout. It gets the row as JSON
+    on its standard input, and OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL in its environment; the last line of
+    its standard output is the reward as JSON, a number or an object of named numbers."""
+    gateway_host: str = "127.0.0.1"
+    """Address on which each rollout worker serves the policy as OpenAI's API does, to programs and to functions that
+    use policy.base_url; 0.0.0.0 for all interfaces, if agents run on other hosts. Each rollout has a key."""
+    timeout_s: PositiveFloat | None = None
+    """Seconds that a rollout may take, those excluded for which its engine is paused; null for any number. One that
+    takes longer is ended, and counts as an agent that raised."""
     max_turns: Positive | None = None
     """Turns of the policy in one rollout; null for any number. A request beyond this or a limit below is refused."""
     max_sampled_tokens: Positive | None = None
@@ -94,8 +105,15 @@ class AgentSection(Section):
     """Trajectories of one rollout. An agent that does not send back what was said as it was said makes one for each
     request."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do when an agent raises or returns no reward: fail the run, or skip the rollout if rollout.min_group_size
-    allows, else its group (counted)."""
+    """What to do when an agent raises, fails or gives no reward: fail the run, or skip the rollout if
+    rollout.min_group_size allows, else its group (counted)."""
+
+    @property
+    def named(self) -> tuple[str, str] | None:
+        """The setting that names the agent, and the agent as text; None where there is none."""
+        if self.function is not None:
+            return "rollout.agent.function", self.function
+        return None if self.command is None else ("rollout.agent.command", shlex.join(self.command))
 
 
 class FilterSection(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import has_magic
 from typing import Any
@@ -237,6 +238,8 @@ def functions(config: RunConfig) -> Iterator[Check]:
     agent = config.rollout.agent.function
     if agent is not None:
         yield _try(agents.SETTING, agent, functools.partial(agents.load_agent, agent))
+    if config.rollout.agent.command is not None:
+        yield _program(config.rollout.agent.command[0])
     for environment, key in environments_of(config).items():
         yield _try(key, environment, functools.partial(load_environment, environment, key))
     if environments_of(config):
@@ -244,6 +247,16 @@ def functions(config: RunConfig) -> Iterator[Check]:
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _program(name: str) -> Check:
+    """Say whether the program of rollout.agent.command is there, as this host has it."""
+    key, found = "rollout.agent.command", shutil.which(name)
+    if found is None:
+        return Check(
+            key, "FAIL", f"{name} is no program on this host", "give its path, or have it in PATH on each host"
+        )
+    return Check(key, "ok", found)
 
 
 def _chat_turns(config: RunConfig) -> Iterator[Check]:

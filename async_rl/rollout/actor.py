@@ -108,7 +108,7 @@ class RolloutReplica:
 
     async def shutdown(self) -> None:
         """End the work, and the engine with its processes, whatever they are doing."""
-        self._worker.close()
+        await self._worker.close()
         await self._engine.shutdown()
         if self._timeline is not None:
             self._timeline.close()
@@ -395,6 +395,8 @@ class RolloutActor(RolloutReplica):
         killed = {"reward": self._rewards.killed, "environment": sum(each.killed for each in self._environments)}
         for function, calls in killed.items():
             self._metrics.count_to("user_calls_killed_total", calls, function=function)
+        if self._worker.agents is not None:
+            self._worker.agents.publish(self._metrics)
         return stats
 
     async def shutdown(self) -> None:

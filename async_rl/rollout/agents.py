@@ -1,15 +1,17 @@
-"""Rollouts of a user's own, rollout.agent.function: a program that asks the policy as often as it likes.
+"""Rollouts of a user's own, rollout.agent: a function or a program that asks the policy as often as it likes.
 
-Makes a session and a policy for each, calls the program on the worker's event loop, and makes a rollout record of what
-it returns. Knows sessions and engine calls; neither groups nor the queue.
+Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
+rollout record of what it returns. Knows sessions and engine calls; neither groups nor the queue.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,19 @@ from async_rl.data.chat_turns import ChatTurns
 from async_rl.data.messages import Message
 from async_rl.data.reading import chat_turns
 from async_rl.errors import AgentFailure, AsyncRLError, RequestRefused, RewardNotApplicable
+from async_rl.metrics.exporter import Metrics
+from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
+from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
-from async_rl.rollout.policy import Policy
+from async_rl.rollout.deadline import wait_in_time
+from async_rl.rollout.gate import Gate
+from async_rl.rollout.gateway.server import Gateway
+from async_rl.rollout.policy import Address, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
 from async_rl.rollout.rewards.score import score_of
 from async_rl.rollout.session import Limits, Session
+from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
 
 SETTING = "rollout.agent.function"
@@ -62,39 +71,76 @@ def load_agent(name: str) -> Callable[..., Any]:
 class Agents:
     """Makes the rollouts of one worker."""
 
-    def __init__(self, config: RunConfig, responses: Responses, calls: EngineCalls, tokenizer: Any) -> None:
-        """Load the function that the settings name. Raises AgentFailure."""
-        assert config.rollout.agent.function is not None
+    def __init__(self, config: RunConfig, responses: Responses, calls: EngineCalls, gate: Gate, tokenizer: Any) -> None:
+        """Load the function that the settings name, if it is one. Raises AgentFailure."""
+        assert config.rollout.agent.named is not None
         self._config = config
-        self._name = config.rollout.agent.function
-        self._function = load_agent(self._name)
+        self._named = " ".join(config.rollout.agent.named)
+        function, command = config.rollout.agent.function, config.rollout.agent.command
+        self._function = self._program if function is None else load_agent(function)
+        self._command = command or []
         self._responses = responses
         self._calls = calls
+        self._gate = gate
         self._tokenizer = tokenizer
         self._turns = functools.cache(lambda: chat_turns(config))  # loaded by the first agent that sends messages
+        joined = config.cluster.joined_address
+        self.gateway = Gateway(
+            config.rollout.agent.gateway_host,
+            None if joined is None else address_towards(joined),
+            config.model.path.name,
+            self._context_tokens,
+            tokenizer,
+        )
+        self.ways: Counter[How] = Counter()
+        """Turns of rollouts that have ended, by how they came to their places."""
 
     async def rollout(self, prompt: Prompt, rollout_id: str) -> RolloutRecord:
         """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises."""
         session = self._session(prompt, rollout_id)
+        failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         policy = Policy(
             session,
             lambda *call: self._calls.sample(prompt, *call),
             chat=_RowChat(self._turns, prompt),
             encode=lambda text: list(self._tokenizer.encode(text, add_special_tokens=False)),
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            serve=lambda policy: self.gateway.open(policy, failed),
         )
         try:
-            outcome = await self._outcome(prompt, policy, Context(rollout_id, zlib.crc32(rollout_id.encode())))
+            outcome = await self._outcome(prompt, policy, Context(rollout_id, _seed(rollout_id)), failed)
         finally:
             session.close()  # what the agent has left running asks nothing more
+            if policy.is_served:
+                await self.gateway.end(policy.api_key)
+            self.ways.update(session.ways)
         nbytes = sum(routing_bytes(branch.partial.routed_experts) for branch in session.branches)
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
+
+    def publish(self, metrics: Metrics) -> None:
+        """Bring the counters of agents on /metrics up to date."""
+        gateway = self.gateway
+        for how, turns in self.ways.items():
+            metrics.count_to("agent_turns_total", turns, how=how)
+        for (endpoint, code), requests in gateway.requests.items():
+            metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
+        for field, requests in gateway.ignored.items():
+            metrics.count_to("gateway_fields_ignored_total", requests, field=field)
+        metrics.count_to("gateway_requests_joined_total", gateway.joined)
+
+    async def close(self) -> None:
+        """Serve no policy any longer."""
+        await self.gateway.close()
+
+    @property
+    def _context_tokens(self) -> int:
+        """Tokens of a context: as many as the engine has room for."""
+        return self._config.data.max_prompt_tokens + self._config.longest_response
 
     def _session(self, prompt: Prompt, rollout_id: str) -> Session:
         settings, terms = self._config.rollout.agent, self._responses.terms(prompt)
         limits = Limits(
-            # As many as the engine has room for.
-            context_tokens=self._config.data.max_prompt_tokens + self._config.longest_response,
+            context_tokens=self._context_tokens,
             response_tokens=terms.max_response_tokens,
             sampled_tokens=settings.max_sampled_tokens,
             turns=settings.max_turns,
@@ -102,21 +148,50 @@ class Agents:
         )
         return Session(rollout_id, functools.partial(self._responses.begin_tokens, terms=terms), limits)
 
-    async def _outcome(self, prompt: Prompt, policy: Policy, context: Context) -> Outcome:
+    async def _outcome(
+        self, prompt: Prompt, policy: Policy, context: Context, failed: asyncio.Future[Exception]
+    ) -> Outcome:
         try:
             found = self._function(prompt, policy, context)
             if not inspect.isawaitable(found):
                 raise self._failure(prompt, "is not async; define it with async def, and await the policy")
-            found = await found
+            found = await self._in_time(prompt, found, failed)
         except COST_THEIR_GROUP:
             raise
         except RequestRefused as error:
             raise self._failure(
                 prompt, f"a request was refused ({error}); catch RequestRefused, and return what the rollout is worth"
             ) from error
+        except ProgramFailed as error:
+            raise self._failure(prompt, str(error)) from None
         except Exception as error:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
         return found if isinstance(found, Outcome) else Outcome(found)
+
+    async def _in_time(self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception]) -> Any:
+        """Return what an agent returns. It is ended when its time is over, or when a turn that it asked for fails."""
+        running = asyncio.ensure_future(agent)
+
+        async def first() -> Any:
+            await asyncio.wait({running, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                raise failed.result()
+            return running.result()
+
+        limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
+        try:
+            _, late = await wait_in_time([waited], self._gate, limit)
+            if late:
+                raise self._failure(prompt, f"has not ended after {limit:g} s (rollout.agent.timeout_s)")
+            return waited.result()
+        finally:
+            for task in (waited, running):
+                task.cancel()
+            await asyncio.gather(waited, running, return_exceptions=True)
+
+    async def _program(self, prompt: Prompt, policy: Policy, context: Context) -> Any:
+        address = Address(policy.base_url, policy.api_key, policy.model)
+        return await run_program(self._command, {"prompt": prompt.text, **prompt.fields}, address, context.rollout_id)
 
     def _record(self, prompt: Prompt, session: Session, outcome: Outcome) -> RolloutRecord:
         cut = session.truncated or session.cut_off
@@ -125,7 +200,7 @@ class Agents:
         except ValueError as error:
             raise self._failure(prompt, f"{error}") from None
         if score is None:
-            raise RewardNotApplicable(f"{SETTING} {self._name}: no reward for prompt {prompt.prompt_id}")
+            raise RewardNotApplicable(f"{self._named}: no reward for prompt {prompt.prompt_id}")
         return RolloutRecord(
             rollout_id=session.rollout_id,
             reward=score.reward,
@@ -137,7 +212,11 @@ class Agents:
 
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:
         where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
-        return AgentFailure(f"{SETTING} {self._name}, {where}: {what}")
+        return AgentFailure(f"{self._named}, {where}: {what}")
+
+
+def _seed(rollout_id: str) -> int:
+    return zlib.crc32(rollout_id.encode())
 
 
 class _RowChat:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from async_rl.metrics.timeline import Timeline
 from async_rl.rollout.aside import aside
@@ -42,10 +43,15 @@ class EngineCalls:
         self.merging: dict[str, asyncio.Task[PartialRollout]] = {}
         """Answers being absorbed, by trajectory id."""
 
-    async def sample(self, prompt: Prompt, partial: PartialRollout, request_id: str) -> PartialRollout:
-        """Make one engine call for the rest of ``partial``, once the gate is open."""
+    async def sample(
+        self, prompt: Prompt, partial: PartialRollout, request_id: str, stop: Sequence[str] = ()
+    ) -> PartialRollout:
+        """Make one engine call for the rest of ``partial``, once the gate is open.
+
+        ``stop`` are strings that end it beside those of the settings and the row.
+        """
         token_ids, max_tokens, first_row = partial.next_request()
-        sampling, stops = self._responses.sampling(partial, prompt)
+        sampling, stops = self._responses.sampling(partial, prompt, stop)
         await self._gate.enter()
         began = time.monotonic()
         try:

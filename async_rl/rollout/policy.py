@@ -8,18 +8,21 @@ how messages become tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from async_rl.data.messages import Message, checked_history, checked_tools
 from async_rl.errors import DatasetError, RequestRefused, RowFault
 from async_rl.rollout.branches import Turn
-from async_rl.rollout.responses import Call
+from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
-from async_rl.types import FinishReason, Int32Array
+from async_rl.types import FinishReason, Float32Array, Int32Array
+
+Call = Callable[[PartialRollout, str, Sequence[str]], Awaitable[PartialRollout]]
+"""(partial rollout, request id, further stop strings) -> the partial rollout after one more engine call."""
 
 
 class Chat(Protocol):
@@ -45,6 +48,18 @@ class Reply:
     finish_reason: FinishReason
     index: int
     """How many turns of the rollout ended before it."""
+    logprobs: Float32Array = field(default_factory=lambda: np.empty(0, np.float32))
+    """float32[n], as they were recorded."""
+    context_tokens: int = 0
+    """How many tokens came before it."""
+
+
+class Address(NamedTuple):
+    """Where programs reach a rollout's policy over HTTP, as clients of OpenAI's API take it."""
+
+    base_url: str
+    api_key: str
+    model: str
 
 
 class Policy:
@@ -58,48 +73,104 @@ class Policy:
         chat: Chat | None,
         encode: Callable[[str], list[int]],
         decode: Callable[[Int32Array], str],
+        serve: Callable[[Policy], Address] | None = None,
     ) -> None:
         """Take the rollout's ``session`` and how an engine call is made for a partial rollout.
 
         chat: None where the checkpoint has no chat template. encode: text to tokens as it stands, without any added.
-        decode: tokens to text, without special ones.
+        decode: tokens to text, without special ones. serve: makes a policy reachable over HTTP.
         """
         self._session = session
         self._call = call
         self._chat = chat
         self._encode = encode
         self._decode = decode
+        self._serve = serve
+        self._address: Address | None = None
         self._ended: Turn | None = None  # last of all
-        self._count = 0
+        self._replies: dict[Turn, Reply] = {}
+
+    @property
+    def base_url(self) -> str:
+        """Where clients of OpenAI's API reach this policy; the gateway is started for the first that asks."""
+        return self._reachable().base_url
+
+    @property
+    def api_key(self) -> str:
+        """The key of this rollout, without which the gateway refuses every request."""
+        return self._reachable().api_key
+
+    @property
+    def model(self) -> str:
+        """The model's name at the gateway, which answers to any."""
+        return self._reachable().model
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is reachable over HTTP, which it is from the first look at an address on."""
+        return self._address is not None
+
+    def _reachable(self) -> Address:
+        if self._address is None:
+            assert self._serve is not None, "this policy is not served"
+            self._address = self._serve(self)
+        return self._address
 
     async def chat(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, *, max_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> Reply:
         """Return the policy's answer to a conversation, which may contain what it said before.
 
         tools: JSON schemas of functions, as the chat template has them. max_tokens: the most that the turn may have.
-        Raises RequestRefused, and has no effect then, for what cannot be answered or is beyond a limit.
+        stop: texts that end the turn beside those of the settings, and are not part of the message. Raises
+        RequestRefused, and has no effect then, for what cannot be answered or is beyond a limit.
         """
         try:
             messages, tools = checked_history(list(messages), "messages"), checked_tools(tools, "tools")
             turn = None
             while turn is None:  # Others may take the place while its tokens are made.
-                place = self._session.find(messages, tools, {"max_tokens": max_tokens})
+                place = self._session.find(messages, tools, _more(max_tokens, stop))
                 turn = self._session.begin(place, await self._missing(place, tools), max_tokens)
         except (RowFault, DatasetError) as fault:
             raise RequestRefused("invalid_request", str(fault)) from None
-        return await self._sampled(turn, with_message=True)
+        return await self._sampled(turn, stop, with_message=True)
 
-    async def complete(self, token_ids: Sequence[int] | Int32Array, *, max_tokens: int | None = None) -> Reply:
+    def repeated(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Reply | None:
+        """Return the answer that ``chat`` has given to the same request, if nothing followed it; see ``Session``."""
+        turn = self._session.repeated(messages, tools, _more(max_tokens, stop))
+        return None if turn is None else self._replies.get(turn)
+
+    async def tokenize(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Return the tokens of a whole conversation, as ``chat`` begins one with it. Raises RequestRefused."""
+        try:
+            return [int(token) for token in await self._rendered(None, messages, tools)]
+        except (RowFault, DatasetError) as fault:
+            raise RequestRefused("invalid_request", str(fault)) from None
+
+    async def complete(
+        self, token_ids: Sequence[int] | Int32Array, *, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Reply:
         """Return what the policy continues tokens with, which may begin with those of earlier turns.
 
-        Raises RequestRefused as ``chat`` does.
+        ``max_tokens`` and ``stop`` are as in ``chat``. Raises RequestRefused as ``chat`` does.
         """
         sent = np.asarray(token_ids, dtype=np.int32)
         if sent.ndim != 1 or len(sent) == 0:
             raise RequestRefused("invalid_request", "there are no tokens to continue")
         place, missing = self._session.find_tokens(sent)
-        return await self._sampled(self._begun(place, missing, max_tokens), with_message=False)
+        return await self._sampled(self._begun(place, missing, max_tokens), stop, with_message=False)
 
     async def extend(self, text: str, *, max_tokens: int | None = None) -> Reply:
         """Return what the policy says after ``text``, which is appended as it stands to the turn that ended last.
@@ -110,7 +181,7 @@ class Policy:
         if self._ended is None or len(tokens) == 0:
             raise RequestRefused("invalid_request", "text needs tokens, and a turn of the policy before it")
         return await self._sampled(
-            self._begun(self._session.find_after(self._ended), tokens, max_tokens), with_message=False
+            self._begun(self._session.find_after(self._ended), tokens, max_tokens), (), with_message=False
         )
 
     def _begun(self, place: Place, missing: Int32Array, max_tokens: int | None) -> Turn:
@@ -119,28 +190,46 @@ class Policy:
         return turn
 
     async def _missing(self, place: Place, tools: list[dict[str, Any]] | None) -> Int32Array:
+        return await self._rendered(place.after, place.added, tools)
+
+    async def _rendered(
+        self, after: Turn | None, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> Int32Array:
         if self._chat is None:
             raise RequestRefused("invalid_request", "the checkpoint has no chat template; use complete and extend")
-        render = self._chat.prompt if place.after is None else self._chat.after
+        render = self._chat.prompt if after is None else self._chat.after
         # A template takes milliseconds.
-        return np.asarray(await asyncio.to_thread(render, place.added, tools), dtype=np.int32)
+        return np.asarray(await asyncio.to_thread(render, messages, tools), dtype=np.int32)
 
-    async def _sampled(self, turn: Turn, *, with_message: bool) -> Reply:
+    async def _sampled(self, turn: Turn, stop: Sequence[str], *, with_message: bool) -> Reply:
         """Complete a turn: as many engine calls as its interruptions take. One that fails is undone."""
         try:
             while not turn.branch.partial.finished:
                 request = self._session.next_call(turn)
-                partial = await self._call(turn.branch.partial, request)
+                partial = await self._call(turn.branch.partial, request, stop)
                 if turn.state != "open":
                     raise RequestRefused("rollout_budget_exceeded", "the rollout has ended")
                 self._session.keep(turn, partial)
             text = self._decode(turn.token_ids)
-            message = {"role": "assistant", "content": text}
+            message = {"role": "assistant", "content": _before(text, stop)}
             self._session.end(turn, message if with_message else None)
         except BaseException:
             self._session.undo(turn)
             raise
         self._ended = turn
-        self._count += 1
         assert turn.finish_reason is not None
-        return Reply(message, text, turn.token_ids, turn.finish_reason, self._count - 1)
+        partial = turn.branch.partial
+        logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :]
+        reply = Reply(message, text, turn.token_ids, turn.finish_reason, len(self._replies), logprobs, turn.start)
+        self._replies[turn] = reply
+        return reply
+
+
+def _more(max_tokens: int | None, stop: Sequence[str]) -> dict[str, Any]:
+    """Return what tells a request from another one of the same messages."""
+    return {"max_tokens": max_tokens, "stop": list(stop)}
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first of the stop strings in it."""
+    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]

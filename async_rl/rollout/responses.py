@@ -117,10 +117,10 @@ class Responses:
             routing_policy=self._config.async_training.partial_rollout.routing,
         )
 
-    def sampling(self, partial: PartialRollout, prompt: Prompt) -> tuple[Sampling, Stops]:
-        """Return how the next call of ``partial`` samples in training, and what ends the response."""
+    def sampling(self, partial: PartialRollout, prompt: Prompt, stop: Sequence[str] = ()) -> tuple[Sampling, Stops]:
+        """Return how the next call of ``partial`` samples in training, and what ends the response: ``stop`` as well."""
         terms = self.terms(prompt)
-        stops = self.stops(terms)
+        stops = self._stops((*terms.stop, *stop), terms.stop_token_ids)
         return stops.sampling(Sampling(terms.temperature, self._config.rollout.top_p), partial), stops
 
     def stops(self, terms: Terms) -> Stops:

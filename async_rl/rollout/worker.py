@@ -60,8 +60,7 @@ class RolloutWorker:
         self._responses = responses
         self._stats = WorkerStats(replica)
         self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
-        agent = config.rollout.agent.function
-        self._agents = None if agent is None else Agents(config, responses, self._calls, tokenizer)
+        self.agents = Agents(config, responses, self._calls, gate, tokenizer) if config.rollout.agent.named else None
         self._capacity = Capacity(config.rollout)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
@@ -119,12 +118,14 @@ class RolloutWorker:
         self._cancel_work()
         await self._engine.resume()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End all work now, without a word to the engine."""
         self._stopping = True
         self._gate.close()
         self._cancel_work()
         self._responses.close()
+        if self.agents is not None:
+            await self.agents.close()
 
     def moment(self) -> Moment:
         """Return every group in flight as it is now, for a checkpoint or another worker.
@@ -179,7 +180,7 @@ class RolloutWorker:
 
     async def _rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Return the group's rollouts by index, or those of ``_in_time``; None if too few are finished by then."""
-        if self._agents is not None or not self._responses.whole_groups:
+        if self.agents is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
@@ -221,9 +222,9 @@ class RolloutWorker:
             return None
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
-        if self._agents is not None:
+        if self.agents is not None:
             with self._capacity.response():
-                return index, await self._agents.rollout(group.ticket.prompt, group.trajectory_id(index))
+                return index, await self.agents.rollout(group.ticket.prompt, group.trajectory_id(index))
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

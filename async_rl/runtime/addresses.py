@@ -37,11 +37,15 @@ def interfaces() -> dict[str, list[str]]:
     }
 
 
-def hold_port(host: str) -> socket.socket:
+def hold_port(
+    host: str,
+    who: str = "trainer rank 0",
+    remedy: str = "set cluster.interface to a network interface of its host",
+) -> socket.socket:
     """Listen at ``host``, an address of this host, and at no other, on a free port; return the socket.
 
     The port stays taken from the moment at which the kernel chose it. Raises ResourceError if ``host`` is no address of
-    this host.
+    this host, with ``who`` listens and the ``remedy``.
     """
     family, where = resolve(host)
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -50,10 +54,7 @@ def hold_port(host: str) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        raise ResourceError(
-            f"trainer rank 0 cannot listen at {host} ({error.strerror}); set cluster.interface to a network interface "
-            "of its host"
-        ) from error
+        raise ResourceError(f"{who} cannot listen at {host} ({error.strerror}); {remedy}") from error
     return listening
 
 

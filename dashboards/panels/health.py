@@ -109,6 +109,43 @@ HEALTH = Row(
         ),
         (
             Panel(
+                "Turns of agents",
+                "none",
+                (Query("sum by (run, how) (async_rl_agent_turns_total{})", "{{run}} {{how}}"),),
+                "Turns that agents asked for, by how each came to its place in the rollout.",
+                "first and extended alone. Each other one begins a trajectory of its own.",
+                "the agent, to send back what was said as it was said (docs/how-to/write-an-agent.md).",
+                width=8,
+            ),
+            Panel(
+                "Requests to the gateway",
+                "none",
+                (
+                    Query(
+                        "sum by (run, endpoint, code) (async_rl_gateway_requests_total{})",
+                        "{{run}} {{endpoint}} {{code}}",
+                    ),
+                ),
+                "Requests of agents over HTTP, by endpoint and status code.",
+                "code 200 alone. 400: what cannot be answered, or is beyond a limit; 401: of rollouts that have ended.",
+                "`rollout.agent.max_turns` and `rollout.max_response_tokens` up where 400 says that there is no room.",
+                width=8,
+            ),
+            Panel(
+                "Requests joined, and fields ignored",
+                "none",
+                (
+                    Query("sum by (run) (async_rl_gateway_requests_joined_total{})", "{{run}} joined"),
+                    Query("sum by (run, field) (async_rl_gateway_fields_ignored_total{})", "{{run}} {{field}}"),
+                ),
+                "Requests of agents that repeated one and got its answer, and fields of sampling without effect.",
+                "no joined ones. How the policy is sampled in training is for the run's settings to say.",
+                "the agent's time-out up, where requests are repeated.",
+                width=8,
+            ),
+        ),
+        (
+            Panel(
                 "Bad rows of the datasets",
                 "none",
                 (Query("sum by (run, dataset) (async_rl_dataset_bad_rows_total{})", "{{run}} {{dataset}}"),),

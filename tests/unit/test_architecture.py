@@ -57,6 +57,7 @@ PURE = {
     "async_rl.queue.wire",
     "async_rl.rollout.engine.interface",
     "async_rl.rollout.filters",
+    "async_rl.rollout.gateway.requests",
     "async_rl.rollout.in_flight",
     "async_rl.rollout.branches",
     "async_rl.rollout.conversation",

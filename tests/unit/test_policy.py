@@ -17,7 +17,7 @@ class Answers:
     def __init__(self, *, cut=True, fails=()):
         self.cut, self.fails, self.requests, self.hold, self.version = cut, set(fails), [], None, 0
 
-    async def __call__(self, partial, request_id):
+    async def __call__(self, partial, request_id, stop=()):
         self.requests.append(request_id)
         if self.hold is not None:
             await self.hold.wait()
