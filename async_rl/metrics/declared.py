@@ -502,7 +502,6 @@ _FLOW = (
         "Turns that agents asked for, by how they came to their places in the rollout.",
         "All but first and extended begin a trajectory: an agent that makes many does not send back what was said.",
         labels=("how",),
-        values=("first", "root", "tools", "extended", "edited", "parallel", "cut", "stop_mismatch"),
     ),
     MetricSpec(
         "gateway_requests_total",

@@ -114,7 +114,7 @@ HEALTH = Row(
                 (Query("sum by (run, how) (async_rl_agent_turns_total{})", "{{run}} {{how}}"),),
                 "Turns that agents asked for, by how each came to its place in the rollout.",
                 "first and extended alone. Each other one begins a trajectory of its own.",
-                "the agent, to send back what was said as it was said (docs/how-to/write-an-agent.md).",
+                "the agent, to send back what was said as it was; `rollout.agent.max_branches` ends one that does not.",
                 width=8,
             ),
             Panel(
@@ -140,7 +140,7 @@ HEALTH = Row(
                 ),
                 "Requests of agents that repeated one and got its answer, and fields of sampling without effect.",
                 "no joined ones. How the policy is sampled in training is for the run's settings to say.",
-                "the agent's time-out up, where requests are repeated.",
+                "the agent's time-out up, where requests are repeated; `rollout.temperature` for the request's.",
                 width=8,
             ),
         ),

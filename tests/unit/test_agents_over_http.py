@@ -8,10 +8,12 @@ import numpy as np
 import psutil
 import pytest
 from openai import AsyncOpenAI
+from prometheus_client import generate_latest
 
 from async_rl.config.loading import validate
 from async_rl.doctor.inputs import functions
 from async_rl.errors import AgentFailure, ConfigError, EngineDied
+from async_rl.metrics.exporter import Metrics
 from async_rl.rollout import agents
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.agent_program import run_program
@@ -151,6 +153,11 @@ async def test_what_an_agent_hears_is_the_same_with_a_push_in_every_turn(mode):
             assert all((len(set(turn.tolist())) > 1) == (mode != "drain") for turn in said), "a push in every turn"
     assert made._worker.agents.ways == {"first": 2, "extended": 4, "edited": 2}
     assert made._worker.agents.gateway.requests == {("chat", 200): 8}
+    metrics = Metrics("rollout")
+    made._worker.agents.publish(metrics)
+    exposed = generate_latest(metrics.registry).decode()
+    assert 'async_rl_gateway_requests_total{code="200",endpoint="chat"' in exposed
+    assert 'async_rl_agent_turns_total{how="edited"' in exposed
 
 
 async def catches_all(prompt, policy, context):

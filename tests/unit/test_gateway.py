@@ -272,6 +272,21 @@ async def test_a_client_that_repeats_after_its_time_out_gets_the_answer_to_its_f
         assert subject.session.ways == {"first": 1, "root": 1}, "without that header it is a second sample"
 
 
+async def test_a_request_that_says_that_it_is_repeated_joins_also_beside_a_live_one():
+    async with served() as subject, subject.client() as client:
+        subject.call.hold = asyncio.Event()
+        asked = [asyncio.create_task(client.chat.completions.create(model="m", messages=ASKED))]
+        await until(lambda: subject.call.calls)
+        repeated = {"x-stainless-retry-count": "1"}
+        asked.append(
+            asyncio.create_task(client.chat.completions.create(model="m", messages=ASKED, extra_headers=repeated))
+        )
+        await until(lambda: subject.gateway.joined)
+        subject.call.hold.set()
+        assert len({answer.choices[0].message.content for answer in await asyncio.gather(*asked)}) == 1
+        assert (subject.session.ways, len(subject.session.branches)) == ({"first": 1}, 1)
+
+
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 async def test_an_equal_request_joins_after_a_lost_connection_and_samples_beside_a_live_one(path):
     body = {"messages": ASKED, "prompt": "ab"}
@@ -306,13 +321,17 @@ async def test_a_client_is_kept_waiting_by_signs_of_life(monkeypatch, stream):
     monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.05)
     async with served() as subject, subject.client(timeout=0.5) as client:
         subject.call.hold = asyncio.Event()
-        asking = {"model": "m", "messages": ASKED, "stream": stream}
-        asked = asyncio.create_task(client.chat.completions.create(**asking))
+
+        async def ask():
+            answer = await client.chat.completions.create(model="m", messages=ASKED, stream=stream)
+            return [chunk.choices[0].delta.content async for chunk in answer] if stream else answer
+
+        asked = asyncio.create_task(ask())
         await asyncio.sleep(1.0)  # twice the time after which the client gives up without a sign
         subject.call.hold.set()
         answer = await asked
         if stream:
-            assert [chunk.choices[0].delta.content async for chunk in answer] == ["1 2", None]
+            assert answer == ["1 2", None]
         else:
             assert answer.choices[0].message.content == "1 2"
         assert subject.session.ways == {"first": 1}
