@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         help="convert a checkpoint in block-wise fp8 to bfloat16",
         usage="async-rl dequantize SOURCE OUT",
         description="Write the Hugging Face folder SOURCE, whose weights are in block-wise fp8 like DeepSeek-V3's, to "
-        "OUT in bfloat16, in which they are trained. Needs memory for one file of 5 GB, and no GPU.",
+        "OUT in bfloat16, in which they are trained. Needs no GPU, and memory for a file of 5 GB and one of SOURCE.",
         allow_abbrev=False,
     )
     convert.add_argument("source", type=Path, metavar="SOURCE", help="folder whose config.json has quantization_config")

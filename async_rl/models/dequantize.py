@@ -1,8 +1,8 @@
 """``async-rl dequantize``: writes a checkpoint in block-wise fp8 as one in bfloat16, for the trainer and the engines.
 
 A weight is its float8_e4m3fn values as float32, times the float32 scale of their block, rounded to bfloat16 once: the
-rule that came with DeepSeek-V3. Tensors in other types are copied. Memory: one file that is written, and a strip of a
-weight. Knows torch and safetensors; no family of models.
+rule that came with DeepSeek-V3. Tensors in other types are copied. Memory: one file that is written, the
+mapping of one that is read, and a strip of a weight. Knows torch and safetensors; no family of models.
 """
 
 from __future__ import annotations
