@@ -160,10 +160,11 @@ class LossSection(Section):
     """Weight of the KL penalty."""
     aggregation: Literal["token_mean", "group_mean", "sequence_mean", "sequence_sum", "fixed_length"] = "token_mean"
     """How the loss is averaged: over all tokens (token_mean); over a group's tokens and then over groups (group_mean);
-    over a sequence's tokens and then over sequences (sequence_mean); summed over a sequence's tokens and averaged over
-    sequences (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length)."""
+    over a rollout's tokens and then over rollouts (sequence_mean); summed over a rollout's tokens and averaged over
+    rollouts (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length). A rollout is one
+    sequence, or several where an agent branches."""
     advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
-    """How a response is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
+    """How a rollout is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
     float32[n]. reinforce_plus_plus then compares it with the mini-batch, and with rollout.n 1 with that alone."""
     normalize_by_std: bool = True
     """Whether to divide a group's advantages by the standard deviation of its rewards (grpo)."""
