@@ -7,7 +7,7 @@ import numpy as np
 
 from async_rl.trainer.packing import split_over_ranks
 from async_rl.types import Prompt, RoutingSpec, Segment, Trajectory
-from tests.support.groups import grouped
+from tests.support.groups import grouped, with_trajectories
 from tests.support.ranks import run_config
 
 # Layer 1 is dense: a shift between layers and MoE layers would show.
@@ -95,8 +95,7 @@ def make_groups(count=6, n=3, seed=0):
 
 
 def without_routing(group):
-    bare = (replace(one, routed_experts=None, routing_spec=None) for one in group.trajectories)
-    return replace(group, trajectories=tuple(bare))
+    return with_trajectories(group, lambda one: replace(one, routed_experts=None, routing_spec=None))
 
 
 def shared_out(groups, ranks):
