@@ -36,10 +36,10 @@ class Plan:
 
     source: Path
     config: Mapping[str, Any]
-    """Of config.json."""
+    """The contents of config.json."""
     blocks: Blocks
     tensors: Mapping[str, Header]
-    """Of all files, scales among them."""
+    """The tensors of all files, scales among them, by name."""
 
     @property
     def quantized(self) -> int:

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from tests.support import gpu_layers
+from tests.support import gpu_layers, model_families
+from tests.support.family_probes import MadeOnce
 from tests.support.layouts import make_checkpoint
 from tests.support.one_rank import make_checkpoints
 from tests.support.ranks import Ranks
@@ -55,6 +56,19 @@ def models(ranks, tmp_path_factory):
 def checkpoint(ranks, tmp_path_factory):
     """The small model of ``layouts``."""
     yield from made(make_checkpoint, ranks, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def family_folders(ranks, tmp_path_factory):
+    """The small model of each family, by the family's name."""
+    root = tmp_path_factory.mktemp("families")
+
+    def make(name):
+        ranks.call(model_families.make, name, root / name)
+        return root / name
+
+    yield MadeOnce(make)
+    shutil.rmtree(root)
 
 
 def made(make, ranks, tmp_path_factory):

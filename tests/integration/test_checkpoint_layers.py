@@ -3,8 +3,6 @@
 Real Megatron over gloo writes it; Transformer Engine is a stand-in (``tests/support/stand_ins``).
 """
 
-import shutil
-
 import numpy as np
 import pytest
 
@@ -12,25 +10,18 @@ from async_rl.driver.export import export
 from async_rl.errors import CheckpointError
 from async_rl.models.config import read_model_config
 from async_rl.trainer.megatron.checkpoint_weights import CheckpointWeights
-from tests.support import model_families
-from tests.support.family_probes import MadeOnce, family_config
+from tests.support.family_probes import family_config
 from tests.support.layouts import LAYOUTS, TOLERANCE, config_of, largest, make_groups, relative, shared_out
 from tests.support.model_families import FAMILIES
-from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, save_and_write, train_and_save
+from tests.support.trainer_checkpoints import (
+    SETTINGS,
+    restore_and_train,
+    save_and_write,
+    save_in_tp2_x_pp2,
+    train_and_save,
+)
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def folders(ranks, tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-
-    def make(name):
-        ranks.call(model_families.make, name, root / name)
-        return root / name
-
-    yield MadeOnce(make)
-    shutil.rmtree(root)
 
 
 @pytest.fixture(params=["local", "transformer_engine"])
@@ -46,29 +37,33 @@ def layer_ranks(layers, request):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_exported_is_what_the_trainer_would_write(layer_ranks, folders, tmp_path, name, layout, dtype):
-    config = family_config(folders[name], name, layout, model__dtype=dtype)
+def test_what_is_exported_is_what_the_trainer_would_write(layer_ranks, family_folders, tmp_path, name, layout, dtype):
+    config = family_config(family_folders[name], name, layout, model__dtype=dtype)
     layer_ranks.run(save_and_write, config, tmp_path / "saved", tmp_path / "written")
     export(tmp_path / "saved", tmp_path / "out")
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("written", "out")]
     assert files[0] == files[1]
 
 
-def test_another_type_of_parameters_may_be_asked_for(ranks, folders, tmp_path):
+def test_another_type_of_parameters_may_be_asked_for(ranks, family_folders, tmp_path):
     """The bias of the experts stays float32, as in a trainer of that type."""
     name = "DeepSeek-V3"
-    ranks.run(save_and_write, family_config(folders[name], name, "alone"), tmp_path / "saved", tmp_path / "float32")
-    other = family_config(folders[name], name, "alone", model__dtype="bfloat16")
+    ranks.run(
+        save_and_write, family_config(family_folders[name], name, "alone"), tmp_path / "saved", tmp_path / "float32"
+    )
+    other = family_config(family_folders[name], name, "alone", model__dtype="bfloat16")
     ranks.run(save_and_write, other, tmp_path / "other", tmp_path / "bfloat16")
     export(tmp_path / "saved", tmp_path / "out", {"model.dtype": "bfloat16"})
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("bfloat16", "out")]
     assert files[0] == files[1]
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(ranks, folders, tmp_path):
+def test_a_checkpoint_that_lacks_weights_is_refused(ranks, family_folders, tmp_path):
     name = "Qwen3-MoE"
-    ranks.run(save_and_write, family_config(folders[name], name, "alone"), tmp_path / "saved", tmp_path / "written")
-    weights = CheckpointWeights(tmp_path / "saved", read_model_config(folders[name]), "float32")
+    ranks.run(
+        save_and_write, family_config(family_folders[name], name, "alone"), tmp_path / "saved", tmp_path / "written"
+    )
+    weights = CheckpointWeights(tmp_path / "saved", read_model_config(family_folders[name]), "float32")
     experts = "decoder.layers.3.mlp.experts.experts.linear_fc1.weight"
     weights._saved[experts].chunks.pop()
     with pytest.raises(CheckpointError, match=f"has only a part of {experts}"):
@@ -77,7 +72,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(ranks, folders, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no weights for model\.layers\.3\.mlp\.experts\.0\.gate_proj"):
         dict(weights)
     with pytest.raises(CheckpointError, match=r"another architecture, .*; set model\.path to its own"):
-        export(tmp_path / "saved", tmp_path / "out", {"model.path": str(folders["Qwen3"])})
+        export(tmp_path / "saved", tmp_path / "out", {"model.path": str(family_folders["Qwen3"])})
 
 
 # ---- restored ----
@@ -91,10 +86,7 @@ def batches():
 @pytest.fixture(scope="module")
 def saved(gpu_layer_ranks, checkpoint, batches, tmp_path_factory):
     """(folder of checkpoints, results of the uninterrupted run) with the layers of GPUs, in TP2 x PP2."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
-    updates = [shared_out(batch, 1) for batch in batches]
-    return folder, gpu_layer_ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
+    return save_in_tp2_x_pp2(gpu_layer_ranks, checkpoint, batches, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("layout", ["alone", "DP2", "EP2", "VPP2", "TP2, ETP2"])

@@ -7,7 +7,6 @@ float32, CPU.
 """
 
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -39,27 +38,15 @@ def cases(layouts):
 
 
 @pytest.fixture(scope="module")
-def folders(ranks, tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-
-    def make(name):
-        ranks.call(model_families.make, name, root / name)
-        return root / name
-
-    yield MadeOnce(make)
-    shutil.rmtree(root)
-
-
-@pytest.fixture(scope="module")
-def references(ranks, folders):
-    return MadeOnce(lambda name: ranks.call(model_families.reference, folders[name], sequences()))
+def references(ranks, family_folders):
+    return MadeOnce(lambda name: ranks.call(model_families.reference, family_folders[name], sequences()))
 
 
 @pytest.mark.parametrize(("name", "layout"), cases(LAYOUTS))
-def test_a_family_computes_what_transformers_computes(ranks, folders, references, name, layout):
+def test_a_family_computes_what_transformers_computes(ranks, family_folders, references, name, layout):
     expected, ids = references[name], sequences()
     routing = None if name in DENSE else expected.routing
-    config = family_config(folders[name], name, layout)
+    config = family_config(family_folders[name], name, layout)
     logprobs, native, gradients, norm = ranks.run(look, config, ids, routing, model_families.token_weights(ids))[0]
     apart = furthest(logprobs, expected.logprobs)
     scale = max(np.abs(gradient).max() for gradient in expected.gradients.values())
@@ -77,8 +64,11 @@ def test_a_family_computes_what_transformers_computes(ranks, folders, references
 
 
 @pytest.mark.parametrize(("name", "layout"), cases(["alone", "TP2 x EP2 x PP2"]))
-def test_there_and_back_is_bit_exact(ranks, folders, tmp_path, name, layout):
-    ranks.run(write_folder, family_config(folders[name], name, layout), tmp_path / "out")
-    assert_same_tensors(folders[name], tmp_path / "out")
+def test_there_and_back_is_bit_exact(ranks, family_folders, tmp_path, name, layout):
+    ranks.run(write_folder, family_config(family_folders[name], name, layout), tmp_path / "out")
+    assert_same_tensors(family_folders[name], tmp_path / "out")
     again = ranks.call(model_families.reference, tmp_path / "out", sequences()[:1])
-    assert furthest(again.logprobs, ranks.call(model_families.reference, folders[name], sequences()[:1]).logprobs) == 0
+    assert (
+        furthest(again.logprobs, ranks.call(model_families.reference, family_folders[name], sequences()[:1]).logprobs)
+        == 0
+    )

@@ -84,7 +84,7 @@ def same(tensor, want):
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in LAYOUTS])
 def test_gathering_sends_each_byte_once_in_few_messages(name):
-    """Of a model with 128 experts. Ranks that have the same as another send nothing."""
+    """A model with 128 experts is gathered, and ranks that have the same as another send nothing."""
     results = spread_model.run(gather, ParallelSection(**LAYOUTS[name]), QWEN, "local", BUCKETS)
     missing = spread_model.total_bytes(QWEN, "local") - results[0][0]  # on rank 0
     for index in range(len(BUCKETS)):

@@ -9,7 +9,6 @@ shows nothing.
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 
@@ -35,7 +34,7 @@ from tests.support.layouts import (
     TOLERANCE,
     VOCAB,
     config_of,
-    largest,
+    differences,
     make_groups,
     relative,
     shared_out,
@@ -55,18 +54,6 @@ QUICK = ("DeepSeek-V3", "TP2")
 def cases(layouts):
     pairs = itertools.product(FAMILIES, layouts)
     return [pytest.param(*pair, marks=() if pair == QUICK else SLOW) for pair in pairs]
-
-
-@pytest.fixture(scope="module")
-def folders(ranks, tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-
-    def make(name):
-        ranks.call(model_families.make, name, root / name)
-        return root / name
-
-    yield MadeOnce(make)
-    shutil.rmtree(root)
 
 
 def look_at_layers(trainer, *arguments):
@@ -94,11 +81,11 @@ def questions(name):
 
 
 @pytest.fixture(scope="module")
-def local(ranks, folders):
+def local(ranks, family_folders):
     """What Megatron's own layers compute on one rank."""
 
     def computed(name):
-        config = family_config(folders[name], name, "alone")
+        config = family_config(family_folders[name], name, "alone")
         result, layers = ranks.run(look_at_layers, config, *questions(name))[0]
         assert not any(kind.startswith("TE") for kind in layers)
         return result
@@ -107,8 +94,8 @@ def local(ranks, folders):
 
 
 @pytest.mark.parametrize(("name", "layout"), cases(FAMILY_LAYOUTS))
-def test_a_family_computes_the_same_with_the_layers_of_gpus(gpu_layer_ranks, folders, local, name, layout):
-    config, expected = family_config(folders[name], name, layout), local[name]
+def test_a_family_computes_the_same_with_the_layers_of_gpus(gpu_layer_ranks, family_folders, local, name, layout):
+    config, expected = family_config(family_folders[name], name, layout), local[name]
     found, layers = gpu_layer_ranks.run(look_at_layers, config, *questions(name))[0]
     assert {"TEDotProductAttention", "TERowParallelLinear"} < layers
     assert name in DENSE or "TEGroupedMLP" in layers
@@ -132,9 +119,9 @@ def tf32_rank():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_float32_on_gpus_has_products_in_tf32(tf32_rank, folders, local, name):
+def test_float32_on_gpus_has_products_in_tf32(tf32_rank, family_folders, local, name):
     """What tests/gpu may expect of the real ones: they differ by more than the rounding of float32."""
-    config, expected = family_config(folders[name], name, "alone"), local[name]
+    config, expected = family_config(family_folders[name], name, "alone"), local[name]
     found = tf32_rank.run(look, config, *questions(name))[0]
     apart = furthest(found[0], expected[0])
     print(f"\n  {name:12} in TF32: log-probs {apart:.1e}")
@@ -151,9 +138,9 @@ RECOMPUTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FAMILY_LAYOUTS)
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_recomputing_any_module_changes_nothing(gpu_layer_ranks, folders, local, name, layout):
+def test_recomputing_any_module_changes_nothing(gpu_layer_ranks, family_folders, local, name, layout):
     settings = {"trainer__recompute": "selective", "trainer__recompute_modules": RECOMPUTED[name]}
-    config, expected = family_config(folders[name], name, layout, **settings), local[name]
+    config, expected = family_config(family_folders[name], name, layout, **settings), local[name]
     found = gpu_layer_ranks.run(look, config, *questions(name))[0]
     scale = max(np.abs(gradient).max() for gradient in expected[2].values())
     assert max(np.abs(found[2][key] - gradient).max() / scale for key, gradient in expected[2].items()) < TOLERANCE
@@ -162,9 +149,9 @@ def test_recomputing_any_module_changes_nothing(gpu_layer_ranks, folders, local,
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["alone", "TP2 x EP2 x PP2"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_there_and_back_is_bit_exact(gpu_layer_ranks, folders, tmp_path, name, layout):
-    gpu_layer_ranks.run(write_folder, family_config(folders[name], name, layout), tmp_path / "out")
-    assert_same_tensors(folders[name], tmp_path / "out")
+def test_there_and_back_is_bit_exact(gpu_layer_ranks, family_folders, tmp_path, name, layout):
+    gpu_layer_ranks.run(write_folder, family_config(family_folders[name], name, layout), tmp_path / "out")
+    assert_same_tensors(family_folders[name], tmp_path / "out")
 
 
 # ---- exported ----
@@ -180,14 +167,14 @@ export(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_a_checkpoint_of_gpus_is_exported_without_megatron(gpu_layer_ranks, folders, tmp_path):
+def test_a_checkpoint_of_gpus_is_exported_without_megatron(gpu_layer_ranks, family_folders, tmp_path):
     """Latent attention and experts: most of their tensors have other names there than with Megatron's own layers."""
-    config = family_config(folders[QUICK[0]], *QUICK)
+    config = family_config(family_folders[QUICK[0]], *QUICK)
     gpu_layer_ranks.run(save_and_write, config, tmp_path / "saved", tmp_path / "written")
     command = [sys.executable, "-c", EXPORT, tmp_path / "saved", tmp_path / "out"]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert_same_tensors(folders[QUICK[0]], tmp_path / "out")
+    assert_same_tensors(family_folders[QUICK[0]], tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "written").iterdir()
     )
@@ -223,17 +210,10 @@ def test_updates_with_replay_are_the_same_in_every_layout(gpu_layer_ranks, check
     updates = [shared_out(batch, layout.get("dp", 1)) for batch in batches]
     # The experts that were executed are compared with those asked for, in all updates and recomputations.
     config = config_of(checkpoint, layout, trainer__verify_replay_steps=len(updates), **RECOMPUTE[recompute])
-    reports, weights, probed = gpu_layer_ranks.run(train_and_probe, config, updates)[0]
-    expected_reports, expected_weights, expected_probed = alone
-    apart = {
-        "loss": largest([r.loss for r in reports], [r.loss for r in expected_reports]),
-        "gradient norm": largest([r.grad_norm for r in reports], [r.grad_norm for r in expected_reports]),
-        "parameters": max(relative(weights[key], expected_weights[key]) for key in expected_weights),
-        "log-probs": largest(probed[0], expected_probed[0]),
-        "fingerprints": largest(probed[2], expected_probed[2]),
-    }
+    found = gpu_layer_ranks.run(train_and_probe, config, updates)[0]
+    apart = differences(found, alone)
     print(f"\n  {name:16} {recompute:5} " + " ".join(f"{what} {value:.1e}" for what, value in apart.items()))
-    assert list(weights) == list(expected_weights)
+    assert list(found[1]) == list(alone[1])
     assert max(apart.values()) < TOLERANCE
 
 

@@ -23,7 +23,7 @@ from tests.support.layouts import (
     shared_out,
 )
 from tests.support.ranks import run_config
-from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, train_and_save
+from tests.support.trainer_checkpoints import SETTINGS, restore_and_train, save_in_tp2_x_pp2
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
@@ -36,10 +36,7 @@ def batches():
 @pytest.fixture(scope="module")
 def saved(ranks, checkpoint, batches, tmp_path_factory):
     """(folder of checkpoints, results of the uninterrupted run), in TP2 x PP2."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
-    updates = [shared_out(batch, 1) for batch in batches]
-    return folder, ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
+    return save_in_tp2_x_pp2(ranks, checkpoint, batches, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,18 @@ def gathered_by_tensor(trainer):
     return TensorGather(modules, trainer._model_config, trainer._place, layout, groups.tensor, groups.expert_tensor)
 
 
+def differences(found, expected):
+    """Return by name how far two results of ``train_and_probe`` are apart, relative to the largest value of each."""
+    (reports, weights, probed), (expected_reports, expected_weights, expected_probed) = found, expected
+    return {
+        "loss": largest([r.loss for r in reports], [r.loss for r in expected_reports]),
+        "gradient norm": largest([r.grad_norm for r in reports], [r.grad_norm for r in expected_reports]),
+        "parameters": max(relative(weights[name], expected_weights[name]) for name in expected_weights),
+        "log-probs": largest(probed[0], expected_probed[0]),
+        "fingerprints": largest(probed[2], expected_probed[2]),
+    }
+
+
 def relative(found, expected):
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))

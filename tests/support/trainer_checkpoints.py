@@ -7,6 +7,7 @@ import torch
 
 from async_rl.driver import checkpoint_folder
 from async_rl.runtime import manifest
+from tests.support.layouts import config_of, shared_out
 
 
 def weights_of(trainer):
@@ -58,6 +59,13 @@ def train_and_save(trainer, updates, later, folder):
             checkpoint_folder.commit(partial, everything, keep=2)
         torch.distributed.barrier()
     return saved, later_reports, weights_of(trainer)
+
+
+def save_in_tp2_x_pp2(ranks, checkpoint, batches, folder):
+    """Return ``folder``, with checkpoints after two of four updates, and the results of the uninterrupted run."""
+    updates = [shared_out(batch, 1) for batch in batches]
+    config = config_of(checkpoint, {"tp": 2, "pp": 2}, **SETTINGS)
+    return folder, ranks.run(train_and_save, config, updates[:2], updates[2:], folder)[0]
 
 
 def save_and_write(trainer, folder, out):

@@ -11,7 +11,8 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,7 +37,7 @@ from async_rl.rollout.gateway.requests import (
 from async_rl.rollout.policy import Reply
 
 MAX_BODY_BYTES = 32 * 2**20
-"""Of a request, which is held in memory: the text of a million tokens has about 4 MB."""
+"""The most that one request may have, which is held in memory: the text of a million tokens has about 4 MB."""
 
 MAX_CALLS = 64
 """Requests of one rollout at one time. More are a loop that has gone wrong, at the cost of the other rollouts."""
@@ -172,26 +173,15 @@ class Application:
 
     async def _chat(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
         asked = chat_request(json_object(data))
-
-        def ask() -> Awaitable[Reply]:
-            return endpoint.policy.chat(
-                asked.messages, asked.tools, max_tokens=asked.form.max_tokens, stop=asked.form.stop
-            )
-
-        def again() -> Reply | None:
-            return endpoint.policy.repeated(
-                asked.messages, asked.tools, max_tokens=asked.form.max_tokens, stop=asked.form.stop
-            )
-
+        how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
+        ask = partial(endpoint.policy.chat, asked.messages, asked.tools, **how)
+        again = partial(endpoint.policy.repeated, asked.messages, asked.tools, **how)
         return await self._turn(endpoint, request, "chat.completion", data, asked.form, ask, again)
 
     async def _completions(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
         asked = text_request(json_object(data))
         ids = self._dialect.tokens(asked)
-
-        def ask() -> Awaitable[Reply]:
-            return endpoint.policy.complete(ids, max_tokens=asked.form.max_tokens, stop=asked.form.stop)
-
+        ask = partial(endpoint.policy.complete, ids, max_tokens=asked.form.max_tokens, stop=asked.form.stop)
         return await self._turn(endpoint, request, "text_completion", data, asked.form, ask)
 
     async def _turn(
@@ -201,7 +191,7 @@ class Application:
         kind: Kind,
         data: bytes,
         form: Form,
-        ask: Callable[[], Awaitable[Reply]],
+        ask: Callable[[], Coroutine[Any, Any, Reply]],
         again: Callable[[], Reply | None] = lambda: None,
     ) -> Response:
         """Answer with a turn of the policy, which begins with ``ask`` unless the request repeats one."""

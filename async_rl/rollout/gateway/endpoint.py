@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 from async_rl.errors import RequestRefused
 from async_rl.rollout.policy import Policy, Reply
@@ -55,13 +56,9 @@ class Endpoint:
         asked = self._asked.get(key)
         return asked if asked is not None and (repeats or not asked.waiting) else None
 
-    def ask(self, key: bytes, ask: Callable[[], Awaitable[Reply]]) -> Asked:
+    def ask(self, key: bytes, ask: Callable[[], Coroutine[Any, Any, Reply]]) -> Asked:
         """Begin a turn."""
-
-        async def sampled() -> Reply:
-            return await ask()
-
-        asked = Asked(asyncio.create_task(sampled()))
+        asked = Asked(asyncio.create_task(ask()))
         self._asked[key] = asked
         self._turns.add(asked.turn)
         asked.turn.add_done_callback(lambda _: self._ended(key, asked))
