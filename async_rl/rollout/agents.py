@@ -28,7 +28,6 @@ from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.gate import Gate
-from async_rl.rollout.gateway.server import Gateway
 from async_rl.rollout.policy import Address, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
 from async_rl.rollout.rewards.score import score_of
@@ -84,6 +83,9 @@ class Agents:
         self._gate = gate
         self._tokenizer = tokenizer
         self._turns = functools.cache(lambda: chat_turns(config))  # loaded by the first agent that sends messages
+        # A server for HTTP, which doctor and workers without agents have no use for.
+        from async_rl.rollout.gateway.server import Gateway
+
         joined = config.cluster.joined_address
         self.gateway = Gateway(
             config.rollout.agent.gateway_host,
