@@ -104,6 +104,9 @@ class AgentSection(Section):
     max_branches: Positive = 64
     """Trajectories of one rollout. An agent that does not send back what was said as it was said makes one for each
     request."""
+    tool_parser: str | None = "auto"
+    """Which of vLLM's tool parsers makes calls of what the policy writes, for agents that name tools: auto for one that
+    reads what the chat template writes; null for none. Reasoning is found by the marks of the chat template."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when an agent raises, fails or gives no reward: fail the run, or skip the rollout if
     rollout.min_group_size allows, else its group (counted)."""

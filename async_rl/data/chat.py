@@ -6,11 +6,12 @@ wrote is encoded as plain text, also where it reads like one of the template's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from async_rl.data.messages import Message
 from async_rl.data.tokenizer import prompt_encoder
+from async_rl.data.tool_calls import wants_text, with_arguments
 from async_rl.errors import DatasetError, RowFault
 
 TOOLS_VARIABLE = "tools"
@@ -41,6 +42,7 @@ class CheckpointEncoder:
         self._template = template
         self._on_removed = on_removed
         self._tokenizer: Any = None
+        self._wants_text: dict[str, bool] = {}  # by template
         self.prints_date = False
         """Whether messages were rendered with a template that may write the date of today, unless told one."""
 
@@ -76,6 +78,8 @@ class CheckpointEncoder:
             raise RowFault("the chat template has no place for tools; leave them out, or set data.chat_template")
         render = self.tokenizer.apply_chat_template
         given = {**variables, "tools": tools, "chat_template": template, "add_generation_prompt": True}
+        if any(message.get("tool_calls") for message in messages):
+            messages = with_arguments(messages, as_text=self._as_text(template))
         try:
             text = render(messages, tokenize=False, **given)
             ids = render(messages, sanitize_control_tokens=True, return_dict=False, **given)
@@ -83,9 +87,36 @@ class CheckpointEncoder:
         except jinja2.TemplateSyntaxError as error:
             raise DatasetError(f"the chat template is not valid (line {error.lineno}: {error.message})") from None
         except Exception as error:  # noqa: BLE001  a template may raise anything
-            why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise RowFault(f"the chat template refuses the messages: {why}") from None
+            raise _refusal(error) from None
         return str(text), list(ids)
+
+    def written(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        asks: bool,
+    ) -> str:
+        """Return the text of messages, which ends with what begins the assistant's answer if they ``ask`` for one.
+
+        Raises RowFault where the template refuses them.
+        """
+        template = self.template(tools)
+        given = {**variables, "tools": tools, "chat_template": template, "add_generation_prompt": asks}
+        messages = with_arguments(messages, as_text=self._as_text(template))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **given))
+        except Exception as error:  # noqa: BLE001  a template may raise anything
+            raise _refusal(error) from None
+
+    def _as_text(self, template: str) -> bool:
+        """Return whether the template wants the arguments of tool calls as text."""
+        if template not in self._wants_text:
+            self._wants_text[template] = wants_text(
+                lambda messages: self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+            )
+        return self._wants_text[template]
 
     def template(self, tools: Any = None) -> str:
         """Return the text of the template in use. Raises DatasetError when there is none."""
@@ -100,3 +131,8 @@ class CheckpointEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_on_removed": None, "_tokenizer": None, "_encode": None}  # made again when needed
+
+
+def _refusal(error: Exception) -> RowFault:
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return RowFault(f"the chat template refuses the messages: {why}")

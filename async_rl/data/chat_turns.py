@@ -19,6 +19,9 @@ from async_rl.errors import RowFault
 Render = Callable[[list[Message], list[dict[str, Any]] | None, Mapping[str, Any]], tuple[str, list[int]]]
 """``Encoder.chat``: (messages, tools, variables) -> text and tokens, up to where the assistant's answer begins."""
 
+Write = Callable[..., str]
+"""``CheckpointEncoder.written``."""
+
 _QUESTION: Message = {"role": "user", "content": "u"}
 # They end differently, so that what is equal after them is the template's.
 _STAND_INS = ("One", "Two!")
@@ -33,9 +36,11 @@ class ChatTurns:
         stop_token_ids: Collection[int],
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        write: Write | None = None,
     ) -> None:
-        """Take ``render`` as of ``CheckpointEncoder.chat``, and what it gets where a row says nothing else."""
+        """Take ``CheckpointEncoder``'s ``chat`` and ``written``, and what they get where a row says nothing else."""
         self._render = render
+        self._write = write
         self._stop_token_ids = frozenset(stop_token_ids)
         self._tools = tools
         self._template_kwargs = dict(template_kwargs or {})
@@ -73,7 +78,8 @@ class ChatTurns:
 
     def for_row(self, fields: Mapping[str, Any]) -> RowChat:
         """Return what renders the requests of an agent for a row, with the row's variables. Raises RowFault."""
-        return RowChat(self._render, self.after, template_inputs(fields, None, self._template_kwargs)[1])
+        variables = template_inputs(fields, None, self._template_kwargs)[1]
+        return RowChat(self._render, self.after, variables, self._write)
 
     def check(self, roles: Sequence[str] = ("user", "tool")) -> dict[str, str | None]:
         """Return for each role why a message of it cannot follow a turn; None where it can."""
@@ -94,6 +100,7 @@ class RowChat(NamedTuple):
     render: Render
     rest: Callable[[Sequence[Message], list[dict[str, Any]] | None, Mapping[str, Any]], list[int]]
     variables: Mapping[str, Any]
+    write: Write | None = None
 
     def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the tokens of a whole conversation, up to where the policy's turn begins."""
@@ -102,3 +109,8 @@ class RowChat(NamedTuple):
     def after(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the tokens of messages that follow a turn of the policy, from the template's stop token on."""
         return self.rest(messages, tools, self.variables)
+
+    def written(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, asks: bool) -> str:
+        """Return messages as text, with the beginning of the policy's turn behind them if they ``ask`` for one."""
+        assert self.write is not None, "nothing writes text"
+        return self.write(messages, tools, self.variables, asks=asks)

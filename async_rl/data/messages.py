@@ -79,6 +79,9 @@ def checked_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
                 f'{where}, tool {at}: no name of a function; a tool is {{"type": "function", "function": '
                 '{"name": ..., "parameters": ...}}'
             )
+        for key, kind in (("description", str), ("parameters", dict)):
+            if not isinstance(function.get(key, kind()), kind):
+                raise RowFault(f"{where}, tool {at}: {key} is {type(function[key]).__name__}, not {kind.__name__}")
     return tools
 
 
@@ -105,6 +108,9 @@ def _message(message: Any, where: str, *, may_be_empty: bool) -> Message:
         raise RowFault(f"{where} has half of a surrogate pair, which is not a character")
     if not (may_be_empty or content.strip() or (role == "assistant" and message.get("tool_calls"))):
         raise RowFault(f"{where}: the content of the {role} is empty")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise RowFault(f"{where}: tool_calls is {str(calls)[:40]!r}, not a list of objects")
     return message | {"content": content}
 
 

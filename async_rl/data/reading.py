@@ -168,8 +168,12 @@ def chat_turns(config: RunConfig) -> ChatTurns:
         with lock:  # threads call it, and a tokenizer keeps state while it works
             return encode.chat(*arguments)
 
+    def write(*arguments: Any, asks: bool) -> str:
+        with lock:
+            return encode.written(*arguments, asks=asks)
+
     stops = {*stop_token_ids(config.model.path), *config.rollout.stop_token_ids}
-    return ChatTurns(render, stops, _tools(config.data.tools), config.data.template_kwargs)
+    return ChatTurns(render, stops, _tools(config.data.tools), config.data.template_kwargs, write)
 
 
 def _tools(path: Path | None) -> list[dict[str, Any]] | None:

@@ -497,6 +497,13 @@ _FLOW = (
         labels=("function",),
     ),
     MetricSpec(
+        "agent_tool_calls_total",
+        "counter",
+        "Calls of tools that were read in turns of the policy; read=no counts turns whose call could not be.",
+        "A policy that learns to call tools writes fewer and fewer that cannot be read.",
+        labels=("read",),
+    ),
+    MetricSpec(
         "agent_turns_total",
         "counter",
         "Turns that agents asked for, by how they came to their places in the rollout.",

@@ -11,21 +11,19 @@ import functools
 import inspect
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from async_rl.config.functions import load_function
 from async_rl.config.schema import RunConfig
-from async_rl.data.chat_turns import ChatTurns
-from async_rl.data.messages import Message
-from async_rl.data.reading import chat_turns
 from async_rl.errors import AgentFailure, AsyncRLError, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
 from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
+from async_rl.rollout.chat import Chat
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.policy import Address, Policy
@@ -82,7 +80,7 @@ class Agents:
         self._calls = calls
         self._gate = gate
         self._tokenizer = tokenizer
-        self._turns = functools.cache(lambda: chat_turns(config))  # loaded by the first agent that sends messages
+        self._chat = Chat(config, tokenizer)
         # A server for HTTP, which doctor and workers without agents have no use for.
         from async_rl.rollout.gateway.server import Gateway
 
@@ -104,9 +102,10 @@ class Agents:
         policy = Policy(
             session,
             lambda *call: self._calls.sample(prompt, *call),
-            chat=_RowChat(self._turns, prompt),
+            chat=(chat := self._chat.for_row(prompt.fields)),
             encode=lambda text: list(self._tokenizer.encode(text, add_special_tokens=False)),
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            reader=chat,
             serve=lambda policy: self.gateway.open(policy, failed),
         )
         try:
@@ -129,6 +128,8 @@ class Agents:
         for field, requests in gateway.ignored.items():
             metrics.count_to("gateway_fields_ignored_total", requests, field=field)
         metrics.count_to("gateway_requests_joined_total", gateway.joined)
+        for read, calls in self._chat.reader.read.items():
+            metrics.count_to("agent_tool_calls_total", calls, read="yes" if read else "no")
 
     async def close(self) -> None:
         """Serve no policy any longer."""
@@ -219,16 +220,3 @@ class Agents:
 
 def _seed(rollout_id: str) -> int:
     return zlib.crc32(rollout_id.encode())
-
-
-class _RowChat:
-    """Renders what an agent sends for one row; the tokenizer for it is loaded when it is first needed."""
-
-    def __init__(self, turns: Callable[[], ChatTurns], prompt: Prompt) -> None:
-        self._turns, self._prompt = turns, prompt
-
-    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
-        return self._turns().for_row(self._prompt.fields).prompt(messages, tools)
-
-    def after(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
-        return self._turns().for_row(self._prompt.fields).after(messages, tools)

@@ -19,6 +19,7 @@ from async_rl.errors import DatasetError, RequestRefused, RowFault
 from async_rl.rollout.branches import Turn
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
+from async_rl.rollout.turn_message import before_any
 from async_rl.types import FinishReason, Float32Array, Int32Array
 
 Call = Callable[[PartialRollout, str, Sequence[str]], Awaitable[PartialRollout]]
@@ -35,12 +36,27 @@ class Chat(Protocol):
         """Return those of messages that follow a turn of the policy, from its stop token on."""
 
 
+class Reader(Protocol):
+    """How a turn becomes a message, as ``TurnReader`` does it for one row. Is called in threads."""
+
+    def message(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        before: Sequence[int],
+        stop: Sequence[str],
+        tools: list[dict[str, Any]] | None,
+    ) -> Message:
+        """Return the message of a turn; see ``TurnReader.message``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A turn of the policy, as an agent gets it."""
 
     message: Message
-    """{"role": "assistant", "content": text}, to be sent back as it is."""
+    """{"role": "assistant", "content": text}, with "tool_calls" and "reasoning_content" where the policy wrote such; to
+    be sent back as it is."""
     text: str
     """What was sampled, without special tokens."""
     token_ids: Int32Array
@@ -73,18 +89,21 @@ class Policy:
         chat: Chat | None,
         encode: Callable[[str], list[int]],
         decode: Callable[[Int32Array], str],
+        reader: Reader | None = None,
         serve: Callable[[Policy], Address] | None = None,
     ) -> None:
         """Take the rollout's ``session`` and how an engine call is made for a partial rollout.
 
         chat: None where the checkpoint has no chat template. encode: text to tokens as it stands, without any added.
-        decode: tokens to text, without special ones. serve: makes a policy reachable over HTTP.
+        decode: tokens to text, without special ones. reader: makes messages of turns; without it they are text alone,
+        as they are where no messages are sent. serve: makes a policy reachable over HTTP.
         """
         self._session = session
         self._call = call
         self._chat = chat
         self._encode = encode
         self._decode = decode
+        self._reader = reader
         self._serve = serve
         self._address: Address | None = None
         self._ended: Turn | None = None  # last of all
@@ -138,7 +157,7 @@ class Policy:
                 turn = self._session.begin(place, await self._missing(place, tools), max_tokens)
         except (RowFault, DatasetError) as fault:
             raise RequestRefused("invalid_request", str(fault)) from None
-        return await self._sampled(turn, stop, with_message=True)
+        return await self._sampled(turn, stop, with_message=True, tools=tools)
 
     def repeated(
         self,
@@ -201,17 +220,21 @@ class Policy:
         # A template takes milliseconds.
         return np.asarray(await asyncio.to_thread(render, messages, tools), dtype=np.int32)
 
-    async def _sampled(self, turn: Turn, stop: Sequence[str], *, with_message: bool) -> Reply:
+    async def _sampled(
+        self, turn: Turn, stop: Sequence[str], *, with_message: bool, tools: list[dict[str, Any]] | None = None
+    ) -> Reply:
         """Complete a turn: as many engine calls as its interruptions take. One that fails is undone."""
         try:
             while not turn.branch.partial.finished:
                 request = self._session.next_call(turn)
                 partial = await self._call(turn.branch.partial, request, stop)
-                if turn.state != "open":
-                    raise RequestRefused("rollout_budget_exceeded", "the rollout has ended")
+                self._still_open(turn)
                 self._session.keep(turn, partial)
             text = self._decode(turn.token_ids)
-            message = {"role": "assistant", "content": _before(text, stop)}
+            message = {"role": "assistant", "content": before_any(text, stop)}
+            if with_message and self._reader is not None:
+                message = await asyncio.to_thread(self._read, self._reader, turn, message["content"], stop, tools)
+                self._still_open(turn)
             self._session.end(turn, message if with_message else None)
         except BaseException:
             self._session.undo(turn)
@@ -224,12 +247,21 @@ class Policy:
         self._replies[turn] = reply
         return reply
 
+    def _read(
+        self, reader: Reader, turn: Turn, text: str, stop: Sequence[str], tools: list[dict[str, Any]] | None
+    ) -> Message:
+        """Return the message of a turn that is complete, whose ``text`` ends before a stop string."""
+        tokens, partial = turn.token_ids, turn.branch.partial
+        if len(tokens) and int(tokens[-1]) in partial.stop_token_ids:
+            tokens = tokens[:-1]
+        return reader.message(text, tokens.tolist(), turn.branch.tokens[: turn.start].tolist(), stop, tools)
+
+    @staticmethod
+    def _still_open(turn: Turn) -> None:
+        if turn.state != "open":
+            raise RequestRefused("rollout_budget_exceeded", "the rollout has ended")
+
 
 def _more(max_tokens: int | None, stop: Sequence[str]) -> dict[str, Any]:
     """Return what tells a request from another one of the same messages."""
     return {"max_tokens": max_tokens, "stop": list(stop)}
-
-
-def _before(text: str, stop: Sequence[str]) -> str:
-    """Return a text up to the first of the stop strings in it."""
-    return text[: min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))]

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 
 from async_rl.config.loading import validate
 from async_rl.data.chat_turns import ChatTurns
-from async_rl.rollout import agents
+from async_rl.rollout import chat
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.responses import Responses
 from tests.support.agent_sessions import user
@@ -84,7 +84,7 @@ async def engine(tmp_path_factory):
 
 async def heard(folder, engine, monkeypatch, mode, *, pushes):
     """Return what the agents of a group heard, the group, and how often the engine was paused."""
-    monkeypatch.setattr(agents, "chat_turns", lambda config: ChatTurns(render, {EOS, 2, 3, 4}))
+    monkeypatch.setattr(chat, "chat_turns", lambda config: ChatTurns(render, {EOS, 2, 3, 4}))
     monkeypatch.setattr(Responses, "sampling", greedy)
     SAID.clear()
     queue, count = ListQueue(1), 0

@@ -14,7 +14,7 @@ from async_rl.config.loading import validate
 from async_rl.doctor.inputs import functions
 from async_rl.errors import AgentFailure, ConfigError, EngineDied
 from async_rl.metrics.exporter import Metrics
-from async_rl.rollout import agents
+from async_rl.rollout import chat
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.agent_program import run_program
 from async_rl.rollout.policy import Address
@@ -61,7 +61,7 @@ def engine(fault=None, kind=Turns):
 
 @pytest.fixture(autouse=True)
 def small_template(monkeypatch):
-    monkeypatch.setattr(agents, "chat_turns", lambda config: CHAT)
+    monkeypatch.setattr(chat, "chat_turns", lambda config: CHAT)
     SAID.clear()
 
 

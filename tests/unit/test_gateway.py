@@ -362,16 +362,34 @@ async def test_what_the_gateway_has_not_is_said():
         assert subject.gateway.requests["other", 404] == 1
 
 
-async def test_arguments_of_tool_calls_reach_the_template_as_objects():
+class Calling:
+    """Reads a call and a thought in every turn."""
+
+    def message(self, text, token_ids, before, stop, tools):
+        function = {"name": tools[0]["function"]["name"], "arguments": json.dumps({"at": len(before)})}
+        call = {"id": f"c{len(before)}", "type": "function", "function": function}
+        return {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]}
+
+
+async def test_calls_of_tools_go_to_the_client_and_back_in_one_branch():
+    look = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     async with served() as subject, subject.client() as client:
-        seen = []
-        render = subject.policy._chat.render
-        subject.policy._chat = subject.policy._chat._replace(
-            render=lambda m, *rest: (seen.append(m), render(m, *rest))[1]
-        )
-        call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": json.dumps({"at": [1]})}}
-        history = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
-        await client.chat.completions.create(
-            model="m", messages=[*history, {"role": "tool", "content": "x", "tool_call_id": "c"}]
-        )
-        assert seen[0][1]["tool_calls"][0]["function"]["arguments"] == {"at": [1]}
+        subject.policy._reader = Calling()
+        history = list(ASKED)
+        for _ in range(3):
+            answer = await client.chat.completions.create(model="m", messages=history, tools=[look])
+            (choice,) = answer.choices
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+            (call,) = choice.message.tool_calls
+            assert call.function.name == "look"
+            back = choice.message.model_dump(exclude={"reasoning_content"}, exclude_none=True)
+            history += [back, {"role": "tool", "content": "x", "tool_call_id": call.id}]
+        assert subject.session.ways == {"first": 1, "extended": 2}
+        events = [
+            event
+            async for event in await client.chat.completions.create(
+                model="m", messages=history, tools=[look], stream=True
+            )
+        ]
+        assert [c.function.name for e in events for c in (e.choices[0].delta.tool_calls or [])] == ["look"]
+        assert events[-1].choices[0].finish_reason == "tool_calls"

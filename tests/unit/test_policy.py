@@ -94,6 +94,20 @@ async def test_tokens_and_text():
     assert fork.prompt_ids.tolist() == [11, 12, *first.token_ids, 13]
 
 
+async def test_a_turn_that_is_read_when_its_rollout_has_ended_is_refused():
+    subject = session()
+
+    class Closes:
+        def message(self, *_):
+            subject.close()
+            return {"role": "assistant", "content": "x"}
+
+    asked = Policy(subject, Answers(), chat=CHAT.for_row({}), encode=list, decode=text, reader=Closes())
+    with pytest.raises(RequestRefused, match="has ended"):
+        await asked.chat([user("a")])
+    assert not subject.trajectories()
+
+
 async def test_a_turn_that_fails_or_is_cancelled_leaves_no_trace():
     subject, call = session(), Answers(fails=(5,))
     asked = policy(subject, call)

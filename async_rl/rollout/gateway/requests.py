@@ -101,7 +101,7 @@ def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     form = _form(body, ("max_completion_tokens", "max_tokens"), logprobs=_boolean(body, "logprobs"))
     tools = _checked("tools", body.get("tools"), checked_tools)
     return ChatRequest(
-        [_with_arguments(message) for message in _checked("messages", body.get("messages"), checked_history)],
+        _checked("messages", body.get("messages"), checked_history),
         None if body.get("tool_choice") == "none" else tools,
         form,
     )
@@ -200,27 +200,6 @@ def _checked(field: str, value: Any, check: Callable[[Any, str], Any]) -> Any:
         return check(value, field)
     except RowFault as fault:
         raise BadRequest(field, str(fault)) from None
-
-
-def _with_arguments(message: Message) -> Message:
-    """Return a message with the arguments of its tool calls as objects, which chat templates expect, not as text."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRequest("messages", f"tool_calls is {_shown(calls)}, not a list of objects")
-    return message | {"tool_calls": [_parsed(call) for call in calls]}
-
-
-def _parsed(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not (isinstance(function, dict) and isinstance(function.get("arguments"), str)):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _is_count(value: Any) -> bool:

@@ -1,0 +1,67 @@
+"""How an agent's messages become tokens, and turns of the policy messages, with the checkpoint's chat template.
+
+What that takes is loaded when the first agent needs it: the template for messages, vLLM's parsers for tools.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from async_rl.config.schema import RunConfig
+from async_rl.data.chat_turns import RowChat
+from async_rl.data.messages import Message
+from async_rl.data.reading import chat_turns
+from async_rl.rollout.turn_message import ToolParsers, TurnReader
+
+
+class Chat:
+    """The chat of one worker."""
+
+    def __init__(self, config: RunConfig, tokenizer: Any) -> None:
+        self._turns = functools.cache(lambda: chat_turns(config))
+        self.reader = TurnReader(
+            lambda: _tool_parsers(tokenizer),
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+            config.rollout.agent.tool_parser,
+        )
+
+    def for_row(self, fields: Mapping[str, Any]) -> _RowChat:
+        """Return the chat for a row, whose fields may have variables of the template."""
+        return _RowChat(lambda: self._turns().for_row(fields), self.reader)
+
+
+class _RowChat:
+    """The ``Chat`` and the ``Reader`` of a policy."""
+
+    def __init__(self, row: Callable[[], RowChat], reader: TurnReader) -> None:
+        self._row, self._reader = row, reader
+
+    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        return self._row().prompt(messages, tools)
+
+    def after(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        return self._row().after(messages, tools)
+
+    def message(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        before: Sequence[int],
+        stop: Sequence[str],
+        tools: list[dict[str, Any]] | None,
+    ) -> Message:
+        return self._reader.message(text, token_ids, before, stop, tools, self._row())
+
+
+def _tool_parsers(tokenizer: Any) -> ToolParsers:
+    from async_rl.rollout.engine.vllm.parsing import TOOL_PARSERS, ToolParser
+
+    def make(name: str) -> ToolParser:
+        try:
+            return ToolParser(name, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"rollout.agent.tool_parser: {error}") from None
+
+    return ToolParsers(TOOL_PARSERS, make)
