@@ -113,11 +113,9 @@ HEALTH = Row(
                 "none",
                 (
                     Query("sum by (run, how) (async_rl_agent_turns_total{})", "{{run}} {{how}}"),
-                    Query(
-                        "sum by (run, read) (async_rl_agent_tool_calls_total{})", "{{run}} tool calls, read: {{read}}"
-                    ),
+                    Query("sum by (run, read) (async_rl_agent_tool_calls_total{})", "{{run}} calls, read: {{read}}"),
                 ),
-                "Turns that agents asked for, by how each came to its place in the rollout, and calls of tools in them.",
+                "Turns that agents asked for, by how each came to its place, and calls of tools in them.",
                 "first and extended alone. Each other one begins a trajectory of its own. read: no is a misspelt call.",
                 "the agent, to send back what was said as it was; `rollout.agent.max_branches` ends one that does not.",
                 width=8,
