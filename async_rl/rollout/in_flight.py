@@ -17,6 +17,7 @@ import numpy.typing as npt
 from async_rl.config.fields import RoutingPolicy
 from async_rl.config.inputs import Terms
 from async_rl.errors import InvalidTrajectory, WireError
+from async_rl.queue import codec
 from async_rl.queue.codec import (
     build_prompt,
     build_segments,
@@ -31,10 +32,10 @@ from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.types import Prompt, RolloutRecord
+from async_rl.types import Group, Prompt, RolloutRecord
 
-SCHEMA_VERSION = 1
-IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight")
+SCHEMA_VERSION = 2
+IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight", earlier=(1,))
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class InFlight:
     """The partial rollout of each of its n responses; None before the first engine call."""
     scores: list[Score | None] = field(default_factory=list)
     """The reward of each response with its parts; None until it is scored."""
+    made: dict[int, RolloutRecord] = field(default_factory=dict)
+    """Rollouts of an agent that have ended, by index; the worker that adopts the group makes the others again."""
     left_out: int = 0
     """Responses that failed, and without which the group is published; the worker that adopts the group tries again."""
 
@@ -56,7 +59,7 @@ class InFlight:
 
     def copy(self) -> InFlight:
         """Return the group as it is now; what it is made of never changes."""
-        return InFlight(self.ticket, list(self.partials), list(self.scores))
+        return InFlight(self.ticket, list(self.partials), list(self.scores), dict(self.made))
 
     @property
     def group_id(self) -> str:
@@ -76,7 +79,8 @@ class InFlight:
     @property
     def num_tokens(self) -> int:
         """Response tokens so far, over all responses."""
-        return sum(len(partial.response_ids) for partial in self.partials if partial is not None)
+        made = sum(len(t.response_ids) for rollout in self.made.values() for t in rollout.trajectories)
+        return made + sum(len(partial.response_ids) for partial in self.partials if partial is not None)
 
 
 def encode(group: InFlight) -> npt.NDArray[np.uint8]:
@@ -93,6 +97,7 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
         "rewards": [None if score is None else score.reward for score in group.scores],
         **({"reward_parts": parts} if any(parts) else {}),
         **({"raw_rewards": raw} if any(each is not None for each in raw) else {}),
+        **({"made": list(group.made)} if group.made else {}),
     }
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
@@ -159,9 +164,20 @@ def decode(
     for score, each in zip(scores, partials, strict=True):
         if score is not None and (each is None or not each.finished):
             raise WireError(f"group {ticket.group_id}: a response that has not ended has a reward")
+    made = _made(ticket, table["made"], take("made"), n) if "made" in table else {}
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])}")
-    return InFlight(ticket, partials, scores)
+    return InFlight(ticket, partials, scores, made)
+
+
+def _made(ticket: Ticket, indices: Any, group: Array, n: int) -> dict[int, RolloutRecord]:
+    """Return the rollouts that had ended, by index, from a message of a group of them. Raises WireError."""
+    rollouts = codec.decode(group).rollouts
+    if not isinstance(indices, list) or not len(indices) == len(set(map(repr, indices))) == len(rollouts):
+        raise WireError(f"group {ticket.group_id}: {len(rollouts)} rollouts are those of {short(indices)}")
+    if not all(type(index) is int and 0 <= index < n for index in indices):
+        raise WireError(f"group {ticket.group_id}: its rollouts are those of {short(indices)}, and rollout.n is {n}")
+    return dict(zip(indices, rollouts, strict=True))
 
 
 def _terms_now(prompt: Prompt, terms: Callable[[Prompt], Terms]) -> Terms:
@@ -202,6 +218,8 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
 
 def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
     yield "prompt", group.ticket.prompt.token_ids
+    if group.made:
+        yield "made", codec.encode(Group(group.group_id, group.ticket.prompt, tuple(group.made.values())))
     for t, partial in enumerate(group.partials):
         if partial is not None:
             yield from response_arrays(t, partial.without_repeated_rows())

@@ -153,6 +153,42 @@ async def test_an_agent_that_has_not_ended_is_made_again_by_the_worker_that_adop
     assert (len(HELD["asked"]), len(seeds)) == (4, 2), "the same seeds again"
 
 
+async def one_is_held(prompt, policy, context):
+    await policy.complete(prompt.token_ids)
+    HELD.setdefault("asked", []).append(context.rollout_id)
+    if context.rollout_id.endswith("/1") and "go" in HELD:
+        await HELD["go"].wait()
+    await policy.complete(prompt.token_ids)  # a second trajectory
+    return {"reward": float(context.rollout_id[-1]), "part": 3.0}
+
+
+async def test_a_rollout_that_has_ended_is_kept_by_the_worker_that_adopts_its_group():
+    HELD.update(asked=[], go=asyncio.Event())
+    subject = replica(scripted(length=6), ListQueue(1), "one_is_held")
+    run = asyncio.create_task(subject.run())
+    while not (len(HELD["asked"]) == 2 and subject._worker.moment()._groups[0].made):
+        await turns(1)
+    ended = subject._worker.moment()._groups[0].made[0]
+    messages = await snapshot(subject)
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    del HELD["go"]
+    heir = ListQueue(0)
+    successor = replica(scripted(length=6), heir, "one_is_held")
+    assert await successor.adopt(*messages.values()) == ["0-0.0"]
+    await successor.run()
+    assert sorted(HELD["asked"]) == ["0-0.0/0", "0-0.0/1", "0-0.0/1"], "the first was not asked for again"
+    (group,) = heir.groups
+    assert group.rewards.tolist() == [0.0, 1.0]
+    kept = group.rollouts[0]
+    assert (kept.end, kept.reward_parts) == (ended.end, {"part": 3.0})
+    assert len(kept.trajectories) == len(ended.trajectories) == 2
+    for one, other in zip(kept.trajectories, ended.trajectories, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        assert one.logprobs.tolist() == other.logprobs.tolist()
+        assert one.versions.tolist() == other.versions.tolist()
+
+
 async def raises(prompt, policy, context):
     await policy.complete(prompt.token_ids)
     raise ValueError("no such tool")

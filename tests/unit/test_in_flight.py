@@ -16,7 +16,7 @@ from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.types import Prompt, RoutingSpec
+from async_rl.types import Prompt, RolloutRecord, RoutingSpec
 from tests.support.examples import examples
 
 ROUTING = RoutingSpec(num_moe_layers=2, top_k=2, num_experts=300)
@@ -148,6 +148,53 @@ def test_a_table_that_says_something_else_is_refused_or_harmless(seed, key, valu
             partial.check()
             if partial.finish_reason is None:
                 partial.next_request()
+
+
+def with_made(seed=1):
+    """A group of three of which an agent's second rollout has ended."""
+    rng = np.random.default_rng(seed)
+    prompt = Prompt("3-7", 7, "text", rng.integers(1, 100, 4).astype(np.int32), {})
+    sent = InFlight.begin(Ticket("3-7.2", prompt, 5), 3)
+    partial = PartialRollout.begin(
+        "3-7.2/1",
+        prompt.token_ids,
+        max_response_tokens=LIMIT,
+        eos_token_id=STOP,
+        routing_spec=ROUTING,
+        routing_policy="replace",
+    )
+    partial = partial.absorb(output(rng, partial, 4, 3, "stop"))
+    sent.made[1] = RolloutRecord.of(partial.to_trajectory(), 0.5, {"part": 1.0})
+    return sent
+
+
+def test_rollouts_of_an_agent_that_have_ended_come_along():
+    sent = with_made()
+    received = decode(in_flight.encode(sent))
+    assert list(received.made) == [1]
+    (one,), (other,) = sent.made[1].trajectories, received.made[1].trajectories
+    assert one.response_ids.tolist() == other.response_ids.tolist()
+    assert (one.routed_experts == other.routed_experts).all()
+    assert (received.made[1].reward, received.made[1].reward_parts) == (0.5, {"part": 1.0})
+    assert in_flight.encode(received).tobytes() == in_flight.encode(sent).tobytes()
+    assert received.num_tokens == sent.num_tokens == 4
+
+
+def test_a_message_of_schema_1_is_read():
+    sent = in_flight.encode(group(1))
+    _, table, arrays = wire.unpack(IN_FLIGHT, sent)
+    table.pop("arrays")
+    earlier = wire.pack(wire.Kind(b"ARLF", 1, "group in flight"), "earlier", table, arrays)
+    assert earlier.tobytes() != sent.tobytes()
+    assert in_flight.encode(decode(earlier)).tobytes() == sent.tobytes()
+
+
+@pytest.mark.parametrize("indices", [[], [3], [-1], [1, 1], [True], ["1"], None, {"1": 1}])
+def test_rollouts_that_belong_nowhere_are_refused(indices):
+    _, table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(with_made()))
+    table.pop("arrays")
+    with pytest.raises(WireError, match="rollouts are those of"):
+        decode(wire.pack(IN_FLIGHT, "altered", table | {"made": indices}, arrays))
 
 
 def test_what_the_settings_of_now_do_not_allow_is_refused():
