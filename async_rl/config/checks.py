@@ -151,16 +151,12 @@ def _check_agent(config: RunConfig) -> None:
     named = " is ".join(agent.named)
     others = {"rollout.environment.function": config.rollout.environment.function}
     others |= {f"data.sources.{name}.environment": each.environment for name, each in sources}
+    others |= {f"eval.sets.{name}.environment": each.environment for name, each in config.eval.sets.items()}
     for key, function in others.items():
         if function is not None:
             raise ValueError(
                 f"{named}, and {key} is {function}, but an agent answers the policy itself; remove one of them"
             )
-    if config.eval_sets:
-        raise ValueError(
-            f"{named}, but agents are not evaluated yet, and the answers to "
-            f"{', '.join(config.eval_sets)} would be those of the policy alone; remove data.eval and eval.sets"
-        )
 
 
 def _check_single(config: RunConfig) -> None:

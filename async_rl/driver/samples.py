@@ -113,13 +113,17 @@ class SampleWriter:
 def readable_answer(
     prompt: Prompt, name: str, response: ScoredResponse, decode: Callable[[Any], str], most: int
 ) -> dict[str, Any]:
-    """Return a response of the evaluation set ``name`` with at most ``most`` characters, and of its prompt as many."""
+    """Return a response of the evaluation set ``name`` with at most ``most`` characters, and of its prompt as many.
+
+    The further trajectories of an agent's rollout have as many each.
+    """
     return {
         "set": name,
         "problem": prompt.prompt_id,
         "row": prompt.row,
         "prompt": shortened(prompt.text, most),
         "response": shortened(decode(response.response_ids), most),
+        **({"branches": [shortened(decode(each), most) for each in response.branches]} if response.branches else {}),
         "reward": response.reward,
         "finish_reason": response.finish_reason,
     }

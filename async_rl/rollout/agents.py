@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from async_rl.config.functions import load_function
+from async_rl.config.inputs import Terms
 from async_rl.config.schema import RunConfig
 from async_rl.data.chat_turns import ChatTurns
 from async_rl.data.messages import Message
@@ -28,7 +29,8 @@ from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.gate import Gate
-from async_rl.rollout.policy import Address, Policy
+from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
 from async_rl.rollout.rewards.score import score_of
 from async_rl.rollout.session import Limits, Session
@@ -47,6 +49,8 @@ class Context:
     """The id "<group_id>/<index>", different for each attempt at a prompt."""
     seed: int
     """A number below 2**32 that is the same whenever this rollout is made again."""
+    evaluation: str | None = None
+    """The evaluation set that the prompt is of; None in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +99,45 @@ class Agents:
             tokenizer,
         )
         self.ways: Counter[How] = Counter()
-        """Turns of rollouts that have ended, by how they came to their places."""
+        """Turns of rollouts in training that have ended, by how they came to their places."""
 
-    async def rollout(self, prompt: Prompt, rollout_id: str) -> RolloutRecord:
-        """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises."""
-        session = self._session(prompt, rollout_id)
+    async def rollout(
+        self, prompt: Prompt, rollout_id: str, *, call: Call | None = None, terms: Terms | None = None
+    ) -> RolloutRecord:
+        """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
+
+        call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
+        that fails also ends the rollout where the agent catches that.
+        """
+        session = self._session(rollout_id, terms or self._responses.terms(prompt))
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        sample: Call = call or (lambda *call: self._calls.sample(prompt, *call))
+
+        async def sampled(partial: PartialRollout, request_id: str, stop: Sequence[str]) -> PartialRollout:
+            try:
+                return await sample(partial, request_id, stop)
+            except Exception as error:
+                if not failed.done():
+                    failed.set_result(error)
+                raise
+
         policy = Policy(
             session,
-            lambda *call: self._calls.sample(prompt, *call),
+            sampled,
             chat=_RowChat(self._turns, prompt),
             encode=lambda text: list(self._tokenizer.encode(text, add_special_tokens=False)),
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
             serve=lambda policy: self.gateway.open(policy, failed),
         )
         try:
-            outcome = await self._outcome(prompt, policy, Context(rollout_id, _seed(rollout_id)), failed)
+            context = Context(rollout_id, _seed(rollout_id), None if terms is None else terms.name)
+            outcome = await self._outcome(prompt, policy, context, failed)
         finally:
             session.close()  # what the agent has left running asks nothing more
             if policy.is_served:
                 await self.gateway.end(policy.api_key)
-            self.ways.update(session.ways)
+            if terms is None:
+                self.ways.update(session.ways)
         nbytes = sum(routing_bytes(branch.partial.routed_experts) for branch in session.branches)
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 
@@ -139,8 +161,8 @@ class Agents:
         """Tokens of a context: as many as the engine has room for."""
         return self._config.data.max_prompt_tokens + self._config.longest_response
 
-    def _session(self, prompt: Prompt, rollout_id: str) -> Session:
-        settings, terms = self._config.rollout.agent, self._responses.terms(prompt)
+    def _session(self, rollout_id: str, terms: Terms) -> Session:
+        settings = self._config.rollout.agent
         limits = Limits(
             context_tokens=self._context_tokens,
             response_tokens=terms.max_response_tokens,
@@ -157,7 +179,7 @@ class Agents:
             found = self._function(prompt, policy, context)
             if not inspect.isawaitable(found):
                 raise self._failure(prompt, "is not async; define it with async def, and await the policy")
-            found = await self._in_time(prompt, found, failed)
+            found = await self._in_time(prompt, found, failed, in_training=context.evaluation is None)
         except COST_THEIR_GROUP:
             raise
         except RequestRefused as error:
@@ -170,7 +192,9 @@ class Agents:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
         return found if isinstance(found, Outcome) else Outcome(found)
 
-    async def _in_time(self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception]) -> Any:
+    async def _in_time(
+        self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception], *, in_training: bool
+    ) -> Any:
         """Return what an agent returns. It is ended when its time is over, or when a turn that it asked for fails."""
         running = asyncio.ensure_future(agent)
 
@@ -181,8 +205,10 @@ class Agents:
             return running.result()
 
         limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
+        # No pause stops an evaluation, and the worker's gate may be closed all the while.
+        gate = self._gate if in_training else Gate()
         try:
-            _, late = await wait_in_time([waited], self._gate, limit)
+            _, late = await wait_in_time([waited], gate, limit)
             if late:
                 raise self._failure(prompt, f"has not ended after {limit:g} s (rollout.agent.timeout_s)")
             return waited.result()
@@ -193,7 +219,8 @@ class Agents:
 
     async def _program(self, prompt: Prompt, policy: Policy, context: Context) -> Any:
         address = Address(policy.base_url, policy.api_key, policy.model)
-        return await run_program(self._command, {"prompt": prompt.text, **prompt.fields}, address, context.rollout_id)
+        row = {"prompt": prompt.text, **prompt.fields}
+        return await run_program(self._command, row, address, context.rollout_id, context.evaluation)
 
     def _record(self, prompt: Prompt, session: Session, outcome: Outcome) -> RolloutRecord:
         cut = session.truncated or session.cut_off

@@ -265,7 +265,6 @@ async def test_agents_are_filtered_by_their_rewards():
     ("change", "match"),
     [
         ({"rollout": {"environment": {"function": "a:b"}}}, r"and rollout\.environment\.function is a:b"),
-        ({"data": {"eval": "e.jsonl"}}, "agents are not evaluated yet"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(change, match):
