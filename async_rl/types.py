@@ -201,6 +201,8 @@ class RolloutRecord:
     """What the reward was made of or came with, by name."""
     trainable: bool = True
     """Whether it is compared with others and trained: not so a judge's, or that of an opponent that stays as it is."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else is known of it, by name; no part of the reward."""
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):

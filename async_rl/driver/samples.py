@@ -105,6 +105,7 @@ class SampleWriter:
             "response": shortened(self._decode(excerpt.response_ids), most),
             "reward": excerpt.reward,
             **({"reward_parts": dict(excerpt.reward_parts)} if excerpt.reward_parts else {}),
+            **({"metrics": dict(excerpt.metrics)} if excerpt.metrics else {}),
             "finish_reason": excerpt.finish_reason,
             "segments": [{"version": version, **text} for (_, _, version), text in zip(segments, texts, strict=True)],
         }

@@ -84,6 +84,15 @@ _LEARNING = (
         labels=("part",),
     ),
     MetricSpec(
+        "rollout_metric_mean",
+        "gauge",
+        "Mean of each metric that agents return beside the reward, over the rollouts of the last training step that "
+        "have it.",
+        "What the agent counts: tool errors, steps, tests passed.",
+        lambda record: record.rollout_metrics,
+        labels=("metric",),
+    ),
+    MetricSpec(
         "eval_reward_mean",
         "gauge",
         "Mean greedy reward on the held-out problems, at the last evaluation.",

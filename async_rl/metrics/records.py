@@ -122,6 +122,8 @@ class StepRecord:
     """Share of the groups issued so far that each source of data.sources had."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Mean of each named part of the reward over the rollouts that have it."""
+    rollout_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each metric that agents return over the rollouts that have it."""
     truncated: int = 0
     """Trajectories that ended at rollout.max_response_tokens."""
     eval_reward_mean: float | None = None

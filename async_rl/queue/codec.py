@@ -162,6 +162,7 @@ def _table(group: Group) -> dict[str, Any]:
                 # So many of the trajectories, which lie in the order of their rollouts.
                 "trajectories": len(rollout.trajectories),
                 **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
+                **({"metrics": dict(rollout.metrics)} if rollout.metrics else {}),
             }
             for rollout in group.rollouts
         ],
@@ -243,6 +244,7 @@ def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory
                 end=get(entry, "end", str),  # type: ignore[arg-type]  # RolloutRecord checks it
                 reward_parts=_parts(f"rollout {r}", entry),
                 trainable=get(entry, "trainable", bool),
+                metrics=_numbers(f"rollout {r}: its metrics", entry.get("metrics", {})),
             )
         )
         left = left[count:]
@@ -257,11 +259,15 @@ def _parts(name: str, entry: dict[str, Any]) -> dict[str, float]:
 
 def check_parts(name: str, parts: Any) -> dict[str, float]:
     """Return the parts of a reward that came in a message. Raises WireError when they are not numbers by name."""
-    if isinstance(parts, dict) and all(
-        type(name) is str and type(part) is float and math.isfinite(part) for name, part in parts.items()
+    return _numbers(f"{name}: the parts of its reward", parts)
+
+
+def _numbers(what: str, found: Any) -> dict[str, float]:
+    if isinstance(found, dict) and all(
+        type(name) is str and type(number) is float and math.isfinite(number) for name, number in found.items()
     ):
-        return parts
-    raise WireError(f"{name}: the parts of its reward are {short(parts)}, not finite numbers by name")
+        return found
+    raise WireError(f"{what} are {short(found)}, not finite numbers by name")
 
 
 def routing_entry(spec: RoutingSpec | None) -> list[int] | None:

@@ -60,6 +60,10 @@ class GroupMeta:
     """The sum of each part over the trainable rollouts that have it."""
     part_counts: tuple[int, ...] = ()
     """The number of trainable rollouts that have the part."""
+    metrics: tuple[str, ...] = ()
+    """Names of the metrics of rollouts, ascending; with them, as for the parts of rewards:"""
+    metric_sums: tuple[float, ...] = ()
+    metric_counts: tuple[int, ...] = ()
 
     @classmethod
     def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
@@ -77,11 +81,8 @@ class GroupMeta:
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
         """Describe a group whose encoded message has ``nbytes`` bytes."""
-        parts: dict[str, list[float]] = {}
-        for rollout in group.trainable:
-            for part, value in rollout.reward_parts.items():
-                parts.setdefault(part, []).append(value)
-        names = tuple(sorted(parts))
+        parts, part_sums, part_counts = _totals([rollout.reward_parts for rollout in group.trainable])
+        metrics, metric_sums, metric_counts = _totals([rollout.metrics for rollout in group.trainable])
         return cls(
             group_id=group.group_id,
             num_tokens=group.num_tokens,
@@ -96,10 +97,23 @@ class GroupMeta:
             segments=tuple(len(t.segments) for t in group.trajectories),
             interruptions=tuple(len(t.resume_points) for t in group.trajectories),
             finish_reasons=tuple(t.finish_reason for t in group.trajectories),
-            reward_parts=names,
-            part_sums=tuple(math.fsum(parts[name]) for name in names),
-            part_counts=tuple(len(parts[name]) for name in names),
+            reward_parts=parts,
+            part_sums=part_sums,
+            part_counts=part_counts,
+            metrics=metrics,
+            metric_sums=metric_sums,
+            metric_counts=metric_counts,
         )
+
+
+def _totals(numbers: Sequence[Mapping[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]:
+    """Return the names in ``numbers``, ascending, the sum of each, and how many mappings have it."""
+    found: dict[str, list[float]] = {}
+    for each in numbers:
+        for name, value in each.items():
+            found.setdefault(name, []).append(value)
+    names = tuple(sorted(found))
+    return names, tuple(math.fsum(found[name]) for name in names), tuple(len(found[name]) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,7 @@ class Excerpt:
     """That of the rollout."""
     finish_reason: FinishReason
     reward_parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: Group, index: int) -> Excerpt:
@@ -129,6 +144,7 @@ class Excerpt:
             rollout.reward,
             trajectory.finish_reason,
             dict(rollout.reward_parts),
+            dict(rollout.metrics),
         )
 
 

@@ -12,7 +12,7 @@ import inspect
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from async_rl.config.functions import load_function
@@ -32,7 +32,7 @@ from async_rl.rollout.gate import Gate
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
-from async_rl.rollout.rewards.score import score_of
+from async_rl.rollout.rewards.score import numbers_of, score_of
 from async_rl.rollout.session import Limits, Session
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
@@ -58,12 +58,23 @@ class Outcome:
     """What an agent returns. A number or a mapping alone stands for one with this reward."""
 
     reward: float | Mapping[str, Any] | None
-    """A finite number, or a mapping with ``reward`` or ``score``, whose other numbers are metrics; None for a rollout
-    that has no reward and is left out of its group."""
+    """A finite number, or a mapping with ``reward`` or ``score``, whose other numbers are parts of it; None for a
+    rollout that has no reward and is left out of its group."""
     end: RolloutEnd | None = None
     """How it ended; None for truncated if a request was refused at a limit or the last turn was cut off, else done."""
     trainable: bool = True
     """Whether the rollout is compared with others of its group, and trained."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Finite numbers by name that say something of the rollout and are no part of its reward; None for one that does
+    not apply."""
+
+    @classmethod
+    def of(cls, returned: Any) -> Outcome:
+        """Return what an agent has returned as an outcome; a mapping may have the metrics too, as a mapping."""
+        if isinstance(returned, cls):
+            return returned
+        metrics = returned.get("metrics") if isinstance(returned, Mapping) else None
+        return cls(returned, metrics=metrics if isinstance(metrics, Mapping) else {})
 
 
 def load_agent(name: str) -> Callable[..., Any]:
@@ -148,8 +159,8 @@ class Agents:
             metrics.count_to("agent_turns_total", turns, how=how)
         for (endpoint, code), requests in gateway.requests.items():
             metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
-        for field, requests in gateway.ignored.items():
-            metrics.count_to("gateway_fields_ignored_total", requests, field=field)
+        for name, requests in gateway.ignored.items():
+            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
         metrics.count_to("gateway_requests_joined_total", gateway.joined)
 
     async def close(self) -> None:
@@ -190,7 +201,7 @@ class Agents:
             raise self._failure(prompt, str(error)) from None
         except Exception as error:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
-        return found if isinstance(found, Outcome) else Outcome(found)
+        return Outcome.of(found)
 
     async def _in_time(
         self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception], *, in_training: bool
@@ -225,7 +236,7 @@ class Agents:
     def _record(self, prompt: Prompt, session: Session, outcome: Outcome) -> RolloutRecord:
         cut = session.truncated or session.cut_off
         try:
-            score = score_of(outcome.reward)
+            score, metrics = score_of(outcome.reward), numbers_of(outcome.metrics)
         except ValueError as error:
             raise self._failure(prompt, f"{error}") from None
         if score is None:
@@ -237,6 +248,7 @@ class Agents:
             end=outcome.end or ("truncated" if cut else "done"),
             reward_parts=score.parts,
             trainable=outcome.trainable,
+            metrics=metrics,
         )
 
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:

@@ -377,6 +377,7 @@ def set_rollout(**values):
         (set_rollout(reward=float("nan")), "reward is nan"),
         (set_rollout(reward_parts={"a": "b"}), "rollout 0: the parts of its reward are {'a': 'b'}"),
         (set_rollout(reward_parts={"a": float("inf")}), "not finite numbers by name"),
+        (set_rollout(metrics={"a": 1}), "rollout 0: its metrics are {'a': 1}, not finite numbers by name"),
         (lambda table: table["trajectories"][0].update(engines=["vllm"] * 3), "engines of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines=[1, 2]), "engines of trajectory 0 are \\[1, 2\\]"),
         (lambda table: table["trajectories"][0].update(engines="vllm"), "engines of trajectory 0 are 'vllm'"),
