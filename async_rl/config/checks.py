@@ -266,6 +266,16 @@ def _check_loss(config: RunConfig) -> None:
             f"trainer.loss.kl is {loss.kl}, but kl_coef is {loss.kl_coef}: one without the other does nothing; set "
             "kl to k3 and kl_coef above 0, or kl to none and kl_coef to 0"
         )
+    if loss.advantage == "turn_return" and config.rollout.agent.named is None:
+        raise ValueError(
+            "trainer.loss.advantage is turn_return, but only agents return rewards of turns, and rollout.agent names "
+            "none; set rollout.agent.function or command, or another advantage"
+        )
+    if loss.turn_discount != 1 and loss.advantage != "turn_return":
+        raise ValueError(
+            f"trainer.loss.turn_discount is {loss.turn_discount:g}, but trainer.loss.advantage is {loss.advantage}, "
+            "which has no rewards of turns; set advantage to turn_return, or turn_discount to 1"
+        )
     if loss.policy == "reinforce" and loss.proximal != "behaviour":
         raise ValueError(
             f"trainer.loss.proximal is {loss.proximal}, but trainer.loss.policy is reinforce, which has no ratio and "

@@ -163,6 +163,8 @@ def _table(group: Group) -> dict[str, Any]:
                 "trajectories": len(rollout.trajectories),
                 **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
                 **({"metrics": dict(rollout.metrics)} if rollout.metrics else {}),
+                **({"turns": rollout.turns} if rollout.turns else {}),
+                **({"turn_rewards": sorted(rollout.turn_rewards.items())} if rollout.turn_rewards else {}),
             }
             for rollout in group.rollouts
         ],
@@ -245,12 +247,28 @@ def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory
                 reward_parts=_parts(f"rollout {r}", entry),
                 trainable=get(entry, "trainable", bool),
                 metrics=_numbers(f"rollout {r}: its metrics", entry.get("metrics", {})),
+                turns=_turns(r, entry.get("turns", [])),
+                turn_rewards=_turn_rewards(r, entry.get("turn_rewards", [])),
             )
         )
         left = left[count:]
     if left:
         raise WireError(f"{len(left)} of the message's {len(trajectories)} trajectories belong to no rollout")
     return rollouts
+
+
+def _turns(r: int, found: Any) -> tuple[tuple[int, ...], ...]:
+    lists = found if isinstance(found, list) else [found]
+    if all(isinstance(turns, list) and all(type(turn) is int for turn in turns) for turns in lists):
+        return tuple(map(tuple, lists))
+    raise WireError(f"rollout {r}: its turns are {short(found)}, not a list of numbers for each trajectory")
+
+
+def _turn_rewards(r: int, found: Any) -> dict[int, float]:
+    pairs = found if isinstance(found, list) else [found]
+    if all(isinstance(pair, list) and list(map(type, pair)) == [int, float] for pair in pairs):
+        return dict(pairs)  # RolloutRecord checks them
+    raise WireError(f"rollout {r}: its turn rewards are {short(found)}, not a list of [turn, reward]")
 
 
 def _parts(name: str, entry: dict[str, Any]) -> dict[str, float]:

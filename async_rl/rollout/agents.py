@@ -32,7 +32,7 @@ from async_rl.rollout.gate import Gate
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
-from async_rl.rollout.rewards.score import numbers_of, score_of
+from async_rl.rollout.rewards.score import numbers_of, score_of, turn_rewards_of
 from async_rl.rollout.session import Limits, Session
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
@@ -68,13 +68,23 @@ class Outcome:
     """Finite numbers by name that say something of the rollout and are no part of its reward; None for one that does
     not apply."""
 
+    turn_rewards: Mapping[Any, Any] | None = None
+    """Rewards of single turns, finite numbers by ``Reply.index``, 0 for turns that are not there; None without any.
+    trainer.loss.advantage turn_return needs them, and looks at no other reward."""
+
     @classmethod
     def of(cls, returned: Any) -> Outcome:
-        """Return what an agent has returned as an outcome; a mapping may have the metrics too, as a mapping."""
+        """Return what an agent has returned as an outcome.
+
+        A mapping may have ``metrics`` and ``turn_rewards``, as mappings.
+        """
         if isinstance(returned, cls):
             return returned
-        metrics = returned.get("metrics") if isinstance(returned, Mapping) else None
-        return cls(returned, metrics=metrics if isinstance(metrics, Mapping) else {})
+        found = returned if isinstance(returned, Mapping) else {}
+        metrics, turn_rewards = (
+            value if isinstance(value := found.get(key), Mapping) else None for key in ("metrics", "turn_rewards")
+        )
+        return cls(returned, metrics=metrics or {}, turn_rewards=turn_rewards)
 
 
 def load_agent(name: str) -> Callable[..., Any]:
@@ -93,6 +103,7 @@ class Agents:
         function, command = config.rollout.agent.function, config.rollout.agent.command
         self._function = self._program if function is None else load_agent(function)
         self._command = command or []
+        self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
         self._gate = gate
@@ -143,6 +154,12 @@ class Agents:
         try:
             context = Context(rollout_id, _seed(rollout_id), None if terms is None else terms.name)
             outcome = await self._outcome(prompt, policy, context, failed)
+            if self._turns_compared and terms is None and outcome.trainable and outcome.turn_rewards is None:
+                raise self._failure(
+                    prompt,
+                    "returned no turn_rewards, which trainer.loss.advantage turn_return compares; return an Outcome "
+                    "with them, or set another advantage",
+                )
         finally:
             session.close()  # what the agent has left running asks nothing more
             if policy.is_served:
@@ -237,6 +254,8 @@ class Agents:
         cut = session.truncated or session.cut_off
         try:
             score, metrics = score_of(outcome.reward), numbers_of(outcome.metrics)
+            turns = session.ended_turns
+            turn_rewards = turn_rewards_of(outcome.turn_rewards or {}, sum(map(len, turns)))
         except ValueError as error:
             raise self._failure(prompt, f"{error}") from None
         if score is None:
@@ -249,6 +268,8 @@ class Agents:
             reward_parts=score.parts,
             trainable=outcome.trainable,
             metrics=metrics,
+            turns=turns,
+            turn_rewards=turn_rewards,
         )
 
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:

@@ -315,5 +315,6 @@ def test_the_doctor_imports_it():
 
 
 def test_an_outcome_is_plain_data():
-    assert dataclasses.asdict(Outcome(1.0)) == {"reward": 1.0, "end": None, "trainable": True, "metrics": {}}
+    rest = {"end": None, "trainable": True, "metrics": {}, "turn_rewards": None}
+    assert dataclasses.asdict(Outcome(1.0)) == {"reward": 1.0, **rest}
     assert np.isfinite(Outcome(0.5).reward)
