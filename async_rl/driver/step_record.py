@@ -6,6 +6,7 @@ Knows the records of ``metrics`` and the statistics of queue and workers. Writes
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -133,6 +134,11 @@ class RunMeter:
             response_tokens=tuple(n for group in groups for n in group.response_tokens),
             segments=tuple(n for group in groups for n in group.segments),
             interruptions=tuple(n for group in groups for n in group.interruptions),
+            rollout_ends=Counter(end for group in groups for end in group.ends),
+            rollout_branches=tuple(n for group in groups for n in group.branches),
+            rollout_turns=tuple(n for group in groups for n in group.turns),
+            prefix_recomputed_share=sum(group.repeated_tokens for group in groups)
+            / max(1, sum(group.num_tokens for group in groups)),
             queue_groups=self.queue.queued_groups if self.queue else 0,
             queue_bytes=self.queue.queued_bytes if self.queue else 0,
             groups_outstanding=totals.groups.outstanding,

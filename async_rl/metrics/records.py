@@ -142,6 +142,14 @@ class StepRecord:
     """Segments of each trajectory, over all of its turns."""
     interruptions: tuple[int, ...] = ()
     """Resume points of each trajectory."""
+    rollout_ends: Mapping[str, int] = field(default_factory=dict)
+    """Rollouts by how they ended."""
+    rollout_branches: tuple[int, ...] = ()
+    """Trajectories of each rollout."""
+    rollout_turns: tuple[int, ...] = ()
+    """Turns of the policy in each rollout."""
+    prefix_recomputed_share: float = 0.0
+    """Share of the tokens of all trajectories with which an earlier one of the same rollout begins as well."""
 
     queue_groups: int = 0
     queue_bytes: int = 0

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from async_rl.metrics.records import GroupCounts
-from async_rl.types import FinishReason, Group, Int32Array, Prompt
+from async_rl.types import FinishReason, Group, Int32Array, Prompt, RolloutEnd, RolloutRecord, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,14 @@ class GroupMeta:
     """Names of the metrics of rollouts, ascending; with them, as for the parts of rewards:"""
     metric_sums: tuple[float, ...] = ()
     metric_counts: tuple[int, ...] = ()
+    ends: tuple[RolloutEnd, ...] = ()
+    """How each rollout ended; with it, as tuples of the same length:"""
+    branches: tuple[int, ...] = ()
+    """Number of trajectories of each rollout."""
+    turns: tuple[int, ...] = ()
+    """Number of turns of the policy in each rollout."""
+    repeated_tokens: int = 0
+    """Tokens with which trajectories begin as an earlier one of their rollout does, so that they are computed again."""
 
     @classmethod
     def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
@@ -103,7 +113,33 @@ class GroupMeta:
             metrics=metrics,
             metric_sums=metric_sums,
             metric_counts=metric_counts,
+            ends=tuple(rollout.end for rollout in group.rollouts),
+            branches=tuple(len(rollout.trajectories) for rollout in group.rollouts),
+            turns=tuple(sum(map(_turns, rollout.trajectories)) for rollout in group.rollouts),
+            repeated_tokens=sum(_repeated_tokens(rollout) for rollout in group.rollouts),
         )
+
+
+def _turns(trajectory: Trajectory) -> int:
+    """Return the number of its longest runs of sampled tokens."""
+    sampled = trajectory.sampled
+    return int(sampled[0]) + int((sampled[1:] & ~sampled[:-1]).sum())
+
+
+def _repeated_tokens(rollout: RolloutRecord) -> int:
+    """Return how many tokens its trajectories have at their beginnings in common with an earlier one, in total."""
+    total, earlier = 0, list[Int32Array]()
+    for trajectory in rollout.trajectories:
+        whole = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
+        total += max((_in_common(trajectory.prompt_ids, other) for other in earlier), default=0)
+        earlier.append(whole)
+    return total
+
+
+def _in_common(some: Int32Array, other: Int32Array) -> int:
+    shorter = min(len(some), len(other))
+    differ = some[:shorter] != other[:shorter]
+    return int(differ.argmax()) if differ.any() else shorter
 
 
 def _totals(numbers: Sequence[Mapping[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]:

@@ -21,7 +21,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.chat_turns import ChatTurns
 from async_rl.data.messages import Message
 from async_rl.data.reading import chat_turns
-from async_rl.errors import AgentFailure, AsyncRLError, RequestRefused, RewardNotApplicable
+from async_rl.errors import AgentFailure, AsyncRLError, RefusalCode, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
@@ -122,6 +122,8 @@ class Agents:
         )
         self.ways: Counter[How] = Counter()
         """Turns of rollouts in training that have ended, by how they came to their places."""
+        self.refused: Counter[RefusalCode] = Counter()
+        """Requests of these rollouts that were refused, by why."""
 
     async def rollout(
         self, prompt: Prompt, rollout_id: str, *, call: Call | None = None, terms: Terms | None = None
@@ -166,6 +168,7 @@ class Agents:
                 await self.gateway.end(policy.api_key)
             if terms is None:
                 self.ways.update(session.ways)
+                self.refused.update(policy.refused)
         nbytes = sum(routing_bytes(branch.partial.routed_experts) for branch in session.branches)
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 
@@ -174,6 +177,8 @@ class Agents:
         gateway = self.gateway
         for how, turns in self.ways.items():
             metrics.count_to("agent_turns_total", turns, how=how)
+        for why, requests in self.refused.items():
+            metrics.count_to("agent_requests_refused_total", requests, code=why)
         for (endpoint, code), requests in gateway.requests.items():
             metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
         for name, requests in gateway.ignored.items():

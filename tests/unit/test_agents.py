@@ -9,6 +9,7 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.doctor.inputs import functions
 from async_rl.errors import AgentFailure, ConfigError, RequestRefused
+from async_rl.metrics.exporter import Metrics
 from async_rl.queue.codec import decode, encode
 from async_rl.queue.records import Excerpt, GroupMeta
 from async_rl.rollout.agents import Outcome
@@ -116,8 +117,14 @@ async def until_refused(prompt, policy, context):
 )
 async def test_a_rollout_that_reaches_a_limit_is_truncated(limit, made):
     queue = ListQueue(1)
-    await replica(scripted(), queue, "until_refused", agent_settings=limit).run()
+    subject = replica(scripted(), queue, "until_refused", agent_settings=limit)
+    await subject.run()
     (group,) = queue.groups
+    assert subject._worker.agents.refused == {"rollout_budget_exceeded": 2}
+    metrics = Metrics("rollout")
+    subject._worker.agents.publish(metrics)
+    labels = {"code": "rollout_budget_exceeded"}
+    assert metrics.registry.get_sample_value("async_rl_agent_requests_refused_total", labels) == 2.0
     assert [(len(r.trajectories), r.end, r.trainable) for r in group.rollouts] == [
         (made, "truncated", True),
         (made, "truncated", False),

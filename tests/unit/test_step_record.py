@@ -24,10 +24,12 @@ GROUPS = [
     GroupMeta(
         *("0-1.0", 50, 1, 0, 0, 2, 1, (15, 35), "", (1.0, 0.0), (10, 30), (1, 3), (0, 2), ("stop", "length")),
         *(("format", "right"), (0.5, 1.0), (2, 1), ("errors",), (4.0,), (2,)),
+        *(("done", "truncated"), (1, 1), (1, 4), 0),
     ),
     GroupMeta(
         *("0-2.0", 25, 1, 0, 0, 1, 0, (25,), "", (0.5,), (20,), (1,), (0,), ("length",)),
         *(("format",), (1.0,), (1,), ("errors", "steps"), (2.0, 7.0), (1, 1)),
+        *(("done",), (3,), (5,), 15),
     ),
 ]
 
@@ -73,6 +75,12 @@ def test_a_record_has_the_step_and_the_latest_counts(meter, clock):
     assert step_row(record)["rollout_metric_mean"] == {"errors": 2.0, "steps": 7.0}
     assert (record.reward_by_source, record.issued_share) == ({}, {"code": 0.25, "math": 0.75})
     assert record.truncated == 2
+    assert (record.rollout_ends, record.rollout_branches) == ({"done": 2, "truncated": 1}, (1, 1, 3))
+    assert (record.rollout_turns, record.prefix_recomputed_share) == ((1, 4, 5), 15 / 75)
+    row = step_row(record)
+    assert (row["turns_per_rollout_mean"], row["turns_per_rollout_max"]) == (10 / 3, 5)
+    assert (row["trajectories_per_rollout_mean"], row["prefix_recomputed_share"]) == (5 / 3, 0.2)
+    assert row["rollouts_trained"] == {"done": 2, "truncated": 1}
     assert record.replica_versions == {0: 3, 1: 2}
     assert (record.rollout_idle_ratio, record.trainer_idle_ratio) == (0.5, 0.75)
     assert record.overlap_efficiency == 0.5, "rollout, the busier side, was busy for 2 of 4 s"
