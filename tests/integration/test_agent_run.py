@@ -16,6 +16,8 @@ def test_engine_and_trainer_agree_on_the_tokens_of_every_branch(start_run):
         eval__n=8,
         rollout__agent__function="tests.support.user_agents:forks",
         trainer__loss__aggregation="sequence_mean",
+        trainer__loss__advantage="turn_return",
+        trainer__loss__turn_discount=0.5,
         debug__dump_trajectories=64,
         trainer__steps=4,
     )
@@ -38,7 +40,13 @@ def test_engine_and_trainer_agree_on_the_tokens_of_every_branch(start_run):
                 assert fork.prompt_ids[: len(first.prompt_ids)].tolist() == first.prompt_ids.tolist()
                 assert len(fork.routed_experts) == fork.num_tokens - 1
     assert summary["trajectories"]["total"] == sum(len(group.trajectories) for group in groups)
-    assert all("tokens" in row["reward_part_mean"] for row in run.rows)
+    assert {turn for group in groups for rollout in group.rollouts for turn in rollout.turn_rewards} == {1, 2}
+    for row in run.rows:
+        assert ("tokens" in row["reward_part_mean"], "context" in row["rollout_metric_mean"]) == (True, True)
+        assert (row["turns_per_rollout_mean"], row["rollouts_trained"].keys() <= {"done", "truncated"}) == (3.0, True)
+        assert 2 <= row["trajectories_per_rollout_mean"] <= 3
+        assert 0 < row["prefix_recomputed_share"] < 1
+        assert row["grad_norm"] > 0
     first, *_, last = (json.loads(line) for line in (run.folder / "evals.jsonl").read_text().splitlines())
     assert (first["policy_version"], last["policy_version"]) == (0, 4)
     for results in first, last:
