@@ -201,10 +201,21 @@ class RolloutRecord:
     """What the reward was made of or came with, by name."""
     trainable: bool = True
     """Whether it is compared with others and trained: not so a judge's, or that of an opponent that stays as it is."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else is known of it, by name; no part of the reward."""
+    turns: tuple[tuple[int, ...], ...] = ()
+    """For each turn in each trajectory, how many turns of the rollout ended before it; empty where no agent asked."""
+    turn_rewards: Mapping[int, float] = field(default_factory=dict)
+    """Rewards of single turns, by the numbers in ``turns``; 0 for the others."""
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
             raise InvalidTrajectory(f"rollout {self.rollout_id}: reward is {self.reward}")
+        numbers = [turn for turns in self.turns for turn in turns]
+        sound = len(self.turns) in (0, len(self.trajectories)) and len(set(numbers)) == len(numbers)
+        if not (sound and self.turn_rewards.keys() <= {*numbers} and np.isfinite([*self.turn_rewards.values()]).all()):
+            found = f"turns {self.turns} and rewards of turns {dict(self.turn_rewards)}"
+            raise InvalidTrajectory(f"rollout {self.rollout_id}: {found} for {len(self.trajectories)} trajectories")
         if self.end not in ROLLOUT_ENDS:
             raise InvalidTrajectory(f"rollout {self.rollout_id}: end is {self.end!r}, not one of {ROLLOUT_ENDS}")
 
@@ -275,8 +286,7 @@ def check_segments(name: str, segments: Sequence[Segment], versions: Int32Array)
     if wrong.size:
         at = int(wrong[0])
         raise InvalidTrajectory(
-            f"{name}: versions[{at}] is {versions[at]}, but its segment has {expected[at]} "
-            f"({NOT_SAMPLED}: in no segment)"
+            f"{name}: versions[{at}] is {versions[at]}, but its segment has {expected[at]} ({NOT_SAMPLED}: in none)"
         )
 
 

@@ -151,16 +151,12 @@ def _check_agent(config: RunConfig) -> None:
     named = " is ".join(agent.named)
     others = {"rollout.environment.function": config.rollout.environment.function}
     others |= {f"data.sources.{name}.environment": each.environment for name, each in sources}
+    others |= {f"eval.sets.{name}.environment": each.environment for name, each in config.eval.sets.items()}
     for key, function in others.items():
         if function is not None:
             raise ValueError(
                 f"{named}, and {key} is {function}, but an agent answers the policy itself; remove one of them"
             )
-    if config.eval_sets:
-        raise ValueError(
-            f"{named}, but agents are not evaluated yet, and the answers to "
-            f"{', '.join(config.eval_sets)} would be those of the policy alone; remove data.eval and eval.sets"
-        )
 
 
 def _check_single(config: RunConfig) -> None:
@@ -269,6 +265,16 @@ def _check_loss(config: RunConfig) -> None:
         raise ValueError(
             f"trainer.loss.kl is {loss.kl}, but kl_coef is {loss.kl_coef}: one without the other does nothing; set "
             "kl to k3 and kl_coef above 0, or kl to none and kl_coef to 0"
+        )
+    if loss.advantage == "turn_return" and config.rollout.agent.named is None:
+        raise ValueError(
+            "trainer.loss.advantage is turn_return, but only agents return rewards of turns, and rollout.agent names "
+            "none; set rollout.agent.function or command, or another advantage"
+        )
+    if loss.turn_discount != 1 and loss.advantage != "turn_return":
+        raise ValueError(
+            f"trainer.loss.turn_discount is {loss.turn_discount:g}, but trainer.loss.advantage is {loss.advantage}, "
+            "which has no rewards of turns; set advantage to turn_return, or turn_discount to 1"
         )
     if loss.policy == "reinforce" and loss.proximal != "behaviour":
         raise ValueError(

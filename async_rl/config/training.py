@@ -163,9 +163,13 @@ class LossSection(Section):
     over a rollout's tokens and then over rollouts (sequence_mean); summed over a rollout's tokens and averaged over
     rollouts (sequence_sum); or that sum divided by rollout.max_response_tokens (fixed_length). A rollout is one
     sequence, or several where an agent branches."""
-    advantage: Literal["grpo", "rloo", "reinforce_plus_plus"] | FunctionName = "grpo"
+    advantage: Literal["grpo", "rloo", "reinforce_plus_plus", "turn_return"] | FunctionName = "grpo"
     """How a rollout is compared with its group, by name or as module:function, called as f(rewards: float32[n]) ->
-    float32[n]. reinforce_plus_plus then compares it with the mini-batch, and with rollout.n 1 with that alone."""
+    float32[n]. reinforce_plus_plus then compares it with the mini-batch, and with rollout.n 1 with that alone.
+    turn_return gives each turn of an agent its own: its reward and those of later turns (Outcome.turn_rewards), minus
+    the mean of that over all turns of the group."""
+    turn_discount: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Factor by which turn_return counts a reward less for each turn that it came later."""
     normalize_by_std: bool = True
     """Whether to divide a group's advantages by the standard deviation of its rewards (grpo)."""
 

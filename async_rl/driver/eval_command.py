@@ -28,13 +28,16 @@ from async_rl.driver.samples import readable_answer
 from async_rl.errors import CheckpointError, ConfigError, EngineError
 from async_rl.metrics.evaluation import EvalLine
 from async_rl.models.config import check_not_quantized
+from async_rl.rollout.agents import Agents
+from async_rl.rollout.calls import EngineCalls
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.environments.turns import load_environments
 from async_rl.rollout.evaluation import EvalAnswer, EvalResult, evaluate
+from async_rl.rollout.gate import Gate
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
-from async_rl.rollout.stats import worker_id
+from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.runtime import logs
 from async_rl.runtime.interrupt import Interrupted, until_interrupted
 from async_rl.runtime.process import mark_semaphores
@@ -145,14 +148,20 @@ async def answers(config: RunConfig, sets: Sequence[EvalSet], engine: RolloutEng
     """Start ``engine``, have it answer the problems of all sets, and end it."""
     environments = load_environments(config, tokenizer)
     responses = Responses(config, engine, tokenizer, RewardRunner(config.reward), environments)
+    agents = None
+    if config.rollout.agent.named:
+        gate = Gate()
+        agents = Agents(config, responses, EngineCalls(engine, gate, responses, WorkerStats(0)), gate, tokenizer)
     try:
         await engine.start()
         problems = [problem for each in sets for problem in each.problems]
-        return await evaluate(problems, engine, responses, at_once=config.rollout.trajectory_limit)
+        return await evaluate(problems, engine, responses, agents, at_once=config.rollout.trajectory_limit)
     except EngineError as error:
         raise EngineError(f"{error} (logs: {config.run_dir / 'logs'})") from error
     finally:
         responses.close()
+        if agents is not None:
+            await agents.close()
         await engine.shutdown()
 
 

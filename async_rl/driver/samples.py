@@ -105,6 +105,7 @@ class SampleWriter:
             "response": shortened(self._decode(excerpt.response_ids), most),
             "reward": excerpt.reward,
             **({"reward_parts": dict(excerpt.reward_parts)} if excerpt.reward_parts else {}),
+            **({"metrics": dict(excerpt.metrics)} if excerpt.metrics else {}),
             "finish_reason": excerpt.finish_reason,
             "segments": [{"version": version, **text} for (_, _, version), text in zip(segments, texts, strict=True)],
         }
@@ -113,13 +114,17 @@ class SampleWriter:
 def readable_answer(
     prompt: Prompt, name: str, response: ScoredResponse, decode: Callable[[Any], str], most: int
 ) -> dict[str, Any]:
-    """Return a response of the evaluation set ``name`` with at most ``most`` characters, and of its prompt as many."""
+    """Return a response of the evaluation set ``name`` with at most ``most`` characters, and of its prompt as many.
+
+    The further trajectories of an agent's rollout have as many each.
+    """
     return {
         "set": name,
         "problem": prompt.prompt_id,
         "row": prompt.row,
         "prompt": shortened(prompt.text, most),
         "response": shortened(decode(response.response_ids), most),
+        **({"branches": [shortened(decode(each), most) for each in response.branches]} if response.branches else {}),
         "reward": response.reward,
         "finish_reason": response.finish_reason,
     }

@@ -6,7 +6,8 @@ Knows the records of ``metrics`` and the statistics of queue and workers. Writes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from async_rl.config.inputs import HELD_OUT
@@ -122,7 +123,8 @@ class RunMeter:
             reward_mean=sum(rewards) / len(rewards),
             reward_by_source=_source_means(groups),
             issued_share=self._issued_share(),
-            reward_parts=_part_means(groups),
+            reward_parts=_means((group.reward_parts, group.part_sums, group.part_counts) for group in groups),
+            rollout_metrics=_means((group.metrics, group.metric_sums, group.metric_counts) for group in groups),
             truncated=sum(reason == "length" for group in groups for reason in group.finish_reasons),
             eval_reward_mean=evals[HELD_OUT]["avg"]["mean"] if HELD_OUT in evals else None,
             evals=evals,
@@ -132,6 +134,11 @@ class RunMeter:
             response_tokens=tuple(n for group in groups for n in group.response_tokens),
             segments=tuple(n for group in groups for n in group.segments),
             interruptions=tuple(n for group in groups for n in group.interruptions),
+            rollout_ends=Counter(end for group in groups for end in group.ends),
+            rollout_branches=tuple(n for group in groups for n in group.branches),
+            rollout_turns=tuple(n for group in groups for n in group.turns),
+            prefix_recomputed_share=sum(group.repeated_tokens for group in groups)
+            / max(1, sum(group.num_tokens for group in groups)),
             queue_groups=self.queue.queued_groups if self.queue else 0,
             queue_bytes=self.queue.queued_bytes if self.queue else 0,
             groups_outstanding=totals.groups.outstanding,
@@ -177,10 +184,13 @@ def _source_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
     return {source: sum(found[source]) / len(found[source]) for source in sorted(found)}
 
 
-def _part_means(groups: Sequence[GroupMeta]) -> dict[str, float]:
-    """Return the mean of each part of the rewards over the rollouts that have it, by name, ascending."""
+def _means(totals: Iterable[tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]]) -> dict[str, float]:
+    """Return the mean of each number over the rollouts that have it, by name, ascending.
+
+    ``totals``: names, sums and counts of each group.
+    """
     found: dict[str, list[tuple[float, int]]] = {}
-    for group in groups:
-        for name, total, count in zip(group.reward_parts, group.part_sums, group.part_counts, strict=True):
+    for of_group in totals:
+        for name, total, count in zip(*of_group, strict=True):
             found.setdefault(name, []).append((total, count))
     return {name: sum(t for t, _ in found[name]) / sum(n for _, n in found[name]) for name in sorted(found)}

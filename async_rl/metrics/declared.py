@@ -20,12 +20,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from async_rl.errors import REFUSAL_CODES
 from async_rl.metrics.records import StepRecord, TokenAgreement
 from async_rl.metrics.spec import MetricSpec, Split
+from async_rl.types import ROLLOUT_ENDS
 
 # Staleness is a small integer; beyond 16 versions only the fact matters, not the number.
 _STALENESS_BUCKETS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _SEGMENT_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
+# From one answer to a long session with tools.
+_TURN_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0)
 # Powers of two, from a one-word answer to a long chain of thought.
 _LENGTH_BUCKETS = tuple(float(2**i) for i in range(3, 16))
 # From a tiny model's 10 ms weight sync to a cluster's minutes, about three to a decade.
@@ -82,6 +86,15 @@ _LEARNING = (
         "Shows which part the policy earns; one that rises alone is the cheap one, and may want a smaller weight.",
         lambda record: record.reward_parts,
         labels=("part",),
+    ),
+    MetricSpec(
+        "rollout_metric_mean",
+        "gauge",
+        "Mean of each metric that agents return beside the reward, over the rollouts of the last training step that "
+        "have it.",
+        "What the agent counts: tool errors, steps, tests passed.",
+        lambda record: record.rollout_metrics,
+        labels=("metric",),
     ),
     MetricSpec(
         "eval_reward_mean",
@@ -509,6 +522,48 @@ _FLOW = (
         "Turns that agents asked for, by how they came to their places in the rollout.",
         "All but first and extended begin a trajectory: an agent that makes many does not send back what was said.",
         labels=("how",),
+    ),
+    MetricSpec(
+        "agent_requests_refused_total",
+        "counter",
+        "Requests of agents that the policy refused, by code.",
+        "`invalid_request` is the agent's mistake; the others are limits: of tokens in a context, or of the rollout.",
+        labels=("code",),
+        values=REFUSAL_CODES,
+    ),
+    MetricSpec(
+        "rollouts_trained_total",
+        "counter",
+        "Rollouts in trained groups, by how they ended.",
+        "`truncated` ended at a limit of tokens, turns or time, `abandoned` is the agent's word.",
+        lambda record: record.rollout_ends,
+        labels=("end",),
+        values=ROLLOUT_ENDS,
+    ),
+    MetricSpec(
+        "turns_per_rollout",
+        "histogram",
+        "Turns of the policy in a trained rollout.",
+        "1 without an environment or agent; growth costs time, and is worth it where the reward grows as well.",
+        lambda record: record.rollout_turns,
+        unit="turns",
+        buckets=_TURN_BUCKETS,
+    ),
+    MetricSpec(
+        "trajectories_per_rollout",
+        "histogram",
+        "Trajectories of a trained rollout.",
+        "1 where an agent sends back what was said as it was said.",
+        lambda record: record.rollout_branches,
+        unit="trajectories",
+        buckets=_TURN_BUCKETS,
+    ),
+    MetricSpec(
+        "prefix_recomputed_share",
+        "gauge",
+        "Share of the last step's tokens with which an earlier trajectory of the same rollout begins as well.",
+        "What branching costs the trainer, which computes them again: near 0 where agents extend.",
+        lambda record: record.prefix_recomputed_share,
     ),
     MetricSpec(
         "gateway_requests_total",

@@ -85,6 +85,11 @@ _ROW: Mapping[str, Callable[[StepRecord], Any]] = MappingProxyType(
         "max_segments": lambda record: max(record.segments, default=0),
         "response_tokens_mean": lambda record: sum(record.response_tokens) / max(1, len(record.response_tokens)),
         "response_tokens_max": lambda record: max(record.response_tokens, default=0),
+        "turns_per_rollout_mean": lambda record: sum(record.rollout_turns) / max(1, len(record.rollout_turns)),
+        "turns_per_rollout_max": lambda record: max(record.rollout_turns, default=0),
+        "trajectories_per_rollout_mean": lambda record: (
+            sum(record.rollout_branches) / max(1, len(record.rollout_branches))
+        ),
         "on_policy_logprob_abs_diff_mean": lambda record: record.on_policy and record.on_policy.abs_mean,
         "on_policy_logprob_abs_diff_max": lambda record: record.on_policy and record.on_policy.abs_max,
         "trained_tokens_by_resume_position": lambda record: {

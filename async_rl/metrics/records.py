@@ -122,6 +122,8 @@ class StepRecord:
     """Share of the groups issued so far that each source of data.sources had."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Mean of each named part of the reward over the rollouts that have it."""
+    rollout_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each metric that agents return over the rollouts that have it."""
     truncated: int = 0
     """Trajectories that ended at rollout.max_response_tokens."""
     eval_reward_mean: float | None = None
@@ -140,6 +142,14 @@ class StepRecord:
     """Segments of each trajectory, over all of its turns."""
     interruptions: tuple[int, ...] = ()
     """Resume points of each trajectory."""
+    rollout_ends: Mapping[str, int] = field(default_factory=dict)
+    """Rollouts by how they ended."""
+    rollout_branches: tuple[int, ...] = ()
+    """Trajectories of each rollout."""
+    rollout_turns: tuple[int, ...] = ()
+    """Turns of the policy in each rollout."""
+    prefix_recomputed_share: float = 0.0
+    """Share of the tokens of all trajectories with which an earlier one of the same rollout begins as well."""
 
     queue_groups: int = 0
     queue_bytes: int = 0

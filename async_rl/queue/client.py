@@ -233,8 +233,12 @@ class QueueClient:
 
     async def _encoded(self, group: Group) -> tuple[GroupMeta, npt.NDArray[np.uint8]]:
         """Encode a group; where messages are stored in Redis, store this one and return an empty one in its place."""
-        message = await asyncio.to_thread(encode, group)
-        meta = GroupMeta.of(group, message.nbytes)
+
+        def described() -> tuple[GroupMeta, npt.NDArray[np.uint8]]:
+            message = encode(group)
+            return GroupMeta.of(group, message.nbytes), message
+
+        meta, message = await asyncio.to_thread(described)
         if self._groups is None:
             return meta, message
         address = await asyncio.to_thread(self._groups.add, group.group_id, message)

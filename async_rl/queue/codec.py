@@ -162,6 +162,9 @@ def _table(group: Group) -> dict[str, Any]:
                 # So many of the trajectories, which lie in the order of their rollouts.
                 "trajectories": len(rollout.trajectories),
                 **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
+                **({"metrics": dict(rollout.metrics)} if rollout.metrics else {}),
+                **({"turns": rollout.turns} if rollout.turns else {}),
+                **({"turn_rewards": sorted(rollout.turn_rewards.items())} if rollout.turn_rewards else {}),
             }
             for rollout in group.rollouts
         ],
@@ -243,6 +246,9 @@ def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory
                 end=get(entry, "end", str),  # type: ignore[arg-type]  # RolloutRecord checks it
                 reward_parts=_parts(f"rollout {r}", entry),
                 trainable=get(entry, "trainable", bool),
+                metrics=_numbers(f"rollout {r}: its metrics", entry.get("metrics", {})),
+                turns=_turns(r, entry.get("turns", [])),
+                turn_rewards=_turn_rewards(r, entry.get("turn_rewards", [])),
             )
         )
         left = left[count:]
@@ -251,17 +257,35 @@ def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory
     return rollouts
 
 
+def _turns(r: int, found: Any) -> tuple[tuple[int, ...], ...]:
+    lists = found if isinstance(found, list) else [found]
+    if all(isinstance(turns, list) and all(type(turn) is int for turn in turns) for turns in lists):
+        return tuple(map(tuple, lists))
+    raise WireError(f"rollout {r}: its turns are {short(found)}, not a list of numbers for each trajectory")
+
+
+def _turn_rewards(r: int, found: Any) -> dict[int, float]:
+    pairs = found if isinstance(found, list) else [found]
+    if all(isinstance(pair, list) and list(map(type, pair)) == [int, float] for pair in pairs):
+        return dict(pairs)  # RolloutRecord checks them
+    raise WireError(f"rollout {r}: its turn rewards are {short(found)}, not a list of [turn, reward]")
+
+
 def _parts(name: str, entry: dict[str, Any]) -> dict[str, float]:
     return check_parts(name, entry.get("reward_parts", {}))
 
 
 def check_parts(name: str, parts: Any) -> dict[str, float]:
     """Return the parts of a reward that came in a message. Raises WireError when they are not numbers by name."""
-    if isinstance(parts, dict) and all(
-        type(name) is str and type(part) is float and math.isfinite(part) for name, part in parts.items()
+    return _numbers(f"{name}: the parts of its reward", parts)
+
+
+def _numbers(what: str, found: Any) -> dict[str, float]:
+    if isinstance(found, dict) and all(
+        type(name) is str and type(number) is float and math.isfinite(number) for name, number in found.items()
     ):
-        return parts
-    raise WireError(f"{name}: the parts of its reward are {short(parts)}, not finite numbers by name")
+        return found
+    raise WireError(f"{what} are {short(found)}, not finite numbers by name")
 
 
 def routing_entry(spec: RoutingSpec | None) -> list[int] | None:

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from async_rl.metrics.records import GroupCounts
-from async_rl.types import FinishReason, Group, Int32Array, Prompt
+from async_rl.types import FinishReason, Group, Int32Array, Prompt, RolloutEnd, RolloutRecord, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,18 @@ class GroupMeta:
     """The sum of each part over the trainable rollouts that have it."""
     part_counts: tuple[int, ...] = ()
     """The number of trainable rollouts that have the part."""
+    metrics: tuple[str, ...] = ()
+    """Names of the metrics of rollouts, ascending; with them, as for the parts of rewards:"""
+    metric_sums: tuple[float, ...] = ()
+    metric_counts: tuple[int, ...] = ()
+    ends: tuple[RolloutEnd, ...] = ()
+    """How each rollout ended; with it, as tuples of the same length:"""
+    branches: tuple[int, ...] = ()
+    """Number of trajectories of each rollout."""
+    turns: tuple[int, ...] = ()
+    """Number of turns of the policy in each rollout."""
+    repeated_tokens: int = 0
+    """Tokens with which trajectories begin as an earlier one of their rollout does, so that they are computed again."""
 
     @classmethod
     def from_fields(cls, found: Sequence[Any]) -> GroupMeta:
@@ -77,11 +91,8 @@ class GroupMeta:
     @classmethod
     def of(cls, group: Group, nbytes: int) -> GroupMeta:
         """Describe a group whose encoded message has ``nbytes`` bytes."""
-        parts: dict[str, list[float]] = {}
-        for rollout in group.trainable:
-            for part, value in rollout.reward_parts.items():
-                parts.setdefault(part, []).append(value)
-        names = tuple(sorted(parts))
+        parts, part_sums, part_counts = _totals([rollout.reward_parts for rollout in group.trainable])
+        metrics, metric_sums, metric_counts = _totals([rollout.metrics for rollout in group.trainable])
         return cls(
             group_id=group.group_id,
             num_tokens=group.num_tokens,
@@ -96,10 +107,49 @@ class GroupMeta:
             segments=tuple(len(t.segments) for t in group.trajectories),
             interruptions=tuple(len(t.resume_points) for t in group.trajectories),
             finish_reasons=tuple(t.finish_reason for t in group.trajectories),
-            reward_parts=names,
-            part_sums=tuple(math.fsum(parts[name]) for name in names),
-            part_counts=tuple(len(parts[name]) for name in names),
+            reward_parts=parts,
+            part_sums=part_sums,
+            part_counts=part_counts,
+            metrics=metrics,
+            metric_sums=metric_sums,
+            metric_counts=metric_counts,
+            ends=tuple(rollout.end for rollout in group.rollouts),
+            branches=tuple(len(rollout.trajectories) for rollout in group.rollouts),
+            turns=tuple(sum(map(_turns, rollout.trajectories)) for rollout in group.rollouts),
+            repeated_tokens=sum(_repeated_tokens(rollout) for rollout in group.rollouts),
         )
+
+
+def _turns(trajectory: Trajectory) -> int:
+    """Return the number of its longest runs of sampled tokens."""
+    sampled = trajectory.sampled
+    return int(sampled[0]) + int((sampled[1:] & ~sampled[:-1]).sum())
+
+
+def _repeated_tokens(rollout: RolloutRecord) -> int:
+    """Return how many tokens its trajectories have at their beginnings in common with an earlier one, in total."""
+    total, earlier = 0, list[Int32Array]()
+    for trajectory in rollout.trajectories:
+        whole = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
+        total += max((_in_common(trajectory.prompt_ids, other) for other in earlier), default=0)
+        earlier.append(whole)
+    return total
+
+
+def _in_common(some: Int32Array, other: Int32Array) -> int:
+    shorter = min(len(some), len(other))
+    differ = some[:shorter] != other[:shorter]
+    return int(differ.argmax()) if differ.any() else shorter
+
+
+def _totals(numbers: Sequence[Mapping[str, float]]) -> tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]:
+    """Return the names in ``numbers``, ascending, the sum of each, and how many mappings have it."""
+    found: dict[str, list[float]] = {}
+    for each in numbers:
+        for name, value in each.items():
+            found.setdefault(name, []).append(value)
+    names = tuple(sorted(found))
+    return names, tuple(math.fsum(found[name]) for name in names), tuple(len(found[name]) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +166,7 @@ class Excerpt:
     """That of the rollout."""
     finish_reason: FinishReason
     reward_parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: Group, index: int) -> Excerpt:
@@ -129,6 +180,7 @@ class Excerpt:
             rollout.reward,
             trajectory.finish_reason,
             dict(rollout.reward_parts),
+            dict(rollout.metrics),
         )
 
 

@@ -275,7 +275,7 @@ class RolloutReplica:
     async def evaluate(self, problems: Sequence[EvalProblem]) -> EvalResult:
         """Answer and score ``problems``. The weights must not change meanwhile."""
         at_once = self._config.rollout.trajectory_limit
-        return await evaluate(problems, self._engine, self._responses, at_once=at_once)
+        return await evaluate(problems, self._engine, self._responses, self._worker.agents, at_once=at_once)
 
 
 class RolloutActor(RolloutReplica):

@@ -70,16 +70,20 @@ class ProgramFailed(Exception):
     """A program has failed, or has written no reward."""
 
 
-async def run_program(command: Sequence[str], row: Mapping[str, Any], address: Address, rollout_id: str) -> Any:
+async def run_program(
+    command: Sequence[str], row: Mapping[str, Any], address: Address, rollout_id: str, evaluation: str | None = None
+) -> Any:
     """Run a program for one rollout, and return the reward that it writes as the last line of its output, as JSON.
 
-    When this is cancelled, nothing of the program is left. Raises ProgramFailed.
+    evaluation: the set that the row is of; None in training. When this is cancelled, nothing of the program is left.
+    Raises ProgramFailed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _WITHHELD} | {
         "OPENAI_BASE_URL": address.base_url,
         "OPENAI_API_KEY": address.api_key,
         "OPENAI_MODEL": address.model,
         "ASYNC_RL_ROLLOUT_ID": rollout_id,
+        **({} if evaluation is None else {"ASYNC_RL_EVALUATION": evaluation}),
     }
     starter = (sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(os.getpid()))
     process = await asyncio.create_subprocess_exec(

@@ -11,13 +11,14 @@ import functools
 import inspect
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from async_rl.config.functions import load_function
+from async_rl.config.inputs import Terms
 from async_rl.config.schema import RunConfig
-from async_rl.errors import AgentFailure, AsyncRLError, RequestRefused, RewardNotApplicable
+from async_rl.errors import AgentFailure, AsyncRLError, RefusalCode, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
@@ -26,9 +27,10 @@ from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.chat import Chat
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.gate import Gate
-from async_rl.rollout.policy import Address, Policy
+from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
-from async_rl.rollout.rewards.score import score_of
+from async_rl.rollout.rewards.score import numbers_of, score_of, turn_rewards_of
 from async_rl.rollout.session import Limits, Session
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
@@ -45,6 +47,8 @@ class Context:
     """The id "<group_id>/<index>", different for each attempt at a prompt."""
     seed: int
     """A number below 2**32 that is the same whenever this rollout is made again."""
+    evaluation: str | None = None
+    """The evaluation set that the prompt is of; None in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,33 @@ class Outcome:
     """What an agent returns. A number or a mapping alone stands for one with this reward."""
 
     reward: float | Mapping[str, Any] | None
-    """A finite number, or a mapping with ``reward`` or ``score``, whose other numbers are metrics; None for a rollout
-    that has no reward and is left out of its group."""
+    """A finite number, or a mapping with ``reward`` or ``score``, whose other numbers are parts of it; None for a
+    rollout that has no reward and is left out of its group."""
     end: RolloutEnd | None = None
     """How it ended; None for truncated if a request was refused at a limit or the last turn was cut off, else done."""
     trainable: bool = True
     """Whether the rollout is compared with others of its group, and trained."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Finite numbers by name that say something of the rollout and are no part of its reward; None for one that does
+    not apply."""
+
+    turn_rewards: Mapping[Any, Any] | None = None
+    """Rewards of single turns, finite numbers by ``Reply.index``, 0 for turns that are not there; None without any.
+    trainer.loss.advantage turn_return needs them, and looks at no other reward."""
+
+    @classmethod
+    def of(cls, returned: Any) -> Outcome:
+        """Return what an agent has returned as an outcome.
+
+        A mapping may have ``metrics`` and ``turn_rewards``, as mappings.
+        """
+        if isinstance(returned, cls):
+            return returned
+        found = returned if isinstance(returned, Mapping) else {}
+        metrics, turn_rewards = (
+            value if isinstance(value := found.get(key), Mapping) else None for key in ("metrics", "turn_rewards")
+        )
+        return cls(returned, metrics=metrics or {}, turn_rewards=turn_rewards)
 
 
 def load_agent(name: str) -> Callable[..., Any]:
@@ -76,6 +101,7 @@ class Agents:
         function, command = config.rollout.agent.function, config.rollout.agent.command
         self._function = self._program if function is None else load_agent(function)
         self._command = command or []
+        self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
         self._gate = gate
@@ -93,15 +119,33 @@ class Agents:
             tokenizer,
         )
         self.ways: Counter[How] = Counter()
-        """Turns of rollouts that have ended, by how they came to their places."""
+        """Turns of rollouts in training that have ended, by how they came to their places."""
+        self.refused: Counter[RefusalCode] = Counter()
+        """Requests of these rollouts that were refused, by why."""
 
-    async def rollout(self, prompt: Prompt, rollout_id: str) -> RolloutRecord:
-        """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises."""
-        session = self._session(prompt, rollout_id)
+    async def rollout(
+        self, prompt: Prompt, rollout_id: str, *, call: Call | None = None, terms: Terms | None = None
+    ) -> RolloutRecord:
+        """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
+
+        call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
+        that fails also ends the rollout where the agent catches that.
+        """
+        session = self._session(rollout_id, terms or self._responses.terms(prompt))
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        sample: Call = call or (lambda *call: self._calls.sample(prompt, *call))
+
+        async def sampled(partial: PartialRollout, request_id: str, stop: Sequence[str]) -> PartialRollout:
+            try:
+                return await sample(partial, request_id, stop)
+            except Exception as error:
+                if not failed.done():
+                    failed.set_result(error)
+                raise
+
         policy = Policy(
             session,
-            lambda *call: self._calls.sample(prompt, *call),
+            sampled,
             chat=(chat := self._chat.for_row(prompt.fields)),
             encode=lambda text: list(self._tokenizer.encode(text, add_special_tokens=False)),
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
@@ -109,12 +153,21 @@ class Agents:
             serve=lambda policy: self.gateway.open(policy, failed),
         )
         try:
-            outcome = await self._outcome(prompt, policy, Context(rollout_id, _seed(rollout_id)), failed)
+            context = Context(rollout_id, _seed(rollout_id), None if terms is None else terms.name)
+            outcome = await self._outcome(prompt, policy, context, failed)
+            if self._turns_compared and terms is None and outcome.trainable and outcome.turn_rewards is None:
+                raise self._failure(
+                    prompt,
+                    "returned no turn_rewards, which trainer.loss.advantage turn_return compares; return an Outcome "
+                    "with them, or set another advantage",
+                )
         finally:
             session.close()  # what the agent has left running asks nothing more
             if policy.is_served:
                 await self.gateway.end(policy.api_key)
-            self.ways.update(session.ways)
+            if terms is None:
+                self.ways.update(session.ways)
+                self.refused.update(policy.refused)
         nbytes = sum(routing_bytes(branch.partial.routed_experts) for branch in session.branches)
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 
@@ -123,10 +176,12 @@ class Agents:
         gateway = self.gateway
         for how, turns in self.ways.items():
             metrics.count_to("agent_turns_total", turns, how=how)
+        for why, requests in self.refused.items():
+            metrics.count_to("agent_requests_refused_total", requests, code=why)
         for (endpoint, code), requests in gateway.requests.items():
             metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
-        for field, requests in gateway.ignored.items():
-            metrics.count_to("gateway_fields_ignored_total", requests, field=field)
+        for name, requests in gateway.ignored.items():
+            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
         metrics.count_to("gateway_requests_joined_total", gateway.joined)
         for read, calls in self._chat.reader.read.items():
             metrics.count_to("agent_tool_calls_total", calls, read="yes" if read else "no")
@@ -140,8 +195,8 @@ class Agents:
         """Tokens of a context: as many as the engine has room for."""
         return self._config.data.max_prompt_tokens + self._config.longest_response
 
-    def _session(self, prompt: Prompt, rollout_id: str) -> Session:
-        settings, terms = self._config.rollout.agent, self._responses.terms(prompt)
+    def _session(self, rollout_id: str, terms: Terms) -> Session:
+        settings = self._config.rollout.agent
         limits = Limits(
             context_tokens=self._context_tokens,
             response_tokens=terms.max_response_tokens,
@@ -158,7 +213,7 @@ class Agents:
             found = self._function(prompt, policy, context)
             if not inspect.isawaitable(found):
                 raise self._failure(prompt, "is not async; define it with async def, and await the policy")
-            found = await self._in_time(prompt, found, failed)
+            found = await self._in_time(prompt, found, failed, in_training=context.evaluation is None)
         except COST_THEIR_GROUP:
             raise
         except RequestRefused as error:
@@ -169,9 +224,11 @@ class Agents:
             raise self._failure(prompt, str(error)) from None
         except Exception as error:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
-        return found if isinstance(found, Outcome) else Outcome(found)
+        return Outcome.of(found)
 
-    async def _in_time(self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception]) -> Any:
+    async def _in_time(
+        self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception], *, in_training: bool
+    ) -> Any:
         """Return what an agent returns. It is ended when its time is over, or when a turn that it asked for fails."""
         running = asyncio.ensure_future(agent)
 
@@ -182,8 +239,10 @@ class Agents:
             return running.result()
 
         limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
+        # No pause stops an evaluation, and the worker's gate may be closed all the while.
+        gate = self._gate if in_training else Gate()
         try:
-            _, late = await wait_in_time([waited], self._gate, limit)
+            _, late = await wait_in_time([waited], gate, limit)
             if late:
                 raise self._failure(prompt, f"has not ended after {limit:g} s (rollout.agent.timeout_s)")
             return waited.result()
@@ -194,12 +253,15 @@ class Agents:
 
     async def _program(self, prompt: Prompt, policy: Policy, context: Context) -> Any:
         address = Address(policy.base_url, policy.api_key, policy.model)
-        return await run_program(self._command, {"prompt": prompt.text, **prompt.fields}, address, context.rollout_id)
+        row = {"prompt": prompt.text, **prompt.fields}
+        return await run_program(self._command, row, address, context.rollout_id, context.evaluation)
 
     def _record(self, prompt: Prompt, session: Session, outcome: Outcome) -> RolloutRecord:
         cut = session.truncated or session.cut_off
         try:
-            score = score_of(outcome.reward)
+            score, metrics = score_of(outcome.reward), numbers_of(outcome.metrics)
+            turns = session.ended_turns
+            turn_rewards = turn_rewards_of(outcome.turn_rewards or {}, sum(map(len, turns)))
         except ValueError as error:
             raise self._failure(prompt, f"{error}") from None
         if score is None:
@@ -211,6 +273,9 @@ class Agents:
             end=outcome.end or ("truncated" if cut else "done"),
             reward_parts=score.parts,
             trainable=outcome.trainable,
+            metrics=metrics,
+            turns=turns,
+            turn_rewards=turn_rewards,
         )
 
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:

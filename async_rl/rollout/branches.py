@@ -46,6 +46,8 @@ class Turn:
     message: Message | None = None
     """What the policy said, as the agent gets it."""
     state: Literal["open", "ended", "failed"] = "open"
+    index: int = -1
+    """How many turns of the session ended before it, once it has ended."""
 
     @property
     def token_ids(self) -> Int32Array:

@@ -1,11 +1,16 @@
-"""Evaluation on one replica: answers problems as their sets say, and scores the answers."""
+"""Evaluation on one replica: answers problems as their sets say, and scores the answers.
+
+An answer is a response, or a rollout of the agent where there is one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import structlog
 
 from async_rl.config.inputs import Terms
@@ -13,9 +18,12 @@ from async_rl.errors import EngineError, RewardError
 from async_rl.metrics.evaluation import Answered
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.responses import COST_THEIR_GROUP, Call, Responses
-from async_rl.rollout.stops import Stops
-from async_rl.types import Int32Array, Prompt
+from async_rl.rollout.policy import Call
+from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
+from async_rl.types import Int32Array, Prompt, RolloutRecord
+
+if TYPE_CHECKING:  # the driver makes problems, and no rollouts
+    from async_rl.rollout.agents import Agents
 
 log = structlog.get_logger(__name__)
 
@@ -52,8 +60,23 @@ class ScoredResponse:
     """What an evaluation keeps of a response."""
 
     response_ids: Int32Array
+    """int32[G]; of an agent's rollout, those of its first trajectory."""
     reward: float
     finish_reason: str
+    """As of a response; that of an agent's rollout is "length" if it was truncated."""
+    branches: tuple[Int32Array, ...] = ()
+    """The response tokens of the rollout's further trajectories."""
+
+    @classmethod
+    def of(cls, rollout: RolloutRecord) -> ScoredResponse:
+        """Return what is kept of an agent's rollout."""
+        first, *others = [t.response_ids for t in rollout.trajectories] or [np.empty(0, np.int32)]
+        return cls(first, rollout.reward, "length" if rollout.end == "truncated" else "stop", tuple(others))
+
+    @property
+    def tokens(self) -> int:
+        """Its length: response tokens of all trajectories."""
+        return len(self.response_ids) + sum(map(len, self.branches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,7 @@ class EvalAnswer:
     set: str
     prompt_id: str
     scored: Answered | None
-    """None if a response, its reward or the environment failed."""
+    """None if a response, its reward, the environment or the agent failed."""
     shown: ScoredResponse | None = None
     """The first response, if the user is to read it."""
 
@@ -77,17 +100,18 @@ class EvalResult:
 
 
 async def evaluate(
-    problems: Sequence[EvalProblem], engine: RolloutEngine, responses: Responses, *, at_once: int
+    problems: Sequence[EvalProblem], engine: RolloutEngine, responses: Responses, agents: Agents | None, *, at_once: int
 ) -> EvalResult:
     """Answer and score ``problems``, with ``at_once`` responses under way; a problem on which something fails has none.
 
-    Raises RewardError when all problems failed, what reward or environment raised with on_error "fail", and EngineError
-    when the engine died, a pause ended a call, or the weights changed meanwhile.
+    agents: those that make the run's rollouts; None where these are responses. Raises RewardError when all problems
+    failed, what reward, environment or agent raised with on_error "fail", and EngineError when the engine died, a pause
+    ended a call, or the weights changed meanwhile.
     """
     version, places = engine.version, asyncio.Semaphore(at_once)
 
     async def one(problem: EvalProblem) -> EvalAnswer:
-        return await _answer(problem, engine, responses, places)
+        return await _answer(problem, engine, responses, agents, places)
 
     answers = await asyncio.gather(*map(one, problems))
     if engine.version != version:
@@ -100,16 +124,25 @@ async def evaluate(
 
 
 async def _answer(
-    problem: EvalProblem, engine: RolloutEngine, responses: Responses, places: asyncio.Semaphore
+    problem: EvalProblem,
+    engine: RolloutEngine,
+    responses: Responses,
+    agents: Agents | None,
+    places: asyncio.Semaphore,
 ) -> EvalAnswer:
     """Return the answer to a problem, whose responses are all or none."""
     prompt = problem.prompt
-    call = _call(engine, problem.sampling, responses, responses.stops(problem.terms))
+    call = _call(engine, problem.sampling, responses, problem.terms)
 
     async def respond(number: int) -> ScoredResponse:
+        name = f"eval/{prompt.prompt_id}/{number}"
         async with places:
-            start = responses.begin(f"eval/{prompt.prompt_id}/{number}", prompt, problem.terms)
-            response = await responses.complete(start, prompt, call, terms=problem.terms)
+            if agents is not None:
+                return ScoredResponse.of(await agents.rollout(prompt, name, call=call, terms=problem.terms))
+            start = responses.begin(name, prompt, problem.terms)
+            response = await responses.complete(
+                start, prompt, lambda partial, request: call(partial, request, ()), terms=problem.terms
+            )
         score = await responses.eval_score(prompt, response, problem.terms)
         assert response.finish_reason is not None
         # Without what else the response has: its routed experts are a hundred times as large.
@@ -129,16 +162,17 @@ async def _answer(
         await asyncio.gather(*tasks, return_exceptions=True)
     scored = Answered(
         rewards=tuple(each.reward for each in found),
-        tokens=tuple(len(each.response_ids) for each in found),
+        tokens=tuple(each.tokens for each in found),
         truncated=sum(each.finish_reason == "length" for each in found),
         source=problem.source,
     )
     return EvalAnswer(problem.set, prompt.prompt_id, scored, found[0] if problem.shown else None)
 
 
-def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses, stops: Stops) -> Call:
-    async def call(partial: PartialRollout, request_id: str) -> PartialRollout:
+def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses, terms: Terms) -> Call:
+    async def call(partial: PartialRollout, request_id: str, stop: Sequence[str]) -> PartialRollout:
         """Make one engine call. Weight syncs wait for an evaluation, so none interrupts it."""
+        stops = responses.stops(terms, stop)
         token_ids, max_tokens, first_row = partial.next_request()
         output = await engine.generate(request_id, token_ids, stops.sampling(sampling, partial), max_tokens, first_row)
         if output.finish_reason == "abort":

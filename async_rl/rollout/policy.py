@@ -8,14 +8,16 @@ how messages become tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import functools
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol
 
 import numpy as np
 
 from async_rl.data.messages import Message, checked_history, checked_tools
-from async_rl.errors import DatasetError, RequestRefused, RowFault
+from async_rl.errors import DatasetError, RefusalCode, RequestRefused, RowFault
 from async_rl.rollout.branches import Turn
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
@@ -24,6 +26,8 @@ from async_rl.types import FinishReason, Float32Array, Int32Array
 
 Call = Callable[[PartialRollout, str, Sequence[str]], Awaitable[PartialRollout]]
 """(partial rollout, request id, further stop strings) -> the partial rollout after one more engine call."""
+
+_Request = ParamSpec("_Request")
 
 
 class Chat(Protocol):
@@ -78,6 +82,23 @@ class Address(NamedTuple):
     model: str
 
 
+_Ask = Callable[Concatenate["Policy", _Request], Coroutine[Any, Any, Reply]]
+
+
+def _counted(ask: _Ask[_Request]) -> _Ask[_Request]:
+    """Count the requests that a method refuses."""
+
+    @functools.wraps(ask)
+    async def counting(policy: Policy, /, *args: _Request.args, **kwargs: _Request.kwargs) -> Reply:
+        try:
+            return await ask(policy, *args, **kwargs)
+        except RequestRefused as refused:
+            policy.refused[refused.code] += 1
+            raise
+
+    return counting
+
+
 class Policy:
     """Samples the turns of one rollout. Requests may be made at one time."""
 
@@ -106,6 +127,8 @@ class Policy:
         self._reader = reader
         self._serve = serve
         self._address: Address | None = None
+        self.refused: Counter[RefusalCode] = Counter()
+        """Requests that were refused, by why."""
         self._ended: Turn | None = None  # last of all
         self._replies: dict[Turn, Reply] = {}
 
@@ -135,6 +158,7 @@ class Policy:
             self._address = self._serve(self)
         return self._address
 
+    @_counted
     async def chat(
         self,
         messages: Sequence[Message],
@@ -178,6 +202,7 @@ class Policy:
         except (RowFault, DatasetError) as fault:
             raise RequestRefused("invalid_request", str(fault)) from None
 
+    @_counted
     async def complete(
         self, token_ids: Sequence[int] | Int32Array, *, max_tokens: int | None = None, stop: Sequence[str] = ()
     ) -> Reply:
@@ -191,6 +216,7 @@ class Policy:
         place, missing = self._session.find_tokens(sent)
         return await self._sampled(self._begun(place, missing, max_tokens), stop, with_message=False)
 
+    @_counted
     async def extend(self, text: str, *, max_tokens: int | None = None) -> Reply:
         """Return what the policy says after ``text``, which is appended as it stands to the turn that ended last.
 

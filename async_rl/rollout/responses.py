@@ -120,12 +120,12 @@ class Responses:
     def sampling(self, partial: PartialRollout, prompt: Prompt, stop: Sequence[str] = ()) -> tuple[Sampling, Stops]:
         """Return how the next call of ``partial`` samples in training, and what ends the response: ``stop`` as well."""
         terms = self.terms(prompt)
-        stops = self._stops((*terms.stop, *stop), terms.stop_token_ids)
+        stops = self.stops(terms, stop)
         return stops.sampling(Sampling(terms.temperature, self._config.rollout.top_p), partial), stops
 
-    def stops(self, terms: Terms) -> Stops:
-        """Return what ends a response under these terms."""
-        return self._stops(terms.stop, terms.stop_token_ids)
+    def stops(self, terms: Terms, stop: Sequence[str] = ()) -> Stops:
+        """Return what ends a response under these terms: ``stop`` as well."""
+        return self._stops((*terms.stop, *stop), terms.stop_token_ids)
 
     def _new_stops(self, strings: tuple[str, ...], token_ids: tuple[int, ...]) -> Stops:
         own = [token for token in token_ids if token not in self.stop_token_ids]

@@ -84,7 +84,8 @@ class Session:
         self._closed = False
         self._made = 0  # branches ever made, those undone included: an id is never used again
         self._calls = 0
-        self._sampled = 0  # tokens of turns that have ended
+        self._ended = 0  # turns
+        self._sampled = 0  # their tokens
         self._last: Turn | None = None  # of these
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ class Session:
             turn.messages = len(branch.history)
         turn.stop, turn.message, turn.state, branch.open = len(branch), message, "ended", None
         branch.turns.append(turn)
+        turn.index, self._ended = self._ended, self._ended + 1
         self._sampled += turn.stop - turn.start
         self._last = turn
 
@@ -211,6 +213,11 @@ class Session:
     def turns(self) -> int:
         """Turns of the policy that have begun and not failed."""
         return sum(len(branch.turns) + (branch.open is not None) for branch in self.branches)
+
+    @property
+    def ended_turns(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of the turns that have ended, for each branch."""
+        return tuple(tuple(turn.index for turn in branch.turns) for branch in self.branches)
 
     @property
     def sampled_tokens(self) -> int:

@@ -224,10 +224,10 @@ class RolloutWorker:
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if self.agents is not None:
             with self._capacity.response():
-                if index not in group.made:
-                    prompt = group.ticket.prompt
-                    group.made[index] = await self.agents.rollout(prompt, group.trajectory_id(index))
-                return index, group.made[index]
+                made = group.made.get(index) or await self.agents.rollout(
+                    group.ticket.prompt, group.trajectory_id(index)
+                )
+                return index, group.made.setdefault(index, made)
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

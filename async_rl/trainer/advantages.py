@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from async_rl.config.functions import load_function
 from async_rl.config.training import LossSection
@@ -55,12 +56,32 @@ def reinforce_plus_plus(rewards: Float32Array) -> Float32Array:
     return rewards.copy() if len(rewards) == 1 else grpo(rewards, normalize_by_std=False)
 
 
-def load_advantages(settings: LossSection) -> GroupAdvantages:
-    """Return the estimator that trainer.loss.advantage names.
+def turn_return(rewards: Sequence[npt.NDArray[np.float64]], discount: float) -> list[Float32Array]:
+    """Return the advantages of the turns of a group's rollouts: their returns minus the mean of all of them.
+
+    rewards: of each rollout float64[T], the rewards of its T turns in the order in which they ended. The return of a
+    turn is its own reward and those of later turns, each times ``discount`` to the power of how many turns later it is.
+    A group whose returns are all equal has advantages of exactly zero.
+    """
+    returns = []
+    for of_rollout in rewards:
+        later, found = 0.0, np.zeros(len(of_rollout))
+        for turn in reversed(range(len(of_rollout))):
+            found[turn] = later = of_rollout[turn] + discount * later
+        returns.append(found)
+    together = np.concatenate(returns)
+    mean = together[0] if np.all(together == together[0]) else together.mean()
+    return [(found - mean).astype(np.float32) for found in returns]
+
+
+def load_advantages(settings: LossSection) -> GroupAdvantages | None:
+    """Return the estimator that trainer.loss.advantage names; None for ``turn_return``, which compares turns.
 
     Raises TrainerError if that is a function that cannot be found, or not be called with rewards alone.
     """
     name = settings.advantage
+    if name == "turn_return":
+        return None
     if name == "rloo":
         return rloo
     if name == "grpo":

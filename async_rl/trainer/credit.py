@@ -8,7 +8,7 @@ Knows ``advantages``, ``losses`` and ``samples``; what other ranks have it is gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,10 @@ import numpy as np
 from async_rl.config.training import LossSection
 from async_rl.errors import TrainerError
 from async_rl.trainer import losses
-from async_rl.trainer.advantages import GroupAdvantages, batch_normalized, batch_sums, group_advantages
+from async_rl.trainer.advantages import GroupAdvantages, batch_normalized, batch_sums, group_advantages, turn_return
 from async_rl.trainer.rejection import largest_kept_square
 from async_rl.trainer.samples import Sample
-from async_rl.types import Float32Array, Group
+from async_rl.types import Float32Array, Group, Trajectory
 
 SumOverData = Callable[..., dict[str, float]]
 """Adds up named numbers over the data-parallel ranks: ``Collectives.sum_over_data``."""
@@ -37,15 +37,15 @@ class Credited(NamedTuple):
 def with_credit(
     groups: Sequence[tuple[Group, Sequence[Sample]]],
     settings: LossSection,
-    estimator: GroupAdvantages,
+    estimator: GroupAdvantages | None,
     *,
     max_response_tokens: int,
     sum_over_data: SumOverData,
 ) -> Credited:
     """Return the samples of this rank's groups, in their order, with their tokens' advantages and weights.
 
-    groups: each with its samples. All ranks call it together if advantages need the whole mini-batch
-    (``LossSection.needs_batch_statistics``).
+    groups: each with its samples. estimator: what ``load_advantages`` returns. All ranks call it together if advantages
+    need the whole mini-batch (``LossSection.needs_batch_statistics``).
     """
     samples = [sample for _, of_group in groups for sample in of_group]
     rollout_of = {
@@ -63,29 +63,67 @@ def with_credit(
         for group, _ in groups
         for rollout in group.trainable
     }
-    values = [group_advantages(group.group_id, group.rewards, estimator).tolist() for group, _ in groups]
-    advantages = [value for group in values for value in group]
-    if settings.advantage == "reinforce_plus_plus":
-        names = ("count", "sum", "squares")
-        sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
-        total = sum_over_data(**sums)
-        advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
-    advantage_of = dict(zip(tokens, advantages, strict=True))
+    if estimator is None:
+        of_turns = {name: each for group, _ in groups for name, each in _of_turns(group, settings.turn_discount)}
+    else:
+        values = [group_advantages(group.group_id, group.rewards, estimator).tolist() for group, _ in groups]
+        advantages = [value for group in values for value in group]
+        if settings.advantage == "reinforce_plus_plus":
+            names = ("count", "sum", "squares")
+            sums = dict(zip(names, batch_sums(advantages, list(tokens.values())), strict=True))
+            total = sum_over_data(**sums)
+            advantages = batch_normalized(advantages, (total["count"], total["sum"], total["squares"]))
+        advantage_of = dict(zip(tokens, advantages, strict=True))
 
     def with_its_share(sample: Sample) -> Sample:
         rollout = rollout_of[sample.trajectory_id]
+        # A sample has its trajectory from the beginning, and perhaps not to its end.
+        advantage = advantage_of[rollout] if estimator else of_turns[sample.trajectory_id][: sample.positions]
         weight = losses.token_weight(
             settings.aggregation,
             tokens=tokens[rollout],
             group_tokens=group_tokens[rollout],
             max_response_tokens=max_response_tokens,
         )
-        return sample.with_advantages(advantage_of[rollout]).with_weight(weight)
+        return sample.with_advantages(advantage).with_weight(weight)
 
     samples = [with_its_share(sample) for sample in samples]
     if settings.rejection.rule == "second_moment":
         return _without_largest_squares(samples, settings.rejection.limit, sum_over_data)
     return Credited(samples, 0)
+
+
+def _of_turns(group: Group, discount: float) -> Iterator[tuple[str, Float32Array]]:
+    """Yield (trajectory id, advantages float32[P+G-1]): each turn's tokens have that of ``turn_return``.
+
+    Raises TrainerError where it is not known which turns a rollout has.
+    """
+    numbers = [sorted(turn for turns in rollout.turns for turn in turns) for rollout in group.trainable]
+    rewards = [
+        np.array([rollout.turn_rewards.get(turn, 0.0) for turn in own])
+        for rollout, own in zip(group.trainable, numbers, strict=True)
+    ]
+    for rollout, own, advantages in zip(group.trainable, numbers, turn_return(rewards, discount), strict=True):
+        advantage_of = dict(zip(own, advantages, strict=True))
+        spans = [_turn_spans(trajectory) for trajectory in rollout.trajectories]
+        if list(map(len, spans)) != list(map(len, rollout.turns)):
+            raise TrainerError(
+                f"rollout {rollout.rollout_id}: its trajectories have {list(map(len, spans))} turns, of which "
+                f"{list(map(len, rollout.turns))} are known, and trainer.loss.advantage turn_return needs all; only "
+                "rollouts of agents have them, so set another one"
+            )
+        for trajectory, turns, places in zip(rollout.trajectories, rollout.turns, spans, strict=True):
+            positions = np.zeros(trajectory.num_tokens - 1, dtype=np.float32)
+            of_response = positions[len(trajectory.prompt_ids) - 1 :]
+            for turn, (start, stop) in zip(turns, places, strict=True):
+                of_response[start:stop] = advantage_of[turn]
+            yield trajectory.trajectory_id, positions
+
+
+def _turn_spans(trajectory: Trajectory) -> list[tuple[int, int]]:
+    """Return (start, stop) of each turn of the policy: the longest runs of sampled response tokens."""
+    edges = np.flatnonzero(np.diff(trajectory.sampled.astype(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _without_largest_squares(samples: Sequence[Sample], bound: float, sum_over_data: SumOverData) -> Credited:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .panel import Panel, Query, Row
+from .panel import Panel, Query, Row, mean, per_second
 
 HEALTH = Row(
     "Health",
@@ -145,6 +145,50 @@ HEALTH = Row(
                 "no joined ones. How the policy is sampled in training is for the run's settings to say.",
                 "the agent's time-out up, where requests are repeated; `rollout.temperature` for the request's.",
                 width=8,
+            ),
+        ),
+        (
+            Panel(
+                "Turns and trajectories of a rollout",
+                "none",
+                (
+                    Query(mean("async_rl_turns_per_rollout", "run"), "{{run}} turns", "blue"),
+                    Query(mean("async_rl_trajectories_per_rollout", "run"), "{{run}} trajectories", "orange"),
+                ),
+                "Turns of the policy in a trained rollout, and trajectories that they make, in the mean.",
+                "one trajectory. More turns take more time, and should earn more reward.",
+                "`rollout.agent.max_turns` where turns grow without reward; the agent, where trajectories do.",
+                width=6,
+            ),
+            Panel(
+                "How rollouts end",
+                "none",
+                (Query(per_second("async_rl_rollouts_trained_total", "run, end"), "{{run}} {{end}}"),),
+                "Rollouts trained per second, by how they ended.",
+                "done. truncated: at a limit of tokens, turns or time; abandoned: the agent gave it up.",
+                "`rollout.max_response_tokens`, `rollout.agent.max_turns` or `rollout.agent.max_sampled_tokens` up "
+                "where many are truncated.",
+                width=6,
+            ),
+            Panel(
+                "Tokens that trajectories repeat",
+                "percentunit",
+                (Query("async_rl_prefix_recomputed_share{}"),),
+                "Share of a step's tokens with which an earlier trajectory of the same rollout begins as well.",
+                "near 0. The trainer computes them again.",
+                "the agent, to send back what was said as it was; `rollout.agent.max_branches` ends one that does not.",
+                width=6,
+                high=1,
+            ),
+            Panel(
+                "Requests refused",
+                "none",
+                (Query("sum by (run, code) (async_rl_agent_requests_refused_total{})", "{{run}} {{code}}"),),
+                "Requests of agents that the policy refused, by code.",
+                "few: an agent may end its rollouts by them. invalid_request is a mistake of the agent.",
+                "`rollout.agent.max_turns` or `rollout.agent.max_branches` up for rollout_budget_exceeded, "
+                "`rollout.max_response_tokens` for context_length_exceeded.",
+                width=6,
             ),
         ),
         (

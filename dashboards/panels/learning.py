@@ -129,7 +129,19 @@ LEARNING = Row(
                 "the parts rise together.",
                 "a part that rises alone is the cheap one: lower its weight in `reward.functions`. Where the part "
                 "overlong falls, responses grow into the penalty of `reward.overlong_tokens`.",
-                width=12,
+                width=8,
+                height=8,
+                low=None,
+            ),
+            Panel(
+                "Metrics of agents",
+                "none",
+                (Query("async_rl_rollout_metric_mean{}", "{{run}} {{metric}}"),),
+                "Mean of each metric that agents return beside the reward, over the trained rollouts that have it. "
+                "Empty where none does.",
+                "as the agent's author says.",
+                "the agent; `rollout.agent.function` returns them as the metrics of its Outcome.",
+                width=8,
                 height=8,
                 low=None,
             ),
@@ -147,7 +159,7 @@ LEARNING = Row(
                 "low, and it falls.",
                 "raise `rollout.max_response_tokens`; `reward.overlong_tokens` for a penalty before the limit, "
                 "`trainer.mask_truncated` or `reward.truncated` to leave them out.",
-                width=12,
+                width=8,
                 height=8,
                 high=1,
             ),

@@ -9,7 +9,9 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.doctor.inputs import functions
 from async_rl.errors import AgentFailure, ConfigError, RequestRefused
+from async_rl.metrics.exporter import Metrics
 from async_rl.queue.codec import decode, encode
+from async_rl.queue.records import Excerpt, GroupMeta
 from async_rl.rollout.agents import Outcome
 from tests.support.groups import rewarded
 from tests.support.scripted_engine import ScriptedEngine
@@ -115,8 +117,14 @@ async def until_refused(prompt, policy, context):
 )
 async def test_a_rollout_that_reaches_a_limit_is_truncated(limit, made):
     queue = ListQueue(1)
-    await replica(scripted(), queue, "until_refused", agent_settings=limit).run()
+    subject = replica(scripted(), queue, "until_refused", agent_settings=limit)
+    await subject.run()
     (group,) = queue.groups
+    assert subject._worker.agents.refused == {"rollout_budget_exceeded": 2}
+    metrics = Metrics("rollout")
+    subject._worker.agents.publish(metrics)
+    labels = {"code": "rollout_budget_exceeded"}
+    assert metrics.registry.get_sample_value("async_rl_agent_requests_refused_total", labels) == 2.0
     assert [(len(r.trajectories), r.end, r.trainable) for r in group.rollouts] == [
         (made, "truncated", True),
         (made, "truncated", False),
@@ -223,6 +231,35 @@ async def asks_too_much(prompt, policy, context):
         await policy.complete(prompt.token_ids)
 
 
+async def counts(prompt, policy, context):
+    """Return the metrics in an Outcome, or in a mapping as programs write it."""
+    await policy.complete(prompt.token_ids)
+    if context.rollout_id.endswith("0"):
+        return Outcome({"reward": 1.0, "exact": 0.5}, metrics={"errors": 3, "steps": np.float32(2), "none": None})
+    return {"reward": 0.0, "exact": 0.0, "metrics": {"errors": 1}}
+
+
+async def test_metrics_are_kept_apart_from_the_parts_of_the_reward():
+    queue = ListQueue(1)
+    await replica(scripted(), queue, "counts").run()
+    (group,) = queue.groups
+    assert [dict(r.metrics) for r in decode(encode(group)).rollouts] == [{"errors": 3.0, "steps": 2.0}, {"errors": 1.0}]
+    assert [dict(r.reward_parts) for r in group.rollouts] == [{"exact": 0.5}, {"exact": 0.0}]
+    meta = GroupMeta.of(group, 100)
+    assert (meta.metrics, meta.metric_sums, meta.metric_counts) == (("errors", "steps"), (4.0, 2.0), (2, 1))
+    assert meta.reward_parts == ("exact",)
+    assert GroupMeta.from_fields(meta.to_fields()) == meta
+    assert Excerpt.of(group, 1).metrics == {"errors": 1.0}
+
+
+async def counts_wrongly(prompt, policy, context):
+    return Outcome(1.0, metrics={"errors": "many"})
+
+
+async def counts_without_names(prompt, policy, context):
+    return Outcome(1.0, metrics=[1.0])
+
+
 async def says_nothing(prompt, policy, context):
     return "good"
 
@@ -241,6 +278,8 @@ def plain(prompt, policy, context):
         ("raises", r"prompt 0-0 \(dataset row 1\): raised ValueError: no such tool"),
         ("asks_too_much", r"a request was refused \(rollout_budget_exceeded: .*\); catch RequestRefused"),
         ("says_nothing", "returned 'good'"),
+        ("counts_wrongly", "returned 'many' .*under the key 'errors'"),
+        ("counts_without_names", "returned metrics of type list; expected a mapping"),
         ("plain", "is not async; define it with async def"),
     ],
 )
@@ -301,7 +340,6 @@ async def test_agents_are_filtered_by_their_rewards():
     ("change", "match"),
     [
         ({"rollout": {"environment": {"function": "a:b"}}}, r"and rollout\.environment\.function is a:b"),
-        ({"data": {"eval": "e.jsonl"}}, "agents are not evaluated yet"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(change, match):
@@ -320,5 +358,6 @@ def test_the_doctor_imports_it():
 
 
 def test_an_outcome_is_plain_data():
-    assert dataclasses.asdict(Outcome(1.0)) == {"reward": 1.0, "end": None, "trainable": True}
+    rest = {"end": None, "trainable": True, "metrics": {}, "turn_rewards": None}
+    assert dataclasses.asdict(Outcome(1.0)) == {"reward": 1.0, **rest}
     assert np.isfinite(Outcome(0.5).reward)

@@ -224,6 +224,23 @@ def test_what_the_queue_knows_of_a_group_is_by_rollout_and_by_trajectory():
     assert Excerpt.of(made, 1).reward_parts == {"x": 1.0}
 
 
+def test_the_queue_knows_how_rollouts_end_their_turns_and_what_their_forks_repeat():
+    first, edited, other = (trajectory(name, [(4, VERSION), (2, VERSION)], seed=3) for name in "abc")
+    # The prompt of the fork is all of the first up to its second turn, but for the last token.
+    shared = np.concatenate([first.prompt_ids, first.response_ids])[:8]
+    fork = replace(edited, prompt_ids=np.append(shared, np.int32(99)))
+    nested = replace(other, prompt_ids=np.concatenate([fork.prompt_ids, fork.response_ids[:3]]))
+    root = replace(trajectory("d", [(1, VERSION)]), prompt_ids=np.append(first.prompt_ids[:1], np.int32(77)))
+    agent = RolloutRecord("agent", 1.0, (first, fork, nested, root), end="abandoned")
+    made = group(agent, rollout("plain", 0.0, 5, end="truncated"), rollout("none", 0.0))
+    meta = GroupMeta.of(made, 10)
+    assert meta.repeated_tokens == 8 + (9 + 3) + 1
+    assert (meta.ends, meta.branches) == (("abandoned", "truncated", "done"), (4, 1, 0))
+    assert meta.turns == (2 + 2 + 2 + 1, 2, 0)
+    assert GroupMeta.from_fields(meta.to_fields()) == meta
+    assert GroupMeta.from_fields(meta.to_fields()[:-4]).ends == (), "as the release before wrote it"
+
+
 def test_tokens_that_are_not_trained_do_not_make_a_group_old():
     old = replace(rollout("judge", 0.0, trainable=False), trajectories=(trajectory("old", [(3, 0)]),))
     made = group(rollout("a", 1.0, 4), old)

@@ -23,11 +23,13 @@ class Clock:
 GROUPS = [
     GroupMeta(
         *("0-1.0", 50, 1, 0, 0, 2, 1, (15, 35), "", (1.0, 0.0), (10, 30), (1, 3), (0, 2), ("stop", "length")),
-        *(("format", "right"), (0.5, 1.0), (2, 1)),
+        *(("format", "right"), (0.5, 1.0), (2, 1), ("errors",), (4.0,), (2,)),
+        *(("done", "truncated"), (1, 1), (1, 4), 0),
     ),
     GroupMeta(
         *("0-2.0", 25, 1, 0, 0, 1, 0, (25,), "", (0.5,), (20,), (1,), (0,), ("length",)),
-        *(("format",), (1.0,), (1,)),
+        *(("format",), (1.0,), (1,), ("errors", "steps"), (2.0, 7.0), (1, 1)),
+        *(("done",), (3,), (5,), 15),
     ),
 ]
 
@@ -69,8 +71,16 @@ def test_a_record_has_the_step_and_the_latest_counts(meter, clock):
     assert (record.response_tokens, record.segments, record.interruptions) == ((10, 30, 20), (1, 3, 1), (0, 2, 0))
     assert (record.queue_groups, record.queue_bytes, record.groups_outstanding) == (2, 2048, 5)
     assert record.reward_parts == {"format": 0.5, "right": 1.0}, "means over the responses that have the part"
+    assert record.rollout_metrics == {"errors": 2.0, "steps": 7.0}, "the same of metrics"
+    assert step_row(record)["rollout_metric_mean"] == {"errors": 2.0, "steps": 7.0}
     assert (record.reward_by_source, record.issued_share) == ({}, {"code": 0.25, "math": 0.75})
     assert record.truncated == 2
+    assert (record.rollout_ends, record.rollout_branches) == ({"done": 2, "truncated": 1}, (1, 1, 3))
+    assert (record.rollout_turns, record.prefix_recomputed_share) == ((1, 4, 5), 15 / 75)
+    row = step_row(record)
+    assert (row["turns_per_rollout_mean"], row["turns_per_rollout_max"]) == (10 / 3, 5)
+    assert (row["trajectories_per_rollout_mean"], row["prefix_recomputed_share"]) == (5 / 3, 0.2)
+    assert row["rollouts_trained"] == {"done": 2, "truncated": 1}
     assert record.replica_versions == {0: 3, 1: 2}
     assert (record.rollout_idle_ratio, record.trainer_idle_ratio) == (0.5, 0.75)
     assert record.overlap_efficiency == 0.5, "rollout, the busier side, was busy for 2 of 4 s"

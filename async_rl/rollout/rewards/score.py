@@ -72,6 +72,35 @@ def score_of(value: Any) -> Score | None:
     return Score(reward, {key: number for key in others if (number := _part(key, value[key])) is not None})
 
 
+def numbers_of(metrics: Any) -> dict[str, float]:
+    """Return the metrics that a rollout came with, without those that are None.
+
+    Raises ValueError, naming the key, for all else than a mapping of names to finite numbers, and for too many.
+    """
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"returned metrics of type {type(metrics).__name__}; expected a mapping of numbers by name")
+    if len(metrics) > MAX_PARTS:
+        raise ValueError(f"returned {len(metrics)} metrics; at most {MAX_PARTS} can be time series")
+    return {key: number for key, value in metrics.items() if (number := _part(key, value)) is not None}
+
+
+def turn_rewards_of(rewards: Any, turns: int) -> dict[int, float]:
+    """Return the rewards of single turns by their indices below ``turns``, without those that are None.
+
+    JSON has the indices as text. Raises ValueError, naming the index, for all else than a mapping of indices to finite
+    numbers.
+    """
+    if not isinstance(rewards, Mapping):
+        raise ValueError(f"returned turn rewards of type {type(rewards).__name__}; expected a mapping by turn index")
+    known, found = {str(turn): turn for turn in range(turns)}, {}
+    for key, value in rewards.items():
+        if (turn := known.get(str(key))) is None:
+            raise ValueError(f"returned a reward for turn {key!r:.{MAX_NAME}}, but the rollout had {turns} turns")
+        if (number := _part(str(key), value)) is not None:
+            found[turn] = number
+    return found
+
+
 def weighted_sum(weights: Mapping[str, float], scores: Sequence[Score | None]) -> Score | None:
     """Return the sum of several rewards, of which each becomes a part, unweighted, with its own parts below its name.
 
