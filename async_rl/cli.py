@@ -21,10 +21,10 @@ from async_rl.config.loading import default_of, leaves, load, parse_overrides, t
 from async_rl.config.schema import RunConfig
 from async_rl.errors import AsyncRLError, ConfigError
 
-_FLAGS = ("-h", "--help", "--version", "--dry-run", "--once", "--cluster")
+_FLAGS = ("-h", "--help", "--version", "--dry-run", "--once", "--cluster", "--json")
 """Options without a value; every other --word takes one."""
 
-_OPTIONS = ("--resume", "--out", "--trace", "--port", "--checkpoint", "--cluster-spec")
+_OPTIONS = ("--resume", "--out", "--trace", "--port", "--checkpoint", "--cluster-spec", "--n", "--row")
 """Options with a value; every other --word is a setting."""
 
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb == "train":
         resume = arguments.resume is not None
         return _reported(lambda: _train(arguments.config, settings, dry_run=arguments.dry_run, resume=resume))
-    if arguments.verb == "eval":
-        return _reported(lambda: _eval(arguments.config, arguments.checkpoint, settings))
+    if arguments.verb in ("eval", "rollout", "chat"):
+        return _reported(lambda: _with_engine(arguments, settings))
     if arguments.verb == "export":
         return _reported(lambda: _export(arguments.checkpoint, arguments.out, settings))
     if arguments.verb == "dequantize":
@@ -107,21 +107,31 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     return run(config, resume=resume)
 
 
-def _eval(paths: Sequence[Path], checkpoint: Path | None, settings: Sequence[str]) -> int:
+def _with_engine(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Run a verb that starts an engine of its own, of model.path or of a checkpoint."""
     overrides = parse_overrides(settings)
-    config = load(paths, overrides)
+    config = load(arguments.config, overrides)
     # Before anything heavy is imported: the supervisor forks.
     from async_rl.runtime.supervisor import supervise
 
-    checkpoint = None if checkpoint is None else _run_folder(checkpoint)
+    checkpoint = None if arguments.checkpoint is None else _run_folder(arguments.checkpoint)
     moved = config.model.path if "model.path" in overrides else None
-    return supervise(lambda: _reported(lambda: _evaluate(config, checkpoint, moved)))
 
+    def run() -> int:
+        if arguments.verb == "eval":
+            from async_rl.driver.eval_command import run as evaluate
 
-def _evaluate(config: RunConfig, checkpoint: Path | None, moved: Path | None) -> int:
-    from async_rl.driver.eval_command import run
+            return evaluate(config, checkpoint, moved)
+        if arguments.verb == "chat":
+            from async_rl.driver.chat_command import run as chat
 
-    return run(config, checkpoint, moved)
+            return chat(config, checkpoint=checkpoint, moved=moved)
+        from async_rl.driver.rollout_command import run as make_rollouts
+
+        n, row, as_json = arguments.n, arguments.row, arguments.json
+        return make_rollouts(config, n=n, row=row, as_json=as_json, checkpoint=checkpoint, moved=moved)
+
+    return supervise(lambda: _reported(run))
 
 
 def _export(path: Path, out: Path, settings: Sequence[str]) -> int:
@@ -272,14 +282,37 @@ def _parser() -> argparse.ArgumentParser:
         "Prints a table, and as the last line the results as JSON; they are also written to <runs>/<name>-eval.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
-    evaluate.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="Hugging Face folder, run folder or its name (its final model, or else its latest checkpoint), or "
-        "step-... folder; model.path by default",
+    rollout = verbs.add_parser(
+        "rollout",
+        help="make a few rollouts and print each as it went",
+        usage="async-rl rollout CONFIG [CONFIG ...] [--n N] [--row ROW] [--json] [--checkpoint FOLDER] "
+        "[--section.key value ...]",
+        description="Make rollouts as the run of CONFIG would, with its agent, environment and rewards, with one "
+        "engine and without a trainer, and print each: turns, tools, forks, tokens, reward. Exits with 1 if one fails.",
+        allow_abbrev=False,
     )
+    rollout.add_argument("--n", type=int, default=4, metavar="N", help="how many rollouts; 4 by default")
+    rollout.add_argument(
+        "--row", metavar="ROW", help="number of the row that all are of; by default one of each of the first N rows"
+    )
+    rollout.add_argument("--json", action="store_true", help="print each as one line of JSON")
+    chat = verbs.add_parser(
+        "chat",
+        help="talk to the model in the terminal, or over HTTP",
+        usage="async-rl chat CONFIG [CONFIG ...] [--checkpoint FOLDER] [--section.key value ...]",
+        description="Start one engine and the agents' gateway, print the address and key that a client of OpenAI's "
+        "API takes, and answer each line of the standard input, until it ends.",
+        allow_abbrev=False,
+    )
+    for verb in (evaluate, rollout, chat):
+        verb.add_argument("config", type=Path, nargs="+", metavar="CONFIG", help="YAML file as for train")
+        verb.add_argument(
+            "--checkpoint",
+            type=Path,
+            metavar="FOLDER",
+            help="Hugging Face folder, run folder or its name (its final model, or else its latest checkpoint), or "
+            "step-... folder; model.path by default",
+        )
 
     export = verbs.add_parser(
         "export",

@@ -122,6 +122,11 @@ class Trajectory:
     """uint8 or uint16 [P+G-1, L, K]; None for a dense model or an engine that returned none."""
     routing_spec: RoutingSpec | None = None
     """The layout of routed_experts; given exactly when these are."""
+    origin: str = ""
+    """Why an agent's rollout has it, one of ``rollout.branches.How``: its first, a further root, or what made it a
+    fork; "" where no agent asked."""
+    tools: tuple[str, ...] = ()
+    """Names of the tools that the agent sent with its requests."""
 
     def __post_init__(self) -> None:
         name = f"trajectory {self.trajectory_id}"

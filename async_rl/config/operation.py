@@ -140,7 +140,8 @@ class MetricsSection(Section):
     samples_per_step: NonNegative = 2
     """Trajectories per step written to samples.jsonl in readable form."""
     sample_characters: Positive = 16_384
-    """Most characters of a sample's prompt and of its response; of a longer one beginning and end are written."""
+    """Most characters of a sample's prompt and of its response; of a longer one beginning and end are written. Where a
+    rollout has turns, as many again for all of its prompts and for all of its turns, but 80 for each."""
     samples_per_eval: NonNegative = 2
     """Responses per evaluation and set written to eval_samples.jsonl, one each of the set's first problems."""
     samples_bytes: Positive = 256 * 2**20

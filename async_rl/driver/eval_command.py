@@ -74,8 +74,8 @@ def run(config: RunConfig, checkpoint: Path | None, moved: Path | None = None) -
         responses = sum(each.rules.k * len(each.problems) for each in sets)
         sys.stderr.write(f"evaluating {source.path}: {', '.join(each.name for each in sets)}, {responses} responses\n")
         try:
-            with _model(source, config.run_dir, moved) as model:
-                result = _answers(_with_model(config, model), sets, encoder)
+            with exported(source, config.run_dir, moved) as model:
+                result = _answers(with_model(config, model), sets, encoder)
         except (Interrupted, KeyboardInterrupt):
             return 130
         lines = _record(config, folder, source, sets, result, encoder)
@@ -108,15 +108,16 @@ def alone(config: RunConfig, source: Source) -> RunConfig:
             "metrics": config.metrics.model_copy(update={"engine": False}),
         }
     )
-    return resolved(_with_model(changed, source.path) if source.exported else changed, resume=False)
+    return resolved(with_model(changed, source.path) if source.exported else changed, resume=False)
 
 
-def _with_model(config: RunConfig, model: Path) -> RunConfig:
+def with_model(config: RunConfig, model: Path) -> RunConfig:
+    """Return the config with another model."""
     return config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
 
 
 @contextlib.contextmanager
-def _model(source: Source, folder: Path, moved: Path | None) -> Iterator[Path]:
+def exported(source: Source, folder: Path, moved: Path | None) -> Iterator[Path]:
     """Yield the Hugging Face folder of ``source``, made below ``folder`` and removed at the end if there is none."""
     if source.exported:
         yield source.path

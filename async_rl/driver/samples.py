@@ -14,6 +14,7 @@ import structlog
 from ray.exceptions import RayError
 
 from async_rl.config.schema import RunConfig
+from async_rl.driver import transcripts
 from async_rl.errors import PayloadLost
 from async_rl.queue.client import Payload
 from async_rl.queue.fetcher import Fetcher
@@ -77,7 +78,8 @@ class SampleWriter:
 
     def write(self, step: int, version: int, samples: Samples) -> None:
         """Write the samples of a step to the run folder."""
-        for excerpt in samples.excerpts:
+        # Of an agent's rollout one line has every trajectory.
+        for excerpt in {excerpt.rollout_id or excerpt.trajectory_id: excerpt for excerpt in samples.excerpts}.values():
             self._folder.write_sample({"step": step, "policy_version": version, **self._readable(excerpt)})
         for group_id, message in samples.messages.items():
             self._folder.write_group(memoryview(message), group_id)
@@ -94,21 +96,7 @@ class SampleWriter:
             return None
 
     def _readable(self, excerpt: Excerpt) -> Mapping[str, Any]:
-        most, segments = self._config.metrics.sample_characters, excerpt.segments
-        texts: list[dict[str, str]] = [{} for _ in segments]
-        if not (len(segments) == 1 and segments[0][:2] == (0, len(excerpt.response_ids))):  # else it is the response
-            decoded = (self._decode(excerpt.response_ids[start:stop]) for start, stop, _ in segments)
-            texts = [{"text": shortened(text, most // len(segments))} for text in decoded]
-        return {
-            "trajectory": excerpt.trajectory_id,
-            "prompt": shortened(excerpt.prompt, most),
-            "response": shortened(self._decode(excerpt.response_ids), most),
-            "reward": excerpt.reward,
-            **({"reward_parts": dict(excerpt.reward_parts)} if excerpt.reward_parts else {}),
-            **({"metrics": dict(excerpt.metrics)} if excerpt.metrics else {}),
-            "finish_reason": excerpt.finish_reason,
-            "segments": [{"version": version, **text} for (_, _, version), text in zip(segments, texts, strict=True)],
-        }
+        return transcripts.sample(excerpt, self._decode, self._config.metrics.sample_characters)
 
 
 def readable_answer(
@@ -122,17 +110,13 @@ def readable_answer(
         "set": name,
         "problem": prompt.prompt_id,
         "row": prompt.row,
-        "prompt": shortened(prompt.text, most),
-        "response": shortened(decode(response.response_ids), most),
-        **({"branches": [shortened(decode(each), most) for each in response.branches]} if response.branches else {}),
+        "prompt": transcripts.shortened(prompt.text, most),
+        "response": transcripts.readable(response.response_ids, decode, most),
+        **(
+            {"branches": [transcripts.readable(each, decode, most) for each in response.branches]}
+            if response.branches
+            else {}
+        ),
         "reward": response.reward,
         "finish_reason": response.finish_reason,
     }
-
-
-def shortened(text: str, most: int) -> str:
-    """Return ``text``, or of a longer one ``most`` characters of its beginning and end, and how many are left out."""
-    if len(text) <= most:
-        return text
-    head, tail = most - most // 2, most // 2
-    return f"{text[:head]} [... {len(text) - most} characters ...] {text[len(text) - tail :]}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.events import RESTARTS
-from async_rl.observe import figures, gantt, history
+from async_rl.observe import figures, gantt, history, transcripts
 from async_rl.observe.drawing import STYLE, clock, text
 from async_rl.observe.figures import Series
 from async_rl.observe.history import Event, History
@@ -86,12 +86,12 @@ class Report:
             parts += [self._learning(), self._policy(), self._staleness(), self._waiting(), self._partial()]
         else:
             parts.append('<p class="missing">No training step has ended yet, so there are no curves.</p>')
-        parts += [self._timeline(), self._events(), self._settings()]
+        parts += [self._timeline(), self._samples(), self._events(), self._settings()]
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{_PAGE}{STYLE}</style></head><body><main>\n"
+            f"<title>{title}</title><style>{_PAGE}{STYLE}{transcripts.STYLE}</style></head><body><main>\n"
             + "\n".join(parts)
             + f"\n<footer>Written by async-rl report, {clock(datetime.datetime.now().timestamp())}.</footer>"
             "</main></body></html>\n"
@@ -258,6 +258,15 @@ class Report:
             "paused only for a weight sync, which cuts calls (outlined) that are resumed right after it (dotted "
             "lines).",
             [gantt.timeline(run, "Who did what" + self._suffix(number)) for number, run in enumerate(self._runs)],
+        )
+
+    def _samples(self) -> str:
+        runs = zip(self._names, self._runs, strict=True)
+        return _section(
+            "What was sampled",
+            "The latest of samples.jsonl: turns, tools, why an agent's rollout forked, where a weight sync cut a turn.",
+            [_heading(name, shown=self._several) + transcripts.in_html(run.path) for name, run in runs],
+            grid=False,
         )
 
     def _events(self) -> str:

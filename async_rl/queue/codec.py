@@ -174,6 +174,8 @@ def _table(group: Group) -> dict[str, Any]:
                 "finish_reason": t.finish_reason,
                 "routing": routing_entry(t.routing_spec),
                 **segment_engines(t),
+                **({"origin": t.origin} if t.origin else {}),
+                **({"tools": list(t.tools)} if t.tools else {}),
             }
             for t in group.trajectories
         ],
@@ -229,7 +231,15 @@ def _build_trajectory(
         finish_reason=get(entry, "finish_reason", str),  # type: ignore[arg-type]  # Trajectory checks it
         routed_experts=views.pop(f"{t}.routed_experts", None),
         routing_spec=routing_spec(entry.get("routing")),
+        origin=get(entry, "origin", str) if "origin" in entry else "",
+        tools=_tools(t, entry.get("tools", [])),
     )
+
+
+def _tools(t: int, names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise WireError(f"the tools of trajectory {t} are {short(names)}, not names")
+    return tuple(names)
 
 
 def _build_rollouts(entries: list[dict[str, Any]], trajectories: list[Trajectory]) -> list[RolloutRecord]:

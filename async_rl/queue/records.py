@@ -15,6 +15,9 @@ import numpy as np
 from async_rl.metrics.records import GroupCounts
 from async_rl.types import FinishReason, Group, Int32Array, Prompt, RolloutEnd, RolloutRecord, Trajectory
 
+FORKS = ("edited", "parallel", "cut", "stop_mismatch")
+"""Origins of a trajectory whose prompt is tokens of another one, and what was added to them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
@@ -153,6 +156,52 @@ def _totals(numbers: Sequence[Mapping[str, float]]) -> tuple[tuple[str, ...], tu
 
 
 @dataclass(frozen=True, slots=True)
+class BranchExcerpt:
+    """One trajectory of a rollout, to be shown, without what it repeats of an earlier one."""
+
+    trajectory_id: str
+    origin: str
+    """As in ``Trajectory``."""
+    tools: tuple[str, ...]
+    forks: int | None
+    """Index of the trajectory that it forks; None for none."""
+    shared_tokens: int
+    """Tokens that it shares with that one."""
+    prompt_ids: Int32Array
+    """int32[P - shared_tokens]: the tokens behind those."""
+    response_ids: Int32Array
+    """int32[G]."""
+    segments: tuple[tuple[int, int, int], ...]
+    """(start, stop, policy version) of each segment."""
+    finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, rollout: RolloutRecord) -> tuple[BranchExcerpt, ...]:
+        """Return the trajectories of a rollout; they share no memory with it."""
+        made: list[BranchExcerpt] = []
+        for number, trajectory in enumerate(rollout.trajectories):
+            forks, shared = None, 0
+            if trajectory.origin in FORKS:
+                lengths = [_forked(earlier, trajectory) for earlier in rollout.trajectories[:number]]
+                shared = max(lengths, default=0)
+                forks = lengths.index(shared) if shared else None
+            made.append(
+                cls(
+                    trajectory.trajectory_id,
+                    trajectory.origin,
+                    trajectory.tools,
+                    forks,
+                    shared,
+                    trajectory.prompt_ids[shared:].copy(),
+                    trajectory.response_ids.copy(),
+                    _stamps(trajectory),
+                    trajectory.finish_reason,
+                )
+            )
+        return tuple(made)
+
+
+@dataclass(frozen=True, slots=True)
 class Excerpt:
     """One trajectory of a group, to be shown: text, and where it was resumed, without log-probs and routed experts."""
 
@@ -167,6 +216,12 @@ class Excerpt:
     finish_reason: FinishReason
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rollout_id: str = ""
+    end: RolloutEnd = "done"
+    """How the rollout ended."""
+    branches: tuple[BranchExcerpt, ...] = ()
+    """All trajectories of the rollout, this one among them, where there is more to tell of it than of one response: it
+    is an agent's, or has several turns."""
 
     @classmethod
     def of(cls, group: Group, index: int) -> Excerpt:
@@ -176,12 +231,35 @@ class Excerpt:
             trajectory.trajectory_id,
             group.prompt.text,
             trajectory.response_ids.copy(),
-            tuple((segment.start, segment.stop, segment.version) for segment in trajectory.segments),
+            _stamps(trajectory),
             rollout.reward,
             trajectory.finish_reason,
             dict(rollout.reward_parts),
             dict(rollout.metrics),
+            rollout.rollout_id,
+            rollout.end,
+            BranchExcerpt.of(rollout) if trajectory.origin or not trajectory.sampled.all() else (),
         )
+
+
+def _stamps(trajectory: Trajectory) -> tuple[tuple[int, int, int], ...]:
+    return tuple((segment.start, segment.stop, segment.version) for segment in trajectory.segments)
+
+
+def _forked(earlier: Trajectory, fork: Trajectory) -> int:
+    """Return how many tokens a fork has of an earlier trajectory, up to the end of one of its turns; 0 for none.
+
+    What the agent has added behind that may begin alike in both. Of a turn that ended by another token than the
+    template writes, this one is left out.
+    """
+    left_out, prompt_ids = int(fork.origin == "stop_mismatch"), fork.prompt_ids
+    whole = np.concatenate([earlier.prompt_ids, earlier.response_ids])
+    shorter = min(len(whole), len(prompt_ids))
+    differ = np.flatnonzero(whole[:shorter] != prompt_ids[:shorter])
+    common = int(differ[0]) if len(differ) else shorter
+    starts = {segment.start for segment in earlier.segments}
+    ends = (len(earlier.prompt_ids) + segment.stop for segment in earlier.segments if segment.stop not in starts)
+    return max((end - left_out for end in ends if end - left_out <= common), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ token, so that each sampled token is trained in one trajectory. Pure; knows ``pa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,7 +16,7 @@ import numpy as np
 from async_rl.data.messages import Message
 from async_rl.rollout.conversation import Canonical, in_common
 from async_rl.rollout.partial import PartialRollout
-from async_rl.types import FinishReason, Int32Array
+from async_rl.types import FinishReason, Int32Array, Trajectory
 
 How = Literal["first", "root", "tools", "extended", "edited", "parallel", "cut", "stop_mismatch"]
 """How a turn came to its place.
@@ -79,6 +80,11 @@ class Branch:
     def tokens(self) -> Int32Array:
         """int32[P+G]: the branch so far."""
         return np.concatenate([self.partial.prompt_ids, self.partial.response_ids])
+
+    def trajectory(self) -> Trajectory:
+        """Return the branch as a trajectory, validated; its turns have ended. Raises InvalidTrajectory."""
+        tools = json.loads(self.tools) if self.tools else []
+        return self.partial.to_trajectory(self.turns[0].how, tuple(tool["function"]["name"] for tool in tools))
 
     def __len__(self) -> int:
         return len(self.partial.prompt_ids) + len(self.partial.response_ids)

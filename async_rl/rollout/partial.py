@@ -196,8 +196,11 @@ class PartialRollout:
             finish_reason=None,
         )
 
-    def to_trajectory(self) -> Trajectory:
-        """Return the finished trajectory, validated. Raises InvalidTrajectory if the response has not ended."""
+    def to_trajectory(self, origin: str = "", tools: tuple[str, ...] = ()) -> Trajectory:
+        """Return the finished trajectory, validated. Raises InvalidTrajectory if the response has not ended.
+
+        ``origin`` and ``tools`` are as in ``Trajectory``.
+        """
         if self.finish_reason is None:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: the response has not ended")
         return Trajectory(
@@ -210,6 +213,8 @@ class PartialRollout:
             finish_reason=self.finish_reason,
             routed_experts=self.routed_experts,
             routing_spec=self.routing_spec,
+            origin=origin,
+            tools=tools,
         )
 
     def _merged(

@@ -238,7 +238,7 @@ class Session:
     def trajectories(self) -> tuple[Trajectory, ...]:
         """Close the session and return the trajectory of each branch. Raises InvalidTrajectory."""
         self.close()
-        made = tuple(branch.partial.to_trajectory() for branch in self.branches)
+        made = tuple(branch.trajectory() for branch in self.branches)
         if (found := sum(int(t.sampled.sum()) for t in made)) != self._sampled:
             raise InvalidTrajectory(
                 f"rollout {self.rollout_id}: its turns have {self._sampled} sampled tokens, its trajectories {found} "

@@ -157,7 +157,7 @@ class RolloutWorker:
         """Complete a group and publish or filter it, or fail it alone where only its requests or user code failed."""
         group_id = group.group_id
         try:
-            rollouts = await self._rollouts(group)
+            rollouts = await self.rollouts(group)
             published = Group(group_id, group.ticket.prompt, tuple(rollouts.values())) if rollouts else None
             reason = self._responses.why_filtered(group, rollouts) if rollouts else None
         except COST_THEIR_GROUP as error:
@@ -178,8 +178,12 @@ class RolloutWorker:
         del self._in_flight[group_id]
         self._capacity.end_group()
 
-    async def _rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
-        """Return the group's rollouts by index, or those of ``_in_time``; None if too few are finished by then."""
+    async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
+        """Make a group's rollouts, and return them by index.
+
+        Without those that failed and the group can do without, and after rollout.group_timeout_s those that are late;
+        None if too few are finished by then. Raises what one of them has raised.
+        """
         if self.agents is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)

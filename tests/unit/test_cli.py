@@ -206,6 +206,32 @@ def test_eval_takes_a_checkpoint_beside_settings_of_checkpoints(path, monkeypatc
     assert asked == [(5, Path("runs/a"), None), (0, Path("runs/b"), Path("elsewhere")), (0, None, None)]
 
 
+def test_rollout_and_chat_take_their_options_beside_settings(path, monkeypatch):
+    asked = []
+
+    def noting(name):
+        def run(config, **options):
+            asked.append((name, config.rollout.n, options))
+            return 7
+
+        return mock.Mock(run=run)
+
+    for name in ("rollout_command", "chat_command"):
+        monkeypatch.setitem(sys.modules, f"async_rl.driver.{name}", noting(name))
+    monkeypatch.setattr("async_rl.runtime.supervisor.supervise", lambda body: body())
+    words = ["--n", "2", "--row", "5", "--json", "--rollout.n", "3", "--checkpoint", "runs/a"]
+    assert cli.main(["rollout", str(path), *words]) == 7
+    assert cli.main(["rollout", str(path)]) == 7
+    assert cli.main(["chat", str(path), "--model.path", "elsewhere"]) == 7
+    plain = {"checkpoint": None, "moved": None}
+    given = {"n": 2, "row": "5", "as_json": True, "checkpoint": Path("runs/a"), "moved": None}
+    assert asked == [
+        ("rollout_command", 3, given),
+        ("rollout_command", 8, {"n": 4, "row": None, "as_json": False, **plain}),
+        ("chat_command", 8, {"checkpoint": None, "moved": Path("elsewhere")}),
+    ]
+
+
 @pytest.mark.parametrize(("usable", "code"), [(True, 0), (False, 1)])
 def test_data_exits_1_if_a_run_would_not_take_the_rows(path, monkeypatch, capsys, usable, code):
     from async_rl.data import preview

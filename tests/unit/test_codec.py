@@ -386,6 +386,8 @@ def set_rollout(**values):
         (set_rollout(turns=[[0, 0]]), "rollout 0-1.0/0: turns "),
         (lambda table: table["trajectories"][0].update(engines=["vllm"] * 3), "engines of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines=[1, 2]), "engines of trajectory 0 are \\[1, 2\\]"),
+        (lambda table: table["trajectories"][0].update(origin=3), "origin is 3"),
+        (lambda table: table["trajectories"][0].update(tools=["a", 1]), "tools of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines="vllm"), "engines of trajectory 0 are 'vllm'"),
         (lambda table: table["trajectories"][0].update(finish_reason="abort"), "abort"),
         (lambda table: table["trajectories"][0].update(routing=None), "together"),

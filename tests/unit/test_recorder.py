@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 
 import msgpack
@@ -15,6 +15,7 @@ from async_rl.config.operation import QueueSection
 from async_rl.driver import recorder as recorder_module
 from async_rl.driver.recorder import Recorder
 from async_rl.driver.run_state import RunState
+from async_rl.driver.samples import Samples
 from async_rl.driver.watchdog import RunSnapshot
 from async_rl.errors import PayloadLost
 from async_rl.queue import codec
@@ -131,6 +132,15 @@ def test_samples_are_spread_over_the_prompts_and_only_dumped_groups_are_read_who
         (7, "0-2.0/0", "012"),
     ]
     assert codec.decode((folder / "trajectories" / "0-3.0.group").read_bytes()).group_id == "0-3.0"
+
+
+def test_a_rollout_of_which_two_trajectories_were_chosen_is_written_once(recorder):
+    one = recorder()
+    branch = Excerpt("0-1.0/0.1", "p", np.array([1], np.int32), ((0, 1, 7),), 1.0, "stop", rollout_id="0-1.0/0")
+    others = [replace(branch, trajectory_id=name, rollout_id=of) for name, of in (("0-1.0/0", "0-1.0/0"), ("x", "x"))]
+    one.samples.write(7, 5, Samples([branch, *others], {}))
+    text = (one.checkpoints.parent / "samples.jsonl").read_text()
+    assert [json.loads(line)["trajectory"] for line in text.splitlines()] == ["0-1.0/0", "x"]
 
 
 @pytest.mark.parametrize("backend", ["memory", "redis"])

@@ -351,8 +351,10 @@ def test_what_a_run_folder_says_is_escaped(tmp_path):
     spans_ = [{"what": HOSTILE, "at": NOW, "s": 1, "step": 1}, {"what": "push", "at": NOW + 1, "s": 1, "step": HOSTILE}]
     lines(path / "timeline" / f"{'<b>'}.jsonl", [call(0, 1, HOSTILE, HOSTILE)])
     lines(path / "timeline" / "pipeline.jsonl", spans_)
+    lines(path / "samples.jsonl", [{"step": HOSTILE, "prompt": "asked", "response": HOSTILE}])
     source, page = report(path)
     assert "<script" not in source
+    assert "asked" in page.text.partition("What was sampled")[2]
     assert "<b>.jsonl" not in source
     assert page.text.count("<script>alert(1)</script>") >= 4
     assert "</h1><script>" in page.text
@@ -375,6 +377,7 @@ def test_a_run_without_a_step(tmp_path):
         "No training step has ended yet",
         "No spans were recorded",
         "has logged nothing",
+        "There are no samples",
         "killed, or not over yet",
     ):
         assert said in page.text

@@ -150,6 +150,9 @@ def test_other_tools_and_other_beginnings_are_roots():
     assert with_tools.branch.tokens.tolist()[:3] == text("a", "d", "d")
     engine.answer(subject, with_tools, 2)
     assert subject.find([*history, with_tools.message, user("c")], TOOLS).how == "extended"
+    engine.answer(subject, ask(subject, [*history, with_tools.message, user("c")], TOOLS), 1)
+    engine.answer(subject, other, 1)
+    assert [(t.origin, t.tools) for t in subject.trajectories()] == [("first", ()), ("tools", ("add",)), ("root", ())]
 
 
 def test_a_turn_without_its_stop_token_goes_on_in_a_fork_that_has_it_as_context():
