@@ -40,11 +40,10 @@ prints it as it is, without a traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 RefusalCode = Literal["invalid_request", "context_length_exceeded", "rollout_budget_exceeded"]
 """Why an agent's request is refused, in words that clients know: only the first is the agent's fault."""
-REFUSAL_CODES: tuple[RefusalCode, ...] = get_args(RefusalCode)
 
 
 class AsyncRLError(Exception):

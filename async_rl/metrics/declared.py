@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from async_rl.errors import REFUSAL_CODES
 from async_rl.metrics.records import StepRecord, TokenAgreement
 from async_rl.metrics.spec import MetricSpec, Split
 from async_rl.types import ROLLOUT_ENDS
@@ -529,7 +528,6 @@ _FLOW = (
         "Requests of agents that the policy refused, by code.",
         "`invalid_request` is the agent's mistake; the others are limits: of tokens in a context, or of the rollout.",
         labels=("code",),
-        values=REFUSAL_CODES,
     ),
     MetricSpec(
         "rollouts_trained_total",

@@ -70,6 +70,8 @@ def test_the_last_samples_are_what_a_scrape_would_have_said(tmp_path):
     # Of these a row has a summary only, or nothing.
     unsaid = (
         "async_rl_segments_per_trajectory",
+        "async_rl_trajectories_per_rollout",
+        "async_rl_turns_per_rollout",
         "async_rl_response_tokens",
         "async_rl_sync_retries",
         "async_rl_sync_canary_un",

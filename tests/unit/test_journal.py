@@ -340,8 +340,9 @@ def test_a_journal_of_an_earlier_release_rebuilds_the_same_broker(tmp_path):
     settings = {"window_limit": 6, "max_attempts": 2, "can_rewind": True}
     actor = QueueActor(make_broker(Source(9), **settings), lambda: FileJournal(path))
     old_meta = [100, 10, 0, 0, 8, 0, (), ""]
-    # Rewards, lengths, segments, resume points, finish reasons and the parts of rewards came later.
-    unknown = [()] * 8
+    # Rewards, lengths, segments, resume points, finish reasons and the parts of rewards came later; then metrics, ends,
+    # trajectories, turns and repeated tokens of rollouts.
+    unknown = [*[()] * (8 + 6), 0]
     expected = {
         "version": 1,
         "rules": 2,

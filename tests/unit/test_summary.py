@@ -196,6 +196,9 @@ def test_rows_use_the_names_of_the_metrics():
         "max_segments",
         "response_tokens_mean",
         "response_tokens_max",
+        "turns_per_rollout_mean",
+        "turns_per_rollout_max",
+        "trajectories_per_rollout_mean",
     }
     own |= {"ppo_kl_by_staleness", "on_policy_logprob_abs_diff_mean", "on_policy_logprob_abs_diff_max"}
     own |= {"trained_tokens_by_resume_position", "eval_version", "reward_mean_by_source"}
