@@ -31,10 +31,6 @@ ROLLOUT_ENDS: tuple[RolloutEnd, ...] = ("done", "truncated", "abandoned")
 # Version of a response token that no policy sampled: the text of an environment between two turns.
 NOT_SAMPLED = -1
 
-# The position of a sampled token relative to the last resume point of its trajectory (see Trajectory.resume_points):
-# there is none, before it, the first token after it, later.
-RESUME_POSITIONS: tuple[str, ...] = ("uninterrupted", "before", "first", "after")
-
 
 @dataclass(frozen=True, slots=True)
 class RoutingSpec:
@@ -123,10 +119,9 @@ class Trajectory:
     routing_spec: RoutingSpec | None = None
     """The layout of routed_experts; given exactly when these are."""
     origin: str = ""
-    """Why an agent's rollout has it, one of ``rollout.branches.How``: its first, a further root, or what made it a
-    fork; "" where no agent asked."""
+    """Why an agent's rollout has it, one of ``rollout.branches.How``; "" where no agent asked."""
     tools: tuple[str, ...] = ()
-    """Names of the tools that the agent sent with its requests."""
+    """Names of the tools that the agent named with its requests."""
 
     def __post_init__(self) -> None:
         name = f"trajectory {self.trajectory_id}"

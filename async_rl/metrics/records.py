@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 
 from async_rl.metrics.evaluation import EvalLine
 
+RESUME_POSITIONS = ("uninterrupted", "before", "first", "after")
+"""Of a sampled token, relative to the last resume point of its trajectory (``Trajectory.resume_points``): there is
+none, before it, the first token after it, later."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenAgreement:
@@ -55,7 +59,7 @@ class StepReport:
     agreement_by_staleness: Mapping[int, TokenAgreement]
     """The same, split by token staleness in versions; only those that occurred."""
     agreement_by_resume_position: Mapping[str, TokenAgreement]
-    """The same, split by position relative to a resume point (types.RESUME_POSITIONS); only those that occurred."""
+    """The same, split by position relative to a resume point (RESUME_POSITIONS); only those that occurred."""
     ppo_kl_k3: float
     extreme_token_fraction: float
     """Share of tokens whose importance ratio lies outside [1/2, 2]."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from async_rl.config.inputs import HELD_OUT
 from async_rl.metrics.evaluation import EvalLine
-from async_rl.metrics.records import StepRecord, SyncRecord, TokenAgreement, Totals, weighted_mean
-from async_rl.types import RESUME_POSITIONS
+from async_rl.metrics.records import RESUME_POSITIONS, StepRecord, SyncRecord, TokenAgreement, Totals, weighted_mean
 
 REWARD_WINDOW = 10
 """Steps at either end of the run over which ``reward_mean`` is taken: one alone is too noisy."""

@@ -84,7 +84,7 @@ class Branch:
     def trajectory(self) -> Trajectory:
         """Return the branch as a trajectory, validated; its turns have ended. Raises InvalidTrajectory."""
         tools = json.loads(self.tools) if self.tools else []
-        return self.partial.to_trajectory(self.turns[0].how, tuple(tool["function"]["name"] for tool in tools))
+        return self.partial.to_trajectory(origin=self.turns[0].how, tools=tuple(t["function"]["name"] for t in tools))
 
     def __len__(self) -> int:
         return len(self.partial.prompt_ids) + len(self.partial.response_ids)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -196,11 +196,8 @@ class PartialRollout:
             finish_reason=None,
         )
 
-    def to_trajectory(self, origin: str = "", tools: tuple[str, ...] = ()) -> Trajectory:
-        """Return the finished trajectory, validated. Raises InvalidTrajectory if the response has not ended.
-
-        ``origin`` and ``tools`` are as in ``Trajectory``.
-        """
+    def to_trajectory(self, **more: Any) -> Trajectory:
+        """Return the finished trajectory, with ``more`` fields. Raises InvalidTrajectory if it has not ended."""
         if self.finish_reason is None:
             raise InvalidTrajectory(f"trajectory {self.trajectory_id}: the response has not ended")
         return Trajectory(
@@ -213,8 +210,7 @@ class PartialRollout:
             finish_reason=self.finish_reason,
             routed_experts=self.routed_experts,
             routing_spec=self.routing_spec,
-            origin=origin,
-            tools=tools,
+            **more,
         )
 
     def _merged(

@@ -179,11 +179,7 @@ class RolloutWorker:
         self._capacity.end_group()
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
-        """Make a group's rollouts, and return them by index.
-
-        Without those that failed and the group can do without, and after rollout.group_timeout_s those that are late;
-        None if too few are finished by then. Raises what one of them has raised.
-        """
+        """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
         if self.agents is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
@@ -228,10 +224,9 @@ class RolloutWorker:
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if self.agents is not None:
             with self._capacity.response():
-                made = group.made.get(index) or await self.agents.rollout(
-                    group.ticket.prompt, group.trajectory_id(index)
-                )
-                return index, group.made.setdefault(index, made)
+                if index not in group.made:
+                    group.made[index] = await self.agents.rollout(group.ticket.prompt, group.trajectory_id(index))
+                return index, group.made[index]
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import torch
 
+from async_rl.metrics.records import RESUME_POSITIONS
 from async_rl.trainer.losses import MAX_LOG_RATIO
-from async_rl.types import RESUME_POSITIONS
 
 # A token is extreme if its importance ratio lies outside [1/τ, τ].
 EXTREME_TAU = 2.0

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from async_rl.metrics.records import StepReport, TokenAgreement
-from async_rl.types import RESUME_POSITIONS
+from async_rl.metrics.records import RESUME_POSITIONS, StepReport, TokenAgreement
 
 if TYPE_CHECKING:  # the driver merges reports, and does not load torch
     from async_rl.trainer.megatron.optimizer import Update

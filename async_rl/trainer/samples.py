@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ReplayError
+from async_rl.metrics.records import RESUME_POSITIONS
 from async_rl.models.routing import repeated_expert
 from async_rl.types import (
-    RESUME_POSITIONS,
     ExpertIds,
     Float32Array,
     Group,

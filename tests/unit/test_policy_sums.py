@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from async_rl.config.training import LossSection
+from async_rl.metrics.records import RESUME_POSITIONS
 from async_rl.trainer.losses import Tokens, load_policy, sequence_sums
 from async_rl.trainer.policy_sums import PolicySums, policy_sums
-from async_rl.types import RESUME_POSITIONS
 
 T = 40
 

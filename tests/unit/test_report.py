@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from async_rl.metrics.records import StepReport, TokenAgreement
+from async_rl.metrics.records import RESUME_POSITIONS, StepReport, TokenAgreement
 from async_rl.trainer.megatron.optimizer import Update
 from async_rl.trainer.policy_sums import SUMS, PolicySums
 from async_rl.trainer.report import merge_reports, step_report
-from async_rl.types import RESUME_POSITIONS
 
 
 def report(tokens: int, kl: float, **changes) -> StepReport:
