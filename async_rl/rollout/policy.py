@@ -169,8 +169,16 @@ class Policy:
         sent = np.asarray(token_ids, dtype=np.int32)
         if sent.ndim != 1 or len(sent) == 0:
             raise RequestRefused("invalid_request", "there are no tokens to continue")
-        place, missing = self._session.find_tokens(sent)
+        place, missing = self._session.find_tokens(sent, _more(max_tokens, stop))
         return await self._sampled(self._begun(place, missing, max_tokens), stop, with_message=False)
+
+    def completed(
+        self, token_ids: Sequence[int] | Int32Array, *, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Reply | None:
+        """Return the answer that ``complete`` has given to the same request, if nothing followed it."""
+        sent = np.asarray(token_ids, dtype=np.int32)
+        turn = self._session.repeated_tokens(sent, _more(max_tokens, stop))
+        return None if turn is None else self._replies.get(turn)
 
     async def extend(self, text: str, *, max_tokens: int | None = None) -> Reply:
         """Return what the policy says after ``text``, which is appended as it stands to the turn that ended last.
@@ -219,8 +227,10 @@ class Policy:
         self._ended = turn
         assert turn.finish_reason is not None
         partial = turn.branch.partial
-        logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :]
-        reply = Reply(message, text, turn.token_ids, turn.finish_reason, len(self._replies), logprobs, turn.start)
+        # Copies: a view would keep the whole branch as it was at each of its turns.
+        logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :].copy()
+        sampled = turn.token_ids.copy()
+        reply = Reply(message, text, sampled, turn.finish_reason, len(self._replies), logprobs, turn.start)
         self._replies[turn] = reply
         return reply
 

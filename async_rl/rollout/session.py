@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NoReturn
 
 import numpy as np
@@ -95,7 +96,13 @@ class Session:
         For a request that its sender says, or a lost connection shows, to be a repetition: another one is a second
         sample. ``more`` is what else the request says.
         """
-        key = request_key(messages, tools, more)
+        return self._repeated(request_key(messages, tools, more))
+
+    def repeated_tokens(self, token_ids: Int32Array, more: Any = None) -> Turn | None:
+        """Return what ``repeated`` does for a request of tokens."""
+        return self._repeated(tokens_key(token_ids, more))
+
+    def _repeated(self, key: str) -> Turn | None:
         last = [branch.open or branch.turns[-1] for branch in self.branches]
         found = next((turn for turn in reversed(last) if turn.key == key), None)
         self.joined += found is not None
@@ -118,13 +125,17 @@ class Session:
         turn = max(same_tools, key=lambda turn: (turn.messages, _how(turn) == "extended"))
         return Place(_how(turn), turn, list(messages[turn.messages :]), sent, named, key)
 
-    def find_tokens(self, token_ids: Int32Array) -> tuple[Place, Int32Array]:
-        """Return where a request of tokens belongs, and those of them that are missing there. Changes nothing."""
+    def find_tokens(self, token_ids: Int32Array, more: Any = None) -> tuple[Place, Int32Array]:
+        """Return where a request of tokens belongs, and those of them that are missing there. Changes nothing.
+
+        ``more`` is what else the request says.
+        """
+        key = tokens_key(token_ids, more)
         matches = [turn for branch in self.branches if (turn := branch.matched_tokens(token_ids)) is not None]
         if not matches:
-            return Place("root" if self.branches else "first", None, [], (), "", None, raw=True), token_ids
+            return Place("root" if self.branches else "first", None, [], (), "", key, raw=True), token_ids
         turn = max(matches, key=lambda turn: (turn.stop, _how(turn) == "extended"))
-        return Place(_how(turn), turn, [], (), turn.branch.tools, None, raw=True), token_ids[turn.stop :]
+        return Place(_how(turn), turn, [], (), turn.branch.tools, key, raw=True), token_ids[turn.stop :]
 
     def find_after(self, turn: Turn) -> Place:
         """Return where tokens belong that follow a turn as they stand. Changes nothing."""
@@ -184,6 +195,7 @@ class Session:
             branch.history = (*branch.history, canonical(message))
             turn.messages = len(branch.history)
         turn.stop, turn.message, turn.state, branch.open = len(branch), message, "ended", None
+        turn.before = None  # it has a copy of all tokens and routed experts up to here
         branch.turns.append(turn)
         self._sampled += turn.stop - turn.start
         self._last = turn
@@ -270,8 +282,13 @@ class Session:
 
 
 def request_key(messages: Sequence[Message], tools: Any = None, more: Any = None) -> str:
-    """Return what a request asks for as text: equal for a request and its repetition."""
-    return as_key([list(messages), tools, more])
+    """Return what a request asks for as a short text: equal for a request and its repetition."""
+    return blake2b(as_key([list(messages), tools, more]).encode(), digest_size=16).hexdigest()
+
+
+def tokens_key(token_ids: Int32Array, more: Any = None) -> str:
+    """Return what ``request_key`` does for a request of tokens."""
+    return blake2b(token_ids.tobytes(), digest_size=16).hexdigest() + as_key(more)
 
 
 def _how(after: Turn) -> How:

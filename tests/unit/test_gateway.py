@@ -254,22 +254,32 @@ async def test_an_engine_that_died_is_said_once_and_the_rollout_fails_of_it():
             await client.chat.completions.create(model="m", messages=ASKED)
 
 
-async def test_a_client_that_repeats_after_its_time_out_gets_the_answer_to_its_first_request():
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+async def test_a_client_that_repeats_after_its_time_out_gets_the_answer_to_its_first_request(path):
+    body = {"messages": ASKED, "prompt": "ab", "max_tokens": 9}
     async with served() as subject, subject.client(max_retries=3, timeout=0.3) as client:
+
+        async def said(**options):
+            answer = await client.post(f"/{path}", cast_to=object, body=body, options=options)
+            (choice,) = answer["choices"]
+            return choice["message"]["content"] if "message" in choice else choice["text"]
+
         subject.call.hold = asyncio.Event()
-        asked = asyncio.create_task(client.chat.completions.create(model="m", messages=ASKED))
+        asked = asyncio.create_task(said())
         await until(lambda: subject.gateway.joined)
         subject.call.hold.set()
-        assert (await asked).choices[0].message.content == "1 2"
+        assert await asked == "1 2"
         assert subject.session.ways == {"first": 1}
         # Its answer was lost on the way: it is given again, as long as nothing followed.
-        repeated = {"x-stainless-retry-count": "1"}
+        repeated = {"headers": {"x-stainless-retry-count": "1"}}
         before = subject.gateway.joined
-        again = await client.chat.completions.create(model="m", messages=ASKED, extra_headers=repeated)
-        assert (again.choices[0].message.content, subject.gateway.joined) == ("1 2", before + 1)
+        assert (await said(**repeated), subject.gateway.joined) == ("1 2", before + 1)
         assert subject.session.ways == {"first": 1}
-        await client.chat.completions.create(model="m", messages=ASKED)
+        await said()
         assert subject.session.ways == {"first": 1, "root": 1}, "without that header it is a second sample"
+        body["max_tokens"] = 8
+        await said(**repeated)
+        assert subject.session.ways == {"first": 1, "root": 2}, "it was never asked before"
 
 
 async def test_a_request_that_says_that_it_is_repeated_joins_also_beside_a_live_one():

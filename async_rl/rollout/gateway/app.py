@@ -181,8 +181,9 @@ class Application:
     async def _completions(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
         asked = text_request(json_object(data))
         ids = self._dialect.tokens(asked)
-        ask = partial(endpoint.policy.complete, ids, max_tokens=asked.form.max_tokens, stop=asked.form.stop)
-        return await self._turn(endpoint, request, "text_completion", data, asked.form, ask)
+        how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
+        ask, again = partial(endpoint.policy.complete, ids, **how), partial(endpoint.policy.completed, ids, **how)
+        return await self._turn(endpoint, request, "text_completion", data, asked.form, ask, again)
 
     async def _turn(
         self,
@@ -192,7 +193,7 @@ class Application:
         data: bytes,
         form: Form,
         ask: Callable[[], Coroutine[Any, Any, Reply]],
-        again: Callable[[], Reply | None] = lambda: None,
+        again: Callable[[], Reply | None],
     ) -> Response:
         """Answer with a turn of the policy, which begins with ``ask`` unless the request repeats one."""
         self.ignored.update(form.ignored)
