@@ -7,7 +7,6 @@ how messages become tokens.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from async_rl.data.messages import Message, checked_history, checked_tools
 from async_rl.errors import DatasetError, RequestRefused, RowFault
+from async_rl.rollout.aside import in_turn
 from async_rl.rollout.branches import Turn
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
@@ -206,8 +206,7 @@ class Policy:
         if self._chat is None:
             raise RequestRefused("invalid_request", "the checkpoint has no chat template; use complete and extend")
         render = self._chat.prompt if after is None else self._chat.after
-        # A template takes milliseconds.
-        return np.asarray(await asyncio.to_thread(render, messages, tools), dtype=np.int32)
+        return np.asarray(await in_turn(lambda: render(messages, tools)), dtype=np.int32)
 
     async def _sampled(self, turn: Turn, stop: Sequence[str], *, with_message: bool) -> Reply:
         """Complete a turn: as many engine calls as its interruptions take. One that fails is undone."""

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from async_rl.errors import EngineDied, RowFault
+from async_rl.rollout.aside import DECODED_BYTES
 from async_rl.rollout.gateway import app, endpoint
 from tests.support.agent_sessions import END, LETTERS, WORDS, user
 from tests.support.gateway_parts import CONTEXT, served
@@ -218,6 +219,39 @@ async def test_a_key_that_is_unknown_or_whose_rollout_has_ended_opens_nothing():
         with pytest.raises(openai.AuthenticationError):
             await client.chat.completions.create(model="m", messages=ASKED)
         assert subject.session.trajectories() == ()
+
+
+async def test_a_request_that_arrives_while_its_rollout_ends_writes_nothing():
+    async with served() as subject:
+        port = int(subject.root.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps({"messages": ASKED}).encode()
+        key = subject.policy.api_key
+        writer.write(
+            f"POST /r/{key}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body[:5]
+        )
+        only = subject.gateway._endpoints[key]
+        await until(lambda: only.calls)
+        await subject.gateway.end(key)
+        writer.write(body[5:])
+        assert (await reader.readline()).split()[1] == b"401"
+        assert (subject.call.calls, subject.session.branches) == ([], [])
+        writer.close()
+
+
+async def test_large_requests_and_the_log_probs_of_long_answers_are_turned_into_text_beside_the_loop(monkeypatch):
+    sizes = []
+
+    async def noted(nbytes, work):
+        sizes.append(nbytes)
+        return work()
+
+    monkeypatch.setattr(app, "aside", noted)
+    async with served() as subject, subject.client() as client:
+        answer = await client.chat.completions.create(model="m", messages=[user("a" * 500)], logprobs=True)
+        assert sizes[0] > 500
+        assert sizes[1] == DECODED_BYTES * answer.usage.completion_tokens
 
 
 async def test_a_body_that_is_too_large_is_refused(monkeypatch):

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
-from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.applications import Starlette
@@ -23,8 +22,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from async_rl.errors import RequestRefused
+from async_rl.rollout.aside import DECODED_BYTES, aside
 from async_rl.rollout.gateway.answers import Answer, Kind, error, event
-from async_rl.rollout.gateway.endpoint import Asked, Endpoint
+from async_rl.rollout.gateway.endpoint import Asked, Endpoint, Key
 from async_rl.rollout.gateway.requests import (
     BadRequest,
     Form,
@@ -172,14 +172,14 @@ class Application:
         return _plain({"prompt": self._dialect.text(self._dialect.known(ids))})
 
     async def _chat(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
-        asked = chat_request(json_object(data))
+        asked = await aside(len(data), lambda: chat_request(json_object(data)))
         how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
         ask = partial(endpoint.policy.chat, asked.messages, asked.tools, **how)
         again = partial(endpoint.policy.repeated, asked.messages, asked.tools, **how)
         return await self._turn(endpoint, request, "chat.completion", data, asked.form, ask, again)
 
     async def _completions(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
-        asked = text_request(json_object(data))
+        asked = await aside(len(data), lambda: text_request(json_object(data)))
         ids = self._dialect.tokens(asked)
         how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
         ask, again = partial(endpoint.policy.complete, ids, **how), partial(endpoint.policy.completed, ids, **how)
@@ -196,14 +196,16 @@ class Application:
         again: Callable[[], Reply | None],
     ) -> Response:
         """Answer with a turn of the policy, which begins with ``ask`` unless the request repeats one."""
+        if endpoint.closed:  # while the request was read
+            raise _ended()
         self.ignored.update(form.ignored)
-        key = blake2b(kind.encode() + data, digest_size=16).digest()
+        key = kind, data
         repeats = request.headers.get("x-stainless-retry-count", "0") != "0"
         asked = endpoint.known(key, repeats=repeats)
         self.joined += asked is not None
         if asked is None and repeats and (reply := again()) is not None:
             self.joined += 1
-            return self._answered(kind, form, reply)
+            return await self._answered(kind, form, reply)
         asked = asked or endpoint.ask(key, ask)
         answered = handed_over = False
         asked.waiting += 1
@@ -211,7 +213,7 @@ class Application:
             if await _done_or_gone(request, asked.turn):
                 reply = await self._reply(asked)
                 answered = True
-                return self._answered(kind, form, reply)
+                return await self._answered(kind, form, reply)
             handed_over = True
             asked.waiting += 1  # from here on, for the stream
             return StreamingResponse(
@@ -225,7 +227,7 @@ class Application:
                 endpoint.leave(key, asked, answered=answered)
 
     async def _kept_waiting(
-        self, endpoint: Endpoint, key: bytes, asked: Asked, kind: Kind, form: Form
+        self, endpoint: Endpoint, key: Key, asked: Asked, kind: Kind, form: Form
     ) -> AsyncIterator[bytes]:
         """Give the answer once it is there, and signs of life until then."""
         answered = False
@@ -235,7 +237,7 @@ class Application:
                     yield b": waiting\n\n" if form.stream else b" "
                     await asyncio.wait({asked.turn}, timeout=KEEP_ALIVE_S)
                 try:
-                    answer = self._answer(kind, form, await self._reply(asked))
+                    answer = await self._answer(kind, form, await self._reply(asked))
                 except Refused as refused:
                     if not form.stream:
                         raise  # The status was sent: a connection that breaks off is all that can tell.
@@ -253,19 +255,24 @@ class Application:
     async def _reply(self, asked: Asked) -> Reply:
         """Return the reply of a turn that has ended. Raises Refused."""
         if asked.turn.cancelled():
-            raise Refused(401, "the rollout has ended", "invalid_api_key")
+            raise _ended()
         return await _refusing(asked.turn)
 
-    def _answered(self, kind: Kind, form: Form, reply: Reply) -> Response:
-        answer = self._answer(kind, form, reply)
+    async def _answered(self, kind: Kind, form: Form, reply: Reply) -> Response:
+        answer = await self._answer(kind, form, reply)
         if form.stream:
             return Response(b"".join(answer.events()), media_type="text/event-stream")
         return _json(answer.body())
 
-    def _answer(self, kind: Kind, form: Form, reply: Reply) -> Answer:
-        pieces = [self._dialect.text([token]) for token in reply.token_ids.tolist()] if form.logprobs else []
+    async def _answer(self, kind: Kind, form: Form, reply: Reply) -> Answer:
+        ids = reply.token_ids.tolist() if form.logprobs else []
+        pieces = await aside(DECODED_BYTES * len(ids), lambda: [self._dialect.text([token]) for token in ids])
         name = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{secrets.token_hex(12)}"
         return Answer(kind, name, int(time.time()), self._dialect.model, reply, pieces, form)
+
+
+def _ended() -> Refused:
+    return Refused(401, "the rollout has ended", "invalid_api_key")
 
 
 async def _body(request: Request) -> bytes:
