@@ -10,7 +10,9 @@ import pytest
 from async_rl.errors import EngineDied, RowFault
 from async_rl.rollout.aside import DECODED_BYTES
 from async_rl.rollout.gateway import app, endpoint
+from async_rl.rollout.gateway.requests import text_request
 from tests.support.agent_sessions import END, LETTERS, WORDS, user
+from tests.support.chat_families import FAMILIES, tokenizer
 from tests.support.gateway_parts import CONTEXT, served
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
@@ -254,27 +256,43 @@ async def test_large_requests_and_the_log_probs_of_long_answers_are_turned_into_
         assert sizes[1] == DECODED_BYTES * answer.usage.completion_tokens
 
 
-async def test_a_body_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 2**20)
-    async with served() as subject, subject.client() as client:
-        with pytest.raises(openai.APIStatusError) as caught:
-            await client.chat.completions.create(model="m", messages=[user("a" * 2**20)])
-        assert caught.value.status_code == 413
+async def test_a_body_of_more_than_32_mib_is_refused():
+    empty = len(json.dumps({"messages": [{"role": "robot", "content": ""}]}))
+    async with served() as subject, subject.client(base_url=subject.policy.base_url) as client:
+        for size, status in ((32 * 2**20, 400), (32 * 2**20 + 1, 413)):
+            body = {"messages": [{"role": "robot", "content": "a" * (size - empty)}]}
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.post("/chat/completions", cast_to=object, content=json.dumps(body).encode())
+            assert caught.value.status_code == status
 
 
-async def test_too_many_requests_at_one_time_are_refused(monkeypatch):
-    monkeypatch.setattr(app, "MAX_CALLS", 2)
+async def test_the_65th_request_of_a_rollout_at_one_time_is_refused(monkeypatch):
     monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.01)  # the calls count on while they are kept waiting
     async with served() as subject, subject.client() as client:
         subject.call.hold = asyncio.Event()
-        asked = [asyncio.create_task(client.chat.completions.create(model="m", messages=[user(text)])) for text in "ab"]
-        await until(lambda: len(subject.call.calls) == 2)
+        texts = [f"{number}" for number in range(64)]
+        asked = [asyncio.create_task(client.chat.completions.create(model="m", messages=[user(t)])) for t in texts]
+        await until(lambda: len(subject.call.calls) == 64)
         await asyncio.sleep(0.05)
         with pytest.raises(openai.RateLimitError):
             await client.chat.completions.create(model="m", messages=[user("c")])
         subject.call.hold.set()
-        await asyncio.gather(*asked)
-        await client.chat.completions.create(model="m", messages=[user("c")])
+        await asyncio.gather(*asked[:-1])
+        assert (await asked[-1]).choices[0].message.content == "1 2"
+        with pytest.raises(openai.BadRequestError, match="64 branches"):
+            await client.chat.completions.create(model="m", messages=[user("c")])
+
+
+@pytest.mark.parametrize("text", ["ab", "<|begin_of_text|>ab"])
+def test_a_text_that_begins_with_the_begin_token_has_it_once(text):
+    """As NeMo #855 had it: a harness that writes the template itself sends a text that begins with it."""
+    made = tokenizer(FAMILIES["llama3"])
+    dialect = app.Dialect("m", 100, made)
+    begin, *rest = dialect.tokens(text_request({"prompt": text}))
+    assert made.convert_ids_to_tokens([begin]) == ["<|begin_of_text|>"]
+    assert dialect.text(rest) == "ab"
+    exact = dialect.tokens(text_request({"prompt": text, "add_special_tokens": False}))
+    assert dialect.text(exact) == text
 
 
 async def test_an_engine_that_died_is_said_once_and_the_rollout_fails_of_it():

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from async_rl.data.tokenizer import prompt_encoder
 from async_rl.errors import RequestRefused
 from async_rl.rollout.aside import DECODED_BYTES, aside
 from async_rl.rollout.gateway.answers import Answer, Kind, error, event
@@ -74,10 +75,12 @@ class Dialect(NamedTuple):
     tokenizer: Any
 
     def tokens(self, asked: TextRequest) -> list[int]:
-        """Return the tokens of a request's prompt. Raises BadRequest."""
-        if isinstance(asked.prompt, str):
-            return list(self.tokenizer.encode(asked.prompt, add_special_tokens=asked.special_tokens))
-        return self.known(asked.prompt)
+        """Return the tokens of a request's prompt, with one token that begins a sequence at most. Raises BadRequest."""
+        if not isinstance(asked.prompt, str):
+            return self.known(asked.prompt)
+        if not asked.special_tokens:
+            return list(self.tokenizer.encode(asked.prompt, add_special_tokens=False))
+        return list(prompt_encoder(self.tokenizer.encode, self.tokenizer.convert_ids_to_tokens)(asked.prompt))
 
     def known(self, ids: list[int]) -> list[int]:
         """Return tokens that the tokenizer has. Raises BadRequest: an engine would fail of others."""
