@@ -100,6 +100,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.cluster --payloads
 	$(BIN)/python -m tests.bench.joining
 	$(BIN)/python -m tests.bench.hosts_at_scale
+	$(BIN)/python -m tests.bench.gateway
 	$(BIN)/python -m tests.bench.scale
 	$(BIN)/python -m tests.bench.push
 	$(BIN)/python -m tests.bench.dataset

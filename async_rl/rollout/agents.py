@@ -129,18 +129,18 @@ class Agents:
         """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
 
         call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
-        that fails also ends the rollout where the agent catches that.
+        that fails also fails the rollout where the agent catches that.
         """
         session = self._session(rollout_id, terms or self._responses.terms(prompt))
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         sample: Call = call or (lambda *call: self._calls.sample(prompt, *call))
+        errors: list[Exception] = []
 
         async def sampled(partial: PartialRollout, request_id: str, stop: Sequence[str]) -> PartialRollout:
             try:
                 return await sample(partial, request_id, stop)
             except Exception as error:
-                if not failed.done():
-                    failed.set_result(error)
+                errors.append(error)
                 raise
 
         policy = Policy(
@@ -155,6 +155,8 @@ class Agents:
         try:
             context = Context(rollout_id, _seed(rollout_id), None if terms is None else terms.name)
             outcome = await self._outcome(prompt, policy, context, failed)
+            if errors:
+                raise errors[0]
             if self._turns_compared and terms is None and outcome.trainable and outcome.turn_rewards is None:
                 raise self._failure(
                     prompt,

@@ -34,10 +34,11 @@ class Turn:
 
     branch: Branch
     how: How
-    key: str | None
-    """What the request asked for, as text; equal requests have equal keys. None where it cannot be repeated."""
+    asked: str | None
+    """What the request had, messages or tokens, and what it said beside them; None where it cannot be repeated."""
     before: tuple[PartialRollout, tuple[Canonical, ...]] | None
-    """Partial rollout and history of the branch before the request; None where the request made the branch."""
+    """Partial rollout and history of the branch before the request, until the turn has ended; None where the request
+    made the branch."""
     start: int
     """Tokens of the branch before its own first one, prompt included."""
     stop: int = 0

@@ -11,16 +11,13 @@ import time
 from collections.abc import Sequence
 
 from async_rl.metrics.timeline import Timeline
-from async_rl.rollout.aside import aside
+from async_rl.rollout.aside import DECODED_BYTES, aside
 from async_rl.rollout.engine.interface import EngineOutput, RolloutEngine
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.stats import WorkerStats
 from async_rl.types import ExpertIds, Prompt
-
-# A token that is turned into text for the search of stop strings takes as long as these bytes of an answer.
-_DECODED_BYTES = 300
 
 
 class EngineCalls:
@@ -57,7 +54,7 @@ class EngineCalls:
         try:
             output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
             nbytes = routing_bytes(output.routed_experts)
-            nbytes += _DECODED_BYTES * len(output.token_ids) if sampling.stop else 0
+            nbytes += DECODED_BYTES * len(output.token_ids) if sampling.stop else 0  # it looks for strings
             merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output, stops)))
             self.merging[partial.trajectory_id] = merged
         finally:

@@ -7,7 +7,6 @@ how messages become tokens.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from async_rl.data.messages import Message, checked_history, checked_tools
 from async_rl.errors import DatasetError, RefusalCode, RequestRefused, RowFault
+from async_rl.rollout.aside import in_turn
 from async_rl.rollout.branches import Turn
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
@@ -213,8 +213,16 @@ class Policy:
         sent = np.asarray(token_ids, dtype=np.int32)
         if sent.ndim != 1 or len(sent) == 0:
             raise RequestRefused("invalid_request", "there are no tokens to continue")
-        place, missing = self._session.find_tokens(sent)
+        place, missing = self._session.find_tokens(sent, _more(max_tokens, stop))
         return await self._sampled(self._begun(place, missing, max_tokens), stop, with_message=False)
+
+    def completed(
+        self, token_ids: Sequence[int] | Int32Array, *, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Reply | None:
+        """Return the answer that ``complete`` has given to the same request, if nothing followed it."""
+        sent = np.asarray(token_ids, dtype=np.int32)
+        turn = self._session.repeated_tokens(sent, _more(max_tokens, stop))
+        return None if turn is None else self._replies.get(turn)
 
     @_counted
     async def extend(self, text: str, *, max_tokens: int | None = None) -> Reply:
@@ -243,8 +251,7 @@ class Policy:
         if self._chat is None:
             raise RequestRefused("invalid_request", "the checkpoint has no chat template; use complete and extend")
         render = self._chat.prompt if after is None else self._chat.after
-        # A template takes milliseconds.
-        return np.asarray(await asyncio.to_thread(render, messages, tools), dtype=np.int32)
+        return np.asarray(await in_turn(lambda: render(messages, tools)), dtype=np.int32)
 
     async def _sampled(
         self, turn: Turn, stop: Sequence[str], *, with_message: bool, tools: list[dict[str, Any]] | None = None
@@ -259,7 +266,9 @@ class Policy:
             text = self._decode(turn.token_ids)
             message = {"role": "assistant", "content": before_any(text, stop)}
             if with_message and self._reader is not None:
-                message = await asyncio.to_thread(self._read, self._reader, turn, message["content"], stop, tools)
+                message = await in_turn(
+                    functools.partial(self._read, self._reader, turn, message["content"], stop, tools)
+                )
                 self._still_open(turn)
             self._session.end(turn, message if with_message else None)
         except BaseException:
@@ -268,8 +277,10 @@ class Policy:
         self._ended = turn
         assert turn.finish_reason is not None
         partial = turn.branch.partial
-        logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :]
-        reply = Reply(message, text, turn.token_ids, turn.finish_reason, len(self._replies), logprobs, turn.start)
+        # Copies: a view would keep the whole branch as it was at each of its turns.
+        logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :].copy()
+        sampled = turn.token_ids.copy()
+        reply = Reply(message, text, sampled, turn.finish_reason, len(self._replies), logprobs, turn.start)
         self._replies[turn] = reply
         return reply
 

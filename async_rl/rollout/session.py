@@ -62,7 +62,8 @@ class Place:
     sent: tuple[Canonical, ...]
     """All messages of the request; empty where it has tokens."""
     tools: str
-    key: str | None
+    asked: str | None
+    """See ``Turn.asked``."""
     raw: bool = False
     """Whether the missing tokens follow as they stand; else they are what a template writes from a stop token on."""
 
@@ -96,9 +97,17 @@ class Session:
         For a request that its sender says, or a lost connection shows, to be a repetition: another one is a second
         sample. ``more`` is what else the request says.
         """
-        key = request_key(messages, tools, more)
+        sent, named, asked = tuple(map(canonical, messages)), _named(tools), _asked("messages", more)
+        return self._repeated(asked, lambda turn: turn.branch.tools == named and _sent(turn) == sent)
+
+    def repeated_tokens(self, token_ids: Int32Array, more: Any = None) -> Turn | None:
+        """Return what ``repeated`` does for a request of tokens."""
+        asked = _asked("tokens", more)
+        return self._repeated(asked, lambda turn: np.array_equal(turn.branch.tokens[: turn.start], token_ids))
+
+    def _repeated(self, asked: str, is_same: Callable[[Turn], bool]) -> Turn | None:
         last = [branch.open or branch.turns[-1] for branch in self.branches]
-        found = next((turn for turn in reversed(last) if turn.key == key), None)
+        found = next((turn for turn in reversed(last) if turn.asked == asked and is_same(turn)), None)
         self.joined += found is not None
         return found
 
@@ -107,25 +116,28 @@ class Session:
 
         Raises RequestRefused if there is nothing to answer.
         """
-        sent, named = tuple(map(canonical, messages)), as_key(tools) if tools else ""
+        sent, named, asked = tuple(map(canonical, messages)), _named(tools), _asked("messages", more)
         if not sent or sent[-1].role == "assistant":
             raise RequestRefused("invalid_request", "messages must end with one that the policy is to answer")
-        key = request_key(messages, tools, more)
         matches = [turn for branch in self.branches if (turn := branch.matched(sent)) is not None]
         same_tools = [turn for turn in matches if turn.branch.tools == named]
         if not same_tools:
             how: How = "tools" if matches else "root" if self.branches else "first"
-            return Place(how, None, list(messages), sent, named, key)
+            return Place(how, None, list(messages), sent, named, asked)
         turn = max(same_tools, key=lambda turn: (turn.messages, _how(turn) == "extended"))
-        return Place(_how(turn), turn, list(messages[turn.messages :]), sent, named, key)
+        return Place(_how(turn), turn, list(messages[turn.messages :]), sent, named, asked)
 
-    def find_tokens(self, token_ids: Int32Array) -> tuple[Place, Int32Array]:
-        """Return where a request of tokens belongs, and those of them that are missing there. Changes nothing."""
+    def find_tokens(self, token_ids: Int32Array, more: Any = None) -> tuple[Place, Int32Array]:
+        """Return where a request of tokens belongs, and those of them that are missing there. Changes nothing.
+
+        ``more`` is what else the request says.
+        """
+        asked = _asked("tokens", more)
         matches = [turn for branch in self.branches if (turn := branch.matched_tokens(token_ids)) is not None]
         if not matches:
-            return Place("root" if self.branches else "first", None, [], (), "", None, raw=True), token_ids
+            return Place("root" if self.branches else "first", None, [], (), "", asked, raw=True), token_ids
         turn = max(matches, key=lambda turn: (turn.stop, _how(turn) == "extended"))
-        return Place(_how(turn), turn, [], (), turn.branch.tools, None, raw=True), token_ids[turn.stop :]
+        return Place(_how(turn), turn, [], (), turn.branch.tools, asked, raw=True), token_ids[turn.stop :]
 
     def find_after(self, turn: Turn) -> Place:
         """Return where tokens belong that follow a turn as they stand. Changes nothing."""
@@ -164,7 +176,7 @@ class Session:
             branch, before_it = Branch(self._start(name, prompt.astype(np.int32), room), place.tools, root), None
             self._made += 1
             self.branches.append(branch)
-        turn = Turn(branch, how, place.key, before_it, start=len(prompt))
+        turn = Turn(branch, how, place.asked, before_it, start=len(prompt))
         branch.open = turn
         if not place.raw:
             branch.history = place.sent
@@ -185,6 +197,7 @@ class Session:
             branch.history = (*branch.history, canonical(message))
             turn.messages = len(branch.history)
         turn.stop, turn.message, turn.state, branch.open = len(branch), message, "ended", None
+        turn.before = None  # it has a copy of all tokens and routed experts up to here
         branch.turns.append(turn)
         turn.index, self._ended = self._ended, self._ended + 1
         self._sampled += turn.stop - turn.start
@@ -276,9 +289,18 @@ class Session:
         raise RequestRefused(code, why)
 
 
-def request_key(messages: Sequence[Message], tools: Any = None, more: Any = None) -> str:
-    """Return what a request asks for as text: equal for a request and its repetition."""
-    return as_key([list(messages), tools, more])
+def _sent(last: Turn) -> tuple[Canonical, ...]:
+    """Return the messages of the request for the last turn of a branch."""
+    history = last.branch.history
+    return history[:-1] if last.state == "ended" else history
+
+
+def _named(tools: Any) -> str:
+    return as_key(tools) if tools else ""
+
+
+def _asked(kind: str, more: Any) -> str:
+    return f"{kind} {as_key(more)}"
 
 
 def _how(after: Turn) -> How:

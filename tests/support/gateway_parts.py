@@ -23,6 +23,9 @@ class Letters:
     def encode(self, text, add_special_tokens=True):
         return [LETTERS + ord(c) for c in text]
 
+    def convert_ids_to_tokens(self, token):
+        return self.one(token, skip=False)
+
     def decode(self, token_ids, skip_special_tokens=False):
         return "".join(self.one(token, skip_special_tokens) for token in np.asarray(token_ids).tolist())
 

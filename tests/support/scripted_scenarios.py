@@ -19,3 +19,9 @@ class LongDyingEngine(ScriptedEngine):
     """An engine whose responses outlast a training step, and which dies once on the first replica."""
 
     script = Script(length=96, tokens_per_turn=4, turn_s=0.1, fault=Fault("die", after_tokens=1000))
+
+
+class DyingTurnsEngine(ScriptedEngine):
+    """An engine that never stops of itself, as agents limit their turns, and which dies once on the first replica."""
+
+    script = Script(length=1_000_000, tokens_per_turn=2, turn_s=0.1, fault=Fault("die", after_tokens=800))

@@ -5,7 +5,6 @@ import os
 import sys
 
 import numpy as np
-import psutil
 import pytest
 from openai import AsyncOpenAI
 from prometheus_client import generate_latest
@@ -15,65 +14,21 @@ from async_rl.doctor.inputs import functions
 from async_rl.errors import AgentFailure, ConfigError, EngineDied
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout import chat
-from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.agent_program import run_program
 from async_rl.rollout.policy import Address
-from tests.support.agent_sessions import CHAT, END, ROLES, WORDS, user
-from tests.support.gateway_parts import Letters
+from tests.support.agent_sessions import CHAT, user
 from tests.support.groups import rewarded
-from tests.support.scripted_engine import Fault, Layout, Script, ScriptedEngine
-from tests.support.scripted_replica import ROUTING, Digits, ListQueue, push, scripted
+from tests.support.scripted_engine import Fault
+from tests.support.scripted_replica import ListQueue
+from tests.support.served_agents import TURN, engine, of, run_with_pushes, served, until
 
-ROLLOUT = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 200}
-TURN = 6  # tokens, the stop token included
 SAID = {}  # what agents heard, by rollout
-
-
-class Turns(ScriptedEngine):
-    """Says words that are numbered by their place, and ends each turn after TURN tokens."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.sent = []
-
-    async def generate(self, request_id, token_ids, *rest):
-        self.sent.append((request_id.rpartition("/")[0], token_ids.tolist()))
-        return await super().generate(request_id, token_ids, *rest)
-
-    def last_position(self, trajectory_id, response):
-        asked = [at for at, token in enumerate(response.tolist()) if token == ROLES["assistant"]]
-        return (asked[-1] + 1 if asked else 0) + TURN - 1
-
-    def _tokens(self, done, count, *, stopped):
-        said = np.arange(WORDS + 1 + done, WORDS + 1 + done + count, dtype=np.int32)
-        if stopped:
-            said[-1] = END
-        return said
-
-
-def engine(fault=None, kind=Turns):
-    made = scripted(kind=kind, max_response_tokens=ROLLOUT["max_response_tokens"])
-    script = Script(
-        logprob=lambda version: -0.5 - version, layout=Layout(ROUTING, frozenset({END}), 10_000), fault=fault
-    )
-    return kind(made._config, script=script)
 
 
 @pytest.fixture(autouse=True)
 def small_template(monkeypatch):
     monkeypatch.setattr(chat, "chat_turns", lambda config: CHAT)
     SAID.clear()
-
-
-def served(subject, queue, mode="resume", n=2, **agent):
-    """A replica whose tokenizer is that of the small template."""
-    tree = {
-        "model": {"path": "model"},
-        "data": {"train": "train.jsonl"},
-        "rollout": {**ROLLOUT, "n": n, "agent": agent},
-        "async_training": {"partial_rollout": {"mode": mode}},
-    }
-    return RolloutReplica(validate(tree), 0, queue, subject, Letters(), Digits())
 
 
 async def three_turns(prompt, policy, context):
@@ -99,21 +54,6 @@ async def three_turns(prompt, policy, context):
         edited.append(await said(edited))
     SAID[context.rollout_id] = [left, edited]
     return {"reward": float(context.rollout_id[-1]), "turns": 4.0}
-
-
-async def run_with_pushes(subject, made, every):
-    """Run a worker; push whenever that many more tokens are sampled, or never for None."""
-    run = asyncio.create_task(made.run())
-    pushes, goal = 0, subject.sampled + (every or 0)
-    async with asyncio.timeout(60):
-        while not run.done():
-            if every is not None and subject.sampled >= goal:
-                await push(made, subject)
-                pushes, goal = pushes + 1, subject.sampled + every
-            await asyncio.sleep(0)
-    await run
-    await made.shutdown()
-    return pushes
 
 
 async def said_without_pushes():
@@ -257,21 +197,6 @@ if sys.argv[2] == "waits":
     time.sleep(3600)
 print(1.0)
 """
-
-
-def of(folder):
-    """The processes with that folder among their arguments."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        if str(folder) in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("end", ["of itself", "time", "cancel"])

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -10,7 +11,6 @@ import structlog
 from async_rl.config.loading import validate
 from async_rl.driver import chat_command, lone_worker
 from async_rl.errors import DatasetError, EngineDied, EngineError
-from async_rl.rollout import agents
 from async_rl.rollout.engine.interface import EngineOutput
 from tests.support.agent_sessions import CHAT, END, WORDS, ids, render
 from tests.support.gateway_parts import Letters
@@ -59,7 +59,7 @@ def chat(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lone_worker.logs, "configure", lambda *_, **__: None)
     monkeypatch.setattr(chat_command.reading, "encoder", lambda config: Encoder())
     monkeypatch.setattr(Says, "over", threading.Event())
-    monkeypatch.setattr(agents, "chat_turns", lambda config: CHAT)
+    monkeypatch.setattr("async_rl.rollout.chat.chat_turns", lambda config: CHAT)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
 
@@ -133,8 +133,10 @@ def test_another_client_is_answered_while_it_lasts(chat, capsys):
     found = []
 
     def ask():
-        while "OPENAI_API_KEY" not in (text := capsys.readouterr().err):
-            pass
+        text, until = "", time.monotonic() + 60
+        while "OPENAI_MODEL" not in text and time.monotonic() < until:
+            time.sleep(0.01)
+            text += capsys.readouterr().err  # which takes it away
         url = next(line.partition("=")[2] for line in text.splitlines() if line.startswith("OPENAI_BASE_URL"))
         with urllib.request.urlopen(f"{url}/models") as answer:
             found.append(answer.read())

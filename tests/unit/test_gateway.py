@@ -8,8 +8,11 @@ import openai
 import pytest
 
 from async_rl.errors import EngineDied, RowFault
+from async_rl.rollout.aside import DECODED_BYTES
 from async_rl.rollout.gateway import app, endpoint
+from async_rl.rollout.gateway.requests import text_request
 from tests.support.agent_sessions import END, LETTERS, WORDS, user
+from tests.support.chat_families import FAMILIES, tokenizer
 from tests.support.gateway_parts import CONTEXT, served
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
@@ -220,27 +223,76 @@ async def test_a_key_that_is_unknown_or_whose_rollout_has_ended_opens_nothing():
         assert subject.session.trajectories() == ()
 
 
-async def test_a_body_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 2**20)
+async def test_a_request_that_arrives_while_its_rollout_ends_writes_nothing():
+    async with served() as subject:
+        port = int(subject.root.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps({"messages": ASKED}).encode()
+        key = subject.policy.api_key
+        writer.write(
+            f"POST /r/{key}/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body[:5]
+        )
+        only = subject.gateway._endpoints[key]
+        await until(lambda: only.calls)
+        await subject.gateway.end(key)
+        writer.write(body[5:])
+        assert (await reader.readline()).split()[1] == b"401"
+        assert (subject.call.calls, subject.session.branches) == ([], [])
+        writer.close()
+
+
+async def test_large_requests_and_the_log_probs_of_long_answers_are_turned_into_text_beside_the_loop(monkeypatch):
+    sizes = []
+
+    async def noted(nbytes, work):
+        sizes.append(nbytes)
+        return work()
+
+    monkeypatch.setattr(app, "aside", noted)
     async with served() as subject, subject.client() as client:
-        with pytest.raises(openai.APIStatusError) as caught:
-            await client.chat.completions.create(model="m", messages=[user("a" * 2**20)])
-        assert caught.value.status_code == 413
+        answer = await client.chat.completions.create(model="m", messages=[user("a" * 500)], logprobs=True)
+        assert sizes[0] > 500
+        assert sizes[1] == DECODED_BYTES * answer.usage.completion_tokens
 
 
-async def test_too_many_requests_at_one_time_are_refused(monkeypatch):
-    monkeypatch.setattr(app, "MAX_CALLS", 2)
+async def test_a_body_of_more_than_32_mib_is_refused():
+    empty = len(json.dumps({"messages": [{"role": "robot", "content": ""}]}))
+    async with served() as subject, subject.client(base_url=subject.policy.base_url) as client:
+        for size, status in ((32 * 2**20, 400), (32 * 2**20 + 1, 413)):
+            body = {"messages": [{"role": "robot", "content": "a" * (size - empty)}]}
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.post("/chat/completions", cast_to=object, content=json.dumps(body).encode())
+            assert caught.value.status_code == status
+
+
+async def test_the_65th_request_of_a_rollout_at_one_time_is_refused(monkeypatch):
     monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.01)  # the calls count on while they are kept waiting
     async with served() as subject, subject.client() as client:
         subject.call.hold = asyncio.Event()
-        asked = [asyncio.create_task(client.chat.completions.create(model="m", messages=[user(text)])) for text in "ab"]
-        await until(lambda: len(subject.call.calls) == 2)
+        texts = [f"{number}" for number in range(64)]
+        asked = [asyncio.create_task(client.chat.completions.create(model="m", messages=[user(t)])) for t in texts]
+        await until(lambda: len(subject.call.calls) == 64)
         await asyncio.sleep(0.05)
         with pytest.raises(openai.RateLimitError):
             await client.chat.completions.create(model="m", messages=[user("c")])
         subject.call.hold.set()
-        await asyncio.gather(*asked)
-        await client.chat.completions.create(model="m", messages=[user("c")])
+        await asyncio.gather(*asked[:-1])
+        assert (await asked[-1]).choices[0].message.content == "1 2"
+        with pytest.raises(openai.BadRequestError, match="64 branches"):
+            await client.chat.completions.create(model="m", messages=[user("c")])
+
+
+@pytest.mark.parametrize("text", ["ab", "<|begin_of_text|>ab"])
+def test_a_text_that_begins_with_the_begin_token_has_it_once(text):
+    """As NeMo #855 had it: a harness that writes the template itself sends a text that begins with it."""
+    made = tokenizer(FAMILIES["llama3"])
+    dialect = app.Dialect("m", 100, made)
+    begin, *rest = dialect.tokens(text_request({"prompt": text}))
+    assert made.convert_ids_to_tokens([begin]) == ["<|begin_of_text|>"]
+    assert dialect.text(rest) == "ab"
+    exact = dialect.tokens(text_request({"prompt": text, "add_special_tokens": False}))
+    assert dialect.text(exact) == text
 
 
 async def test_an_engine_that_died_is_said_once_and_the_rollout_fails_of_it():
@@ -254,22 +306,32 @@ async def test_an_engine_that_died_is_said_once_and_the_rollout_fails_of_it():
             await client.chat.completions.create(model="m", messages=ASKED)
 
 
-async def test_a_client_that_repeats_after_its_time_out_gets_the_answer_to_its_first_request():
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+async def test_a_client_that_repeats_after_its_time_out_gets_the_answer_to_its_first_request(path):
+    body = {"messages": ASKED, "prompt": "ab", "max_tokens": 9}
     async with served() as subject, subject.client(max_retries=3, timeout=0.3) as client:
+
+        async def said(**options):
+            answer = await client.post(f"/{path}", cast_to=object, body=body, options=options)
+            (choice,) = answer["choices"]
+            return choice["message"]["content"] if "message" in choice else choice["text"]
+
         subject.call.hold = asyncio.Event()
-        asked = asyncio.create_task(client.chat.completions.create(model="m", messages=ASKED))
+        asked = asyncio.create_task(said())
         await until(lambda: subject.gateway.joined)
         subject.call.hold.set()
-        assert (await asked).choices[0].message.content == "1 2"
+        assert await asked == "1 2"
         assert subject.session.ways == {"first": 1}
         # Its answer was lost on the way: it is given again, as long as nothing followed.
-        repeated = {"x-stainless-retry-count": "1"}
+        repeated = {"headers": {"x-stainless-retry-count": "1"}}
         before = subject.gateway.joined
-        again = await client.chat.completions.create(model="m", messages=ASKED, extra_headers=repeated)
-        assert (again.choices[0].message.content, subject.gateway.joined) == ("1 2", before + 1)
+        assert (await said(**repeated), subject.gateway.joined) == ("1 2", before + 1)
         assert subject.session.ways == {"first": 1}
-        await client.chat.completions.create(model="m", messages=ASKED)
+        await said()
         assert subject.session.ways == {"first": 1, "root": 1}, "without that header it is a second sample"
+        body["max_tokens"] = 8
+        await said(**repeated)
+        assert subject.session.ways == {"first": 1, "root": 2}, "it was never asked before"
 
 
 async def test_a_request_that_says_that_it_is_repeated_joins_also_beside_a_live_one():

@@ -1,6 +1,7 @@
 """The policy as an agent asks it: requests of messages, tokens and text over one session, and what interrupts them."""
 
 import asyncio
+import weakref
 
 import numpy as np
 import pytest
@@ -67,6 +68,21 @@ async def test_an_agent_sends_back_what_it_got_and_never_sees_that_turns_were_cu
     assert made.versions[made.sampled].tolist() == list(range(1, 10))
     assert (made.routed_experts == 9).all()
     assert len(set(call.requests)) == 9
+
+
+async def test_what_earlier_turns_had_is_kept_once():
+    """A session that kept the branch as it was at each turn would grow with the square of its turns."""
+    subject, call = session(), Answers(cut=False)
+    asked = policy(subject, call)
+    history, earlier = [user("a")], []
+    for _ in range(4):
+        reply = await asked.chat(history)
+        history += [reply.message, user("b")]
+        partial = subject.branches[0].partial
+        earlier.append([weakref.ref(array) for array in (partial.routed_experts, partial.logprobs)])
+        assert reply.token_ids.base is None
+    del partial, reply
+    assert [[ref() is not None for ref in refs] for refs in earlier] == [[False, False]] * 3 + [[True, True]]
 
 
 async def test_several_requests_at_one_time_share_what_came_before():

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
-from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.applications import Starlette
@@ -22,9 +21,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from async_rl.data.tokenizer import prompt_encoder
 from async_rl.errors import RequestRefused
+from async_rl.rollout.aside import DECODED_BYTES, aside
 from async_rl.rollout.gateway.answers import Answer, Kind, error, event
-from async_rl.rollout.gateway.endpoint import Asked, Endpoint
+from async_rl.rollout.gateway.endpoint import Asked, Endpoint, Key
 from async_rl.rollout.gateway.requests import (
     BadRequest,
     Form,
@@ -74,10 +75,12 @@ class Dialect(NamedTuple):
     tokenizer: Any
 
     def tokens(self, asked: TextRequest) -> list[int]:
-        """Return the tokens of a request's prompt. Raises BadRequest."""
-        if isinstance(asked.prompt, str):
-            return list(self.tokenizer.encode(asked.prompt, add_special_tokens=asked.special_tokens))
-        return self.known(asked.prompt)
+        """Return the tokens of a request's prompt, with one token that begins a sequence at most. Raises BadRequest."""
+        if not isinstance(asked.prompt, str):
+            return self.known(asked.prompt)
+        if not asked.special_tokens:
+            return list(self.tokenizer.encode(asked.prompt, add_special_tokens=False))
+        return list(prompt_encoder(self.tokenizer.encode, self.tokenizer.convert_ids_to_tokens)(asked.prompt))
 
     def known(self, ids: list[int]) -> list[int]:
         """Return tokens that the tokenizer has. Raises BadRequest: an engine would fail of others."""
@@ -172,17 +175,18 @@ class Application:
         return _plain({"prompt": self._dialect.text(self._dialect.known(ids))})
 
     async def _chat(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
-        asked = chat_request(json_object(data))
+        asked = await aside(len(data), lambda: chat_request(json_object(data)))
         how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
         ask = partial(endpoint.policy.chat, asked.messages, asked.tools, **how)
         again = partial(endpoint.policy.repeated, asked.messages, asked.tools, **how)
         return await self._turn(endpoint, request, "chat.completion", data, asked.form, ask, again)
 
     async def _completions(self, endpoint: Endpoint, request: Request, data: bytes) -> Response:
-        asked = text_request(json_object(data))
+        asked = await aside(len(data), lambda: text_request(json_object(data)))
         ids = self._dialect.tokens(asked)
-        ask = partial(endpoint.policy.complete, ids, max_tokens=asked.form.max_tokens, stop=asked.form.stop)
-        return await self._turn(endpoint, request, "text_completion", data, asked.form, ask)
+        how: dict[str, Any] = {"max_tokens": asked.form.max_tokens, "stop": asked.form.stop}
+        ask, again = partial(endpoint.policy.complete, ids, **how), partial(endpoint.policy.completed, ids, **how)
+        return await self._turn(endpoint, request, "text_completion", data, asked.form, ask, again)
 
     async def _turn(
         self,
@@ -192,17 +196,19 @@ class Application:
         data: bytes,
         form: Form,
         ask: Callable[[], Coroutine[Any, Any, Reply]],
-        again: Callable[[], Reply | None] = lambda: None,
+        again: Callable[[], Reply | None],
     ) -> Response:
         """Answer with a turn of the policy, which begins with ``ask`` unless the request repeats one."""
+        if endpoint.closed:  # while the request was read
+            raise _ended()
         self.ignored.update(form.ignored)
-        key = blake2b(kind.encode() + data, digest_size=16).digest()
+        key = kind, data
         repeats = request.headers.get("x-stainless-retry-count", "0") != "0"
         asked = endpoint.known(key, repeats=repeats)
         self.joined += asked is not None
         if asked is None and repeats and (reply := again()) is not None:
             self.joined += 1
-            return self._answered(kind, form, reply)
+            return await self._answered(kind, form, reply)
         asked = asked or endpoint.ask(key, ask)
         answered = handed_over = False
         asked.waiting += 1
@@ -210,7 +216,7 @@ class Application:
             if await _done_or_gone(request, asked.turn):
                 reply = await self._reply(asked)
                 answered = True
-                return self._answered(kind, form, reply)
+                return await self._answered(kind, form, reply)
             handed_over = True
             asked.waiting += 1  # from here on, for the stream
             return StreamingResponse(
@@ -224,7 +230,7 @@ class Application:
                 endpoint.leave(key, asked, answered=answered)
 
     async def _kept_waiting(
-        self, endpoint: Endpoint, key: bytes, asked: Asked, kind: Kind, form: Form
+        self, endpoint: Endpoint, key: Key, asked: Asked, kind: Kind, form: Form
     ) -> AsyncIterator[bytes]:
         """Give the answer once it is there, and signs of life until then."""
         answered = False
@@ -234,7 +240,7 @@ class Application:
                     yield b": waiting\n\n" if form.stream else b" "
                     await asyncio.wait({asked.turn}, timeout=KEEP_ALIVE_S)
                 try:
-                    answer = self._answer(kind, form, await self._reply(asked))
+                    answer = await self._answer(kind, form, await self._reply(asked))
                 except Refused as refused:
                     if not form.stream:
                         raise  # The status was sent: a connection that breaks off is all that can tell.
@@ -252,19 +258,24 @@ class Application:
     async def _reply(self, asked: Asked) -> Reply:
         """Return the reply of a turn that has ended. Raises Refused."""
         if asked.turn.cancelled():
-            raise Refused(401, "the rollout has ended", "invalid_api_key")
+            raise _ended()
         return await _refusing(asked.turn)
 
-    def _answered(self, kind: Kind, form: Form, reply: Reply) -> Response:
-        answer = self._answer(kind, form, reply)
+    async def _answered(self, kind: Kind, form: Form, reply: Reply) -> Response:
+        answer = await self._answer(kind, form, reply)
         if form.stream:
             return Response(b"".join(answer.events()), media_type="text/event-stream")
         return _json(answer.body())
 
-    def _answer(self, kind: Kind, form: Form, reply: Reply) -> Answer:
-        pieces = [self._dialect.text([token]) for token in reply.token_ids.tolist()] if form.logprobs else []
+    async def _answer(self, kind: Kind, form: Form, reply: Reply) -> Answer:
+        ids = reply.token_ids.tolist() if form.logprobs else []
+        pieces = await aside(DECODED_BYTES * len(ids), lambda: [self._dialect.text([token]) for token in ids])
         name = f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{secrets.token_hex(12)}"
         return Answer(kind, name, int(time.time()), self._dialect.model, reply, pieces, form)
+
+
+def _ended() -> Refused:
+    return Refused(401, "the rollout has ended", "invalid_api_key")
 
 
 async def _body(request: Request) -> bytes:

@@ -18,6 +18,10 @@ REPEAT_WITHIN_S = 60.0
 """Seconds for which a turn is sampled on although no client waits for it. OpenAI's clients repeat after at most 8."""
 
 
+Key = tuple[str, bytes]
+"""What was asked for: the kind of request and its body. Equal for a request and its repetition."""
+
+
 class Asked:
     """One turn, and those who wait for it."""
 
@@ -35,7 +39,8 @@ class Endpoint:
         """Gets the exception of a turn for which the rollout must fail."""
         self.calls = 0
         """Calls under way."""
-        self._asked: dict[bytes, Asked] = {}  # the last of those not answered, by what was asked
+        self.closed = False
+        self._asked: dict[Key, Asked] = {}  # the last of those not answered, by what was asked
         self._turns: set[asyncio.Task[Reply]] = set()  # under way
 
     @contextlib.contextmanager
@@ -47,7 +52,7 @@ class Endpoint:
         finally:
             self.calls -= 1
 
-    def known(self, key: bytes, *, repeats: bool) -> Asked | None:
+    def known(self, key: Key, *, repeats: bool) -> Asked | None:
         """Return the turn whose answer a request should have that asks for ``key``; None if it asks for a new one.
 
         ``repeats``: its sender says that it repeats one. Where the others have lost their connection, it does as well;
@@ -56,7 +61,7 @@ class Endpoint:
         asked = self._asked.get(key)
         return asked if asked is not None and (repeats or not asked.waiting) else None
 
-    def ask(self, key: bytes, ask: Callable[[], Coroutine[Any, Any, Reply]]) -> Asked:
+    def ask(self, key: Key, ask: Callable[[], Coroutine[Any, Any, Reply]]) -> Asked:
         """Begin a turn."""
         asked = Asked(asyncio.create_task(ask()))
         self._asked[key] = asked
@@ -64,7 +69,7 @@ class Endpoint:
         asked.turn.add_done_callback(lambda _: self._ended(key, asked))
         return asked
 
-    def leave(self, key: bytes, asked: Asked, *, answered: bool) -> None:
+    def leave(self, key: Key, asked: Asked, *, answered: bool) -> None:
         """Note that a client waits no longer, because of the answer or of a lost connection."""
         asked.waiting -= 1
         if answered:
@@ -74,13 +79,14 @@ class Endpoint:
             loop.call_later(REPEAT_WITHIN_S, lambda: asked.waiting or asked.turn.cancel())
 
     async def close(self) -> None:
-        """Give up every turn under way."""
+        """Give up every turn under way; none may begin any more."""
+        self.closed = True
         turns = list(self._turns)
         for turn in turns:
             turn.cancel()
         await asyncio.gather(*turns, return_exceptions=True)
 
-    def _ended(self, key: bytes, asked: Asked) -> None:
+    def _ended(self, key: Key, asked: Asked) -> None:
         self._turns.discard(asked.turn)
         error = None if asked.turn.cancelled() else asked.turn.exception()
         if asked.turn.cancelled() or error is not None:
@@ -88,6 +94,6 @@ class Endpoint:
         if isinstance(error, Exception) and not isinstance(error, RequestRefused) and not self.failed.done():
             self.failed.set_result(error)
 
-    def _forget(self, key: bytes, asked: Asked) -> None:
+    def _forget(self, key: Key, asked: Asked) -> None:
         if self._asked.get(key) is asked:
             del self._asked[key]
