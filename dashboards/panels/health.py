@@ -146,6 +146,55 @@ HEALTH = Row(
         ),
         (
             Panel(
+                "Calls of tools",
+                "none",
+                (Query("sum by (run, result) (async_rl_agent_tool_calls_total{})", "{{run}} {{result}}"),),
+                "Calls of the tools of environments that the policy made, by result.",
+                "ok by far. unknown_tool and bad_arguments fall as the policy learns how to call.",
+                "the tools' docstrings, which are all that the policy knows of them, and the prompt.",
+                width=6,
+            ),
+            Panel(
+                "Time of environments",
+                "s",
+                (
+                    Query(
+                        "sum by (run, stage) (rate(async_rl_agent_environment_seconds_total{}[$window]))",
+                        "{{run}} {{stage}}",
+                    ),
+                ),
+                "Seconds that rollouts with environments wait in each second, by what they wait for.",
+                "policy alone: the engines are busy. Much of place, setup or step: the environments hold them up.",
+                "`rollout.agent.concurrent` up for place, `rollout.agent.hosts` up where its process is at one core.",
+                width=6,
+            ),
+            Panel(
+                "Environments open",
+                "none",
+                (Query("sum by (run) (async_rl_agent_environments{})", "{{run}}"),),
+                "Environments of rollouts that have begun and are not closed.",
+                "below `rollout.agent.concurrent` times the replicas.",
+                "`rollout.agent.concurrent` up where it is reached, `rollout.agent.close_s` where they do not close.",
+                width=6,
+            ),
+            Panel(
+                "Environments given up",
+                "none",
+                (
+                    Query("sum by (run, stage) (async_rl_agent_environment_late_total{})", "{{run}} late {{stage}}"),
+                    Query(
+                        "sum by (run, reason) (async_rl_agent_environment_hosts_lost_total{})",
+                        "{{run}} host {{reason}}",
+                    ),
+                ),
+                "Calls of environments that were ended at their time limits, and processes of environments lost.",
+                "none. Each costs a rollout, and each host all that run in it.",
+                "`rollout.agent.step_s` and its like up for slow ones; `rollout.agent.hosts` up, so that less is lost.",
+                width=6,
+            ),
+        ),
+        (
+            Panel(
                 "Bad rows of the datasets",
                 "none",
                 (Query("sum by (run, dataset) (async_rl_dataset_bad_rows_total{})", "{{run}} {{dataset}}"),),
