@@ -115,7 +115,7 @@ class AgentSection(Section):
     close_s: PositiveFloat = 30.0
     """Seconds for an environment to close; one that takes longer is left as it is, and counted."""
     tool_answer_chars: Positive = 16_384
-    """Characters of a tool's answer that the policy gets; the rest is cut off, and it is told so."""
+    """Characters of a tool's answer that the policy gets; the rest is cut off, with a note that says so."""
     gateway_host: str = "127.0.0.1"
     """Address on which each rollout worker serves the policy as OpenAI's API does, to programs and to functions that
     use policy.base_url; 0.0.0.0 for all interfaces, if agents run on other hosts. Each rollout has a key."""

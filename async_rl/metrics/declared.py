@@ -507,7 +507,7 @@ _FLOW = (
         "agent_tool_calls_total",
         "counter",
         "Calls of an environment's tools by the policy, by result.",
-        "unknown_tool, bad_arguments: the policy's faults, which it is told. tool_error: what the tool says is wrong.",
+        "unknown_tool, bad_arguments: faults of the policy, which sees them. tool_error: what the tool says is wrong.",
         labels=("result",),
         values=("ok", "unknown_tool", "bad_arguments", "tool_error"),
     ),

@@ -76,16 +76,22 @@ async def start_program(
     number of the signal.
     """
     starter = (sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(os.getpid()))
-    return await asyncio.create_subprocess_exec(
-        *starter,
-        *command,
-        stdin=stdin,
-        stdout=PIPE,
-        stderr=stderr,
-        env=environment,
-        start_new_session=True,
-        pass_fds=pass_fds,
+    pipes: dict[str, Any] = {"stdin": stdin, "stdout": PIPE, "stderr": stderr}
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *starter, *command, **pipes, env=environment, start_new_session=True, pass_fds=pass_fds
+        )
     )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # Were this one cancelled, asyncio would kill the supervisor, which may have started the program already.
+        while not starting.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({starting})
+        if not starting.cancelled() and starting.exception() is None:
+            await end_program(starting.result(), [])
+        raise
 
 
 async def end_program(process: Process, streams: Sequence[asyncio.Task[Any]]) -> None:

@@ -151,7 +151,7 @@ HEALTH = Row(
                 (Query("sum by (run, result) (async_rl_agent_tool_calls_total{})", "{{run}} {{result}}"),),
                 "Calls of the tools of environments that the policy made, by result.",
                 "ok by far. unknown_tool and bad_arguments fall as the policy learns how to call.",
-                "the tools' docstrings, which are all that the policy knows of them, and the prompt.",
+                "the docstrings of `rollout.agent.environment`, which are all that the policy knows of its tools.",
                 width=6,
             ),
             Panel(

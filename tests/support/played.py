@@ -26,7 +26,7 @@ def calls(*made):
 
 
 class Says:
-    """A policy that says each of these in turn, and then "." for ever; it refuses what comes after ``most`` turns."""
+    """A policy that says each of these in turn, and then "." without end; ``most`` turns have room."""
 
     def __init__(self, *said, most=None, cut=False):
         self.said, self.most, self.cut, self.asked, self.tools, self.raw = list(said), most, cut, [], None, []
@@ -53,7 +53,7 @@ class Says:
 
     @property
     def heard(self):
-        """What it was told since its first turn, by role."""
+        """What it heard since its first turn, by role."""
         return [(m["role"], m["content"]) for m in self.asked[-1][len(self.asked[0]) :] if m["role"] != "assistant"]
 
 

@@ -15,6 +15,7 @@ from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.interface import Step
 from async_rl.rollout.environments.tools import NoSchema, schema_of
 from async_rl.rollout.gate import Gate
+from tests.support.gateway_parts import served
 from tests.support.played import MODULE, Says, call, calls, environments, play
 from tests.support.user_environments import Shelf, note
 
@@ -78,6 +79,31 @@ async def test_the_row_s_own_messages_begin_where_setup_returns_none():
     async with environments(own("Turns"), **HERE) as subject:
         await play(subject, policy, row)
     assert policy.asked[0] == row["prompt"]
+
+
+async def test_a_rollout_of_messages_is_one_trajectory():
+    async with served() as one, environments("Counting", **HERE) as subject:
+        assert (await play(subject, one.policy)).reward == {"reward": 1.5, "turns": 3.0}
+        assert one.session.ways == {"first": 1, "extended": 2}
+        (trajectory,) = one.session.trajectories()
+    assert int(trajectory.sampled.sum()) == 3 * 3
+
+
+async def test_a_rollout_ends_at_its_turns_and_messages_that_no_template_takes_are_a_fault():
+    async with served(turns=2) as one, environments("Counting", **HERE) as subject:
+        assert (await play(subject, one.policy)).reward == {"reward": 1.0, "turns": 2.0}
+        assert one.session.truncated
+    async with served() as one, environments(own("Robot"), **HERE) as subject:
+        with pytest.raises(Failed, match=r"says what the policy cannot be asked: .*the role is 'robot'"):
+            await play(subject, one.policy)
+
+
+class Robot:
+    def setup(self, task, context):
+        return [{"role": "robot", "content": "hi"}]
+
+    def step(self, message):
+        """Never called."""
 
 
 # -- tools --
