@@ -256,7 +256,7 @@ async def test_a_host_of_this_interpreter_imports_nothing_heavy():
             r"did not start: \S+ has no msgpack, which environments need; run \S+ -m pip install msgpack",
         ),
         ("no_such_module:C", (), r"there is no module 'no_such_module' for "),
-        ("NoSuchClass", (), r"has no class 'NoSuchClass'; it has Counting"),
+        ("Absent", (), r"has no class 'Absent'; it has Counting"),
         ("tests.support.broken_environments:C", (), r"importing 'tests\.support\.broken_environments' raised"),
     ],
 )
@@ -272,7 +272,7 @@ async def test_a_host_that_cannot_start_says_why(name, options, match, tmp_path,
 
 def test_the_doctor_starts_a_host():
     tree = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
-    for name, status in (("Counting", "ok"), ("NoSuchClass", "FAIL")):
+    for name, status in (("Counting", "ok"), ("Absent", "FAIL")):
         config = validate({**tree, "rollout": {"agent": {"environment": f"{MODULE}:{name}"}}})
         (found,) = [check for check in functions(config) if check.name == "rollout.agent.environment"]
         assert found.status == status
@@ -339,8 +339,8 @@ async def test_a_host_that_dies_costs_a_group_where_failures_are_skipped():
 
 async def test_a_class_that_cannot_be_imported_fails_the_worker_before_it_takes_groups():
     queue = ListQueue(2)
-    subject = replica(scripted(), queue, "NoSuchClass", on_error="skip")
-    with pytest.raises(AgentFailure, match="has no class 'NoSuchClass'"):
+    subject = replica(scripted(), queue, "Absent", on_error="skip")
+    with pytest.raises(AgentFailure, match="has no class 'Absent'"):
         await subject.run()
     await subject.shutdown()
     assert (queue.left, queue.failed) == (2, [])
