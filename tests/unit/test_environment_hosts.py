@@ -166,6 +166,8 @@ async def test_a_host_whose_loop_is_blocked_is_killed(tmp_path, monkeypatch):
         waits.go.set()
         with pytest.raises(Failed, match="which answered nothing: an async method blocks there"):
             await beside
+        (blocked,) = processes_of(tmp_path)
+        await until(lambda: int(blocked) not in family())
         assert (await play(subject, Says())).reward["reward"] == 1.5
         assert subject._hosts.lost == {"silent": 1}
 
