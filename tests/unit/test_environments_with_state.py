@@ -356,6 +356,28 @@ async def test_a_rollout_that_is_cancelled_closes_its_environment(tmp_path, monk
     assert "close" in (tmp_path / "log").read_text()
 
 
+async def test_the_end_of_a_worker_waits_for_environments_whose_rollouts_are_cancelled_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENVIRONMENTS_LOG", str(tmp_path / "log"))
+    async with environments(own("ClosesSlowly"), **HERE) as subject:
+        running = asyncio.create_task(play(subject, Says()))
+        await asyncio.sleep(0.05)
+        ending = asyncio.create_task(subject.close())
+        await asyncio.sleep(0.05)
+        running.cancel()
+        await ending
+        assert running.done()
+        assert (tmp_path / "log").read_text().startswith("close")
+
+
+class ClosesSlowly:
+    async def step(self, message):
+        await asyncio.sleep(3600)
+
+    async def close(self):
+        await asyncio.sleep(0.3)
+        note("close")
+
+
 async def test_plain_methods_do_not_block_the_loop_and_share_a_thread():
     Threads.seen.clear()
     async with environments(own("Threads"), **HERE) as subject:

@@ -109,8 +109,10 @@ class Environments:
         """End all rollouts, have their environments close as long as they may, and end the hosts."""
         for playing in self._playing:
             playing.cancel()
-        if pending := {*self._playing, *self._closing}:
-            await asyncio.wait(pending, timeout=self._settings.close_s)
+        until = time.monotonic() + self._settings.close_s
+        # A rollout that is cancelled twice is over before its environment is closed.
+        while (pending := {*self._playing, *self._closing}) and (left := until - time.monotonic()) > 0:
+            await asyncio.wait(pending, timeout=left)
         if self._hosts is not None:
             await self._hosts.close()
 
