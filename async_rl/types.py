@@ -133,9 +133,8 @@ class Trajectory:
         if prompt == 0 or response == 0:
             raise InvalidTrajectory(f"{name}: {prompt} prompt and {response} response tokens; both must be > 0")
         if len(self.logprobs) != response or len(self.versions) != response:
-            raise InvalidTrajectory(
-                f"{name}: {response} response tokens, {len(self.logprobs)} logprobs, {len(self.versions)} versions"
-            )
+            others = f"{len(self.logprobs)} logprobs, {len(self.versions)} versions"
+            raise InvalidTrajectory(f"{name}: {response} response tokens, {others}")
         sampled = self.sampled
         wrong = np.where(sampled, ~np.isfinite(self.logprobs), ~np.isnan(self.logprobs))
         if wrong.any():

@@ -143,10 +143,13 @@ def _check_agent(config: RunConfig) -> None:
     agent, sources = config.rollout.agent, config.data.sources.items()
     if agent.named is None:
         return
-    if agent.function is not None and agent.command is not None:
+    if len(agent.all_named) > 1:
+        both = ", and ".join(f"{key} is {value}" for key, value in agent.all_named.items())
+        raise ValueError(f"{both}, but a rollout has one agent; remove one of them")
+    if agent.inline and agent.python is not None:
         raise ValueError(
-            f"rollout.agent.function is {agent.function}, and rollout.agent.command is {agent.command}, but a rollout "
-            "has one agent; remove one of them"
+            f"rollout.agent.python is {agent.python}, but rollout.agent.inline is true, so that environments run under "
+            "the worker's Python; remove one of them"
         )
     named = " is ".join(agent.named)
     others = {"rollout.environment.function": config.rollout.environment.function}

@@ -90,6 +90,32 @@ class AgentSection(Section):
     """In place of a function, a program with its arguments, which is started for each rollout. It gets the row as JSON
     on its standard input, and OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL in its environment; the last line of
     its standard output is the reward as JSON, a number or an object of named numbers."""
+    environment: FunctionName | None = None
+    """In place of a function, an environment with state as module:Class, of which each rollout has an instance: setup,
+    then step after each turn of the policy or the tools that it calls, then reward, and close whatever happens. Also a
+    class for TRL's environment_factory, or a function that returns an environment of skyrl-gym, gem or textarena."""
+    arguments: Arguments = Field(default_factory=dict)
+    """What the class of rollout.agent.environment is called with, by name, for example {env_id: Wordle-v0}."""
+    inline: bool = False
+    """Whether environments run in the worker's process, methods that are async on its event loop; else they run in
+    processes of their own, of which one that crashes costs its rollouts alone."""
+    python: PathName | None = None
+    """The Python that runs environments, for example of a virtual environment with their libraries; it needs msgpack.
+    Null for the worker's own."""
+    hosts: Positive = 1
+    """Processes per worker that environments are spread over."""
+    concurrent: Positive = 256
+    """Environments that a worker may have open; further rollouts wait, which does not count towards their limits."""
+    setup_s: PositiveFloat = 120.0
+    """Seconds for the setup of an environment, those excluded for which the engine is paused, as for the next two."""
+    step_s: PositiveFloat = 60.0
+    """Seconds for a step of an environment, or for one call of a tool."""
+    score_s: PositiveFloat = 60.0
+    """Seconds for the reward of an environment."""
+    close_s: PositiveFloat = 30.0
+    """Seconds for an environment to close; one that takes longer is left as it is, and counted."""
+    tool_answer_chars: Positive = 16_384
+    """Characters of a tool's answer that the policy gets; the rest is cut off, with a note that says so."""
     gateway_host: str = "127.0.0.1"
     """Address on which each rollout worker serves the policy as OpenAI's API does, to programs and to functions that
     use policy.base_url; 0.0.0.0 for all interfaces, if agents run on other hosts. Each rollout has a key."""
@@ -114,9 +140,14 @@ class AgentSection(Section):
     @property
     def named(self) -> tuple[str, str] | None:
         """The setting that names the agent, and the agent as text; None where there is none."""
-        if self.function is not None:
-            return "rollout.agent.function", self.function
-        return None if self.command is None else ("rollout.agent.command", shlex.join(self.command))
+        return next(iter(self.all_named.items()), None)
+
+    @property
+    def all_named(self) -> dict[str, str]:
+        """Each setting that names an agent, with the agent as text; a run has one at most."""
+        command = None if self.command is None else shlex.join(self.command)
+        named = {"function": self.function, "command": command, "environment": self.environment}
+        return {f"rollout.agent.{key}": value for key, value in named.items() if value is not None}
 
 
 class FilterSection(Section):

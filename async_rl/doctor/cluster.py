@@ -38,6 +38,7 @@ def user_modules(config: RunConfig) -> dict[str, str]:
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
         "rollout.agent.function": config.rollout.agent.function,
+        "rollout.agent.environment": None if config.rollout.agent.python else config.rollout.agent.environment,
     }
     named = {value: key for key, value in settings.items() if value is not None and ":" in value}
     named |= {name: config.rollout.engine_setting for name in config.rollout.engine_names if ":" in name}

@@ -28,6 +28,7 @@ from async_rl.models.config import ModelConfig, check_not_quantized, check_run, 
 from async_rl.rollout import agents
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.sglang import SGLANG_VERSION
+from async_rl.rollout.environments import play
 from async_rl.rollout.environments.named import environments_of
 from async_rl.rollout.environments.turns import load_environment
 from async_rl.rollout.responses import load_filter
@@ -235,11 +236,7 @@ def functions(config: RunConfig) -> Iterator[Check]:
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
-    agent = config.rollout.agent.function
-    if agent is not None:
-        yield _try(agents.SETTING, agent, functools.partial(agents.load_agent, agent))
-    if config.rollout.agent.command is not None:
-        yield _program(config.rollout.agent.command[0])
+    yield from _agent(config)
     for environment, key in environments_of(config).items():
         yield _try(key, environment, functools.partial(load_environment, environment, key))
     if environments_of(config):
@@ -247,6 +244,17 @@ def functions(config: RunConfig) -> Iterator[Check]:
     if config.prepare is not None:
         prepare = config.prepare
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
+
+
+def _agent(config: RunConfig) -> Iterator[Check]:
+    """Check that an agent can be started, whatever it is."""
+    agent = config.rollout.agent
+    if agent.function is not None:
+        yield _try(agents.SETTING, agent.function, functools.partial(agents.load_agent, agent.function))
+    if agent.command is not None:
+        yield _program(agent.command[0])
+    if agent.environment is not None:
+        yield _try(play.SETTING, agent.environment, functools.partial(play.probe, config))
 
 
 def _program(name: str) -> Check:

@@ -1,4 +1,4 @@
-"""Rollouts of a user's own, rollout.agent: a function or a program that asks the policy as often as it likes.
+"""Rollouts of a user's own, rollout.agent: a function, a program or an environment with state.
 
 Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
 rollout record of what it returns. Knows sessions and engine calls; neither groups nor the queue.
@@ -26,12 +26,15 @@ from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.chat import Chat
 from async_rl.rollout.deadline import wait_in_time
+from async_rl.rollout.environments.instance import Failed
+from async_rl.rollout.environments.play import Environments
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
 from async_rl.rollout.rewards.score import numbers_of, score_of, turn_rewards_of
 from async_rl.rollout.session import Limits, Session
+from async_rl.rollout.user_function import UserTraceback
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
 
@@ -98,9 +101,11 @@ class Agents:
         assert config.rollout.agent.named is not None
         self._config = config
         self._named = " ".join(config.rollout.agent.named)
-        function, command = config.rollout.agent.function, config.rollout.agent.command
-        self._function = self._program if function is None else load_agent(function)
-        self._command = command or []
+        settings = config.rollout.agent
+        self._command = settings.command or []
+        self._environments = Environments(config, gate) if settings.environment is not None else None
+        own = self._program if self._environments is None else self._played
+        self._function = own if settings.function is None else load_agent(settings.function)
         self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
@@ -122,6 +127,11 @@ class Agents:
         """Turns of rollouts in training that have ended, by how they came to their places."""
         self.refused: Counter[RefusalCode] = Counter()
         """Requests of these rollouts that were refused, by why."""
+
+    async def start(self) -> None:
+        """Start what agents of the kind need, so that what is wrong with it is known at once. Raises AgentFailure."""
+        if self._environments is not None:
+            await self._environments.start()
 
     async def rollout(
         self, prompt: Prompt, rollout_id: str, *, call: Call | None = None, terms: Terms | None = None
@@ -186,10 +196,14 @@ class Agents:
             metrics.count_to("gateway_fields_ignored_total", requests, field=name)
         metrics.count_to("gateway_requests_joined_total", gateway.joined)
         for read, calls in self._chat.reader.read.items():
-            metrics.count_to("agent_tool_calls_total", calls, read="yes" if read else "no")
+            metrics.count_to("agent_tool_calls_read_total", calls, read="yes" if read else "no")
+        if self._environments is not None:
+            self._environments.publish(metrics)
 
     async def close(self) -> None:
-        """Serve no policy any longer."""
+        """End what agents run in, and serve no policy any longer."""
+        if self._environments is not None:
+            await self._environments.close()
         await self.gateway.close()
 
     @property
@@ -224,6 +238,8 @@ class Agents:
             ) from error
         except ProgramFailed as error:
             raise self._failure(prompt, str(error)) from None
+        except Failed as error:
+            raise self._failure(prompt, str(error)) from (UserTraceback(error.trace) if error.trace else None)
         except Exception as error:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
         return Outcome.of(found)
@@ -257,6 +273,12 @@ class Agents:
         address = Address(policy.base_url, policy.api_key, policy.model)
         row = {"prompt": prompt.text, **prompt.fields}
         return await run_program(self._command, row, address, context.rollout_id, context.evaluation)
+
+    async def _played(self, prompt: Prompt, policy: Policy, context: Context) -> Outcome:
+        assert self._environments is not None
+        played = await self._environments.play(prompt, policy, context.rollout_id, context.seed)
+        end: RolloutEnd | None = "truncated" if played.truncated else None
+        return Outcome(played.reward, end, metrics=played.metrics, turn_rewards=played.turn_rewards or None)
 
     def _record(self, prompt: Prompt, session: Session, outcome: Outcome) -> RolloutRecord:
         cut = session.truncated or session.cut_off

@@ -88,6 +88,8 @@ class RolloutWorker:
             self._work.cancel()
 
     async def _keep_engine_full(self) -> None:
+        if self.agents is not None:
+            await self.agents.start()
         async with asyncio.TaskGroup() as groups:
 
             def begin(group: InFlight) -> None:

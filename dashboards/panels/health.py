@@ -113,7 +113,7 @@ HEALTH = Row(
                 "none",
                 (
                     Query("sum by (run, how) (async_rl_agent_turns_total{})", "{{run}} {{how}}"),
-                    Query("sum by (run, read) (async_rl_agent_tool_calls_total{})", "{{run}} calls, read: {{read}}"),
+                    Query("sum by (run, read) (async_rl_agent_tool_calls_read_total{})", "{{run}} read: {{read}}"),
                 ),
                 "Turns that agents asked for, by how each came to its place, and calls of tools in them.",
                 "first and extended alone. Each other one begins a trajectory of its own. read: no is a misspelt call.",
@@ -188,6 +188,55 @@ HEALTH = Row(
                 "few: an agent may end its rollouts by them. invalid_request is a mistake of the agent.",
                 "`rollout.agent.max_turns` or `rollout.agent.max_branches` up for rollout_budget_exceeded, "
                 "`rollout.max_response_tokens` for context_length_exceeded.",
+                width=6,
+            ),
+        ),
+        (
+            Panel(
+                "Calls of tools",
+                "none",
+                (Query("sum by (run, result) (async_rl_agent_tool_calls_total{})", "{{run}} {{result}}"),),
+                "Calls of the tools of environments that the policy made, by result.",
+                "ok by far. unknown_tool and bad_arguments fall as the policy learns how to call.",
+                "the docstrings of `rollout.agent.environment`, which are all that the policy knows of its tools.",
+                width=6,
+            ),
+            Panel(
+                "Time of environments",
+                "s",
+                (
+                    Query(
+                        "sum by (run, stage) (rate(async_rl_agent_environment_seconds_total{}[$window]))",
+                        "{{run}} {{stage}}",
+                    ),
+                ),
+                "Seconds that rollouts with environments wait in each second, by what they wait for.",
+                "policy alone: the engines are busy. Much of place, setup or step: the environments hold them up.",
+                "`rollout.agent.concurrent` up for place, `rollout.agent.hosts` up where its process is at one core.",
+                width=6,
+            ),
+            Panel(
+                "Environments open",
+                "none",
+                (Query("sum by (run) (async_rl_agent_environments{})", "{{run}}"),),
+                "Environments of rollouts that have begun and are not closed.",
+                "below `rollout.agent.concurrent` times the replicas.",
+                "`rollout.agent.concurrent` up where it is reached, `rollout.agent.close_s` where they do not close.",
+                width=6,
+            ),
+            Panel(
+                "Environments given up",
+                "none",
+                (
+                    Query("sum by (run, stage) (async_rl_agent_environment_late_total{})", "{{run}} late {{stage}}"),
+                    Query(
+                        "sum by (run, reason) (async_rl_agent_environment_hosts_lost_total{})",
+                        "{{run}} host {{reason}}",
+                    ),
+                ),
+                "Calls of environments that were ended at their time limits, and processes of environments lost.",
+                "none. Each costs a rollout, and each host all that run in it.",
+                "`rollout.agent.step_s` and its like up for slow ones; `rollout.agent.hosts` up, so that less is lost.",
                 width=6,
             ),
         ),

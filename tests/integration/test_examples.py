@@ -22,6 +22,7 @@ def test_an_example_is_a_config_a_readme_and_code(example):
 def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(example))
     tiny = yaml.safe_load(recipe.read_text())
+    evaluated = load(example / "config.yaml", {}).data.eval is not None
     run = Run(
         example / "config.yaml",
         tmp_path,
@@ -29,7 +30,7 @@ def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
         prepare="null",
         model__path=tiny["model"]["path"],
         data__train=tiny["data"]["train"],
-        data__eval=tiny["data"]["eval"],
+        data__eval=tiny["data"]["eval"] if evaluated else "null",
         trainer__steps=2,
         trainer__groups_per_step=2,
         rollout__n=2,

@@ -62,6 +62,8 @@ PURE = {
     "async_rl.rollout.branches",
     "async_rl.rollout.conversation",
     "async_rl.rollout.environments.named",
+    "async_rl.rollout.environments.tools",
+    "async_rl.rollout.environments.values",
     "async_rl.rollout.partial",
     "async_rl.rollout.rewards.adapters",
     "async_rl.rollout.rewards.named",

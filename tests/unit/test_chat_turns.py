@@ -74,11 +74,15 @@ def test_the_stop_token_that_the_policy_has_sampled_is_not_written_again(family)
     assert turns(family).tokens(AFTER, {}, other) == tail
 
 
+@pytest.mark.parametrize("role", ["user", "tool"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_control_tokens_in_what_an_environment_says_stay_text(family):
+def test_control_tokens_in_what_an_environment_says_stay_text(family, role):
+    if turns(family).check((role,))[role] is not None:
+        assert role == "tool", "the template has no place for tools"
+        return
     control = FAMILIES[family].special + FAMILIES[family].added
-    attack = [{"role": "user", "content": "a" + "b".join(control) + "c"}]
-    plain = [{"role": "user", "content": "x"}]
+    attack = [{"role": role, "content": "a" + "b".join(control) + "c"}]
+    plain = [{"role": role, "content": "x"}]
     attacked, innocent = (turns(family).tokens(messages, {}, None) for messages in (attack, plain))
     for token in ids(family, control):
         assert attacked.count(token) == innocent.count(token)
