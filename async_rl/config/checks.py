@@ -81,6 +81,12 @@ def _check_engines(config: RunConfig) -> None:
 
 
 def _check_sync(config: RunConfig) -> None:
+    if config.sync.delta.full_every > 1 and config.sync.backend in ("shm", "nccl"):
+        raise ValueError(
+            f"sync.delta.full_every is {config.sync.delta.full_every}, but sync.backend is {config.sync.backend}, "
+            "which transfers all weights each time; set sync.backend to auto or object_store, or sync.delta.full_every "
+            "to 1"
+        )
     if config.sync.backend != "nccl":
         if config.sync.senders != "one":
             raise ValueError(

@@ -50,6 +50,17 @@ class QueueSection(Section):
     loses none; the copies take as much memory again, which max_bytes does not count."""
 
 
+class DeltaSection(Section):
+    """Weight syncs that send what has changed, with sync.backend object_store."""
+
+    full_every: Positive = 1
+    """Of so many weight syncs one sends all weights, the others the elements whose bits have changed: 1 for all weights
+    each time. A host without the weights of the sync before gets all. Where sync.backend auto stands for shm it changes
+    nothing."""
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Largest share of the weights' bytes that the changed elements may take: above it all weights are sent."""
+
+
 class SyncSection(Section):
     """The weight sync from trainer to engines."""
 
@@ -72,6 +83,7 @@ class SyncSection(Section):
     senders: Literal["one", "stages"] = "one"
     """Which trainer ranks send with sync.backend nccl: rank 0 all weights (one), or the first rank of each pipeline
     stage those of its stage, one stage after the other, so that no rank gathers or sends more than its stage has."""
+    delta: DeltaSection = DeltaSection()
     rolling: bool = False
     """Whether to sync one replica after the other, so that generation never stops on all; not with sync.backend
     nccl."""

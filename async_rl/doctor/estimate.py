@@ -70,7 +70,7 @@ class RunMemory:
     engines: int
     """All engines, each with its worker and its whole KV cache."""
     trainer: int
-    """All ranks, between two microbatches."""
+    """All ranks, between two microbatches, and the copy of the weights that sync.delta keeps on one of them."""
     microbatch: int
     """What all ranks take in addition while each computes the largest microbatch that the settings allow."""
     shared_weights: int
@@ -180,10 +180,17 @@ def run_memory(
     return RunMemory(
         driver=DRIVER_BYTES,
         engines=engines * engine_memory(config, model, parameters),
-        trainer=ranks * (TRAINER_BYTES + (0 if rank is None else rank.fixed)),
+        trainer=ranks * (TRAINER_BYTES + (0 if rank is None else rank.fixed)) + sent_copy(config, parameters),
         microbatch=0 if rank is None else ranks * (rank.total - rank.fixed),
         shared_weights=shared_weights(config, parameters),
     )
+
+
+def sent_copy(config: RunConfig, parameters: Parameters) -> int:
+    """Return the bytes of the weights sent last, which trainer rank 0 keeps in its host's memory with sync.delta."""
+    if config.sync_backend != "object_store" or config.sync.delta.full_every == 1:
+        return 0
+    return parameters.total * BYTES[config.model.dtype]
 
 
 def shared_weights(config: RunConfig, parameters: Parameters) -> int:

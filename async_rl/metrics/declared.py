@@ -755,6 +755,28 @@ _SYNCS = (
         labels=("reason",),
         values=("canary", "transfer"),
     ),
+    MetricSpec(
+        "sync_published_bytes_total",
+        "counter",
+        "Bytes of weights that trainer rank 0 has put into the object store, by kind: all weights, or a delta.",
+        "What the link of the trainer's host carries, about once. With sync.delta mostly `delta`, and far less.",
+        unit="bytes",
+        labels=("kind",),
+    ),
+    MetricSpec(
+        "sync_publications_total",
+        "counter",
+        "How often it has: all weights (`full`), or what has changed (`delta`).",
+        "Beside sync.delta.full_every, `full` counts joins, second attempts and deltas that were too large.",
+        labels=("kind",),
+    ),
+    MetricSpec(
+        "sync_changed_ratio",
+        "gauge",
+        "Share of elements whose bits the last weight sync changed, with sync.delta.",
+        "Up to a few hundredths is usual in bfloat16. In float32, and at large learning rates, a delta saves little.",
+        unit="ratio",
+    ),
 )
 
 SECTIONS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(

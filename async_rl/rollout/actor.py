@@ -349,11 +349,19 @@ class RolloutActor(RolloutReplica):
         self._outbox.accepted(group_id)
 
     async def weights_host(self) -> str:
-        """Return the id of this host, and free the weights that an earlier sender had it fetch."""
+        """Return the id of this host."""
         from async_rl.weights import ray_store
 
-        self._host_weights.close()
         return ray_store.host_id()
+
+    async def weights_round(self) -> int:
+        """Return the round of the weights that this worker has fetched for its host; 0 for none."""
+        return self._host_weights.round
+
+    async def free_weights(self) -> None:
+        """Free the weights that an earlier sender had this worker fetch, because another one fetches for its host."""
+        if self._fetched_weights is not None:
+            self._fetched_weights.close()
 
     async def fetch_weights(
         self, publication: Publication, host: int, hosts: int, timeout_s: float, workers: Sequence[Any]

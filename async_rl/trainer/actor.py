@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -42,6 +43,16 @@ class TrainerActor(TrainerWorker):
     def start(self, checkpoint: Path | None = None, store: str | None = None) -> None:
         with self._paths.errors_name_the_run_folder():
             super().start(None if checkpoint is None else self._paths.here(checkpoint), store)
+
+    def stage_weights(self) -> Sequence[Mapping[str, Any]] | None:
+        updates = super().stage_weights()
+        if (published := self.published) is not None:
+            for kind, count in published.publications.items():
+                self._metrics.count_to("sync_publications_total", count, kind=kind)
+                self._metrics.count_to("sync_published_bytes_total", published.nbytes[kind], kind=kind)
+            if published.changed is not None:
+                self._metrics.set("sync_changed_ratio", published.changed)
+        return updates
 
     def begin_save(self, folder: Path) -> None:
         super().begin_save(self._paths.folder(folder))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from async_rl.metrics.records import StepReport
     from async_rl.runtime.manifest import Entries
     from async_rl.trainer.megatron.distributed_checkpoint import Save
+    from async_rl.weights.object_store import Totals
     from async_rl.weights.vllm.sender import WeightSender
 
 
@@ -127,6 +128,11 @@ class TrainerWorker:
         if self._sender is None:
             raise RuntimeError("connect() must be called before stage_weights()")
         return self._sender.stage()
+
+    @property
+    def published(self) -> Totals | None:
+        """What this rank has put into the object store; None where it puts nothing there."""
+        return None if self._sender is None else self._sender.published
 
     def send_weights(self, version: int, only: int | None = None) -> float:
         """Transfer the weights as policy version ``version`` to all connected rollout actors, or to that at ``only``.

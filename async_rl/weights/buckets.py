@@ -18,16 +18,18 @@ MAX_BUCKET_BYTES = 256 * 2**20
 # A smaller model is cut into as many buckets all the same, because a host can serve only buckets that it has whole.
 BUCKETS = 64
 MIN_BUCKET_BYTES = 2**20
+# A delta has buckets that are smaller in proportion, so that hosts share it as evenly as they share all weights.
+DELTA_BUCKET_SHARE = 1 / 16
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One stretch of the weight file."""
+    """One stretch of the weight file, or of a delta to one."""
 
     start: int
-    """Where it begins in the file."""
+    """Where it begins in the file, or in the delta."""
     nbytes: int
     checksum: int
     """xxh3_64 of its bytes."""
@@ -43,15 +45,27 @@ class Publication:
     nbytes: int
     """Size of the whole weight file."""
     buckets: list[Bucket]
-    """The file's tensors, in order and without gaps."""
+    """The file's tensors, in order and without gaps; of a delta, what has changed of them, in blocks of ``delta``."""
     head: Bucket
     """The file's head, table and digests, which make it a finished file."""
+    base: int | None = None
+    """Of a delta, the round of the weights that it changes; None for all weights."""
+
+    @property
+    def nbytes_sent(self) -> int:
+        """Bytes in the store."""
+        return self.head.nbytes + sum(bucket.nbytes for bucket in self.buckets)
 
 
 def bucket_bytes(nbytes: int) -> int:
     """Return the size of each bucket, the last one apart, for ``nbytes`` of tensors."""
     wanted = min(max(nbytes // BUCKETS, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
     return -(-wanted // 64) * 64
+
+
+def delta_bucket_bytes(nbytes: int) -> int:
+    """Return the size at which a bucket of a delta to ``nbytes`` of tensors is full."""
+    return max(int(bucket_bytes(nbytes) * DELTA_BUCKET_SHARE), MIN_BUCKET_BYTES)
 
 
 def rotated(buckets: Sequence[Bucket], host: int, hosts: int) -> list[Bucket]:

@@ -6,6 +6,7 @@ The part of ``object_store.HostWeights`` that waits. Knows neither Ray nor vLLM.
 from __future__ import annotations
 
 import concurrent.futures
+import mmap
 import os
 import time
 from collections import deque
@@ -17,6 +18,7 @@ import numpy as np
 import structlog
 
 from async_rl.errors import WeightSyncError
+from async_rl.weights import delta
 from async_rl.weights.buckets import Array, Bucket, Publication, checksum, rotated, shares
 from async_rl.weights.shm_file import HEAD, Announcement, MemoryFile
 
@@ -59,6 +61,10 @@ class RoundFile(MemoryFile):
         """Return a copy of ``count`` bytes from ``position`` on. Raises OSError."""
         return np.frombuffer(os.pread(self.fd, count, position), dtype=np.uint8)
 
+    def mapped(self) -> Array:
+        """Return the file as memory uint8[n] that can be written."""
+        return np.frombuffer(mmap.mmap(self.fd, self.nbytes), dtype=np.uint8)
+
     def announcement(self) -> Announcement:
         """Return what readers need in order to find the round that the file holds."""
         return self.announce(self.round)
@@ -75,6 +81,9 @@ class Fetch:
         self.stopped = False
         """Superseded, or failed."""
         self.file: RoundFile | None = None
+        self._is_delta = publication.base is not None
+        self._memory: Array | None = None  # the file, while a delta is applied to it
+        self._served: dict[int, Array] = {}  # buckets of a delta that other hosts ask this one for, by their starts
         self._get = get
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
@@ -84,6 +93,8 @@ class Fetch:
     ) -> None:
         """Fetch all buckets into ``file``, and call ``written`` after each; see ``HostWeights.fetch``."""
         self._file().begin()
+        if self._is_delta:
+            self._memory = self._file().mapped()
         own = rotated(publication.buckets, host, hosts)
         others: list[tuple[int, Bucket]] = []
         if peers:
@@ -97,15 +108,27 @@ class Fetch:
                 instead=self._get,
             )
             try:
-                self._stream([(bucket, partial(self._get, bucket.reference)) for bucket in own], written)
+                asks = [(bucket, partial(self._get, bucket.reference)) for bucket in own]
+                self._stream(asks, written, serve=self._is_delta and bool(peers))
                 from_peers.result()
             except BaseException:
                 self.stopped = True
                 raise
+        self._memory = None  # ends the mapping
         self._file().finish(self._checked(publication.head, self._get(publication.head.reference)), self.round)
 
-    def _stream(self, asks: Sequence[_Ask], written: Callable[[], None], *, instead: Get | None = None) -> None:
-        """Ask for these buckets in order, a few at one time, and write them; ``instead`` for those that fail."""
+    def _stream(
+        self,
+        asks: Sequence[_Ask],
+        written: Callable[[], None],
+        *,
+        instead: Get | None = None,
+        serve: bool = False,
+    ) -> None:
+        """Ask for these buckets in order, a few at one time, and write them; ``instead`` for those that fail.
+
+        ``serve``: whether to keep them for other hosts, because they are not in the file as they are.
+        """
         waiting = deque(asks)
         coming: deque[tuple[Bucket, concurrent.futures.Future[Array]]] = deque()
         while waiting or coming:
@@ -121,10 +144,19 @@ class Fetch:
                     raise
                 log.warning("weights_not_from_peer", bucket=bucket.start, reason=str(error))
                 array = self._checked(bucket, instead(bucket.reference))
-            self._file().write(array.data, bucket.start)
+            if serve:
+                self._served[bucket.start] = array.copy()
+            if self._memory is None:
+                self._file().write(array.data, bucket.start)
+            else:
+                delta.apply(array, self._memory)
             del array, future  # or the store could not free its copy
             self.written.add(bucket.start)
             written()
+
+    def bucket(self, start: int) -> Array:
+        """Return a bucket that is ``written``, for another host. Raises OSError, and KeyError for one of a delta."""
+        return self._served[start] if self._is_delta else self._file().read(start, self.sizes[start])
 
     def _file(self) -> RoundFile:
         assert self.file is not None  # the caller has set it

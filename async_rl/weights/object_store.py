@@ -1,6 +1,7 @@
 """Weights across hosts through an object store: cut into buckets by the trainer, put together once on each host.
 
     trainer rank 0      gathers, fills bucket after bucket, puts each into the store            ``Publisher``
+                        or, with sync.delta, puts what has changed of them                      ``DeltaPublisher``
     a host's worker     fetches the buckets and writes them into the host's memory file        ``HostWeights``
     its engines         load from that file, as from the trainer's with sync.backend shm        ``shm_file.read``
 
@@ -19,7 +20,9 @@ import asyncio
 import concurrent.futures
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,16 +46,19 @@ class Publisher:
         self._layout = Layout(metas)
         self._put = put
         self._size = size or bucket_bytes(self._layout.nbytes - self._layout.data)
-        # A host tells publications apart by their round: those of two trainers of one run differ.
-        self._round = secrets.randbits(48)
+        # A host tells publications apart by their round: those of two trainers of one run differ. None has 0.
+        self._round = 1 + secrets.randbits(48)
         self.current: Publication | None = None
         """What was published last, if that was complete."""
+        self.totals = Totals()
 
-    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Publication:
+    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], *, full: bool = False) -> Publication:
         """Put these tensors into the store in place of what was published before, and return where they are.
 
-        Raises WeightSyncError when they are not those of the name table, in its order, and what ``put`` raises.
+        ``full`` asks for all weights, as a second attempt does; this class publishes no others. Raises WeightSyncError
+        when the tensors are not those of the name table, in its order, and what ``put`` raises.
         """
+        del full
         self.withdraw()  # first, or the store would hold both
         self._round += 1
         filling = _Filling(self._layout.data, self._size, self._store)
@@ -63,16 +69,48 @@ class Publisher:
             digests.append(filling.append(flat))
         filling.skip_to(self._layout.nbytes)
         filling.flush()
-        head = np.frombuffer(self._layout.finished(self._round, digests), dtype=np.uint8)
-        self.current = Publication(self._round, self._layout.nbytes, filling.buckets, self._store(head, 0))
+        return self._publish(filling.buckets, self._head(digests))
+
+    def for_host(self, round_: int) -> Publication:
+        """Return what a host fetches whose file holds that round, 0 for none. Raises WeightSyncError if there is none.
+
+        The same object is returned for all hosts that fetch the same.
+        """
+        del round_
+        if self.current is None:  # other ranks gather no more than this one does
+            raise WeightSyncError("no weights are in the object store: they could not be published before")
         return self.current
 
     def withdraw(self) -> None:
         """Let the store free the weights, except for a host that still fetches them."""
         self.current = None
 
+    def _publish(self, buckets: list[Bucket], head: Bucket, base: int | None = None) -> Publication:
+        self.current = Publication(self._round, self._layout.nbytes, buckets, head, base)
+        self.totals.add(self.current)
+        return self.current
+
+    def _head(self, digests: Sequence[int]) -> Bucket:
+        return self._store(np.frombuffer(self._layout.finished(self._round, digests), dtype=np.uint8), 0)
+
     def _store(self, array: Array, start: int) -> Bucket:
         return Bucket(start, array.nbytes, checksum(array), self._put(array))
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a publisher has put into the store, by kind: "full" for all weights, "delta" for what has changed."""
+
+    publications: Counter[str] = field(default_factory=Counter)
+    nbytes: Counter[str] = field(default_factory=Counter)
+    changed: float | None = None
+    """Share of elements that have other bits in the latest weights than in those before; None if not compared."""
+
+    def add(self, publication: Publication) -> None:
+        """Count a publication."""
+        kind = "full" if publication.base is None else "delta"
+        self.publications[kind] += 1
+        self.nbytes[kind] += publication.nbytes_sent
 
 
 class Staged:
@@ -86,22 +124,27 @@ class Staged:
         self._valid = False
         self._given: set[Hashable] = set()  # receivers that were connected when these weights were staged
         self._connected: set[Hashable] = set()
+        self._again = False
+        self.repeated = False
+        """Whether the weights staged last had been given to some of their receivers before: a second attempt."""
 
     def connect(self, receivers: Iterable[Hashable]) -> None:
         """Note a new connection, in place of the one before."""
         self._connected = set(receivers)
         if self._connected & self._given:
+            self._again |= self._valid
             self._valid = False
 
     def outdate(self) -> None:
         """Note that the trainer's weights change."""
-        self._valid = False
+        self._valid = self._again = False
 
     def stage(self) -> bool:
         """Note that the weights of now are staged; return whether they must be gathered for that."""
         gather = not self._valid
         self._given = set(self._connected) if gather else self._given | self._connected
         self._valid = True
+        self.repeated, self._again = self._again, False
         return gather
 
 
@@ -160,6 +203,12 @@ class HostWeights:
         self._fetch: Fetch | None = None  # the latest; earlier ones are stopped
         self._wanted: list[tuple[int, int, concurrent.futures.Future[None]]] = []  # round and start, by other hosts
 
+    @property
+    def round(self) -> int:
+        """The round of the weights that the file has; 0 for none, also while a fetch fills it."""
+        with self._lock:
+            return 0 if self._file is None else self._file.round
+
     def fetch(
         self, publication: Publication, *, host: int, hosts: int, timeout_s: float, peers: Sequence[Peer] = ()
     ) -> Announcement:
@@ -171,7 +220,8 @@ class HostWeights:
         deliver comes from the store. Then the trainer's link carries each bucket once.
 
         A publication that the file has already is not fetched again. A later call ends one that is under way. Raises
-        WeightSyncError when a bucket cannot be had within ``timeout_s`` seconds for all, or is not what was published.
+        WeightSyncError when a bucket cannot be had within ``timeout_s`` seconds for all, or is not what was published,
+        and for a delta to other weights than the file has.
         """
         fetch = Fetch(publication, self._get, timeout_s)
         with self._lock:
@@ -180,6 +230,9 @@ class HostWeights:
             file, self._file = self._file, None
             self._begin(fetch)
         try:
+            if publication.base is not None and (file is None or file.round != publication.base):
+                found = 0 if file is None else file.round
+                raise WeightSyncError(f"weights: a delta to round {publication.base}, but this host has {found}")
             if file is not None and file.nbytes != publication.nbytes:
                 file.close()
                 file = None
@@ -217,7 +270,7 @@ class HostWeights:
             fetch = self._fetch
         if fetch is None or fetch.round != round_ or start not in fetch.written or fetch.file is None:
             raise WeightSyncError(f"weights: this host has no bucket at {start} of round {round_}")
-        return fetch.file.read(start, fetch.sizes[start])
+        return fetch.bucket(start)
 
     async def serve(self, round_: int, start: int, timeout_s: float) -> Array:
         """Return a copy of a bucket, once this host has it; the answer to a ``Peer`` of another host.

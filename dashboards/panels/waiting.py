@@ -213,5 +213,35 @@ WAITING = Row(
                 width=12,
             ),
         ),
+        (
+            Panel(
+                "Bytes of weights sent",
+                "Bps",
+                (Query(per_second("async_rl_sync_published_bytes_total", "run, kind"), "{{run}} {{kind}}"),),
+                "Bytes of weights that the trainer puts into the object store (`sync.backend` object_store): all "
+                "weights, or what has changed. Its host's link carries them about once.",
+                "with `sync.delta.full_every` above 1 mostly delta, and low.",
+                "`sync.delta.full_every` up, where weights cross slow links.",
+                width=8,
+            ),
+            Panel(
+                "Weights sent, by kind",
+                "short",
+                (Query("sum by (run, kind) (async_rl_sync_publications_total{})", "{{run}} {{kind}}"),),
+                "How often all weights were sent, and how often what had changed.",
+                "full rises by one in `sync.delta.full_every` weight syncs, when replicas join and at second attempts.",
+                "`sync.delta.max_ratio` up where deltas are too large, which also makes full rise.",
+                width=8,
+            ),
+            Panel(
+                "Share of elements that a weight sync changes",
+                "percentunit",
+                (Query("async_rl_sync_changed_ratio{}", "{{run}}"),),
+                "Share of the weights' elements whose bits are others than at the weight sync before, with deltas.",
+                "up to a few percent in bfloat16.",
+                "`sync.delta.full_every` 1 where it is large: then a delta saves little.",
+                width=8,
+            ),
+        ),
     ),
 )

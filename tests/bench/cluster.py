@@ -68,13 +68,13 @@ class _Cluster:
         self._receivers = [self._on(node["NodeID"], Receiver, max_concurrency=100) for node in others]
         return " ".join(node["NodeManagerAddress"] for node in others)
 
-    def sender(self, nbytes: int) -> str:
-        """Start a sender of so many bytes, in place of an earlier one."""
+    def sender(self, nbytes: int, changed_every: int) -> str:
+        """Start a sender of so many bytes, in place of an earlier one; see ``PlainWeights``."""
         from tests.support.plain_weights import Sender
 
         if self._sender is not None:
             ray.kill(self._sender)
-        self._sender = self._on(self._here, Sender, nbytes)
+        self._sender = self._on(self._here, Sender, nbytes, changed_every)
         return ""
 
     def connect(self, count: int) -> str:
@@ -125,11 +125,17 @@ class _Asked:
 
 
 def measure_weights(
-    folder: Path, sizes: Sequence[int], counts: Sequence[int], rates: Sequence[float | None], rounds: int
+    folder: Path,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    rates: Sequence[float | None],
+    rounds: int,
+    changed_every: int = 1,
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield what was measured of each size in bytes, number of hosts and rate in Mbit/s, with its name.
 
-    ``seconds`` are those of the median round; a rate of None is without a limit.
+    ``seconds`` are those of the median round; a rate of None is without a limit. Unless ``changed_every`` is 1, weights
+    are sent as deltas, in which one element of so many has changed.
     """
     with Hosts(1 + max(counts), folder, store_bytes=max(sizes) * 5 // 4 + 2**28) as hosts:
         hosts.start_ray()
@@ -137,7 +143,7 @@ def measure_weights(
             by_address = {host.address: host for host in hosts}
             receivers = [by_address[address] for address in ask("receivers").split()]
             for nbytes in sizes:
-                ask("sender", nbytes)
+                ask("sender", nbytes, changed_every)
                 for count in counts:
                     used = [hosts[0], *receivers[:count]]
                     ask("connect", count)
@@ -256,6 +262,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--mbit", type=float, nargs="*", default=[1000.0, 200.0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--changed-every", type=int, default=1, help="send deltas, with one changed element of so many")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a response of the payloads")
     parser.add_argument("--payloads", action="store_true", help="also count the bytes of groups, in two whole runs")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -270,7 +277,10 @@ def main() -> None:
         result: dict[str, Any] = {}
         if options.mb:
             sizes = [mb * 2**20 for mb in options.mb]
-            found = measure_weights(Path(name) / "weights", sizes, options.hosts, [*options.mbit, None], options.rounds)
+            rates = [*options.mbit, None]
+            found = measure_weights(
+                Path(name) / "weights", sizes, options.hosts, rates, options.rounds, options.changed_every
+            )
             result |= weights_result(found)
         if options.payloads:
             result |= measure_payloads(Path(name) / "payloads", options.tokens, 2, 8)

@@ -19,3 +19,12 @@ def test_each_link_carries_the_weights_about_once_whether_one_host_fetches_them_
         assert each["seconds"] > 0.9 * NBYTES * 8 / (MBIT * 1e6), "the links are limited"
         assert each["most"] < 1.15 * NBYTES, "with headers, acknowledgements, and what Ray says meanwhile"
         assert each["sent"] > 0.95 * NBYTES
+
+
+def test_of_a_delta_each_link_carries_little_more_than_what_has_changed(tmp_path):
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    found = dict(measure_weights(tmp_path / "hosts", [NBYTES], [2], [MBIT], rounds=1, changed_every=100))
+    (each,) = found.values()
+    assert each["most"] < 0.1 * NBYTES, "with what Ray says meanwhile"
+    assert each["sent"] > 0.01 * NBYTES, "the new values alone"

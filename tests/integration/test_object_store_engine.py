@@ -43,8 +43,8 @@ class HostPusher(Pusher):
         self.staged.outdate()
         await super().send(weights)
 
-    def fetch_weights(self, publication):
-        return asdict(self.host.fetch(publication, host=0, hosts=1, timeout_s=60))
+    def fetch_weights(self, offer):
+        return asdict(self.host.fetch(offer(self.host.round), host=0, hosts=1, timeout_s=60))
 
 
 @pytest.fixture

@@ -35,23 +35,26 @@ def weights(value):
 
 
 class Named:
-    """The trainer's weights, all of one value."""
+    """The trainer's weights, all of one value but those in a thousandth of a tensor."""
 
     def __init__(self):
-        self.value, self.gathered = 0.0, 0
+        self.value, self.few, self.gathered = 0.0, None, 0
 
     def metadata(self):
         return [Meta(name, torch.float32, shape) for name, shape in SHAPES.items()]
 
     def __iter__(self):
         self.gathered += 1
-        return iter(weights(self.value).items())
+        tensors = weights(self.value)
+        if self.few is not None:
+            tensors["embed"][::1000] = self.few
+        return iter(tensors.items())
 
 
 class Trainer:
     """Rank 0, as ``TrainerWorker`` has it."""
 
-    def __init__(self, timeout_s):
+    def __init__(self, timeout_s, full_every=1):
         from async_rl.weights.vllm.sender import WeightSender
 
         self.weights = Named()
@@ -59,7 +62,11 @@ class Trainer:
             {
                 "model": {"path": "m"},
                 "data": {"train": "t"},
-                "sync": {"backend": "object_store", "timeout_s": timeout_s},
+                "sync": {
+                    "backend": "object_store",
+                    "timeout_s": timeout_s,
+                    "delta": {"full_every": full_every},
+                },
             }
         )
         self.sender = WeightSender(config, 0, source=StreamedSource(self.weights), host=lambda: "127.0.0.1")
@@ -82,6 +89,13 @@ class Trainer:
         self.sender.stage()
         self.sender.send(int(value), only)
         return self.weights.gathered
+
+    def push_few(self, value):
+        """Update a few of the weights and send all; what has been put into the store since the start, by kind."""
+        self.weights.few = value
+        self.sender.outdate()
+        self.push(self.weights.value)
+        return dict(self.sender.published.publications), dict(self.sender.published.nbytes)
 
     def close(self):
         self.sender.close()
@@ -293,3 +307,41 @@ def test_the_death_of_the_worker_that_fetches_for_its_host_costs_one_attempt(nod
     call(trainer.connect, [other, elsewhere])
     call(trainer.push, 2.0)
     assert [(version, values) for version, values, *_ in states([other, elsewhere])] == [(2, {2.0})] * 2
+
+
+def test_hosts_take_what_has_changed_of_the_weights_that_they_have(nodes, receivers):
+    """Those that join and second attempts take all weights."""
+    trainer = start(Trainer, nodes[0], 2 * LIMIT_S, 100)
+    *first, last = receivers
+    begin(trainer, first)
+    call(trainer.push, 1.0)
+    assert [fetched for _, _, fetched, _ in states(first)] == [BUCKETS + 1, 0, BUCKETS + 1, 0]
+    for few in (2.0, 3.0):
+        made, nbytes = call(trainer.push_few, few)
+        found = states(first)
+        assert [values for _, values, *_ in found] == [{1.0, few}] * 4
+        assert [fetched for _, _, fetched, _ in found] == [2, 0, 2, 0]  # one bucket, and the file's head
+    assert made == {"full": 1, "delta": 2}
+    assert nbytes["delta"] < 0.01 * nbytes["full"]
+
+    call(trainer.connect, [last])  # it joins
+    assert call(trainer.push, 1.0) == 3  # gathered no more often
+    assert states([last])[0][1:3] == ({1.0, 3.0}, BUCKETS + 1)
+    call(trainer.connect, receivers)
+    assert call(trainer.push_few, 4.0)[0] == {"full": 2, "delta": 3}
+    found = states(receivers)
+    assert [values for _, values, *_ in found] == [{1.0, 4.0}] * 5
+    assert sorted(fetched for _, _, fetched, _ in found) == [0, 0, 1, 2, 2]  # one of two hosts has it from the other
+
+    call(trainer.connect, receivers)  # as after a transfer that failed
+    call(trainer.push, 1.0)
+    assert [values for _, values, *_ in states(receivers)] == [{1.0, 4.0}] * 5
+    assert call(trainer.push_few, 5.0)[0] == {"full": 3, "delta": 4}
+    assert [values for _, values, *_ in states(receivers)] == [{1.0, 5.0}] * 5
+    ray.kill(trainer)
+
+    restarted = start(Trainer, nodes[0], 2 * LIMIT_S, 100)
+    begin(restarted, receivers)
+    assert call(restarted.push_few, 6.0)[0] == {"full": 1}
+    assert [values for _, values, *_ in states(receivers)] == [{0.0, 6.0}] * 5
+    ray.kill(restarted)

@@ -24,9 +24,13 @@ TIMEOUT_S = 1200.0
 
 
 class PlainWeights:
-    """Tensors of ``nbytes`` in all, as ``trainer.export.Weights`` yields them. Each round has other values."""
+    """Tensors of ``nbytes`` in all, as ``trainer.export.Weights`` yields them.
 
-    def __init__(self, nbytes: int) -> None:
+    Each round has other values, in one element of ``changed_every``.
+    """
+
+    def __init__(self, nbytes: int, changed_every: int = 1) -> None:
+        self._changed_every = changed_every
         count = max(1, nbytes // TENSOR_BYTES)
         self._tensors = {f"layer.{i}": torch.empty(nbytes // count // 2, dtype=torch.bfloat16) for i in range(count)}
         self.round = 0
@@ -35,10 +39,10 @@ class PlainWeights:
         return [Meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
 
     def change(self) -> None:
-        """Do what an optimizer's update does: every tensor has another value."""
+        """Do what an optimizer's update does: every tensor has other values."""
         self.round += 1
         for tensor in self._tensors.values():
-            tensor.fill_(self.round % 250)
+            tensor[:: self._changed_every] = self.round % 250
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self._tensors.items())
@@ -47,12 +51,14 @@ class PlainWeights:
 class Sender:
     """Rank 0 of the trainer, as ``TrainerWorker`` has it."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, changed_every: int = 1) -> None:
+        """Send what has changed, after the first time, unless everything does."""
         from async_rl.weights.vllm.sender import WeightSender
         from async_rl.weights.vllm.source import StreamedSource
 
-        self._weights = PlainWeights(nbytes)
-        sync = {"backend": "object_store", "timeout_s": TIMEOUT_S}
+        self._weights = PlainWeights(nbytes, changed_every)
+        delta = {"full_every": 1 if changed_every == 1 else 10**6}
+        sync = {"backend": "object_store", "timeout_s": TIMEOUT_S, "delta": delta}
         config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "sync": sync})
         self._sender = WeightSender(config, 0, source=StreamedSource(self._weights), host=lambda: "127.0.0.1")
         publisher = self._sender._publisher
@@ -71,9 +77,9 @@ class Sender:
         self._sender.stage()
         return time.monotonic() - began, self._publish_s
 
-    def _timed(self, tensors: Any) -> Any:
+    def _timed(self, tensors: Any, *, full: bool = False) -> Any:
         began = time.monotonic()
-        publication = self._publish(tensors)
+        publication = self._publish(tensors, full=full)
         self._publish_s = time.monotonic() - began
         return publication
 

@@ -237,6 +237,14 @@ def test_run_name_cannot_leave_its_folder(name):
             {"sync": {"backend": "object_store", "senders": "stages"}},
             ["sync.senders is stages", "sync.backend is object_store"],
         ),
+        (
+            {"sync": {"backend": "nccl", "delta": {"full_every": 20}}, "resources": {"device": "cuda"}},
+            ["sync.delta.full_every is 20", "sync.backend is nccl", "to auto or object_store"],
+        ),
+        (
+            {"sync": {"backend": "shm", "delta": {"full_every": 2}}},
+            ["sync.delta.full_every is 2", "sync.backend is shm"],
+        ),
         ({"data": {"train": "same.jsonl", "eval": "same.jsonl"}}, ["data.eval", "data.train"]),
         ({"cluster": {"local_dir": "/scratch"}}, ["cluster.local_dir", "cluster.shared_fs"]),
     ],

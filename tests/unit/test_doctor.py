@@ -207,6 +207,8 @@ def test_memory_grows_with_replicas_ranks_and_weights(inputs):
     one = needed(0)
     assert needed(0, rollout={"replicas": 2}) - one > 1.8 * probes.GB
     assert needed(0, trainer={"parallel": {"dp": 2}}) > one
+    delta = {"backend": "object_store", "delta": {"full_every": 20}}
+    assert needed(10**9, sync=delta) - needed(10**9, sync={"backend": "object_store"}) == 4 * 10**9
     dense = config(inputs)
     assert (
         estimate.engine_memory(dense, None, Parameters())

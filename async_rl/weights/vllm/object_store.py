@@ -6,6 +6,7 @@ each host put the weights together. The engine's end is that of ``shm``, on the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -25,8 +26,11 @@ from async_rl.weights.vllm.staging import StagingTrainerEngine, gathered
 class HostsClient(VLLMWeightSyncClient, Protocol):  # type: ignore[misc]  # vLLM is not followed
     """A client that reaches engines on several hosts."""
 
-    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
-        """Have each host fetch ``publication``, and return what ``update_weights`` takes: the file of each host."""
+    def fetch_weights(self, offer: Callable[[int], Publication]) -> dict[str, Any]:
+        """Have each host fetch what is offered for the round that it has, 0 for none.
+
+        Returns what ``update_weights`` takes: the file of each host.
+        """
 
 
 @dataclass
@@ -70,10 +74,8 @@ class ObjectStoreTrainerWeightTransferEngine(StagingTrainerEngine):
         if self._staged.stage():
             with gathered(self.source) as tensors:
                 if self._publisher is not None:
-                    self._publisher.publish(tensors)
+                    self._publisher.publish(tensors, full=self._staged.repeated)
         if self._publisher is None:
             return None
-        if self._publisher.current is None:  # other ranks gather no more than this one does
-            raise WeightSyncError("no weights are in the object store: they could not be published before")
-        update: dict[str, Any] = self.client.fetch_weights(self._publisher.current)
+        update: dict[str, Any] = self.client.fetch_weights(self._publisher.for_host)
         return update

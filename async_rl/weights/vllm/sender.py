@@ -28,7 +28,9 @@ from async_rl.runtime import timeouts
 from async_rl.runtime.addresses import hold_port
 from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
-from async_rl.weights.object_store import Publisher, Staged
+from async_rl.weights.delta_publisher import DeltaPublisher
+from async_rl.weights.object_store import Publisher, Staged, Totals
+from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm.name_table import Rows, name_table
 from async_rl.weights.vllm.nccl import Endpoint, TimedNCCLTrainerInitInfo
 from async_rl.weights.vllm.object_store import ObjectStoreTrainerInitInfo
@@ -116,35 +118,46 @@ class HostsSyncClient(SyncClient):
     def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
         super().__init__(rollout_workers, limit_s)
         self._hosts: dict[Any, str] = {}  # of each of ``all_handles``
+        self._first: dict[str, Any] = {}  # worker of each host
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         hosts = self._together([handle.weights_host.remote() for handle in self.all_handles])
         self._hosts = dict(zip(self.all_handles, hosts, strict=True))
+        self._first = {}
+        for handle, host in self._hosts.items():
+            self._first.setdefault(host, handle)
+        # Those of a first worker stay: they are what its next weights can be a delta to.
+        others = [handle for handle, host in self._hosts.items() if handle != self._first[host]]
+        self._together([handle.free_weights.remote() for handle in others])
         super().init_weight_transfer_engine(init_info)
 
-    def fetch_weights(self, publication: Publication) -> dict[str, Any]:
-        """Have each host fetch ``publication``, and return the announcements of their files, for ``update_weights``.
+    def fetch_weights(self, offer: Callable[[int], Publication]) -> dict[str, Any]:
+        """Have each host fetch what is offered for the round that it has.
 
-        Raises WeightSyncError, and RayError for a worker that is gone.
+        Returns the announcements of their files, for ``update_weights``. Raises WeightSyncError, and RayError for a
+        worker that is gone.
         """
-        first: dict[str, Any] = {}
-        for handle, host in self._hosts.items():
-            first.setdefault(host, handle)
         # This host has the buckets already, and sends each of them to one of the others.
-        here = ray_store.host_id()
-        others = [handle for host, handle in first.items() if host != here]
-        calls = []
-        for host, handle in first.items():
-            alone = host == here or len(others) == 1
-            number, peers = (0, []) if alone else (others.index(handle), others)
-            calls.append(handle.fetch_weights.remote(publication, number, max(len(peers), 1), self._limit_s, peers))
+        here, limit_s = ray_store.host_id(), self._limit_s + timeouts.ANSWER_S
         try:
-            announced = self._together(calls, self._limit_s + timeouts.ANSWER_S)
+            rounds = self._together([handle.weights_round.remote() for handle in self._first.values()], limit_s)
+            offered = {host: offer(round_) for host, round_ in zip(self._first, rounds, strict=True)}
+            calls = []
+            for host, handle in self._first.items():
+                peers = [
+                    each for other, each in self._first.items() if other != here and offered[other] is offered[host]
+                ]
+                if host == here or len(peers) == 1:
+                    peers = []
+                number = peers.index(handle) if peers else 0
+                count = max(len(peers), 1)
+                calls.append(handle.fetch_weights.remote(offered[host], number, count, self._limit_s, peers))
+            announced = self._together(calls, limit_s)
         except GetTimeoutError:
             raise WeightSyncError(
                 f"a host did not say within {self._limit_s:g} s that it has the weights; raise sync.timeout_s"
             ) from None
-        return {"by_host": {host: asdict(file) for host, file in zip(first, announced, strict=True)}}
+        return {"by_host": {host: asdict(file) for host, file in zip(self._first, announced, strict=True)}}
 
     def by_worker(self, update_info: dict[str, Any]) -> list[dict[str, Any]]:
         # To each its own host's file: those of all hosts for all workers would grow with the square of the hosts.
@@ -168,7 +181,7 @@ class WeightSender:
         self._staged = Staged()
         self._publisher: Publisher | None = None
         if config.sync_backend == "object_store" and rank == 0:
-            self._publisher = Publisher(name_table(source), ray_store.put)
+            self._publisher = _publisher(config, name_table(source))
         self._client: SyncClient | None = None
         self._engine: Any = None
 
@@ -207,6 +220,11 @@ class WeightSender:
         self._client.version = version
         self._engine.send_weights()
 
+    @property
+    def published(self) -> Totals | None:
+        """What has been put into the object store; None on ranks and with backends that put nothing there."""
+        return None if self._publisher is None else self._publisher.totals
+
     def close(self) -> None:
         """Release what the backend holds, such as its shared memory and the weights in the object store."""
         self._disconnect()
@@ -244,6 +262,13 @@ class WeightSender:
             rank=self._rank,
             timeout_s=self._limit_s,
         )
+
+
+def _publisher(config: RunConfig, metas: Sequence[TensorMeta]) -> Publisher:
+    delta = config.sync.delta
+    if delta.full_every == 1:
+        return Publisher(metas, ray_store.put)
+    return DeltaPublisher(metas, ray_store.put, full_every=delta.full_every, max_ratio=delta.max_ratio)
 
 
 def _other_senders(host: str, listening: socket.socket | None, tables: Mapping[int, Rows]) -> list[Endpoint]:
