@@ -23,6 +23,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EngineError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.device import on_cpu
+from async_rl.rollout.engine.sglang import versions
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime.addresses import hold_port
 from async_rl.runtime.process import run_token, starting_on
@@ -136,6 +137,9 @@ class Server:
 
     async def start(self) -> None:
         """Start the server and wait until it answers. Raises EngineError."""
+        python, nccl = self._config.rollout.sglang.python, self._config.sync_backend == "nccl"
+        if (fault := await asyncio.to_thread(versions.fault, python, nccl=nccl)) is not None:
+            raise EngineError(f"replica {self._replica}: {fault}")
         port = _free_port()
         self._begin(port)
         self.url = f"http://127.0.0.1:{port}"
@@ -159,13 +163,11 @@ class Server:
         self._members = psutil.Process(self._process.pid).children(recursive=True)
 
     def _begin(self, port: int) -> None:
-        python = self._config.rollout.sglang.python or Path(sys.executable)
-        command = [str(python), "-m", "async_rl.rollout.engine.sglang.launcher"]
+        python = self._config.rollout.sglang.python
+        command = [str(python or sys.executable), "-m", "async_rl.rollout.engine.sglang.launcher"]
         command += arguments(self._config, self._replica, self._model, port)
-        package = str(Path(async_rl.__file__).parents[1])
-        environment = os.environ | _ENVIRONMENT | run_token()
+        environment = os.environ | _ENVIRONMENT | run_token() | self._paths(python)
         environment |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
             "ASYNC_RL_SGLANG_KEY": self._key,
             "ASYNC_RL_SGLANG_ROLE": f"{worker_id(self._replica)}-sglang",
             "ASYNC_RL_SGLANG_FOLDER": str(self.folder),
@@ -184,6 +186,19 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+
+    def _paths(self, python: Path | None) -> dict[str, str]:
+        """Return the variables by which the server finds this package, and in another Python nothing else of ours."""
+        package = Path(async_rl.__file__).parent
+        if python is None:
+            known = [str(package.parent), os.environ.get("PYTHONPATH", "")]
+            return {"PYTHONPATH": os.pathsep.join(filter(None, known))}
+        alone = self.folder / "package"  # beside an installed package are all others of the run's environment
+        alone.mkdir()
+        (alone / package.name).symlink_to(package)
+        # Kernels are compiled with programs of its environment.
+        programs = os.pathsep.join(filter(None, [str(python.parent), os.environ.get("PATH", "")]))
+        return {"PYTHONPATH": str(alone), "PATH": programs}
 
     async def _answers(self) -> bool:
         assert self.session is not None
