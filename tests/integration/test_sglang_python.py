@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -59,7 +60,9 @@ async def test_a_server_of_another_environment_serves_and_takes_weights(python, 
     weights = load_file(folder / "model.safetensors")
     config = engine_config(folder, runs=tmp_path / "runs", engine="sglang", sglang={"python": str(python)})
     async with running(config) as engine:
-        assert engine._server._process.args[0] == str(python)
+        server = engine._server._process
+        assert server.args[0] == str(python)
+        assert psutil.Process(server.pid).environ()["PYTHONPATH"] == str(engine._server.folder / "package")
         trainer = Pusher(engine, weights)
         await trainer.connect()
         pushed = perturbed(weights)

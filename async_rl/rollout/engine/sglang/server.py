@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,15 @@ def _further(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def core_groups(ranks: int, cores: Sequence[int] | None) -> str:
+    """Return the cores of each tensor-parallel rank on a CPU, as SGLang takes them; None for those of this process.
+
+    Without it SGLang refuses more ranks than there are NUMA nodes. Where there are fewer cores than ranks these share.
+    """
+    there = sorted(cores or os.sched_getaffinity(0))
+    return "|".join(",".join(map(str, there[rank::ranks] or there)) for rank in range(ranks))
+
+
 class Server:
     """One server, of which this process is the parent. ``cores``: the CPUs that it should compute on, or None."""
 
@@ -180,6 +189,8 @@ class Server:
         }
         if on_cpu(self._config):
             environment |= _ON_CPU | {"OMP_NUM_THREADS": str(self._config.resources.engine_threads)}
+            if (ranks := self._config.rollout.tensor_parallel_size) > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = core_groups(ranks, self._cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_began = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log, starting_on(self._cores):

@@ -1,4 +1,4 @@
-"""The Python that runs SGLang's server: which are refused, and that it needs nothing of the run's environment."""
+"""How SGLang's server is started: by which Python, which needs nothing of the run's environment, and on which cores."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from async_rl.rollout.engine.sglang import versions
+from async_rl.rollout.engine.sglang.server import core_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +72,12 @@ def test_what_is_no_python_is_refused_in_one_line(tmp_path):
         assert reason in said
         assert "rollout.sglang.python" in said
         assert "\n" not in said
+
+
+def test_each_tensor_parallel_rank_has_cores_on_a_cpu():
+    assert core_groups(2, (4, 5, 6, 7, 8)) == "4,6,8|5,7"
+    assert core_groups(3, (1, 2)) == "1|2|1,2"
+    assert core_groups(2, None).count("|") == 1
 
 
 def imported(path, seen):
