@@ -8,7 +8,9 @@ DEVICE ?= $(or $(shell cat $(VENV)/device 2>/dev/null),$(if $(wildcard $(VENV)/.
 LOCK := requirements/$(if $(filter cuda,$(DEVICE)),gpu,cpu).txt
 STAMP := $(VENV)/.installed-$(DEVICE)
 CHAT_STAMP := $(VENV)/.chat-installed
-SGLANG_STAMP := $(VENV)/.sglang-installed
+# On GPUs SGLang has an environment of its own, for rollout.sglang.python.
+SGLANG_VENV := $(VENV)-sglang
+SGLANG_STAMP := $(if $(filter cuda,$(DEVICE)),$(SGLANG_VENV)/.installed,$(VENV)/.sglang-installed)
 ENGINE ?= vllm
 TRAIN_ARGS ?=
 
@@ -18,7 +20,7 @@ TRAIN_ARGS ?=
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
 	@echo "make setup DEVICE=cuda  an environment for NVIDIA GPUs; without DEVICE, where nvidia-smi finds one"
-	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest"
+	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest; on GPUs in $(SGLANG_VENV)"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
@@ -39,8 +41,13 @@ $(STAMP): $(LOCK) requirements/ray-metrics.txt pyproject.toml launch/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) bash launch/setup.sh
 	@touch $@
 
-$(SGLANG_STAMP): requirements/sglang.txt $(STAMP)
+$(VENV)/.sglang-installed: requirements/sglang.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang.txt
+	@touch $@
+
+$(SGLANG_VENV)/.installed: requirements/sglang-gpu.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang-gpu.txt
 	@touch $@
 
 train: $(STAMP)
@@ -109,4 +116,4 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.run_memory
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) .cache build *.egg-info

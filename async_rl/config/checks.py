@@ -72,11 +72,10 @@ def _check_engines(config: RunConfig) -> None:
                 "set rollout.engine to sglang, or remove it"
             )
         return
-    if config.sync.backend == "nccl":
-        key = "an engine of rollout.engines" if rollout.engines else "rollout.engine"
+    if config.sync.backend == "nccl" and len(rollout.engine_names) > 1:
         raise ValueError(
-            f"sync.backend is nccl, but {key} is sglang, which receives weights through the memory of its "
-            "host; set sync.backend to auto, shm or object_store"
+            f"sync.backend is nccl, but rollout.engines is {rollout.engines}, and SGLang's engines meet the trainer in "
+            "another kind of group than the others; set sync.backend to auto, shm or object_store, or have one engine"
         )
 
 

@@ -66,7 +66,7 @@ class SyncSection(Section):
 
     backend: Literal["auto", "shm", "object_store", "nccl"] = "auto"
     """How weights are transferred: through shared memory of one host (shm), through Ray's object store to any number of
-    hosts, or by vLLM's NCCL engine; auto for object_store if the run joins a cluster, else shm."""
+    hosts, or by NCCL from GPU to GPU; auto for object_store if the run joins a cluster, else shm."""
     canary_tolerance: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest difference of log-probs between engine and trainer on a token of the canary; the mean may be a tenth of
     it. auto for three times what the run's first comparison measures, at least 1e-4 in float32 and 0.5 in bfloat16;

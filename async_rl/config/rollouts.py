@@ -182,8 +182,8 @@ class SglangSection(Section):
     """SGLang's server, where it is the engine."""
 
     python: PathName | None = None
-    """The Python of a virtual environment that has sglang, where it is not the run's own: on GPUs its dependencies are
-    others than vLLM's."""
+    """The Python of a virtual environment that has sglang, on each host, where it is not the run's own: on GPUs its
+    dependencies are others than vLLM's (make setup ENGINE=sglang). It is asked for its versions before it is used."""
 
 
 class ReplicaRange(Section):

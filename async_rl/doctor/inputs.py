@@ -20,14 +20,13 @@ from async_rl.data import hub, reading
 from async_rl.data.files import expanded
 from async_rl.data.messages import Message
 from async_rl.data.tokenizer import configured_stop_tokens, end_token, prompt_encoder, tokenizer_file
-from async_rl.doctor import installation
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_not_quantized, check_run, checkpoint_shards, read_model_config
 from async_rl.rollout import agents
 from async_rl.rollout.engine.loader import load_engine
-from async_rl.rollout.engine.sglang import SGLANG_VERSION
+from async_rl.rollout.engine.sglang import versions
 from async_rl.rollout.environments import play
 from async_rl.rollout.environments.named import environments_of
 from async_rl.rollout.environments.turns import load_environment
@@ -287,30 +286,15 @@ def _chat_turns(config: RunConfig) -> Iterator[Check]:
 
 
 def _sglang(config: RunConfig) -> Check:
-    """Check that the SGLang that this package was written for is installed where engines look for it."""
-    python, key = config.rollout.sglang.python, "rollout.sglang.python"
-    if python is not None:  # Its version is seen when it starts.
-        if os.access(python, os.X_OK):
-            return Check(key, "ok", str(python))
-        return Check(key, "FAIL", f"{python} is no program", "set it to the Python of an environment", ConfigError)
-    found = installation.installed_version("sglang")
-    if found is None:
-        return Check(
-            config.rollout.engine_setting,
-            "FAIL",
-            "sglang, which is not installed",
-            f"run make setup ENGINE=sglang, or set {key} to the Python of an environment that has it",
-            ConfigError,
-        )
-    if found != SGLANG_VERSION:
-        return Check(
-            config.rollout.engine_setting,
-            "FAIL",
-            f"sglang {found} is installed, and this package was written for {SGLANG_VERSION}",
-            f"pip install --no-deps sglang=={SGLANG_VERSION}",
-            ConfigError,
-        )
-    return Check(config.rollout.engine_setting, "ok", f"sglang {found}")
+    """Check that the Python that is to run SGLang's server has the SGLang that this package was written for."""
+    python = config.rollout.sglang.python
+    key = versions.SETTING if python is not None else config.rollout.engine_setting
+    fault = versions.fault(python, nccl=config.sync_backend == "nccl")
+    if fault is None:
+        where = "" if python is None else f" of {python}"
+        return Check(key, "ok", f"sglang {versions.SGLANG_VERSION}{where}")
+    detail, _, fix = fault.rpartition("; ")
+    return Check(key, "FAIL", detail, fix, ConfigError)
 
 
 def _sandbox() -> Check:

@@ -5,7 +5,7 @@ It is an anonymous memory file (memfd) without a name in /dev/shm, so nothing is
 Readers open it as /proc/<pid>/fd/<fd> of the writer. Knows torch, xxhash and safetensors, but not vLLM or Megatron.
 
     head     magic, format version, round, size of the file, size of the table, checksum of table and digests
-    table    msgpack: [name, dtype, shape, offset, bytes] of each tensor
+    table    JSON: [name, dtype, shape, offset, bytes] of each tensor
     digests  xxh3_64 of each tensor, uint64
     tensors  raw bytes, each at a multiple of 64
 
@@ -15,6 +15,7 @@ The round is 0 while a round is being written, so a torn file is refused like an
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import mmap
 import os
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import msgpack
 import torch
 import xxhash
 from safetensors import safe_open
@@ -32,7 +32,7 @@ from safetensors import safe_open
 from async_rl.errors import WeightSyncError
 
 MAGIC = b"ARLWGHTS"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEAD = struct.Struct("<8sIIQQQ")
 ALIGNMENT = 64  # The size of a cache line, and more than any dtype needs.
 
@@ -88,12 +88,11 @@ class Layout:
         for meta in self.metas:
             self.offsets.append(position)
             position += _aligned(meta.nbytes)
-        self._table = msgpack.packb(
-            [
-                [m.name, m.dtype, list(m.shape), offset, m.nbytes]
-                for m, offset in zip(self.metas, self.offsets, strict=True)
-            ]
-        )
+        rows = [
+            [m.name, m.dtype, list(m.shape), offset, m.nbytes]
+            for m, offset in zip(self.metas, self.offsets, strict=True)
+        ]
+        self._table = json.dumps(rows).encode()
         self.data = _aligned(HEAD.size + len(self._table) + 8 * len(self.metas))
         """Where the tensors begin."""
         self.nbytes = self.data + position
@@ -220,7 +219,7 @@ def read(announcement: Announcement, expected: Sequence[TensorMeta]) -> list[tup
         raise WeightSyncError(
             f"weight file: the name table does not match its checksum, or is not one of {len(expected)} tensors"
         )
-    table = msgpack.unpackb(memoryview(data)[HEAD.size : digests_at])
+    table = json.loads(data[HEAD.size : digests_at])
     digests = struct.unpack_from(f"<{len(expected)}Q", data, digests_at)
     tensors = []
     for (name, dtype, shape, offset, size), digest, want in zip(table, digests, expected, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SGLANG = ROOT / ".venv-sglang" / "bin" / "python"
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpus")]
 
@@ -41,3 +42,10 @@ def test_a_push_over_nccl_passes_the_canary(tmp_path):
 def test_a_push_over_nccl_from_a_parallel_trainer_passes_the_canary(tmp_path, senders):
     sizes = {"trainer.parallel.tp": 2, "trainer.parallel.ep": 2, "trainer.parallel.pp": 2}
     assert run(tmp_path, **sizes, **{"sync.senders": senders})["exit_reason"] == "finished"
+
+
+@pytest.mark.needs(2)
+@pytest.mark.skipif(not SGLANG.exists(), reason="make setup ENGINE=sglang DEVICE=cuda was not run")
+def test_a_push_over_nccl_to_sglang_passes_the_canary(tmp_path):
+    engine = {"rollout.engine": "sglang", "rollout.sglang.python": SGLANG}
+    assert run(tmp_path, **engine)["exit_reason"] == "finished"

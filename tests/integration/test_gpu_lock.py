@@ -1,4 +1,4 @@
-"""The lock for GPUs is what pyproject.toml resolves to. Reads the package index, and no package."""
+"""The locks for GPUs are what pyproject.toml resolves to. Reads the package index, and no package."""
 
 import subprocess
 from pathlib import Path
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def test_the_lock_resolves_to_itself():
-    checked = subprocess.run([ROOT / "launch" / "lock_gpu.sh", "--check"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", ["lock_gpu.sh", "lock_sglang.sh"])
+def test_the_lock_resolves_to_itself(script):
+    checked = subprocess.run([ROOT / "launch" / script, "--check"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import save_file
 from vllm.distributed import utils
 from vllm.distributed.device_communicators import pynccl
+from vllm.distributed.weight_transfer import packed_tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
+from async_rl.weights import sglang_group
 from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm import sender
 from async_rl.weights.vllm.name_table import rows
@@ -297,6 +299,16 @@ def test_a_transfer_broadcasts_each_byte_once_in_the_order_of_the_name_table(con
     assert len(meeting.sent) > 1
     for replica in replicas:
         assert list(replica.models[0].loaded) == [meta.name for meta in METAS]
+
+
+def test_packs_for_sglangs_engines_are_those_of_vllms_producer():
+    tensors = [(meta.name, torch.zeros(meta.shape)) for meta in METAS]
+    table = [TensorMeta.of(name, tensor) for name, tensor in tensors]
+    for limit in (24, 30, BYTES - 1, BYTES):
+        left, produced = iter(tensors), []
+        while (chunk := packed_tensor.pack_tensors(left, lambda item: item[1], limit)) is not None:
+            produced.append(chunk.names)
+        assert [[meta.name for meta in pack] for pack in sglang_group.packs(table, limit)] == produced
 
 
 def test_tensors_made_together_are_safe_under_each_of_the_streams_that_pack_them(connect):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from pathlib import Path
+import sys
 from unittest import mock
 
 import numpy as np
@@ -124,12 +124,25 @@ async def test_a_server_that_is_killed_is_noticed_and_leaves_nothing(config):
     assert shared() - before == set()
 
 
+def with_python(config, path, text, runs):
+    """Settings with a program in place of Python."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    sglang = config.rollout.sglang.model_copy(update={"python": path})
+    return config.model_copy(update={"runs": runs, "rollout": config.rollout.model_copy(update={"sglang": sglang})})
+
+
 async def test_a_server_that_does_not_start_says_why(config, tmp_path):
-    broken = config.model_copy(
-        update={"runs": tmp_path, "model": config.model.model_copy(update={"dtype": "bfloat16"})}
-    )
-    sglang = config.rollout.sglang.model_copy(update={"python": Path("/bin/false")})
-    broken = broken.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": sglang})})
-    with pytest.raises(EngineError, match=r"replica 0: the SGLang server did not start: .*rollout-0\.sglang\.log"):
+    says = f'case "$2" in *versions.py) exec {sys.executable} "$@";; *) echo "ValueError: no such thing" >&2;; esac'
+    broken = with_python(config, tmp_path / "python", says, tmp_path / "runs")
+    with pytest.raises(EngineError, match=r"replica 0: the SGLang server did not start: ValueError: no such .*\.log"):
         async with running(broken):
             raise AssertionError("it started")
+
+
+async def test_a_python_without_sglang_is_refused_before_the_start(config, tmp_path):
+    broken = with_python(config, tmp_path / "python", "exit 7", tmp_path / "runs")
+    with pytest.raises(EngineError, match=r"replica 0: rollout\.sglang\.python is .*exit code 7: it said nothing"):
+        async with running(broken):
+            raise AssertionError("it started")
+    assert not (tmp_path / "runs").exists()

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from async_rl.config.loading import validate
-from async_rl.weights.vllm.sender import HostsSyncClient, SyncClient, WeightSender
+from async_rl.weights.vllm.sender import HostsSyncClient, NcclSyncClient, SyncClient, WeightSender
 
 
 def sender(client, backend="object_store"):
@@ -31,3 +31,14 @@ def test_ranks_that_do_not_send_and_nccl_have_nothing_to_tell():
     made._engine.stage = lambda: None
     assert made.stage() is None
     assert sender(SyncClient(["a"], 1.0), backend="nccl").stage() is None
+
+
+def test_over_nccl_sglangs_engines_are_met_in_a_process_group_and_vllms_as_before():
+    for engine, backend in (("sglang", "nccl"), ("vllm", None)):
+        tree = {"model": {"path": "m"}, "data": {"train": "t"}, "rollout": {"engine": engine}}
+        config = validate(tree | {"sync": {"backend": "nccl"}, "resources": {"device": "cuda"}})
+        made = WeightSender(config, 0, source=SimpleNamespace(), host=lambda: "127.0.0.1")
+        info = made._init_info(3)
+        assert (info.torch_backend, info.world_size) == (backend, 4)
+        assert isinstance(made._make_client(["a"]), NcclSyncClient)
+        info.listening.close()

@@ -145,6 +145,12 @@ def made(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def record(tensor: torch.Tensor, stream: Stream) -> None:
+    """Note that a stream reads a tensor, of those whose making was noted."""
+    if hasattr(tensor, "made"):
+        tensor.recorded.add(stream)
+
+
 def check_handed_out(item: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
     """Assert that the current stream may read a tensor, and that its memory is not used again meanwhile."""
     name, tensor = item
@@ -162,22 +168,32 @@ def on_cpu() -> Iterator[None]:
     """Let vLLM's NCCL engines run in this process without a GPU, with the stand-ins of this module."""
     from vllm.distributed import utils
     from vllm.distributed.device_communicators import pynccl
-    from vllm.distributed.weight_transfer import packed_tensor
 
     Group.meetings, Communicator.made = {}, []
+    with (
+        mock.patch.object(utils, "StatelessProcessGroup", Group),
+        mock.patch.object(pynccl, "PyNcclCommunicator", Communicator),
+        streams_on_cpu(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def streams_on_cpu() -> Iterator[None]:
+    """Let vLLM's packed producer and consumer run without a GPU; communicators are as they are."""
+    from vllm.distributed.weight_transfer import packed_tensor
+
     pack_tensors = packed_tensor.pack_tensors
 
     def pack_checked(iterator, *arguments):
         return pack_tensors(map(check_handed_out, iterator), *arguments)
 
     with (
-        mock.patch.object(utils, "StatelessProcessGroup", Group),
-        mock.patch.object(pynccl, "PyNcclCommunicator", Communicator),
         mock.patch.object(packed_tensor, "_get_streams", lambda _, count: [Stream() for _ in range(count)]),
         mock.patch.object(packed_tensor, "pack_tensors", pack_checked),
         mock.patch.object(torch.cuda, "stream", Stream.as_current),
         mock.patch.object(torch.cuda, "current_stream", Stream.now),
-        mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: tensor.recorded.add(stream)),
+        mock.patch.object(torch.Tensor, "record_stream", record),
         mock.patch.object(torch.accelerator, "current_device_index", return_value=None),
         mock.patch.object(torch.accelerator, "synchronize"),
     ):

@@ -206,10 +206,6 @@ def test_run_name_cannot_leave_its_folder(name):
         ({"rollout": {"top_p": 0.95}}, ["rollout.top_p is 0.95", "set rollout.top_p to 1", "rollout.temperature"]),
         ({"sync": {"backend": "nccl"}, "resources": {"device": "cpu"}}, ["sync.backend", "resources.device"]),
         (
-            {"sync": {"backend": "nccl"}, "resources": {"device": "cuda"}, "rollout": {"engine": "sglang"}},
-            ["sync.backend is nccl", "rollout.engine is sglang"],
-        ),
-        (
             {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
             ["rollout.sglang.python is /venv/bin/python", "the engine is vllm"],
         ),
@@ -219,7 +215,7 @@ def test_run_name_cannot_leave_its_folder(name):
                 "resources": {"device": "cuda"},
                 "rollout": {"engines": ["vllm", "sglang"], "replicas": 2},
             },
-            ["sync.backend is nccl", "an engine of rollout.engines is sglang"],
+            ["sync.backend is nccl", "rollout.engines is ['vllm', 'sglang']", "have one engine"],
         ),
         (
             {"rollout": {"engine": "sglang", "engines": ["vllm", "sglang"], "replicas": 2}},

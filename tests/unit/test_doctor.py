@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from async_rl.doctor.parameters import Parameters, parameters_of
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, ResourceError, RewardError
 from async_rl.models.config import read_model_config
 from async_rl.queue import redis_store
+from async_rl.rollout.engine.sglang import versions
 from tests.support.model_folders import QWEN3_30B_A3B, SMALLEST, write_config, write_inputs
 from tests.unit.test_chat_templates import encoder
 from tests.unit.test_chat_turns import STOPS, ids
@@ -110,19 +110,17 @@ def test_missing_and_wrong_packages(monkeypatch):
 
 
 def test_an_engine_that_is_not_installed_or_of_another_version(monkeypatch, machine, inputs):
-    real = installation.installed_version
-
     def found(version, **sglang):
-        monkeypatch.setattr(installation, "installed_version", lambda name: version if name == "sglang" else real(name))
+        monkeypatch.setattr(versions, "_version", lambda name: version if name == "sglang" else None)
         settings = config(inputs, rollout={"engine": "sglang", "sglang": sglang})
         name = "rollout.sglang.python" if sglang else "rollout.engine"
         return the(doctor.checks(settings), name)
 
     assert found("0.5.23").status == "ok"
     assert "make setup ENGINE=sglang" in found(None).fix
-    assert "sglang 0.5.7 is installed, and this package was written for 0.5.23" in found("0.5.7").detail
-    assert found(None, python=sys.executable).status == "ok"
-    assert "is no program" in found(None, python="/nowhere/python").detail
+    assert "has sglang 0.5.7, and this package was written for 0.5.23" in found("0.5.7").detail
+    assert "pip install sglang==0.5.23" in found("0.5.7").fix
+    assert "No such file" in found(None, python="/nowhere/python").detail
 
 
 def test_cuda_torchvision_beside_a_cpu_torch(monkeypatch):

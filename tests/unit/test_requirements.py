@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from async_rl.rollout.engine.sglang.versions import SGLANG_VERSION
 from tests.support.stub_programs import ROOT, Programs
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -44,6 +45,13 @@ def test_gpus_have_the_versions_of_cpus_wherever_torch_does_not_decide():
     cpu, gpu = pins("cpu.txt"), pins("gpu.txt")
     assert {name for name in cpu.keys() & gpu.keys() if cpu[name].public != gpu[name].public} <= OTHER_ON_GPUS
     assert gpu["torch"] == Version(cpu["torch"].public)
+
+
+def test_sglang_on_gpus_is_the_one_that_is_asked_for_everywhere():
+    (asked,) = map(Requirement, PROJECT["optional-dependencies"]["sglang"])
+    for lock in ("sglang.txt", "sglang-gpu.txt"):
+        assert asked.specifier.contains(pins(lock)["sglang"])
+    assert str(pins("sglang.txt")["sglang"]) == SGLANG_VERSION
 
 
 def test_one_core_of_transformer_engine_is_locked_and_it_is_that_of_torchs_cuda():

@@ -107,7 +107,7 @@ def test_invariant_10_a_corrupted_tensor_is_named(file):
     ("position", "data", "message"),
     [
         (0, b"SOMEFILE", "not a weight file"),
-        (8, struct.pack("<I", 2), "format version 2, this engine reads 1"),
+        (8, struct.pack("<I", 1), "format version 1, this engine reads 2"),
         (16, struct.pack("<Q", 0), "holds round 0, announced was 1"),
         (24, struct.pack("<Q", 5), "its head says 5"),
         (12, struct.pack("<I", 10**6), "name table does not match"),

@@ -1,4 +1,4 @@
-"""Both ends of vLLM's NCCL weight transfer, with what vLLM 0.30 leaves to its caller.
+"""Both ends of vLLM's NCCL weight transfer, with what vLLM 0.30 leaves to its caller, and the trainer's for SGLang.
 
 A time limit, after which the communicator is aborted. A process that dies in an NCCL call leaves the others in theirs
 for good: NCCL has no time limit, and vLLM leaves it to the caller to abort the communicator
@@ -12,7 +12,10 @@ The name table: vLLM takes whatever names it is given. See ``name_table``.
 
 Several senders. The first rank of each pipeline stage may send its own layers (sync.senders stages): each has a
 communicator with all engines, and they send in turn within one update. Trainer rank 0 calls the engines for all; the
-others wait in their first broadcast until the engines come to it. Does not know Ray.
+others wait in their first broadcast until the engines come to it.
+
+SGLang's engines. They meet in a process group of torch's in place of vLLM's communicator, and receive the same packs:
+see ``sglang_group``. Does not know Ray.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from async_rl.errors import WeightSyncError
+from async_rl.weights.sglang_group import SenderGroup
 from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm.name_table import Rows, checked, name_table, rows
 from async_rl.weights.vllm.nccl_limit import Limit, Meeting
@@ -70,6 +74,8 @@ class TimedNCCLTrainerInitInfo(NCCLTrainerInitInfo):  # type: ignore[misc]  # vL
     """The socket that holds ``master_port``; None on ranks that do not send."""
     others: list[Endpoint] = field(default_factory=list)
     """Where the engines meet the senders after rank 0, which alone needs to know."""
+    torch_backend: str | None = None
+    """The backend of torch's process groups in which SGLang's engines receive; None for engines of vLLM."""
 
     @property
     def is_sender(self) -> bool:
@@ -84,6 +90,7 @@ class TimedNCCLInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]  # vL
     table: Rows
     others: list[dict[str, Any]] = field(default_factory=list)
     """The senders after the first, with the fields of ``Endpoint``."""
+    torch_backend: str | None = None
 
 
 @dataclass
@@ -176,6 +183,7 @@ class TimedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # 
                     timeout_s=init_info.timeout_s,
                     table=rows(name_table(self.source)),
                     others=[asdict(endpoint) for endpoint in init_info.others],
+                    torch_backend=init_info.torch_backend,
                 )
             )
         )
@@ -232,6 +240,15 @@ def _open_endpoint(init_info: TimedNCCLTrainerInitInfo) -> Any:
     Does what vLLM's ``nccl_common.trainer_init`` does, which takes no socket: it binds the port when it is called, by
     IPv4 alone, and waits for 300 s.
     """
+    if init_info.torch_backend is not None:
+        assert init_info.listening is not None
+        return SenderGroup(
+            init_info.master_address,
+            init_info.listening,
+            init_info.world_size,
+            backend=init_info.torch_backend,
+            timeout_s=init_info.timeout_s,
+        )
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
 

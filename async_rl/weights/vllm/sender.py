@@ -261,6 +261,7 @@ class WeightSender:
             world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
             rank=self._rank,
             timeout_s=self._limit_s,
+            torch_backend="nccl" if self._config.rollout.engine_names == ("sglang",) else None,
         )
 
 

@@ -35,6 +35,7 @@ from async_rl.rollout.engine.base import BuiltInEngine
 from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.sglang import answers
 from async_rl.rollout.engine.sglang.answers import Answer, Json
+from async_rl.rollout.engine.sglang.broadcasts import Broadcasts
 from async_rl.rollout.engine.sglang.metrics import fetch
 from async_rl.rollout.engine.sglang.server import LOADER, Server
 from async_rl.rollout.gate import Outstanding
@@ -79,6 +80,7 @@ class SglangEngine(BuiltInEngine):
         self._frozen = False
         self._table: list[TensorMeta] | None = None
         self._table_sent = False
+        self._broadcasts = Broadcasts(self._post)
 
     @property
     def sampled_tokens(self) -> int:
@@ -240,7 +242,9 @@ class SglangEngine(BuiltInEngine):
     # -- weight transfer, as vLLM's clients call it on an actor ---------------------------------------------------
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
-        table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in request.init_info["table"]]
+        info = request.init_info
+        rows = [*info["table"], *(row for sender in info.get("others", ()) for row in sender["table"])]
+        table = [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in rows]
         await asyncio.to_thread(
             check_against_checkpoint,
             table,
@@ -248,6 +252,12 @@ class SglangEngine(BuiltInEngine):
             ignored=lambda name: names.ignored(self._model, name),
         )
         self._table, self._table_sent = table, False
+        if self._config.sync_backend == "nccl":
+            try:
+                await self._broadcasts.join(info, table)
+            except EngineError as error:
+                self.check_alive()
+                raise WeightSyncError(str(error)) from error
 
     async def start_weight_update(self) -> None:
         self._check_can_begin_update()
@@ -264,6 +274,9 @@ class SglangEngine(BuiltInEngine):
         if not self._update_begun:
             self._update_begun = True
             await self._transfer(self._post("/begin_weight_update", {}))
+        if self._config.sync_backend == "nccl":
+            await self._transfer(self._broadcasts.receive(request.update_info))
+            return
         announcement = dict(request.update_info)
         order: Json = {"announcement": announcement}
         if not self._table_sent:

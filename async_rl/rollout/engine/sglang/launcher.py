@@ -1,18 +1,20 @@
 """Starts SGLang's server: ``python -m async_rl.rollout.engine.sglang.launcher ARGUMENTS``, as ``server`` does.
 
 SGLang starts processes of its own, which import this module again: so what is prepared here holds in each of them.
+
+The Python may be that of another virtual environment than the run's (rollout.sglang.python). What is imported here, and
+by ``weights.sglang``, is of the standard library, of this package, or a package that SGLang itself requires.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import signal
 import sys
 
 import torch
 
-from async_rl.rollout.engine.sglang import SGLANG_VERSION, stand_ins
+from async_rl.rollout.engine.sglang import stand_ins
 from async_rl.runtime.process import mark_semaphores, marked_file, signal_on_parent_death
 
 # An orphan would keep a port and gigabytes of memory. The kernel kills this process when its parent ends, its children
@@ -20,9 +22,6 @@ from async_rl.runtime.process import mark_semaphores, marked_file, signal_on_par
 signal_on_parent_death(signal.SIGKILL)
 if os.getppid() == 1:
     sys.exit("sglang: the process that started the server is gone")
-
-if (found := importlib.metadata.version("sglang")) != SGLANG_VERSION:
-    sys.exit(f"VersionError: sglang {found} is installed, and this package was written for {SGLANG_VERSION}")
 
 if not torch.cuda.is_available():
     stand_ins.install()

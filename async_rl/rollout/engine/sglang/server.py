@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineDied, EngineError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.device import on_cpu
+from async_rl.rollout.engine.sglang import versions
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime.addresses import hold_port
 from async_rl.runtime.process import run_token, starting_on
@@ -110,6 +111,15 @@ def _further(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def core_groups(ranks: int, cores: Sequence[int] | None) -> str:
+    """Return the cores of each tensor-parallel rank on a CPU, as SGLang takes them; None for those of this process.
+
+    Without it SGLang refuses more ranks than there are NUMA nodes. Where there are fewer cores than ranks these share.
+    """
+    there = sorted(cores or os.sched_getaffinity(0))
+    return "|".join(",".join(map(str, there[rank::ranks] or there)) for rank in range(ranks))
+
+
 class Server:
     """One server, of which this process is the parent. ``cores``: the CPUs that it should compute on, or None."""
 
@@ -136,6 +146,9 @@ class Server:
 
     async def start(self) -> None:
         """Start the server and wait until it answers. Raises EngineError."""
+        python, nccl = self._config.rollout.sglang.python, self._config.sync_backend == "nccl"
+        if (fault := await asyncio.to_thread(versions.fault, python, nccl=nccl)) is not None:
+            raise EngineError(f"replica {self._replica}: {fault}")
         port = _free_port()
         self._begin(port)
         self.url = f"http://127.0.0.1:{port}"
@@ -159,13 +172,11 @@ class Server:
         self._members = psutil.Process(self._process.pid).children(recursive=True)
 
     def _begin(self, port: int) -> None:
-        python = self._config.rollout.sglang.python or Path(sys.executable)
-        command = [str(python), "-m", "async_rl.rollout.engine.sglang.launcher"]
+        python = self._config.rollout.sglang.python
+        command = [str(python or sys.executable), "-m", "async_rl.rollout.engine.sglang.launcher"]
         command += arguments(self._config, self._replica, self._model, port)
-        package = str(Path(async_rl.__file__).parents[1])
-        environment = os.environ | _ENVIRONMENT | run_token()
+        environment = os.environ | _ENVIRONMENT | run_token() | self._paths(python)
         environment |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
             "ASYNC_RL_SGLANG_KEY": self._key,
             "ASYNC_RL_SGLANG_ROLE": f"{worker_id(self._replica)}-sglang",
             "ASYNC_RL_SGLANG_FOLDER": str(self.folder),
@@ -178,12 +189,27 @@ class Server:
         }
         if on_cpu(self._config):
             environment |= _ON_CPU | {"OMP_NUM_THREADS": str(self._config.resources.engine_threads)}
+            if (ranks := self._config.rollout.tensor_parallel_size) > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = core_groups(ranks, self._cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_began = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log, starting_on(self._cores):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+
+    def _paths(self, python: Path | None) -> dict[str, str]:
+        """Return the variables by which the server finds this package, and in another Python nothing else of ours."""
+        package = Path(async_rl.__file__).parent
+        if python is None:
+            known = [str(package.parent), os.environ.get("PYTHONPATH", "")]
+            return {"PYTHONPATH": os.pathsep.join(filter(None, known))}
+        alone = self.folder / "package"  # beside an installed package are all others of the run's environment
+        alone.mkdir()
+        (alone / package.name).symlink_to(package)
+        # Kernels are compiled with programs of its environment.
+        programs = os.pathsep.join(filter(None, [str(python.parent), os.environ.get("PATH", "")]))
+        return {"PYTHONPATH": str(alone), "PATH": programs}
 
     async def _answers(self) -> bool:
         assert self.session is not None
