@@ -106,6 +106,7 @@ async def test_what_belongs_to_the_run_is_ignored_and_counted_and_the_rest_reach
             messages=ASKED,
             temperature=0.1,
             top_p=0.5,
+            frequency_penalty=0.5,
             seed=3,
             max_completion_tokens=1,
             stop=["x", "y"],
@@ -113,7 +114,7 @@ async def test_what_belongs_to_the_run_is_ignored_and_counted_and_the_rest_reach
             user="somebody",
         )
         assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 1)
-        assert subject.gateway.ignored == {"temperature": 1, "top_p": 1, "seed": 1}
+        assert subject.gateway.ignored == {"temperature": 1, "top_p": 1, "frequency_penalty": 1, "seed": 1}
         assert subject.call.stops == [("x", "y")]
         named = subject.session.branches[0].partial.prompt_ids.tolist()
         await client.chat.completions.create(model="m", messages=[user("b")], tools=[TOOL], tool_choice="none")

@@ -1,7 +1,11 @@
 """The load of ``tests.bench.gateway``, small: agents in process and over HTTP have their turns, and leave nothing."""
 
+import pytest
+
 from tests.bench.gateway import WAYS, measure, objects_left
 from tests.support.gateway_load import Shape
+
+pytestmark = pytest.mark.slow
 
 
 def test_agents_leave_nothing_in_their_worker():
