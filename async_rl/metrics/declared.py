@@ -569,7 +569,6 @@ _FLOW = (
         "Calls of an environment's tools by the policy, by result.",
         "unknown_tool, bad_arguments: faults of the policy, which sees them. tool_error: what the tool says is wrong.",
         labels=("result",),
-        values=("ok", "unknown_tool", "bad_arguments", "tool_error"),
     ),
     MetricSpec(
         "agent_environments",
@@ -583,7 +582,6 @@ _FLOW = (
         "Time of rollouts with environments, by what they wait for.",
         "Much of place: rollout.agent.concurrent up. Much of setup or step: the environments are the bottleneck.",
         labels=("stage",),
-        values=("place", "setup", "policy", "step", "score", "close"),
     ),
     MetricSpec(
         "agent_environment_late_total",
@@ -591,7 +589,6 @@ _FLOW = (
         "Calls of environments that were given up at rollout.agent.setup_s, step_s, score_s or close_s.",
         "Of close, what the environment had may be left behind.",
         labels=("stage",),
-        values=("setup", "step", "score", "close"),
     ),
     MetricSpec(
         "agent_environment_hosts_lost_total",
@@ -599,7 +596,6 @@ _FLOW = (
         "Processes of environments that another took the place of, by reason.",
         "died: it crashed, or ran out of memory. silent: an async method blocks. abandoned: its environments hang.",
         labels=("reason",),
-        values=("died", "silent", "abandoned"),
     ),
     MetricSpec(
         "gateway_requests_total",

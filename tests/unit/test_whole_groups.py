@@ -6,7 +6,6 @@ import pytest
 
 from async_rl.config.inputs import RewardSection, Terms
 from async_rl.errors import RewardError, RewardNotApplicable
-from async_rl.rollout import in_flight
 from async_rl.rollout.evaluation import EvalProblem
 from async_rl.rollout.rewards.overlong import Overlong
 from async_rl.rollout.rewards.score import FinishedResponse, Score
@@ -104,7 +103,6 @@ async def test_a_group_in_flight_whose_responses_have_ended_is_scored_by_the_wor
     await other.run()
     assert ranks.asked == [[5, 5, 5]]
     assert [len(group.trajectories) for group in queue.groups] == [3]
-    assert in_flight.SCHEMA_VERSION == 1
 
 
 # -- too long ---------------------------------------------------------------------------------------------------------
