@@ -99,6 +99,20 @@ class Fetch:
         others: list[tuple[int, Bucket]] = []
         if peers:
             own, others = shares(publication.buckets, host, hosts)
+        try:
+            self._both(own, others, peers, written)
+        finally:
+            self._memory = None  # ends the mapping, which an exception would keep through the frames that it knows
+        self._file().finish(self._checked(publication.head, self._get(publication.head.reference)), self.round)
+
+    def _both(
+        self,
+        own: Sequence[Bucket],
+        others: Sequence[tuple[int, Bucket]],
+        peers: Sequence[Peer],
+        written: Callable[[], None],
+    ) -> None:
+        """Fetch this host's ``own`` buckets from the store, and ``others`` from the peers of these numbers."""
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
             # Both at the same time: the trainer's link carries this host's share while peers send theirs.
             from_peers = beside.submit(
@@ -114,8 +128,6 @@ class Fetch:
             except BaseException:
                 self.stopped = True
                 raise
-        self._memory = None  # ends the mapping
-        self._file().finish(self._checked(publication.head, self._get(publication.head.reference)), self.round)
 
     def _stream(
         self,
