@@ -13,7 +13,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.chat_turns import RowChat
 from async_rl.data.messages import Message
 from async_rl.data.reading import chat_turns
-from async_rl.rollout.turn_message import ToolParsers, TurnReader
+from async_rl.rollout.turn_message import Sampled, ToolParsers, TurnReader
 
 
 class Chat:
@@ -44,15 +44,8 @@ class _RowChat:
     def after(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         return self._row().after(messages, tools)
 
-    def message(
-        self,
-        text: str,
-        token_ids: Sequence[int],
-        before: Sequence[int],
-        stop: Sequence[str],
-        tools: list[dict[str, Any]] | None,
-    ) -> Message:
-        return self._reader.message(text, token_ids, before, stop, tools, self._row())
+    def message(self, turn: Sampled) -> Message:
+        return self._reader.message(turn, self._row())
 
 
 def _tool_parsers(tokenizer: Any) -> ToolParsers:

@@ -21,7 +21,7 @@ from async_rl.rollout.aside import in_turn
 from async_rl.rollout.branches import Turn
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.session import Place, Session
-from async_rl.rollout.turn_message import before_any
+from async_rl.rollout.turn_message import Sampled, before_any
 from async_rl.types import FinishReason, Float32Array, Int32Array
 
 Call = Callable[[PartialRollout, str, Sequence[str]], Awaitable[PartialRollout]]
@@ -43,14 +43,7 @@ class Chat(Protocol):
 class Reader(Protocol):
     """How a turn becomes a message, as ``TurnReader`` does it for one row. Is called in threads."""
 
-    def message(
-        self,
-        text: str,
-        token_ids: Sequence[int],
-        before: Sequence[int],
-        stop: Sequence[str],
-        tools: list[dict[str, Any]] | None,
-    ) -> Message:
+    def message(self, turn: Sampled) -> Message:
         """Return the message of a turn; see ``TurnReader.message``."""
 
 
@@ -288,10 +281,11 @@ class Policy:
         self, reader: Reader, turn: Turn, text: str, stop: Sequence[str], tools: list[dict[str, Any]] | None
     ) -> Message:
         """Return the message of a turn that is complete, whose ``text`` ends before a stop string."""
-        tokens, partial = turn.token_ids, turn.branch.partial
+        whole, partial = turn.branch.tokens, turn.branch.partial
+        before, tokens = whole[: turn.start], whole[turn.start :]
         if len(tokens) and int(tokens[-1]) in partial.stop_token_ids:
             tokens = tokens[:-1]
-        return reader.message(text, tokens.tolist(), turn.branch.tokens[: turn.start].tolist(), stop, tools)
+        return reader.message(Sampled(text, tokens, before, stop, tools))
 
     @staticmethod
     def _still_open(turn: Turn) -> None:

@@ -12,12 +12,14 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import structlog
 
 from async_rl.data.messages import Message
 from async_rl.rollout.conversation import canonical
+from async_rl.types import Int32Array
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +41,26 @@ _CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _THOUGHT: Message = {"role": "assistant", "content": "zqanswer", "reasoning_content": "zqthought"}
 # One word in brackets of some kind, which is how templates write their marks.
 _MARK = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷)"
+
+
+# Tokens of a context in whose text a mark that begins reasoning would be, where the template ends with it.
+_MARK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """A turn of the policy that is complete."""
+
+    text: str
+    """What was sampled, without special tokens, up to a stop string."""
+    token_ids: Int32Array
+    """int32[n], without the stop token."""
+    before: Int32Array
+    """int32[m]: the context, of which the end says whether the turn began inside reasoning."""
+    stop: Sequence[str]
+    """Texts before which the message ends."""
+    tools: list[dict[str, Any]] | None
+    """Those that the request named; without any, nothing is a call."""
 
 
 class Template(Protocol):
@@ -97,27 +119,18 @@ class TurnReader:
         self.read: Counter[bool] = Counter()
         """Calls that were read (True), and turns that began one which could not be (False)."""
 
-    def message(
-        self,
-        text: str,
-        token_ids: Sequence[int],
-        before: Sequence[int],
-        stop: Sequence[str],
-        tools: list[dict[str, Any]] | None,
-        template: Template,
-    ) -> Message:
-        """Return the message of a turn of ``token_ids``, without their stop token, and ``text``, without special ones.
-
-        before: the tokens of the context. stop: texts before which the message ends, as ``text`` does. tools: those
-        that the request named; without any, nothing is a call. Raises ValueError for a parser that there is not.
-        """
-        whole = before_any(self._decode(token_ids), stop)
-        reasoning, rest = _parted(whole, self._decode(before[-16:]), self.thought(template))
-        how = self.calls(template) if tools else None
-        content, calls = ("", ()) if how is None or not tools else how.parser.read(rest, tools)
+    def message(self, turn: Sampled, template: Template) -> Message:
+        """Return the message of a turn. Raises ValueError for a parser that there is not."""
+        whole = before_any(self._decode(turn.token_ids.tolist()), turn.stop)
+        thought = self.thought(template)
+        reasoning, rest = None, whole
+        if thought is not None:
+            reasoning, rest = _parted(whole, self._decode(turn.before[-_MARK_TOKENS:].tolist()), thought)
+        how = self.calls(template) if turn.tools else None
+        content, calls = ("", ()) if how is None or not turn.tools else how.parser.read(rest, turn.tools)
         if not calls:
             # As it was sampled: parsers leave out what they cannot read.
-            content = text if reasoning is None else rest
+            content = turn.text if reasoning is None else rest
         if how is not None:
             self.read[True] += len(calls)
             self.read[False] += not calls and how.mark is not None and how.mark in rest
@@ -125,7 +138,7 @@ class TurnReader:
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [_call(call, at, len(before)) for at, call in enumerate(calls)]
+            message["tool_calls"] = [_call(call, at, len(turn.before)) for at, call in enumerate(calls)]
         return message
 
     def calls(self, template: Template) -> Calls | None:
@@ -198,10 +211,8 @@ def _thought(template: Template) -> tuple[str, str] | None:
     return (opened[1], f"</{opened[1][1:]}") if opened and not opened[1].startswith("</") else None
 
 
-def _parted(whole: str, before: str, thought: tuple[str, str] | None) -> tuple[str | None, str]:
+def _parted(whole: str, before: str, thought: tuple[str, str]) -> tuple[str | None, str]:
     """Return the reasoning of a turn and the rest; None for no reasoning. One that was cut off has no rest."""
-    if thought is None:
-        return None, whole
     first, last = thought
     said = whole.lstrip()
     if said.startswith(first):

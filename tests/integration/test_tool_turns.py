@@ -38,8 +38,8 @@ class Chat:
         self.row, self.reader = row, reader
         self.prompt, self.after = row.prompt, row.after
 
-    def message(self, *turn):
-        return self.reader.message(*turn, self.row)
+    def message(self, turn):
+        return self.reader.message(turn, self.row)
 
 
 class Says:

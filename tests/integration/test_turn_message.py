@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from async_rl.data.chat import CheckpointEncoder
 from async_rl.data.chat_turns import ChatTurns
 from async_rl.rollout.engine.vllm.parsing import TOOL_PARSERS, ToolParser
-from async_rl.rollout.turn_message import ToolParsers, TurnReader
+from async_rl.rollout.turn_message import Sampled, ToolParsers, TurnReader
 from tests.support.chat_families import tokenizer
 from tests.support.tool_families import EOS, THINKS, TOOL_FAMILIES
 
@@ -57,7 +58,8 @@ class Subject:
         plain = self.tokenizer.decode(ids, skip_special_tokens=True)
         for each in stop:
             plain = plain.partition(each)[0]
-        return self.reader.message(plain, ids, self.row.prompt(list(history), tools), stop, tools, self.row)
+        before = np.array(self.row.prompt(list(history), tools), np.int32)
+        return self.reader.message(Sampled(plain, np.array(ids, np.int32), before, stop, tools), self.row)
 
 
 def called(*calls, **more):

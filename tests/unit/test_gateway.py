@@ -428,9 +428,10 @@ async def test_what_the_gateway_has_not_is_said():
 class Calling:
     """Reads a call and a thought in every turn."""
 
-    def message(self, text, token_ids, before, stop, tools):
-        function = {"name": tools[0]["function"]["name"], "arguments": json.dumps({"at": len(before)})}
-        call = {"id": f"c{len(before)}", "type": "function", "function": function}
+    def message(self, turn):
+        at = len(turn.before)
+        function = {"name": turn.tools[0]["function"]["name"], "arguments": json.dumps({"at": at})}
+        call = {"id": f"c{at}", "type": "function", "function": function}
         return {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]}
 
 
