@@ -54,7 +54,7 @@ class DeltaSection(Section):
     """Weight syncs that send what has changed, with sync.backend object_store."""
 
     full_every: Positive = 1
-    """Of so many weight syncs one sends all weights, the others the elements whose bits have changed: 1 for all weights
+    """One weight sync of so many sends all weights, the others the elements whose bits have changed: 1 for all weights
     each time. A host without the weights of the sync before gets all. Where sync.backend auto stands for shm it changes
     nothing."""
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5

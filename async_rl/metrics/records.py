@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from async_rl.metrics.evaluation import EvalLine
 
 RESUME_POSITIONS = ("uninterrupted", "before", "first", "after")
-"""Of a sampled token, relative to the last resume point of its trajectory (``Trajectory.resume_points``): there is
-none, before it, the first token after it, later."""
+"""Where a sampled token lies relative to the last resume point of its trajectory (``Trajectory.resume_points``): there
+is none, before it, the first token after it, later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class Publication:
     head: Bucket
     """The file's head, table and digests, which make it a finished file."""
     base: int | None = None
-    """Of a delta, the round of the weights that it changes; None for all weights."""
+    """The round of the weights that a delta changes; None for all weights."""
 
     @property
     def nbytes_sent(self) -> int:

@@ -67,17 +67,17 @@ def test_lines_are_answered_through_the_gateway_until_ctrl_c(started, tmp_path):
     process = started("chat")
     process.stdin.write("hdbca>\nbca>\n")
     process.stdin.flush()
-    told = {}
-    while len(told) < 3:
+    printed = {}
+    while len(printed) < 3:
         line = process.stderr.readline()
         assert line, "it has ended"
         if line.startswith("OPENAI_"):
-            name, _, told[name] = line.rstrip("\n").partition("=")
+            name, _, printed[name] = line.rstrip("\n").partition("=")
     answers = [process.stdout.readline() for _ in range(2)]
     assert all(answer.strip() for answer in answers), answers
-    body = json.dumps({"model": told["OPENAI_MODEL"], "prompt": "ba>", "max_tokens": 5}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {told['OPENAI_API_KEY']}"}
-    request = urllib.request.Request(f"{told['OPENAI_BASE_URL']}/completions", body, headers)
+    body = json.dumps({"model": printed["OPENAI_MODEL"], "prompt": "ba>", "max_tokens": 5}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {printed['OPENAI_API_KEY']}"}
+    request = urllib.request.Request(f"{printed['OPENAI_BASE_URL']}/completions", body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert 1 <= json.load(answer)["usage"]["completion_tokens"] <= 5
     os.killpg(process.pid, signal.SIGINT)

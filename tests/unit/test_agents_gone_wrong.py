@@ -119,7 +119,7 @@ async def compacts(prompt, policy, context):
     return 1.0
 
 
-async def test_an_agent_that_has_no_room_is_told_so_and_may_compact_its_history():
+async def test_an_agent_that_has_no_room_gets_that_answer_and_may_compact_its_history():
     rollouts = await run(served(engine(), ListQueue(1), function=f"{__name__}:compacts"))
     assert SHARED["code"] == "context_length_exceeded"
     for rollout in rollouts.values():
