@@ -103,7 +103,7 @@ class Agents:
         self._named = " ".join(config.rollout.agent.named)
         settings = config.rollout.agent
         self._command = settings.command or []
-        self._environments = Environments(config, gate) if settings.environment is not None else None
+        self._environments = Environments(config) if settings.environment is not None else None
         own = self._program if self._environments is None else self._played
         self._function = own if settings.function is None else load_agent(settings.function)
         self._turns_compared = config.trainer.loss.advantage == "turn_return"
@@ -229,7 +229,7 @@ class Agents:
             found = self._function(prompt, policy, context)
             if not inspect.isawaitable(found):
                 raise self._failure(prompt, "is not async; define it with async def, and await the policy")
-            found = await self._in_time(prompt, found, failed, in_training=context.evaluation is None)
+            found = await self._in_time(prompt, found, failed, self._clock(context))
         except COST_THEIR_GROUP:
             raise
         except RequestRefused as error:
@@ -244,8 +244,15 @@ class Agents:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
         return Outcome.of(found)
 
+    def _clock(self, context: Context) -> Gate:
+        """Return the gate whose pauses count for no time limit.
+
+        None stops an evaluation, during which the worker's gate may be closed all the while.
+        """
+        return self._gate if context.evaluation is None else Gate()
+
     async def _in_time(
-        self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception], *, in_training: bool
+        self, prompt: Prompt, agent: Awaitable[Any], failed: asyncio.Future[Exception], gate: Gate
     ) -> Any:
         """Return what an agent returns. It is ended when its time is over, or when a turn that it asked for fails."""
         running = asyncio.ensure_future(agent)
@@ -257,8 +264,6 @@ class Agents:
             return running.result()
 
         limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
-        # No pause stops an evaluation, and the worker's gate may be closed all the while.
-        gate = self._gate if in_training else Gate()
         try:
             _, late = await wait_in_time([waited], gate, limit)
             if late:
@@ -276,7 +281,8 @@ class Agents:
 
     async def _played(self, prompt: Prompt, policy: Policy, context: Context) -> Outcome:
         assert self._environments is not None
-        played = await self._environments.play(prompt, policy, context.rollout_id, context.seed)
+        gate = self._clock(context)
+        played = await self._environments.play(prompt, policy, context.rollout_id, context.seed, gate)
         end: RolloutEnd | None = "truncated" if played.truncated else None
         return Outcome(played.reward, end, metrics=played.metrics, turn_rewards=played.turn_rewards or None)
 

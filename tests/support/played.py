@@ -77,7 +77,8 @@ async def environments(name, gate=None, **settings):
     """Yield the environments of a class of ``user_environments``; nothing is left of them afterwards."""
     agent = {"environment": name if ":" in name else f"{MODULE}:{name}", **settings}
     config = validate({"model": {"path": "m"}, "data": {"train": "t.jsonl"}, "rollout": {"agent": agent}})
-    subject = Environments(config, gate or Gate())
+    subject = Environments(config)
+    subject.clock = gate or Gate()
     try:
         yield subject
     finally:
@@ -86,4 +87,4 @@ async def environments(name, gate=None, **settings):
 
 
 async def play(subject, policy, fields=None, name="0-1"):
-    return await subject.play(prompt(fields, name=name), policy, f"{name}.0/0", 7)
+    return await subject.play(prompt(fields, name=name), policy, f"{name}.0/0", 7, subject.clock)

@@ -13,6 +13,7 @@ from async_rl.driver import eval_command
 from async_rl.errors import AgentFailure, ConfigError, EngineError, RewardError
 from async_rl.rollout.agents import Outcome
 from async_rl.rollout.engine.interface import Sampling
+from async_rl.rollout.environments.interface import Step
 from async_rl.rollout.evaluation import GREEDY, EvalProblem
 from async_rl.types import Prompt
 from tests.support.scripted_engine import ScriptedEngine
@@ -54,7 +55,7 @@ class Noting(ScriptedEngine):
 
 def replica(engine, name, queue=None, **agent):
     rollout = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
-    named = {} if "command" in agent else {"function": f"{__name__}:{name}"}
+    named = {} if {"command", "environment"} & agent.keys() else {"function": f"{__name__}:{name}"}
     rollout["agent"] = {**named, **agent}
     subject, _ = worker(engine, queue or ListQueue(0), digits=Letters(), rollout=rollout)
     return subject
@@ -184,6 +185,27 @@ async def test_a_paused_replica_evaluates_and_its_clock_runs():
     async with asyncio.timeout(60):
         answers = (await subject.evaluate([problem(0), problem(1)])).answers
     assert [answer.scored and answer.scored.rewards for answer in answers] == [(1.0,), None]
+
+
+class Hangs:
+    def setup(self, task, context):
+        self.row = task.row
+
+    async def step(self, message):
+        await asyncio.sleep(3600 * self.row)
+        return Step("", reward=1.0, done=True)
+
+
+async def test_a_paused_replica_evaluates_environments_within_their_time():
+    subject = replica(
+        scripted(), "", environment=f"{__name__}:Hangs", inline=True, step_s=0.3, close_s=0.3, on_error="skip"
+    )
+    await subject.pause()
+    await subject.wake()
+    async with asyncio.timeout(60):
+        answers = (await subject.evaluate([problem(0), problem(1)])).answers
+    assert [answer.scored and answer.scored.rewards for answer in answers] == [(1.0,), None]
+    await subject.shutdown()
 
 
 PROGRAM = """

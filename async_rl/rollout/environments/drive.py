@@ -63,7 +63,8 @@ class Played:
 class Stages:
     """Limits the stages of an environment in time, without the pauses of the engine behind ``gate``."""
 
-    def __init__(self, settings: AgentSection, gate: Gate, counts: Counts) -> None:
+    def __init__(self, settings: AgentSection, gate: Gate, counts: Counts, left: set[asyncio.Task[Any]]) -> None:
+        """``left`` keeps what was cancelled and has perhaps not ended: the loop has weak references alone."""
         self._limits: dict[Stage, float] = {
             "setup": settings.setup_s,
             "step": settings.step_s,
@@ -71,7 +72,7 @@ class Stages:
         }
         self._gate = gate
         self.counts = counts
-        self._left: set[asyncio.Task[Any]] = set()  # cancelled, and perhaps not ended: the loop keeps weak references
+        self._left = left
 
     async def limited(self, stage: Stage, work: Coroutine[Any, Any, _T]) -> _T:
         """Return what ``work`` returns. Raises Late, without waiting for its end, when the stage's time is over."""

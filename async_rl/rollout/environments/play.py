@@ -46,7 +46,7 @@ class Here(Instance):
 class Environments:
     """Plays rollouts with environments of the class that the settings name."""
 
-    def __init__(self, config: RunConfig, gate: Gate) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Import the class, if it is to run here. Raises AgentFailure."""
         settings = config.rollout.agent
         assert settings.environment is not None
@@ -58,7 +58,7 @@ class Environments:
         if settings.inline:
             self._make = import_function(SETTING, settings.environment, AgentFailure)
         self.counts = Counts()
-        self._stages = Stages(settings, gate, self.counts)
+        self._left: set[asyncio.Task[Any]] = set()
         self._places = asyncio.Semaphore(settings.concurrent)
         self._playing: set[asyncio.Task[Any]] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -73,17 +73,20 @@ class Environments:
             except Failed as error:
                 raise AgentFailure(f"{SETTING} {self._settings.environment}: {error}") from None
 
-    async def play(self, prompt: Prompt, policy: Policy, rollout_id: str, seed: int) -> Played:
-        """Make one rollout; ``seed`` is its own. Raises Failed for a fault of the environment, and as ``drive``."""
+    async def play(self, prompt: Prompt, policy: Policy, rollout_id: str, seed: int, gate: Gate) -> Played:
+        """Make one rollout; ``seed`` is its own, and pauses of the engine behind ``gate`` count for no time limit.
+
+        Raises Failed for a fault of the environment, and as ``drive``.
+        """
         playing = asyncio.current_task()
         assert playing is not None
         self._playing.add(playing)
         try:
-            return await self._play(prompt, policy, Context(rollout_id, seed))
+            return await self._play(prompt, policy, Context(rollout_id, seed), gate)
         finally:
             self._playing.discard(playing)
 
-    async def _play(self, prompt: Prompt, policy: Policy, context: Context) -> Played:
+    async def _play(self, prompt: Prompt, policy: Policy, context: Context, gate: Gate) -> Played:
         began = time.monotonic()
         await self._places.acquire()
         self.counts.seconds["place"] += time.monotonic() - began
@@ -95,7 +98,8 @@ class Environments:
         self.open += 1
         late = False
         try:
-            return await drive(held, self._task(prompt), context, prompt.token_ids, policy, self._stages)
+            stages = Stages(self._settings, gate, self.counts, self._left)
+            return await drive(held, self._task(prompt), context, prompt.token_ids, policy, stages)
         except Late:
             late = True
             raise
@@ -175,7 +179,7 @@ class Environments:
 
 def probe(config: RunConfig) -> None:
     """Start a host as a run does, and end it. Raises AgentFailure, for a class that cannot be used."""
-    environments = Environments(config, Gate())
+    environments = Environments(config)
 
     async def tried() -> None:
         try:
