@@ -33,6 +33,8 @@ from typing import Any, Self
 
 import psutil
 
+from tests.support.processes import words
+
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path("/media")
 """Where each host sees its own folder. Every Linux has this one, and it is short: Ray makes sockets below it, whose
@@ -244,7 +246,8 @@ class Host:
         if not self.on:
             return []
         mine = _namespace(self.first_process)
-        return [found for found in psutil.process_iter() if _namespace(found.pid) == mine and name in _words(found)]
+        here = (found for found in psutil.process_iter() if _namespace(found.pid) == mine)
+        return [found for found in here if name in " ".join(words(found))]
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
@@ -376,13 +379,6 @@ def _namespace(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/ns/pid")
     except OSError:
         return None
-
-
-def _words(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def wait_until(condition: Any, within_s: float, what: str) -> None:

@@ -21,6 +21,7 @@ from tests.integration.engine_conformance import *  # noqa: F403
 from tests.integration.engine_conformance import GREEDY, SHORT_PROMPT
 from tests.support.engine_checkpoint import engine_config, make_checkpoint, running, until_sampled
 from tests.support.needs import NEEDS_SGLANG
+from tests.support.processes import alive
 
 pytestmark = [
     pytest.mark.engine,
@@ -119,7 +120,7 @@ async def test_a_server_that_is_killed_is_noticed_and_leaves_nothing(config):
         await engine.shutdown()
         with pytest.raises(EngineError):
             await call
-        assert [each for each in members if each.is_running() and each.status() != psutil.STATUS_ZOMBIE] == []
+        assert [each for each in members if alive(each)] == []
         assert not folder.exists()
     assert shared() - before == set()
 

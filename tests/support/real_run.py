@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 from async_rl.runtime.rolling import open_part, parts
+from tests.support.processes import alive, words
 
 # The README promises that nothing is left 15 s after any exit. A busy machine may need longer, but a process that was
 # forgotten stays. Both limits end a test that hangs, and judge no time.
@@ -107,7 +108,7 @@ class Run:
 
     def descendants(self, name: str = "") -> list[psutil.Process]:
         seen = list(self._seen.values())  # the watcher adds to it
-        return [p for p in seen if _alive(p) and name in " ".join(_cmdline(p))]
+        return [p for p in seen if alive(p) and name in " ".join(words(p))]
 
     @property
     def trained(self) -> list[dict]:
@@ -175,8 +176,8 @@ class Run:
 
     def assert_nothing_left(self) -> None:
         deadline = time.monotonic() + CLEAN_WITHIN_S
-        while left := [p for p in list(self._seen.values()) if _alive(p)]:
-            assert time.monotonic() < deadline, f"still alive: {[(p.pid, _cmdline(p)) for p in left]}"
+        while left := [p for p in list(self._seen.values()) if alive(p)]:
+            assert time.monotonic() < deadline, f"still alive: {[(p.pid, words(p)) for p in left]}"
             time.sleep(0.2)
         assert len(self._seen) > 5, "the watcher saw no processes, so this check would prove nothing"
         assert_no_shared_memory_left(self._shm_before, self.process.pid, deadline)
@@ -190,7 +191,7 @@ class Run:
                 self.process.kill()
         self._watcher.join()
         for process in self._seen.values():
-            if _alive(process):
+            if alive(process):
                 process.kill()
         self._output.close()
 
@@ -235,17 +236,3 @@ def in_use(names: set[str]) -> set[str]:
             continue
         found.update(inodes[inode] for inode in inodes.keys() & mapped)
     return found
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

@@ -4,17 +4,13 @@ import time
 
 import psutil
 
+from tests.support.processes import words
+
 
 def workers() -> list[psutil.Process]:
     """The worker processes of this process, and what they have forked."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "loky.backend.popen_loky_posix" in process.cmdline():  # A zombie has no command line.
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    below = psutil.Process().children(recursive=True)
+    return [each for each in below if "loky.backend.popen_loky_posix" in words(each)]  # A zombie has no command line.
 
 
 def wait_for_no_workers(seconds: float = 60.0) -> None:

@@ -16,6 +16,7 @@ from async_rl.errors import AgentFailure
 from async_rl.rollout.environments import hosts
 from async_rl.rollout.environments.instance import Failed
 from tests.support.played import MODULE, Says, call, environments, play, summed
+from tests.support.processes import alive
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import ListQueue, push, sampled, scripted, worker
 
@@ -24,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def family():
     """What this process has started and is not over, by id."""
-    found = psutil.Process().children(recursive=True)
-    return {child.pid for child in found if child.status() != psutil.STATUS_ZOMBIE}
+    return {child.pid for child in psutil.Process().children(recursive=True) if alive(child)}
 
 
 async def until(condition):
@@ -206,7 +206,7 @@ async def test_hosts_end_with_their_worker(tmp_path):
     left = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     await process.wait()
-    await until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in left))
+    await until(lambda: not any(alive(child) for child in left))
 
 
 # -- interpreters --

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.processes import over
+
 # A driver whose grandchild sits in a session of its own, ignores SIGTERM, and whose parent exits at once: what an agent
 # that outlives its daemon looks like.
 SCRIPT = """
@@ -93,18 +95,10 @@ def start(started, folder: Path, ending: str) -> tuple[subprocess.Popen, int, in
     return supervisor, driver, orphan
 
 
-def gone(pid: int) -> bool:
-    """Ended, or at most a zombie that its parent has yet to collect."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def wait_gone(*pids: int) -> None:
     deadline = time.monotonic() + 15
-    while not all(gone(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if not gone(pid)]}"
+    while not all(over(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if not over(pid)]}"
         time.sleep(0.05)
 
 
@@ -114,8 +108,8 @@ def test_body_ends_by_itself(started, tmp_path, ending, code):
     _, stderr = supervisor.communicate(timeout=30)
     assert supervisor.returncode == code
     assert (b"the body failed" in stderr) == (ending == "raise")
-    assert gone(driver)
-    assert gone(orphan)
+    assert over(driver)
+    assert over(orphan)
 
 
 def test_driver_killed(started, tmp_path):
@@ -124,7 +118,7 @@ def test_driver_killed(started, tmp_path):
     _, stderr = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 128 + signal.SIGKILL
     assert b"SIGKILL" in stderr
-    assert gone(orphan)
+    assert over(orphan)
 
 
 def test_supervisor_killed(started, tmp_path):
@@ -141,8 +135,8 @@ def test_a_signal_is_passed_on(started, tmp_path, number):
     supervisor.send_signal(number)
     supervisor.communicate(timeout=30)
     assert supervisor.returncode == 130
-    assert gone(driver)
-    assert gone(orphan)
+    assert over(driver)
+    assert over(orphan)
 
 
 def test_sigusr2_is_passed_on_and_does_nothing_before_training_begins(started, tmp_path):
@@ -150,10 +144,10 @@ def test_sigusr2_is_passed_on_and_does_nothing_before_training_begins(started, t
     supervisor.send_signal(signal.SIGUSR2)
     with pytest.raises(subprocess.TimeoutExpired):
         supervisor.communicate(timeout=0.3)
-    assert not gone(driver)
+    assert not over(driver)
     supervisor.terminate()
     supervisor.communicate(timeout=30)
-    assert gone(orphan)
+    assert over(orphan)
 
 
 def test_signals_to_both_at_once_interrupt_the_driver_only_once(started, tmp_path):
@@ -165,7 +159,7 @@ def test_signals_to_both_at_once_interrupt_the_driver_only_once(started, tmp_pat
     _, stderr = supervisor.communicate(timeout=30)
     assert (supervisor.returncode, stderr) == (130, b"")
     assert (tmp_path / "cleaned").exists()
-    assert gone(orphan)
+    assert over(orphan)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

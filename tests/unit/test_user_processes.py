@@ -18,7 +18,6 @@ from pathlib import Path
 
 import loky.backend
 import numpy as np
-import psutil
 import pytest
 
 from async_rl.config.inputs import RewardSection
@@ -27,6 +26,7 @@ from async_rl.rollout import user_call, user_processes
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.rewards.score import FinishedResponse
 from async_rl.types import Prompt
+from tests.support.processes import over
 from tests.support.user_workers import wait_for_no_workers, workers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -83,10 +83,6 @@ async def until(condition) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
-
-
-def is_over(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize(
@@ -163,7 +159,7 @@ async def test_a_fork_answers_once_and_ends(runner):
     """What the function has forked returns from it too, and must not become a second worker."""
     forked = int(await score(runner, "value = os.fork()"))
     assert forked > 0
-    await until(lambda: is_over(forked))
+    await until(lambda: over(forked))
     assert await score(runner, "value = 0.5") == 0.5
 
 
@@ -179,7 +175,7 @@ async def test_a_hang_is_killed_at_its_time_limit_with_what_it_forked(runner, ho
             runner, f"pid = os.fork()\nif pid: pathlib.Path({path!r}).write_text(f'{{pid}} {{os.getpid()}}')\n{how}"
         )
     pids = [int(pid) for pid in Path(path).read_text().split()]
-    await until(lambda: all(map(is_over, pids)))
+    await until(lambda: all(map(over, pids)))
     runner._rewards[0]._call._processes._timeout_s = 600.0
     assert await score(runner, "value = 0.5") == 0.5
     assert runner.killed == before + 1
@@ -335,7 +331,7 @@ async def test_processes_end_with_the_one_that_started_them(folder, tmp_path, en
             parent.kill()
     assert len(pids) == 2
     try:
-        await until(lambda: all(map(is_over, pids)))
+        await until(lambda: all(map(over, pids)))
     finally:
-        for pid in itertools.filterfalse(is_over, pids):
+        for pid in itertools.filterfalse(over, pids):
             os.kill(pid, signal.SIGKILL)

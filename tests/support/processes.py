@@ -1,0 +1,27 @@
+"""Questions about processes that may end while they are asked."""
+
+import psutil
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs: neither gone nor a zombie that its parent has yet to collect."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def over(pid: int) -> bool:
+    """Whether the process of that id has ended."""
+    try:
+        return not alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Its command line; empty for one that is over."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
