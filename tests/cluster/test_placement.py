@@ -36,6 +36,8 @@ from tests.support import placed_actors, queue_parts
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HOSTS, GPUS, CORES = 4, 8, 2
+FIRST = 3
+"""The last number of the first host's address."""
 STORE_BYTES = 80 * 2**20
 PATIENCE_S = 120
 
@@ -60,7 +62,7 @@ def add_host(cluster, number):
     return cluster.add_node(
         num_cpus=CORES,
         num_gpus=GPUS,
-        node_ip_address=f"127.0.0.{number + 3}",
+        node_ip_address=f"127.0.0.{FIRST + number}",
         object_store_memory=STORE_BYTES,
     )
 
@@ -209,7 +211,7 @@ async def test_ranks_of_a_lost_host_come_back_on_another_as_neighbours(hosts, jo
     finally:
         if lost is not extra:
             hosts.remove_node(extra)
-            add_host(hosts, HOSTS)
+            add_host(hosts, int(lost.node_ip_address.rpartition(".")[2]) - FIRST)
 
 
 async def test_what_is_not_placed_is_named_with_what_each_host_has_left(join):
