@@ -3,13 +3,16 @@
 Each verb imports its modules only when it runs, so that help and --dry-run answer at once, on any machine.
 
 Exit codes: 0 success, 1 the run failed or a check of doctor did, 2 the command line or the settings are wrong,
-130 interrupted.
+130 interrupted, 141 nothing reads the output any longer.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import select
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -52,9 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reported(verb: Callable[[], int]) -> int:
-    """Return the exit code of ``verb``; print this package's errors, and a keyboard interrupt, without a traceback."""
+    """Return the exit code of ``verb``; print this package's errors, and a keyboard interrupt, without a traceback.
+
+    A verb that cannot go on because nothing reads its output (``| head``) has the code of a program that SIGPIPE ends.
+    """
     try:
-        return verb()
+        status = verb()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         sys.stderr.write(f"async-rl: {error}\n")
         return 2
@@ -64,6 +76,17 @@ def _reported(verb: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("async-rl: interrupted\n")
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Return whether nothing reads standard output; what is left to be written then goes nowhere."""
+    output = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(output, 0)
+    if not any(events & select.POLLERR for _, events in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:

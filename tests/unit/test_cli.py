@@ -3,6 +3,7 @@ it.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,28 @@ def test_dry_run_prints_the_resolved_settings_and_starts_nothing(path, tmp_path)
     resolved = load(tmp_path / "resolved.yaml")
     assert resolved == load(path, {"async_training.max_staleness": 2, "seed": 7})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.yaml", "resolved.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "read", "code"),
+    [
+        ("print('x' * 100_000)", False, 128 + signal.SIGPIPE),
+        ("sys.stdout.write('x')", False, 128 + signal.SIGPIPE),
+        ("raise BrokenPipeError('of a socket')", True, 1),
+    ],
+)
+def test_a_reader_that_has_gone_is_no_traceback_and_another_broken_pipe_is(verb, read, code):
+    program = ["import sys; from async_rl import cli", "def verb():", f"    {verb}", "    return 0"]
+    command = [sys.executable, "-c", "\n".join([*program, "sys.exit(cli._reported(verb))"])]
+    reader, writer = os.pipe()
+    if not read:
+        os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert ("of a socket" in done.stderr) == bool(done.stderr) == read
+    if read:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "CONFIG", "--dry-run"]])
