@@ -1,7 +1,7 @@
 """Rollouts of a user's own, rollout.agent: a function, a program or an environment with state.
 
 Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
-rollout record of what it returns. Knows sessions and engine calls; neither groups nor the queue.
+rollout record of what it returns. Knows sessions, engine calls and groups in flight; not the queue.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.play import Environments
 from async_rl.rollout.environments.progress import Progress
 from async_rl.rollout.gate import Gate
+from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.parked import Parked
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Address, Call, Policy
@@ -136,6 +137,22 @@ class Agents:
         """Start what agents of the kind need, so that what is wrong with it is known at once. Raises AgentFailure."""
         if self._environments is not None:
             await self._environments.start()
+
+    async def rollout_of(self, group: InFlight, index: int) -> RolloutRecord:
+        """Return a rollout of a group, which keeps it once it has ended, and until then what it continues from.
+
+        Raises as ``rollout``.
+        """
+        if index not in group.made:
+            group.made[index] = await self.rollout(
+                group.ticket.prompt,
+                group.trajectory_id(index),
+                parked=group.parked.get(index),
+                keep=lambda parked: group.parked.update({index: parked}),
+                again=group.adopted,
+            )
+            group.parked.pop(index, None)
+        return group.made[index]
 
     async def rollout(
         self,

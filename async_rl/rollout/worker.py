@@ -227,16 +227,7 @@ class RolloutWorker:
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if self.agents is not None:
             with self._capacity.response():
-                if index not in group.made:
-                    group.made[index] = await self.agents.rollout(
-                        group.ticket.prompt,
-                        group.trajectory_id(index),
-                        parked=group.parked.get(index),
-                        keep=lambda parked: group.parked.update({index: parked}),
-                        again=group.adopted,
-                    )
-                    group.parked.pop(index, None)
-                return index, group.made[index]
+                return index, await self.agents.rollout_of(group, index)
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

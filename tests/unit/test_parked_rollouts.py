@@ -15,6 +15,7 @@ from async_rl.queue import wire
 from async_rl.rollout import parked
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.environments.drive import Counts, Differs, Stages, drive
+from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.interface import Context, Task
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.parked import PARKED, Parked, Rules
@@ -208,7 +209,8 @@ def moments(kind="json", turns=3, lengths=(3,), policy="replace"):
         ({"kind": "text"}, "its setup returns other messages than before"),
         ({"says": "x"}, "it answers turn 0 other than before"),
         ({"worth": 9.0}, "it answers turn 0 other than before"),
-        ({"turns": 1}, "it is done where it was not"),
+        ({"turns": 1}, "it is done after turn 0 where it was not"),
+        ({"fails": "broken"}, "it fails in turn 0, as it did not before: broken"),
         ({"kind": "tools"}, "its tools are not those that it had"),
     ],
 )
@@ -220,6 +222,8 @@ async def test_an_environment_that_answers_other_than_it_did_is_not_continued(ch
     class Other(Game):
         async def step(self, message):
             step = await super().step(message)
+            if "fails" in change:
+                raise Failed(change["fails"])
             if "says" in change:
                 step["messages"] = [{"role": "user", "content": change["says"]}]
             return step | ({"reward": change["worth"]} if "worth" in change else {})

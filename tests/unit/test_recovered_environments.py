@@ -4,11 +4,14 @@ import asyncio
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
 from async_rl.errors import AgentFailure, ConfigError
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.environments.instance import Failed, Instance
+from tests.support.examples import examples
 from tests.support.played import MODULE, Says, call, environments, play
 from tests.support.processes import alive
 from tests.support.scripted_engine import ScriptedEngine
@@ -142,10 +145,11 @@ class TurnEngine(ScriptedEngine):
         return (others[-1] + 1 if others else 0) + 5
 
 
-def replica(engine, queue, name="Wordy", **agent):
+def replica(engine, queue, name="Wordy", routing="replace", **agent):
     rollout = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 60}
     rollout["agent"] = {"environment": f"{MODULE}:{name}", "inline": True, **agent}
-    subject, digits = worker(engine, queue, rollout=rollout)
+    partial = {"async_training": {"partial_rollout": {"routing": routing}}}
+    subject, digits = worker(engine, queue, rollout=rollout, **partial)
     digits.encode = lambda text, add_special_tokens=False: [90 + ord(c) % 10 for c in text]
     return subject
 
@@ -174,26 +178,26 @@ async def cut(kind, after, **agent):
     run.cancel()
     await asyncio.gather(run, return_exceptions=True)
     await subject.shutdown()
-    return messages, first.sampled, queue
+    return messages, first.sampled
 
 
 TOTAL = 2 * 2 * 4 * 6
 """Tokens that the policy samples in two groups of two rollouts of four turns."""
 
 
-@pytest.mark.parametrize("after", [1, 20, 24, 41, 50, 80])
+# Hosts take a second each.
+@pytest.mark.parametrize(
+    ("after", "inline"), [*((after, True) for after in (1, 20, 24, 41, 50, 80)), (20, False), (50, False)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("inline", [True, False])
 async def test_another_worker_continues_rollouts_at_their_tokens(kind, after, inline, log):
     """Invariants 1, 2, 3, 7 and 12 across a hand-over in the middle of turns."""
-    if not inline and after not in (20, 50):
-        pytest.skip("hosts take a second each")
-    messages, before, queue = await cut(kind, after, inline=inline)
+    messages, before = await cut(kind, after, inline=inline)
     other, heir = engine(), ListQueue(0)
     other.version = 2
     successor = replica(other, heir, recovery=kind, inline=inline)
     adopted = await successor.adopt(*messages.values())
-    assert len(adopted) == len(messages) == 2 - len(queue.groups)
+    assert len(adopted) == len(messages)
     await successor.run()
     assert sorted(group.group_id for group in heir.groups) == sorted(adopted)
     assert other.sampled == TOTAL - before, "what was sampled before is not sampled again"
@@ -210,12 +214,48 @@ async def test_another_worker_continues_rollouts_at_their_tokens(kind, after, in
     assert log() == ["setup"] * 4 * 2
 
 
+@given(
+    cuts=st.lists(st.integers(0, 50), max_size=4),
+    kind=st.sampled_from(KINDS),
+    routing=st.sampled_from(["replace", "preserve", "exact"]),
+)
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_invariant_5_each_group_ends_once_however_often_its_workers_are_cut_off(cuts, kind, routing):
+    """And each of its tokens is sampled once, under the version of the worker that has it (3, 7)."""
+
+    async def run():
+        left, messages, groups, total = 2, {}, [], 0
+        for at, cut_after in enumerate([*cuts, None]):
+            one, queue = engine(), ListQueue(left)
+            one.version = at
+            subject = replica(one, queue, routing=routing, recovery=kind)
+            await subject.adopt(*messages.values())
+            working = asyncio.create_task(subject.run())
+            while not working.done() and (cut_after is None or one.sampled < cut_after):
+                await asyncio.sleep(0)
+            await subject.pause()
+            messages = {} if working.done() else await snapshot(subject)
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            await subject.shutdown()
+            # What has ended without another token since the snapshot is not known to the next worker.
+            groups += [group for group in queue.groups if group.group_id not in messages]
+            left, total = queue.left, total + one.sampled
+        assert (sorted(group.group_id for group in groups), left) == (["0-0.0", "0-1.0"], 0)
+        assert total == TOTAL
+        for one in (t for group in groups for t in group.trajectories):
+            assert one.versions[one.sampled].tolist() == (-0.5 - one.logprobs[one.sampled]).astype(int).tolist()
+            assert int(one.sampled.sum()) == 24
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("changed", "refused"),
     [({"recovery": "restart"}, False), ({"name": "WordyToo"}, False), ({"recovery": "replay"}, None)],
 )
 async def test_other_settings_begin_rollouts_again(changed, refused):
-    messages, *_ = await cut("state", 50)
+    messages, _ = await cut("state", 50)
     other, heir = engine(), ListQueue(0)
     successor = replica(other, heir, **{"recovery": "state", **changed})
     await successor.adopt(*messages.values())
@@ -227,7 +267,7 @@ async def test_other_settings_begin_rollouts_again(changed, refused):
 
 
 async def test_a_rollout_that_is_made_again_is_counted():
-    messages, before, _ = await cut("restart", 50)
+    messages, before = await cut("restart", 50)
     other, heir = engine(), ListQueue(0)
     successor = replica(other, heir)
     await successor.adopt(*messages.values())

@@ -115,12 +115,14 @@ async def test_a_checkpoint_has_what_was_being_merged_of_rollouts_with_environme
         await subject.pause()
         at_the_moment = engine.sampled
         saving = asyncio.create_task(snapshot(subject))
-        await turns(20)
-        assert saving.done() == (kind == "restart")
-        may_check.set()
+        if kind == "state":
+            await turns(20)
+            assert not saving.done()
+            may_check.set()
         groups = [in_flight.decode(each, **SETTINGS) for each in (await saving).values()]
         assert sum(group.num_tokens for group in groups) == (at_the_moment if kind == "state" else 0)
         assert all(partial is None for group in groups for partial in group.partials)
+        may_check.set()
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
         await subject.shutdown()

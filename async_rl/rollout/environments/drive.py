@@ -19,7 +19,7 @@ from async_rl.config.rollouts import AgentSection, Recovery
 from async_rl.data.messages import Message
 from async_rl.errors import RequestRefused
 from async_rl.rollout.deadline import wait_in_time
-from async_rl.rollout.environments.instance import Failed, Held
+from async_rl.rollout.environments.instance import Failed, Gone, Held
 from async_rl.rollout.environments.interface import Context, Task
 from async_rl.rollout.environments.progress import Exchange, Progress, Said
 from async_rl.rollout.environments.tools import BadCall, Tool, ToolCall, checked_call
@@ -198,13 +198,19 @@ async def _play_again(start: Progress, before: Progress, answer: _Answer, rollou
     if start.first != before.first:
         raise Differs("its setup returns other messages than before")
     rollout.again = True
-    for exchange in before.exchanges:
-        added = tuple(await answer(exchange.said))
-        reward = rollout.turn_rewards.get(exchange.said.index)
-        if (added, reward) != (exchange.answer, exchange.reward):
-            raise Differs(f"it answers turn {exchange.said.index} other than before")
-    if (rollout.done, rollout.truncated) != (before.done, before.truncated):
-        raise Differs("it is done where it was not, or not where it was")
+    for at, exchange in enumerate(before.exchanges, 1):
+        turn = exchange.said.index
+        try:
+            added = tuple(await answer(exchange.said))
+        except (Gone, Late):
+            raise
+        except Failed as failed:
+            raise Differs(f"it fails in turn {turn}, as it did not before: {failed}", failed.trace) from None
+        if (added, rollout.turn_rewards.get(turn)) != (exchange.answer, exchange.reward):
+            raise Differs(f"it answers turn {turn} other than before")
+        ends = (before.done, before.truncated) if at == len(before.exchanges) else (False, False)
+        if (rollout.done, rollout.truncated) != ends:
+            raise Differs(f"it is done after turn {turn} where it was not, or not where it was")
     rollout.again = False
 
 

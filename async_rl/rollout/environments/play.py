@@ -123,7 +123,7 @@ class Environments:
                 lost += 1
                 if self._settings.recovery == "restart" or lost > most:
                     raise
-                log.info("environment_recovered", rollout=context.rollout_id, reason=str(gone))
+                log.info("environment_lost", rollout=context.rollout_id, reason=str(gone))
                 if before is None:
                     self.counts.recoveries["restart"] += 1
             except Differs as differs:
