@@ -238,6 +238,7 @@ class Survivor:
             while not os.path.exists(os.environ["ENVIRONMENTS_LOG"] + ".later-step"):
                 await asyncio.sleep(0.01)
         self.at("step")
+        self.at(f"step {self.turns}")
         if self.turns == 1:
             self.at("later step")
         self.turns += 1

@@ -259,6 +259,8 @@ def test_what_does_not_belong_together_is_refused():
         lambda table, _: table["branches"][0]["turns"].pop(),
         lambda table, _: table["branches"][0]["turns"][0].__setitem__(1, 0),
         lambda table, _: table["branches"][0]["turns"][0].__setitem__(2, 10**6),
+        lambda table, _: table["branches"][0]["turns"][0].__setitem__(1, table["branches"][0]["turns"][0][1] + 1),
+        lambda table, _: table["branches"][0]["turns"][0].__setitem__(2, table["branches"][0]["turns"][0][2] - 1),
         lambda table, _: table["branches"][0]["turns"][0].__setitem__(0, "robbed"),
         lambda table, _: table["branches"][0].update(messages=100),
         lambda table, _: table["branches"][0].update(root_tokens=0),

@@ -58,6 +58,9 @@ async def test_an_environment_that_kills_each_of_its_hosts_fails_after_some():
             await play(subject, Says(), {"step": "always dies"})
         assert subject._hosts.lost == {"died": 3}
         assert subject.counts.recoveries == {"state": 2}
+    async with environments("Survivor", recovery="state", max_recoveries=1) as subject:
+        played = await play(subject, Says(), {f"step {turn}": "dies" for turn in range(3)})
+        assert (played.reward, subject._hosts.lost) == (1.5, {"died": 3}), "each step has an attempt of its own"
     async with environments("Survivor") as subject:
         with pytest.raises(Failed, match="status 137"):
             await play(subject, Says(), {"step": "dies"})
@@ -167,6 +170,11 @@ def recoveries(subject):
     return found
 
 
+def left(subject):
+    """Return how many rollouts of the groups that it has adopted have not ended."""
+    return sum(2 - len(group.made) for group in subject._worker._adopted)
+
+
 async def cut(kind, after, **agent):
     """Return the messages of two groups of a worker that was cut off ``after`` so many tokens, and what it did."""
     first, queue = engine(), ListQueue(2)
@@ -211,7 +219,7 @@ async def test_another_worker_continues_rollouts_at_their_tokens(kind, after, in
             assert rollout.turns == ((0, 1, 2, 3),)
     assert recoveries(successor).keys() <= {kind, "restart"}
     await successor.shutdown()
-    assert log() == ["setup"] * 4 * 2
+    assert 4 < len(log()) <= 4 * 2, "a rollout that had ended is not made again"
 
 
 @given(
@@ -251,18 +259,20 @@ def test_invariant_5_each_group_ends_once_however_often_its_workers_are_cut_off(
 
 
 @pytest.mark.parametrize(
-    ("changed", "refused"),
-    [({"recovery": "restart"}, False), ({"name": "WordyToo"}, False), ({"recovery": "replay"}, None)],
+    ("changed", "kind"),
+    [({"recovery": "restart"}, "restart"), ({"name": "WordyToo"}, "restart"), ({"recovery": "replay"}, "replay")],
 )
-async def test_other_settings_begin_rollouts_again(changed, refused):
+async def test_other_settings_begin_rollouts_again(changed, kind):
     messages, _ = await cut("state", 50)
     other, heir = engine(), ListQueue(0)
     successor = replica(other, heir, **{"recovery": "state", **changed})
     await successor.adopt(*messages.values())
+    expected = left(successor)
     await successor.run()
     assert [rollout.reward for group in heir.groups for rollout in group.rollouts] == [4.0] * 2 * len(messages)
-    unfinished = 2 * len(messages)
-    assert recoveries(successor) == {"restart" if refused is False else "replay": unfinished}
+    found = recoveries(successor)
+    assert found[kind] == sum(found.values()) or kind == "replay", "a setup may have been under way"
+    assert sum(found.values()) == expected
     await successor.shutdown()
 
 
@@ -271,10 +281,10 @@ async def test_a_rollout_that_is_made_again_is_counted():
     other, heir = engine(), ListQueue(0)
     successor = replica(other, heir)
     await successor.adopt(*messages.values())
+    expected = left(successor)
     await successor.run()
-    assert recoveries(successor) == {"restart": 4}
-    assert other.sampled == TOTAL
-    assert before >= 50
+    assert recoveries(successor) == {"restart": expected}
+    assert other.sampled == 24 * expected > TOTAL - before
     await successor.shutdown()
 
 
