@@ -18,11 +18,11 @@ from async_rl.data.messages import Message, checked_history, checked_tools
 from async_rl.errors import InvalidTrajectory, RowFault, WireError
 from async_rl.queue.codec import build_segments, response_arrays, routing_entry, routing_spec, segment_engines
 from async_rl.queue.wire import Array, Buffer, Kind, check_json_like, get, pack, short, unpack
-from async_rl.rollout.branches import How
+from async_rl.rollout.branches import How, SavedTurn
 from async_rl.rollout.conversation import as_key, canonical
 from async_rl.rollout.environments.progress import Exchange, Progress, Said
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.saved_session import SavedBranch, SavedSession, SavedTurn
+from async_rl.rollout.saved_session import SavedBranch, SavedSession
 from async_rl.types import FINISH_REASONS, NOT_SAMPLED
 
 PARKED = Kind(b"ARLP", 1, "parked rollout")

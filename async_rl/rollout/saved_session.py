@@ -5,31 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from async_rl.rollout.branches import Branch, How, Turn
+from async_rl.rollout.branches import Branch, SavedTurn, Turn
 from async_rl.rollout.conversation import Canonical
 from async_rl.rollout.partial import PartialRollout
-
-
-@dataclass(frozen=True, slots=True)
-class SavedTurn:
-    """A turn of a branch; its fields are those of ``branches.Turn``."""
-
-    how: How
-    start: int
-    stop: int
-    messages: int | None
-    index: int
-
-    @classmethod
-    def of(cls, turn: Turn) -> SavedTurn:
-        """Return what is saved of a turn."""
-        return cls(turn.how, turn.start, turn.stop, turn.messages, turn.index)
-
-    def restored(self, branch: Branch) -> Turn:
-        """Return the turn, in the branch as it was restored."""
-        turn = Turn(branch, self.how, None, None, self.start, self.stop, self.messages, index=self.index)
-        turn.state = "open" if self.index < 0 else "ended"
-        return turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +29,22 @@ class SavedBranch:
             branch.tools,
             branch.root_tokens,
             branch.history,
-            tuple(map(SavedTurn.of, branch.turns)),
-            None if branch.open is None else SavedTurn.of(branch.open),
+            tuple(turn.saved() for turn in branch.turns),
+            None if branch.open is None else branch.open.saved(),
         )
 
     def restored(self) -> Branch:
         """Return the branch with its turns."""
         branch = Branch(self.partial, self.tools, self.root_tokens, self.history)
-        branch.turns = [turn.restored(branch) for turn in self.turns]
-        branch.open = None if self.open is None else self.open.restored(branch)
+        branch.turns = [_restored(turn, branch) for turn in self.turns]
+        branch.open = None if self.open is None else _restored(self.open, branch)
         return branch
+
+
+def _restored(saved: SavedTurn, branch: Branch) -> Turn:
+    turn = Turn(branch, saved.how, None, None, saved.start, saved.stop, saved.messages, index=saved.index)
+    turn.state = "open" if saved.index < 0 else "ended"
+    return turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue import wire
 from async_rl.queue.records import Ticket
 from async_rl.rollout import in_flight
+from async_rl.rollout.branches import SavedTurn
 from async_rl.rollout.engine.interface import EngineOutput
 from async_rl.rollout.environments.progress import Exchange, Progress, Said
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
 from async_rl.rollout.parked import Parked
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
-from async_rl.rollout.saved_session import SavedBranch, SavedSession, SavedTurn
+from async_rl.rollout.saved_session import SavedBranch, SavedSession
 from async_rl.types import Prompt, RolloutRecord, RoutingSpec
 from tests.support.examples import examples
 
