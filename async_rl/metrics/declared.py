@@ -603,7 +603,6 @@ _FLOW = (
         "Rollouts of agents that continued after their environment host, worker or run had ended, by how.",
         "state, replay: rollout.agent.recovery. restart: begun again, which costs what was sampled in them.",
         labels=("kind",),
-        values=("state", "replay", "restart"),
     ),
     MetricSpec(
         "gateway_requests_total",
