@@ -146,6 +146,12 @@ def _check_rollout(config: RunConfig) -> None:
 
 def _check_agent(config: RunConfig) -> None:
     agent, sources = config.rollout.agent, config.data.sources.items()
+    if agent.recovery != "restart" and agent.environment is None:
+        found = "no rollout.agent.environment is set" if agent.named is None else " is ".join(agent.named)
+        raise ValueError(
+            f"rollout.agent.recovery is {agent.recovery}, but {found}, and only an environment can be recovered; set "
+            "it to restart"
+        )
     if agent.named is None:
         return
     if len(agent.all_named) > 1:

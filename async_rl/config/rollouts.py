@@ -24,6 +24,9 @@ from async_rl.config.fields import (
 EngineName = Annotated[str, Field(pattern=r"^(vllm|sglang|[\w.]+:\w+)$")]
 
 
+Recovery = Literal["restart", "replay", "state"]
+
+
 class PartialRolloutSection(Section):
     """What happens to generations in flight at a weight sync."""
 
@@ -104,6 +107,15 @@ class AgentSection(Section):
     Null for the worker's own."""
     hosts: Positive = 1
     """Processes per worker that environments are spread over."""
+    recovery: Recovery = "restart"
+    """What becomes of a rollout with an environment when its worker or the run ends, or its environment host dies. It
+    is made again, and fails where the host died (restart). It continues where it was, after a new environment was set
+    to the last state that get_state returned (state), or was given the same seeds and all that the policy has said,
+    and has answered the same (replay). Other agents can only be made again."""
+    max_recoveries: NonNegative = 3
+    """How often in a row, without a step between, a rollout continues after its environment host has died, with
+    rollout.agent.recovery state or replay, before it fails; and how often it is begun again because it cannot
+    continue."""
     concurrent: Positive = 256
     """Environments that a worker may have open; further rollouts wait, which does not count towards their limits."""
     setup_s: PositiveFloat = 120.0

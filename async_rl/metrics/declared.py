@@ -598,6 +598,13 @@ _FLOW = (
         labels=("reason",),
     ),
     MetricSpec(
+        "agent_recoveries_total",
+        "counter",
+        "Rollouts of agents that continued after their environment host, worker or run had ended, by how.",
+        "state, replay: rollout.agent.recovery. restart: begun again, which costs what was sampled in them.",
+        labels=("kind",),
+    ),
+    MetricSpec(
         "gateway_requests_total",
         "counter",
         "Requests of agents over HTTP that were answered, by endpoint and status code.",

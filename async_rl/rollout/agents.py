@@ -1,7 +1,7 @@
 """Rollouts of a user's own, rollout.agent: a function, a program or an environment with state.
 
 Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
-rollout record of what it returns. Knows sessions and engine calls; neither groups nor the queue.
+rollout record of what it returns. Knows sessions, engine calls and groups in flight; not the queue.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.chat import Chat
 from async_rl.rollout.deadline import wait_in_time
+from async_rl.rollout.environments.drive import Keep
 from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.play import Environments
+from async_rl.rollout.environments.progress import Progress
 from async_rl.rollout.gate import Gate
+from async_rl.rollout.in_flight import InFlight
+from async_rl.rollout.parked import Parked
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Address, Call, Policy
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses
@@ -104,8 +108,7 @@ class Agents:
         settings = config.rollout.agent
         self._command = settings.command or []
         self._environments = Environments(config) if settings.environment is not None else None
-        own = self._program if self._environments is None else self._played
-        self._function = own if settings.function is None else load_agent(settings.function)
+        self._function = self._program if settings.function is None else load_agent(settings.function)
         self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
@@ -127,21 +130,61 @@ class Agents:
         """Turns of rollouts in training that have ended, by how they came to their places."""
         self.refused: Counter[RefusalCode] = Counter()
         """Requests of these rollouts that were refused, by why."""
+        self.begun_again = 0
+        """Rollouts that were begun by another worker, or an earlier run, and could not be continued."""
 
     async def start(self) -> None:
         """Start what agents of the kind need, so that what is wrong with it is known at once. Raises AgentFailure."""
         if self._environments is not None:
             await self._environments.start()
 
+    async def rollout_of(self, group: InFlight, index: int) -> RolloutRecord:
+        """Return a rollout of a group, which keeps it once it has ended, and until then what it continues from.
+
+        Raises as ``rollout``.
+        """
+        if index not in group.made:
+            group.made[index] = await self.rollout(
+                group.ticket.prompt,
+                group.trajectory_id(index),
+                parked=group.parked.get(index),
+                keep=lambda parked: group.parked.update({index: parked}),
+                again=group.adopted,
+            )
+            group.parked.pop(index, None)
+        return group.made[index]
+
     async def rollout(
-        self, prompt: Prompt, rollout_id: str, *, call: Call | None = None, terms: Terms | None = None
+        self,
+        prompt: Prompt,
+        rollout_id: str,
+        *,
+        call: Call | None = None,
+        terms: Terms | None = None,
+        parked: Parked | None = None,
+        keep: Callable[[Parked], None] = lambda _: None,
+        again: bool = False,
     ) -> RolloutRecord:
         """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
 
         call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
-        that fails also fails the rollout where the agent catches that.
+        that fails also fails the rollout where the agent catches that. parked: what it continues from, if the settings
+        are those with which it began. keep: is called with what it can be continued from, whenever that changes.
+        again: whether it had begun before.
         """
-        session = self._session(rollout_id, terms or self._responses.terms(prompt))
+        if parked is not None and not self._continues(parked):
+            parked = None
+        if parked is None and again:
+            self.begun_again += 1
+        session = self._session(rollout_id, terms or self._responses.terms(prompt), parked)
+        progress = None if parked is None else parked.progress
+
+        def note(now: Progress | None = None) -> None:
+            nonlocal progress
+            progress = now or progress
+            if progress is not None and self._recovers:
+                keep(Parked(self._named, session.saved(), progress))
+
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         sample: Call = call or (lambda *call: self._calls.sample(prompt, *call))
         errors: list[Exception] = []
@@ -161,10 +204,11 @@ class Agents:
             decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
             reader=chat,
             serve=lambda policy: self.gateway.open(policy, failed),
+            kept=note,
         )
         try:
             context = Context(rollout_id, _seed(rollout_id), None if terms is None else terms.name)
-            outcome = await self._outcome(prompt, policy, context, failed)
+            outcome = await self._outcome(prompt, policy, context, failed, progress, note)
             if errors:
                 raise errors[0]
             if self._turns_compared and terms is None and outcome.trainable and outcome.turn_rewards is None:
@@ -197,8 +241,12 @@ class Agents:
         metrics.count_to("gateway_requests_joined_total", gateway.joined)
         for read, calls in self._chat.reader.read.items():
             metrics.count_to("agent_tool_calls_read_total", calls, read="yes" if read else "no")
+        recoveries = Counter({"restart": self.begun_again})
         if self._environments is not None:
             self._environments.publish(metrics)
+            recoveries.update(self._environments.counts.recoveries)
+        for kind, rollouts in recoveries.items():
+            metrics.count_to("agent_recoveries_total", rollouts, kind=kind)
 
     async def close(self) -> None:
         """End what agents run in, and serve no policy any longer."""
@@ -211,7 +259,17 @@ class Agents:
         """Tokens of a context: as many as the engine has room for."""
         return self._config.data.max_prompt_tokens + self._config.longest_response
 
-    def _session(self, rollout_id: str, terms: Terms) -> Session:
+    @property
+    def _recovers(self) -> bool:
+        return self._config.rollout.agent.recovery != "restart"
+
+    def _continues(self, parked: Parked) -> bool:
+        """Return whether the present settings can continue a rollout; else it is begun again."""
+        recovery = self._config.rollout.agent.recovery
+        has_state = parked.progress.state is not None
+        return parked.environment == self._named and (has_state if recovery == "state" else recovery == "replay")
+
+    def _session(self, rollout_id: str, terms: Terms, parked: Parked | None = None) -> Session:
         settings = self._config.rollout.agent
         limits = Limits(
             context_tokens=self._context_tokens,
@@ -220,13 +278,25 @@ class Agents:
             turns=settings.max_turns,
             branches=settings.max_branches,
         )
-        return Session(rollout_id, functools.partial(self._responses.begin_tokens, terms=terms), limits)
+        begin = functools.partial(self._responses.begin_tokens, terms=terms)
+        if parked is None:
+            return Session(rollout_id, begin, limits)
+        return Session.restored(rollout_id, begin, limits, parked.session)
 
     async def _outcome(
-        self, prompt: Prompt, policy: Policy, context: Context, failed: asyncio.Future[Exception]
+        self,
+        prompt: Prompt,
+        policy: Policy,
+        context: Context,
+        failed: asyncio.Future[Exception],
+        before: Progress | None,
+        keep: Keep,
     ) -> Outcome:
         try:
-            found = self._function(prompt, policy, context)
+            if self._environments is None:
+                found = self._function(prompt, policy, context)
+            else:
+                found = self._played(prompt, policy, context, before, keep)
             if not inspect.isawaitable(found):
                 raise self._failure(prompt, "is not async; define it with async def, and await the policy")
             found = await self._in_time(prompt, found, failed, self._clock(context))
@@ -279,10 +349,14 @@ class Agents:
         row = {"prompt": prompt.text, **prompt.fields}
         return await run_program(self._command, row, address, context.rollout_id, context.evaluation)
 
-    async def _played(self, prompt: Prompt, policy: Policy, context: Context) -> Outcome:
+    async def _played(
+        self, prompt: Prompt, policy: Policy, context: Context, before: Progress | None, keep: Keep
+    ) -> Outcome:
         assert self._environments is not None
         gate = self._clock(context)
-        played = await self._environments.play(prompt, policy, context.rollout_id, context.seed, gate)
+        played = await self._environments.play(
+            prompt, policy, context.rollout_id, context.seed, gate, before=before, keep=keep
+        )
         end: RolloutEnd | None = "truncated" if played.truncated else None
         return Outcome(played.reward, end, metrics=played.metrics, turn_rewards=played.turn_rewards or None)
 

@@ -28,6 +28,17 @@ writes.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class SavedTurn:
+    """What is saved of a turn, by the names of its fields."""
+
+    how: How
+    start: int
+    stop: int
+    messages: int | None
+    index: int
+
+
 @dataclass(slots=True, eq=False)
 class Turn:
     """A turn of the policy that was asked for."""
@@ -50,6 +61,15 @@ class Turn:
     state: Literal["open", "ended", "failed"] = "open"
     index: int = -1
     """How many turns of the session ended before it, once it has ended."""
+    _saved: SavedTurn | None = None
+
+    def saved(self) -> SavedTurn:
+        """Return what is saved of it; one that has ended does not change."""
+        if self._saved is not None:
+            return self._saved
+        made = SavedTurn(self.how, self.start, self.stop, self.messages, self.index)
+        self._saved = made if self.state == "ended" else None
+        return made
 
     @property
     def token_ids(self) -> Int32Array:

@@ -30,12 +30,15 @@ from async_rl.queue.codec import (
 )
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
+from async_rl.rollout.parked import Parked, Rules
+from async_rl.rollout.parked import decode as decode_parked
+from async_rl.rollout.parked import encode as encode_parked
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
 from async_rl.types import Group, Prompt, RolloutRecord
 
-SCHEMA_VERSION = 2
-IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight", earlier=(1,))
+SCHEMA_VERSION = 3
+IN_FLIGHT = Kind(b"ARLF", SCHEMA_VERSION, "group in flight", earlier=(1, 2))
 
 
 @dataclass(slots=True)
@@ -48,7 +51,12 @@ class InFlight:
     scores: list[Score | None] = field(default_factory=list)
     """The reward of each response with its parts; None until it is scored."""
     made: dict[int, RolloutRecord] = field(default_factory=dict)
-    """Rollouts of an agent that have ended, by index; the worker that adopts the group makes the others again."""
+    """Rollouts of an agent that have ended, by index."""
+    parked: dict[int, Parked] = field(default_factory=dict)
+    """Those that have not and can be continued, as they are now; the worker that adopts the group begins the others
+    again."""
+    adopted: bool = False
+    """Whether another worker, or an earlier run, has begun it."""
     left_out: int = 0
     """Responses that failed, and without which the group is published; the worker that adopts the group tries again."""
 
@@ -59,7 +67,7 @@ class InFlight:
 
     def copy(self) -> InFlight:
         """Return the group as it is now; what it is made of never changes."""
-        return InFlight(self.ticket, list(self.partials), list(self.scores), dict(self.made))
+        return InFlight(self.ticket, list(self.partials), list(self.scores), dict(self.made), dict(self.parked))
 
     @property
     def group_id(self) -> str:
@@ -80,6 +88,7 @@ class InFlight:
     def num_tokens(self) -> int:
         """Response tokens so far, over all responses."""
         made = sum(len(t.response_ids) for rollout in self.made.values() for t in rollout.trajectories)
+        made += sum(parked.num_tokens for parked in self.parked.values())
         return made + sum(len(partial.response_ids) for partial in self.partials if partial is not None)
 
 
@@ -98,6 +107,7 @@ def encode(group: InFlight) -> npt.NDArray[np.uint8]:
         **({"reward_parts": parts} if any(parts) else {}),
         **({"raw_rewards": raw} if any(each is not None for each in raw) else {}),
         **({"made": list(group.made)} if group.made else {}),
+        **({"parked": list(group.parked)} if group.parked else {}),
     }
     return pack(IN_FLIGHT, name, table, dict(_arrays(group)))
 
@@ -165,19 +175,33 @@ def decode(
         if score is not None and (each is None or not each.finished):
             raise WireError(f"group {ticket.group_id}: a response that has not ended has a reward")
     made = _made(ticket, table["made"], take("made"), n) if "made" in table else {}
+    rules = Rules(own.max_response_tokens, stop_token_ids.union(own.stop_token_ids), routing_policy)
+    waiting = _indices(ticket, table.get("parked", []), n, "parked rollouts")
+    parked = {
+        index: decode_parked(f"{ticket.group_id}/{index}", take(f"parked.{index}"), rules)
+        for index in waiting
+        if index not in made
+    }
     if views:
         raise WireError(f"unexpected arrays in message: {', '.join(list(views)[:3])}")
-    return InFlight(ticket, partials, scores, made)
+    return InFlight(ticket, partials, scores, made, parked, adopted=True)
 
 
 def _made(ticket: Ticket, indices: Any, group: Array, n: int) -> dict[int, RolloutRecord]:
     """Return the rollouts that had ended, by index, from a message of a group of them. Raises WireError."""
     rollouts = codec.decode(group).rollouts
-    if not isinstance(indices, list) or not len(indices) == len(set(map(repr, indices))) == len(rollouts):
+    if len(found := _indices(ticket, indices, n, "rollouts")) != len(rollouts):
         raise WireError(f"group {ticket.group_id}: {len(rollouts)} rollouts are those of {short(indices)}")
+    return dict(zip(found, rollouts, strict=True))
+
+
+def _indices(ticket: Ticket, indices: Any, n: int, what: str) -> list[int]:
+    """Return the indices of rollouts that a message has. Raises WireError."""
+    if not isinstance(indices, list) or len(indices) != len(set(map(repr, indices))):
+        raise WireError(f"group {ticket.group_id}: its {what} are those of {short(indices)}")
     if not all(type(index) is int and 0 <= index < n for index in indices):
-        raise WireError(f"group {ticket.group_id}: its rollouts are those of {short(indices)}, and rollout.n is {n}")
-    return dict(zip(indices, rollouts, strict=True))
+        raise WireError(f"group {ticket.group_id}: its {what} are those of {short(indices)}, and rollout.n is {n}")
+    return indices
 
 
 def _terms_now(prompt: Prompt, terms: Callable[[Prompt], Terms]) -> Terms:
@@ -220,6 +244,8 @@ def _arrays(group: InFlight) -> Iterator[tuple[str, Array]]:
     yield "prompt", group.ticket.prompt.token_ids
     if group.made:
         yield "made", codec.encode(Group(group.group_id, group.ticket.prompt, tuple(group.made.values())))
+    for index, parked in group.parked.items():
+        yield f"parked.{index}", encode_parked(group.trajectory_id(index), parked)
     for t, partial in enumerate(group.partials):
         if partial is not None:
             yield from response_arrays(t, partial.without_repeated_rows())

@@ -8,7 +8,7 @@ Knows ``in_flight`` and files; neither the worker nor Ray.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +43,19 @@ class Moment:
     """The groups of a worker as they are when this is made."""
 
     def __init__(
-        self, groups: Iterable[InFlight], merging: Mapping[str, asyncio.Future[PartialRollout]] | None = None
+        self,
+        groups: Iterable[InFlight],
+        merging: Mapping[str, asyncio.Future[PartialRollout]] | None = None,
+        *,
+        of_agents: bool = False,
     ) -> None:
-        """Take ``groups``. ``merging`` has, by trajectory id, what answers of the engine will have made of some."""
+        """Take ``groups``. ``merging`` has, by trajectory id, what answers of the engine will have made of some.
+
+        of_agents: whether rollouts of agents make them, of which a trajectory has the id of a response.
+        """
         self._groups = [group.copy() for group in groups]
         self._merging = dict(merging or {})
+        self._of_agents = of_agents
 
     async def messages(self) -> AsyncIterator[tuple[str, npt.NDArray[np.uint8]]]:
         """Yield id and message of each group, those first whose answers are merged."""
@@ -69,17 +77,32 @@ class Moment:
 
     def _waits(self, group: InFlight) -> bool:
         """Return whether an answer for this group was still being merged at the moment, and is now."""
-        futures = (self._merging.get(group.trajectory_id(index)) for index in range(len(group.partials)))
+        futures = (self._merging.get(name) for name in self._under_way(group))
         return any(future is not None and not future.done() for future in futures)
 
     async def _settle(self, group: InFlight) -> None:
         """Add the answers that were being merged at the moment. One that could not be merged is left out."""
-        for index in range(len(group.partials)):
-            merged = self._merging.get(group.trajectory_id(index))
-            if merged is not None:
-                await asyncio.wait([merged])
-                if not merged.cancelled() and merged.exception() is None:
-                    group.partials[index] = merged.result()
+        for index in () if self._of_agents else range(len(group.partials)):
+            if (partial := await self._merged(group.trajectory_id(index))) is not None:
+                group.partials[index] = partial
+        for index, parked in group.parked.items():
+            for name in parked.session.under_way:
+                if (partial := await self._merged(name)) is not None:
+                    group.parked[index] = parked.after(partial)
+
+    async def _merged(self, name: str) -> PartialRollout | None:
+        merged = self._merging.get(name)
+        if merged is None:
+            return None
+        await asyncio.wait([merged])
+        return None if merged.cancelled() or merged.exception() is not None else merged.result()
+
+    def _under_way(self, group: InFlight) -> Iterator[str]:
+        """Yield the trajectory ids of which engine calls may be under way."""
+        if not self._of_agents:
+            yield from (group.trajectory_id(index) for index in range(len(group.partials)))
+        for parked in group.parked.values():
+            yield from parked.session.under_way
 
 
 def load(config: RunConfig, stop_token_ids: frozenset[int], sources: Iterable[Source]) -> list[InFlight]:

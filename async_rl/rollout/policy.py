@@ -105,12 +105,14 @@ class Policy:
         decode: Callable[[Int32Array], str],
         reader: Reader | None = None,
         serve: Callable[[Policy], Address] | None = None,
+        kept: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the rollout's ``session`` and how an engine call is made for a partial rollout.
 
         chat: None where the checkpoint has no chat template. encode: text to tokens as it stands, without any added.
         decode: tokens to text, without special ones. reader: makes messages of turns; without it they are text alone,
-        as they are where no messages are sent. serve: makes a policy reachable over HTTP.
+        as they are where no messages are sent. serve: makes a policy reachable over HTTP. kept: is called when
+        a turn has begun, and when the session has the tokens of an engine call.
         """
         self._session = session
         self._call = call
@@ -119,10 +121,10 @@ class Policy:
         self._decode = decode
         self._reader = reader
         self._serve = serve
+        self._kept = kept
         self._address: Address | None = None
         self.refused: Counter[RefusalCode] = Counter()
         """Requests that were refused, by why."""
-        self._ended: Turn | None = None  # last of all
         self._replies: dict[Turn, Reply] = {}
 
     @property
@@ -224,11 +226,28 @@ class Policy:
         Raises RequestRefused as ``chat`` does.
         """
         tokens = np.asarray(self._encode(text), dtype=np.int32)
-        if self._ended is None or len(tokens) == 0:
+        last = self._session.last
+        if last is None or len(tokens) == 0:
             raise RequestRefused("invalid_request", "text needs tokens, and a turn of the policy before it")
         return await self._sampled(
-            self._begun(self._session.find_after(self._ended), tokens, max_tokens), (), with_message=False
+            self._begun(self._session.find_after(last), tokens, max_tokens), (), with_message=False
         )
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether a turn was being sampled when the session was saved of which this one is the rest."""
+        return self._session.under_way is not None
+
+    async def resume(self, tools: list[dict[str, Any]] | None = None) -> Reply:
+        """Return the turn that was ``cut_off``, completed; ``tools`` are those of the request that began it."""
+        turn = self._session.under_way
+        assert turn is not None, "no turn was cut off"
+        return await self._sampled(turn, (), with_message=bool(turn.branch.history), tools=tools)
+
+    def restart(self) -> None:
+        """Forget all that was said."""
+        self._session.restart()
+        self._replies.clear()
 
     def _begun(self, place: Place, missing: Int32Array, max_tokens: int | None) -> Turn:
         turn = self._session.begin(place, missing, max_tokens)
@@ -251,11 +270,13 @@ class Policy:
     ) -> Reply:
         """Complete a turn: as many engine calls as its interruptions take. One that fails is undone."""
         try:
+            self._kept()
             while not turn.branch.partial.finished:
                 request = self._session.next_call(turn)
                 partial = await self._call(turn.branch.partial, request, stop)
                 self._still_open(turn)
                 self._session.keep(turn, partial)
+                self._kept()
             text = self._decode(turn.token_ids)
             message = {"role": "assistant", "content": before_any(text, stop)}
             if with_message and self._reader is not None:
@@ -267,13 +288,12 @@ class Policy:
         except BaseException:
             self._session.undo(turn)
             raise
-        self._ended = turn
         assert turn.finish_reason is not None
         partial = turn.branch.partial
         # Copies: a view would keep the whole branch as it was at each of its turns.
         logprobs = partial.logprobs[turn.start - len(partial.prompt_ids) :].copy()
         sampled = turn.token_ids.copy()
-        reply = Reply(message, text, sampled, turn.finish_reason, len(self._replies), logprobs, turn.start)
+        reply = Reply(message, text, sampled, turn.finish_reason, turn.index, logprobs, turn.start)
         self._replies[turn] = reply
         return reply
 

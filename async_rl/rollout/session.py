@@ -28,6 +28,7 @@ from async_rl.errors import InvalidTrajectory, RefusalCode, RequestRefused
 from async_rl.rollout.branches import Branch, How, Turn, joined, limited
 from async_rl.rollout.conversation import Canonical, as_key, canonical
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.saved_session import SavedBranch, SavedSession
 from async_rl.types import Int32Array, Trajectory
 
 Start = Callable[[str, Int32Array, int], PartialRollout]
@@ -88,6 +89,31 @@ class Session:
         self._ended = 0  # turns
         self._sampled = 0  # their tokens
         self._last: Turn | None = None  # of these
+
+    @classmethod
+    def restored(cls, rollout_id: str, start: Start, limits: Limits, saved: SavedSession) -> Session:
+        """Return the session as it was when it was saved; a turn under way then is ``under_way``."""
+        session = cls(rollout_id, start, limits)
+        session.branches = [branch.restored() for branch in saved.branches]
+        session.truncated, session._made, session._calls = saved.truncated, saved.made, saved.calls
+        ended = [turn for branch in session.branches for turn in branch.turns]
+        session._ended, session._sampled = len(ended), sum(turn.stop - turn.start for turn in ended)
+        session._last = max(ended, key=lambda turn: turn.index, default=None)
+        # The turns that have ended were counted where they did.
+        session.ways.update(branch.open.how for branch in session.branches if branch.open is not None)
+        return session
+
+    def saved(self) -> SavedSession:
+        """Return what ``restored`` makes the session of again."""
+        branches = tuple(map(SavedBranch.of, self.branches))
+        return SavedSession(branches, self._made, self._calls, self.truncated)
+
+    def restart(self) -> None:
+        """Undo all turns: the rollout begins again. Turns and branches are counted from 0, and calls continue."""
+        for turn in [branch.open for branch in self.branches if branch.open is not None]:
+            self.undo(turn)
+        self.branches, self._last, self.truncated = [], None, False
+        self._made = self._ended = self._sampled = 0
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -221,6 +247,16 @@ class Session:
         return f"{turn.branch.partial.trajectory_id}/{self._calls - 1}"
 
     # -- the end ------------------------------------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> Turn | None:
+        """The turn that is being sampled; of several the first."""
+        return next((branch.open for branch in self.branches if branch.open is not None), None)
+
+    @property
+    def last(self) -> Turn | None:
+        """The turn that ended last."""
+        return self._last
 
     @property
     def turns(self) -> int:

@@ -134,7 +134,8 @@ class RolloutWorker:
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        return Moment((*self._adopted, *self._in_flight.values()), self._calls.merging)
+        groups = (*self._adopted, *self._in_flight.values())
+        return Moment(groups, self._calls.merging, of_agents=self.agents is not None)
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
@@ -226,9 +227,7 @@ class RolloutWorker:
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if self.agents is not None:
             with self._capacity.response():
-                if index not in group.made:
-                    group.made[index] = await self.agents.rollout(group.ticket.prompt, group.trajectory_id(index))
-                return index, group.made[index]
+                return index, await self.agents.rollout_of(group, index)
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

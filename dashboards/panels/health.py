@@ -233,10 +233,14 @@ HEALTH = Row(
                         "sum by (run, reason) (async_rl_agent_environment_hosts_lost_total{})",
                         "{{run}} host {{reason}}",
                     ),
+                    Query("sum by (run, kind) (async_rl_agent_recoveries_total{})", "{{run}} recovered: {{kind}}"),
                 ),
-                "Calls of environments that were ended at their time limits, and processes of environments lost.",
-                "none. Each costs a rollout, and each host all that run in it.",
-                "`rollout.agent.step_s` and its like up for slow ones; `rollout.agent.hosts` up, so that less is lost.",
+                "Calls of environments that were ended at their time limits, processes of environments lost, and "
+                "rollouts that continued after such a loss, or that of a worker or the run.",
+                "none. Each costs a rollout, and each host all that run in it, unless `rollout.agent.recovery` says "
+                "otherwise. restart: they were begun again.",
+                "`rollout.agent.step_s` and its like up for slow ones; `rollout.agent.hosts` up, so that less is lost; "
+                "`rollout.agent.recovery` state or replay.",
                 width=6,
             ),
         ),

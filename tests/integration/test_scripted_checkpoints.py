@@ -52,3 +52,47 @@ def test_a_checkpoint_that_turns_out_damaged_when_it_is_loaded_is_passed_over(st
     assert run.summary["steps"] == 6
     assert manifest.find_altered(newest, manifest.read(newest)) is None, "it was written again"
     check(run, tmp_path, scripted=True)
+
+
+def test_rollouts_with_environments_continue_after_an_engine_s_death_and_from_a_checkpoint(
+    start_run, resume_run, tmp_path, monkeypatch
+):
+    """Each rollout that is trained has had its steps one after the other, whichever processes made them."""
+    log = tmp_path / "environments"
+    monkeypatch.setenv("ENVIRONMENTS_LOG", str(log))
+    settings = SETTINGS | {
+        "rollout__engine": "tests.support.scripted_scenarios:LongDyingTurnsEngine",
+        "rollout__agent__environment": "tests.support.user_environments:Diary",
+        "rollout__agent__recovery": "state",
+        "data__eval": "null",
+    }
+
+    def restored():
+        """The rollouts whose environments were set to a state after at least one step, each with its turn."""
+        lines = [line.split() for line in log.read_text().splitlines()]
+        return [(name, int(turn)) for kind, name, turn, _ in lines if kind == "state" and turn != "0"]
+
+    run = start_run(trainer__steps=4, **settings)
+    assert run.wait() == 0, run.output
+    (died,) = run.events("process_died")
+    assert died["resumed"] > 0
+    after_death = restored()
+    assert after_death, "rollouts of the dead engine's worker, which its successor continued"
+
+    run = resume_run(trainer__steps=8, **settings)
+    assert run.wait() == 0, run.output
+    run.assert_nothing_left()
+    (work,) = run.events("work_restored")
+    assert work["resumed"] > 0
+    assert len(restored()) > len(after_death), "rollouts of the checkpoint"
+    for replica in range(2):
+        assert "in_flight_group_refused" not in (run.folder / "logs" / f"rollout-{replica}.jsonl").read_text()
+    steps = {}
+    for kind, name, turn, _ in (line.split() for line in log.read_text().splitlines()):
+        before = steps.get(name, 0)
+        assert int(turn) == before + 1 if kind == "step" else int(turn) <= before, (kind, name, turn, before)
+        steps[name] = int(turn)
+    for row in run.trained:
+        for group in row["groups"]:
+            assert [steps[f"{group}/{index}"] for index in range(4)] == [4] * 4
+    check(run, tmp_path, scripted=True)

@@ -49,6 +49,12 @@ class Says:
     def _replies(self):
         return len(self.asked) + len(self.raw) - 1
 
+    cut_off = False
+
+    def restart(self):
+        """Forget what it was asked."""
+        self.asked, self.raw = [], []
+
     async def chat(self, messages, tools=None):
         self.asked.append([dict(message) for message in messages])
         self.tools = tools
@@ -86,5 +92,5 @@ async def environments(name, gate=None, **settings):
         assert subject.open == 0
 
 
-async def play(subject, policy, fields=None, name="0-1"):
-    return await subject.play(prompt(fields, name=name), policy, f"{name}.0/0", 7, subject.clock)
+async def play(subject, policy, fields=None, name="0-1", **more):
+    return await subject.play(prompt(fields, name=name), policy, f"{name}.0/0", 7, subject.clock, **more)

@@ -1,5 +1,6 @@
 """Engines with a script of their own, for runs that name one as ``rollout.engine``."""
 
+from async_rl.types import Int32Array
 from tests.support.scripted_engine import Fault, Script, ScriptedEngine, lognormal
 
 
@@ -19,6 +20,14 @@ class LongDyingEngine(ScriptedEngine):
     """An engine whose responses outlast a training step, and which dies once on the first replica."""
 
     script = Script(length=96, tokens_per_turn=4, turn_s=0.1, fault=Fault("die", after_tokens=1000))
+
+
+class LongDyingTurnsEngine(LongDyingEngine):
+    """The same with turns: one ends at each multiple of 24 tokens of a response."""
+
+    def last_position(self, trajectory_id: str, response: Int32Array) -> int:
+        del trajectory_id
+        return len(response) // 24 * 24 + 23
 
 
 class DyingTurnsEngine(ScriptedEngine):

@@ -201,3 +201,121 @@ class WordlessHangs(Wordless):
 
     async def close(self):
         note("close")
+
+
+def once(how):
+    """Do what a row asks for the first time that a process of a test comes here."""
+    try:
+        os.close(os.open(os.environ["ENVIRONMENTS_LOG"] + f".{how}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    misbehave("dies")
+
+
+class Survivor:
+    """Counts the policy's turns up to three; where the row says so, its host dies once, or always."""
+
+    def __init__(self):
+        self.turns = 0
+
+    def at(self, stage):
+        how = self.fields.get(stage)
+        if how == "dies":
+            once(stage.replace(" ", "-"))
+        elif how == "always dies":
+            misbehave("dies")
+
+    def setup(self, task, context):
+        self.fields = task.fields
+        self.seed = os.getpid() if self.fields.get("how") == "random" else context.seed
+        if "set_state" in self.fields:
+            self.fields["step"] = "dies"
+        self.at("setup")
+        return f"row {task.row}"
+
+    async def step(self, message):
+        if self.fields.get("step") == "waits" and self.turns == 1:
+            while not os.path.exists(os.environ["ENVIRONMENTS_LOG"] + ".later-step"):
+                await asyncio.sleep(0.01)
+        self.at("step")
+        self.at(f"step {self.turns}")
+        if self.turns == 1:
+            self.at("later step")
+        self.turns += 1
+        tail = f" {self.seed}" if self.fields.get("how") == "random" else ""
+        return Step(f"turn {self.turns}{tail}", reward=0.5, done=self.turns == 3, metrics={"turns": self.turns})
+
+    def reward(self):
+        self.at("reward")
+
+    def get_state(self):
+        self.at("get_state")
+        return None if self.fields.get("how") == "unsaved" else {"turns": self.turns}
+
+    def set_state(self, state):
+        self.at("set_state")
+        self.turns = state["turns"]
+
+
+class Wordy:
+    """Says the number of the turn after the first three turns, to a policy that has no chat template."""
+
+    turns = 0
+
+    def setup(self, task, context):
+        note("setup")
+
+    async def step(self, message):
+        self.turns += 1
+        return Step(f"{self.turns};", reward=1.0, done=self.turns == 4, metrics={"turns": self.turns})
+
+    def get_state(self):
+        return self.turns.to_bytes(1, "big")
+
+    def set_state(self, state):
+        self.turns = state[0]
+
+
+class WordyToo(Wordy):
+    """Another class."""
+
+
+class DyingShelf(Shelf):
+    """Dies with its host when the second book is put on it, once."""
+
+    def put(self, title: str) -> str:
+        """Put a book on the shelf.
+
+        Args:
+            title: What it is called.
+        """
+        if self.books:
+            once("put")
+        self.books.append(title)
+        return f"{len(self.books)} books"
+
+
+class NoState:
+    def step(self, message):
+        """Never called."""
+
+
+def makes_no_state():
+    return NoState()
+
+
+class Diary(Wordy):
+    """Says "ok" in place of a number, and writes down each step and state."""
+
+    def setup(self, task, context):
+        self.name = context.rollout_id
+
+    async def step(self, message):
+        step = await super().step(message)
+        step.messages = "ok"
+        note(f"step {self.name} {self.turns}")
+        return step
+
+    def set_state(self, state):
+        super().set_state(state)
+        note(f"state {self.name} {self.turns}")

@@ -12,10 +12,14 @@ from async_rl.errors import InvalidTrajectory, WireError
 from async_rl.queue import wire
 from async_rl.queue.records import Ticket
 from async_rl.rollout import in_flight
+from async_rl.rollout.branches import SavedTurn
 from async_rl.rollout.engine.interface import EngineOutput
+from async_rl.rollout.environments.progress import Exchange, Progress, Said
 from async_rl.rollout.in_flight import IN_FLIGHT, InFlight
+from async_rl.rollout.parked import Parked
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.rewards.score import Score
+from async_rl.rollout.saved_session import SavedBranch, SavedSession
 from async_rl.types import Prompt, RolloutRecord, RoutingSpec
 from tests.support.examples import examples
 
@@ -180,13 +184,68 @@ def test_rollouts_of_an_agent_that_have_ended_come_along():
     assert received.num_tokens == sent.num_tokens == 4
 
 
+def earlier(schema, message):
+    """Return the message as an earlier release has written it."""
+    _, table, arrays = wire.unpack(IN_FLIGHT, message)
+    table.pop("arrays")
+    return wire.pack(wire.Kind(b"ARLF", schema, "group in flight"), "earlier", table, arrays)
+
+
 def test_a_message_of_schema_1_is_read():
     sent = in_flight.encode(group(1))
-    _, table, arrays = wire.unpack(IN_FLIGHT, sent)
+    assert earlier(1, sent).tobytes() != sent.tobytes()
+    assert in_flight.encode(decode(earlier(1, sent))).tobytes() == sent.tobytes()
+
+
+def test_a_message_of_schema_2_is_read():
+    sent = in_flight.encode(with_made())
+    received = decode(earlier(2, sent))
+    assert (list(received.made), received.parked, received.adopted) == ([1], {}, True)
+    assert in_flight.encode(received).tobytes() == sent.tobytes()
+
+
+def with_parked(policy="replace"):
+    """The group of ``with_made``, whose third rollout plays with an environment and is in its second turn."""
+    sent, rng = with_made(), np.random.default_rng(7)
+    first = PartialRollout.begin(
+        "3-7.2/2",
+        np.array([5, 6], np.int32),
+        max_response_tokens=LIMIT,
+        eos_token_id=STOP,
+        routing_spec=ROUTING,
+        routing_policy=policy,
+    )
+    first = first.absorb(output(rng, first, 3, 3, "stop"))
+    second = first.append_turn(np.array([90, 91], np.int32))
+    second = second.absorb(output(rng, second, 2, 4, "abort"))
+    turns = (SavedTurn("first", 2, 5, None, 0),)
+    branch = SavedBranch(second, "", 2, (), turns, SavedTurn("extended", 7, 0, None, -1))
+    said = Said({"role": "assistant", "content": "x"}, 0)
+    progress = Progress(None, exchanges=(Exchange(said, ({"role": "user", "content": "y"},), 0.5),), state=b"\xff")
+    sent.parked[2] = Parked("rollout.agent.environment a:B", SavedSession((branch,), 1, 2), progress)
+    return sent
+
+
+def test_rollouts_that_can_be_continued_come_along():
+    sent = with_parked()
+    received = decode(in_flight.encode(sent))
+    assert (list(received.made), list(received.parked)) == ([1], [2])
+    assert received.parked[2].progress == sent.parked[2].progress
+    (one,), (other,) = sent.parked[2].session.branches, received.parked[2].session.branches
+    assert (one.turns, one.open) == (other.turns, other.open)
+    assert one.partial.response_ids.tolist() == other.partial.response_ids.tolist()
+    assert other.partial.routed_experts is None, "the next call returns all of them"
+    assert sent.copy().parked == sent.parked
+    assert received.num_tokens == sent.num_tokens == 4 + 7
+    assert in_flight.encode(received).tobytes() == in_flight.encode(sent).tobytes()
+
+
+@pytest.mark.parametrize("indices", [[], [0], [1], [3], [-1], [2, 2], [True], ["2"], None, {"2": 2}])
+def test_parked_rollouts_that_belong_nowhere_are_refused(indices):
+    _, table, arrays = wire.unpack(IN_FLIGHT, in_flight.encode(with_parked()))
     table.pop("arrays")
-    earlier = wire.pack(wire.Kind(b"ARLF", 1, "group in flight"), "earlier", table, arrays)
-    assert earlier.tobytes() != sent.tobytes()
-    assert in_flight.encode(decode(earlier)).tobytes() == sent.tobytes()
+    with pytest.raises(WireError):
+        decode(wire.pack(IN_FLIGHT, "altered", table | {"parked": indices}, arrays))
 
 
 @pytest.mark.parametrize("indices", [[], [3], [-1], [1, 1], [True], ["1"], None, {"1": 1}])

@@ -9,10 +9,12 @@ from async_rl.config.inputs import Terms
 from async_rl.errors import RewardError
 from async_rl.rollout import aside, in_flight, routing_policies
 from async_rl.runtime import manifest
+from tests.support.played import MODULE
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import EOS, ListQueue, push, sampled, scripted, snapshot, turns, worker
 
 TERMS = Terms("train", 40)
+SETTINGS = {"n": 2, "terms": lambda _: TERMS, "stop_token_ids": frozenset({EOS}), "routing_policy": "replace"}
 LONG = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
 
 
@@ -95,6 +97,35 @@ async def test_a_checkpoint_has_the_groups_of_its_moment_although_the_engine_has
     await successor.run()
     assert other.sampled == 30 * 2 * 2 - at_the_moment
     assert sorted(group.group_id for group in heir.groups) == sorted(files)
+
+
+async def test_a_checkpoint_has_what_was_being_merged_of_rollouts_with_environments(may_check, tmp_path):
+    """Also of turns that had just begun; and nothing of an agent's that begins again is taken for a response."""
+    agents = {
+        "state": {"environment": f"{MODULE}:Wordy", "inline": True, "recovery": "state"},
+        "restart": {"environment": f"{MODULE}:Wordy", "inline": True},
+    }
+    for kind, agent in agents.items():
+        may_check.clear()
+        engine = scripted(length=30)
+        subject, digits = worker(engine, ListQueue(2), rollout=LONG | {"agent": agent})
+        digits.encode = lambda text, add_special_tokens=False: [90]
+        run = asyncio.create_task(subject.run())
+        await sampled(engine, 8)
+        await subject.pause()
+        at_the_moment = engine.sampled
+        saving = asyncio.create_task(snapshot(subject))
+        if kind == "state":
+            await turns(20)
+            assert not saving.done()
+            may_check.set()
+        groups = [in_flight.decode(each, **SETTINGS) for each in (await saving).values()]
+        assert sum(group.num_tokens for group in groups) == (at_the_moment if kind == "state" else 0)
+        assert all(partial is None for group in groups for partial in group.partials)
+        may_check.set()
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        await subject.shutdown()
 
 
 class Late(ScriptedEngine):

@@ -25,7 +25,10 @@ Call = Callable[..., Awaitable[Any]]
 # Of which an observation is text: far more than a context has room for.
 _MOST_CHARACTERS = 2**20
 
-_NO_TOOLS = ("setup", "step", "reward", "close", "get_state", "set_state", "cleanup", "tools")
+STATE_METHODS = ("get_state", "set_state")
+"""What an environment has whose state can be saved."""
+
+_NO_TOOLS = ("setup", "step", "reward", "close", *STATE_METHODS, "cleanup", "tools")
 _NO_TOOLS_OF_TRL = ("reset", "get_reward", "close")
 
 
@@ -48,7 +51,8 @@ class Form:
     @property
     def methods(self) -> dict[str, Callable[..., Any]]:
         """The methods that are tools, by name."""
-        return {} if self.steps else tools_of(self.environment, self.no_tools)
+        state = STATE_METHODS if self.has_state else ()
+        return {} if self.steps else tools_of(self.environment, (*self.no_tools, *state))
 
     @property
     def schemas(self) -> Sequence[dict[str, Any]] | None:
@@ -69,6 +73,19 @@ class Form:
         """Return what the rollout is worth, or None for the sum of its steps."""
         reward = getattr(self.environment, "reward", None)
         return await self.call(reward) if callable(reward) else None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the environment can be saved and set to a state that was saved."""
+        return all(callable(getattr(self.environment, name, None)) for name in STATE_METHODS)
+
+    async def get_state(self) -> Any:
+        """Return the environment's state, or None where it cannot be saved at present."""
+        return await self.call(self.environment.get_state)
+
+    async def set_state(self, state: Any) -> None:
+        """Set an environment that was set up to a state that was saved."""
+        await self.call(self.environment.set_state, state)
 
     async def close(self) -> None:
         """Free what the environment has."""

@@ -2,9 +2,10 @@
 
 Imports msgpack and the standard library alone.
 
-    worker to host     {"id", "op": "load" | "setup" | "step" | "use" | "reward" | "close" | "ping", "of", "args"}
-                       {"op": "cancel", "id"}
+    worker to host     {"id", "op", "of", "args"} or {"op": "cancel", "id"}
     host to worker     {"id", "value"} or {"id", "fault", "trace"}
+
+``op`` is a method of ``instance.Held``, load or ping.
 """
 
 from __future__ import annotations

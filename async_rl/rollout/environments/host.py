@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from async_rl.rollout.environments.instance import Failed, Instance, failure
+from async_rl.rollout.environments.instance import Failed, Instance, check_state, failure
 from async_rl.rollout.environments.values import whole
 
 NO_MSGPACK = 3
@@ -120,6 +120,8 @@ class _Host:
             return None  # It is closed, or was never set up.
         return await getattr(instance, op)(*arguments)
 
-    def _load(self, name: str, arguments: dict[str, Any], answer_chars: int) -> None:
+    def _load(self, name: str, arguments: dict[str, Any], answer_chars: int, needs_state: bool) -> None:  # noqa: FBT001 - from a message
         found = import_class(name)
-        self._make = lambda of: Instance(found, arguments, answer_chars, of)
+        if needs_state:
+            check_state(found)
+        self._make = lambda of: Instance(found, arguments, answer_chars, of, needs_state=needs_state)

@@ -1,8 +1,8 @@
 """Environment hosts of a worker: processes in which environments run, and others in place of those that die.
 
-``host`` is what runs in them. What happens in one is felt by the rollouts in it alone: its death fails them, and one
-that answers nothing any more, because a method blocks its event loop, is killed. Knows processes and sockets; neither
-sessions nor how an environment is driven.
+``host`` is what runs in them. What happens in one is felt by the rollouts in it alone: its death is a ``Gone`` for
+them, and one that answers nothing any more, because a method blocks its event loop, is killed. Knows processes and
+sockets; neither sessions nor how an environment is driven.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import structlog
 import async_rl
 from async_rl.config.rollouts import AgentSection
 from async_rl.rollout.environments import frames
-from async_rl.rollout.environments.instance import Failed
+from async_rl.rollout.environments.instance import Failed, Gone, State
 from async_rl.rollout.supervised import end_program, inherited, start_program
 
 log = structlog.get_logger(__name__)
@@ -65,6 +65,7 @@ class Hosts:
         self._running: list[_Host] = []
         self._retired: set[_Host] = set()
         self._starting = asyncio.Lock()
+        self._closed = False
         self._ending: set[asyncio.Task[None]] = set()
         self._names = itertools.count()
         self.lost: Counter[str] = Counter()
@@ -73,6 +74,8 @@ class Hosts:
     async def open(self) -> Remote:
         """Return a place for an environment in the host that has the fewest. Raises Failed if none starts."""
         async with self._starting:
+            if self._closed:
+                raise Failed("has no host: the worker ends")
             for host in [host for host in self._running if host.gone or host.abandoned >= MAX_ABANDONED]:
                 self._running.remove(host)
                 if not host.gone:
@@ -92,6 +95,7 @@ class Hosts:
 
     async def close(self) -> None:
         """End all hosts, with all that runs in them."""
+        self._closed = True
         for host in [*self._running, *self._retired]:
             self._end(host)
         self._running, self._retired = [], set()
@@ -164,7 +168,8 @@ class _Host:
         environment, arguments = settings.environment, settings.arguments
         try:
             async with asyncio.timeout(START_S):
-                await self.ask("load", "", environment, arguments, settings.tool_answer_chars)
+                needs_state = settings.recovery == "state"
+                await self.ask("load", "", environment, arguments, settings.tool_answer_chars, needs_state)
         except TimeoutError:
             raise Failed(f"its host has not imported it after {START_S:g} s") from None
         self._loaded = True
@@ -172,7 +177,7 @@ class _Host:
     async def ask(self, op: str, of: str, *arguments: Any) -> Any:
         """Return what the host answers. Raises Failed, also when the host dies; the host hears of a cancellation."""
         if self._fault is not None or self._writer is None:
-            raise Failed(self._fault or "has no host")
+            raise self._failure(self._fault or "has no host")
         number = next(self._ids)
         try:
             request = frames.packed({"id": number, "op": op, "of": of, "args": arguments})
@@ -205,7 +210,10 @@ class _Host:
         self._fault = self._fault or what
         for answered in self._asked.values():
             if not answered.done():
-                answered.set_exception(Failed(self._fault))
+                answered.set_exception(self._failure(self._fault))
+
+    def _failure(self, what: str) -> Failed:
+        return Gone(what) if self._loaded else Failed(what)
 
     async def end(self) -> None:
         """End the process and all that it has started; returns when nothing is left."""
@@ -272,6 +280,15 @@ class Remote:
     async def reward(self) -> Any:
         """As ``Held.reward``. Raises Failed."""
         return await self._host.ask("reward", self._name)
+
+    async def get_state(self) -> State | None:
+        """As ``Held.get_state``. Raises Failed."""
+        state: State | None = await self._host.ask("get_state", self._name)
+        return state
+
+    async def set_state(self, state: State) -> None:
+        """As ``Held.set_state``. Raises Failed."""
+        await self._host.ask("set_state", self._name, state)
 
     async def close(self) -> None:
         """As ``Held.close``. Raises Failed."""

@@ -7,15 +7,16 @@ standard library alone. A failure is a ``Failed`` with a text, whatever was rais
 from __future__ import annotations
 
 import asyncio
+import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from async_rl.rollout.environments.adapters import Form, form_of
+from async_rl.rollout.environments.adapters import STATE_METHODS, Form, form_of
 from async_rl.rollout.environments.interface import Context, Message, Step, Task
 from async_rl.rollout.environments.own_thread import OwnThread
 from async_rl.rollout.environments.tools import NoSchema, schema_of
-from async_rl.rollout.environments.values import as_text, number, plain, whole
+from async_rl.rollout.environments.values import as_text, json_text, number, plain, whole
 
 # What is kept of an exception's text: some carry the whole output of a program.
 _MAX_MESSAGE = 2000
@@ -27,12 +28,20 @@ _MAX_METRICS = 32
 _MAX_NAME = 60
 
 
+State = bytes | str
+"""What ``get_state`` returned: bytes as they are, all else as JSON."""
+
+
 class Failed(Exception):
     """A user's method has failed; the message says what it did, ``trace`` where."""
 
     def __init__(self, what: str, trace: str = "") -> None:
         super().__init__(what)
         self.trace = trace
+
+
+class Gone(Failed):
+    """The environment is lost with the process that it was in, for no fault that is known to be its own."""
 
 
 class Held(Protocol):
@@ -50,6 +59,12 @@ class Held(Protocol):
     async def reward(self) -> Any:
         """Return the environment's reward as plain data: a number, a mapping or None."""
 
+    async def get_state(self) -> State | None:
+        """Return the environment's state, or None where it cannot be saved at present."""
+
+    async def set_state(self, state: State) -> None:
+        """Set the environment, which was set up, to a state that was saved."""
+
     async def close(self) -> None:
         """Close the environment, if it was made."""
 
@@ -57,10 +72,23 @@ class Held(Protocol):
 class Instance:
     """An environment here: ``make`` returns the user's object, called with ``arguments`` by name."""
 
-    def __init__(self, make: Callable[..., Any], arguments: Mapping[str, Any], answer_chars: int, name: str) -> None:
-        """``answer_chars`` bounds what a tool answers; ``name`` is that of its thread."""
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        answer_chars: int,
+        name: str,
+        *,
+        needs_state: bool = False,
+    ) -> None:
+        """Take what the environment is made with.
+
+        answer_chars: bounds what a tool answers. name: that of its thread. needs_state: refuses an environment whose
+        state cannot be saved.
+        """
         self._make, self._arguments = make, dict(arguments)
         self._answer_chars = answer_chars
+        self._needs_state = needs_state
         self._thread = OwnThread(name)
         self._form: Form | None = None
         self._tools: dict[str, Callable[..., Any]] = {}
@@ -73,6 +101,8 @@ class Instance:
     async def _setup(self, task: Task, context: Context) -> dict[str, Any]:
         environment = await self._thread.call(self._make, **self._arguments)
         self._form = form = form_of(environment, self._thread.call)
+        if self._needs_state and not form.has_state:
+            raise _no_state(type(environment).__name__)
         self._tools = form.methods
         said = await form.setup(task, context)
         messages = None if said is None else _messages(said, "user", "its setup")
@@ -123,6 +153,23 @@ class Instance:
         """As ``Held.reward``. Raises Failed."""
         return plain(await self._guarded("its reward ", self._made().reward()))
 
+    async def get_state(self) -> State | None:
+        """As ``Held.get_state``. Raises Failed."""
+        state = await self._guarded("its get_state ", self._made().get_state())
+        if state is None or isinstance(state, bytes):
+            return state
+        if isinstance(state, (bytearray, memoryview)):
+            return bytes(state)
+        try:
+            return json_text(state)
+        except TypeError as error:
+            raise Failed(f"its get_state returned {_shown(state)}, but {error}; return bytes or plain JSON") from None
+
+    async def set_state(self, state: State) -> None:
+        """As ``Held.set_state``. Raises Failed."""
+        value = json.loads(state) if isinstance(state, str) else state
+        await self._guarded("its set_state ", self._made().set_state(value))
+
     async def close(self) -> None:
         """As ``Held.close``. Raises Failed."""
         try:
@@ -163,6 +210,19 @@ async def _kept(work: Awaitable[Any]) -> tuple[bool, Any]:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever the user's method raises goes to the caller
         return False, error
+
+
+def check_state(found: Callable[..., Any]) -> None:
+    """Raise Failed for a class whose instances cannot be saved; what a function returns is seen when it is called."""
+    if isinstance(found, type) and not all(hasattr(found, name) for name in STATE_METHODS):
+        raise _no_state(found.__name__)
+
+
+def _no_state(name: str) -> Failed:
+    return Failed(
+        f"{name} has no get_state and set_state, which rollout.agent.recovery state calls; write them, or set "
+        "rollout.agent.recovery to replay or restart"
+    )
 
 
 def failure(error: BaseException, what: str = "") -> Failed:

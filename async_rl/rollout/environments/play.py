@@ -20,10 +20,11 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.messages import Message, with_system
 from async_rl.errors import AgentFailure
 from async_rl.metrics.exporter import Metrics
-from async_rl.rollout.environments.drive import Counts, Late, Played, Stages, drive
+from async_rl.rollout.environments.drive import Counts, Differs, Keep, Late, Played, Stages, drive
 from async_rl.rollout.environments.hosts import Hosts, Remote
-from async_rl.rollout.environments.instance import Failed, Instance
+from async_rl.rollout.environments.instance import Failed, Gone, Instance, check_state
 from async_rl.rollout.environments.interface import Context, Task
+from async_rl.rollout.environments.progress import Progress
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.policy import Policy
 from async_rl.types import Prompt, source_of
@@ -57,6 +58,11 @@ class Environments:
         self._make: Callable[..., Any] | None = None
         if settings.inline:
             self._make = import_function(SETTING, settings.environment, AgentFailure)
+            if settings.recovery == "state":
+                try:
+                    check_state(self._make)
+                except Failed as error:
+                    raise AgentFailure(f"{SETTING} {settings.environment}: {error}") from None
         self.counts = Counts()
         self._left: set[asyncio.Task[Any]] = set()
         self._places = asyncio.Semaphore(settings.concurrent)
@@ -73,20 +79,65 @@ class Environments:
             except Failed as error:
                 raise AgentFailure(f"{SETTING} {self._settings.environment}: {error}") from None
 
-    async def play(self, prompt: Prompt, policy: Policy, rollout_id: str, seed: int, gate: Gate) -> Played:
+    async def play(
+        self,
+        prompt: Prompt,
+        policy: Policy,
+        rollout_id: str,
+        seed: int,
+        gate: Gate,
+        *,
+        before: Progress | None = None,
+        keep: Keep = lambda _: None,
+    ) -> Played:
         """Make one rollout; ``seed`` is its own, and pauses of the engine behind ``gate`` count for no time limit.
 
-        Raises Failed for a fault of the environment, and as ``drive``.
+        before: how far it had come, if it continues one; the policy's session is of the same moment. keep: is called
+        with how far it has come. Raises Failed for a fault of the environment, and as ``drive``.
         """
         playing = asyncio.current_task()
         assert playing is not None
         self._playing.add(playing)
         try:
-            return await self._play(prompt, policy, Context(rollout_id, seed), gate)
+            return await self._recovered(prompt, policy, Context(rollout_id, seed), gate, before, keep)
         finally:
             self._playing.discard(playing)
 
-    async def _play(self, prompt: Prompt, policy: Policy, context: Context, gate: Gate) -> Played:
+    async def _recovered(
+        self, prompt: Prompt, policy: Policy, context: Context, gate: Gate, before: Progress | None, keep: Keep
+    ) -> Played:
+        """Play a rollout, with one environment after the other where they are lost with their hosts."""
+        most, lost, restarts = self._settings.max_recoveries, 0, 0
+
+        def note(progress: Progress) -> None:
+            nonlocal before, lost
+            if before is not None and len(progress.exchanges) > len(before.exchanges):
+                lost = 0
+            before = progress
+            keep(progress)
+
+        while True:
+            try:
+                return await self._play(prompt, policy, context, gate, before, note)
+            except Gone as gone:
+                lost += 1
+                if self._settings.recovery == "restart" or lost > most:
+                    raise
+                log.info("environment_lost", rollout=context.rollout_id, reason=str(gone))
+                if before is None:
+                    self.counts.recoveries["restart"] += 1
+            except Differs as differs:
+                restarts += 1
+                if restarts > most:
+                    raise
+                log.warning("environment_not_recovered", rollout=context.rollout_id, reason=str(differs))
+                self.counts.recoveries["restart"] += 1
+                policy.restart()
+                before = None
+
+    async def _play(
+        self, prompt: Prompt, policy: Policy, context: Context, gate: Gate, before: Progress | None, keep: Keep
+    ) -> Played:
         began = time.monotonic()
         await self._places.acquire()
         self.counts.seconds["place"] += time.monotonic() - began
@@ -99,7 +150,10 @@ class Environments:
         late = False
         try:
             stages = Stages(self._settings, gate, self.counts, self._left)
-            return await drive(held, self._task(prompt), context, prompt.token_ids, policy, stages)
+            task, recovery = self._task(prompt), self._settings.recovery
+            return await drive(
+                held, task, context, prompt.token_ids, policy, stages, recovery=recovery, before=before, keep=keep
+            )
         except Late:
             late = True
             raise
@@ -138,7 +192,8 @@ class Environments:
             return await self._hosts.open()
         assert self._make is not None
         settings, name = self._settings, f"environment {next(self._names)}"
-        return Here(self._make, settings.arguments, settings.tool_answer_chars, name)
+        needs_state = settings.recovery == "state"
+        return Here(self._make, settings.arguments, settings.tool_answer_chars, name, needs_state=needs_state)
 
     async def _close(self, held: Here | Remote, prompt: Prompt, *, late: bool) -> None:
         """Close an environment; one that takes too long or fails is counted and left, and never fails a rollout."""

@@ -12,6 +12,9 @@ _MAX_DEPTH = 16
 
 _MAX_INT = 2**63
 
+# Of a state that is JSON; json itself ends at the depth of Python's stack.
+_MAX_STATE_DEPTH = 200
+
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Return a value as None, booleans, numbers, text, lists and dicts with keys of text.
@@ -55,6 +58,26 @@ def as_text(value: Any, most: int) -> str:
 def cut(text: str, most: int, size: str) -> str:
     """Return a text, cut after ``most`` characters with a note that names its ``size``."""
     return text if len(text) <= most else f"{text[:most]}\n[cut here: {size} are more than the {most} that are shown]"
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, from which it comes back as it was. Raises TypeError for one that would not."""
+    _check_json(value, _MAX_STATE_DEPTH)
+    return json.dumps(value)
+
+
+def _check_json(value: Any, depth: int) -> None:
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if depth and type(value) is list:
+        for item in value:
+            _check_json(item, depth - 1)
+    elif depth and type(value) is dict and all(type(key) is str for key in value):
+        for item in value.values():
+            _check_json(item, depth - 1)
+    else:
+        kind = "dict with keys that are no text" if type(value) is dict else type(value).__name__
+        raise TypeError(f"a {kind} does not come back from JSON as it was")
 
 
 def whole(text: str) -> str:
