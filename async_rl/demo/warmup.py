@@ -105,36 +105,48 @@ def batches() -> Iterator[list[Sequence]]:
 
 def build(folder: Path, *, max_steps: int = MAX_STEPS) -> int:
     """Write the warmed-up model in float32 to ``folder``, which exists and is empty. Returns the steps it took."""
+    random_model = folder / "random"
+    random_model.mkdir()
+    save_tokenizer(random_model)
+    save_random_model(random_model, MODEL_SEED)
+    steps = supervise(random_model, folder, batches(), target_loss=TARGET_LOSS, max_steps=max_steps)
+    shutil.rmtree(random_model)
+    return steps
+
+
+def supervise(
+    model: Path, folder: Path, stream: Iterator[list[Sequence]], *, target_loss: float, max_steps: int
+) -> int:
+    """Train a model on a stream of batches until the mean loss of ``WINDOW`` steps is ``target_loss``, and write it.
+
+    model: the Hugging Face folder to begin with. folder: where the trained model goes, in float32; it exists. Returns
+    the steps it took, at most ``max_steps``. Megatron's state is global: call it in a process of its own.
+    """
     import torch
 
     from async_rl.trainer.trainer import Trainer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    random_model = folder / "random"
-    random_model.mkdir()
-    save_tokenizer(random_model)
-    save_random_model(random_model, MODEL_SEED)
-    trainer = Trainer(_config(random_model))
+    trainer = Trainer(_config(model))
     try:
-        steps = _warm_up(trainer, max_steps)
+        steps = _train(trainer, stream, target_loss, max_steps)
         trainer.save_hf(folder)
     finally:
         trainer.close()
-    shutil.rmtree(random_model)
     return steps
 
 
-def _warm_up(trainer: Trainer, max_steps: int) -> int:
+def _train(trainer: Trainer, stream: Iterator[list[Sequence]], target_loss: float, max_steps: int) -> int:
     recent: deque[float] = deque(maxlen=WINDOW)
-    for step, batch in enumerate(batches(), start=1):
+    for step, batch in enumerate(stream, start=1):
         recent.append(trainer.supervised_step(batch))
         loss = sum(recent) / len(recent)
-        done = step == max_steps or (step >= WINDOW and loss <= TARGET_LOSS)
+        done = step == max_steps or (step >= WINDOW and loss <= target_loss)
         if done or step % LOG_EVERY == 0:
-            log.info("warmup_step", step=step, loss=round(loss, 3), target=TARGET_LOSS)
+            log.info("warmup_step", step=step, loss=round(loss, 3), target=target_loss)
         if done:
             return step
-    raise AssertionError("batches() has no end")
+    raise AssertionError("the stream came to an end")
 
 
 def _config(model: Path) -> RunConfig:
