@@ -1,4 +1,4 @@
-"""Rollouts of a user's own, rollout.agent: a function, a program or an environment with state.
+"""Rollouts of a user's own, rollout.agent and rollout.agents: functions, programs or environments with state.
 
 Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
 rollout record of what it returns. Knows sessions and engine calls; neither groups nor the queue.
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from async_rl.config.functions import load_function
 from async_rl.config.inputs import Terms
+from async_rl.config.rollouts import AGENT, agent_name
 from async_rl.config.schema import RunConfig
 from async_rl.errors import AgentFailure, AsyncRLError, RefusalCode, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
@@ -24,7 +26,7 @@ from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
 from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
-from async_rl.rollout.chat import Chat
+from async_rl.rollout.chat import Chat, shared_turns
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.play import Environments
@@ -38,7 +40,11 @@ from async_rl.rollout.user_function import UserTraceback
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
 
-SETTING = "rollout.agent.function"
+if TYPE_CHECKING:
+    from async_rl.rollout.gateway.server import Gateway
+
+_T = TypeVar("_T")
+
 ARGUMENTS = ("prompt", "policy", "context")
 
 
@@ -88,45 +94,95 @@ class Outcome:
         return cls(returned, metrics=metrics or {}, turn_rewards=turn_rewards)
 
 
-def load_agent(name: str) -> Callable[..., Any]:
-    """Import the function that rollout.agent.function names. Raises AgentFailure."""
-    return load_function(SETTING, name, ARGUMENTS, AgentFailure)
+def load_agent(name: str, section: str = AGENT) -> Callable[..., Any]:
+    """Import the function that the setting ``function`` of a section names. Raises AgentFailure."""
+    return load_function(f"{section}.function", name, ARGUMENTS, AgentFailure)
 
 
 class Agents:
-    """Makes the rollouts of one worker."""
+    """The agents of one worker; none where the settings name none."""
 
     def __init__(self, config: RunConfig, responses: Responses, calls: EngineCalls, gate: Gate, tokenizer: Any) -> None:
-        """Load the function that the settings name, if it is one. Raises AgentFailure."""
-        assert config.rollout.agent.named is not None
+        """Load the functions that the settings name. Raises AgentFailure."""
+        self.gateways: dict[str, Gateway] = {}
+        """By the address that they listen on."""
+        self._agents: dict[str, Agent] = {}
+        turns = shared_turns(config)
+        for section, settings in config.rollout.agent_sections.items():
+            if (host := settings.gateway_host) not in self.gateways:
+                self.gateways[host] = _gateway(config, section, tokenizer)
+            chat = Chat(turns, tokenizer, settings.tool_parser, f"{section}.tool_parser")
+            self._agents[section] = Agent(config, section, responses, calls, gate, tokenizer, chat, self.gateways[host])
+
+    def __getitem__(self, section: str) -> Agent:
+        return self._agents[section]
+
+    def of(self, terms: Terms) -> Agent | None:
+        """Return the agent that plays the rollouts of a source or set; None where these are responses."""
+        return None if terms.agent is None else self._agents[terms.agent]
+
+    async def start(self) -> None:
+        """Start what the agents need, so that what is wrong with one is known at once. Raises AgentFailure."""
+        for agent in self._agents.values():
+            await agent.start()
+
+    def publish(self, metrics: Metrics) -> None:
+        """Bring the counters of agents on /metrics up to date."""
+        for agent in self._agents.values():
+            agent.publish(metrics)
+        gateways = self.gateways.values()
+        for (endpoint, code), requests in _sum(gateway.requests for gateway in gateways).items():
+            metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
+        for name, requests in _sum(gateway.ignored for gateway in gateways).items():
+            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
+        if gateways:
+            metrics.count_to("gateway_requests_joined_total", sum(gateway.joined for gateway in gateways))
+
+    async def close(self) -> None:
+        """End what agents run in, and serve no policy any longer."""
+        await asyncio.gather(*(agent.close() for agent in self._agents.values()))
+        for gateway in self.gateways.values():
+            await gateway.close()
+
+
+class Agent:
+    """Makes the rollouts of one agent in one worker."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        section: str,
+        responses: Responses,
+        calls: EngineCalls,
+        gate: Gate,
+        tokenizer: Any,
+        chat: Chat,
+        gateway: Gateway,
+    ) -> None:
+        """Load the function that the settings of ``section`` name, if it is one. Raises AgentFailure."""
         self._config = config
-        self._named = " ".join(config.rollout.agent.named)
-        settings = config.rollout.agent
+        self._section = section
+        self._settings = settings = config.rollout.agent_sections[section]
+        self._named = " ".join(f"{section}.{key} {value}" for key, value in settings.given.items())
         self._command = settings.command or []
-        self._environments = Environments(config) if settings.environment is not None else None
+        self._environments = Environments(config, section) if settings.environment is not None else None
         own = self._program if self._environments is None else self._played
-        self._function = own if settings.function is None else load_agent(settings.function)
+        self._function = own if settings.function is None else load_agent(settings.function, section)
         self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
         self._gate = gate
         self._tokenizer = tokenizer
-        self._chat = Chat(config, tokenizer)
-        # A server for HTTP, which doctor and workers without agents have no use for.
-        from async_rl.rollout.gateway.server import Gateway
-
-        joined = config.cluster.joined_address
-        self.gateway = Gateway(
-            config.rollout.agent.gateway_host,
-            None if joined is None else address_towards(joined),
-            config.model.path.name,
-            self._context_tokens,
-            tokenizer,
-        )
+        self._chat = chat
+        self.gateway = gateway
         self.ways: Counter[How] = Counter()
         """Turns of rollouts in training that have ended, by how they came to their places."""
         self.refused: Counter[RefusalCode] = Counter()
         """Requests of these rollouts that were refused, by why."""
+        self.ended: Counter[str] = Counter()
+        """These rollouts, by how they ended: as in ``RolloutRecord.end``, no_reward, failed or cancelled."""
+        self.seconds = 0.0
+        """Time that these took."""
 
     async def start(self) -> None:
         """Start what agents of the kind need, so that what is wrong with it is known at once. Raises AgentFailure."""
@@ -141,6 +197,24 @@ class Agents:
         call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
         that fails also fails the rollout where the agent catches that.
         """
+        if terms is not None:
+            return await self._rollout(prompt, rollout_id, call, terms)
+        began, end = time.monotonic(), "cancelled"
+        try:
+            made = await self._rollout(prompt, rollout_id, call, terms)
+            end = made.end
+        except RewardNotApplicable:
+            end = "no_reward"
+            raise
+        except Exception:
+            end = "failed"
+            raise
+        finally:
+            self.ended[end] += 1
+            self.seconds += time.monotonic() - began
+        return made
+
+    async def _rollout(self, prompt: Prompt, rollout_id: str, call: Call | None, terms: Terms | None) -> RolloutRecord:
         session = self._session(rollout_id, terms or self._responses.terms(prompt))
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         sample: Call = call or (lambda *call: self._calls.sample(prompt, *call))
@@ -184,37 +258,29 @@ class Agents:
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 
     def publish(self, metrics: Metrics) -> None:
-        """Bring the counters of agents on /metrics up to date."""
-        gateway = self.gateway
+        """Bring the counters of this agent on /metrics up to date."""
+        agent = agent_name(self._section)
         for how, turns in self.ways.items():
-            metrics.count_to("agent_turns_total", turns, how=how)
+            metrics.count_to("agent_turns_total", turns, agent=agent, how=how)
         for why, requests in self.refused.items():
-            metrics.count_to("agent_requests_refused_total", requests, code=why)
-        for (endpoint, code), requests in gateway.requests.items():
-            metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
-        for name, requests in gateway.ignored.items():
-            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
-        metrics.count_to("gateway_requests_joined_total", gateway.joined)
+            metrics.count_to("agent_requests_refused_total", requests, agent=agent, code=why)
+        for end, rollouts in self.ended.items():
+            metrics.count_to("agent_rollouts_total", rollouts, agent=agent, end=end)
+        metrics.count_to("agent_rollout_seconds_total", self.seconds, agent=agent)
         for read, calls in self._chat.reader.read.items():
-            metrics.count_to("agent_tool_calls_read_total", calls, read="yes" if read else "no")
+            metrics.count_to("agent_tool_calls_read_total", calls, agent=agent, read="yes" if read else "no")
         if self._environments is not None:
             self._environments.publish(metrics)
 
     async def close(self) -> None:
-        """End what agents run in, and serve no policy any longer."""
+        """End what the agent runs in."""
         if self._environments is not None:
             await self._environments.close()
-        await self.gateway.close()
-
-    @property
-    def _context_tokens(self) -> int:
-        """Tokens of a context: as many as the engine has room for."""
-        return self._config.data.max_prompt_tokens + self._config.longest_response
 
     def _session(self, rollout_id: str, terms: Terms) -> Session:
-        settings = self._config.rollout.agent
+        settings = self._settings
         limits = Limits(
-            context_tokens=self._context_tokens,
+            context_tokens=_context_tokens(self._config),
             response_tokens=terms.max_response_tokens,
             sampled_tokens=settings.max_sampled_tokens,
             turns=settings.max_turns,
@@ -263,11 +329,11 @@ class Agents:
                 raise failed.result()
             return running.result()
 
-        limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
+        limit, waited = self._settings.timeout_s, asyncio.create_task(first())
         try:
             _, late = await wait_in_time([waited], gate, limit)
             if late:
-                raise self._failure(prompt, f"has not ended after {limit:g} s (rollout.agent.timeout_s)")
+                raise self._failure(prompt, f"has not ended after {limit:g} s ({self._section}.timeout_s)")
             return waited.result()
         finally:
             for task in (waited, running):
@@ -311,6 +377,33 @@ class Agents:
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:
         where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
         return AgentFailure(f"{self._named}, {where}: {what}")
+
+
+def _gateway(config: RunConfig, section: str, tokenizer: Any) -> Gateway:
+    # A server for HTTP, which doctor and workers without agents have no use for.
+    from async_rl.rollout.gateway.server import Gateway
+
+    joined = config.cluster.joined_address
+    return Gateway(
+        config.rollout.agent_sections[section].gateway_host,
+        None if joined is None else address_towards(joined),
+        config.model.path.name,
+        _context_tokens(config),
+        tokenizer,
+        f"{section}.gateway_host",
+    )
+
+
+def _context_tokens(config: RunConfig) -> int:
+    """Return the tokens of a context: as many as the engine has room for."""
+    return config.data.max_prompt_tokens + config.longest_response
+
+
+def _sum(counters: Iterable[Counter[_T]]) -> Counter[_T]:
+    found: Counter[_T] = Counter()
+    for each in counters:
+        found.update(each)
+    return found
 
 
 def _seed(rollout_id: str) -> int:
