@@ -106,6 +106,7 @@ class Agents:
         """Load the functions that the settings name. Raises AgentFailure."""
         self.gateways: dict[str, Gateway] = {}
         """By the address that they listen on."""
+        self._responses = responses
         self._agents: dict[str, Agent] = {}
         turns = shared_turns(config)
         for section, settings in config.rollout.agent_sections.items():
@@ -120,6 +121,10 @@ class Agents:
     def of(self, terms: Terms) -> Agent | None:
         """Return the agent that plays the rollouts of a source or set; None where these are responses."""
         return None if terms.agent is None else self._agents[terms.agent]
+
+    def of_prompt(self, prompt: Prompt) -> Agent | None:
+        """Return the agent that plays a prompt's rollouts in training; None where these are responses."""
+        return self.of(self._responses.terms(prompt))
 
     async def start(self) -> None:
         """Start what the agents need, so that what is wrong with one is known at once. Raises AgentFailure."""

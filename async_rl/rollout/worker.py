@@ -17,7 +17,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.metrics.timeline import Timeline
 from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
-from async_rl.rollout.agents import Agent, Agents
+from async_rl.rollout.agents import Agents
 from async_rl.rollout.aside import aside
 from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.capacity import Capacity
@@ -180,7 +180,7 @@ class RolloutWorker:
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
-        if self._agent_of(group) is not None or not self._responses.whole_groups:
+        if self.agents.of_prompt(group.ticket.prompt) is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
@@ -222,7 +222,7 @@ class RolloutWorker:
             return None
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
-        if (agent := self._agent_of(group)) is not None:
+        if (agent := self.agents.of_prompt(group.ticket.prompt)) is not None:
             with self._capacity.response():
                 if index not in group.made:
                     group.made[index] = await agent.rollout(group.ticket.prompt, group.trajectory_id(index))
@@ -231,10 +231,6 @@ class RolloutWorker:
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
         return index, await self._built(group, index)
-
-    def _agent_of(self, group: InFlight) -> Agent | None:
-        """Return the agent that plays a group's rollouts; None where these are responses."""
-        return self.agents.of(self._responses.terms(group.ticket.prompt))
 
     async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt

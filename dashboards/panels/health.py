@@ -214,7 +214,7 @@ HEALTH = Row(
                 ),
                 "Turns of the policy in a rollout, in the mean, of each agent.",
                 "level, or it grows with the reward of the sources that the agent plays.",
-                "`rollout.agents.NAME.max_turns` where turns grow without reward.",
+                "max_turns in `rollout.agents` where turns grow without reward.",
                 width=8,
             ),
             Panel(
@@ -230,7 +230,7 @@ HEALTH = Row(
                 ),
                 "Seconds from the beginning of a rollout to its end, in the mean, of each agent.",
                 "far below the time in which `async_training.max_staleness` versions pass.",
-                "`rollout.agents.NAME.timeout_s` or `max_turns` of an agent whose rollouts come too old; its weight in "
+                "timeout_s or max_turns in `rollout.agents` where rollouts come too old; the source's weight in "
                 "`data.sources`.",
                 width=8,
             ),
