@@ -1,13 +1,15 @@
 """Combinations of settings that cannot work, or of which one would silently do nothing.
 
 Judged without looking at the machine or the model; ``doctor`` and ``models`` judge by those. Knows only the
-tree that it is given; what concerns prompts, rewards and evaluation is in ``input_checks``.
+tree that it is given; what concerns prompts, rewards and evaluation is in ``input_checks``, agents are in
+``agent_checks``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from async_rl.config.agent_checks import check_agents
 from async_rl.config.input_checks import check_inputs
 from async_rl.config.memory_checks import check_memory
 from async_rl.config.pass_through import check_pass_through
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 def check_combinations(config: RunConfig) -> None:
     """Raise ValueError for settings that contradict each other, naming them, their values and what to set."""
     check_inputs(config)
+    check_agents(config)
     _check_queue(config)
     _check_sync(config)
     _check_engines(config)
@@ -126,7 +129,6 @@ def _check_rollout(config: RunConfig) -> None:
             "or lower rollout.max_num_seqs"
         )
     _check_single(config)
-    _check_agent(config)
     bounds, rest = rollout.filter.mean_reward, rollout.filter.rest_epochs
     if rest and not rollout.filter.active:
         raise ValueError(
@@ -142,35 +144,6 @@ def _check_rollout(config: RunConfig) -> None:
         raise ValueError(
             f"rollout.min_group_size is {size}, more than rollout.n ({rollout.n}); set it to at most {rollout.n}"
         )
-
-
-def _check_agent(config: RunConfig) -> None:
-    agent, sources = config.rollout.agent, config.data.sources.items()
-    if agent.recovery != "restart" and agent.environment is None:
-        found = "no rollout.agent.environment is set" if agent.named is None else " is ".join(agent.named)
-        raise ValueError(
-            f"rollout.agent.recovery is {agent.recovery}, but {found}, and only an environment can be recovered; set "
-            "it to restart"
-        )
-    if agent.named is None:
-        return
-    if len(agent.all_named) > 1:
-        both = ", and ".join(f"{key} is {value}" for key, value in agent.all_named.items())
-        raise ValueError(f"{both}, but a rollout has one agent; remove one of them")
-    if agent.inline and agent.python is not None:
-        raise ValueError(
-            f"rollout.agent.python is {agent.python}, but rollout.agent.inline is true, so that environments run under "
-            "the worker's Python; remove one of them"
-        )
-    named = " is ".join(agent.named)
-    others = {"rollout.environment.function": config.rollout.environment.function}
-    others |= {f"data.sources.{name}.environment": each.environment for name, each in sources}
-    others |= {f"eval.sets.{name}.environment": each.environment for name, each in config.eval.sets.items()}
-    for key, function in others.items():
-        if function is not None:
-            raise ValueError(
-                f"{named}, and {key} is {function}, but an agent answers the policy itself; remove one of them"
-            )
 
 
 def _check_single(config: RunConfig) -> None:
@@ -279,11 +252,6 @@ def _check_loss(config: RunConfig) -> None:
         raise ValueError(
             f"trainer.loss.kl is {loss.kl}, but kl_coef is {loss.kl_coef}: one without the other does nothing; set "
             "kl to k3 and kl_coef above 0, or kl to none and kl_coef to 0"
-        )
-    if loss.advantage == "turn_return" and config.rollout.agent.named is None:
-        raise ValueError(
-            "trainer.loss.advantage is turn_return, but only agents return rewards of turns, and rollout.agent names "
-            "none; set rollout.agent.function or command, or another advantage"
         )
     if loss.turn_discount != 1 and loss.advantage != "turn_return":
         raise ValueError(

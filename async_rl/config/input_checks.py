@@ -43,13 +43,22 @@ def _check_reward_names(config: RunConfig) -> None:
     """Raise ValueError where a reward scores what is not there, or nothing scores a source or set."""
     functions = config.reward.functions
     sources, sets = list(config.data.sources) or [TRAIN], list(config.eval_sets)
+    own = {name: each.agent for name, each in config.data.sources.items() if each.agent is not None}
+    own |= {name: each.agent for name, each in config.eval.sets.items() if each.agent is not None}
     for name, each in functions.items():
         if unknown := [of for of in each.applies_to or () if of not in (*sources, *sets)]:
             raise ValueError(
                 f"reward.functions.{name}.applies_to has {unknown[0]}, but no source and no evaluation set has this "
                 f"name; it is one of {', '.join(dict.fromkeys((*sources, *sets)))}"
             )
-    for of in (*sources, *sets) if functions else ():
+        if played := [of for of in each.applies_to or () if of in own]:
+            raise ValueError(
+                f"reward.functions.{name}.applies_to has {played[0]}, but the agent {own[played[0]]} plays its "
+                f"rollouts, and says itself what they are worth; remove {played[0]} from applies_to"
+            )
+    terms = [config.terms(of) for of in sources]
+    terms += [config.eval_terms(of) for of in sets]
+    for of in [each.name for each in terms if each.agent is None] if functions else ():
         if not any(each.applies_to is None or of in each.applies_to for each in functions.values()):
             raise ValueError(
                 f"none of reward.functions ({', '.join(functions)}) applies to {of}, so its responses would have no "

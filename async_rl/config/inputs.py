@@ -58,6 +58,9 @@ class SourceSection(Section):
     """As rollout.max_response_tokens, and at most that; null for its value."""
     environment: FunctionName | None = None
     """As rollout.environment.function; null for its value."""
+    agent: PartName | None = None
+    """The one of rollout.agents that plays its rollouts; null for rollout.agent, or where that names none for responses
+    as of a run without agents."""
     temperature: PositiveFloat | None = None
     """As rollout.temperature; null for its value."""
     stop: StopStrings = Field(default_factory=list)
@@ -211,6 +214,8 @@ class Terms:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     """Beside the end-of-sequence tokens of the checkpoint."""
+    agent: str | None = None
+    """The section of the agent that plays the rollouts, for example rollout.agents.shell; None for responses."""
 
 
 class EvalSetSection(Section):
@@ -233,6 +238,8 @@ class EvalSetSection(Section):
     the longer responses."""
     environment: FunctionName | None = None
     """As rollout.environment.function, for this set; null for its value."""
+    agent: PartName | None = None
+    """As data.sources.NAME.agent, for this set."""
     stop: StopStrings = Field(default_factory=list)
     """Stop strings beside those of rollout.stop."""
     stop_token_ids: list[NonNegative] = Field(default_factory=list)

@@ -13,6 +13,7 @@ from async_rl.config.fields import (
     FunctionName,
     NonNegative,
     NonNegativeFloat,
+    PartName,
     PathName,
     Positive,
     PositiveFloat,
@@ -79,6 +80,22 @@ class EnvironmentSection(Section):
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when the environment finally raises, times out or returns no text: fail the run, or skip the response
     if rollout.min_group_size allows, else its group (counted)."""
+
+
+AGENT = "rollout.agent"
+"""The section of the agent that plays what names no other."""
+
+_AGENTS = "rollout.agents."
+
+
+def agent_section(name: str) -> str:
+    """Return the section of one of rollout.agents."""
+    return f"{_AGENTS}{name}"
+
+
+def agent_name(section: str) -> str:
+    """Return the name under which metrics have the agent of a section; that of rollout.agent is agent."""
+    return "agent" if section == AGENT else section.removeprefix(_AGENTS)
 
 
 class AgentSection(Section):
@@ -150,16 +167,11 @@ class AgentSection(Section):
     rollout.min_group_size allows, else its group (counted)."""
 
     @property
-    def named(self) -> tuple[str, str] | None:
-        """The setting that names the agent, and the agent as text; None where there is none."""
-        return next(iter(self.all_named.items()), None)
-
-    @property
-    def all_named(self) -> dict[str, str]:
-        """Each setting that names an agent, with the agent as text; a run has one at most."""
+    def given(self) -> dict[str, str]:
+        """What names the agent, by the key of this section: one at most, none where there is no agent."""
         command = None if self.command is None else shlex.join(self.command)
         named = {"function": self.function, "command": command, "environment": self.environment}
-        return {f"rollout.agent.{key}": value for key, value in named.items() if value is not None}
+        return {key: value for key, value in named.items() if value is not None}
 
 
 class FilterSection(Section):
@@ -298,6 +310,17 @@ class RolloutSection(Section):
     filter: FilterSection = FilterSection()
     environment: EnvironmentSection = EnvironmentSection()
     agent: AgentSection = AgentSection()
+    agents: Annotated[dict[PartName, AgentSection], Field(max_length=16)] = Field(default_factory=dict)
+    """Several agents by name, each with the settings of rollout.agent for itself, for example {shell: {environment:
+    "my:Shell", hosts: 4, max_turns: 30}, game: {environment: "my:Game", python: /venvs/game/bin/python}}. They play the
+    rollouts of the sources and evaluation sets that name them (data.sources.NAME.agent, eval.sets.NAME.agent). On the
+    command line: --rollout.agents.shell.max_turns 30."""
+
+    @property
+    def agent_sections(self) -> dict[str, AgentSection]:
+        """The agents of the run by the sections of the settings that have them, for example rollout.agents.shell."""
+        single = {AGENT: self.agent} if self.agent.given else {}
+        return single | {agent_section(name): agent for name, agent in self.agents.items()}
 
     @property
     def engine_names(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from async_rl.config.operation import (
     SyncSection,
     WatchdogSection,
 )
-from async_rl.config.rollouts import AsyncTrainingSection, RolloutSection
+from async_rl.config.rollouts import AGENT, AsyncTrainingSection, RolloutSection, agent_section
 from async_rl.config.training import TrainerSection
 
 
@@ -113,14 +113,18 @@ class RunConfig(Section):
     def _terms(self, name: str, own: SourceSection | EvalSetSection | None) -> Terms:
         limit, environment = (None, None) if own is None else (own.max_response_tokens, own.environment)
         stop, stop_token_ids = ([], []) if own is None else (own.stop, own.stop_token_ids)
-        rollout = self.rollout
+        rollout, agent = self.rollout, None if own is None else own.agent
+        section = AGENT if rollout.agent.given else None
+        if agent is not None:
+            section = agent_section(agent)
         return Terms(
             name,
             limit or rollout.max_response_tokens,
-            environment or rollout.environment.function,
+            None if section is not None else environment or rollout.environment.function,
             rollout.temperature,
             (*rollout.stop, *stop),
             (*rollout.stop_token_ids, *stop_token_ids),
+            section,
         )
 
     @property

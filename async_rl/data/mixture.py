@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import chain, zip_longest
@@ -33,6 +33,8 @@ class Mixture:
 
     datasets: Mapping[str, Dataset]
     weights: Mapping[str, float]
+    agents: Mapping[str, str] = field(default_factory=dict)
+    """A hash of the settings of the agent that plays a source's rollouts; none for a source without an agent."""
 
     @property
     def rows(self) -> Iterator[Row]:
@@ -90,6 +92,7 @@ class MixtureCursor:
 
     def __init__(self, mixture: Mixture, *, shuffle: bool, seed: int) -> None:
         self._weights = {name: float(weight) for name, weight in sorted(mixture.weights.items())}
+        self._agents = dict(mixture.agents)
         self._shares = Shares(self._weights)
         self._cursors = {
             name: DatasetCursor(dataset, shuffle=shuffle, seed=_seed(seed, name), source=name)
@@ -140,6 +143,7 @@ class MixtureCursor:
             "issued": dict(self._shares.issued),
             "returned": list(self._returned),
             "settings": {name: state["settings"] for name, state in sources.items()},
+            "agents": self._agents,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -168,6 +172,9 @@ class MixtureCursor:
             self._shares.issued |= state["issued"]
         else:
             log.info("source_weights_changed", before=dict(state["weights"]), now=self._weights)
+        agents = state.get("agents", self._agents)  # earlier releases wrote none
+        if changed := [name for name in self._cursors if name in before and agents.get(name) != self._agents.get(name)]:
+            log.warning("source_agents_changed", sources=changed)
         self._returned = self._still_returned(state)
 
     def _still_returned(self, state: Mapping[str, Any]) -> deque[str]:

@@ -66,7 +66,9 @@ def _shares(config: RunConfig, rows: Mapping[str, int]) -> Iterator[str]:
     yield "data.sources     share  usable rows   epoch, in prompts of all sources"
     for name, key in reading.train_keys(config).items():
         share = config.data.sources[name].weight / total
-        yield f"  {name:<12} {share:>6.1%}  {rows[key]:>11}  {round(rows[key] / share):>9}"
+        agent = config.terms(name).agent
+        played = "" if agent is None else f"   played by {agent}"
+        yield f"  {name:<12} {share:>6.1%}  {rows[key]:>11}  {round(rows[key] / share):>9}{played}"
 
 
 def _look(config: RunConfig, key: str, files: Files, encoder: CheckpointEncoder) -> _Seen:

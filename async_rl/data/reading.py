@@ -82,7 +82,8 @@ def read_train(config: RunConfig, read_key: Callable[[str], Dataset]) -> TrainSe
     found = {name: read_key(key) for name, key in train_keys(config).items()}
     if not config.data.sources:
         return found[""]
-    return Mixture(found, {name: source.weight for name, source in config.data.sources.items()})
+    agents = {name: digest for name in found if (digest := _agent(config, name)) is not None}
+    return Mixture(found, {name: source.weight for name, source in config.data.sources.items()}, agents)
 
 
 def eval_key(name: str) -> str:
@@ -195,6 +196,15 @@ def _text(key: str, path: Path) -> str:
         raise DatasetError(f"{key}: {path} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise DatasetError(f"{key}: {path}: {error.strerror}") from None
+
+
+def _agent(config: RunConfig, source: str) -> str | None:
+    """Return a hash of the settings of the agent that plays a source's rollouts; None where there is none."""
+    section = config.terms(source).agent
+    if section is None:
+        return None
+    settings = config.rollout.agent_sections[section].model_dump_json(exclude_defaults=True)
+    return blake2b(settings.encode(), digest_size=16).hexdigest()
 
 
 def _settings(config: RunConfig, data: DataSection) -> str:

@@ -34,12 +34,13 @@ def device_of(config: RunConfig, hosts: Sequence[HostReport]) -> Literal["cpu", 
 
 def user_modules(config: RunConfig) -> dict[str, str]:
     """Return the modules of the user that processes of a run import, and for each a setting that names it."""
-    settings = {
+    settings: dict[str, str | None] = {
         "trainer.loss.policy": config.trainer.loss.policy,
         "trainer.loss.advantage": config.trainer.loss.advantage,
-        "rollout.agent.function": config.rollout.agent.function,
-        "rollout.agent.environment": None if config.rollout.agent.python else config.rollout.agent.environment,
     }
+    for section, agent in config.rollout.agent_sections.items():
+        settings[f"{section}.function"] = agent.function
+        settings[f"{section}.environment"] = None if agent.python else agent.environment
     named = {value: key for key, value in settings.items() if value is not None and ":" in value}
     named |= {name: config.rollout.engine_setting for name in config.rollout.engine_names if ":" in name}
     named |= environments_of(config)

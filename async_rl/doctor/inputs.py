@@ -235,7 +235,7 @@ def functions(config: RunConfig) -> Iterator[Check]:
     filter_function = config.rollout.filter.function
     if filter_function is not None:
         yield _try("rollout.filter.function", filter_function, lambda: load_filter(config.rollout.filter))
-    yield from _agent(config)
+    yield from _agents(config)
     for environment, key in environments_of(config).items():
         yield _try(key, environment, functools.partial(load_environment, environment, key))
     if environments_of(config):
@@ -245,20 +245,21 @@ def functions(config: RunConfig) -> Iterator[Check]:
         yield _try("prepare", prepare, lambda: load_function("prepare", prepare, ("config",), ConfigError))
 
 
-def _agent(config: RunConfig) -> Iterator[Check]:
-    """Check that an agent can be started, whatever it is."""
-    agent = config.rollout.agent
-    if agent.function is not None:
-        yield _try(agents.SETTING, agent.function, functools.partial(agents.load_agent, agent.function))
-    if agent.command is not None:
-        yield _program(agent.command[0])
-    if agent.environment is not None:
-        yield _try(play.SETTING, agent.environment, functools.partial(play.probe, config))
+def _agents(config: RunConfig) -> Iterator[Check]:
+    """Check that each agent can be started, whatever it is."""
+    for section, agent in config.rollout.agent_sections.items():
+        if agent.function is not None:
+            load = functools.partial(agents.load_agent, agent.function, section)
+            yield _try(f"{section}.function", agent.function, load)
+        if agent.command is not None:
+            yield _program(f"{section}.command", agent.command[0])
+        if agent.environment is not None:
+            yield _try(f"{section}.environment", agent.environment, functools.partial(play.probe, config, section))
 
 
-def _program(name: str) -> Check:
-    """Say whether the program of rollout.agent.command is there, as this host has it."""
-    key, found = "rollout.agent.command", shutil.which(name)
+def _program(key: str, name: str) -> Check:
+    """Say whether the program of an agent is there, as this host has it."""
+    found = shutil.which(name)
     if found is None:
         return Check(
             key, "FAIL", f"{name} is no program on this host", "give its path, or have it in PATH on each host"

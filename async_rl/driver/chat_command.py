@@ -62,6 +62,7 @@ def _conversation(config: RunConfig) -> RunConfig:
     changed = {
         "n": 1,
         "agent": agent,
+        "agents": {},
         "environment": EnvironmentSection(),
         "group_timeout_s": None,
         "min_group_size": None,

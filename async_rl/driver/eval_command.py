@@ -149,10 +149,8 @@ async def answers(config: RunConfig, sets: Sequence[EvalSet], engine: RolloutEng
     """Start ``engine``, have it answer the problems of all sets, and end it."""
     environments = load_environments(config, tokenizer)
     responses = Responses(config, engine, tokenizer, RewardRunner(config.reward), environments)
-    agents = None
-    if config.rollout.agent.named:
-        gate = Gate()
-        agents = Agents(config, responses, EngineCalls(engine, gate, responses, WorkerStats(0)), gate, tokenizer)
+    gate = Gate()
+    agents = Agents(config, responses, EngineCalls(engine, gate, responses, WorkerStats(0)), gate, tokenizer)
     try:
         await engine.start()
         problems = [problem for each in sets for problem in each.problems]
@@ -161,8 +159,7 @@ async def answers(config: RunConfig, sets: Sequence[EvalSet], engine: RolloutEng
         raise EngineError(f"{error} (logs: {config.run_dir / 'logs'})") from error
     finally:
         responses.close()
-        if agents is not None:
-            await agents.close()
+        await agents.close()
         await engine.shutdown()
 
 
@@ -196,7 +193,7 @@ def _samples(
 
 
 def table(lines: Mapping[str, EvalLine]) -> str:
-    """Return the results as text: a row for each set, and for each source in it."""
+    """Return the results as text: a row for each set, and for each source in it, and the metrics of agents."""
     rows = [("set", "problems", "k", "avg@k", "pass@k", "cut off", "tokens")]
     for name, line in lines.items():
         failed = f" ({line['failed']} failed)" if line["failed"] else ""
@@ -205,7 +202,11 @@ def table(lines: Mapping[str, EvalLine]) -> str:
             rows.append((f"  {source}", str(part["problems"]), str(line["k"]), *_cells(part)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "".join(f"{row.rstrip()}\n" for row in aligned)
+    text = "".join(f"{row.rstrip()}\n" for row in aligned)
+    for name, line in lines.items():
+        if metrics := line.get("metrics"):
+            text += f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in metrics.items())}\n"
+    return text
 
 
 def _cells(line: EvalLine) -> tuple[str, str, str, str]:

@@ -28,7 +28,7 @@ from async_rl.rollout.responses import COST_THEIR_GROUP
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.runtime.runfolder import to_json
-from async_rl.types import Prompt, RolloutRecord
+from async_rl.types import Prompt, RolloutRecord, source_of
 
 
 def run(
@@ -59,7 +59,8 @@ def run(
         encoder = reading.encoder(settled)
         prompts = [_row(settled, row, encoder)] * n if row is not None else _first_rows(settled, n, encoder)
         # What is scored as a group is made as one; else one rollout that fails costs no other.
-        together = row is not None and settled.rollout.agent.named is None and _scores_groups(settled)
+        source = source_of(prompts[0].prompt_id)
+        together = row is not None and settled.terms(source).agent is None and _scores_groups(settled)
         size = n if together else 1
         settled = settled.model_copy(
             update={"rollout": settled.rollout.model_copy(update={"n": size, "min_group_size": None})}
@@ -117,6 +118,7 @@ def _lines(
             **prompt,
             "reward": record.reward,
             **({"reward_parts": dict(record.reward_parts)} if record.reward_parts else {}),
+            **({"metrics": dict(record.metrics)} if record.metrics else {}),
             "end": record.end,
             **({} if record.trainable else {"trainable": False}),
             "tokens": transcripts.tokens(branches),

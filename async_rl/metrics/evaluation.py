@@ -29,6 +29,8 @@ class Answered:
     """Responses that ended at rollout.max_response_tokens."""
     source: str | None = None
     """Where the problem is from; None if its row does not say."""
+    metrics: tuple[Mapping[str, float], ...] = ()
+    """What agents returned beside the reward, of each rollout; () for responses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ def results(answered: Sequence[Answered], rules: EvalRules) -> dict[str, Any]:
     """Return the results over these problems, each of which has ``rules.k`` responses."""
     passed = [sum(reward >= rules.pass_at for reward in each.rewards) for each in answered]
     responses = sum(len(each.rewards) for each in answered)
+    named: dict[str, list[float]] = {}
+    for metrics in (metrics for each in answered for metrics in each.metrics):
+        for name, value in metrics.items():
+            named.setdefault(name, []).append(value)
     return {
         "problems": len(answered),
         "avg": estimate([math.fsum(each.rewards) / len(each.rewards) for each in answered]),
@@ -77,6 +83,7 @@ def results(answered: Sequence[Answered], rules: EvalRules) -> dict[str, Any]:
         },
         "truncated": sum(each.truncated for each in answered) / responses,
         "response_tokens_mean": sum(sum(each.tokens) for each in answered) / responses,
+        **({"metrics": {name: math.fsum(named[name]) / len(named[name]) for name in sorted(named)}} if named else {}),
     }
 
 

@@ -157,3 +157,5 @@ def publish_eval(metrics: Metrics, line: EvalLine) -> None:
     for name, read in _EVAL.items():
         if (value := read(line)) is not None:
             metrics.set(name, value, set=line["set"])
+    for metric, mean in line.get("metrics", {}).items():
+        metrics.set("eval_metric_mean", mean, set=line["set"], metric=metric)

@@ -67,20 +67,25 @@ def as_text(line: Mapping[str, Any]) -> str:
 
 def headline(line: Mapping[str, Any]) -> str:
     """Return one sentence on a rollout: its reward, how it ended, its tokens and time, as far as the line says it."""
-    reward, parts = as_number(line.get("reward")), line.get("reward_parts")
-    named = ", ".join(f"{name} {_number(value)}" for name, value in parts.items()) if isinstance(parts, Mapping) else ""
+    reward, parts, metrics = as_number(line.get("reward")), _named(line, "reward_parts"), _named(line, "metrics")
     branches = line.get("branches")
     tokens, seconds = line.get("tokens"), as_number(line.get("seconds"))
     said = [
         f"step {line['step']}" if "step" in line else "",
         f"row {line['row']}" if "row" in line else "",
-        "" if reward is None else f"reward {_number(reward)}" + (f" ({named})" if named else ""),
+        "" if reward is None else f"reward {_number(reward)}" + (f" ({parts})" if parts else ""),
+        f"metrics {metrics}" if metrics else "",
         f"failed: {line['failed']}" if "failed" in line else str(line.get("end", line.get("finish_reason", ""))),
         f"{len(branches)} trajectories" if isinstance(branches, list) and len(branches) > 1 else "",
         ", ".join(f"{count} {name} tokens" for name, count in tokens.items()) if isinstance(tokens, Mapping) else "",
         "" if seconds is None else f"{seconds:.2f} s",
     ]
     return _printable(f"rollout {line.get('rollout', line.get('trajectory'))}: {', '.join(filter(None, said))}")
+
+
+def _named(line: Mapping[str, Any], key: str) -> str:
+    found = line.get(key)
+    return ", ".join(f"{name} {_number(value)}" for name, value in found.items()) if isinstance(found, Mapping) else ""
 
 
 def in_html(run: Path) -> str:

@@ -403,8 +403,7 @@ class RolloutActor(RolloutReplica):
         killed = {"reward": self._rewards.killed, "environment": sum(each.killed for each in self._environments)}
         for function, calls in killed.items():
             self._metrics.count_to("user_calls_killed_total", calls, function=function)
-        if self._worker.agents is not None:
-            self._worker.agents.publish(self._metrics)
+        self._worker.agents.publish(self._metrics)
         return stats
 
     async def shutdown(self) -> None:

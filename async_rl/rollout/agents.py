@@ -1,4 +1,4 @@
-"""Rollouts of a user's own, rollout.agent: a function, a program or an environment with state.
+"""Rollouts of a user's own, rollout.agent and rollout.agents: functions, programs or environments with state.
 
 Makes a session and a policy for each, calls the function on the worker's event loop or starts the program, and makes a
 rollout record of what it returns. Knows sessions, engine calls and groups in flight; not the queue.
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from async_rl.config.functions import load_function
 from async_rl.config.inputs import Terms
+from async_rl.config.rollouts import AGENT, agent_name
 from async_rl.config.schema import RunConfig
 from async_rl.errors import AgentFailure, AsyncRLError, RefusalCode, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
@@ -24,7 +26,7 @@ from async_rl.rollout.agent_program import ProgramFailed, run_program
 from async_rl.rollout.aside import aside
 from async_rl.rollout.branches import How
 from async_rl.rollout.calls import EngineCalls, routing_bytes
-from async_rl.rollout.chat import Chat
+from async_rl.rollout.chat import Chat, shared_turns
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.environments.drive import Keep
 from async_rl.rollout.environments.instance import Failed
@@ -42,7 +44,11 @@ from async_rl.rollout.user_function import UserTraceback
 from async_rl.runtime.addresses import address_towards
 from async_rl.types import Prompt, RolloutEnd, RolloutRecord
 
-SETTING = "rollout.agent.function"
+if TYPE_CHECKING:
+    from async_rl.rollout.gateway.server import Gateway
+
+_T = TypeVar("_T")
+
 ARGUMENTS = ("prompt", "policy", "context")
 
 
@@ -92,46 +98,101 @@ class Outcome:
         return cls(returned, metrics=metrics or {}, turn_rewards=turn_rewards)
 
 
-def load_agent(name: str) -> Callable[..., Any]:
-    """Import the function that rollout.agent.function names. Raises AgentFailure."""
-    return load_function(SETTING, name, ARGUMENTS, AgentFailure)
+def load_agent(name: str, section: str = AGENT) -> Callable[..., Any]:
+    """Import the function that the setting ``function`` of a section names. Raises AgentFailure."""
+    return load_function(f"{section}.function", name, ARGUMENTS, AgentFailure)
 
 
 class Agents:
-    """Makes the rollouts of one worker."""
+    """The agents of one worker; none where the settings name none."""
 
     def __init__(self, config: RunConfig, responses: Responses, calls: EngineCalls, gate: Gate, tokenizer: Any) -> None:
-        """Load the function that the settings name, if it is one. Raises AgentFailure."""
-        assert config.rollout.agent.named is not None
+        """Load the functions that the settings name. Raises AgentFailure."""
+        self.gateways: dict[str, Gateway] = {}
+        """By the address that they listen on."""
+        self._responses = responses
+        self._agents: dict[str, Agent] = {}
+        turns = shared_turns(config)
+        for section, settings in config.rollout.agent_sections.items():
+            if (host := settings.gateway_host) not in self.gateways:
+                self.gateways[host] = _gateway(config, section, tokenizer)
+            chat = Chat(turns, tokenizer, settings.tool_parser, f"{section}.tool_parser")
+            self._agents[section] = Agent(config, section, responses, calls, gate, tokenizer, chat, self.gateways[host])
+
+    def __getitem__(self, section: str) -> Agent:
+        return self._agents[section]
+
+    def of(self, terms: Terms) -> Agent | None:
+        """Return the agent that plays the rollouts of a source or set; None where these are responses."""
+        return None if terms.agent is None else self._agents[terms.agent]
+
+    def of_prompt(self, prompt: Prompt) -> Agent | None:
+        """Return the agent that plays a prompt's rollouts in training; None where these are responses."""
+        return self.of(self._responses.terms(prompt))
+
+    async def start(self) -> None:
+        """Start what the agents need, so that what is wrong with one is known at once. Raises AgentFailure."""
+        for agent in self._agents.values():
+            await agent.start()
+
+    def publish(self, metrics: Metrics) -> None:
+        """Bring the counters of agents on /metrics up to date."""
+        for agent in self._agents.values():
+            agent.publish(metrics)
+        gateways = self.gateways.values()
+        for (endpoint, code), requests in _sum(gateway.requests for gateway in gateways).items():
+            metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
+        for name, requests in _sum(gateway.ignored for gateway in gateways).items():
+            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
+        if gateways:
+            metrics.count_to("gateway_requests_joined_total", sum(gateway.joined for gateway in gateways))
+
+    async def close(self) -> None:
+        """End what agents run in, and serve no policy any longer."""
+        await asyncio.gather(*(agent.close() for agent in self._agents.values()))
+        for gateway in self.gateways.values():
+            await gateway.close()
+
+
+class Agent:
+    """Makes the rollouts of one agent in one worker."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        section: str,
+        responses: Responses,
+        calls: EngineCalls,
+        gate: Gate,
+        tokenizer: Any,
+        chat: Chat,
+        gateway: Gateway,
+    ) -> None:
+        """Load the function that the settings of ``section`` name, if it is one. Raises AgentFailure."""
         self._config = config
-        self._named = " ".join(config.rollout.agent.named)
-        settings = config.rollout.agent
+        self._section = section
+        self._settings = settings = config.rollout.agent_sections[section]
+        self._named = " ".join(f"{section}.{key} {value}" for key, value in settings.given.items())
         self._command = settings.command or []
-        self._environments = Environments(config) if settings.environment is not None else None
-        self._function = self._program if settings.function is None else load_agent(settings.function)
+        self._environments = Environments(config, section) if settings.environment is not None else None
+        self._function = self._program if settings.function is None else load_agent(settings.function, section)
         self._turns_compared = config.trainer.loss.advantage == "turn_return"
         self._responses = responses
         self._calls = calls
         self._gate = gate
         self._tokenizer = tokenizer
-        self._chat = Chat(config, tokenizer)
-        # A server for HTTP, which doctor and workers without agents have no use for.
-        from async_rl.rollout.gateway.server import Gateway
-
-        joined = config.cluster.joined_address
-        self.gateway = Gateway(
-            config.rollout.agent.gateway_host,
-            None if joined is None else address_towards(joined),
-            config.model.path.name,
-            self._context_tokens,
-            tokenizer,
-        )
+        self._chat = chat
+        self.gateway = gateway
         self.ways: Counter[How] = Counter()
         """Turns of rollouts in training that have ended, by how they came to their places."""
         self.refused: Counter[RefusalCode] = Counter()
         """Requests of these rollouts that were refused, by why."""
         self.begun_again = 0
         """Rollouts that were begun by another worker, or an earlier run, and could not be continued."""
+        self.ended: Counter[str] = Counter()
+        """These rollouts, by how they ended: as in ``RolloutRecord.end``, no_reward, failed or cancelled."""
+        self.seconds = 0.0
+        """Time that these took."""
 
     async def start(self) -> None:
         """Start what agents of the kind need, so that what is wrong with it is known at once. Raises AgentFailure."""
@@ -172,17 +233,43 @@ class Agents:
         are those with which it began. keep: is called with what it can be continued from, whenever that changes.
         again: whether it had begun before.
         """
+        if terms is not None:
+            return await self._rollout(prompt, rollout_id, call, terms)
         if parked is not None and not self._continues(parked):
             parked = None
         if parked is None and again:
             self.begun_again += 1
+        began, end = time.monotonic(), "cancelled"
+        try:
+            made = await self._rollout(prompt, rollout_id, call, None, parked, keep)
+            end = made.end
+        except RewardNotApplicable:
+            end = "no_reward"
+            raise
+        except Exception:
+            end = "failed"
+            raise
+        finally:
+            self.ended[end] += 1
+            self.seconds += time.monotonic() - began
+        return made
+
+    async def _rollout(
+        self,
+        prompt: Prompt,
+        rollout_id: str,
+        call: Call | None,
+        terms: Terms | None,
+        parked: Parked | None = None,
+        keep: Callable[[Parked], None] = lambda _: None,
+    ) -> RolloutRecord:
         session = self._session(rollout_id, terms or self._responses.terms(prompt), parked)
         progress = None if parked is None else parked.progress
 
         def note(now: Progress | None = None) -> None:
             nonlocal progress
             progress = now or progress
-            if progress is not None and self._recovers:
+            if progress is not None and self._settings.recovery != "restart":
                 keep(Parked(self._named, session.saved(), progress))
 
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -228,51 +315,39 @@ class Agents:
         return await aside(nbytes, lambda: self._record(prompt, session, outcome))
 
     def publish(self, metrics: Metrics) -> None:
-        """Bring the counters of agents on /metrics up to date."""
-        gateway = self.gateway
+        """Bring the counters of this agent on /metrics up to date."""
+        agent = agent_name(self._section)
         for how, turns in self.ways.items():
-            metrics.count_to("agent_turns_total", turns, how=how)
+            metrics.count_to("agent_turns_total", turns, agent=agent, how=how)
         for why, requests in self.refused.items():
-            metrics.count_to("agent_requests_refused_total", requests, code=why)
-        for (endpoint, code), requests in gateway.requests.items():
-            metrics.count_to("gateway_requests_total", requests, endpoint=endpoint, code=str(code))
-        for name, requests in gateway.ignored.items():
-            metrics.count_to("gateway_fields_ignored_total", requests, field=name)
-        metrics.count_to("gateway_requests_joined_total", gateway.joined)
+            metrics.count_to("agent_requests_refused_total", requests, agent=agent, code=why)
+        for end, rollouts in self.ended.items():
+            metrics.count_to("agent_rollouts_total", rollouts, agent=agent, end=end)
+        metrics.count_to("agent_rollout_seconds_total", self.seconds, agent=agent)
         for read, calls in self._chat.reader.read.items():
-            metrics.count_to("agent_tool_calls_read_total", calls, read="yes" if read else "no")
+            metrics.count_to("agent_tool_calls_read_total", calls, agent=agent, read="yes" if read else "no")
         recoveries = Counter({"restart": self.begun_again})
         if self._environments is not None:
             self._environments.publish(metrics)
             recoveries.update(self._environments.counts.recoveries)
         for kind, rollouts in recoveries.items():
-            metrics.count_to("agent_recoveries_total", rollouts, kind=kind)
+            metrics.count_to("agent_recoveries_total", rollouts, agent=agent, kind=kind)
 
     async def close(self) -> None:
-        """End what agents run in, and serve no policy any longer."""
+        """End what the agent runs in."""
         if self._environments is not None:
             await self._environments.close()
-        await self.gateway.close()
-
-    @property
-    def _context_tokens(self) -> int:
-        """Tokens of a context: as many as the engine has room for."""
-        return self._config.data.max_prompt_tokens + self._config.longest_response
-
-    @property
-    def _recovers(self) -> bool:
-        return self._config.rollout.agent.recovery != "restart"
 
     def _continues(self, parked: Parked) -> bool:
         """Return whether the present settings can continue a rollout; else it is begun again."""
-        recovery = self._config.rollout.agent.recovery
+        recovery = self._settings.recovery
         has_state = parked.progress.state is not None
         return parked.environment == self._named and (has_state if recovery == "state" else recovery == "replay")
 
     def _session(self, rollout_id: str, terms: Terms, parked: Parked | None = None) -> Session:
-        settings = self._config.rollout.agent
+        settings = self._settings
         limits = Limits(
-            context_tokens=self._context_tokens,
+            context_tokens=_context_tokens(self._config),
             response_tokens=terms.max_response_tokens,
             sampled_tokens=settings.max_sampled_tokens,
             turns=settings.max_turns,
@@ -333,11 +408,11 @@ class Agents:
                 raise failed.result()
             return running.result()
 
-        limit, waited = self._config.rollout.agent.timeout_s, asyncio.create_task(first())
+        limit, waited = self._settings.timeout_s, asyncio.create_task(first())
         try:
             _, late = await wait_in_time([waited], gate, limit)
             if late:
-                raise self._failure(prompt, f"has not ended after {limit:g} s (rollout.agent.timeout_s)")
+                raise self._failure(prompt, f"has not ended after {limit:g} s ({self._section}.timeout_s)")
             return waited.result()
         finally:
             for task in (waited, running):
@@ -385,6 +460,33 @@ class Agents:
     def _failure(self, prompt: Prompt, what: str) -> AsyncRLError:
         where = f"prompt {prompt.prompt_id} (dataset row {prompt.row})"
         return AgentFailure(f"{self._named}, {where}: {what}")
+
+
+def _gateway(config: RunConfig, section: str, tokenizer: Any) -> Gateway:
+    # A server for HTTP, which doctor and workers without agents have no use for.
+    from async_rl.rollout.gateway.server import Gateway
+
+    joined = config.cluster.joined_address
+    return Gateway(
+        config.rollout.agent_sections[section].gateway_host,
+        None if joined is None else address_towards(joined),
+        config.model.path.name,
+        _context_tokens(config),
+        tokenizer,
+        f"{section}.gateway_host",
+    )
+
+
+def _context_tokens(config: RunConfig) -> int:
+    """Return the tokens of a context: as many as the engine has room for."""
+    return config.data.max_prompt_tokens + config.longest_response
+
+
+def _sum(counters: Iterable[Counter[_T]]) -> Counter[_T]:
+    found: Counter[_T] = Counter()
+    for each in counters:
+        found.update(each)
+    return found
 
 
 def _seed(rollout_id: str) -> int:

@@ -10,21 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from async_rl.config.schema import RunConfig
-from async_rl.data.chat_turns import RowChat
+from async_rl.data.chat_turns import ChatTurns, RowChat
 from async_rl.data.messages import Message
 from async_rl.data.reading import chat_turns
 from async_rl.rollout.turn_message import Sampled, ToolParsers, TurnReader
 
 
-class Chat:
-    """The chat of one worker."""
+def shared_turns(config: RunConfig) -> Callable[[], ChatTurns]:
+    """Return what returns the chat of a run, which is loaded with the first call."""
+    return functools.cache(lambda: chat_turns(config))
 
-    def __init__(self, config: RunConfig, tokenizer: Any) -> None:
-        self._turns = functools.cache(lambda: chat_turns(config))
+
+class Chat:
+    """The chat of one agent in one worker."""
+
+    def __init__(self, turns: Callable[[], ChatTurns], tokenizer: Any, tool_parser: str | None, setting: str) -> None:
+        """Load nothing yet. ``turns`` returns what renders messages, and ``setting`` is that of ``tool_parser``."""
+        self._turns = turns
         self.reader = TurnReader(
-            lambda: _tool_parsers(tokenizer),
+            lambda: _tool_parsers(tokenizer, setting),
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
-            config.rollout.agent.tool_parser,
+            tool_parser,
         )
 
     def for_row(self, fields: Mapping[str, Any]) -> _RowChat:
@@ -48,13 +54,13 @@ class _RowChat:
         return self._reader.message(turn, self._row())
 
 
-def _tool_parsers(tokenizer: Any) -> ToolParsers:
+def _tool_parsers(tokenizer: Any, setting: str) -> ToolParsers:
     from async_rl.rollout.engine.vllm.parsing import TOOL_PARSERS, ToolParser
 
     def make(name: str) -> ToolParser:
         try:
             return ToolParser(name, tokenizer)
         except ValueError as error:
-            raise ValueError(f"rollout.agent.tool_parser: {error}") from None
+            raise ValueError(f"{setting}: {error}") from None
 
     return ToolParsers(TOOL_PARSERS, make)

@@ -1,13 +1,13 @@
 """Evaluation on one replica: answers problems as their sets say, and scores the answers.
 
-An answer is a response, or a rollout of the agent where there is one.
+An answer is a response, or a rollout of its set's agent where there is one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,12 +66,15 @@ class ScoredResponse:
     """As of a response; that of an agent's rollout is "length" if it was truncated."""
     branches: tuple[Int32Array, ...] = ()
     """The response tokens of the rollout's further trajectories."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the agent returned beside the reward."""
 
     @classmethod
     def of(cls, rollout: RolloutRecord) -> ScoredResponse:
         """Return what is kept of an agent's rollout."""
         first, *others = [t.response_ids for t in rollout.trajectories] or [np.empty(0, np.int32)]
-        return cls(first, rollout.reward, "length" if rollout.end == "truncated" else "stop", tuple(others))
+        reason = "length" if rollout.end == "truncated" else "stop"
+        return cls(first, rollout.reward, reason, tuple(others), dict(rollout.metrics))
 
     @property
     def tokens(self) -> int:
@@ -100,13 +103,12 @@ class EvalResult:
 
 
 async def evaluate(
-    problems: Sequence[EvalProblem], engine: RolloutEngine, responses: Responses, agents: Agents | None, *, at_once: int
+    problems: Sequence[EvalProblem], engine: RolloutEngine, responses: Responses, agents: Agents, *, at_once: int
 ) -> EvalResult:
     """Answer and score ``problems``, with ``at_once`` responses under way; a problem on which something fails has none.
 
-    agents: those that make the run's rollouts; None where these are responses. Raises RewardError when all problems
-    failed, what reward, environment or agent raised with on_error "fail", and EngineError when the engine died, a pause
-    ended a call, or the weights changed meanwhile.
+    Raises RewardError when all problems failed, what reward, environment or agent raised with on_error "fail", and
+    EngineError when the engine died, a pause ended a call, or the weights changed meanwhile.
     """
     version, places = engine.version, asyncio.Semaphore(at_once)
 
@@ -127,18 +129,18 @@ async def _answer(
     problem: EvalProblem,
     engine: RolloutEngine,
     responses: Responses,
-    agents: Agents | None,
+    agents: Agents,
     places: asyncio.Semaphore,
 ) -> EvalAnswer:
     """Return the answer to a problem, whose responses are all or none."""
-    prompt = problem.prompt
+    prompt, agent = problem.prompt, agents.of(problem.terms)
     call = _call(engine, problem.sampling, responses, problem.terms)
 
     async def respond(number: int) -> ScoredResponse:
         name = f"eval/{prompt.prompt_id}/{number}"
         async with places:
-            if agents is not None:
-                return ScoredResponse.of(await agents.rollout(prompt, name, call=call, terms=problem.terms))
+            if agent is not None:
+                return ScoredResponse.of(await agent.rollout(prompt, name, call=call, terms=problem.terms))
             start = responses.begin(name, prompt, problem.terms)
             response = await responses.complete(
                 start, prompt, lambda partial, request: call(partial, request, ()), terms=problem.terms
@@ -152,7 +154,7 @@ async def _answer(
     try:
         found = await asyncio.gather(*tasks)
     except COST_THEIR_GROUP as error:
-        if isinstance(error, _Aborted) or responses.is_fatal(error):
+        if isinstance(error, _Aborted) or responses.is_fatal(error, problem.terms):
             raise
         log.warning("eval_problem_failed", set=problem.set, prompt=prompt.prompt_id, reason=str(error))
         return EvalAnswer(problem.set, prompt.prompt_id, None)
@@ -165,6 +167,7 @@ async def _answer(
         tokens=tuple(each.tokens for each in found),
         truncated=sum(each.finish_reason == "length" for each in found),
         source=problem.source,
+        metrics=tuple(each.metrics for each in found) if any(each.metrics for each in found) else (),
     )
     return EvalAnswer(problem.set, prompt.prompt_id, scored, found[0] if problem.shown else None)
 

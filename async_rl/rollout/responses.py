@@ -193,21 +193,24 @@ class Responses:
             raise last  # Others were cut off by rollout.group_timeout_s.
         return scored
 
-    def is_fatal(self, error: Exception) -> bool:
-        """Return whether a failure ends the run; else it costs only the response, the group or the problem."""
+    def is_fatal(self, error: Exception, terms: Terms) -> bool:
+        """Return whether a failure ends the run; else it costs only the response, the group or the problem.
+
+        terms: those of the prompt.
+        """
         if isinstance(error, RewardError):
             return self._config.reward.on_error == "fail" and not isinstance(error, RewardNotApplicable)
         if isinstance(error, EnvironmentFailure):
             return self._config.rollout.environment.on_error == "fail"
         if isinstance(error, AgentFailure):
-            return self._config.rollout.agent.on_error == "fail"
+            return terms.agent is None or self._config.rollout.agent_sections[terms.agent].on_error == "fail"
         return isinstance(error, EngineDied)
 
     def leave_out(self, group: InFlight, index: int, error: Exception) -> bool:
         """Return whether the group is published without a response that failed, as rollout.min_group_size allows."""
         settings = self._config.rollout
         needed = settings.min_group_size or settings.n
-        if self.is_fatal(error) or settings.n - group.left_out <= needed:
+        if self.is_fatal(error, self.terms(group.ticket.prompt)) or settings.n - group.left_out <= needed:
             return False
         group.left_out += 1
         log.warning("response_left_out", group=group.group_id, response=index, reason=str(error))

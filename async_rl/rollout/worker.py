@@ -60,7 +60,7 @@ class RolloutWorker:
         self._responses = responses
         self._stats = WorkerStats(replica)
         self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
-        self.agents = Agents(config, responses, self._calls, gate, tokenizer) if config.rollout.agent.named else None
+        self.agents = Agents(config, responses, self._calls, gate, tokenizer)
         self._capacity = Capacity(config.rollout)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
@@ -88,8 +88,7 @@ class RolloutWorker:
             self._work.cancel()
 
     async def _keep_engine_full(self) -> None:
-        if self.agents is not None:
-            await self.agents.start()
+        await self.agents.start()
         async with asyncio.TaskGroup() as groups:
 
             def begin(group: InFlight) -> None:
@@ -126,8 +125,7 @@ class RolloutWorker:
         self._gate.close()
         self._cancel_work()
         self._responses.close()
-        if self.agents is not None:
-            await self.agents.close()
+        await self.agents.close()
 
     def moment(self) -> Moment:
         """Return every group in flight as it is now, for a checkpoint or another worker.
@@ -164,7 +162,7 @@ class RolloutWorker:
             published = Group(group_id, group.ticket.prompt, tuple(rollouts.values())) if rollouts else None
             reason = self._responses.why_filtered(group, rollouts) if rollouts else None
         except COST_THEIR_GROUP as error:
-            if self._responses.is_fatal(error):
+            if self._responses.is_fatal(error, self._responses.terms(group.ticket.prompt)):
                 raise
             log.warning("group_failed", group=group_id, reason=str(error))
             await self._queue.fail(group_id, failure_reason(error))
@@ -183,7 +181,7 @@ class RolloutWorker:
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
-        if self.agents is not None or not self._responses.whole_groups:
+        if self.agents.of_prompt(group.ticket.prompt) is not None or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
@@ -225,9 +223,9 @@ class RolloutWorker:
             return None
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
-        if self.agents is not None:
+        if (agent := self.agents.of_prompt(group.ticket.prompt)) is not None:
             with self._capacity.response():
-                return index, await self.agents.rollout_of(group, index)
+                return index, await agent.rollout_of(group, index)
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)

@@ -193,9 +193,58 @@ HEALTH = Row(
         ),
         (
             Panel(
+                "Rollouts by agent",
+                "none",
+                (Query(per_second("async_rl_agent_rollouts_total", "run, agent, end"), "{{run}} {{agent}} {{end}}"),),
+                "Rollouts of agents in training that are over per second, by agent and how they ended.",
+                "done. failed: the agent or its environment raised or was late; the log says which and why.",
+                "the agent that fails; its limits in `rollout.agents`, where it is late or truncated.",
+                width=8,
+            ),
+            Panel(
+                "Turns of a rollout by agent",
+                "none",
+                (
+                    Query(
+                        per_second("async_rl_agent_turns_total", "run, agent")
+                        + " / "
+                        + per_second("async_rl_agent_rollouts_total", "run, agent"),
+                        "{{run}} {{agent}}",
+                    ),
+                ),
+                "Turns of the policy in a rollout, in the mean, of each agent.",
+                "level, or it grows with the reward of the sources that the agent plays.",
+                "max_turns in `rollout.agents` where turns grow without reward.",
+                width=8,
+            ),
+            Panel(
+                "Time of a rollout by agent",
+                "s",
+                (
+                    Query(
+                        per_second("async_rl_agent_rollout_seconds_total", "run, agent")
+                        + " / "
+                        + per_second("async_rl_agent_rollouts_total", "run, agent"),
+                        "{{run}} {{agent}}",
+                    ),
+                ),
+                "Seconds from the beginning of a rollout to its end, in the mean, of each agent.",
+                "far below the time in which `async_training.max_staleness` versions pass.",
+                "timeout_s or max_turns in `rollout.agents` where rollouts come too old; the source's weight in "
+                "`data.sources`.",
+                width=8,
+            ),
+        ),
+        (
+            Panel(
                 "Calls of tools",
                 "none",
-                (Query("sum by (run, result) (async_rl_agent_tool_calls_total{})", "{{run}} {{result}}"),),
+                (
+                    Query(
+                        "sum by (run, agent, result) (async_rl_agent_tool_calls_total{})",
+                        "{{run}} {{agent}} {{result}}",
+                    ),
+                ),
                 "Calls of the tools of environments that the policy made, by result.",
                 "ok by far. unknown_tool and bad_arguments fall as the policy learns how to call.",
                 "the docstrings of `rollout.agent.environment`, which are all that the policy knows of its tools.",
@@ -206,8 +255,8 @@ HEALTH = Row(
                 "s",
                 (
                     Query(
-                        "sum by (run, stage) (rate(async_rl_agent_environment_seconds_total{}[$window]))",
-                        "{{run}} {{stage}}",
+                        "sum by (run, agent, stage) (rate(async_rl_agent_environment_seconds_total{}[$window]))",
+                        "{{run}} {{agent}} {{stage}}",
                     ),
                 ),
                 "Seconds that rollouts with environments wait in each second, by what they wait for.",
@@ -218,7 +267,7 @@ HEALTH = Row(
             Panel(
                 "Environments open",
                 "none",
-                (Query("sum by (run) (async_rl_agent_environments{})", "{{run}}"),),
+                (Query("sum by (run, agent) (async_rl_agent_environments{})", "{{run}} {{agent}}"),),
                 "Environments of rollouts that have begun and are not closed.",
                 "below `rollout.agent.concurrent` times the replicas.",
                 "`rollout.agent.concurrent` up where it is reached, `rollout.agent.close_s` where they do not close.",
@@ -228,12 +277,18 @@ HEALTH = Row(
                 "Environments given up",
                 "none",
                 (
-                    Query("sum by (run, stage) (async_rl_agent_environment_late_total{})", "{{run}} late {{stage}}"),
                     Query(
-                        "sum by (run, reason) (async_rl_agent_environment_hosts_lost_total{})",
-                        "{{run}} host {{reason}}",
+                        "sum by (run, agent, stage) (async_rl_agent_environment_late_total{})",
+                        "{{run}} {{agent}} late {{stage}}",
                     ),
-                    Query("sum by (run, kind) (async_rl_agent_recoveries_total{})", "{{run}} recovered: {{kind}}"),
+                    Query(
+                        "sum by (run, agent, reason) (async_rl_agent_environment_hosts_lost_total{})",
+                        "{{run}} {{agent}} host {{reason}}",
+                    ),
+                    Query(
+                        "sum by (run, agent, kind) (async_rl_agent_recoveries_total{})",
+                        "{{run}} {{agent}} recovered: {{kind}}",
+                    ),
                 ),
                 "Calls of environments that were ended at their time limits, processes of environments lost, and "
                 "rollouts that continued after such a loss, or that of a worker or the run.",

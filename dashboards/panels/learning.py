@@ -136,9 +136,12 @@ LEARNING = Row(
             Panel(
                 "Metrics of agents",
                 "none",
-                (Query("async_rl_rollout_metric_mean{}", "{{run}} {{metric}}"),),
-                "Mean of each metric that agents return beside the reward, over the trained rollouts that have it. "
-                "Empty where none does.",
+                (
+                    Query("async_rl_rollout_metric_mean{}", "{{run}} {{metric}}"),
+                    Query("async_rl_eval_metric_mean{}", "{{run}} {{set}} {{metric}}"),
+                ),
+                "Mean of each metric that agents return beside the reward, over the trained rollouts that have it, and "
+                "over those of each evaluation set. Empty where none does.",
                 "as the agent's author says.",
                 "the agent; `rollout.agent.function` returns them as the metrics of its Outcome.",
                 width=8,

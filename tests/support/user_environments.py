@@ -21,6 +21,11 @@ def note(what):
             file.write(f"{what} {os.getpid()}\n")
 
 
+def noted(what):
+    with open(os.environ["ENVIRONMENTS_LOG"]) as file:
+        return what in file.read()
+
+
 def misbehave(how):
     """Do what a row asks for, in a plain method."""
     if how == "hangs":
@@ -190,7 +195,8 @@ class WordlessDies(Wordless):
     """Kills its host in the first rollout of a row."""
 
     def setup(self, task, context):
-        if context.rollout_id == "0-1.0/0":
+        if context.rollout_id.endswith("0-1.0/0"):
+            note("dies")
             misbehave("dies")
 
 
@@ -201,6 +207,18 @@ class WordlessHangs(Wordless):
 
     async def close(self):
         note("close")
+
+
+class WordlessWaits(Wordless):
+    """Answers once a host has died of ``WordlessDies``."""
+
+    def setup(self, task, context):
+        note("setup")
+
+    async def step(self, message):
+        while not noted("dies"):
+            await asyncio.sleep(0.01)
+        return await super().step(message)
 
 
 def once(how):

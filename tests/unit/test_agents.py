@@ -120,10 +120,10 @@ async def test_a_rollout_that_reaches_a_limit_is_truncated(limit, made):
     subject = replica(scripted(), queue, "until_refused", agent_settings=limit)
     await subject.run()
     (group,) = queue.groups
-    assert subject._worker.agents.refused == {"rollout_budget_exceeded": 2}
+    assert subject._worker.agents["rollout.agent"].refused == {"rollout_budget_exceeded": 2}
     metrics = Metrics("rollout")
     subject._worker.agents.publish(metrics)
-    labels = {"code": "rollout_budget_exceeded"}
+    labels = {"agent": "agent", "code": "rollout_budget_exceeded"}
     assert metrics.registry.get_sample_value("async_rl_agent_requests_refused_total", labels) == 2.0
     assert [(len(r.trajectories), r.end, r.trainable) for r in group.rollouts] == [
         (made, "truncated", True),

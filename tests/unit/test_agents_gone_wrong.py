@@ -53,7 +53,8 @@ async def run(made):
 
 
 def nothing_is_under_way(made):
-    return not made._gate.calls and not made._engine._calls.count and not made._worker.agents.gateway._endpoints
+    endpoints = made._worker.agents["rollout.agent"].gateway._endpoints
+    return not made._gate.calls and not made._engine._calls.count and not endpoints
 
 
 async def rewrites(prompt, policy, context):
@@ -84,7 +85,7 @@ async def test_a_harness_that_rewrites_its_history_ends_alone_by_the_limit_of_br
         assert rollouts.keys() == {1, 2}
     else:
         assert (rollouts[0].end, len(rollouts[0].trajectories), rollouts[0].reward) == ("truncated", 4, 4.0)
-    assert made._worker.agents.ways == {"first": 3, "extended": 4, "root": 3}
+    assert made._worker.agents["rollout.agent"].ways == {"first": 3, "extended": 4, "root": 3}
 
 
 async def asks_with_the_key_of_another(prompt, policy, context):
@@ -224,7 +225,7 @@ async def test_a_program_that_is_killed_costs_its_rollout_alone(tmp_path, stage)
         await until(lambda: [name for _, name in reached()].count("first") == 3)
     program = reached()[0][0]
     os.kill(program, signal.SIGKILL)
-    await until(lambda: len(made._worker.agents.gateway._endpoints) == 2)
+    await until(lambda: len(made._worker.agents["rollout.agent"].gateway._endpoints) == 2)
     if stage == "waits for a turn":
         await until(lambda: subject.waiting == 2)
     subject.go.set()

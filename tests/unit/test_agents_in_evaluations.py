@@ -1,6 +1,7 @@
 """Evaluations whose answers are rollouts of an agent, with a scripted engine: in a run, at its standstills, alone."""
 
 import asyncio
+import dataclasses
 import json
 import sys
 
@@ -20,7 +21,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import Digits, ListQueue, sampled, scripted, worker
 
 PROMPTS = [Prompt(f"eval-{n}", n, "abc", np.array([5, 6, 7], dtype=np.int32)) for n in range(3)]
-SET = Terms("aime", 40)
+SET = Terms("aime", 40, agent="rollout.agent")
 SAMPLING = Sampling(0.6, 0.9, top_k=20)
 SEEN = {}  # what agents were called with, by rollout
 
@@ -99,7 +100,7 @@ async def test_answers_are_rollouts_sampled_as_their_set_says_and_training_goes_
     assert {sampling.greedy for sampling in by_rollout.pop("eval/eval-2/0")} == {True}
     assert {sampling.temperature for used in by_rollout.values() for sampling in used} == {1.0}
     assert len(queue.groups) == 2
-    assert sum(subject._worker.agents.ways.values()) == 4 * 3, "turns in training alone"
+    assert sum(subject._worker.agents["rollout.agent"].ways.values()) == 4 * 3, "turns in training alone"
     trained = sum(int(t.sampled.sum()) for group in queue.groups for t in group.trajectories)
     assert subject.stats().generated_tokens == trained
 
@@ -111,7 +112,8 @@ async def until_the_limit(prompt, policy, context):
 
 async def test_a_rollout_ends_where_its_set_says_and_counts_as_cut_off():
     engine = scripted(kind=Noting)
-    asked = [problem(0, 2, Terms("short", 5)), problem(1, terms=Terms("short", 5)), problem(2)]
+    short = dataclasses.replace(SET, max_response_tokens=5)
+    asked = [problem(0, 2, short), problem(1, terms=short), problem(2)]
     answers = (await replica(engine, "until_the_limit").evaluate(asked)).answers
     assert [answer.scored.rewards for answer in answers] == [(1.0, 1.0), (1.0,), (0.0,)]
     assert [answer.scored.truncated for answer in answers] == [2, 0, 0], "the agent's own word for it counts"
@@ -123,7 +125,7 @@ async def stops_itself(prompt, policy, context):
 
 
 async def test_stop_strings_of_the_set_and_of_the_agent_end_turns():
-    asked = [problem(0), problem(1, terms=Terms("aime", 40, stop=("c",)))]
+    asked = [problem(0), problem(1, terms=dataclasses.replace(SET, stop=("c",)))]
     answers = (await replica(scripted(), "stops_itself").evaluate(asked)).answers
     assert [answer.scored.rewards for answer in answers] == [(3.0,), (2.0,)]
 

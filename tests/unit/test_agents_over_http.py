@@ -91,13 +91,13 @@ async def test_what_an_agent_hears_is_the_same_with_a_push_in_every_turn(mode):
             )
             said = np.split(trajectory.versions[trajectory.sampled], range(TURN, trajectory.sampled.sum(), TURN))
             assert all((len(set(turn.tolist())) > 1) == (mode != "drain") for turn in said), "a push in every turn"
-    assert made._worker.agents.ways == {"first": 2, "extended": 4, "edited": 2}
-    assert made._worker.agents.gateway.requests == {("chat", 200): 8}
+    assert made._worker.agents["rollout.agent"].ways == {"first": 2, "extended": 4, "edited": 2}
+    assert made._worker.agents["rollout.agent"].gateway.requests == {("chat", 200): 8}
     metrics = Metrics("rollout")
     made._worker.agents.publish(metrics)
     exposed = generate_latest(metrics.registry).decode()
     assert 'async_rl_gateway_requests_total{code="200",endpoint="chat"' in exposed
-    assert 'async_rl_agent_turns_total{how="edited"' in exposed
+    assert 'async_rl_agent_turns_total{agent="agent",how="edited"' in exposed
 
 
 async def catches_all(prompt, policy, context):

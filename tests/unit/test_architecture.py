@@ -20,6 +20,7 @@ LOOSE_FILES = {"cli.py", "types.py", "errors.py"}
 # module decides from its arguments alone. It knows no actor, no engine, no clock, no thread and no file, and imports no
 # module of this package that does.
 PURE = {
+    "async_rl.config.agent_checks",
     "async_rl.config.checks",
     "async_rl.config.input_checks",
     "async_rl.config.memory_checks",

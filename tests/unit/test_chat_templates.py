@@ -227,15 +227,18 @@ def test_the_preview_and_the_run_have_every_source(tmp_path):
     (tmp_path / "code.jsonl").write_text('{"task": "x = 1"}\n')
     sources = {
         "math": {"path": str(tmp_path / "train.jsonl"), "weight": 3, "limit": 2},
-        "code": {"path": str(tmp_path / "code.jsonl"), "prompt_field": "task"},
+        "code": {"path": str(tmp_path / "code.jsonl"), "prompt_field": "task", "agent": "shell"},
     }
-    config = validate({"model": {"path": str(model)}, "runs": str(tmp_path / "runs"), "data": {"sources": sources}})
+    agents = {"agents": {"shell": {"command": ["solve"]}}}
+    config = validate(
+        {"model": {"path": str(model)}, "runs": str(tmp_path / "runs"), "data": {"sources": sources}, "rollout": agents}
+    )
     text, usable = preview.preview(config)
     assert usable
     lines = text.splitlines()
     assert lines[1:3] == [
         "  math          75.0%            2          3",
-        "  code          25.0%            1          4",
+        "  code          25.0%            1          4   played by rollout.agents.shell",
     ]
     assert f"data.sources.math.path: {tmp_path}/train.jsonl: 2 rows, 2 usable, 0 bad" in lines
     assert f"data.sources.code.path: {tmp_path}/code.jsonl: 1 rows, 1 usable, 0 bad" in lines

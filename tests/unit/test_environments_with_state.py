@@ -649,7 +649,7 @@ def test_counters_are_published():
     shown = {}
     metrics = SimpleNamespace(
         count_to=lambda name, value, **labels: shown.update({(name, *labels.values()): value}),
-        set=lambda name, value: shown.update({(name,): value}),
+        set=lambda name, value, **labels: shown.update({(name, *labels.values()): value}),
     )
 
     async def run():
@@ -658,7 +658,7 @@ def test_counters_are_published():
             subject.publish(metrics)
 
     asyncio.run(run())
-    assert shown["agent_tool_calls_total", "unknown_tool"] == 1
-    assert shown["agent_tool_calls_total", "ok"] == 1
-    assert shown["agent_environment_seconds_total", "setup"] > 0
-    assert shown["agent_environments",] == 0
+    assert shown["agent_tool_calls_total", "agent", "unknown_tool"] == 1
+    assert shown["agent_tool_calls_total", "agent", "ok"] == 1
+    assert shown["agent_environment_seconds_total", "agent", "setup"] > 0
+    assert shown["agent_environments", "agent"] == 0

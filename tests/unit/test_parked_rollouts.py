@@ -130,7 +130,7 @@ class Rollout:
 
     async def play(self, game=None):
         agent = validate({"model": {"path": "m"}, "data": {"train": "t"}}).rollout.agent
-        stages = Stages(agent, Gate(), self.counts, set())
+        stages = Stages(agent, "rollout.agent", Gate(), self.counts, set())
         game = game or Game(self.kind, self.game_turns, self.steps)
         return await drive(
             game,

@@ -165,7 +165,8 @@ def recoveries(subject):
     metrics, found = Metrics("rollout"), {}
     subject._worker.agents.publish(metrics)
     for kind in (*KINDS, "restart"):
-        count = metrics.registry.get_sample_value("async_rl_agent_recoveries_total", {"kind": kind})
+        labels = {"agent": "agent", "kind": kind}
+        count = metrics.registry.get_sample_value("async_rl_agent_recoveries_total", labels)
         found |= {kind: count} if count else {}
     return found
 
@@ -293,7 +294,7 @@ async def test_a_rollout_that_is_made_again_is_counted():
     [
         ({"function": "a:b"}, r"rollout\.agent\.function is a:b"),
         ({"command": ["run", "it"]}, r"rollout\.agent\.command is run it"),
-        ({}, r"no rollout\.agent\.environment is set"),
+        ({}, "no environment is set"),
     ],
 )
 def test_only_environments_can_be_recovered(agent, what):

@@ -71,8 +71,14 @@ class Played:
 class Stages:
     """Limits the stages of an environment in time, without the pauses of the engine behind ``gate``."""
 
-    def __init__(self, settings: AgentSection, gate: Gate, counts: Counts, left: set[asyncio.Task[Any]]) -> None:
-        """``left`` keeps what was cancelled and has perhaps not ended: the loop has weak references alone."""
+    def __init__(
+        self, settings: AgentSection, section: str, gate: Gate, counts: Counts, left: set[asyncio.Task[Any]]
+    ) -> None:
+        """``section`` is that of the settings.
+
+        ``left`` keeps what was cancelled and has perhaps not ended: the loop has weak references alone.
+        """
+        self._section = section
         self._limits: dict[Stage, float] = {
             "setup": settings.setup_s,
             "step": settings.step_s,
@@ -99,7 +105,7 @@ class Stages:
                 task.add_done_callback(self._forget)
         if late:
             self.counts.late[stage] += 1
-            raise Late(f"its {what or stage} has not ended after {limit:g} s (rollout.agent.{stage}_s)")
+            raise Late(f"its {what or stage} has not ended after {limit:g} s ({self._section}.{stage}_s)")
         return task.result()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:

@@ -58,10 +58,12 @@ main(descriptor)
 
 
 class Hosts:
-    """The hosts of ``rollout.agent.environment``."""
+    """The hosts of one agent's environments."""
 
-    def __init__(self, settings: AgentSection) -> None:
+    def __init__(self, settings: AgentSection, section: str) -> None:
+        """``section`` is that of the settings."""
         self._settings = settings
+        self._section = section
         self._running: list[_Host] = []
         self._retired: set[_Host] = set()
         self._starting = asyncio.Lock()
@@ -82,7 +84,7 @@ class Hosts:
                     self.lost["abandoned"] += 1
                 self._retire(host)
             if len(self._running) < self._settings.hosts and all(host.open for host in self._running):
-                host = _Host(self._settings, self.lost)
+                host = _Host(self._settings, self._section, self.lost)
                 try:
                     await host.start()
                 except BaseException:
@@ -133,8 +135,9 @@ class Hosts:
 class _Host:
     """One process, and what was asked of it."""
 
-    def __init__(self, settings: AgentSection, lost: Counter[str]) -> None:
+    def __init__(self, settings: AgentSection, section: str, lost: Counter[str]) -> None:
         self._settings = settings
+        self._section = section
         self._lost = lost
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -239,7 +242,7 @@ class _Host:
         said = "".join(self._said).strip()[-1000:]
         if not self._loaded:
             python = self._settings.python or sys.executable
-            self.fail(f"its host under {python} (rollout.agent.python) did not start: {said or f'status {status}'}")
+            self.fail(f"its host under {python} ({self._section}.python) did not start: {said or f'status {status}'}")
             return
         if self._fault is None:
             self._lost["died"] += 1

@@ -1,4 +1,4 @@
-"""The environments of one worker, rollout.agent.environment: plays a rollout with one, and closes it whatever happens.
+"""The environments of one agent in one worker: plays a rollout with one, and closes it whatever happens.
 
 ``hosts`` has the processes in which they run, ``drive`` what happens in a rollout. Knows the settings and the gate;
 neither groups nor sessions.
@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from async_rl.config.functions import import_function
+from async_rl.config.rollouts import AGENT, agent_name
 from async_rl.config.schema import RunConfig
 from async_rl.data.messages import Message, with_system
 from async_rl.errors import AgentFailure
@@ -31,8 +32,6 @@ from async_rl.types import Prompt, source_of
 
 log = structlog.get_logger(__name__)
 
-SETTING = "rollout.agent.environment"
-
 
 class Here(Instance):
     """An environment in this process."""
@@ -47,22 +46,23 @@ class Here(Instance):
 class Environments:
     """Plays rollouts with environments of the class that the settings name."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Import the class, if it is to run here. Raises AgentFailure."""
-        settings = config.rollout.agent
+    def __init__(self, config: RunConfig, section: str = AGENT) -> None:
+        """Import the class that the settings of a section name, if it is to run here. Raises AgentFailure."""
+        settings = config.rollout.agent_sections[section]
         assert settings.environment is not None
         self._config = config
+        self._section = section
         self._settings = settings
         self._names = itertools.count()
-        self._hosts = None if settings.inline else Hosts(settings)
+        self._hosts = None if settings.inline else Hosts(settings, section)
         self._make: Callable[..., Any] | None = None
         if settings.inline:
-            self._make = import_function(SETTING, settings.environment, AgentFailure)
+            self._make = import_function(f"{section}.environment", settings.environment, AgentFailure)
             if settings.recovery == "state":
                 try:
                     check_state(self._make)
                 except Failed as error:
-                    raise AgentFailure(f"{SETTING} {settings.environment}: {error}") from None
+                    raise AgentFailure(f"{section}.environment {settings.environment}: {error}") from None
         self.counts = Counts()
         self._left: set[asyncio.Task[Any]] = set()
         self._places = asyncio.Semaphore(settings.concurrent)
@@ -77,7 +77,7 @@ class Environments:
             try:
                 (await self._hosts.open()).leave(abandoned=False)
             except Failed as error:
-                raise AgentFailure(f"{SETTING} {self._settings.environment}: {error}") from None
+                raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
 
     async def play(
         self,
@@ -149,7 +149,7 @@ class Environments:
         self.open += 1
         late = False
         try:
-            stages = Stages(self._settings, gate, self.counts, self._left)
+            stages = Stages(self._settings, self._section, gate, self.counts, self._left)
             task, recovery = self._task(prompt), self._settings.recovery
             return await drive(
                 held, task, context, prompt.token_ids, policy, stages, recovery=recovery, before=before, keep=keep
@@ -176,16 +176,16 @@ class Environments:
 
     def publish(self, metrics: Metrics) -> None:
         """Bring the counters of environments on /metrics up to date."""
-        counts = self.counts
+        counts, agent = self.counts, agent_name(self._section)
         for result, calls in counts.tool_calls.items():
-            metrics.count_to("agent_tool_calls_total", calls, result=result)
+            metrics.count_to("agent_tool_calls_total", calls, agent=agent, result=result)
         for stage, calls in counts.late.items():
-            metrics.count_to("agent_environment_late_total", calls, stage=stage)
+            metrics.count_to("agent_environment_late_total", calls, agent=agent, stage=stage)
         for stage, seconds in counts.seconds.items():
-            metrics.count_to("agent_environment_seconds_total", seconds, stage=stage)
+            metrics.count_to("agent_environment_seconds_total", seconds, agent=agent, stage=stage)
         for reason, hosts in (self._hosts.lost if self._hosts is not None else {}).items():
-            metrics.count_to("agent_environment_hosts_lost_total", hosts, reason=reason)
-        metrics.set("agent_environments", self.open)
+            metrics.count_to("agent_environment_hosts_lost_total", hosts, agent=agent, reason=reason)
+        metrics.set("agent_environments", self.open, agent=agent)
 
     async def _opened(self) -> Here | Remote:
         if self._hosts is not None:
@@ -232,9 +232,9 @@ class Environments:
         return None if found is None else with_system([dict(message) for message in found], system)
 
 
-def probe(config: RunConfig) -> None:
-    """Start a host as a run does, and end it. Raises AgentFailure, for a class that cannot be used."""
-    environments = Environments(config)
+def probe(config: RunConfig, section: str) -> None:
+    """Start a host of an agent as a run does, and end it. Raises AgentFailure, for a class that cannot be used."""
+    environments = Environments(config, section)
 
     async def tried() -> None:
         try:

@@ -31,13 +31,23 @@ log = structlog.get_logger(__name__)
 class Gateway:
     """Serves the policies of rollouts, from the first that asks for it on."""
 
-    def __init__(self, host: str, reached_at: str | None, model: str, max_model_len: int, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        host: str,
+        reached_at: str | None,
+        model: str,
+        max_model_len: int,
+        tokenizer: Any,
+        setting: str = "rollout.agent.gateway_host",
+    ) -> None:
         """Take the address to listen at; nothing listens yet.
 
         reached_at: this host's address for programs elsewhere, where ``host`` means all interfaces; None for its name.
-        model: its name in answers. max_model_len: tokens of a context. tokenizer: one of transformers.
+        model: its name in answers. max_model_len: tokens of a context. tokenizer: one of transformers. setting: that
+        of ``host``.
         """
         self._host = host
+        self._setting = setting
         self._reached_at = reached_at
         self._model = model
         self._endpoints: dict[str, Endpoint] = {}
@@ -92,7 +102,7 @@ class Gateway:
         listening = hold_port(
             self._host,
             who="the gateway of agents",
-            remedy="set rollout.agent.gateway_host to an address of each host with engines, or 0.0.0.0 for all",
+            remedy=f"set {self._setting} to an address of each host with engines, or 0.0.0.0 for all",
         )
         reachable = self._reached_at or socket.gethostname() if self._host in WILDCARDS else self._host
         self._url = f"http://{with_port(reachable, listening.getsockname()[1])}"
