@@ -14,10 +14,13 @@ SGLANG_STAMP := $(if $(filter cuda,$(DEVICE)),$(SGLANG_VENV)/.installed,$(VENV)/
 # What environments import: the Python of rollout.agent.python in the tests and examples.
 ENVIRONMENTS_VENV := $(VENV)-environments
 ENVIRONMENTS_STAMP := $(ENVIRONMENTS_VENV)/.installed
+# The libraries verifiers and OpenEnv, for their tests alone: they are large, and go together with nothing else.
+VERIFIERS_VENV := $(VENV)-verifiers
+VERIFIERS_STAMP := $(VERIFIERS_VENV)/.installed
 ENGINE ?= vllm
 TRAIN_ARGS ?=
 
-.PHONY: help setup environments train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
+.PHONY: help setup environments verifiers train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +28,7 @@ help:
 	@echo "make setup DEVICE=cuda  an environment for NVIDIA GPUs; without DEVICE, where nvidia-smi finds one"
 	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest; on GPUs in $(SGLANG_VENV)"
 	@echo "make environments  libraries of environments (reasoning-gym), in $(ENVIRONMENTS_VENV)"
+	@echo "make verifiers  the libraries verifiers and OpenEnv (600 MB), in $(VERIFIERS_VENV)"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
@@ -61,6 +65,13 @@ $(ENVIRONMENTS_STAMP): requirements/environments.txt
 
 environments: $(ENVIRONMENTS_STAMP)
 
+$(VERIFIERS_STAMP): requirements/verifiers.txt
+	$(PYTHON) -m venv $(VERIFIERS_VENV)
+	$(VERIFIERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/verifiers.txt
+	@touch $@
+
+verifiers: $(VERIFIERS_STAMP)
+
 train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
 
@@ -86,6 +97,9 @@ lint check: $(STAMP)
 # The tests of SGLang and of environments' libraries run where these are installed.
 test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP)) $(ENVIRONMENTS_STAMP)
 	$(BIN)/python -m tests.support.tiers $@
+
+# As do those of verifiers and OpenEnv, which are large.
+test-all: $(VERIFIERS_STAMP)
 
 smoke: $(STAMP)
 	$(BIN)/python -m pytest -q tests/integration/test_smoke.py
@@ -127,4 +141,4 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.run_memory
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) $(ENVIRONMENTS_VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(ENVIRONMENTS_VENV) $(VERIFIERS_VENV) .cache build *.egg-info

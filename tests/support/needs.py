@@ -17,3 +17,11 @@ NEEDS_ENVIRONMENTS = pytest.mark.skipif(
     not (ENVIRONMENTS_PYTHON.parents[1] / ".installed").exists(),
     reason="requirements/environments.txt is not installed (make environments)",
 )
+
+VERIFIERS_PYTHON = Path(f"{sys.prefix}-verifiers", "bin", "python")
+"""The Python that has requirements/verifiers.txt: verifiers and OpenEnv; ``make test-all`` makes it."""
+
+NEEDS_VERIFIERS = pytest.mark.skipif(
+    not (VERIFIERS_PYTHON.parents[1] / ".installed").exists(),
+    reason="requirements/verifiers.txt is not installed (make verifiers)",
+)

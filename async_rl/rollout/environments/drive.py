@@ -25,7 +25,7 @@ from async_rl.rollout.gate import Gate
 from async_rl.rollout.policy import Policy, Reply
 from async_rl.types import Int32Array
 
-Stage = Literal["setup", "step", "score"]
+Stage = Literal["setup", "step", "score", "play"]
 
 _T = TypeVar("_T")
 
@@ -65,10 +65,11 @@ class Stages:
 
     def __init__(self, settings: AgentSection, gate: Gate, counts: Counts, left: set[asyncio.Task[Any]]) -> None:
         """``left`` keeps what was cancelled and has perhaps not ended: the loop has weak references alone."""
-        self._limits: dict[Stage, float] = {
+        self._limits: dict[Stage, float | None] = {
             "setup": settings.setup_s,
             "step": settings.step_s,
             "score": settings.score_s,
+            "play": None,  # rollout.agent.timeout_s limits it, as any agent
         }
         self._gate = gate
         self.counts = counts
@@ -105,6 +106,10 @@ async def drive(
     token_ids: int32[P], with which the policy begins where neither row nor environment has messages.
     """
     begun = await stages.limited("setup", held.setup(asdict(task), asdict(context)))
+    if begun["plays"]:
+        address = {"base_url": policy.base_url, "api_key": policy.api_key, "model": policy.model}
+        whole = await stages.limited("play", held.play(address))
+        return Played(whole["reward"], whole["truncated"], whole["metrics"], {})
     messages = begun["messages"] or task.messages
     if messages is None and begun["tools"]:
         raise Failed("has tools, for which the prompt must be messages; return some from setup, or set data.format")

@@ -2,7 +2,8 @@
 
 Imports msgpack and the standard library alone.
 
-    worker to host     {"id", "op": "load" | "setup" | "step" | "use" | "reward" | "close" | "ping", "of", "args"}
+    worker to host     {"id", "op": "load" | "write_rows" | "setup" | "step" | "use" | "play" | "reward" | "close"
+                        | "ping", "of", "args"}
                        {"op": "cancel", "id"}
     host to worker     {"id", "value"} or {"id", "fault", "trace"}
 """
