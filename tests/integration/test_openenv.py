@@ -56,7 +56,7 @@ async def test_a_game_is_played_in_a_session_of_its_own(urls):
         played = await play(subject, policy, {"seed": 9, "reset": {"level": 2}})
     assert policy.asked[0] == [{"role": "user", "content": "abc\n\nseed 9, level 2, 0-1.0/0"}]
     assert policy.heard == [("user", "saw crane"), ("user", "saw slate")]
-    assert summed(played) == {"reward": 1.5, "letters": 2.0, "step_count": 3.0}
+    assert summed(played) == {"reward": 1.5, "letters": 2.0, "step_count": 3.0, "action_errors": 0.0}
     assert played.turn_rewards == {0: 0.5, 1: 0.5, 2: 0.5}
 
 

@@ -89,7 +89,7 @@ async def test_a_text_is_a_field_of_an_action():
     assert (server.opened, server.closed) == (1, 1)
     assert policy.asked[0] == [{"role": "user", "content": "abc\n\nGuess."}]
     assert policy.heard == [("user", "no")]
-    assert summed(played) == {"reward": 1.25, "step_count": 7.0, "tries": 2.0}
+    assert summed(played) == {"reward": 1.25, "step_count": 7.0, "tries": 2.0, "action_errors": 0.0}
     assert played.turn_rewards == {0: 0.25, 1: 1.0}
 
 

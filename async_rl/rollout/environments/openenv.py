@@ -79,6 +79,7 @@ class OpenEnv:
         self._headers = {} if token_variable is None else {"Authorization": f"Bearer {_token(token_variable)}"}
         self._connection: ClientConnection | None = None
         self._faults = 0
+        self._fault_metric = "tool_errors" if tools else "action_errors"
 
     @classmethod
     def prepare(cls, **arguments: Any) -> None:
@@ -141,13 +142,13 @@ class OpenEnv:
     def _told(self, fault: str) -> Step:
         """Return the step that tells the policy what was wrong with its action."""
         self._faults += 1
-        return Step(f"Error: {fault}", metrics={"action_errors": self._faults})
+        return Step(f"Error: {fault}", metrics={self._fault_metric: self._faults})
 
     async def _call_tools(self, message: Message) -> Step:
         """Call tools one after the other; the rollout is done when the policy calls none."""
         said: list[Message] = []
         rewards: list[float] = []
-        whole = Step(metrics={"tool_errors": self._faults})
+        whole = Step(metrics={self._fault_metric: self._faults})
         calls = message.get("tool_calls") or ()
         for call in calls:
             function = call["function"]
@@ -160,7 +161,7 @@ class OpenEnv:
             if call.get("id") is not None:
                 said[-1]["tool_call_id"] = call["id"]
             rewards += [] if step.reward is None else [step.reward]
-            whole.metrics = {**whole.metrics, **step.metrics, "tool_errors": self._faults}
+            whole.metrics = {**whole.metrics, **step.metrics}
             if step.done:
                 whole.done = True
                 break
@@ -199,9 +200,9 @@ class OpenEnv:
         reward, done = answer.get("reward"), bool(answer.get("done"))
         if reward is not None and number(reward) is None:
             raise Failed(f"{self._url} gave the reward {reward!r:.100}; expected a finite number")
-        metrics = _numbers(answer.get("metadata"))
+        metrics = {self._fault_metric: float(self._faults), **_numbers(answer.get("metadata"))}
         if done:
-            metrics = {**_numbers(await self._answered("state")), **metrics}
+            metrics = {**metrics, **_numbers(await self._answered("state"))}
         return Step(text, None if reward is None else number(reward), done, metrics=metrics)
 
     async def _begun(self, arguments: dict[str, Any]) -> Mapping[str, Any]:

@@ -60,9 +60,7 @@ class Verifiers:
         if dataset is None:
             raise Failed(f"{environment} has no {'dataset' if split == 'train' else 'eval_dataset'}; set data.{split}")
         for row in dataset:
-            # Arrow gives each message the keys that any has.
-            prompt = [_without_none(message) for message in row["prompt"]]
-            yield {**row, "prompt": prompt}
+            yield {**row, "prompt": _without_none(row["prompt"])}
 
     @classmethod
     def _load(cls, environment: str, args: Mapping[str, Any] | None) -> Any:
@@ -77,7 +75,8 @@ class Verifiers:
                 cls._loaded[key] = _made(environment, args)
             finally:
                 for each, handler in handlers.items():
-                    signal.signal(each, handler)  # Its own would run its teardown, and not end the host.
+                    if handler is not None:
+                        signal.signal(each, handler)  # Its own would run its teardown, and not end the host.
         return cls._loaded[key]
 
     def setup(self, task: Task, context: Context) -> None:
@@ -164,7 +163,8 @@ def _outcome(made: Mapping[str, Any]) -> Step:
     return Step(reward=made["reward"], done=True, truncated=truncated, metrics=metrics)
 
 
-def _without_none(message: Any) -> Any:
-    if not isinstance(message, Mapping):
-        return message
-    return {key: value for key, value in message.items() if value is not None}
+def _without_none(prompt: Any) -> Any:
+    """Return messages without the keys that Arrow has given each because another has them; a text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
