@@ -112,8 +112,10 @@ class AgentSection(Section):
     its standard output is the reward as JSON, a number or an object of named numbers."""
     environment: FunctionName | None = None
     """In place of a function, an environment with state as module:Class, of which each rollout has an instance: setup,
-    then step after each turn of the policy or the tools that it calls, then reward, and close whatever happens. Also a
-    class for TRL's environment_factory, or a function that returns an environment of skyrl-gym, gem or textarena."""
+    then step after each turn of the policy or the tools that it calls, then reward, and close whatever happens; or
+    rollout, which makes all of it and asks the policy over HTTP. Also a class for TRL's environment_factory, a function
+    that returns an environment of skyrl-gym, gem or textarena, and the classes for environments of verifiers and of
+    OpenEnv's servers."""
     arguments: Arguments = Field(default_factory=dict)
     """What the class of rollout.agent.environment is called with, by name, for example {env_id: Wordle-v0}."""
     inline: bool = False

@@ -39,7 +39,7 @@ class Game:
 
     async def setup(self, task, context):
         messages = None if self.kind == "text" else [{"role": "user", "content": "begin"}]
-        return {"messages": messages, "tools": [TOOL] if self.kind == "tools" else [], "steps": True}
+        return {"messages": messages, "tools": [TOOL] if self.kind == "tools" else [], "steps": True, "plays": False}
 
     async def step(self, message):
         self.tally.append(self.at)

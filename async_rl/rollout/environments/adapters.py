@@ -1,6 +1,7 @@
 """Environments as other libraries write them, by what methods they have. Imports the standard library alone.
 
     setup, step, or tools alone       this package's own: ``interface``
+    rollout                           the same, for one that makes the whole rollout itself
     reset without step                TRL's environment_factory: tools, and get_reward or an attribute ``reward``
     reset, step, get_observation      textarena's games, of one player
     init, step                        skyrl-gym's BaseTextEnv
@@ -15,7 +16,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from async_rl.rollout.environments.interface import Context, Message, Step, Task, ToolError
+from async_rl.rollout.environments.interface import Context, Message, PolicyAddress, Step, Task, ToolError
 from async_rl.rollout.environments.tools import tools_of
 from async_rl.rollout.environments.values import as_text, number, plain
 
@@ -49,10 +50,19 @@ class Form:
         return hasattr(self.environment, "step")
 
     @property
+    def plays(self) -> bool:
+        """Whether the environment makes the whole rollout, and asks the policy over HTTP."""
+        return False
+
+    async def play(self, policy: PolicyAddress) -> Any:
+        """Make the whole rollout, where the form ``plays``."""
+        raise NotImplementedError
+
+    @property
     def methods(self) -> dict[str, Callable[..., Any]]:
         """The methods that are tools, by name."""
         state = STATE_METHODS if self.has_state else ()
-        return {} if self.steps else tools_of(self.environment, (*self.no_tools, *state))
+        return {} if self.steps or self.plays else tools_of(self.environment, (*self.no_tools, *state))
 
     @property
     def schemas(self) -> Sequence[dict[str, Any]] | None:
@@ -92,6 +102,18 @@ class Form:
         close = getattr(self.environment, "close", None)
         if callable(close):
             await self.call(close)
+
+
+class Player(Form):
+    """An environment of this package's own form that makes the whole rollout itself."""
+
+    @property
+    def plays(self) -> bool:
+        return True
+
+    async def play(self, policy: PolicyAddress) -> Any:
+        """Return the ``Step`` that says what the rollout was worth."""
+        return await self.call(self.environment.rollout, policy)
 
 
 class Trl(Form):
@@ -230,6 +252,8 @@ def form_of(environment: Any, call: Call) -> Form:
     def has(name: str) -> bool:
         return callable(getattr(environment, name, None))
 
+    if has("rollout"):
+        return Player(environment, call)
     if has("setup"):
         return Form(environment, call)
     if has("reset"):

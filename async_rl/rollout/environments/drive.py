@@ -27,7 +27,7 @@ from async_rl.rollout.gate import Gate
 from async_rl.rollout.policy import Policy, Reply
 from async_rl.types import Int32Array
 
-Stage = Literal["setup", "step", "score"]
+Stage = Literal["setup", "step", "score", "play"]
 
 _T = TypeVar("_T")
 
@@ -79,10 +79,11 @@ class Stages:
         ``left`` keeps what was cancelled and has perhaps not ended: the loop has weak references alone.
         """
         self._section = section
-        self._limits: dict[Stage, float] = {
+        self._limits: dict[Stage, float | None] = {
             "setup": settings.setup_s,
             "step": settings.step_s,
             "score": settings.score_s,
+            "play": None,  # rollout.agent.timeout_s limits it, as any agent
         }
         self._gate = gate
         self.counts = counts
@@ -139,6 +140,12 @@ async def drive(
     keep: is called with each progress. Raises Differs where the environment cannot be brought there.
     """
     begun = await stages.limited("setup", held.setup(asdict(task), asdict(context)))
+    if begun["plays"]:
+        if recovery != "restart":
+            raise Failed(f"makes whole rollouts itself, which {recovery} cannot continue; set its recovery to restart")
+        address = {"base_url": policy.base_url, "api_key": policy.api_key, "model": policy.model}
+        whole = await stages.limited("play", held.play(address))
+        return Played(whole["reward"], whole["truncated"], whole["metrics"], {})
     messages = begun["messages"] or task.messages
     if messages is None and begun["tools"]:
         raise Failed("has tools, for which the prompt must be messages; return some from setup, or set data.format")

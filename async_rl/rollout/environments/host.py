@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from async_rl.rollout.environments.instance import Failed, Instance, check_state, failure
+from async_rl.rollout.environments.instance import Failed, Instance, check_state, failure, prepare
+from async_rl.rollout.environments.rows import write_rows
 from async_rl.rollout.environments.values import whole
 
 NO_MSGPACK = 3
@@ -63,7 +64,10 @@ def import_class(name: str) -> Callable[..., Any]:
 
 class _Host:
     def __init__(self) -> None:
-        self._make: Callable[[str], Instance] | None = None
+        self._class: Callable[..., Any] | None = None
+        self._arguments: dict[str, Any] = {}
+        self._answer_chars = 0
+        self._needs_state = False
         self._instances: dict[str, Instance] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -111,17 +115,22 @@ class _Host:
 
     async def _do(self, op: str, of: str, arguments: list[Any]) -> Any:
         if op == "load":
-            return await asyncio.to_thread(self._load, *arguments)
-        if op == "setup":
-            assert self._make is not None, "load comes first"
-            self._instances[of] = self._make(of)
+            return await self._load(*arguments)
+        if op in ("setup", "write_rows"):
+            assert self._class is not None, "load comes first"
+            if op == "write_rows":
+                return await asyncio.to_thread(write_rows, self._class, self._arguments, *arguments)
+            self._instances[of] = Instance(
+                self._class, self._arguments, self._answer_chars, of, needs_state=self._needs_state
+            )
         instance = self._instances.pop(of, None) if op == "close" else self._instances.get(of)
         if instance is None:
             return None  # It is closed, or was never set up.
         return await getattr(instance, op)(*arguments)
 
-    def _load(self, name: str, arguments: dict[str, Any], answer_chars: int, needs_state: bool) -> None:  # noqa: FBT001 - from a message
-        found = import_class(name)
+    async def _load(self, name: str, arguments: dict[str, Any], answer_chars: int, needs_state: bool) -> None:  # noqa: FBT001 - from a message
+        self._class = await asyncio.to_thread(import_class, name)
         if needs_state:
-            check_state(found)
-        self._make = lambda of: Instance(found, arguments, answer_chars, of, needs_state=needs_state)
+            check_state(self._class)
+        self._arguments, self._answer_chars, self._needs_state = arguments, answer_chars, needs_state
+        await prepare(self._class, arguments)

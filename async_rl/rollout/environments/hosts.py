@@ -280,6 +280,10 @@ class Remote:
         """As ``Held.use``. Raises Failed."""
         return dict(await self._host.ask("use", self._name, tool, arguments))
 
+    async def play(self, policy: Mapping[str, str]) -> dict[str, Any]:
+        """As ``Held.play``. Raises Failed."""
+        return dict(await self._host.ask("play", self._name, policy))
+
     async def reward(self) -> Any:
         """As ``Held.reward``. Raises Failed."""
         return await self._host.ask("reward", self._name)
@@ -292,6 +296,10 @@ class Remote:
     async def set_state(self, state: State) -> None:
         """As ``Held.set_state``. Raises Failed."""
         await self._host.ask("set_state", self._name, state)
+
+    async def write_rows(self, split: str, path: Path) -> int:
+        """Have the class's own rows written to a file of this host, and return how many they are. Raises Failed."""
+        return int(await self._host.ask("write_rows", "", split, str(path)))
 
     async def close(self) -> None:
         """As ``Held.close``. Raises Failed."""

@@ -7,13 +7,14 @@ standard library alone. A failure is a ``Failed`` with a text, whatever was rais
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from async_rl.rollout.environments.adapters import STATE_METHODS, Form, form_of
-from async_rl.rollout.environments.interface import Context, Message, Step, Task
+from async_rl.rollout.environments.interface import Context, Message, PolicyAddress, Step, Task
 from async_rl.rollout.environments.own_thread import OwnThread
 from async_rl.rollout.environments.tools import NoSchema, schema_of
 from async_rl.rollout.environments.values import as_text, json_text, number, plain, whole
@@ -48,13 +49,16 @@ class Held(Protocol):
     """An environment as the driver of a rollout has it, here or in a host. Each method raises Failed."""
 
     async def setup(self, task: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the environment, and return {"messages": list or None, "tools": schemas, "steps": bool}."""
+        """Make the environment, and return {"messages": list or None, "tools": schemas, "steps", "plays": bool}."""
 
     async def step(self, message: Message) -> dict[str, Any]:
         """Return {"messages", "reward", "done", "truncated", "metrics"} of a step."""
 
     async def use(self, tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return {"content", "fault"} of a tool's answer, with what ``step`` returns but messages."""
+
+    async def play(self, policy: Mapping[str, str]) -> dict[str, Any]:
+        """Make the whole rollout with the policy at that ``PolicyAddress``; return what ``step`` does but messages."""
 
     async def reward(self) -> Any:
         """Return the environment's reward as plain data: a number, a mapping or None."""
@@ -106,7 +110,7 @@ class Instance:
         self._tools = form.methods
         said = await form.setup(task, context)
         messages = None if said is None else _messages(said, "user", "its setup")
-        return {"messages": messages or None, "tools": self._schemas(form), "steps": form.steps}
+        return {"messages": messages or None, "tools": self._schemas(form), "steps": form.steps, "plays": form.plays}
 
     def _schemas(self, form: Form) -> list[Any]:
         if form.schemas is not None:
@@ -148,6 +152,13 @@ class Instance:
             else "\n".join(m["content"] for m in _messages(said, "tool", f"its tool {tool}"))
         )
         return {"content": as_text(said, self._answer_chars), "fault": False, **_of(value)}
+
+    async def play(self, policy: Mapping[str, str]) -> dict[str, Any]:
+        """As ``Held.play``. Raises Failed."""
+        step = await self._guarded("its rollout ", self._made().play(PolicyAddress(**policy)))
+        if not isinstance(step, Step):
+            raise Failed(f"its rollout returned {_shown(step)}; expected a Step")
+        return _of(step)
 
     async def reward(self) -> Any:
         """As ``Held.reward``. Raises Failed."""
@@ -223,6 +234,30 @@ def _no_state(name: str) -> Failed:
         f"{name} has no get_state and set_state, which rollout.agent.recovery state calls; write them, or set "
         "rollout.agent.recovery to replay or restart"
     )
+
+
+async def prepare(make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Call the class method ``prepare`` of the user's class, if it has one, in this thread. Raises Failed."""
+    hook = hook_of(make, "prepare")
+    if hook is None:
+        return
+
+    async def prepared() -> None:
+        found = hook(**arguments)
+        if inspect.isawaitable(found):
+            await found
+
+    returned, error = await _kept(prepared())
+    if not returned:
+        raise error if isinstance(error, Failed) else failure(error, "its prepare ")
+
+
+def hook_of(make: Callable[..., Any], name: str) -> Callable[..., Any] | None:
+    """Return a class method of the user's class; None for what else has the name, which may be a tool."""
+    if isinstance(make, type) and isinstance(inspect.getattr_static(make, name, None), classmethod):
+        found: Callable[..., Any] = getattr(make, name)
+        return found
+    return None
 
 
 def failure(error: BaseException, what: str = "") -> Failed:

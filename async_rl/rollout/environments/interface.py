@@ -1,7 +1,8 @@
 """What an environment with state is written with. Imports the standard library alone, so that any interpreter can.
 
 A class has ``setup``, ``step``, ``reward`` and ``close``, all plain or async, of which the first three may be left out:
-see docs/how-to/write-an-environment.md. Without ``step``, its public methods that have docstrings are tools.
+see docs/how-to/write-an-environment.md. Without ``step``, its public methods that have docstrings are tools. With
+``rollout`` it makes the whole rollout itself, and asks the policy over HTTP.
 """
 
 from __future__ import annotations
@@ -41,9 +42,18 @@ class Context:
     """A number below 2**32 that is the same whenever this rollout is made again."""
 
 
+@dataclass(frozen=True)
+class PolicyAddress:
+    """Where ``rollout`` reaches the policy, as clients of OpenAI's API take it."""
+
+    base_url: str
+    api_key: str
+    model: str
+
+
 @dataclass
 class Step:
-    """What ``step`` returns, or a tool that says more than a text."""
+    """What ``step`` returns, ``rollout`` of all of it, or a tool that says more than a text."""
 
     messages: str | Sequence[Message] = ()
     """What the policy sees next; text alone is one message, of the user or of the tool."""

@@ -11,6 +11,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -23,9 +24,10 @@ from async_rl.errors import AgentFailure
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.environments.drive import Counts, Differs, Keep, Late, Played, Stages, drive
 from async_rl.rollout.environments.hosts import Hosts, Remote
-from async_rl.rollout.environments.instance import Failed, Gone, Instance, check_state
+from async_rl.rollout.environments.instance import Failed, Gone, Instance, check_state, prepare
 from async_rl.rollout.environments.interface import Context, Task
 from async_rl.rollout.environments.progress import Progress
+from async_rl.rollout.environments.rows import write_rows
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.policy import Policy
 from async_rl.types import Prompt, source_of
@@ -73,11 +75,28 @@ class Environments:
 
     async def start(self) -> None:
         """Start a host, so that what is wrong with it is known before the first rollout. Raises AgentFailure."""
-        if self._hosts is not None:
-            try:
+        try:
+            if self._hosts is not None:
                 (await self._hosts.open()).leave(abandoned=False)
-            except Failed as error:
-                raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
+            elif self._make is not None:
+                await prepare(self._make, self._settings.arguments)
+        except Failed as error:
+            raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
+
+    async def write_rows(self, split: str, path: Path) -> int:
+        """Write the rows that the class has itself as JSONL, and return how many they are. Raises AgentFailure."""
+        try:
+            if self._hosts is None:
+                assert self._make is not None
+                await prepare(self._make, self._settings.arguments)
+                return await asyncio.to_thread(write_rows, self._make, self._settings.arguments, split, str(path))
+            remote = await self._hosts.open()
+            try:
+                return await remote.write_rows(split, path)
+            finally:
+                remote.leave(abandoned=False)
+        except Failed as error:
+            raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
 
     async def play(
         self,
