@@ -138,8 +138,8 @@ class Agents:
     ) -> RolloutRecord:
         """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
 
-        call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
-        that fails also fails the rollout where the agent catches that.
+        call: how an engine call is made, where not as the worker makes them. terms: those of an evaluation's set; None
+        in training. An engine call that fails also fails the rollout where the agent catches that.
         """
         session = self._session(rollout_id, terms or self._responses.terms(prompt))
         failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
