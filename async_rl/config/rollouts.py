@@ -139,8 +139,9 @@ class AgentSection(Section):
     reads what the chat template writes; null for none. Reasoning is found by the marks of the chat template."""
     max_kv_use: PositiveFloat | None = 0.9
     """Share of an engine's KV cache that the rollouts of a replica may have in their contexts, those included that wait
-    for tools, before those of a further group begin; each is expected to become as large as others became. Above it, a
-    turn after a long tool finds what came before it gone from the cache, and computes it again. Null for any."""
+    for tools, before those of a further group begin; one that has little counts as much as others had in the mean.
+    Above it, a turn after a long tool finds what came before it gone from the cache, and computes it again: raise it
+    where places of the engine are free and that costs little. Null for any."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when an agent raises, fails or gives no reward: fail the run, or skip the rollout if
     rollout.min_group_size allows, else its group (counted)."""

@@ -10,7 +10,8 @@ group.
 
 An engine takes the cached prefix of a rollout that waits for a tool for free, and gives its memory to whichever call
 comes; the rollout's next turn then computes all of it again. So what open rollouts have in their contexts is counted
-here, and each is expected to become as large as others became.
+here, and of one that has little as much as others had in the mean of their calls: some grow while others end. Before
+the first has ended nothing is known of that.
 
 Time is given by the caller. Knows what an engine reports; neither engine nor queue.
 """
@@ -44,6 +45,9 @@ class _Rollout:
     """Of each trajectory, without those that it shares with another one."""
     size: int = 0
     """Their sum."""
+    sizes: int = 0
+    """The sum of what that was after each call."""
+    ended_calls: int = 0
 
 
 class Admission:
@@ -59,7 +63,7 @@ class Admission:
         self._prompts: dict[str, int] = {}  # by group, tokens that its rollouts begin with, and share
         self._calls = 0
         self._load: EngineLoad | None = None
-        self._expected = 0.0  # size of a rollout when it ends
+        self._expected = 0.0  # size of a rollout, in the mean of its calls
         self._above = False  # the bound of KV use
 
     # -- what happens -------------------------------------------------------------------------------------------
@@ -108,6 +112,8 @@ class Admission:
             before = max(rollout.size, self._expected)
             rollout.size += tokens - rollout.tokens.get(trajectory_id, 0)
             rollout.tokens[trajectory_id] = tokens
+            rollout.sizes += rollout.size
+            rollout.ended_calls += 1
             self._cached += max(rollout.size, self._expected) - before
 
     def shares(self, rollout_id: str, prompt: int) -> None:
@@ -122,8 +128,9 @@ class Admission:
         self._calls -= len(rollout.calls)
         if not any(other.group == rollout.group for other in self._open.values()):
             self._prompts.pop(rollout.group, None)
-        if rollout.tokens:
-            self._expected += (rollout.size - self._expected) * (_WEIGHT if self._expected else 1.0)
+        if rollout.ended_calls:
+            mean = rollout.sizes / rollout.ended_calls
+            self._expected += (mean - self._expected) * (_WEIGHT if self._expected else 1.0)
         self._cached = sum(max(other.size, self._expected) for other in self._open.values())
 
     # -- what may happen ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tests.support.scripted_engine import Layout, Script
 from tests.support.scripted_replica import Digits, push
 from tests.support.virtual_time import VirtualLoop
 
-PLACES, N, TURNS, PROMPT, TURN, ANSWER = 32, 8, 8, 512, 128, 256
+PLACES, N, TURNS, PROMPT, TURN, ANSWER = 16, 8, 8, 4096, 128, 1024
 CONTEXT = PROMPT + TURNS * TURN + (TURNS - 1) * ANSWER
 SETTINGS: dict[str, dict[str, Any]] = {
     "one": {"max_trajectories": PLACES, "agent": {"max_kv_use": None}},
@@ -31,14 +31,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "forks": {},
 }
 CACHES = {"roomy": 4 * PLACES * CONTEXT, "tight": PLACES * CONTEXT * 5 // 4}
-WARM_UP = 0.25  # of the time
+ROWS = (("roomy", "one"), ("roomy", "two"), ("tight", "unbounded"), ("tight", "two"), ("tight", "forks"))
+WARM_UP = 0.5  # of the time: the rollouts that begin first do so all at once
 
 
 @dataclass(frozen=True)
 class Times:
     """Seconds of virtual time."""
 
-    seconds: float = 400.0
+    seconds: float = 800.0
     """That are measured, a warm-up included."""
     tool_s: float = 8.0
     """Mean of a tool."""
@@ -109,7 +110,7 @@ async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) ->
     config = validate({"model": {"path": "model"}, "data": {"train": "train.jsonl"}, "rollout": rollout})
     layout = Layout(None, frozenset({0}), 10_000)
     script = Script(layout=layout, tokens_per_turn=16, turn_s=0.32)
-    engine = KvEngine(config, script, Speed(PLACES, CACHES[cache], TURN))
+    engine = KvEngine(config, script, Speed(PLACES, CACHES[cache], TURN, prefill_tokens_per_s=10_000.0))
     digits = Digits()
     digits.encode = None  # type: ignore[attr-defined]  # no agent here sends text
     replica = RolloutReplica(config, 0, Prompts(), engine, digits, digits)  # type: ignore[arg-type]

@@ -126,13 +126,15 @@ class KvEngine(ScriptedEngine):
         if mode == "abort":
             self._aborting = True
             while self._queue:
-                self._queue.popleft().found.set_result(None)
+                if not (found := self._queue.popleft().found).done():
+                    found.set_result(None)
         await super().pause(mode)
 
     async def generate(
         self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
     ) -> EngineOutput:
         del sampling
+        self.requests.append((request_id, len(token_ids), max_tokens))
         await self._running.wait()
         self._calls.begin()
         try:
@@ -148,7 +150,12 @@ class KvEngine(ScriptedEngine):
         waiting = _Waiting(keys, total, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._give_places()
-        found = await waiting.found
+        try:
+            found = await waiting.found
+        except asyncio.CancelledError:
+            if not waiting.found.cancelled() and (given := waiting.found.result()) is not None:
+                self._give_back(given, total, [])
+            raise
         if found is None:
             return await self._sample(request_id, token_ids, max_tokens, first_row)
         whole, version = token_ids, self.version
@@ -160,13 +167,19 @@ class KvEngine(ScriptedEngine):
             whole = np.concatenate([token_ids, output.token_ids])[:-1]
             return dataclasses.replace(output, cached_tokens=len(found) * BLOCK)
         finally:
-            self._count_places(-1)
-            self._cache.release(found, total, block_keys(whole, version))
-            self._give_places()
+            self._give_back(found, total, block_keys(whole, version))
+
+    def _give_back(self, found: list[int], total: int, keys: list[int]) -> None:
+        self._count_places(-1)
+        self._cache.release(found, total, keys)
+        self._give_places()
 
     def _give_places(self) -> None:
         while self._queue and self.computing < self._speed.places:
             first = self._queue[0]
+            if first.found.done():  # its caller was cancelled
+                self._queue.popleft()
+                continue
             found = self._cache.reserve(first.keys, first.total)
             if found is None:
                 return

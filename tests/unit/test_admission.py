@@ -122,7 +122,7 @@ def test_what_rollouts_cache_counts_while_they_wait_for_tools():
     admission.end("a")
     admission.end("b")
     begun(admission, "c", group="h")
-    assert admission.kv_use == pytest.approx(0.25 + (0.45 - 0.25) / 8), "the prompt of g is gone"
+    assert admission.kv_use == pytest.approx(0.25 + (0.4375 - 0.25) / 8), "the prompt of g is gone"
 
 
 def test_the_engine_s_own_figure_counts_where_it_is_more():
@@ -136,11 +136,12 @@ def test_the_engine_s_own_figure_counts_where_it_is_more():
     assert admission.groups(0.0) == 3
 
 
-def test_rollouts_are_expected_to_become_as_large_as_others_became():
+def test_rollouts_are_expected_to_be_as_large_as_others_were():
     admission = limits(places=8, n=2, max_kv_use=1.0)
     admission.report(EngineLoad(kv_tokens=1500))
     begun(admission, "a")
-    admission.holds("a", "a", 300)
+    admission.holds("a", "a", 200)
+    admission.holds("a", "a", 400)
     admission.end("a")
     assert admission.groups(0.0) == 2, "of four that have places"
     begun(admission, "b")

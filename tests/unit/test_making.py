@@ -14,7 +14,6 @@ from async_rl.rollout.engine.interface import EngineLoad
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.prefixes import Computed, computed, in_common
 from async_rl.types import Segment
-from tests.support.agent_costs import Times, measure
 from tests.support.kv_engine import BLOCK, BlockCache, KvEngine, Speed, of_others
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
 from tests.support.scripted_replica import Digits, ListQueue, push, scripted, turns, worker
@@ -69,22 +68,24 @@ class Loaded(ScriptedEngine):
         return self.reported
 
 
-def test_no_rollout_begins_while_calls_wait_in_the_engine():
+def test_no_group_is_taken_while_calls_wait_in_the_engine():
     async def main(loop):
-        engine, queue = scripted(kind=Loaded), ListQueue(4)
-        engine.script = Script(length=12, turn_s=0.5, layout=engine.script.layout)
+        engine, queue = scripted(kind=Loaded), ListQueue(6)
+        length = {"0-5.0/0": 40}  # seconds of its call: 20, of others 3
+        engine.script = Script(length=lambda name: length.get(name, 6), turn_s=0.5, layout=engine.script.layout)
         HELD.update(waiting=0, go=asyncio.Event())
         subject = replica(engine, queue, "waits_for_a_tool")
-        engine.reported = EngineLoad(waiting=1)
         running = asyncio.create_task(subject.run())
         await asyncio.sleep(1.0)
-        assert making(subject).open == 2, "those of the first group"
+        engine.reported = EngineLoad(waiting=1)
+        await asyncio.sleep(4.0)
+        assert (making(subject).open, HELD["waiting"]) == (4, 3), "three places are free"
         engine.reported = EngineLoad()
         await asyncio.sleep(1.0)
-        assert making(subject).open == 4
+        assert making(subject).open == 7
         HELD["go"].set()
         await running
-        assert len(queue.groups) == 4
+        assert len(queue.groups) == 6
 
     run(main)
 
@@ -141,12 +142,13 @@ def test_invariant_5_every_group_that_was_taken_ends_once(seed, places, limit, k
         queue = Counting(8)
         subject = RolloutReplica(config, 0, queue, engine, Digits(), Digits())
         running = asyncio.create_task(subject.run())
-        while not running.done():
-            await asyncio.sleep(4.0)
-            assert making(subject).open <= limit
-            if loop.now < 1060:
-                await push(subject, engine)
-        await running
+        async with asyncio.timeout(3000):  # a rollout takes a minute at most
+            while not running.done():
+                await asyncio.sleep(4.0)
+                assert making(subject).open <= limit
+                if loop.now < 1060:
+                    await push(subject, engine)
+            await running
         assert queue.ended() == [f"0-{index}.0" for index in range(8)]
         assert making(subject).open == 0
         assert not making(subject)._waiting
@@ -156,17 +158,43 @@ def test_invariant_5_every_group_that_was_taken_ends_once(seed, places, limit, k
     run(main)
 
 
-def test_two_limits_fill_the_engine_and_keep_what_open_rollouts_have_cached():
-    def made(settings, cache):
-        return run(lambda loop: measure(loop, settings, cache, Times(seconds=100)))
+async def takes_turns(prompt, policy, context):
+    history, rng = prompt.token_ids.tolist(), np.random.default_rng(context.seed)
+    for _ in range(5):
+        reply = await policy.complete(history)
+        await asyncio.sleep(rng.exponential(8.0))
+        history = [*history, *reply.token_ids.tolist(), *of_others(rng, 40)]
+    return 1.0
 
-    one, two = made("one", "roomy"), made("two", "roomy")
-    assert two["rollouts_per_s"] > 1.5 * one["rollouts_per_s"]
-    assert two["idle"] < one["idle"] - 0.2
-    assert two["again"] < 0.02
-    unbounded, bounded = made("unbounded", "tight"), made("two", "tight")
-    assert bounded["again"] < 0.5 * unbounded["again"]
-    assert bounded["open"] < unbounded["open"]
+
+def turns_taken(kv_tokens, groups=16, **rollout):
+    """Return the seconds, and the context tokens by what became of them, of rollouts with five turns of two seconds."""
+
+    async def main(loop):
+        agent = {"function": f"{__name__}:takes_turns"} | rollout.pop("agent", {})
+        rollout_settings = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 400} | rollout | {"agent": agent}
+        tree = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}, "rollout": rollout_settings}
+        config = validate(tree)
+        script = Script(layout=Layout(None, frozenset({0}), 10_000), tokens_per_turn=10, turn_s=1.0)
+        engine = KvEngine(config, script, Speed(4, kv_tokens, turn=20))
+        subject = RolloutReplica(config, 0, ListQueue(groups), engine, Digits(), Digits())
+        await subject.run()
+        await subject.shutdown()
+        return loop.now - 1000, subject._worker.context_tokens
+
+    return run(main)
+
+
+def test_two_limits_fill_the_engine_and_keep_what_open_rollouts_have_cached():
+    one_limit, _ = turns_taken(10**5, max_trajectories=4)
+    two_limits, tokens = turns_taken(10**5)
+    assert two_limits < 0.5 * one_limit
+    small = 2000  # tokens, of which a rollout has 300 in the end
+    _, unbounded = turns_taken(small, agent={"max_kv_use": None})
+    seconds, bounded = turns_taken(small)
+    assert bounded["lost"] < 0.6 * unbounded["lost"]
+    assert tokens["lost"] < bounded["lost"], "in the beginning nothing is known of their size"
+    assert seconds < one_limit
 
 
 # -- what is counted --------------------------------------------------------------------------------------------------
@@ -262,7 +290,7 @@ def test_what_others_took_the_cache_of_is_lost():
         await turn(policy, history)
         return 1.0
 
-    tokens, sent = counted(agent, kv_tokens=160)
+    tokens, sent = counted(agent, kv_tokens=144)
     assert sent == [3, 120, 53]
     assert tokens["lost"] == 22
     assert tokens["cached"] == 0
