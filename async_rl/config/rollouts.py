@@ -137,11 +137,11 @@ class AgentSection(Section):
     tool_parser: str | None = "auto"
     """Which of vLLM's tool parsers makes calls of what the policy writes, for agents that name tools: auto for one that
     reads what the chat template writes; null for none. Reasoning is found by the marks of the chat template."""
-    max_kv_use: PositiveFloat | None = 0.9
+    max_kv_use: PositiveFloat | None = 0.8
     """Share of an engine's KV cache that the rollouts of a replica may have in their contexts, those included that wait
-    for tools, before those of a further group begin; one that has little counts as much as others had in the mean.
-    Above it, a turn after a long tool finds what came before it gone from the cache, and computes it again: raise it
-    where places of the engine are free and that costs little. Null for any."""
+    for tools, before those of a further group begin; one that has little counts as much as others had in the mean. The
+    rest is for what rollouts that have ended leave behind. Above it, a turn after a long tool finds what came before it
+    gone from the cache, and computes it again: raise it where that costs less than free places. Null for any."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do when an agent raises, fails or gives no reward: fail the run, or skip the rollout if
     rollout.min_group_size allows, else its group (counted)."""

@@ -1,6 +1,6 @@
 """What turns, tools and forks cost a replica, by how many rollouts it has in the making.
 
-    .venv/bin/python -m tests.bench.agent_costs [--seconds 800] [--tool-s 8] [--sync-s 0]
+    .venv/bin/python -m tests.bench.agent_costs [--seconds 480] [--tool-s 8] [--sync-s 0]
 
 A real worker, sessions and admission in virtual time, around an engine of 16 places (``tests.support.kv_engine``) that
 reads 10,000 tokens a second, and whose KV cache is of two sizes: for all rollouts that the second limit allows (roomy),
@@ -38,7 +38,7 @@ from tests.support.virtual_time import run
 def main() -> None:
     """Measure, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=800.0, help="virtual seconds of each")
+    parser.add_argument("--seconds", type=float, default=480.0, help="virtual seconds of each")
     parser.add_argument("--tool-s", type=float, default=8.0, help="mean seconds of a tool")
     parser.add_argument("--sync-s", type=float, default=0.0, help="seconds between two weight syncs; 0 for none")
     options = parser.parse_args()

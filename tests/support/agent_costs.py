@@ -39,7 +39,7 @@ WARM_UP = 0.5  # of the time: the rollouts that begin first do so all at once
 class Times:
     """Seconds of virtual time."""
 
-    seconds: float = 800.0
+    seconds: float = 480.0
     """That are measured, a warm-up included."""
     tool_s: float = 8.0
     """Mean of a tool."""

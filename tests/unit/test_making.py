@@ -16,7 +16,7 @@ from async_rl.rollout.prefixes import Computed, computed, in_common
 from async_rl.types import Segment
 from tests.support.kv_engine import BLOCK, BlockCache, KvEngine, Speed, of_others
 from tests.support.scripted_engine import Layout, Script, ScriptedEngine
-from tests.support.scripted_replica import Digits, ListQueue, push, scripted, turns, worker
+from tests.support.scripted_replica import Digits, ListQueue, push, sampled, scripted, turns, worker
 from tests.support.virtual_time import run
 
 ROLLOUT = {"n": 2, "max_num_seqs": 4, "max_response_tokens": 40}
@@ -88,6 +88,25 @@ def test_no_group_is_taken_while_calls_wait_in_the_engine():
         assert len(queue.groups) == 6
 
     run(main)
+
+
+async def asks_once(prompt, policy, context):
+    await policy.complete(prompt.token_ids)
+    return 1.0
+
+
+async def test_a_call_that_a_weight_sync_has_cut_keeps_its_place():
+    engine, queue = scripted(length=38), ListQueue(1)
+    subject = replica(engine, queue, "asks_once", n=8)  # of which four wait to begin
+    running = asyncio.create_task(subject.run())
+    await sampled(engine, 20)
+    for _ in range(2):
+        assert making(subject).open == 4
+        await push(subject, engine)
+        await turns(5)
+    assert making(subject).open == 4
+    await running
+    assert len(queue.groups) == 1
 
 
 class Counting(ListQueue):
