@@ -26,6 +26,8 @@ EngineName = Annotated[str, Field(pattern=r"^(vllm|sglang|[\w.]+:\w+)$")]
 
 
 Recovery = Literal["restart", "replay", "state"]
+# An agent that waits for its tools three quarters of the time keeps a place busy with three others.
+_ROLLOUTS_PER_PLACE = 4
 
 
 class PartialRolloutSection(Section):
@@ -280,10 +282,17 @@ class RolloutSection(Section):
     stop_token_ids: list[NonNegative] = Field(default_factory=list)
     """Further tokens that end a response, or a turn of it, beside the end-of-sequence tokens of the checkpoint."""
     max_num_seqs: Positive = 128
-    """Sequences that one engine decodes at once."""
+    """Sequences that one engine decodes at once: its places."""
     max_trajectories: Positive | None = None
-    """Unfinished trajectories that one replica works on; null for rollout.max_num_seqs. Agents that wait for their
-    tools decode nothing: set it higher, so that others take their places in the engine meanwhile."""
+    """Rollouts that one replica has in the making; null for rollout.max_num_seqs, and with rollout.agent for four times
+    that. A rollout that waits for a tool has no place in the engine, and others decode meanwhile: those of agents begin
+    one by one, whenever a place is free (see rollout.max_kv_use); with rollout.environment, set it higher."""
+    max_kv_use: PositiveFloat | None = 0.8
+    """With agents, share of an engine's KV cache that the rollouts of a replica may have in their contexts, those
+    included that wait for tools, before those of a further group begin; one that has little counts as much as others
+    had in the mean. The rest is for what rollouts that have ended leave behind. Above it, a turn after a long tool finds
+    what came before it gone from the cache, and computes it again: raise it where that costs less than free places.
+    Null for any."""
     max_num_batched_tokens: Positive = 4096
     """Tokens of one engine step, including prefill."""
     kv_cache_bytes: Positive = 512 * 2**20
@@ -298,8 +307,9 @@ class RolloutSection(Section):
     """Further arguments of the engine, by the names of vLLM's AsyncEngineArgs or SGLang's ServerArgs, for example
     {enable_expert_parallel: true}, for what no setting names."""
     group_timeout_s: PositiveFloat | None = None
-    """Seconds that a group may take; then it is published with the responses that are finished, if they are enough
-    (rollout.min_group_size), or its prompt is issued again."""
+    """Seconds that a group may take, with rollout.agent from when the last of its rollouts has begun; then it is
+    published with the responses that are finished, if they are enough (rollout.min_group_size), or its prompt is issued
+    again."""
     min_group_size: Annotated[int, Field(ge=2, lt=2**63)] | None = None
     """Responses with which a group may be published: the finished ones after rollout.group_timeout_s, and those left
     when others have failed or have no reward; null for all n."""
@@ -353,5 +363,10 @@ class RolloutSection(Section):
 
     @property
     def trajectory_limit(self) -> int:
-        """Unfinished trajectories that one replica works on; see rollout.max_trajectories."""
+        """Rollouts that one replica has in the making; see rollout.max_trajectories."""
+        return self.max_trajectories or self.max_num_seqs * (_ROLLOUTS_PER_PLACE if self.agent_sections else 1)
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Rollouts of an evaluation that one replica makes at one time. They begin without a look at the KV cache."""
         return self.max_trajectories or self.max_num_seqs

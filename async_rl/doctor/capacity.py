@@ -134,7 +134,7 @@ def _places(config: RunConfig, sizes: Sizes) -> Check:
     fewest = f", {rollout.replica_range.min * rollout.max_num_seqs} with rollout.replicas.min" * rollout.elastic
     detail = (
         f"{sizes.places} (replicas x max_num_seqs{fewest}); the staleness budget admits {sizes.outstanding_responses} "
-        f"responses ({sizes.window_groups} groups of {config.rollout.n})"
+        f"responses ({sizes.window_groups} groups of {config.rollout.n}){_in_the_making(config)}"
     )
     if sizes.used_places >= WANTED_PLACES:
         return Check("engine places", "ok", f"{detail}, {sizes.used_places:.0%} of the places are used at most")
@@ -145,6 +145,23 @@ def _places(config: RunConfig, sizes: Sizes) -> Check:
         "raise trainer.groups_per_step or async_training.staleness_threshold, or lower rollout.replicas or "
         "rollout.max_num_seqs",
     )
+
+
+def _in_the_making(config: RunConfig) -> str:
+    """Return what is to be said of the second limit, where rollouts that wait for tools leave their places to others.
+
+    Nothing, where there are as many rollouts as places.
+    """
+    rollout = config.rollout
+    if rollout.trajectory_limit == rollout.max_num_seqs:
+        return ""
+    bound = rollout.max_kv_use
+    kept = (
+        ""
+        if not rollout.agent_sections or bound is None
+        else f", while their contexts take {bound:.0%} of its KV cache at most"
+    )
+    return f"; each replica has up to {rollout.trajectory_limit} rollouts in the making (max_trajectories){kept}"
 
 
 def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:

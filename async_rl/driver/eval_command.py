@@ -154,7 +154,7 @@ async def answers(config: RunConfig, sets: Sequence[EvalSet], engine: RolloutEng
     try:
         await engine.start()
         problems = [problem for each in sets for problem in each.problems]
-        return await evaluate(problems, engine, responses, agents, at_once=config.rollout.trajectory_limit)
+        return await evaluate(problems, engine, responses, agents, at_once=config.rollout.evaluated_at_once)
     except EngineError as error:
         raise EngineError(f"{error} (logs: {config.run_dir / 'logs'})") from error
     finally:

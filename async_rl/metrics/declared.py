@@ -27,6 +27,8 @@ from async_rl.types import ROLLOUT_ENDS
 # Staleness is a small integer; beyond 16 versions only the fact matters, not the number.
 _STALENESS_BUCKETS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _SEGMENT_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
+# Fine around the default of rollout.max_kv_use; above 1 there is more than the cache holds.
+_KV_USE_BUCKETS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5)
 # From one answer to a long session with tools.
 _TURN_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0)
 # Powers of two, from a one-word answer to a long chain of thought.
@@ -430,6 +432,14 @@ _PARTIAL = (
         "Tokens computed again because a generation was resumed.",
         "The price of mode `resume`.",
     ),
+    MetricSpec(
+        "context_tokens_total",
+        "counter",
+        "Tokens sent to the engine in calls for rollouts, by what it did with them, where it says what it had cached.",
+        "new: computed for the first time in their rollout. weight_sync, lost: again, because older weights had "
+        "computed them, or because the cache had lost them. Much of lost: rollout.max_kv_use down.",
+        labels=("how",),
+    ),
 )
 
 _FLOW = (
@@ -593,6 +603,31 @@ _FLOW = (
         "Calls of an environment's tools by the policy, by result.",
         "unknown_tool, bad_arguments: faults of the policy, which sees them. tool_error: what the tool says is wrong.",
         labels=("agent", "result"),
+    ),
+    MetricSpec(
+        "rollouts_in_the_making",
+        "gauge",
+        "Rollouts of agents that have begun and not ended, those that wait for tools included.",
+        "At rollout.max_trajectories while the engine has free places: raise that.",
+    ),
+    MetricSpec(
+        "rollouts_waiting",
+        "gauge",
+        "Rollouts of agents, of groups that were taken, that may not begin yet.",
+        "They wait for a place in the engine, or for room in its KV cache (rollout.max_kv_use).",
+    ),
+    MetricSpec(
+        "rollouts_kv_use",
+        "gauge",
+        "Share of the engine's KV cache that rollouts in the making have in their contexts, or are expected to.",
+        "Above rollout.max_kv_use no rollout begins.",
+    ),
+    MetricSpec(
+        "kv_use_at_admission",
+        "histogram",
+        "The same share, whenever a rollout begins.",
+        "Far below rollout.max_kv_use: the KV cache does not limit the rollouts.",
+        buckets=_KV_USE_BUCKETS,
     ),
     MetricSpec(
         "agent_environments",

@@ -274,7 +274,7 @@ class RolloutReplica:
 
     async def evaluate(self, problems: Sequence[EvalProblem]) -> EvalResult:
         """Answer and score ``problems``. The weights must not change meanwhile."""
-        at_once = self._config.rollout.trajectory_limit
+        at_once = self._config.rollout.evaluated_at_once
         return await evaluate(problems, self._engine, self._responses, self._worker.agents, at_once=at_once)
 
 
@@ -403,7 +403,11 @@ class RolloutActor(RolloutReplica):
         killed = {"reward": self._rewards.killed, "environment": sum(each.killed for each in self._environments)}
         for function, calls in killed.items():
             self._metrics.count_to("user_calls_killed_total", calls, function=function)
-        self._worker.agents.publish(self._metrics)
+        for how, tokens in self._worker.context_tokens.items():
+            self._metrics.count_to("context_tokens_total", tokens, how=how)
+        for part in (self._worker.agents, self._worker.making):
+            if part is not None:
+                part.publish(self._metrics)
         return stats
 
     async def shutdown(self) -> None:

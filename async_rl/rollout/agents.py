@@ -199,21 +199,20 @@ class Agent:
         if self._environments is not None:
             await self._environments.start()
 
-    async def rollout_of(self, group: InFlight, index: int) -> RolloutRecord:
-        """Return a rollout of a group, which keeps it once it has ended, and until then what it continues from.
+    async def rollout_of(self, group: InFlight, index: int, call: Call) -> None:
+        """Make a rollout of a group, which keeps it once it has ended, and until then what it continues from.
 
-        Raises as ``rollout``.
+        Makes engine calls by ``call``. Raises as ``rollout``.
         """
-        if index not in group.made:
-            group.made[index] = await self.rollout(
-                group.ticket.prompt,
-                group.trajectory_id(index),
-                parked=group.parked.get(index),
-                keep=lambda parked: group.parked.update({index: parked}),
-                again=group.adopted,
-            )
-            group.parked.pop(index, None)
-        return group.made[index]
+        group.made[index] = await self.rollout(
+            group.ticket.prompt,
+            group.trajectory_id(index),
+            call=call,
+            parked=group.parked.get(index),
+            keep=lambda parked: group.parked.update({index: parked}),
+            again=group.adopted,
+        )
+        group.parked.pop(index, None)
 
     async def rollout(
         self,
@@ -228,10 +227,10 @@ class Agent:
     ) -> RolloutRecord:
         """Make one rollout. Raises AgentFailure, RewardNotApplicable, and what an engine call raises.
 
-        call, terms: how an evaluation makes an engine call, and the terms of its set; None in training. An engine call
-        that fails also fails the rollout where the agent catches that. parked: what it continues from, if the settings
-        are those with which it began. keep: is called with what it can be continued from, whenever that changes.
-        again: whether it had begun before.
+        call: how an engine call is made, where not as the worker makes them. terms: those of an evaluation's set; None
+        in training. An engine call that fails also fails the rollout where the agent catches that. parked: what it
+        continues from, if the settings are those with which it began. keep: is called with what it can be continued
+        from, whenever that changes. again: whether it had begun before.
         """
         if terms is not None:
             return await self._rollout(prompt, rollout_id, call, terms)

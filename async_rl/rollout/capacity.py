@@ -1,4 +1,7 @@
-"""How many groups a worker may begin: as many as fill its replica, and no more than it can hold."""
+"""How many groups a worker may begin: as many as fill its replica, and no more than it can hold.
+
+Of agents, whose rollouts wait for tools, ``making`` decides that.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,39 @@ class Capacity:
     """The places of one replica, and what takes them: responses that have not ended, and groups not yet published."""
 
     def __init__(self, settings: RolloutSection) -> None:
-        self._places, self._n = settings.trajectory_limit, settings.n
+        self._limit, self._n = settings.trajectory_limit, settings.n
         # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
-        self._max_groups = 2 * -(-self._places // self._n)
-        self._groups = self._unfinished = 0
+        self._max_groups = 2 * -(-self._limit // self._n)
+        self._groups: set[str] = set()
+        self._unfinished = 0
         self._free = asyncio.Event()
         self._update()
 
     @property
     def free_groups(self) -> int:
         """How many groups fill the replica's free places, counting one that fits in part."""
-        free = self._places - self._unfinished
-        return max(0, min(-(-free // self._n), self._max_groups - self._groups))
+        return max(0, min(self._wanted(), self._max_groups - len(self._groups)))
 
-    async def wait(self) -> None:
-        """Return once a group may begin."""
-        await self._free.wait()
+    def _wanted(self) -> int:
+        return -(-(self._limit - self._unfinished) // self._n)
 
-    def begin_group(self) -> None:
+    async def wait(self) -> int:
+        """Return how many groups may begin, once there is one."""
+        while not (free := self.free_groups):
+            self._free.clear()
+            await self._free.wait()
+        return free
+
+    def begin_group(self, group_id: str) -> None:
         """Count a group whose responses begin."""
-        self._groups += 1
+        self._groups.add(group_id)
         self._unfinished += self._n
         self._update()
 
-    def end_group(self) -> None:
+    def end_group(self, group_id: str) -> None:
         """Count a group no longer."""
-        self._groups -= 1
+        self._groups.discard(group_id)
         self._update()
 
     @contextmanager

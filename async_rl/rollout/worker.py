@@ -8,7 +8,9 @@ decides what a resumed one sends, ``filters`` which groups are not published, th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -19,15 +21,17 @@ from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.agents import Agents
 from async_rl.rollout.aside import aside
-from async_rl.rollout.calls import EngineCalls, routing_bytes
+from async_rl.rollout.calls import ContextTokens, EngineCalls, routing_bytes
 from async_rl.rollout.capacity import Capacity
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.engine.interface import RolloutEngine
 from async_rl.rollout.engine.liveness import watch_engine
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.in_flight import InFlight
+from async_rl.rollout.making import AgentCapacity
 from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
+from async_rl.rollout.policy import Call
 from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.types import Group, RolloutRecord
@@ -61,7 +65,8 @@ class RolloutWorker:
         self._stats = WorkerStats(replica)
         self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
         self.agents = Agents(config, responses, self._calls, gate, tokenizer)
-        self._capacity = Capacity(config.rollout)
+        self.making = AgentCapacity(config.rollout, engine) if config.rollout.agent_sections else None
+        self._capacity = self.making or Capacity(config.rollout)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
         self._work: asyncio.Task[None] | None = None
@@ -72,11 +77,14 @@ class RolloutWorker:
     async def run(self) -> None:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
-        watch = asyncio.create_task(watch_engine(self._config, self._name, self._engine, self._gate))
+        watches = [asyncio.create_task(watch_engine(self._config, self._name, self._engine, self._gate))]
+        if self.making is not None:
+            watches.append(asyncio.create_task(self.making.watch()))
         try:
-            await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done() and not self._stopping:
-                watch.result()
+            await asyncio.wait({self._work, *watches}, return_when=asyncio.FIRST_COMPLETED)
+            for watch in watches:
+                if watch.done() and not self._stopping:
+                    watch.result()
             await self._work
         except asyncio.CancelledError:
             if not self._stopping:
@@ -84,7 +92,8 @@ class RolloutWorker:
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
             self._work.cancel()
 
     async def _keep_engine_full(self) -> None:
@@ -93,15 +102,14 @@ class RolloutWorker:
 
             def begin(group: InFlight) -> None:
                 self._in_flight[group.group_id] = group
-                self._capacity.begin_group()
+                self._capacity.begin_group(group.group_id)
                 groups.create_task(self._sample_and_publish(group))
 
             for group in self._adopted:
                 begin(group)
             self._adopted = []
             while True:
-                await self._capacity.wait()
-                tickets = await self._queue.take(self._name, self._capacity.free_groups)
+                tickets = await self._queue.take(self._name, await self._capacity.wait())
                 if not tickets:
                     return  # the dataset is exhausted or the queue is closed; groups in flight finish first
                 for ticket in tickets:
@@ -133,12 +141,20 @@ class RolloutWorker:
         The tokens of a call under way are included once a pause has ended the call.
         """
         groups = (*self._adopted, *self._in_flight.values())
-        return Moment(groups, self._calls.merging, of_agents=self.agents is not None)
+        return Moment(groups, self._calls.merging, of_agents=self._is_of_agent)
+
+    def _is_of_agent(self, group: InFlight) -> bool:
+        return self.agents.of_prompt(group.ticket.prompt) is not None
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
         self._adopted += groups
         return [group.group_id for group in self._adopted]
+
+    @property
+    def context_tokens(self) -> Mapping[ContextTokens, int]:
+        """Tokens sent to the engine for rollouts, by what it did with them."""
+        return self._calls.context_tokens
 
     def stats(self) -> WorkerStats:
         """Return the counters, brought up to date."""
@@ -151,6 +167,8 @@ class RolloutWorker:
     # -- work ---------------------------------------------------------------------------------------------------
 
     def _cancel_work(self) -> None:
+        if self.making is not None:
+            self.making.close()
         if self._work is not None:
             self._work.cancel()
 
@@ -177,7 +195,7 @@ class RolloutWorker:
                 self._stats.publish(published)
         # Kept when this was cancelled or has raised: another worker may adopt the group.
         del self._in_flight[group_id]
-        self._capacity.end_group()
+        self._capacity.end_group(group_id)
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
@@ -199,6 +217,8 @@ class RolloutWorker:
         settings = self._config.rollout
         tasks = [asyncio.create_task(self._made_or_none(group, index, make)) for index in range(settings.n)]
         try:
+            if self.making is not None and settings.group_timeout_s is not None:
+                await self.making.all_begun(group.group_id, tasks)
             done, late = await wait_in_time(tasks, self._gate, settings.group_timeout_s)
             finished = tuple(made for task in tasks if task in done and (made := task.result()) is not None)
         finally:
@@ -224,12 +244,27 @@ class RolloutWorker:
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if (agent := self.agents.of_prompt(group.ticket.prompt)) is not None:
-            with self._capacity.response():
-                return index, await agent.rollout_of(group, index)
+            if index not in group.made:
+                async with self._begun(group, index) as call:
+                    await agent.rollout_of(group, index, call)
+            elif self.making is not None:
+                self.making.is_made(group.group_id)
+            return index, group.made[index]
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
         return index, await self._built(group, index)
+
+    @contextlib.asynccontextmanager
+    async def _begun(self, group: InFlight, index: int) -> AsyncIterator[Call]:
+        """Wait until a rollout may begin, and yield how its engine calls are made."""
+        sample = functools.partial(self._calls.sample, group.ticket.prompt)
+        if self.making is None:
+            with self._capacity.response():
+                yield sample
+        else:
+            async with self.making.rollout(group.group_id, group.trajectory_id(index)) as making:
+                yield making.calls(sample)
 
     async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt
@@ -238,8 +273,8 @@ class RolloutWorker:
             group.partials[index] = partial
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
-        with self._capacity.response():
-            keep(await self._responses.complete(start, prompt, lambda *call: self._calls.sample(prompt, *call), keep))
+        async with self._begun(group, index) as call:
+            keep(await self._responses.complete(start, prompt, call, keep))
         return index
 
     async def _built(self, group: InFlight, index: int) -> RolloutRecord:

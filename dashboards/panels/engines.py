@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .panel import TOKENS_PER_SECOND, Panel, Query, Row
+from .panel import TOKENS_PER_SECOND, Panel, Query, Row, mean, per_second
 
 _ENGINE_LEGEND = "{{run}} replica {{replica}}"
 
@@ -72,6 +72,57 @@ ENGINES = Row(
                 "Requests that lost their KV cache to others and are computed again; a total since the engine started.",
                 "flat.",
                 "`rollout.kv_cache_bytes` or `rollout.gpu_memory_utilization` up, `rollout.max_num_seqs` down.",
+            ),
+        ),
+        (
+            Panel(
+                "Rollouts of agents in the making",
+                "none",
+                (
+                    Query('async_rl_rollouts_in_the_making{replica=~"$replica"}', f"{_ENGINE_LEGEND} begun"),
+                    Query(
+                        'async_rl_rollouts_waiting{replica=~"$replica"}',
+                        f"{_ENGINE_LEGEND} waiting",
+                        "orange",
+                        dashed=True,
+                    ),
+                ),
+                "Rollouts of agents that have begun, also if they wait for tools, and those that may not begin yet.",
+                "begun below `rollout.max_trajectories` while all places of the engine are taken.",
+                "`rollout.max_trajectories` up where it is reached and the engine has free places; "
+                "`rollout.max_kv_use` up where rollouts wait and nothing is computed again.",
+            ),
+            Panel(
+                "KV cache of rollouts in the making",
+                "percentunit",
+                (
+                    Query('async_rl_rollouts_kv_use{replica=~"$replica"}', _ENGINE_LEGEND),
+                    Query(
+                        mean("async_rl_kv_use_at_admission", "run, replica", 'replica=~"$replica"'),
+                        f"{_ENGINE_LEGEND} when one begins",
+                        dashed=True,
+                    ),
+                ),
+                "Share of the KV cache that the contexts of agents' rollouts take, or are expected to, also of those "
+                "that wait for tools.",
+                "up to `rollout.max_kv_use`.",
+                "`rollout.kv_cache_bytes` or `rollout.gpu_memory_utilization` up where it is at the bound, and the "
+                "engine has free places.",
+            ),
+            Panel(
+                "Contexts sent to engines",
+                TOKENS_PER_SECOND,
+                (
+                    Query(
+                        per_second("async_rl_context_tokens_total", "run, how", 'replica=~"$replica"'),
+                        "{{run}} {{how}}",
+                    ),
+                ),
+                "Tokens that calls for rollouts were given: cached, computed for the first time (new), or computed "
+                "again, after a weight sync or because the cache had lost them.",
+                "lost near zero, and little of weight_sync.",
+                "lost: `rollout.max_kv_use` or `rollout.max_trajectories` down. weight_sync: "
+                "`async_training.trigger_parameter_sync_step` up.",
             ),
         ),
     ),

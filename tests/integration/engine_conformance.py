@@ -415,6 +415,24 @@ async def test_a_push_follows_one_whose_sender_died_in_the_middle(engine, traine
         np.testing.assert_array_equal(score.logprobs, good.logprobs)
 
 
+async def test_it_says_what_it_had_cached_and_what_it_has_to_do(engine):
+    """Rollouts of agents begin by it."""
+    prompt = np.random.default_rng(11).integers(2, VOCAB, 300).astype(np.int32)
+    first = await engine.generate("first", prompt, GREEDY, 4)
+    again = await engine.generate("again", np.concatenate([prompt, first.token_ids]), GREEDY, 4)
+    assert first.cached_tokens == 0
+    assert 256 <= again.cached_tokens <= 303, "whole blocks"
+    calls = [asyncio.create_task(engine.generate(f"c{i}", prompt, RANDOM, 100)) for i in range(3 * MAX_RUNNING)]
+    seen = []
+    while not all(call.done() for call in calls):
+        seen.append(await engine.load())
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*calls)
+    assert max(load.waiting for load in seen) >= MAX_RUNNING
+    assert 0 < max(load.kv_use for load in seen) <= 1
+    assert seen[0].kv_tokens >= 1000
+
+
 async def test_a_request_that_cannot_be_is_refused(engine):
     with pytest.raises(EngineError, match="replica 0: too-long"):
         await engine.generate("too-long", np.zeros(600, np.int32), GREEDY, 1)

@@ -164,6 +164,17 @@ def test_places_of_replicas_that_come_and_go(folder):
     )
 
 
+def test_rollouts_in_the_making_of_agents(folder):
+    assert "in the making" not in found(settings(folder), "engine places").detail
+    agent = {"function": "my_agent:solve"}
+    detail = found(settings(folder, rollout={"agent": agent}), "engine places").detail
+    assert "each replica has up to 1024 rollouts in the making (max_trajectories), while" in detail
+    assert "take 80% of its KV cache at most" in detail
+    more = {"agent": agent, "max_kv_use": None, "max_trajectories": 300}
+    detail = found(settings(folder, rollout=more), "engine places").detail
+    assert "has up to 300 rollouts in the making (max_trajectories): at most 9% of the places" in detail
+
+
 @pytest.mark.parametrize(
     ("training", "status", "part"),
     [

@@ -7,7 +7,7 @@ import pytest
 
 from async_rl.errors import EngineError, InvalidTrajectory
 from async_rl.models.config import ModelConfig
-from async_rl.rollout.engine.interface import Sampling
+from async_rl.rollout.engine.interface import EngineLoad, Sampling
 from async_rl.rollout.engine.sglang import answers
 from async_rl.rollout.engine.sglang.answers import Answer
 from async_rl.rollout.partial import PartialRollout
@@ -73,10 +73,11 @@ def test_a_streamed_answer_is_one_output_with_the_version_of_each_token():
             {"type": "stop", "matched": 1},
             weight_versions=versions((6, 0, 2), (7, 2, 4)),
             routed_experts=encoded(rows(6, 2)),
+            cached_tokens=3,
         ),
     )
     output = answer.output(len(PROMPT), 2, MODEL)
-    assert output.token_ids.tolist() == [9, 10, 11, 1]
+    assert (output.token_ids.tolist(), output.cached_tokens) == ([9, 10, 11, 1], 3)
     assert output.logprobs.tolist() == [-9.5, -10.5, -11.5, -1.5]
     assert output.versions.tolist() == [6, 6, 7, 7]
     assert output.finish_reason == "stop"
@@ -184,3 +185,14 @@ def test_what_is_asked_of_the_server():
     body = answers.generate("r#2", PROMPT, greedy, 1, stop_token_ids=[], cache_key="v3", first_row=None)
     assert "return_routed_experts" not in body
     assert [body["sampling_params"][name] for name in ("temperature", "top_p", "top_k")] == [0.0, 1.0, -1]
+
+
+def test_what_the_server_has_to_do():
+    parts = [
+        {"num_waiting_reqs": 2, "token_usage": 0.25, "max_total_num_tokens": 1000, "num_running_reqs": 4},
+        {"num_waiting_reqs": 1, "token_usage": 0.5, "max_total_num_tokens": 1000},
+    ]
+    assert answers.load({"loads": parts}) == EngineLoad(waiting=3, kv_use=0.5, kv_tokens=2000)
+    for wrong in ({}, {"loads": [{"num_waiting_reqs": 2}]}, {"loads": [{**parts[0], "token_usage": "much"}]}):
+        with pytest.raises(EngineError, match="is no load"):
+            answers.load(wrong)

@@ -41,7 +41,7 @@ def engine(monkeypatch):
             finish_reason=subject.ends.pop(0), token_ids=[3, 4], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]),
             routed_experts=None,
         )  # fmt: skip
-        return vllm_engine._Call("r"), SimpleNamespace(outputs=[completion])
+        return vllm_engine._Call("r"), SimpleNamespace(outputs=[completion], num_cached_tokens=16)
 
     async def wait(seconds):
         subject.waits.append(seconds)
@@ -63,6 +63,7 @@ async def test_a_call_that_ended_has_its_tokens_and_one_of_three_ends(engine, re
     engine.ends = [reason]
     output = await generate(engine)
     assert (output.finish_reason, output.token_ids.tolist(), output.versions.tolist()) == (end, [3, 4], [7, 7])
+    assert output.cached_tokens == 16
     assert engine.waits == []
 
 

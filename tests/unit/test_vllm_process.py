@@ -9,6 +9,7 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import ModelError
 from async_rl.models.config import ModelConfig
+from async_rl.rollout.engine.interface import EngineLoad
 from async_rl.rollout.engine.vllm import process
 from async_rl.rollout.engine.vllm.process import check_layout, engine_args, prepare
 
@@ -86,3 +87,14 @@ def test_vllm_is_given_the_numa_nodes_of_its_gpus(monkeypatch, nodes, bind):
     monkeypatch.setattr(process, "_gpu_nodes", lambda _: nodes)
     arguments = engine_args(validate({"model": {"path": "m"}, "data": {"train": "t"}}), 0, DENSE)
     assert (arguments["numa_bind"], arguments["numa_bind_nodes"]) == (bind, nodes)
+
+
+def test_what_the_engine_has_to_do_is_what_its_scheduler_said_last():
+    cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
+    llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), logger_manager=None)
+    assert process.load(llm) == EngineLoad(kv_tokens=1600), "with metrics.engine off"
+    logger = SimpleNamespace(last=None)
+    llm.logger_manager = SimpleNamespace(stat_loggers=[logger])
+    assert process.load(llm) == EngineLoad(kv_tokens=1600), "before the first step"
+    logger.last = SimpleNamespace(num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.75)
+    assert process.load(llm) == EngineLoad(waiting=3, kv_use=0.75, kv_tokens=1600)

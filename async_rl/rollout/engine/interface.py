@@ -49,6 +49,8 @@ class EngineOutput:
     engine without ``routing_spec``."""
     finish_reason: CallEnd
     """Is "abort" when a pause ended the call, which may be before its first token."""
+    cached_tokens: int | None = None
+    """How many of the P tokens sent were read from the prefix cache; None where the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,18 @@ class Score:
     """[N-1, L, K]; None for a dense model."""
     left_behind: int | None = None
     """The xxh3_64 of routed experts that the replica has kept instead, for ``probed_routing``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do."""
+
+    waiting: int = 0
+    """Calls that it has taken and does not compute yet, for lack of a place or of KV cache."""
+    kv_use: float = 0.0
+    """Share of the KV cache that the calls under way have."""
+    kv_tokens: int = 0
+    """Tokens that the KV cache has room for; 0 where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +167,14 @@ class ScoresOnResume(Protocol):
 
     async def resume_and_score(self, sequences: list[Int32Array]) -> list[Score]:
         """Do ``resume`` and then ``score`` as one."""
+
+
+@runtime_checkable
+class ReportsLoad(Protocol):
+    """What an engine may have in addition: rollouts of agents then begin only where it has room for what they cache."""
+
+    async def load(self) -> EngineLoad:
+        """Return what it has to do, as of its last step. Raises EngineError."""
 
 
 @runtime_checkable

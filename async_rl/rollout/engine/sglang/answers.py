@@ -17,7 +17,7 @@ import numpy as np
 
 from async_rl.errors import EngineError
 from async_rl.models.config import ModelConfig
-from async_rl.rollout.engine.interface import CallEnd, EngineOutput, Sampling, Score
+from async_rl.rollout.engine.interface import CallEnd, EngineLoad, EngineOutput, Sampling, Score
 from async_rl.rollout.routing_policies import moe_columns
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
@@ -142,7 +142,21 @@ class Answer:
             versions=stamps(self.last.get("weight_versions") or [], count),
             routed_experts=routed,
             finish_reason=_ENDS[kind],
+            cached_tokens=self.last.get("cached_tokens"),
         )
+
+
+def load(answered: Json) -> EngineLoad:
+    """Return what the answer of ``/v1/loads`` says of the server's schedulers. Raises EngineError."""
+    try:
+        parts = answered["loads"]
+        return EngineLoad(
+            waiting=sum(int(part["num_waiting_reqs"]) for part in parts),
+            kv_use=max((float(part["token_usage"]) for part in parts), default=0.0),
+            kv_tokens=sum(int(part["max_total_num_tokens"]) for part in parts),
+        )
+    except (KeyError, TypeError, ValueError):
+        raise EngineError(f"the server answered {str(answered)[:200]}, which is no load") from None
 
 
 def stamps(spans: Sequence[Mapping[str, Any]], count: int) -> Int32Array:

@@ -32,7 +32,7 @@ from async_rl.errors import EngineError, WeightSyncError
 from async_rl.models import names
 from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.base import BuiltInEngine
-from async_rl.rollout.engine.interface import EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.engine.interface import EngineLoad, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.sglang import answers
 from async_rl.rollout.engine.sglang.answers import Answer, Json
 from async_rl.rollout.engine.sglang.broadcasts import Broadcasts
@@ -195,6 +195,11 @@ class SglangEngine(BuiltInEngine):
         rid = f"score#{next(self._numbers)}"
         answered = await self._post("/generate", answers.score(rid, sequence, cache_key=rid, routed=routed))
         return answers.scored(answered, len(sequence), self._model, routed=routed)
+
+    async def load(self) -> EngineLoad:
+        with self._request("load"):
+            async with self._session.get("/v1/loads", params={"include": "core"}) as response:
+                return answers.load(await response.json())
 
     def metrics(self) -> Iterable[Metric]:
         """Return the server's own metrics, with metrics.engine."""

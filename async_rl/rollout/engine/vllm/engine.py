@@ -33,7 +33,7 @@ from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import EngineDied, EngineError
 from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.base import BuiltInEngine
-from async_rl.rollout.engine.interface import CallEnd, EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.engine.interface import CallEnd, EngineLoad, EngineOutput, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.routing_policies import moe_columns
@@ -203,9 +203,9 @@ class VllmEngine(BuiltInEngine):
         # Now: the version may change while the rest is done.
         versions = self._stamps(call, len(completion.token_ids))
         nbytes = _BYTES_PER_TOKEN * len(versions) + getattr(completion.routed_experts, "nbytes", 0)
-        return await aside(nbytes, lambda: self._output(completion, versions))
+        return await aside(nbytes, lambda: self._output(completion, versions, output.num_cached_tokens))
 
-    def _output(self, completion: Any, versions: Int32Array) -> EngineOutput:
+    def _output(self, completion: Any, versions: Int32Array, cached: int | None) -> EngineOutput:
         """Return what a call has sampled. Of vLLM's lists and columns it makes arrays. Raises EngineError."""
         end = _CALL_END.get(completion.finish_reason)
         if end is None:
@@ -219,7 +219,12 @@ class VllmEngine(BuiltInEngine):
             versions=versions,
             routed_experts=self._columns(completion.routed_experts) if len(versions) else None,
             finish_reason=end,
+            cached_tokens=cached,
         )
+
+    async def load(self) -> EngineLoad:
+        """Return what the scheduler last said of itself, with metrics.engine; else the size of its KV cache alone."""
+        return vllm_process.load(self._engine)
 
     async def _back_off(self, request_id: str, failures: int) -> None:
         """Wait before a call is repeated that failed inside the engine. Raises EngineError after _MAX_FAILURES."""

@@ -16,11 +16,13 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.device import on_cpu
+from async_rl.rollout.engine.interface import EngineLoad
 from async_rl.runtime import logs
 from async_rl.runtime.numa import near_gpus
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 # vllm_engine and weights.shm reach into vLLM where it has no public way; they were written for this version.
 VLLM_VERSION = "0.30."
@@ -150,6 +152,18 @@ def stat_loggers(config: RunConfig) -> list[type] | None:
     # At INFO it would keep the figures of its own log besides, which is written by vLLM's server only.
     logging.getLogger("vllm.v1.metrics.loggers").setLevel(logging.WARNING)
     return [BatchedStatLogger]
+
+
+def load(llm: AsyncLLM) -> EngineLoad:
+    """Return what vLLM's engine has to do, by what its scheduler said after its last step."""
+    cache = llm.vllm_config.cache_config
+    logger = llm.logger_manager.stat_loggers[0] if llm.logger_manager is not None else None
+    stats = getattr(logger, "last", None)
+    return EngineLoad(
+        waiting=0 if stats is None else stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
+        kv_use=0.0 if stats is None else stats.kv_cache_usage,
+        kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+    )
 
 
 def check_layout(hf_config: Any, model: ModelConfig) -> None:

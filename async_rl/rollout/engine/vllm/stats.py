@@ -132,6 +132,8 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
         (self._engine,) = self.engine_indexes  # one scheduler: a replica is an engine of its own
         self.counter = IterationCounter()
         self._schedulers: list[Any] = []  # of each iteration that waits, its statistics
+        self.last: Any = None
+        """The SchedulerStats of the last iteration."""
         self._tokens = [0]  # counted by the end of each
         self._timer: asyncio.TimerHandle | None = None
         # Observed here for each iteration: of those that are added up, vLLM would observe the sum.
@@ -143,6 +145,7 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
     ) -> None:
         if scheduler_stats is not None:
             self._schedulers.append(scheduler_stats)
+            self.last = scheduler_stats
         if iteration_stats is not None:
             self._tokens.append(self.counter.tokens)
         if mm_cache_stats is not None:
