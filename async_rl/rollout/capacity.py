@@ -6,8 +6,9 @@ Of agents, whose rollouts wait for tools, ``making`` decides that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from async_rl.config.rollouts import RolloutSection
 
@@ -32,6 +33,17 @@ class Capacity:
 
     def _wanted(self) -> int:
         return -(-(self._limit - self._unfinished) // self._n)
+
+    async def watch(self) -> NoReturn:
+        """Keep the places up to date with what the engine reports, where that matters."""
+        await asyncio.Future[NoReturn]()
+        raise AssertionError
+
+    async def all_begun(self, group_id: str, responses: Iterable[asyncio.Task[Any]]) -> None:
+        """Return once all responses of a group have begun, or one of the tasks that make them has failed."""
+
+    def close(self) -> None:
+        """Let no further response begin."""
 
     async def wait(self) -> int:
         """Return how many groups may begin, once there is one."""

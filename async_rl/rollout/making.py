@@ -18,11 +18,15 @@ from async_rl.config.rollouts import RolloutSection
 from async_rl.errors import EngineError
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.admission import Admission
+from async_rl.rollout.agents import Agents
+from async_rl.rollout.calls import EngineCalls
 from async_rl.rollout.capacity import Capacity
 from async_rl.rollout.engine.interface import ReportsLoad, RolloutEngine
+from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.rollout.policy import Call
 from async_rl.rollout.prefixes import Computed, in_common
+from async_rl.types import RolloutRecord
 
 # How often an engine is asked for its load; rollouts take seconds to hours.
 _ASKED_EVERY_S = 0.5
@@ -121,13 +125,22 @@ class AgentCapacity(Capacity):
         self._update()
 
     def close(self) -> None:
-        """Let no further rollout begin."""
         self._closed = True
 
-    async def all_begun(self, group_id: str, rollouts: Iterable[asyncio.Task[Any]]) -> None:
-        """Return once all rollouts of a group have begun, or one of these tasks, which make them, has failed."""
+    async def made(self, agents: Agents, calls: EngineCalls, group: InFlight, index: int) -> RolloutRecord:
+        """Return a rollout of a group, which is made now unless it has been. Raises what ``Agents.rollout`` does."""
+        group_id, prompt, rollout_id = group.group_id, group.ticket.prompt, group.trajectory_id(index)
+        if index in group.made:
+            self.is_made(group_id)
+        else:
+            async with self.rollout(group_id, rollout_id) as making:
+                sample = making.calls(lambda *call: calls.sample(prompt, *call))
+                group.made[index] = await agents.rollout(prompt, rollout_id, call=sample)
+        return group.made[index]
+
+    async def all_begun(self, group_id: str, responses: Iterable[asyncio.Task[Any]]) -> None:
         begun = asyncio.create_task(self._begun[group_id].wait())
-        pending: set[asyncio.Task[Any]] = {begun, *rollouts}
+        pending: set[asyncio.Task[Any]] = {begun, *responses}
         try:
             while begun in pending and len(pending) > 1:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -153,7 +166,6 @@ class AgentCapacity(Capacity):
             self._update()
 
     async def watch(self) -> NoReturn:
-        """Ask the engine for its load again and again, and let rollouts in that may begin by it."""
         while True:
             if isinstance(self._engine, ReportsLoad):
                 with contextlib.suppress(EngineError, TimeoutError):

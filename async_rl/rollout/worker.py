@@ -8,7 +8,7 @@ decides what a resumed one sends, ``filters`` which groups are not published, th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -19,7 +19,7 @@ from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.agents import Agents
 from async_rl.rollout.aside import aside
-from async_rl.rollout.calls import ContextTokens, EngineCalls, routing_bytes
+from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.capacity import Capacity
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.engine.interface import RolloutEngine
@@ -60,8 +60,8 @@ class RolloutWorker:
         self._gate = gate
         self._responses = responses
         self._stats = WorkerStats(replica)
-        self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
-        self.agents = Agents(config, responses, self._calls, gate, tokenizer) if config.rollout.agent.named else None
+        self.calls = EngineCalls(engine, gate, responses, self._stats, timeline)
+        self.agents = Agents(config, responses, self.calls, gate, tokenizer) if config.rollout.agent.named else None
         self.making = AgentCapacity(config.rollout, engine) if self.agents is not None else None
         self._capacity = self.making or Capacity(config.rollout)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
@@ -74,14 +74,12 @@ class RolloutWorker:
     async def run(self) -> None:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
-        watches = [asyncio.create_task(watch_engine(self._config, self._name, self._engine, self._gate))]
-        if self.making is not None:
-            watches.append(asyncio.create_task(self.making.watch()))
+        alive = watch_engine(self._config, self._name, self._engine, self._gate)
+        watch: asyncio.Future[Any] = asyncio.gather(alive, self._capacity.watch())
         try:
-            await asyncio.wait({self._work, *watches}, return_when=asyncio.FIRST_COMPLETED)
-            for watch in watches:
-                if watch.done() and not self._stopping:
-                    watch.result()
+            await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and not self._stopping:
+                watch.result()
             await self._work
         except asyncio.CancelledError:
             if not self._stopping:
@@ -89,8 +87,7 @@ class RolloutWorker:
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         finally:
-            for watch in watches:
-                watch.cancel()
+            watch.cancel()
             self._work.cancel()
 
     async def _keep_engine_full(self) -> None:
@@ -139,22 +136,16 @@ class RolloutWorker:
 
         The tokens of a call under way are included once a pause has ended the call.
         """
-        return Moment((*self._adopted, *self._in_flight.values()), self._calls.merging)
+        return Moment((*self._adopted, *self._in_flight.values()), self.calls.merging)
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
         self._adopted += groups
         return [group.group_id for group in self._adopted]
 
-    @property
-    def context_tokens(self) -> Mapping[ContextTokens, int]:
-        """Tokens sent to the engine for rollouts, by what it did with them."""
-        return self._calls.context_tokens
-
     def stats(self) -> WorkerStats:
         """Return the counters, brought up to date."""
-        self._stats.version = self._engine.version
-        self._stats.sampled_tokens = self._engine.sampled_tokens
+        self._stats.version, self._stats.sampled_tokens = self._engine.version, self._engine.sampled_tokens
         self._stats.running_trajectories = self._gate.calls
         self._stats.busy_s, self._stats.paused_s = self._gate.busy_s, self._gate.paused_s
         return self._stats
@@ -162,8 +153,7 @@ class RolloutWorker:
     # -- work ---------------------------------------------------------------------------------------------------
 
     def _cancel_work(self) -> None:
-        if self.making is not None:
-            self.making.close()
+        self._capacity.close()
         if self._work is not None:
             self._work.cancel()
 
@@ -212,8 +202,7 @@ class RolloutWorker:
         settings = self._config.rollout
         tasks = [asyncio.create_task(self._made_or_none(group, index, make)) for index in range(settings.n)]
         try:
-            if self.making is not None and settings.group_timeout_s is not None:
-                await self.making.all_begun(group.group_id, tasks)
+            await self._capacity.all_begun(group.group_id, tasks)
             done, late = await wait_in_time(tasks, self._gate, settings.group_timeout_s)
             finished = tuple(made for task in tasks if task in done and (made := task.result()) is not None)
         finally:
@@ -239,21 +228,11 @@ class RolloutWorker:
 
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if self.agents is not None and self.making is not None:
-            if index not in group.made:
-                group.made[index] = await self._made(self.agents, self.making, group, index)
-            else:
-                self.making.is_made(group.group_id)
-            return index, group.made[index]
+            return index, await self.making.made(self.agents, self.calls, group, index)
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
         return index, await self._built(group, index)
-
-    async def _made(self, agents: Agents, capacity: AgentCapacity, group: InFlight, index: int) -> RolloutRecord:
-        prompt, rollout_id = group.ticket.prompt, group.trajectory_id(index)
-        async with capacity.rollout(group.group_id, rollout_id) as making:
-            sample = making.calls(lambda *call: self._calls.sample(prompt, *call))
-            return await agents.rollout(prompt, rollout_id, call=sample)
 
     async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt
@@ -263,7 +242,7 @@ class RolloutWorker:
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
         with self._capacity.response():
-            keep(await self._responses.complete(start, prompt, lambda *call: self._calls.sample(prompt, *call), keep))
+            keep(await self._responses.complete(start, prompt, lambda *call: self.calls.sample(prompt, *call), keep))
         return index
 
     async def _built(self, group: InFlight, index: int) -> RolloutRecord:

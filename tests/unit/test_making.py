@@ -199,7 +199,7 @@ def turns_taken(kv_tokens, groups=16, **rollout):
         subject = RolloutReplica(config, 0, ListQueue(groups), engine, Digits(), Digits())
         await subject.run()
         await subject.shutdown()
-        return loop.now - 1000, subject._worker.context_tokens
+        return loop.now - 1000, subject._worker.calls.context_tokens
 
     return run(main)
 
@@ -246,7 +246,7 @@ def counted(agent, kv_tokens=10**5):
         HELD["agent"] = lambda *args: agent(subject, engine, *args)
         await subject.run()
         await subject.shutdown()
-        tokens = subject._worker.context_tokens
+        tokens = subject._worker.calls.context_tokens
         return tokens, [sent for _, sent, _ in engine.requests]
 
     return run(main)
