@@ -290,9 +290,9 @@ class RolloutSection(Section):
     max_kv_use: PositiveFloat | None = 0.8
     """With agents, share of an engine's KV cache that the rollouts of a replica may have in their contexts, those
     included that wait for tools, before those of a further group begin; one that has little counts as much as others
-    had in the mean. The rest is for what rollouts that have ended leave behind. Above it, a turn after a long tool finds
-    what came before it gone from the cache, and computes it again: raise it where that costs less than free places.
-    Null for any."""
+    had in the mean. The rest is for what rollouts that have ended leave behind. Above it, a turn after a long tool
+    finds what came before it gone from the cache, and computes it again: raise it where that costs less than free
+    places. Null for any."""
     max_num_batched_tokens: Positive = 4096
     """Tokens of one engine step, including prefill."""
     kv_cache_bytes: Positive = 512 * 2**20

@@ -403,7 +403,7 @@ class RolloutActor(RolloutReplica):
         killed = {"reward": self._rewards.killed, "environment": sum(each.killed for each in self._environments)}
         for function, calls in killed.items():
             self._metrics.count_to("user_calls_killed_total", calls, function=function)
-        for how, tokens in self._worker.context_tokens.items():
+        for how, tokens in self._worker.calls.context_tokens.items():
             self._metrics.count_to("context_tokens_total", tokens, how=how)
         for part in (self._worker.agents, self._worker.making):
             if part is not None:

@@ -130,6 +130,10 @@ class Agents:
         """Return the agent that plays a prompt's rollouts in training; None where these are responses."""
         return self.of(self._responses.terms(prompt))
 
+    def plays(self, prompt: Prompt) -> bool:
+        """Return whether an agent plays a prompt's rollouts in training."""
+        return self.of_prompt(prompt) is not None
+
     async def start(self) -> None:
         """Start what the agents need, so that what is wrong with one is known at once. Raises AgentFailure."""
         for agent in self._agents.values():

@@ -6,16 +6,25 @@ Of agents, whose rollouts wait for tools, ``making`` decides that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
 
 from async_rl.config.rollouts import RolloutSection
+from async_rl.rollout.in_flight import InFlight
+from async_rl.rollout.partial import PartialRollout
+
+Sample = Callable[..., Awaitable[PartialRollout]]
+"""Makes an engine call, and returns the state after it."""
 
 
 class Capacity:
     """The places of one replica, and what takes them: responses that have not ended, and groups not yet published."""
 
-    def __init__(self, settings: RolloutSection) -> None:
+    def __init__(self, settings: RolloutSection, sample: Sample) -> None:
+        """``sample`` is ``EngineCalls.sample``."""
+        self._sample = sample
         self._limit, self._n = settings.trajectory_limit, settings.n
         # Twice what fills the replica: a group with one long response must not leave the places of its other responses
         # empty, and finished groups that wait for capacity in the queue must not pile up.
@@ -32,6 +41,17 @@ class Capacity:
 
     def _wanted(self) -> int:
         return -(-(self._limit - self._unfinished) // self._n)
+
+    async def watch(self) -> NoReturn:
+        """Keep the places up to date with what the engine reports, where that matters."""
+        await asyncio.Future[NoReturn]()
+        raise AssertionError
+
+    async def all_begun(self, group_id: str, responses: Iterable[asyncio.Task[Any]]) -> None:
+        """Return once all responses of a group have begun, or one of the tasks that make them has failed."""
+
+    def close(self) -> None:
+        """Let no further response begin."""
 
     async def wait(self) -> int:
         """Return how many groups may begin, once there is one."""
@@ -51,11 +71,21 @@ class Capacity:
         self._groups.discard(group_id)
         self._update()
 
-    @contextmanager
-    def response(self) -> Iterator[None]:
-        """Count a response of a group as unfinished until this ends."""
+    def is_made(self, group_id: str) -> None:
+        """Count a rollout of a group that has ended already, in another worker."""
+        del group_id
+        self._unfinished -= 1
+        self._update()
+
+    @asynccontextmanager
+    async def rollout(self, group: InFlight, index: int) -> AsyncIterator[Sample]:
+        """Wait until a rollout may begin, and count it as unfinished until this ends.
+
+        Yields what makes its engine calls: (partial rollout, request id, stop strings) -> the state after one more.
+        """
+        del index
         try:
-            yield
+            yield functools.partial(self._sample, group.ticket.prompt)
         finally:
             self._unfinished -= 1
             self._update()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,10 +19,10 @@ from async_rl.config.rollouts import RolloutSection
 from async_rl.errors import EngineError
 from async_rl.metrics.exporter import Metrics
 from async_rl.rollout.admission import Admission
-from async_rl.rollout.capacity import Capacity
+from async_rl.rollout.capacity import Capacity, Sample
 from async_rl.rollout.engine.interface import ReportsLoad, RolloutEngine
+from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.policy import Call
 from async_rl.rollout.prefixes import Computed, in_common
 
 # How often an engine is asked for its load; rollouts take seconds to hours.
@@ -29,9 +30,6 @@ _ASKED_EVERY_S = 0.5
 
 # An engine that does not answer by then is asked again. ``engine.liveness`` says what is wrong with it.
 _ANSWER_S = 5.0
-
-Sample = Callable[[PartialRollout, str, Sequence[str], Computed], Awaitable[PartialRollout]]
-"""As ``policy.Call``, and what an earlier call has computed of the context of a trajectory that begins."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,10 +50,10 @@ class Making:
         self._last: dict[str, PartialRollout] = {}  # by trajectory id, as its last call has left it
         self._shared: dict[str, tuple[int, Computed]] = {}  # what a trajectory has in common with others, by its id
 
-    def calls(self, sample: Sample) -> Call:
-        """Return ``sample`` as the rollout's policy calls it."""
+    def calls(self, sample: Sample) -> Sample:
+        """Return ``sample`` as the rollout is to call it."""
 
-        async def call(partial: PartialRollout, request_id: str, stop: Sequence[str]) -> PartialRollout:
+        async def call(partial: PartialRollout, request_id: str, stop: Sequence[str] = ()) -> PartialRollout:
             name = partial.trajectory_id
             if name not in self._shared:
                 self._shared[name] = self._begins_with(partial)
@@ -83,16 +81,16 @@ class Making:
 
 
 class AgentCapacity(Capacity):
-    """The places of a replica whose rollouts are those of agents."""
+    """The places of a replica of a run with agents."""
 
-    def __init__(self, settings: RolloutSection, engine: RolloutEngine) -> None:
+    def __init__(self, settings: RolloutSection, sample: Sample, engine: RolloutEngine) -> None:
         self._admission = Admission(settings.max_num_seqs, settings.trajectory_limit, settings.n, settings.max_kv_use)
         self._engine = engine
         self._closed = False
         self._begun: dict[str, asyncio.Event] = {}  # by group: all of its rollouts have begun
         self._waiting: deque[_Coming] = deque()
         self._uses: list[float] = []  # of the KV cache, at the beginning of rollouts since they were published
-        super().__init__(settings)
+        super().__init__(settings, sample)
 
     @property
     def open(self) -> int:
@@ -113,19 +111,16 @@ class AgentCapacity(Capacity):
         super().end_group(group_id)
 
     def is_made(self, group_id: str) -> None:
-        """Count a rollout of a group that has ended already, in another worker."""
         self._admission.is_made(group_id)
         self._note_begun(group_id)
         self._update()
 
     def close(self) -> None:
-        """Let no further rollout begin."""
         self._closed = True
 
-    async def all_begun(self, group_id: str, rollouts: Iterable[asyncio.Task[Any]]) -> None:
-        """Return once all rollouts of a group have begun, or one of these tasks, which make them, has failed."""
+    async def all_begun(self, group_id: str, responses: Iterable[asyncio.Task[Any]]) -> None:
         begun = asyncio.create_task(self._begun[group_id].wait())
-        pending: set[asyncio.Task[Any]] = {begun, *rollouts}
+        pending: set[asyncio.Task[Any]] = {begun, *responses}
         try:
             while begun in pending and len(pending) > 1:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -135,14 +130,15 @@ class AgentCapacity(Capacity):
             begun.cancel()
 
     @contextlib.asynccontextmanager
-    async def rollout(self, group_id: str, rollout_id: str) -> AsyncIterator[Making]:
-        """Wait until a rollout may begin, and count it as in the making until this ends."""
-        coming = _Coming(group_id, rollout_id, asyncio.get_running_loop().create_future())
+    async def rollout(self, group: InFlight, index: int) -> AsyncIterator[Sample]:
+        rollout_id = group.trajectory_id(index)
+        coming = _Coming(group.group_id, rollout_id, asyncio.get_running_loop().create_future())
         self._waiting.append(coming)
         self._update()
         try:
             await coming.turn
-            yield Making(self._admission, rollout_id, self._update)
+            sample = functools.partial(self._sample, group.ticket.prompt)
+            yield Making(self._admission, rollout_id, self._update).calls(sample)
         finally:
             if coming.let_in:
                 self._admission.end(rollout_id)
@@ -151,7 +147,6 @@ class AgentCapacity(Capacity):
             self._update()
 
     async def watch(self) -> NoReturn:
-        """Ask the engine for its load again and again, and let rollouts in that may begin by it."""
         while True:
             if isinstance(self._engine, ReportsLoad):
                 with contextlib.suppress(EngineError, TimeoutError):

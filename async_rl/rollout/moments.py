@@ -23,7 +23,7 @@ from async_rl.rollout import in_flight
 from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.partial import PartialRollout
 from async_rl.runtime.manifest import FileEntry, write_file
-from async_rl.types import source_of
+from async_rl.types import Prompt, source_of
 
 log = structlog.get_logger(__name__)
 
@@ -47,11 +47,11 @@ class Moment:
         groups: Iterable[InFlight],
         merging: Mapping[str, asyncio.Future[PartialRollout]] | None = None,
         *,
-        of_agents: Callable[[InFlight], bool] = lambda _: False,
+        of_agents: Callable[[Prompt], bool] = lambda _: False,
     ) -> None:
         """Take ``groups``. ``merging`` has, by trajectory id, what answers of the engine will have made of some.
 
-        of_agents: whether an agent makes the rollouts of a group, of which a trajectory has the id of a response.
+        of_agents: whether an agent makes the rollouts of a prompt, of which a trajectory has the id of a response.
         """
         self._groups = [group.copy() for group in groups]
         self._merging = dict(merging or {})
@@ -82,7 +82,7 @@ class Moment:
 
     async def _settle(self, group: InFlight) -> None:
         """Add the answers that were being merged at the moment. One that could not be merged is left out."""
-        for index in () if self._of_agents(group) else range(len(group.partials)):
+        for index in () if self._of_agents(group.ticket.prompt) else range(len(group.partials)):
             if (partial := await self._merged(group.trajectory_id(index))) is not None:
                 group.partials[index] = partial
         for index, parked in group.parked.items():
@@ -99,7 +99,7 @@ class Moment:
 
     def _under_way(self, group: InFlight) -> Iterator[str]:
         """Yield the trajectory ids of which engine calls may be under way."""
-        if not self._of_agents(group):
+        if not self._of_agents(group.ticket.prompt):
             yield from (group.trajectory_id(index) for index in range(len(group.partials)))
         for parked in group.parked.values():
             yield from parked.session.under_way

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -44,6 +44,10 @@ _KNOWN_STOPS = 256
 log = structlog.get_logger(__name__)
 
 # (partial rollout, request id) -> the partial rollout after one more engine call.
+_T = TypeVar("_T")
+Make = Callable[[InFlight, int], Awaitable[_T]]
+"""Makes something of a group's response, by its index."""
+
 Call = Callable[[PartialRollout, str], Awaitable[PartialRollout]]
 Keep = Callable[[PartialRollout], None]
 
@@ -205,6 +209,15 @@ class Responses:
         if isinstance(error, AgentFailure):
             return terms.agent is None or self._config.rollout.agent_sections[terms.agent].on_error == "fail"
         return isinstance(error, EngineDied)
+
+    async def unless_left_out(self, group: InFlight, index: int, make: Make[_T]) -> _T | None:
+        """Return what ``make`` makes of a response; None if that failed and its group can do without it."""
+        try:
+            return await make(group, index)
+        except COST_THEIR_GROUP as error:
+            if not self.leave_out(group, index, error):
+                raise
+            return None
 
     def leave_out(self, group: InFlight, index: int, error: Exception) -> bool:
         """Return whether the group is published without a response that failed, as rollout.min_group_size allows."""

@@ -8,9 +8,7 @@ decides what a resumed one sends, ``filters`` which groups are not published, th
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -21,7 +19,7 @@ from async_rl.queue.broker import TIMEOUT
 from async_rl.queue.client import QueueClient
 from async_rl.rollout.agents import Agents
 from async_rl.rollout.aside import aside
-from async_rl.rollout.calls import ContextTokens, EngineCalls, routing_bytes
+from async_rl.rollout.calls import EngineCalls, routing_bytes
 from async_rl.rollout.capacity import Capacity
 from async_rl.rollout.deadline import wait_in_time
 from async_rl.rollout.engine.interface import RolloutEngine
@@ -31,15 +29,13 @@ from async_rl.rollout.in_flight import InFlight
 from async_rl.rollout.making import AgentCapacity
 from async_rl.rollout.moments import Moment
 from async_rl.rollout.partial import PartialRollout
-from async_rl.rollout.policy import Call
-from async_rl.rollout.responses import COST_THEIR_GROUP, Responses, failure_reason
+from async_rl.rollout.responses import COST_THEIR_GROUP, Make, Responses, failure_reason
 from async_rl.rollout.stats import WorkerStats, worker_id
 from async_rl.types import Group, RolloutRecord
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
-_Make = Callable[[InFlight, int], Awaitable[_T]]
 
 
 class RolloutWorker:
@@ -63,10 +59,11 @@ class RolloutWorker:
         self._gate = gate
         self._responses = responses
         self._stats = WorkerStats(replica)
-        self._calls = EngineCalls(engine, gate, responses, self._stats, timeline)
-        self.agents = Agents(config, responses, self._calls, gate, tokenizer)
-        self.making = AgentCapacity(config.rollout, engine) if config.rollout.agent_sections else None
-        self._capacity = self.making or Capacity(config.rollout)
+        self.calls = EngineCalls(engine, gate, responses, self._stats, timeline)
+        self.agents = Agents(config, responses, self.calls, gate, tokenizer)
+        sections, sample = config.rollout.agent_sections, self.calls.sample
+        self.making = AgentCapacity(config.rollout, sample, engine) if sections else None
+        self._capacity = self.making or Capacity(config.rollout, sample)
         self._in_flight: dict[str, InFlight] = {}  # groups taken and not yet published
         self._adopted: list[InFlight] = []  # groups of another worker, which ``run`` begins with
         self._work: asyncio.Task[None] | None = None
@@ -77,14 +74,12 @@ class RolloutWorker:
     async def run(self) -> None:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
-        watches = [asyncio.create_task(watch_engine(self._config, self._name, self._engine, self._gate))]
-        if self.making is not None:
-            watches.append(asyncio.create_task(self.making.watch()))
+        alive = watch_engine(self._config, self._name, self._engine, self._gate)
+        watch: asyncio.Future[Any] = asyncio.gather(alive, self._capacity.watch())
         try:
-            await asyncio.wait({self._work, *watches}, return_when=asyncio.FIRST_COMPLETED)
-            for watch in watches:
-                if watch.done() and not self._stopping:
-                    watch.result()
+            await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and not self._stopping:
+                watch.result()
             await self._work
         except asyncio.CancelledError:
             if not self._stopping:
@@ -92,8 +87,7 @@ class RolloutWorker:
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         finally:
-            for watch in watches:
-                watch.cancel()
+            watch.cancel()
             self._work.cancel()
 
     async def _keep_engine_full(self) -> None:
@@ -141,25 +135,16 @@ class RolloutWorker:
         The tokens of a call under way are included once a pause has ended the call.
         """
         groups = (*self._adopted, *self._in_flight.values())
-        return Moment(groups, self._calls.merging, of_agents=self._is_of_agent)
-
-    def _is_of_agent(self, group: InFlight) -> bool:
-        return self.agents.of_prompt(group.ticket.prompt) is not None
+        return Moment(groups, self.calls.merging, of_agents=self.agents.plays)
 
     def adopt(self, groups: Sequence[InFlight]) -> list[str]:
         """Resume groups of another worker when ``run`` is called. Returns the ids of all that were adopted."""
         self._adopted += groups
         return [group.group_id for group in self._adopted]
 
-    @property
-    def context_tokens(self) -> Mapping[ContextTokens, int]:
-        """Tokens sent to the engine for rollouts, by what it did with them."""
-        return self._calls.context_tokens
-
     def stats(self) -> WorkerStats:
         """Return the counters, brought up to date."""
-        self._stats.version = self._engine.version
-        self._stats.sampled_tokens = self._engine.sampled_tokens
+        self._stats.version, self._stats.sampled_tokens = self._engine.version, self._engine.sampled_tokens
         self._stats.running_trajectories = self._gate.calls
         self._stats.busy_s, self._stats.paused_s = self._gate.busy_s, self._gate.paused_s
         return self._stats
@@ -167,8 +152,7 @@ class RolloutWorker:
     # -- work ---------------------------------------------------------------------------------------------------
 
     def _cancel_work(self) -> None:
-        if self.making is not None:
-            self.making.close()
+        self._capacity.close()
         if self._work is not None:
             self._work.cancel()
 
@@ -199,7 +183,7 @@ class RolloutWorker:
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
-        if self.agents.of_prompt(group.ticket.prompt) is not None or not self._responses.whole_groups:
+        if self.agents.plays(group.ticket.prompt) or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)
         ended = await self._in_time(group, self._completed)
@@ -209,16 +193,17 @@ class RolloutWorker:
         self._stats.cut_groups += len(scored) < len(ended) == self._config.rollout.n
         return {index: await self._built(group, index) for index in scored}
 
-    async def _in_time(self, group: InFlight, make: _Make[_T]) -> tuple[_T, ...] | None:
+    async def _in_time(self, group: InFlight, make: Make[_T]) -> tuple[_T, ...] | None:
         """Make something of each response, without those that failed and, after rollout.group_timeout_s, the late ones.
 
         Returns None if too few are finished by then.
         """
         settings = self._config.rollout
-        tasks = [asyncio.create_task(self._made_or_none(group, index, make)) for index in range(settings.n)]
+        tasks = [
+            asyncio.create_task(self._responses.unless_left_out(group, index, make)) for index in range(settings.n)
+        ]
         try:
-            if self.making is not None and settings.group_timeout_s is not None:
-                await self.making.all_begun(group.group_id, tasks)
+            await self._capacity.all_begun(group.group_id, tasks)
             done, late = await wait_in_time(tasks, self._gate, settings.group_timeout_s)
             finished = tuple(made for task in tasks if task in done and (made := task.result()) is not None)
         finally:
@@ -233,38 +218,18 @@ class RolloutWorker:
         self._stats.cut_groups += len(finished) < settings.n
         return finished
 
-    async def _made_or_none(self, group: InFlight, index: int, make: _Make[_T]) -> _T | None:
-        """Return what ``make`` makes of a response; None if that failed and its group can do without it."""
-        try:
-            return await make(group, index)
-        except COST_THEIR_GROUP as error:
-            if not self._responses.leave_out(group, index, error):
-                raise
-            return None
-
     async def _rollout(self, group: InFlight, index: int) -> tuple[int, RolloutRecord]:
         if (agent := self.agents.of_prompt(group.ticket.prompt)) is not None:
-            if index not in group.made:
-                async with self._begun(group, index) as call:
+            if index in group.made:
+                self._capacity.is_made(group.group_id)
+            else:
+                async with self._capacity.rollout(group, index) as call:
                     await agent.rollout_of(group, index, call)
-            elif self.making is not None:
-                self.making.is_made(group.group_id)
             return index, group.made[index]
         await self._completed(group, index)
         if group.scores[index] is None:
             group.scores[index] = await self._responses.score(group, index)
         return index, await self._built(group, index)
-
-    @contextlib.asynccontextmanager
-    async def _begun(self, group: InFlight, index: int) -> AsyncIterator[Call]:
-        """Wait until a rollout may begin, and yield how its engine calls are made."""
-        sample = functools.partial(self._calls.sample, group.ticket.prompt)
-        if self.making is None:
-            with self._capacity.response():
-                yield sample
-        else:
-            async with self.making.rollout(group.group_id, group.trajectory_id(index)) as making:
-                yield making.calls(sample)
 
     async def _completed(self, group: InFlight, index: int) -> int:
         prompt = group.ticket.prompt
@@ -273,7 +238,7 @@ class RolloutWorker:
             group.partials[index] = partial
 
         start = group.partials[index] or self._responses.begin(group.trajectory_id(index), prompt)
-        async with self._begun(group, index) as call:
+        async with self._capacity.rollout(group, index) as call:
             keep(await self._responses.complete(start, prompt, call, keep))
         return index
 

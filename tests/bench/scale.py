@@ -174,7 +174,7 @@ async def measure_pause(calls: int, tokens: int, rows: ExpertIds) -> dict[str, f
     await replica.pause()
     paused = time.perf_counter() - began
     await replica._gate.wait_quiet()
-    while merging := replica._worker._calls.merging:
+    while merging := replica._worker.calls.merging:
         await asyncio.wait(merging.values())
     all_merged = time.perf_counter() - began
     merged.set()

@@ -124,7 +124,7 @@ async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) ->
         await asyncio.sleep(0.25)
         if begun is None and loop.time() >= start:
             engine._count_places(0)
-            begun = (loop.time(), engine.place_seconds, dict(replica._worker.context_tokens), len(SCENE.took))
+            begun = (loop.time(), engine.place_seconds, dict(replica._worker.calls.context_tokens), len(SCENE.took))
         elif begun is not None:
             open_seconds += making.open * (loop.time() - last)
         last = loop.time()
@@ -136,7 +136,7 @@ async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) ->
     engine._count_places(0)
     assert begun is not None
     seconds = loop.time() - begun[0]
-    tokens = {how: count - begun[2].get(how, 0) for how, count in replica._worker.context_tokens.items()}
+    tokens = {how: count - begun[2].get(how, 0) for how, count in replica._worker.calls.context_tokens.items()}
     computed = tokens["new"] + tokens["lost"] + tokens["weight_sync"]
     took = SCENE.took[begun[3] :]
     await replica.shutdown()

@@ -76,6 +76,8 @@ PURE = {
     "async_rl.rollout.rewards.text",
     "async_rl.rollout.routing_policies",
     "async_rl.rollout.saved_session",
+    "async_rl.rollout.admission",
+    "async_rl.rollout.prefixes",
     "async_rl.rollout.session",
     "async_rl.rollout.stop_strings",
     "async_rl.rollout.stops",

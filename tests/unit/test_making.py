@@ -126,7 +126,7 @@ async def does_anything(prompt, policy, context):
     for _ in range(rng.integers(0, 4)):
         count = 1 + int(rng.random() < 0.3)
         replies = await asyncio.gather(*(policy.complete(history) for _ in range(count)))
-        await asyncio.sleep(rng.exponential(3.0))
+        await asyncio.sleep(round(rng.exponential(3.0) * 64) / 64)  # exact, as all times here: limits end on the dot
         if rng.random() < 0.1:
             raise ValueError("a tool is gone")
         history = [*history, *replies[0].token_ids, *of_others(rng, 5)] if rng.random() < 0.7 else history[:-1] or [1]
@@ -156,8 +156,8 @@ def test_invariant_5_every_group_that_was_taken_ends_once(seed, places, limit, k
             "async_training": {"partial_rollout": {"mode": mode}},
         }
         config = validate(tree)
-        script = Script(layout=Layout(None, frozenset({0}), 10_000), tokens_per_turn=4, turn_s=0.3)
-        engine = KvEngine(config, script, Speed(places, kv_tokens, turn=12))
+        script = Script(layout=Layout(None, frozenset({0}), 10_000), tokens_per_turn=4, turn_s=0.25)
+        engine = KvEngine(config, script, Speed(places, kv_tokens, turn=12, prefill_tokens_per_s=2**14))
         queue = Counting(8)
         subject = RolloutReplica(config, 0, queue, engine, Digits(), Digits())
         running = asyncio.create_task(subject.run())
@@ -199,7 +199,7 @@ def turns_taken(kv_tokens, groups=16, **rollout):
         subject = RolloutReplica(config, 0, ListQueue(groups), engine, Digits(), Digits())
         await subject.run()
         await subject.shutdown()
-        return loop.now - 1000, subject._worker.context_tokens
+        return loop.now - 1000, subject._worker.calls.context_tokens
 
     return run(main)
 
@@ -246,7 +246,7 @@ def counted(agent, kv_tokens=10**5):
         HELD["agent"] = lambda *args: agent(subject, engine, *args)
         await subject.run()
         await subject.shutdown()
-        tokens = subject._worker.context_tokens
+        tokens = subject._worker.calls.context_tokens
         return tokens, [sent for _, sent, _ in engine.requests]
 
     return run(main)
