@@ -1,5 +1,5 @@
 """An agent that asks over HTTP with OpenAI's client, and does all that makes branches: it calls tools, edits what was
-said, asks twice at one time, begins anew, and repeats requests.
+said, asks twice at one time, begins a second conversation, and repeats requests.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ RUNNING = {}
 
 
 class Agent:
-    """One rollout's agent. ``heard``: the turns by what it calls them, those of repeated requests in a list besides."""
+    """One rollout's agent. ``heard``: the turns by what it calls them, ``again``: those of repeated requests."""
 
     def __init__(self, client, policy):
         self.client, self.policy = client, policy

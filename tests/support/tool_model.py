@@ -19,8 +19,8 @@ _HERMES = TOOL_FAMILIES["hermes"]
 _CALLS = tuple(f'<tool_call>\n{{"name": "look", "arguments": {{"n": {n}}}}}\n</tool_call>' for n in range(12))
 _FAMILY = dataclasses.replace(_HERMES, added=(*_HERMES.added, *_CALLS))
 
-# So that a turn has about 15 tokens, give or take many: what all embeddings have in common is in every hidden state, and
-# a row of the output layer can ask for it.
+# So that a turn has about 15 tokens, give or take many: what all embeddings have in common is in every hidden state, so
+# that a row of the output layer can ask for it.
 _COMMON, _ENDS = 0.02, 2.3
 
 
@@ -39,9 +39,14 @@ def make_tool_model(folder):
 
 
 def greedy_weights(folder):
-    """Return weights for such a model with which a greedy policy says something, and has turns of some length."""
-    tensors = _written(folder)
-    tensors["lm_head.weight"][_end()] *= 2
+    """Return weights for such a model with which a greedy policy has turns of some length, with calls.
+
+    One whose last hidden state is less that of its last token repeats itself at once.
+    """
+    tensors, end = _written(folder), _end()
+    tensors["model.embed_tokens.weight"] *= 8
+    tensors["lm_head.weight"][end] *= 2
+    tensors["lm_head.weight"][end + 1 :] *= 1.5
     return tensors
 
 
