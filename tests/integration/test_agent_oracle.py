@@ -30,12 +30,7 @@ from tests.support.oracle import EXACT, apart, load_versions, make_versions, say
 from tests.support.scripted_replica import Digits, ListQueue
 from tests.support.tool_model import greedy_weights, make_tool_model
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.megatron,
-    pytest.mark.slow,
-    pytest.mark.asyncio(loop_scope="module"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 VERSIONS = 6  # unlike weights; the policy versions of the module go through them again and again
 GROUPS, ROLLOUTS = 3, 2
