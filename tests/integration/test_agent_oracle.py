@@ -42,7 +42,7 @@ by_setup = pytest.mark.parametrize("setup", SETUPS, ids="-".join)
 
 def settings(folder, mode="resume", routing="replace"):
     agent = {"function": "tests.support.branching_agent:works"}
-    config = engine_config(folder, n=ROLLOUTS, max_num_seqs=24, max_response_tokens=700, agent=agent)
+    config = engine_config(folder, n=ROLLOUTS, max_num_seqs=24, max_response_tokens=760, agent=agent)
     tree = config.model_dump(mode="json", exclude_unset=True)
     return validate({**tree, "async_training": {"partial_rollout": {"mode": mode, "routing": routing}}})
 
