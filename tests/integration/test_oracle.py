@@ -7,10 +7,7 @@ every fault that must be seen. One real engine and one process for the real trai
 from __future__ import annotations
 
 import asyncio
-import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -33,17 +30,15 @@ from tests.support.engine_checkpoint import (
     Pusher,
     engine_config,
     make_checkpoint,
-    perturbed,
     running,
     until_sampled,
 )
 from tests.support.groups import grouped, with_trajectories
+from tests.support.oracle import EXACT, apart, load_versions, make_versions, say, trainer_calls, trainer_logprobs
 from tests.support.step_records import step_record
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.asyncio(loop_scope="module")]
 
-# The bound that the whole module is about: float32 that adds in another order, and nothing else.
-EXACT = 1e-5
 RANDOM = Sampling(temperature=1.0, top_p=1.0)
 VERSIONS = 6
 RUNNING = 24
@@ -58,27 +53,14 @@ def dense():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, dense):
     """A checkpoint for each policy version, each unlike the others."""
-    from safetensors.torch import load_file, save_file
-
     # No token ends a response, so that none is over before the last push.
     first = make_checkpoint(tmp_path_factory.mktemp("version0"), eos=None, dense=dense)
-    base = load_file(first / "model.safetensors")
-    result = [first]
-    for version in range(1, VERSIONS):
-        folder = tmp_path_factory.mktemp(f"version{version}")
-        for name in ("config.json", "generation_config.json"):
-            shutil.copy(first / name, folder / name)
-        save_file(perturbed(base, 0.02, seed=version), folder / "model.safetensors", metadata={"format": "pt"})
-        result.append(folder)
-    return result
+    return make_versions(first, VERSIONS, lambda version: tmp_path_factory.mktemp(f"version{version}"))
 
 
 @pytest.fixture(scope="module")
 def weights(folders):
-    """The tensors of each version, by name."""
-    from safetensors.torch import load_file
-
-    return [load_file(folder / "model.safetensors") for folder in folders]
+    return load_versions(folders)
 
 
 @pytest.fixture(scope="module")
@@ -102,19 +84,9 @@ async def pusher(engine, weights):
 
 @pytest.fixture(scope="module")
 def trainer(engine):
-    """``await trainer(function, ...)``: a function of trainer_process, in that process. Started after the engine, whose
-    set-up of this process's environment it inherits."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-
-        def call(function, *arguments, **keywords):
-            return asyncio.wrap_future(pool.submit(function, *arguments, **keywords))
-
+    """``await trainer(function, ...)``: a function of trainer_process, in that process."""
+    with trainer_calls() as call:
         yield call
-
-
-async def trainer_logprobs(trainer, folder, sequences, rows):
-    await trainer(trainer_process.open_trainer, folder)
-    return await trainer(trainer_process.ask, "logprobs", sequences, rows)
 
 
 def prompt(seed, length=17):
@@ -174,10 +146,6 @@ async def test_trainer_and_transformers_agree_on_routing_that_no_router_chose(tr
     native = await trainer(trainer_process.ask, "logprobs", sequences)
     assert apart(ours, theirs) <= EXACT
     assert apart(ours, native) > 0.1
-
-
-def apart(a, b):
-    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
 
 
 # ---- partial rollouts, per policy ----------------------------------------------------------------------------------
@@ -246,19 +214,16 @@ def kept_rows(t, i):
     return t.routed_experts[: needed(t, i)]
 
 
-def say(policy, name, cases):
+def said(policy, name, cases):
     values = np.concatenate([diffs for _, _, diffs in cases])
-    print(
-        f"\n  {policy:9s} {name:34s} {len(values):5d} tokens, {(values > EXACT).mean():6.1%} differ, "
-        f"mean {values.mean():.1e}, max {values.max():.1e}"
-    )
+    say(policy, name, values)
     return values
 
 
 async def test_exact_every_token_agrees_at_the_version_that_sampled_it(trainer, folders, interrupted):
     trajectories = interrupted["exact"]
     assert {len(t.segments) for t in trajectories} >= {1, VERSIONS}
-    values = say("exact", "all tokens", await differences(trainer, folders, trajectories, own_rows))
+    values = said("exact", "all tokens", await differences(trainer, folders, trajectories, own_rows))
     assert len(values) == sum(len(t.response_ids) for t in trajectories)
     assert values.max() <= EXACT
 
@@ -266,8 +231,8 @@ async def test_exact_every_token_agrees_at_the_version_that_sampled_it(trainer, 
 async def test_replace_agrees_after_the_last_resume_point_and_not_before(trainer, folders, interrupted):
     trajectories = interrupted["replace"]
     cases = await differences(trainer, folders, trajectories, kept_rows)
-    last = say("replace", "after the last resume point", [c for c in cases if c[1] == len(c[0].segments) - 1])
-    before = say("replace", "before it", [c for c in cases if c[1] < len(c[0].segments) - 1])
+    last = said("replace", "after the last resume point", [c for c in cases if c[1] == len(c[0].segments) - 1])
+    before = said("replace", "before it", [c for c in cases if c[1] < len(c[0].segments) - 1])
     assert last.max() <= EXACT
     assert before.max() > 1000 * EXACT
     assert before.mean() > 1000 * last.mean()
@@ -276,8 +241,8 @@ async def test_replace_agrees_after_the_last_resume_point_and_not_before(trainer
 async def test_preserve_agrees_before_the_first_resume_point_and_not_after(trainer, folders, interrupted):
     trajectories = interrupted["preserve"]
     cases = await differences(trainer, folders, trajectories, kept_rows)
-    first = say("preserve", "before the first resume point", [c for c in cases if c[1] == 0])
-    after = say("preserve", "after it", [c for c in cases if c[1] > 0])
+    first = said("preserve", "before the first resume point", [c for c in cases if c[1] == 0])
+    after = said("preserve", "after it", [c for c in cases if c[1] > 0])
     assert first.max() <= EXACT
     assert after.max() > 1000 * EXACT
     assert after.mean() > 1000 * first.mean()
@@ -309,8 +274,8 @@ async def test_what_differs_differs_because_its_rows_are_not_those_of_its_own_ca
         seen = np.maximum.accumulate(wrong)[len(t.prompt_ids) - 1 + t.segments[i].start :]
         unlike.append((t, i, diffs[seen]))
         alike.append((t, i, diffs[~seen]))
-    other = say(policy, "some row is not its own call's", unlike)
-    same = say(policy, "all rows are its own call's", alike)
+    other = said(policy, "some row is not its own call's", unlike)
+    same = said(policy, "all rows are its own call's", alike)
     assert same.max() <= EXACT
     assert len(same) > 50
     assert other.mean() > 1000 * same.mean()

@@ -22,13 +22,13 @@ EOS = 1
 MAX_RUNNING = 8
 
 
-def make_checkpoint(path: Path, eos: int | None = EOS, dense: Sequence[int] = (1,)) -> Path:
-    """A checkpoint in ``path``; ``dense``: its layers without experts."""
+def make_checkpoint(path: Path, eos: int | None = EOS, dense: Sequence[int] = (1,), vocab: int = VOCAB) -> Path:
+    """A checkpoint in ``path``; ``dense``: its layers without experts; ``vocab``: how many tokens it has."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=128,
         moe_intermediate_size=64,

@@ -62,40 +62,77 @@ def train_once(folder, groups, **settings):
 def oracle_logprobs(folder, sequences, routing):
     """Return log-probs float32[N-1] of each sequence by transformers in float32, with the experts of ``routing``.
 
-    routing: [N-1, L, K] each; the row of the last token, which predicts no token, is invented. The experts are eager
-    ones, because the grouped kernel has been seen to be off by 1e-4 on the CPU now and then.
+    routing: [N-1, L, K] each.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+    calls = [(ids, rows, [(folder, len(rows))]) for ids, rows in zip(sequences, routing, strict=True)]
+    return [logprobs for logprobs, _ in oracle_calls(calls)]
 
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
-    routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
-    forced: list[Any] = [None] * len(routers)
 
-    def force(index):
-        router = routers[index]
+def oracle_calls(calls):
+    """Compute engine calls (token ids int32[N], experts [N-1, L, K], parts) by transformers in float32.
 
+    parts: (folder, stop) of each stretch of a call between two pushes; the positions up to ``stop`` are computed with
+    the weights of ``folder``, and attend to what the stretches before have left in the cache. Returns of each call
+    log-probs float32[N-1], and float32[N-1] how far its experts are from the routers' own choice: by how much, in the
+    worst layer, the router scores one that it would choose above one that it was given. 0 where they are the same.
+    """
+    models: dict[Any, _Oracle] = {}
+    result = []
+    for ids, rows, parts in calls:
+        start, cache, found = 0, None, []
+        for folder, stop in parts:
+            if folder not in models:
+                models[folder] = _Oracle(folder)
+            logprobs, regret, cache = models[folder].run(ids, rows, start, stop, cache)
+            found.append((logprobs, regret))
+            start = stop
+        result.append(tuple(map(np.concatenate, zip(*found, strict=True))))
+    return result
+
+
+class _Oracle:
+    """A model of transformers whose routers take the experts that they are given.
+
+    The experts are eager ones, because the grouped kernel has been seen to be off by 1e-4 on the CPU now and then.
+    """
+
+    def __init__(self, folder):
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
+        self.given: list[Any] = []
+        self.regret: list[Any] = []
+        for layer, router in enumerate(m for m in self.model.modules() if isinstance(m, Qwen3MoeTopKRouter)):
+            router.forward = self._forward(router, layer)
+
+    def _forward(self, router, layer):
         def forward(hidden):
-            hidden = hidden.reshape(-1, router.hidden_dim)
-            logits = torch.nn.functional.linear(hidden, router.weight)
-            scores = logits.softmax(-1, dtype=torch.float).gather(1, forced[index])
+            import torch
+
+            given = self.given[layer]
+            logits = torch.nn.functional.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
+            self.regret.append(logits.topk(router.top_k).values[:, -1] - logits.gather(1, given).min(-1).values)
+            scores = logits.softmax(-1, dtype=torch.float).gather(1, given)
             if router.norm_topk_prob:
                 scores = scores / scores.sum(-1, keepdim=True)
-            return logits, scores, forced[index]
+            return logits, scores, given
 
-        router.forward = forward
+        return forward
 
-    for index in range(len(routers)):
-        force(index)
-    result = []
-    for sequence, rows in zip(sequences, routing, strict=True):
-        padded = np.concatenate([rows, rows[-1:]]).astype(np.int64)
-        for index in range(len(routers)):
-            forced[index] = torch.from_numpy(padded[:, index].copy())
-        ids = torch.from_numpy(sequence.astype(np.int64))
+    def run(self, ids, rows, start, stop, cache):
+        """Return log-probs and regret float32[stop-start], and the cache with these positions."""
+        import torch
+
+        part = torch.from_numpy(rows[start:stop].astype(np.int64))
+        self.given, self.regret = [part[:, layer].contiguous() for layer in range(part.shape[1])], []
+        tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
-            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        result.append(logprobs.gather(1, ids[1:, None])[:, 0].numpy())
-    return result
+            output = self.model(tokens[None, start:stop], past_key_values=cache, use_cache=True)
+        logprobs = output.logits[0].log_softmax(-1).gather(1, tokens[start + 1 : stop + 1, None])[:, 0]
+        regret = torch.stack(self.regret).max(0).values
+        return logprobs.numpy(), regret.numpy(), output.past_key_values
