@@ -11,16 +11,20 @@ CHAT_STAMP := $(VENV)/.chat-installed
 # On GPUs SGLang has an environment of its own, for rollout.sglang.python.
 SGLANG_VENV := $(VENV)-sglang
 SGLANG_STAMP := $(if $(filter cuda,$(DEVICE)),$(SGLANG_VENV)/.installed,$(VENV)/.sglang-installed)
+# What environments import: the Python of rollout.agent.python in the tests and examples.
+ENVIRONMENTS_VENV := $(VENV)-environments
+ENVIRONMENTS_STAMP := $(ENVIRONMENTS_VENV)/.installed
 ENGINE ?= vllm
 TRAIN_ARGS ?=
 
-.PHONY: help setup train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
+.PHONY: help setup environments train train-chat observe generate lint check test test-all test-unit test-gpu smoke chaos soak bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   fully-async demo run of a tiny MoE on this machine (TRAIN_ARGS='--key value ...')"
 	@echo "make setup DEVICE=cuda  an environment for NVIDIA GPUs; without DEVICE, where nvidia-smi finds one"
 	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest; on GPUs in $(SGLANG_VENV)"
+	@echo "make environments  libraries of environments (reasoning-gym), in $(ENVIRONMENTS_VENV)"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
@@ -50,6 +54,13 @@ $(SGLANG_VENV)/.installed: requirements/sglang-gpu.txt
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang-gpu.txt
 	@touch $@
 
+$(ENVIRONMENTS_STAMP): requirements/environments.txt
+	$(PYTHON) -m venv $(ENVIRONMENTS_VENV)
+	$(ENVIRONMENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/environments.txt
+	@touch $@
+
+environments: $(ENVIRONMENTS_STAMP)
+
 train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
 
@@ -72,8 +83,8 @@ generate: $(STAMP)
 lint check: $(STAMP)
 	$(BIN)/python -m tests.support.tiers $@
 
-# The tests of SGLang run where it is installed.
-test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP))
+# The tests of SGLang and of environments' libraries run where these are installed.
+test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP)) $(ENVIRONMENTS_STAMP)
 	$(BIN)/python -m tests.support.tiers $@
 
 smoke: $(STAMP)
@@ -116,4 +127,4 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.run_memory
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(ENVIRONMENTS_VENV) .cache build *.egg-info
