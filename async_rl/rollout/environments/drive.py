@@ -121,7 +121,7 @@ async def drive(
     except RequestRefused as refused:
         if refused.code == "invalid_request":
             raise Failed(f"says what the policy cannot be asked: {refused.why}") from None
-    reward = rollout.worth(await stages.limited("score", held.reward()))
+    reward = rollout.worth(await stages.limited("score", held.reward(talk.said)))
     return Played(reward, rollout.truncated, rollout.metrics, rollout.turn_rewards)
 
 
@@ -134,6 +134,11 @@ class _Talk:
         self._policy, self._token_ids, self._tools = policy, token_ids, tools or None
         self._history = None if messages is None else list(messages)
         self._begun = False
+
+    @property
+    def said(self) -> Sequence[Message]:
+        """The messages so far; none where the policy continues text."""
+        return self._history or ()
 
     async def next(self, added: Sequence[Message]) -> Reply:
         """Return what the policy says after the messages that were added."""

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import async_rl
 from async_rl.config.rollouts import AgentSection
 from async_rl.rollout.environments import frames
 from async_rl.rollout.environments.instance import Failed
+from async_rl.rollout.environments.interface import Message
 from async_rl.rollout.supervised import end_program, inherited, start_program
 
 log = structlog.get_logger(__name__)
@@ -269,9 +270,9 @@ class Remote:
         """As ``Held.use``. Raises Failed."""
         return dict(await self._host.ask("use", self._name, tool, arguments))
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
         """As ``Held.reward``. Raises Failed."""
-        return await self._host.ask("reward", self._name)
+        return await self._host.ask("reward", self._name, messages)
 
     async def close(self) -> None:
         """As ``Held.close``. Raises Failed."""

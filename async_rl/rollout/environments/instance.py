@@ -47,8 +47,8 @@ class Held(Protocol):
     async def use(self, tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return {"content", "fault"} of a tool's answer, with what ``step`` returns but messages."""
 
-    async def reward(self) -> Any:
-        """Return the environment's reward as plain data: a number, a mapping or None."""
+    async def reward(self, messages: Sequence[Message]) -> Any:
+        """Return the environment's reward of all that was said as plain data: a number, a mapping or None."""
 
     async def close(self) -> None:
         """Close the environment, if it was made."""
@@ -73,8 +73,8 @@ class Instance:
     async def _setup(self, task: Task, context: Context) -> dict[str, Any]:
         environment = await self._thread.call(self._make, **self._arguments)
         self._form = form = form_of(environment, self._thread.call)
-        self._tools = form.methods
         said = await form.setup(task, context)
+        self._tools = form.methods
         messages = None if said is None else _messages(said, "user", "its setup")
         return {"messages": messages or None, "tools": self._schemas(form), "steps": form.steps}
 
@@ -119,9 +119,9 @@ class Instance:
         )
         return {"content": as_text(said, self._answer_chars), "fault": False, **_of(value)}
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
         """As ``Held.reward``. Raises Failed."""
-        return plain(await self._guarded("its reward ", self._made().reward()))
+        return plain(await self._guarded("its reward ", self._made().reward([dict(each) for each in messages])))
 
     async def close(self) -> None:
         """As ``Held.close``. Raises Failed."""
