@@ -146,7 +146,7 @@ async def test_an_interpreter_without_the_package_says_what_to_install(tmp_path,
             await subject.start()
 
 
-EVERY = """
+EVERY = r"""
 import json, sys
 from async_rl.rollout.environments.reasoning_gym import DATASETS, ReasoningGym, problem, rows
 
