@@ -61,10 +61,11 @@ class Capacity:
         return free
 
     def begin_group(self, group_id: str) -> None:
-        """Count a group whose responses begin."""
-        self._groups.add(group_id)
-        self._unfinished += self._n
-        self._update()
+        """Count a group whose responses begin, once."""
+        if group_id not in self._groups:
+            self._groups.add(group_id)
+            self._unfinished += self._n
+            self._update()
 
     def end_group(self, group_id: str) -> None:
         """Count a group no longer."""

@@ -101,9 +101,10 @@ class AgentCapacity(Capacity):
         return self._admission.groups(time.monotonic())
 
     def begin_group(self, group_id: str) -> None:
-        self._admission.begin_group(group_id)
-        self._begun[group_id] = asyncio.Event()
-        super().begin_group(group_id)
+        if group_id not in self._begun:
+            self._admission.begin_group(group_id)
+            self._begun[group_id] = asyncio.Event()
+            super().begin_group(group_id)
 
     def end_group(self, group_id: str) -> None:
         self._admission.end_group(group_id)

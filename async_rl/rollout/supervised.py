@@ -62,6 +62,11 @@ def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _WITHHELD}
 
 
+def supervised(command: Sequence[str]) -> list[str]:
+    """Return the command that starts a program below a supervisor, for what starts it by itself."""
+    return [sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(os.getpid()), *command]
+
+
 async def start_program(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -75,11 +80,10 @@ async def start_program(
     One that cannot be started says so on its standard error, and has status 127. One that a signal ends has 128 and the
     number of the signal.
     """
-    starter = (sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(os.getpid()))
     pipes: dict[str, Any] = {"stdin": stdin, "stdout": PIPE, "stderr": stderr}
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
-            *starter, *command, **pipes, env=environment, start_new_session=True, pass_fds=pass_fds
+            *supervised(command), **pipes, env=environment, start_new_session=True, pass_fds=pass_fds
         )
     )
     try:

@@ -75,11 +75,12 @@ class RolloutWorker:
         """Sample until ``stop``, or until the dataset is exhausted. Raises what a group raised, and EngineDied."""
         self._work = asyncio.create_task(self._keep_engine_full())
         alive = watch_engine(self._config, self._name, self._engine, self._gate)
-        watch: asyncio.Future[Any] = asyncio.gather(alive, self._capacity.watch())
+        watches = [asyncio.create_task(watch) for watch in (alive, self._capacity.watch())]
         try:
-            await asyncio.wait({self._work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done() and not self._stopping:
-                watch.result()
+            await asyncio.wait({self._work, *watches}, return_when=asyncio.FIRST_COMPLETED)
+            for watch in watches:
+                if watch.done() and not self._stopping:
+                    watch.result()
             await self._work
         except asyncio.CancelledError:
             if not self._stopping:
@@ -87,8 +88,8 @@ class RolloutWorker:
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         finally:
-            watch.cancel()
-            self._work.cancel()
+            for task in (self._work, *watches):
+                task.cancel()
 
     async def _keep_engine_full(self) -> None:
         await self.agents.start()
@@ -183,6 +184,7 @@ class RolloutWorker:
 
     async def rollouts(self, group: InFlight) -> dict[int, RolloutRecord] | None:
         """Make a group's rollouts; return them by index as ``_in_time`` does, or None. Raises what one has raised."""
+        self._capacity.begin_group(group.group_id)
         if self.agents.plays(group.ticket.prompt) or not self._responses.whole_groups:
             made = await self._in_time(group, self._rollout)
             return None if made is None else dict(made)

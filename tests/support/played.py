@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import sys
+from pathlib import Path
 
+import msgpack
 import numpy as np
 
 from async_rl.config.loading import validate
@@ -72,6 +75,17 @@ class Says:
     def heard(self):
         """What it heard since its first turn, by role."""
         return [(m["role"], m["content"]) for m in self.asked[-1][len(self.asked[0]) :] if m["role"] != "assistant"]
+
+
+def bare_python(folder, monkeypatch):
+    """Return an interpreter for environments that has the standard library and msgpack alone."""
+    (folder / "lib").mkdir()
+    (folder / "lib" / "msgpack").symlink_to(Path(msgpack.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(folder / "lib"))
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 def prompt(fields=None, row=1, name="0-1"):

@@ -12,7 +12,7 @@ from transformers.utils import get_json_schema
 from async_rl.config.loading import validate
 from async_rl.errors import ConfigError
 from async_rl.rollout.environments.instance import Failed
-from async_rl.rollout.environments.interface import Step
+from async_rl.rollout.environments.interface import Step, ToolError
 from async_rl.rollout.environments.tools import NoSchema, schema_of
 from async_rl.rollout.gate import Gate
 from tests.support.gateway_parts import served
@@ -223,6 +223,35 @@ async def test_a_faulty_call_does_not_reach_a_step():
     ]
     assert len(Stepping.seen) == 2
     assert subject.counts.tool_calls == {"bad_arguments": 1, "ok": 1}
+
+
+class Served:
+    """Learns in its setup which tools there are."""
+
+    def setup(self, task, context):
+        parameters = {"type": "object", "properties": {"function": {"type": "string"}}}
+        self.tools = [{"type": "function", "function": {"name": "run", "parameters": parameters}}]
+
+    async def call_tool(self, name, arguments):
+        if arguments["function"] == "bad":
+            raise ToolError("no")
+        return f"{name} {arguments}"
+
+    async def reward(self, messages):
+        return {"reward": len(messages), "said": float(messages[-1]["content"] == "done")}
+
+
+async def test_an_environment_may_list_its_tools_in_setup_and_is_told_what_was_said():
+    policy = Says(call("run", {"function": "f"}), call("run", {"function": "bad"}), call("run", {"self": 1}), "done")
+    async with environments(own("Served"), **HERE) as subject:
+        played = await play(subject, policy, {"prompt": [{"role": "user", "content": "hi"}]})
+    assert [content for _, content in policy.heard] == [
+        "run {'function': 'f'}",
+        "Error: no",
+        "Error: run has no argument self; it takes function",
+    ]
+    assert summed(played) == {"reward": 8, "said": 1.0}
+    assert subject.counts.tool_calls == {"ok": 1, "tool_error": 1, "bad_arguments": 1}
 
 
 def typed(

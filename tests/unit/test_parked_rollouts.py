@@ -53,7 +53,7 @@ class Game:
             "metrics": {"turns": float(self.at)},
         }
 
-    async def reward(self):
+    async def reward(self, messages):
         return None
 
     async def get_state(self):

@@ -54,6 +54,12 @@ def test_sglang_on_gpus_is_the_one_that_is_asked_for_everywhere():
     assert str(pins("sglang.txt")["sglang"]) == SGLANG_VERSION
 
 
+def test_environments_have_the_versions_of_the_run_where_both_have_a_package():
+    environments, cpu = pins("environments.txt"), pins("cpu.txt")
+    assert {"msgpack", "reasoning-gym"} <= environments.keys()
+    assert not {name for name in environments.keys() & cpu.keys() if environments[name] != cpu[name]}
+
+
 def test_one_core_of_transformer_engine_is_locked_and_it_is_that_of_torchs_cuda():
     gpu = pins("gpu.txt")
     cores = {name for name in gpu if name.startswith("transformer-engine-cu")}

@@ -60,9 +60,21 @@ class Form:
 
     @property
     def methods(self) -> dict[str, Callable[..., Any]]:
-        """The methods that are tools, by name."""
+        """What is called for each tool, by name; known once ``setup`` has returned."""
+        if self.steps or self.plays:
+            return {}
+        if self.schemas is not None and callable(call_tool := getattr(self.environment, "call_tool", None)):
+            return {
+                name: self._calling(call_tool, name) for name in (tool["function"]["name"] for tool in self.schemas)
+            }
         state = STATE_METHODS if self.has_state else ()
-        return {} if self.steps or self.plays else tools_of(self.environment, (*self.no_tools, *state))
+        return tools_of(self.environment, (*self.no_tools, *state))
+
+    def _calling(self, call_tool: Callable[..., Any], name: str) -> Callable[..., Any]:
+        async def called(**arguments: Any) -> Any:
+            return await self.call(call_tool, name, arguments)
+
+        return called
 
     @property
     def schemas(self) -> Sequence[dict[str, Any]] | None:
@@ -79,10 +91,10 @@ class Form:
         """Return the ``Step`` after a message of the policy."""
         return await self.call(self.environment.step, message)
 
-    async def reward(self) -> Any:
-        """Return what the rollout is worth, or None for the sum of its steps."""
+    async def reward(self, messages: Sequence[Message]) -> Any:
+        """Return what the rollout is worth, or None for the sum of its steps; ``messages`` is all that was said."""
         reward = getattr(self.environment, "reward", None)
-        return await self.call(reward) if callable(reward) else None
+        return await self.call(reward, **_taken(reward, {"messages": messages})) if callable(reward) else None
 
     @property
     def has_state(self) -> bool:
@@ -144,7 +156,8 @@ class Trl(Form):
                 return messages
         return [*messages, {"role": "user", "content": as_text(observed, _MOST_CHARACTERS)}]
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
+        del messages
         reward = getattr(self.environment, "get_reward", None)
         return getattr(self.environment, "reward", None) if reward is None else await self.call(reward)
 
@@ -177,8 +190,8 @@ class Gym(Form):
         text = as_text(observed, _MOST_CHARACTERS)
         return Step(text, _real(reward), bool(terminated) or truncated, truncated, _metrics(rest[-1]))
 
-    async def reward(self) -> None:
-        return None
+    async def reward(self, messages: Sequence[Message]) -> None:
+        del messages
 
 
 class SkyRL(Form):
@@ -203,8 +216,8 @@ class SkyRL(Form):
             found.get("observations") or (), _real(found.get("reward")), bool(found.get("done")), metrics=metrics
         )
 
-    async def reward(self) -> None:
-        return None
+    async def reward(self, messages: Sequence[Message]) -> None:
+        del messages
 
 
 class TextArena(Form):
@@ -228,7 +241,8 @@ class TextArena(Form):
         done, _ = await self.call(self.environment.step, action=_said(message))
         return Step(() if done else await self._observed(), done=bool(done))
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
+        del messages
         await self.close()
         return self._rewards.get(0, 0.0) if isinstance(self._rewards, Mapping) else 0.0
 

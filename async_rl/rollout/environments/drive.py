@@ -202,7 +202,7 @@ async def _played(
     except RequestRefused as refused:
         if refused.code == "invalid_request":
             raise Failed(f"says what the policy cannot be asked: {refused.why}") from None
-    reward = await rollout.worth()
+    reward = await rollout.worth(talk.said)
     return Played(reward, rollout.truncated, rollout.metrics, rollout.turn_rewards)
 
 
@@ -236,6 +236,11 @@ class _Talk:
         self._begun = progress.turns > 0
         if self._history is not None and progress.said is None:  # ``next`` is given the last answer.
             del self._history[len(self._history) - len(progress.unasked) :]
+
+    @property
+    def said(self) -> Sequence[Message]:
+        """The messages so far; none where the policy continues text."""
+        return self._history or ()
 
     async def next(self, added: Sequence[Message]) -> Reply:
         """Return what the policy says after the messages that were added."""
@@ -317,9 +322,9 @@ class _Rollout:
                 break
         return said
 
-    async def worth(self) -> Any:
+    async def worth(self, messages: Sequence[Message]) -> Any:
         """Return the rollout's reward: the environment's, or the sum of those of its steps, or None for neither."""
-        reward = await self.stages.limited("score", self._held.reward())
+        reward = await self.stages.limited("score", self._held.reward(messages))
         return math.fsum(self.turn_rewards.values()) if reward is None and self.turn_rewards else reward
 
     def _checked(self, call: Any) -> ToolCall | BadCall:

@@ -51,6 +51,8 @@ def import_class(name: str) -> Callable[..., Any]:
             f"there is no module {error.name!r} for {sys.executable}; check the spelling, install it there, or add the "
             "folder that contains it to PYTHONPATH"
         ) from None
+    except Failed:
+        raise  # A module of this package that says what it lacks.
     except BaseException as error:  # noqa: BLE001 - whatever the user's module raises
         raise failure(error, f"importing {module_name!r} ") from None
     found: Callable[..., Any] | None = getattr(module, attribute, None)

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import async_rl
 from async_rl.config.rollouts import AgentSection
 from async_rl.rollout.environments import frames
 from async_rl.rollout.environments.instance import Failed, Gone, State
+from async_rl.rollout.environments.interface import Message
 from async_rl.rollout.supervised import end_program, inherited, start_program
 
 log = structlog.get_logger(__name__)
@@ -284,9 +285,9 @@ class Remote:
         """As ``Held.play``. Raises Failed."""
         return dict(await self._host.ask("play", self._name, policy))
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
         """As ``Held.reward``. Raises Failed."""
-        return await self._host.ask("reward", self._name)
+        return await self._host.ask("reward", self._name, messages)
 
     async def get_state(self) -> State | None:
         """As ``Held.get_state``. Raises Failed."""

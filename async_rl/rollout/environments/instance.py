@@ -60,8 +60,8 @@ class Held(Protocol):
     async def play(self, policy: Mapping[str, str]) -> dict[str, Any]:
         """Make the whole rollout with the policy at that ``PolicyAddress``; return what ``step`` does but messages."""
 
-    async def reward(self) -> Any:
-        """Return the environment's reward as plain data: a number, a mapping or None."""
+    async def reward(self, messages: Sequence[Message]) -> Any:
+        """Return the environment's reward of all that was said as plain data: a number, a mapping or None."""
 
     async def get_state(self) -> State | None:
         """Return the environment's state, or None where it cannot be saved at present."""
@@ -107,8 +107,8 @@ class Instance:
         self._form = form = form_of(environment, self._thread.call)
         if self._needs_state and not form.has_state:
             raise _no_state(type(environment).__name__)
-        self._tools = form.methods
         said = await form.setup(task, context)
+        self._tools = form.methods
         messages = None if said is None else _messages(said, "user", "its setup")
         return {"messages": messages or None, "tools": self._schemas(form), "steps": form.steps, "plays": form.plays}
 
@@ -160,9 +160,9 @@ class Instance:
             raise Failed(f"its rollout returned {_shown(step)}; expected a Step")
         return _of(step)
 
-    async def reward(self) -> Any:
+    async def reward(self, messages: Sequence[Message]) -> Any:
         """As ``Held.reward``. Raises Failed."""
-        return plain(await self._guarded("its reward ", self._made().reward()))
+        return plain(await self._guarded("its reward ", self._made().reward([dict(each) for each in messages])))
 
     async def get_state(self) -> State | None:
         """As ``Held.get_state``. Raises Failed."""

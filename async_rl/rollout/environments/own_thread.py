@@ -23,7 +23,7 @@ class OwnThread:
         self._name = name
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
 
-    async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    async def call(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
         """Return what a function returns, awaited if it can be. Raises what it raises.
 
         When this is cancelled, an async function is too; a plain one goes on, and what it returns is lost.

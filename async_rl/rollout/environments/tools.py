@@ -137,7 +137,9 @@ def _check(name: str, arguments: Mapping[str, Any], parameters: Mapping[str, Any
     missing = [each for each in parameters.get("required") or () if each not in arguments]
     if missing:
         raise BadCall("bad_arguments", f"{name} needs the argument {', '.join(missing)}")
-    if parameters.get("additionalProperties", False) is False:
+    # Arguments that no one lists are refused; a schema in other words than properties is for the tool to judge.
+    others = "properties" not in parameters or "patternProperties" in parameters
+    if parameters.get("additionalProperties", others) is False:
         unknown = [str(each)[:80] for each in arguments if each not in properties]
         if unknown:
             takes = ", ".join(properties) or "none"
