@@ -31,5 +31,6 @@ async def solve(prompt: Prompt, policy: Policy, context: Context) -> dict[str, A
             reply = await policy.extend(tool(prompt.text, reply.text[-2:-1]))
     except RequestRefused:  # no turn or no room is left: the call is what it ends with
         pass
-    right = reply.text.strip() == prompt.fields["answer"]
+    answer, said = prompt.fields["answer"], reply.text.strip()
+    right = sum(a == b for a, b in zip(answer, said, strict=False)) / max(len(answer), len(said))
     return {"reward": right - COST * calls, "metrics": {"calls": calls}}
