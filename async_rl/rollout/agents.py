@@ -238,9 +238,11 @@ class Agent:
         """
         if terms is not None:
             return await self._rollout(prompt, rollout_id, call, terms)
-        if parked is not None and not self._continues(parked):
+        if parked is None:
+            # Else nothing of it is lost: it waited, or was being set up.
+            self.begun_again += again and self._settings.recovery == "restart"
+        elif not self._continues(parked):
             parked = None
-        if parked is None and again:
             self.begun_again += 1
         began, end = time.monotonic(), "cancelled"
         try:

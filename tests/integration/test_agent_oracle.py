@@ -182,7 +182,7 @@ def index(version):
 @by_setup
 async def test_agents_had_tools_forks_and_repetitions_and_a_push_in_every_turn(made, setup):
     found = made[setup]
-    agents, worker = found.agents.values(), found.worker._worker.agents
+    agents, worker = found.agents.values(), found.worker._worker.agents["rollout.agent"]
     assert [len(agent.heard) for agent in agents] == [TURNS] * GROUPS * ROLLOUTS
     assert sum(worker.ways.values()) == TURNS * GROUPS * ROLLOUTS
     assert worker.ways.keys() >= {"first", "root", "extended", "edited", "parallel"}

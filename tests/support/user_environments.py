@@ -323,10 +323,11 @@ def makes_no_state():
 
 
 class Diary(Wordy):
-    """Says "ok" in place of a number, and writes down each step and state."""
+    """Says "ok" in place of a number, and writes down each setup, step and state."""
 
     def setup(self, task, context):
         self.name = context.rollout_id
+        note(f"setup {self.name} 0")
 
     async def step(self, message):
         step = await super().step(message)
