@@ -329,8 +329,8 @@ class Agent:
         for end, rollouts in self.ended.items():
             metrics.count_to("agent_rollouts_total", rollouts, agent=agent, end=end)
         metrics.count_to("agent_rollout_seconds_total", self.seconds, agent=agent)
-        for read, calls in self._chat.reader.read.items():
-            metrics.count_to("agent_tool_calls_read_total", calls, agent=agent, read="yes" if read else "no")
+        for label, read in (("yes", True), ("no", False)):
+            metrics.count_to("agent_tool_calls_read_total", self._chat.reader.read[read], agent=agent, read=label)
         recoveries = Counter({"restart": self.begun_again})
         if self._environments is not None:
             self._environments.publish(metrics)

@@ -58,6 +58,10 @@ main(descriptor)
 """
 
 
+LOST = ("died", "silent", "abandoned")
+"""Why a host is lost: it ended, it answered nothing, or too many environments were left in it."""
+
+
 class Hosts:
     """The hosts of one agent's environments."""
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 
@@ -22,8 +22,8 @@ from async_rl.config.schema import RunConfig
 from async_rl.data.messages import Message, with_system
 from async_rl.errors import AgentFailure
 from async_rl.metrics.exporter import Metrics
-from async_rl.rollout.environments.drive import Counts, Differs, Keep, Late, Played, Stages, drive
-from async_rl.rollout.environments.hosts import Hosts, Remote
+from async_rl.rollout.environments.drive import Counts, Differs, Keep, Late, Played, Stage, Stages, drive
+from async_rl.rollout.environments.hosts import LOST, Hosts, Remote
 from async_rl.rollout.environments.instance import Failed, Gone, Instance, check_state, prepare
 from async_rl.rollout.environments.interface import Context, Task
 from async_rl.rollout.environments.progress import Progress
@@ -198,11 +198,13 @@ class Environments:
         counts, agent = self.counts, agent_name(self._section)
         for result, calls in counts.tool_calls.items():
             metrics.count_to("agent_tool_calls_total", calls, agent=agent, result=result)
-        for stage, calls in counts.late.items():
-            metrics.count_to("agent_environment_late_total", calls, agent=agent, stage=stage)
+        # What has not happened is 0: else a rate would miss the first time.
+        for stage in (*get_args(Stage), "close"):
+            metrics.count_to("agent_environment_late_total", counts.late[stage], agent=agent, stage=stage)
         for stage, seconds in counts.seconds.items():
             metrics.count_to("agent_environment_seconds_total", seconds, agent=agent, stage=stage)
-        for reason, hosts in (self._hosts.lost if self._hosts is not None else {}).items():
+        for reason in LOST:
+            hosts = 0 if self._hosts is None else self._hosts.lost[reason]
             metrics.count_to("agent_environment_hosts_lost_total", hosts, agent=agent, reason=reason)
         metrics.set("agent_environments", self.open, agent=agent)
 
