@@ -43,11 +43,12 @@ MAX_ABANDONED = 8
 _KEPT_CHARS = 4000
 
 # Loads this package alone from its folder: with the folder's parent in sys.path, the user's class would find the
-# libraries of the worker's environment beside its own.
+# libraries of the worker's environment beside its own. The worker's folders keep their order: setuptools adds copies of
+# other packages at the end.
 _BEGIN = """
 import importlib.util, json, sys
 package, descriptor, paths = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-sys.path[:0] = [path for path in paths if path not in sys.path]
+sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
 spec = importlib.util.spec_from_file_location(
     "async_rl", package + "/__init__.py", submodule_search_locations=[package]
 )
