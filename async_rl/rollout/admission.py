@@ -42,7 +42,7 @@ class _Rollout:
     calls: set[str] = field(default_factory=set)
     """Trajectories whose next token is wanted of the engine."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Of each trajectory, without those that it shares with another one."""
+    """Tokens by trajectory, without those that it shares with another one."""
     size: int = 0
     """Their sum."""
     sizes: int = 0

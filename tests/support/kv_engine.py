@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from async_rl.config.schema import RunConfig
-from async_rl.rollout.engine.interface import EngineLoad, EngineOutput, PauseMode, Sampling
+from async_rl.rollout.engine.interface import EngineLoad, EngineOutput, PauseMode
 from async_rl.types import Int32Array
 from tests.support.scripted_engine import Script, ScriptedEngine
 
@@ -130,19 +130,7 @@ class KvEngine(ScriptedEngine):
                     found.set_result(None)
         await super().pause(mode)
 
-    async def generate(
-        self, request_id: str, token_ids: Int32Array, sampling: Sampling, max_tokens: int, first_row: int = 0
-    ) -> EngineOutput:
-        del sampling
-        self.requests.append((request_id, len(token_ids), max_tokens))
-        await self._running.wait()
-        self._calls.begin()
-        try:
-            return await self._placed(request_id, token_ids, max_tokens, first_row)
-        finally:
-            self._calls.end()
-
-    async def _placed(self, request_id: str, token_ids: Int32Array, max_tokens: int, first_row: int) -> EngineOutput:
+    async def _sample(self, request_id: str, token_ids: Int32Array, max_tokens: int, first_row: int) -> EngineOutput:
         keys = block_keys(token_ids, self.version)
         if len(keys) * BLOCK == len(token_ids):
             keys.pop()  # the last token is computed, for the one after it
@@ -157,12 +145,12 @@ class KvEngine(ScriptedEngine):
                 self._give_back(given, total, [])
             raise
         if found is None:
-            return await self._sample(request_id, token_ids, max_tokens, first_row)
+            return await super()._sample(request_id, token_ids, max_tokens, first_row)
         whole, version = token_ids, self.version
         try:
             async with self._prefill:
                 await asyncio.sleep((len(token_ids) - len(found) * BLOCK) / self._speed.prefill_tokens_per_s)
-            output = await self._sample(request_id, token_ids, max_tokens, first_row)
+            output = await super()._sample(request_id, token_ids, max_tokens, first_row)
             output = dataclasses.replace(output, token_ids=self._unlike(request_id, output.token_ids))
             whole = np.concatenate([token_ids, output.token_ids])[:-1]
             return dataclasses.replace(output, cached_tokens=len(found) * BLOCK)

@@ -51,9 +51,7 @@ def import_class(name: str) -> Callable[..., Any]:
             f"there is no module {error.name!r} for {sys.executable}; check the spelling, install it there, or add the "
             "folder that contains it to PYTHONPATH"
         ) from None
-    except Failed:
-        raise  # A module of this package that says what it lacks.
-    except BaseException as error:  # noqa: BLE001 - whatever the user's module raises
+    except BaseException as error:  # noqa: BLE001 - whatever the user's module raises; ours say what they lack
         raise failure(error, f"importing {module_name!r} ") from None
     found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):
@@ -105,13 +103,11 @@ class _Host:
     async def _done(self, message: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         try:
             value = await self._do(message["op"], message.get("of", ""), message.get("args", []))
-        except Failed as error:
-            answer({"id": message["id"], "fault": whole(str(error)), "trace": error.trace})
         except asyncio.CancelledError:
             raise  # The worker has given it up.
         except Exception as error:  # noqa: BLE001 - the worker fails the rollout with it
             made = failure(error)
-            answer({"id": message["id"], "fault": str(made), "trace": made.trace})
+            answer({"id": message["id"], "fault": whole(str(made)), "trace": made.trace})
         else:
             answer({"id": message["id"], "value": value})
 

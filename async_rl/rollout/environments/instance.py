@@ -207,10 +207,7 @@ class Instance:
         returned, value = (False, asyncio.CancelledError()) if task.cancelled() else task.result()
         if returned:
             return value
-        error: BaseException = value
-        if isinstance(error, Failed):
-            raise error
-        raise failure(error, what) from None
+        raise failure(value, what) from None
 
 
 async def _kept(work: Awaitable[Any]) -> tuple[bool, Any]:
@@ -249,7 +246,7 @@ async def prepare(make: Callable[..., Any], arguments: Mapping[str, Any]) -> Non
 
     returned, error = await _kept(prepared())
     if not returned:
-        raise error if isinstance(error, Failed) else failure(error, "its prepare ")
+        raise failure(error, "its prepare ")
 
 
 def hook_of(make: Callable[..., Any], name: str) -> Callable[..., Any] | None:
@@ -261,7 +258,9 @@ def hook_of(make: Callable[..., Any], name: str) -> Callable[..., Any] | None:
 
 
 def failure(error: BaseException, what: str = "") -> Failed:
-    """Return whatever was raised as a Failed; ``what`` goes before the text."""
+    """Return whatever was raised as a Failed, which may be one already; ``what`` goes before the text of others."""
+    if isinstance(error, Failed):
+        return error
     try:
         message = whole(str(error))[:_MAX_MESSAGE]
     except Exception:  # noqa: BLE001 - the user's __str__

@@ -57,7 +57,7 @@ class McpTools:
         self._servers: list[Server] = []
         self._of_tool: dict[str, Server] = {}
         self.tools: list[dict[str, Any]] = []
-        """The tools as the policy is told of them, once ``setup`` has returned."""
+        """The tools as the policy gets them, once ``setup`` has returned."""
         self.calls: list[dict[str, Any]] = []
         """The calls so far: {"name", "arguments", "content" or "error"}, with contents and errors as text."""
 

@@ -38,7 +38,7 @@ _END_S = 12.0
 # Bytes of one answer over HTTP: what a message to the worker may have. The SDK's megabyte would fail the rollout.
 _MOST_BYTES = 64 * 2**20
 
-# Pages of a list of tools: one that goes on without end must not hang the rollout.
+# Pages of a list of tools: one that never ends must not hang the rollout.
 _MOST_PAGES = 100
 
 # Seconds to connect and to wait for bytes, as the SDK has them.
@@ -117,7 +117,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.tools: list[dict[str, Any]] = []
-        """Its tools as the policy is told of them, once it is open."""
+        """Its tools as the policy gets them, once it is open."""
         self._client: Client | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

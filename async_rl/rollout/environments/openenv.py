@@ -105,7 +105,7 @@ class OpenEnv:
         try:
             answer = await self._asked("step", self._action(said))
         except ValueError as fault:
-            return self._told(f"{fault}")
+            return self._answer_fault(f"{fault}")
         except Refused as refused:
             if refused.code != "VALIDATION_ERROR":
                 raise self._failure("step", refused) from None
@@ -115,8 +115,8 @@ class OpenEnv:
                     f"an action of {self._url} is not a text in {self._text_field!r} ({refused}); set "
                     "rollout.agent.arguments.text_field, or leave it out for actions as JSON"
                 ) from None
-            return self._told(f"{refused}")
-        # What comes last is seen by nobody, and need not have the field.
+            return self._answer_fault(f"{refused}")
+        # The last observation is shown to no policy, and need not have the field.
         return await self._step(answer, "" if answer.get("done") else self._shown(answer))
 
     async def close(self) -> None:
@@ -139,8 +139,8 @@ class OpenEnv:
             raise ValueError("an action must be a JSON object")
         return action
 
-    def _told(self, fault: str) -> Step:
-        """Return the step that tells the policy what was wrong with its action."""
+    def _answer_fault(self, fault: str) -> Step:
+        """Return the step that answers an action with what was wrong with it."""
         self._faults += 1
         return Step(f"Error: {fault}", metrics={self._fault_metric: self._faults})
 

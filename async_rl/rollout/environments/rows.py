@@ -28,8 +28,6 @@ def write_rows(make: Callable[..., Any], arguments: Mapping[str, Any], split: st
         if not count:
             raise Failed(f"has no rows of {split!r}")
         os.replace(building, path)
-    except Failed:
-        raise
     except OSError as error:
         raise Failed(f"cannot write its rows to {path}: {error.strerror}") from None
     except Exception as error:  # noqa: BLE001 - whatever the user's class raises
