@@ -289,7 +289,7 @@ def computed_by(segments, prompt, count):
 
 
 class Measured(NamedTuple):
-    """Of each token sampled in a setup, how far others are from its behaviour log-prob, and whether they may be."""
+    """How far others are from the behaviour log-prob of each token sampled in a setup, and whether they may be."""
 
     trainer: np.ndarray
     """float32: the trainer, under the weights that sampled the token."""

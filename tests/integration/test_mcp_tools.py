@@ -112,17 +112,17 @@ async def test_ten_megabytes_come_over_http(tmp_path):
     assert "[cut here: 10000000 characters" in policy.heard[0][1]
 
 
-async def test_what_the_policy_does_wrong_is_told_and_counted(tmp_path):
+async def test_what_the_policy_does_wrong_is_answered_and_counted(tmp_path):
     wrong = [call("sell"), call("add", {"a": "x"}), call("add", {"a": 1, "b": -1}), call("fail", {"why": "no luck"})]
     policy = Says(*wrong, call("hang"), call("add", {"a": 1}))
     async with tools(program(tmp_path), call_s=3.0) as subject:
         played = await play(subject, policy, ROW)
-    told = [text for _, text in policy.heard]
-    assert told[0].startswith("Error: there is no tool 'sell'; the tools are add, count")
-    assert "does not fit" in told[1]
-    assert "greater than or equal to 0" in told[2]
-    assert "no luck" in told[3]
-    assert told[4:] == ["Error: hang has not answered within 3 s", "2"]
+    answers = [text for _, text in policy.heard]
+    assert answers[0].startswith("Error: there is no tool 'sell'; the tools are add, count")
+    assert "does not fit" in answers[1]
+    assert "greater than or equal to 0" in answers[2]
+    assert "no luck" in answers[3]
+    assert answers[4:] == ["Error: hang has not answered within 3 s", "2"]
     assert subject.counts.tool_calls == {"unknown_tool": 1, "bad_arguments": 1, "tool_error": 3, "ok": 1}
     assert played.reward["reward"] == 1 / 4
 
