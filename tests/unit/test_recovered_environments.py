@@ -268,7 +268,9 @@ async def test_other_settings_begin_rollouts_again(changed, kind):
     other, heir = engine(), ListQueue(0)
     successor = replica(other, heir, **{"recovery": "state", **changed})
     await successor.adopt(*messages.values())
-    expected = left(successor)
+    # One that was being set up has nothing to lose, which only a worker that keeps states knows.
+    again = changed.get("recovery") == "restart"
+    expected = left(successor) if again else sum(len(group.parked) for group in successor._worker._adopted)
     await successor.run()
     assert [rollout.reward for group in heir.groups for rollout in group.rollouts] == [4.0] * 2 * len(messages)
     found = recoveries(successor)
