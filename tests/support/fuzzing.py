@@ -4,6 +4,8 @@ The package must refuse it with its own errors and nothing else: no crash, no ha
 and no input that is accepted and then cannot be used.
 """
 
+import tracemalloc
+
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,22 @@ def assert_readable(message):
     for line in message.splitlines():
         assert line.strip()
         assert len(line) <= LONGEST_LINE
+
+
+def peak_bytes(call, enough):
+    """Return the memory that ``call`` has at its peak; the least of three if that is above ``enough``.
+
+    What other threads of the process allocate meanwhile is counted too.
+    """
+    peaks = []
+    while len(peaks) < 3 and (not peaks or peaks[-1] > enough):
+        tracemalloc.start()
+        try:
+            call()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return min(peaks)
 
 
 @st.composite
