@@ -118,8 +118,38 @@ def test_rows_that_cannot_be_written_are_named(settings, match, tmp_path):
 
 def test_rows_need_an_environment(tmp_path):
     tree = {"model": {"path": "m"}, "data": {"train": str(tmp_path / "t.jsonl")}}
-    with pytest.raises(AgentFailure, match=r"rollout\.agent\.environment names no environment"):
+    with pytest.raises(AgentFailure, match=r"data\.train is \S*t\.jsonl, which is not there, and no environment plays"):
         prepare(validate(tree))
+
+
+def named(folder):
+    """Settings with an environment for one source and a set, and a source that is answered."""
+    paths = {name: str(folder / f"{name}.jsonl") for name in ("played", "answered", "test")}
+    (folder / "answered.jsonl").write_text("mine")
+    return {
+        "model": {"path": "m"},
+        "data": {
+            "sources": {"played": {"path": paths["played"], "agent": "asks"}, "answered": {"path": paths["answered"]}},
+        },
+        "eval": {"sets": {"test": {"path": paths["test"], "agent": "asks"}}},
+        "rollout": {"agents": {"asks": {"environment": own("Asks"), "arguments": {"word": "w"}}}},
+    }
+
+
+def test_each_source_and_set_gets_the_rows_of_the_environment_that_plays_it(tmp_path):
+    prepare(validate(named(tmp_path)))
+    for name, split in (("played", "train"), ("test", "eval")):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert {row["info"]["split"] for row in rows} == {split}
+    assert (tmp_path / "answered.jsonl").read_text() == "mine"
+
+
+def test_a_source_that_no_environment_plays_gets_no_rows(tmp_path):
+    tree = named(tmp_path)
+    (tmp_path / "answered.jsonl").unlink()
+    with pytest.raises(AgentFailure, match=r"data\.sources\.answered\.path is \S*answered\.jsonl, which is not there"):
+        prepare(validate(tree))
+    assert not list(tmp_path.iterdir()), "and nothing was written"
 
 
 # -- verifiers, where it is not there --
