@@ -24,7 +24,7 @@ from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
 from async_rl.models.config import ModelConfig, check_not_quantized, check_run, checkpoint_shards, read_model_config
-from async_rl.rollout import agents
+from async_rl.rollout.agent import load_agent
 from async_rl.rollout.engine.loader import load_engine
 from async_rl.rollout.engine.sglang import versions
 from async_rl.rollout.environments import play
@@ -249,7 +249,7 @@ def _agents(config: RunConfig) -> Iterator[Check]:
     """Check that each agent can be started, whatever it is."""
     for section, agent in config.rollout.agent_sections.items():
         if agent.function is not None:
-            load = functools.partial(agents.load_agent, agent.function, section)
+            load = functools.partial(load_agent, agent.function, section)
             yield _try(f"{section}.function", agent.function, load)
         if agent.command is not None:
             yield _program(f"{section}.command", agent.command[0])

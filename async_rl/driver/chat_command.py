@@ -24,8 +24,8 @@ from async_rl.data.chat import CheckpointEncoder
 from async_rl.driver.lone_worker import prepared, with_worker
 from async_rl.errors import DatasetError
 from async_rl.queue.records import Ticket
-from async_rl.rollout.agents import Context
 from async_rl.rollout.in_flight import InFlight
+from async_rl.rollout.outcome import Context
 from async_rl.rollout.policy import Policy
 from async_rl.rollout.worker import RolloutWorker
 from async_rl.types import Prompt

@@ -14,7 +14,7 @@ import numpy as np
 from async_rl.config.loading import validate
 from async_rl.queue.records import Ticket
 from async_rl.rollout.actor import RolloutReplica
-from async_rl.rollout.agents import Context
+from async_rl.rollout.outcome import Context
 from async_rl.rollout.policy import Policy
 from async_rl.types import Group, Prompt
 from tests.support.kv_engine import KvEngine, Speed, of_others

@@ -12,7 +12,7 @@ from async_rl.errors import AgentFailure, ConfigError, RequestRefused
 from async_rl.metrics.exporter import Metrics
 from async_rl.queue.codec import decode, encode
 from async_rl.queue.records import Excerpt, GroupMeta
-from async_rl.rollout.agents import Outcome
+from async_rl.rollout.outcome import Outcome
 from tests.support.groups import rewarded
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import ListQueue, push, sampled, scripted, snapshot, turns, worker

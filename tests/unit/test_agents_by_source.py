@@ -23,7 +23,7 @@ from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.publish import publish_eval
 from async_rl.observe.transcripts import headline
 from async_rl.queue.records import Ticket
-from async_rl.rollout.agents import Outcome
+from async_rl.rollout.outcome import Outcome
 from async_rl.types import Prompt
 from tests.support.datasets import TextEncoder
 from tests.support.played import MODULE

@@ -12,10 +12,10 @@ from async_rl.config.inputs import Terms
 from async_rl.config.loading import validate
 from async_rl.driver import eval_command
 from async_rl.errors import AgentFailure, ConfigError, EngineError, RewardError
-from async_rl.rollout.agents import Outcome
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.environments.interface import Step
 from async_rl.rollout.evaluation import GREEDY, EvalProblem
+from async_rl.rollout.outcome import Outcome
 from async_rl.types import Prompt
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.scripted_replica import Digits, ListQueue, sampled, scripted, worker

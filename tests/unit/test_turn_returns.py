@@ -12,8 +12,8 @@ from async_rl.config.loading import validate
 from async_rl.config.training import LossSection
 from async_rl.errors import AgentFailure, ConfigError, InvalidTrajectory, TrainerError
 from async_rl.queue.codec import decode, encode
-from async_rl.rollout.agents import Outcome
 from async_rl.rollout.evaluation import EvalProblem
+from async_rl.rollout.outcome import Outcome
 from async_rl.trainer.advantages import load_advantages, turn_return
 from async_rl.trainer.credit import with_credit
 from async_rl.trainer.samples import samples_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from async_rl.errors import RequestRefused
-from async_rl.rollout.agents import Context
+from async_rl.rollout.outcome import Context
 from async_rl.rollout.policy import Policy
 from async_rl.types import Prompt
 
