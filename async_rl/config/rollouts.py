@@ -95,6 +95,14 @@ def agent_section(name: str) -> str:
     return f"{_AGENTS}{name}"
 
 
+def in_section(message: str, section: str) -> str:
+    """Return a message that names settings of rollout.agent with those of an agent's section in their place.
+
+    Environments and their hosts do not know which agent they are of.
+    """
+    return message.replace(f"{AGENT}.", f"{section}.")
+
+
 def agent_name(section: str) -> str:
     """Return the name under which metrics have the agent of a section; that of rollout.agent is agent."""
     return "agent" if section == AGENT else section.removeprefix(_AGENTS)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config.functions import load_function
 from async_rl.config.inputs import Terms
-from async_rl.config.rollouts import AGENT, agent_name
+from async_rl.config.rollouts import AGENT, agent_name, in_section
 from async_rl.config.schema import RunConfig
 from async_rl.errors import AgentFailure, AsyncRLError, RefusalCode, RequestRefused, RewardNotApplicable
 from async_rl.metrics.exporter import Metrics
@@ -285,7 +285,8 @@ class Agent:
         except ProgramFailed as error:
             raise self._failure(prompt, str(error)) from None
         except Failed as error:
-            raise self._failure(prompt, str(error)) from (UserTraceback(error.trace) if error.trace else None)
+            what = in_section(str(error), self._section)
+            raise self._failure(prompt, what) from (UserTraceback(error.trace) if error.trace else None)
         except Exception as error:
             raise self._failure(prompt, f"raised {type(error).__name__}: {error}") from error
         return Outcome.of(found)

@@ -23,6 +23,7 @@ from async_rl.metrics.exporter import Metrics
 from async_rl.metrics.publish import publish_eval
 from async_rl.observe.transcripts import headline
 from async_rl.queue.records import Ticket
+from async_rl.rollout.environments.play import Environments
 from async_rl.rollout.outcome import Outcome
 from async_rl.types import Prompt
 from tests.support.datasets import TextEncoder
@@ -201,6 +202,16 @@ def test_the_doctor_looks_at_each_by_its_name():
     modules = user_modules(config({**agents, "v": WORLD}, m="f", c="p", g="w", h="v"))
     assert modules["no_such_module"] == "rollout.agents.f.function"
     assert modules[MODULE] == "rollout.agents.v.environment", "the other is for an interpreter of its own"
+
+
+def test_an_environment_names_the_settings_of_its_own_agent():
+    agents = {"s": {"environment": f"{MODULE}:NoState", "recovery": "state", "inline": True}}
+    with pytest.raises(AgentFailure) as refused:
+        Environments(config(agents, m="s"), "rollout.agents.s")
+    assert "which rollout.agents.s.recovery state calls; write them, or set rollout.agents.s.recovery" in str(
+        refused.value
+    )
+    assert "rollout.agent." not in str(refused.value)
 
 
 # -- in a worker --

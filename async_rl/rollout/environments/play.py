@@ -17,7 +17,7 @@ from typing import Any, get_args
 import structlog
 
 from async_rl.config.functions import import_function
-from async_rl.config.rollouts import AGENT, agent_name
+from async_rl.config.rollouts import AGENT, agent_name, in_section
 from async_rl.config.schema import RunConfig
 from async_rl.data.messages import Message, with_system
 from async_rl.errors import AgentFailure
@@ -64,7 +64,7 @@ class Environments:
                 try:
                     check_state(self._make)
                 except Failed as error:
-                    raise AgentFailure(f"{section}.environment {settings.environment}: {error}") from None
+                    raise self._refused(error) from None
         self.counts = Counts()
         self._left: set[asyncio.Task[Any]] = set()
         self._places = asyncio.Semaphore(settings.concurrent)
@@ -81,7 +81,7 @@ class Environments:
             elif self._make is not None:
                 await prepare(self._make, self._settings.arguments)
         except Failed as error:
-            raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
+            raise self._refused(error) from None
 
     async def write_rows(self, split: str, path: Path) -> int:
         """Write the rows that the class has itself as JSONL, and return how many they are. Raises AgentFailure."""
@@ -96,7 +96,11 @@ class Environments:
             finally:
                 remote.leave(abandoned=False)
         except Failed as error:
-            raise AgentFailure(f"{self._section}.environment {self._settings.environment}: {error}") from None
+            raise self._refused(error) from None
+
+    def _refused(self, error: Failed) -> AgentFailure:
+        what = in_section(str(error), self._section)
+        return AgentFailure(f"{self._section}.environment {self._settings.environment}: {what}")
 
     async def play(
         self,
