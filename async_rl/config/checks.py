@@ -68,6 +68,7 @@ def _check_engines(config: RunConfig) -> None:
             f"rollout.engines names {len(rollout.engines)} engines, but the run starts with "
             f"{rollout.replica_range.min} replicas; set rollout.replicas to at least {len(rollout.engines)}"
         )
+    _check_quantization(config)
     if "sglang" not in rollout.engine_names:
         if rollout.sglang.python is not None:
             raise ValueError(
@@ -80,6 +81,24 @@ def _check_engines(config: RunConfig) -> None:
             f"sync.backend is nccl, but rollout.engines is {rollout.engines}, and SGLang's engines meet the trainer in "
             "another kind of group than the others; set sync.backend to auto, shm or object_store, or have one engine"
         )
+
+
+def _check_quantization(config: RunConfig) -> None:
+    rollout = config.rollout
+    for key in ("quantization", "kv_cache_dtype"):
+        if (value := getattr(rollout, key)) is None:
+            continue
+        if "sglang" in rollout.engine_names:
+            raise ValueError(
+                f"rollout.{key} is {value}, but {rollout.engine_setting} has sglang, whose engines keep what the "
+                "trainer sends; remove it, or have vllm alone"
+            )
+        if config.engine_dtype == "float32":
+            name = "model.dtype" if rollout.dtype is None else "rollout.dtype"
+            raise ValueError(
+                f"rollout.{key} is {value}, but the engines compute in float32 ({name}), which vLLM's kernels for fp8 "
+                "do not take; set rollout.dtype to bfloat16"
+            )
 
 
 def _check_sync(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Combinations of the trainer's memory settings that cannot work, or of which one would silently do nothing.
+"""Combinations of settings of memory that cannot work, or of which one would silently do nothing.
 
 Knows only the tree that it is given.
 """
@@ -70,6 +70,8 @@ def first_for_gpus(config: RunConfig) -> tuple[str, object, object] | None:
         ("trainer.optimizer.offload_fraction", optimizer.offload_fraction, 0.0),
         ("trainer.offload_activations", list(trainer.offload_activations), []),
     ]
+    if config.rollout.quantization not in (None, "fp8_per_channel"):
+        found.append(("rollout.quantization", config.rollout.quantization, "fp8_per_channel"))
     if trainer.moe_dispatcher == "flex":
         found.append(("trainer.moe_dispatcher", "flex", "auto"))
     return next((each for each in found if each[1] != each[2]), None)

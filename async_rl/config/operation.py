@@ -69,9 +69,9 @@ class SyncSection(Section):
     hosts, or by NCCL from GPU to GPU; auto for object_store if the run joins a cluster, else shm."""
     canary_tolerance: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest difference of log-probs between engine and trainer on a token of the canary; the mean may be a tenth of
-    it. auto for three times what the run's first comparison measures, at least 1e-4 in float32 and 0.5 in bfloat16;
-    null for these alone. With auto a single token may be off by up to 1e-3 or 2.5 while the mean is not and no layer
-    stands out."""
+    it. auto for three times what the run's first comparison measures, at least 1e-4 in float32, 0.5 in bfloat16 and 1
+    where engines compute in fp8; null for these alone. With auto a single token may be off by up to 1e-3, 2.5 or 15
+    while the mean is not and no layer stands out."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that a weight sync may take; then engines that do not answer are replaced, and if all answer, the run
     fails."""

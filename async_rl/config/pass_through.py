@@ -80,6 +80,8 @@ VLLM: Reasons = {
         tokenizer_revision tokenizer_mode skip_tokenizer_init config_format runner convert download_dir""",
     "model.trust_remote_code decides it": "trust_remote_code",
     "rollout.dtype decides it": "dtype",
+    "rollout.quantization decides it": "quantization quantization_config",
+    "rollout.kv_cache_dtype decides it": "kv_cache_dtype",
     "seed decides it": "seed",
     "data.max_prompt_tokens and rollout.max_response_tokens decide it": "max_model_len",
     "rollout.max_num_seqs decides it": "max_num_seqs",
@@ -119,6 +121,8 @@ SGLANG: Reasons = {
     "rollout.kv_cache_bytes decides it": "max_total_tokens",
     "rollout.return_routed_experts decides it": "enable_return_routed_experts",
     "the weight sync decides it": "weight_version custom_weight_loader",
+    "its engines are loaded with the weights that the trainer sends, as they are": """quantization
+        quantization_param_path kv_cache_dtype""",
     "a step under old weights may else be stamped with the new version": "disable_overlap_schedule",
     "metrics.engine decides it": "enable_metrics",
     "the routed experts of a sequence are not returned with it": """pp_size disaggregation_mode

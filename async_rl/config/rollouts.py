@@ -253,6 +253,14 @@ class RolloutSection(Section):
     the last the first again. Empty for rollout.engine in all of them."""
     dtype: Dtype | None = None
     """Parameter type of the engines; null for the trainer's (model.dtype)."""
+    quantization: Literal["fp8_per_block", "fp8_per_channel", "fp8_per_tensor"] | None = None
+    """Form in which vLLM's engines keep the weights of linear layers and experts, which they make of the trainer's at
+    the start and at each push: fp8 with a scale for 128 x 128 weights, for each output channel or for each tensor. Null
+    for rollout.dtype, which embeddings, output layer, norms and routers have in any case. On CPUs it is fp8_per_channel
+    or null, and experts keep rollout.dtype."""
+    kv_cache_dtype: Literal["fp8"] | None = None
+    """Type of the keys and values in the caches of vLLM's engines; null for rollout.dtype. On CPUs fp8 takes
+    AVX-512."""
     return_routed_experts: bool = True
     """Whether the engine of a MoE model returns each token's routed experts; trainer.router_replay R3 needs them."""
     n: Positive = 8

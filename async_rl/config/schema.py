@@ -169,8 +169,15 @@ class RunConfig(Section):
 
     @property
     def engine_dtype(self) -> Dtype:
-        """Parameter type of the rollout engines."""
+        """Parameter type of the rollout engines; what rollout.quantization says is made of it."""
         return self.rollout.dtype or self.model.dtype
+
+    @property
+    def kv_value_bytes(self) -> int:
+        """Bytes of one value in an engine's cache of keys and values."""
+        if self.rollout.kv_cache_dtype is not None:
+            return 1
+        return 4 if self.engine_dtype == "float32" else 2
 
     @model_validator(mode="after")
     def _check_combinations(self) -> RunConfig:

@@ -177,7 +177,7 @@ def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:
         )
     tokens = sizes.resumed_tokens
     if not machine.uses_gpu(config):  # What does not fit the KV cache is not running.
-        tokens_per_engine = config.rollout.kv_cache_bytes // model.kv_token_bytes(config.engine_dtype)
+        tokens_per_engine = config.rollout.kv_cache_bytes // model.kv_token_bytes(config.kv_value_bytes)
         tokens = min(tokens, config.rollout.replica_range.max * tokens_per_engine)
     share = tokens / sizes.window_tokens
     detail = (

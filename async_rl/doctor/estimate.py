@@ -15,7 +15,7 @@ from pathlib import Path
 from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.doctor.activations import largest_microbatch, stage_elements
-from async_rl.doctor.parameters import Parameters, rank_parameters
+from async_rl.doctor.parameters import Parameters, rank_parameters, unquantized
 from async_rl.models.config import ModelConfig
 from async_rl.models.headers import read_header
 from async_rl.trainer.parallel import world_size
@@ -159,15 +159,24 @@ def _state_bytes(config: RunConfig, *, gpu: bool) -> int:
     return moments + (MASTER_BYTES // 2 if halves else MASTER_BYTES)
 
 
+def engine_weights(config: RunConfig, model: ModelConfig | None, parameters: Parameters, *, gpu: bool) -> int:
+    """Return the bytes of one engine's weights; on a CPU rollout.quantization is of linear layers alone."""
+    itemsize = BYTES[config.engine_dtype]
+    if config.rollout.quantization is None or model is None:
+        return parameters.total * itemsize
+    kept = unquantized(model) + (0 if gpu else parameters.experts)
+    return kept * itemsize + parameters.total - kept
+
+
 def engine_memory(config: RunConfig, model: ModelConfig | None, parameters: Parameters) -> int:
     """Estimate one engine and its worker on CPU; without a model, what they take before weights."""
-    itemsize = BYTES[config.engine_dtype]
     # vLLM packs the output layer for its kernel and keeps the original; what it packs of the rest replaces it.
     head = 0 if model is None else model.vocab_size * model.hidden_size
     # On CPU vLLM does not compile MoE models here (``rollout.engine.vllm.process``).
     compiled = not (config.rollout.enforce_eager or (model is not None and model.moe_layers))
     base = ENGINE_BYTES + (COMPILED_BYTES if compiled else 0)
-    return base + config.rollout.kv_cache_bytes + (parameters.total + head) * itemsize
+    weights = engine_weights(config, model, parameters, gpu=False) + head * BYTES[config.engine_dtype]
+    return base + config.rollout.kv_cache_bytes + weights
 
 
 def run_memory(

@@ -22,6 +22,8 @@ _QUERY = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=c
 # cuDNN's fused attention takes packed sequences from Hopper on; FlashAttention 2 takes them from Ampere on, but no
 # latent attention, whose keys and values differ in size.
 _PACKED_BY_CUDNN, _PACKED_BY_FLASH_ATTENTION = (9, 0), (8, 0)
+# Ada. Before it vLLM converts weights back for each product, and has nothing for a scale of each channel.
+_PRODUCTS_IN_FP8 = (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def suitable(config: RunConfig) -> Iterator[Check]:
     if not gpus:
         return
     smallest = min(gpus, key=lambda gpu: gpu.memory)
+    yield from _quantized(config, min(gpus, key=lambda gpu: gpu.capability))
     if has_layers:  # the other ones have torch's attention, which any GPU computes
         yield from _kernels(min(gpus, key=lambda gpu: gpu.capability), model)
     spec = ClusterSpec(1, len(gpus), smallest.name, smallest.memory // 10**9)
@@ -75,6 +78,19 @@ def suitable(config: RunConfig) -> Iterator[Check]:
         yield Check("GPU memory", "ok", f"a trainer rank fits into {spec.gb} GB by estimate")
     else:
         yield Check("GPU memory", "warn", f"{spec.gb} GB: {fault}", "see async-rl plan memory")
+
+
+def _quantized(config: RunConfig, gpu: Gpu) -> Iterator[Check]:
+    kind = config.rollout.quantization
+    if kind is None or gpu.capability >= _PRODUCTS_IN_FP8:
+        return
+    major, minor = gpu.capability
+    fault = f"{kind}, but {gpu.name} has compute capability {major}.{minor}, and products in fp8 need 8.9"
+    if kind == "fp8_per_channel":
+        yield Check("rollout.quantization", "FAIL", fault, "set it to fp8_per_block, or use later GPUs", ConfigError)
+    else:
+        slower = f"{fault}: weights take half the memory, and are converted back for each product"
+        yield Check("rollout.quantization", "warn", slower, "nothing, if memory is what counts")
 
 
 def _kernels(gpu: Gpu, model: ModelConfig) -> Iterator[Check]:

@@ -20,6 +20,7 @@ from async_rl.data import hub, reading
 from async_rl.data.files import expanded
 from async_rl.data.messages import Message
 from async_rl.data.tokenizer import configured_stop_tokens, end_token, prompt_encoder, tokenizer_file
+from async_rl.doctor import machine
 from async_rl.doctor.check import Check, refused
 from async_rl.doctor.machine import device_is_known, uses_gpu
 from async_rl.errors import AsyncRLError, ConfigError, DatasetError, ModelError, RewardError
@@ -81,6 +82,7 @@ def model(config: RunConfig) -> Iterator[Check]:
     yield Check("model.path", "ok", f"{path}: {found.architecture}, {size / 10**6:.1f} MB in {len(shards)} files")
     yield from _stop_token(config)
     yield from _kv_cache(config, found)
+    yield from _fp8_cache(config, found)
     yield from _latent_attention(config, found)
 
 
@@ -115,6 +117,22 @@ def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
         )
 
 
+def _fp8_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
+    """Check that an engine on CPU has a kernel for keys and values in fp8."""
+    if uses_gpu(config) or not device_is_known(config) or config.rollout.kv_cache_dtype is None:
+        return
+    fault = None
+    if model.latent is not None:
+        fault = f"the latent attention of {model.architecture} has none on CPUs"
+    elif model.head_dim % 32:
+        fault = f"heads of {model.head_dim} have none on CPUs, only multiples of 32"
+    elif "avx512f" not in machine.processor_flags():
+        fault = "this processor has no AVX-512, which it takes"
+    if fault is not None:
+        detail = f"{config.rollout.kv_cache_dtype}, for which there must be a kernel, but {fault}"
+        yield Check("rollout.kv_cache_dtype", "FAIL", detail, "set it to null", ConfigError)
+
+
 def kv_cache_minimum(config: RunConfig, model: ModelConfig) -> int:
     """Return the bytes per rank of an engine on CPU below which vLLM does not start.
 
@@ -128,8 +146,7 @@ def kv_cache_minimum(config: RunConfig, model: ModelConfig) -> int:
         block = 16  # with AMX 128, which takes more
         values = latent.key_value_rank + latent.rotary_dim
     length = config.data.max_prompt_tokens + config.longest_response
-    itemsize = 4 if config.engine_dtype == "float32" else 2
-    return (math.ceil(length / block) + 1) * block * model.num_layers * values * itemsize
+    return (math.ceil(length / block) + 1) * block * model.num_layers * values * config.kv_value_bytes
 
 
 def _stop_token(config: RunConfig) -> Iterator[Check]:

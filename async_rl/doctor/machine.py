@@ -141,6 +141,11 @@ def compilers() -> list[str]:
     return [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
 
 
+def processor_flags() -> frozenset[str]:
+    """Return what the processor of this machine knows, by the names that Linux has for it; avx512f, for example."""
+    return frozenset(Path("/proc/cpuinfo").read_text().split())
+
+
 def available_cores() -> list[int]:
     """Return the cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))

@@ -84,11 +84,11 @@ def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemor
     """Estimate what one GPU of ``gb`` GB has of an engine."""
     rollout, itemsize = config.rollout, BYTES[config.engine_dtype]
     parameters, split = parameters_of(model), rollout.tensor_parallel_size
-    weights = parameters.total * itemsize // split
+    weights = estimate.engine_weights(config, model, parameters, gpu=True) // split
     update = parameters.experts // max(1, len(model.moe_layers)) * itemsize
     if config.sync.backend == "nccl":
         update += NCCL_BUFFERS
-    token = model.kv_token_bytes(config.engine_dtype)
+    token = model.kv_token_bytes(config.kv_value_bytes)
     if model.latent is None:  # each GPU has its heads, and one at least; latent attention is whole on each
         token = token * max(1, model.num_kv_heads // split) // model.num_kv_heads
     cache = int(rollout.gpu_memory_utilization * gb * GB) - weights - ENGINE_RESERVE
@@ -188,7 +188,10 @@ def engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) ->
     """Yield what of an engine does not fit into a GPU, and what to set."""
     longest = config.data.max_prompt_tokens + config.longest_response
     if engine.kv_cache <= 0:
-        yield "an engine's weights; raise rollout.tensor_parallel_size or rollout.gpu_memory_utilization"
+        yield (
+            "an engine's weights; raise rollout.tensor_parallel_size or rollout.gpu_memory_utilization, or set "
+            "rollout.quantization"
+        )
     elif engine.tokens < longest:
         yield (
             f"one sequence of {longest} tokens into an engine's cache of {engine.tokens}; raise "

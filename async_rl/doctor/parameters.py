@@ -41,16 +41,29 @@ def layer_parameters(model: ModelConfig, layer: int) -> LayerParameters:
     whole += 2 * hidden
     if layer not in model.moe_layers:
         return LayerParameters(cut + 3 * hidden * model.intermediate_size, whole, 0)
-    router = hidden * model.num_experts + (model.num_experts if model.expert_bias else 0)
+    router = _router(model)
     shared = 3 * hidden * model.shared_intermediate_size
     return LayerParameters(cut + shared, whole + router, model.num_experts * 3 * hidden * model.moe_intermediate_size)
+
+
+def _router(model: ModelConfig) -> int:
+    return model.hidden_size * model.num_experts + (model.num_experts if model.expert_bias else 0)
+
+
+def unquantized(model: ModelConfig) -> int:
+    """Count the parameters to which rollout.quantization does nothing: embeddings, output layer, norms and routers."""
+    norms = model.hidden_size * (2 * model.num_layers + 1)
+    return _embeddings(model) + norms + len(model.moe_layers) * _router(model)
+
+
+def _embeddings(model: ModelConfig) -> int:
+    return model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
 
 
 def parameters_of(model: ModelConfig) -> Parameters:
     """Count the parameters that a checkpoint of this shape has."""
     each = [layer_parameters(model, layer) for layer in range(model.num_layers)]
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    dense = embeddings + model.hidden_size + sum(one.cut + one.whole for one in each)
+    dense = _embeddings(model) + model.hidden_size + sum(one.cut + one.whole for one in each)
     return Parameters(dense, sum(one.experts for one in each))
 
 

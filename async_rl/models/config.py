@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from async_rl.config.fields import Dtype
 from async_rl.config.schema import RunConfig
 from async_rl.errors import ModelError
 from async_rl.models.headers import check_plain, read_headers
@@ -133,12 +132,12 @@ class ModelConfig:
         pairs = positions * (positions + 1) / 2
         return 2.0 * parameters * positions + 2.0 * pairs * self.num_layers * self.num_heads * (query_dim + value_dim)
 
-    def kv_token_bytes(self, dtype: Dtype) -> int:
+    def kv_token_bytes(self, value_bytes: int) -> int:
         """Return the bytes that one token takes in an engine's KV cache, over all layers."""
         latent = self.latent
         heads = 2 * self.num_kv_heads * self.head_dim
         elements = heads if latent is None else latent.key_value_rank + latent.rotary_dim
-        return self.num_layers * elements * (4 if dtype == "float32" else 2)
+        return self.num_layers * elements * value_bytes
 
     @property
     def routing_spec(self) -> RoutingSpec | None:

@@ -27,18 +27,18 @@ from async_rl.weights.canary import (
     agrees,
     bounds,
     candidates,
-    coarser_dtype,
     compare,
     greedy_cover,
     make_probe,
     mismatch,
+    numerics,
     reached,
     text_probe,
     tolerance,
     wrong_numbering,
 )
 from async_rl.weights.fingerprint import (
-    NOISE,
+    SCALES,
     at_fault,
     describe_layer_drift,
     describe_routing_drift,
@@ -142,7 +142,7 @@ class CanaryCheck:
     def replays(self) -> bool:
         """Whether every comparison has the trainer replay the engine's routing, under the weights that were sent."""
         routed = self._model.routing_spec is not None and self._config.rollout.return_routed_experts
-        return routed and coarser_dtype(self._config) == "bfloat16"
+        return routed and numerics(self._config) != "float32"
 
     async def check(self, replicas: list[int], *, replay: bool) -> Agreement:
         """Compare these replicas with the trainer on the probe. Raises WeightSyncMismatch."""
@@ -238,7 +238,7 @@ class CanaryCheck:
     def _calibrate(self, reports: Sequence[CanaryReport]) -> None:
         """Take what was measured as the noise of this model, from which the tolerance follows."""
         self.noise = Noise(
-            dtype=coarser_dtype(self._config),
+            dtype=numerics(self._config),
             token=max(report.max_abs_diff for report in reports),
             mean=max(report.mean_abs_diff for report in reports),
         )
@@ -266,8 +266,8 @@ class CanaryCheck:
         (engine,) = await self._members.on(replica, lambda worker: worker.fingerprints(sequence))
         if engine is not None:
             (trainer,) = await self._trainer.fingerprints(sequence, rows)
-            noise = NOISE[coarser_dtype(self._config)]
-            return at_fault(engine, trainer, noise), describe_layer_drift(engine, trainer, noise)
+            scale = SCALES[numerics(self._config)]
+            return at_fault(engine, trainer, scale), describe_layer_drift(engine, trainer, scale)
         if routed_experts is not None:
             return False, await self._routing_verdict(routed_experts, first=True)
         return False, "the engine provides no fingerprints of its layers"

@@ -6,7 +6,6 @@ that are not there raises ``Skipped``. Models are random and are made here; noth
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,7 +259,7 @@ def host_syncs(device: str, folder: Path) -> Figures:
 def engine(device: str, folder: Path) -> Figures:
     """The engine's log-probs and routing are those that the trainer computes, and so they are after each push."""
     needs_vllm()
-    from tests.support.engine_checkpoint import Pusher, running
+    from tests.support.engine_checkpoint import score_after_pushes
 
     model = folder / "model-engine"
     model_families.make("Qwen3-MoE", model)
@@ -271,30 +270,50 @@ def engine(device: str, folder: Path) -> Figures:
     config = _engine_config(device, model, folder)
     dtype = config.model.dtype
 
-    async def score() -> tuple[list[Any], float, float]:
-        began = time.monotonic()
-        async with running(config) as one:
-            started = time.monotonic() - began
-            scored = [await one.score(ids)]
-            pusher = Pusher(one, pushes[0])
-            await pusher.connect()
-            began = time.monotonic()
-            for tensors in pushes:
-                await pusher.push(tensors)
-                scored.append(await one.score(ids))
-            pushed = (time.monotonic() - began) / len(pushes)
-            pusher.sender.shutdown()
-        return scored, started, pushed
-
-    scored, start_s, push_s = asyncio.run(score())
+    found = score_after_pushes(config, ids, pushes)
     means = []
-    for path, found in zip([model, *folders], scored, strict=True):
+    for path, scores in zip([model, *folders], found.scores, strict=True):
         with trainer(device, path, model__dtype=dtype, data__max_prompt_tokens=200) as one:
-            expected = one.logprobs(ids, [one_score.routed_experts for one_score in found])
-        difference = np.abs(np.concatenate([one_score.logprobs for one_score in found]) - np.concatenate(expected))
-        means.append(float(difference.mean()))
+            expected = one.logprobs(ids, [score.routed_experts for score in scores])
+        means.append(float(np.abs(_joined(scores) - np.concatenate(expected)).mean()))
     close("the mean difference of engine and trainer", max(means), BFLOAT16_MEAN if dtype == "bfloat16" else 1e-4)
-    return {"dtype": dtype, "start_s": round(start_s, 1), "push_s": round(push_s, 2), "mean_difference": means}
+    times = {"start_s": round(found.start_s, 1), "push_s": round(found.push_s, 2)}
+    return {"dtype": dtype, **times, "mean_difference": means}
+
+
+def engine_in_fp8(device: str, folder: Path) -> Figures:
+    """An engine in fp8 has after a push what one has that starts with the weights, and computes in fp8."""
+    needs_vllm()
+    from async_rl.config.loading import with_settings
+    from tests.support.engine_checkpoint import score_after_pushes
+
+    model_families.make("Qwen3-MoE", folder / "model")
+    pushed = model_families.changed(folder / "model", folder / "pushed", 0)
+    ids = [np.random.default_rng(7).integers(0, model_families.VOCAB, n).astype(np.int32) for n in (9, 64, 33)]
+    # The only kind that CPUs have, and the only one for which this model's layers are not too narrow on GPUs.
+    kind = "fp8_per_channel" if device == "cpu" else "fp8_per_tensor"
+    found: dict[str, Any] = {}
+    for name, start, pushes, settings in (
+        ("plain", "pushed", [], {}),
+        ("started", "pushed", [], {"rollout.quantization": kind}),
+        (
+            "pushed",
+            "model",
+            [{key: tensor.bfloat16() for key, tensor in pushed.items()}],
+            {"rollout.quantization": kind},
+        ),
+    ):
+        config = _engine_config(device, folder / start, folder)
+        found[name] = score_after_pushes(with_settings(config, {"rollout.dtype": "bfloat16", **settings}), ids, pushes)
+    started, after, plain = (_joined(found[name].scores[-1]) for name in ("started", "pushed", "plain"))
+    close("what a push and a start in fp8 differ by", float(np.abs(after - started).max()), 0.0)
+    if not (difference := float(np.abs(started - plain).mean())) > BFLOAT16_MEAN:
+        raise AssertionError(f"an engine in {kind} differs from bfloat16 by {difference:.2g} on average: is it in fp8?")
+    return {"kind": kind, "push_s": round(found["pushed"].push_s, 2), "mean_difference": difference}
+
+
+def _joined(scores: Sequence[Any]) -> Any:
+    return np.concatenate([score.logprobs for score in scores])
 
 
 def run(device: str, folder: Path) -> Figures:
@@ -395,6 +414,6 @@ def _finish(command: list[str], what: str) -> str:
 
 
 # In this order: each builds on what the ones before have shown.
-STEPS = (installed, families, update, checkpoint, speed, host_syncs, engine, run, nccl, kill)
+STEPS = (installed, families, update, checkpoint, speed, host_syncs, engine, engine_in_fp8, run, nccl, kill)
 # Parts of steps that a process of its own computes.
 PARTS = (one_update,)

@@ -1,4 +1,5 @@
-"""The canary between a real engine and a real trainer on a model of 30 thin layers, in float32 and in bfloat16.
+"""The canary between a real engine and a real trainer on a model of 30 thin layers, in float32 and in bfloat16, and
+with an engine in fp8.
 
 `pytest -s` prints what docs/evidence/routing-replay.md quotes.
 """
@@ -63,10 +64,11 @@ def updated(base, folder, size):
     return weights
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-3), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-3), ("bfloat16", 0.5), ("fp8", 0.5)])
 async def test_a_deep_model_trains_and_a_stale_layer_of_it_is_caught(tmp_path, dtype, size):
     base = make(tmp_path / "base")
-    config = engine_config(base)
+    fp8, dtype = dtype == "fp8", "bfloat16" if dtype == "fp8" else dtype
+    config = engine_config(base, dtype=dtype, quantization="fp8_per_channel" if fp8 else None)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     kind, settings = getattr(torch, dtype), {"dtype": dtype, "router_replay": "off"}
     old = {name: tensor.to(kind) for name, tensor in updated(base, tmp_path / "same", 0.0).items()}
@@ -85,7 +87,7 @@ async def test_a_deep_model_trains_and_a_stale_layer_of_it_is_caught(tmp_path, d
             sync.members = {0: RolloutReplica(config, 0, None, engine, None, None)}
             await trainer(trainer_process.open_trainer, base, **settings)
             await sync.begin()
-            print(f"\n  {dtype}: {sync.canary.noise}")
+            print(f"\n  {sync.canary.noise}")
             await trainer(trainer_process.open_trainer, tmp_path / "new", **settings)
             record = await sync.run(1)
             print(f"  after an update of {size:g}: {record.canary:.2g}")

@@ -6,14 +6,13 @@ Real engines on the CPU, float32, one after another. Latent attention runs in vL
 plain rotary embeddings in another way.
 """
 
-import asyncio
 import importlib.util
 
 import numpy as np
 import pytest
 
 from tests.support import model_families
-from tests.support.engine_checkpoint import Pusher, engine_config, running
+from tests.support.engine_checkpoint import engine_config, score_after_pushes
 from tests.support.family_probes import write_folder
 from tests.support.model_families import DENSE, VOCAB
 from tests.support.ranks import run_config
@@ -65,18 +64,8 @@ def test_an_export_and_each_push_after_it_compute_the_same(ranks, tmp_path, monk
     assert ("lm_head.weight" in weights[0]) is not tied
     expected_after = [ranks.call(model_families.reference, folder, ids) for folder in folders]
 
-    async def score():
-        async with running(engine_config(tmp_path / "out", runs=tmp_path / "runs", engine=kind)) as engine:
-            scored = [await engine.score(ids)]
-            pusher = Pusher(engine, weights[0])
-            await pusher.connect()
-            for pushed in weights:
-                await pusher.push(pushed)
-                scored.append(await engine.score(ids))
-            pusher.sender.shutdown()
-            return scored
-
-    loaded, *pushed = asyncio.run(score())
+    config = engine_config(tmp_path / "out", runs=tmp_path / "runs", engine=kind)
+    loaded, *pushed = score_after_pushes(config, ids, weights).scores
     agree(name, loaded, expected, 1e-5)
     for before, after, reference in zip([loaded, *pushed], pushed, expected_after, strict=False):
         assert all(np.abs(a.logprobs - b.logprobs).mean() > 0.01 for a, b in zip(before, after, strict=True))

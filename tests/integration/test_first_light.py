@@ -11,7 +11,7 @@ from tests.gpu.first_light import ROOT, attempt
 pytestmark = [pytest.mark.engine, pytest.mark.megatron, pytest.mark.slow]
 
 # The others do what test_families.py does, or less than ``kill``, or need GPUs.
-STEPS = ["installed", "update", "checkpoint", "speed", "engine", "kill"]
+STEPS = ["installed", "update", "checkpoint", "speed", "engine", "engine_in_fp8", "kill"]
 NEED_A_GPU = ["host_syncs", "nccl"]
 
 

@@ -57,18 +57,26 @@ def swapped(weights: Weights, one: int, other: int) -> Weights:
     return result
 
 
+def in_fp8(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the values as fp8 has them, with a scale for each slice along ``dim``."""
+    scale = values.abs().amax(dim, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (values / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 @torch.no_grad()
 def compute(
-    weights: Weights, sequences: Sequence[np.ndarray], dtype: torch.dtype, *, engine: bool
+    weights: Weights, sequences: Sequence[np.ndarray], dtype: torch.dtype, *, engine: bool, fp8: bool = False
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return log-probs float32[N-1] and fingerprints [L+1, N-1, WIDTH] of sequences of one length.
 
     The engine keeps the residual stream in ``dtype`` and adds products in another order than the trainer, which keeps
-    the stream in float32.
+    the stream in float32. fp8: whether it computes the products of its layers so, by token and channel.
     """
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
         a, b = x.to(dtype).float(), weights[name].to(dtype).float()
+        if fp8 and name != "head":
+            a, b = in_fp8(a, -1), in_fp8(b, 0)
         if not engine:
             return (a @ b).to(dtype)
         halves = a.shape[-1] // 2

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,39 @@ class Pusher:
 
     def _call(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+
+@dataclass
+class Scored:
+    """What an engine scored, and how long it took."""
+
+    scores: list[Any]
+    """Of its first weights, and after each push."""
+    start_s: float
+    push_s: float
+    """Of one push, in the mean."""
+
+
+def score_after_pushes(config: RunConfig, ids: Sequence[Any], pushes: Sequence[dict[str, torch.Tensor]] = ()) -> Scored:
+    """Start an engine, push these weights to it one after the other, and score the sequences before and after each."""
+
+    async def score() -> Scored:
+        began = time.monotonic()
+        async with running(config) as engine:
+            found = Scored([await engine.score(ids)], time.monotonic() - began, 0.0)
+            if not pushes:
+                return found
+            pusher = Pusher(engine, pushes[0])
+            await pusher.connect()
+            for weights in pushes:
+                began = time.monotonic()
+                await pusher.push(weights)
+                found.push_s += (time.monotonic() - began) / len(pushes)
+                found.scores.append(await engine.score(ids))
+            pusher.sender.shutdown()
+        return found
+
+    return asyncio.run(score())
 
 
 def perturbed(weights, scale=0.05, seed=1):

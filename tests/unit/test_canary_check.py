@@ -26,18 +26,24 @@ DENSE = ModelConfig(
     num_heads=4, num_kv_heads=4, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=256,
     tie_word_embeddings=False,
 )  # fmt: skip
-DTYPES = ["float32", "bfloat16"]
+DTYPES = ["float32", "bfloat16", "fp8"]
 PROMPTS = [np.arange(i, i + 40, dtype=np.int32) for i in range(4)]
+
+
+def compute_dtype(dtype):
+    return "bfloat16" if dtype == "fp8" else dtype
 
 
 class Side:
     """An engine, or the trainer, with the weights that it has now."""
 
     def __init__(self, weights, dtype, *, engine):
-        self.weights, self._dtype, self._engine = weights, getattr(torch, dtype), engine
+        fp8 = dtype == "fp8" and engine
+        self._keywords = {"dtype": getattr(torch, compute_dtype(dtype)), "engine": engine, "fp8": fp8}
+        self.weights = weights
 
     def _compute(self, sequences):
-        return deep_model.compute(self.weights, sequences, self._dtype, engine=self._engine)
+        return deep_model.compute(self.weights, sequences, **self._keywords)
 
     async def score(self, sequences):
         return [Score(logprobs, None) for logprobs in self._compute(sequences)[0]]
@@ -55,7 +61,8 @@ class Canary:
     def __init__(self, weights, dtype, canary_tolerance="auto"):
         torch.set_num_threads(1)
         self.engine, self.trainer = (Side(weights, dtype, engine=engine) for engine in (True, False))
-        tree = {"model": {"path": "m", "dtype": dtype}, "data": {"train": "d"}}
+        tree = {"model": {"path": "m", "dtype": compute_dtype(dtype)}, "data": {"train": "d"}}
+        tree["rollout"] = {"quantization": "fp8_per_channel" if dtype == "fp8" else None}
         self.config = validate({**tree, "sync": {"canary_tolerance": canary_tolerance}})
         self.check = CanaryCheck(self.config, DENSE, self.trainer, SimpleNamespace(on=self.on), PROMPTS)
 
@@ -114,7 +121,7 @@ async def test_an_output_layer_of_its_own_is_refused_at_the_start(weights, dtype
         await Canary(weights, dtype).report(engine={**weights, "head": updated(weights, 0.2)["head"]})
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-4), ("bfloat16", 0.3)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-4), ("bfloat16", 0.3), ("fp8", 0.5)])
 async def test_a_stale_layer_is_caught_after_the_start(weights, dtype, size):
     canary = Canary(weights, dtype)
     await canary.report()
@@ -159,7 +166,7 @@ async def test_table_of_stale_layers(weights, dtype):
     before, after = FLOOR[dtype], tolerance(canary.config, canary.check.noise)
     print(f"\n  {dtype:9s} before {before}, after {after}")
     caught = []
-    for size in (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3):
+    for size in (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, *((0.5, 1.0) if dtype == "fp8" else ())):
         new = updated(weights, size)
         probing = Canary(weights, dtype, 1e9)
         report = sound if size == 0 else await probing.report(engine={**new, **layer(weights, 15)}, trainer=new)

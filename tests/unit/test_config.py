@@ -206,6 +206,26 @@ def test_run_name_cannot_leave_its_folder(name):
         ({"rollout": {"top_p": 0.95}}, ["rollout.top_p is 0.95", "set rollout.top_p to 1", "rollout.temperature"]),
         ({"sync": {"backend": "nccl"}, "resources": {"device": "cpu"}}, ["sync.backend", "resources.device"]),
         (
+            {"model": {"path": "m", "dtype": "float32"}, "rollout": {"quantization": "fp8_per_block"}},
+            ["rollout.quantization is fp8_per_block", "float32 (model.dtype)", "set rollout.dtype to bfloat16"],
+        ),
+        (
+            {"rollout": {"kv_cache_dtype": "fp8", "dtype": "float32"}},
+            ["rollout.kv_cache_dtype is fp8", "float32 (rollout.dtype)", "set rollout.dtype to bfloat16"],
+        ),
+        (
+            {"rollout": {"engine": "sglang", "quantization": "fp8_per_block"}},
+            ["rollout.quantization is fp8_per_block", "rollout.engine has sglang", "have vllm alone"],
+        ),
+        (
+            {"rollout": {"engines": ["vllm", "sglang"], "replicas": 2, "kv_cache_dtype": "fp8"}},
+            ["rollout.kv_cache_dtype is fp8", "rollout.engines has sglang"],
+        ),
+        (
+            {"rollout": {"quantization": "fp8_per_tensor"}, "resources": {"device": "cpu"}},
+            ["rollout.quantization is fp8_per_tensor, which works on GPUs alone", "set it to fp8_per_channel"],
+        ),
+        (
             {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
             ["rollout.sglang.python is /venv/bin/python", "the engine is vllm"],
         ),

@@ -307,6 +307,24 @@ def test_a_cache_that_cannot_hold_one_sequence(machine, inputs):
         assert all(f"takes {needed}" in check.detail for check in found)
 
 
+@pytest.mark.parametrize(
+    ("flags", "values", "fault"),
+    [
+        ({"avx512f"}, {"head_dim": 64}, None),
+        ({"avx512f"}, {}, "heads of 16 have none on CPUs, only multiples of 32"),
+        ({"avx2"}, {"head_dim": 64}, "this processor has no AVX-512"),
+    ],
+)
+def test_keys_and_values_in_fp8_on_cpu(machine, inputs, flags, values, fault):
+    machine.setattr(probes, "processor_flags", lambda: flags)
+    path = inputs / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    checks = doctor.checks(config(inputs, rollout={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}))
+    found = [check for check in checks if check.name == "rollout.kv_cache_dtype"]
+    assert len(found) == (fault is not None)
+    assert all(check.status == "FAIL" and fault in check.detail for check in found)
+
+
 def test_a_cache_on_cpu_is_judged_once_the_hosts_have_decided_the_device(machine, inputs):
     small = {"rollout": {"kv_cache_bytes": 4096}, "cluster": {"address": "10.0.0.1:6379"}}
     assert fails(doctor.checks(config(inputs, **small))) == []

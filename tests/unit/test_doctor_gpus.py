@@ -16,12 +16,13 @@ A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81_920 * 2**20)
 V100 = Gpu("Tesla V100", (7, 0), 32_768 * 2**20)
 
 
-def settings(folder, model=QWEN3_30B_A3B, dtype="bfloat16", device="auto", **trainer):
+def settings(folder, model=QWEN3_30B_A3B, dtype="bfloat16", device="auto", rollout=(), **trainer):
     return validate(
         {
             "model": {"path": str(write_config(folder / "model", model)), "dtype": dtype},
             "data": {"train": "train.jsonl"},
             "resources": {"device": device},
+            "rollout": dict(rollout),
             "trainer": trainer,
         }
     )
@@ -98,3 +99,20 @@ def test_float32_over_parts_of_sequences_has_no_kernel_on_gpus(tmp_path, present
 def test_without_gpus_nothing_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 0)
     assert list(gpus.suitable(settings(tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kind", "status"),
+    [
+        (H100, "fp8_per_channel", None),
+        (A100, "fp8_per_channel", "FAIL"),
+        (A100, "fp8_per_block", "warn"),
+        (A100, None, None),
+    ],
+)
+def test_products_in_fp8(tmp_path, present, gpu, kind, status):
+    present(H100, gpu)
+    checks = gpus.suitable(settings(tmp_path, rollout={"quantization": kind}))
+    said = [each for each in checks if each.name == "rollout.quantization"]
+    assert [each.status for each in said] == ([] if status is None else [status])
+    assert all(f"{kind}, but {gpu.name} has compute capability 8.0" in each.detail for each in said)

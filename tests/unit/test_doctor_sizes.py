@@ -70,7 +70,7 @@ def test_places_prefill_and_snapshot_by_hand(folder):
     # Twice the 16 groups that fill 256 places.
     assert sizes.in_flight_bytes == 32 * GROUP
     config = settings(folder)
-    assert read_model_config(folder).kv_token_bytes(config.engine_dtype) == 2 * 48 * 4 * 128 * 2 == 98_304
+    assert read_model_config(folder).kv_token_bytes(config.kv_value_bytes) == 2 * 48 * 4 * 128 * 2 == 98_304
 
 
 def test_more_trajectories_than_places_grow_the_snapshot(folder):

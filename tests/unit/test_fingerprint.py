@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from async_rl.weights.fingerprint import (
-    NOISE,
+    SCALES,
     WIDTH,
     blame,
     describe_layer_drift,
@@ -38,31 +38,31 @@ def stream(fault=None, size=0.1, noise=0.0, embedding_fault=0.0, contribution=1.
 @pytest.mark.parametrize("size", [1e-3, 0.1, 3.0])
 def test_the_layer_whose_weights_are_off_is_named_and_no_other(layer, size):
     differences = layer_differences(stream(layer, size), stream())
-    assert [d.name for d in blame(differences, NOISE["float32"])] == [f"layer {layer}"]
-    assert f"differs most in layer {layer} " in describe_layer_drift(stream(layer, size), stream(), NOISE["float32"])
+    assert [d.name for d in blame(differences, SCALES["float32"])] == [f"layer {layer}"]
+    assert f"differs most in layer {layer} " in describe_layer_drift(stream(layer, size), stream(), SCALES["float32"])
 
 
 def test_a_layer_that_adds_little_is_named_all_the_same():
     """What counts is what it adds: in the stream as a whole the difference drowns."""
     small = {"contribution": 1e-5}
     differences = layer_differences(stream(3, 0.1, **small), stream(**small))
-    assert [d.name for d in blame(differences, NOISE["float32"])] == ["layer 3"]
+    assert [d.name for d in blame(differences, SCALES["float32"])] == ["layer 3"]
 
 
 def test_other_embeddings_are_named_and_not_the_layers_after_them():
     differences = layer_differences(stream(embedding_fault=0.1), stream())
-    assert [d.name for d in blame(differences, NOISE["float32"])] == ["embeddings"]
+    assert [d.name for d in blame(differences, SCALES["float32"])] == ["embeddings"]
 
 
 def test_rounding_blames_nobody():
-    assert blame(layer_differences(stream(noise=1e-7), stream()), NOISE["float32"]) == []
-    assert "the final norm or the output layer" in describe_layer_drift(stream(), stream(), NOISE["float32"])
+    assert blame(layer_differences(stream(noise=1e-7), stream()), SCALES["float32"]) == []
+    assert "the final norm or the output layer" in describe_layer_drift(stream(), stream(), SCALES["float32"])
 
 
 def test_a_stream_that_is_not_finite_is_infinitely_far():
     broken = stream()
     broken[3] = np.nan
-    assert next(d.name for d in blame(layer_differences(broken, stream()), NOISE["float32"])) == "layer 2"
+    assert next(d.name for d in blame(layer_differences(broken, stream()), SCALES["float32"])) == "layer 2"
 
 
 def test_the_projection_is_the_same_on_both_sides_and_keeps_lengths():

@@ -66,6 +66,14 @@ def test_an_engine_by_hand(tmp_path):
     assert engine.kv_cache == int(0.85 * 80e9) - engine.weights - 3 * GB
 
 
+def test_an_engine_in_fp8_by_hand(tmp_path):
+    config = settings(tmp_path, quantization="fp8_per_block", kv_cache_dtype="fp8")
+    engine = engine_memory(config, read_model_config(tmp_path / "model"), 80)
+    kept = 2 * 151_936 * 2048 + 48 * 2048 * (2 + 128) + 2048  # embeddings, output layer, norms and routers
+    assert engine.weights == (kept * 2 + 30_532_122_624 - kept) // 2
+    assert engine.kv_token == 48 * 2 * 2 * 128
+
+
 def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     text, fits = plan_memory(settings(tmp_path), SPEC)
     assert not fits

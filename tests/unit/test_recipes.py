@@ -71,6 +71,19 @@ def test_the_page_has_the_figures_of_each(recipe):
     )
 
 
+@pytest.mark.parametrize(("kind", "cache"), [(None, None), ("fp8_per_block", None), ("fp8_per_block", "fp8")])
+def test_the_page_has_the_figures_of_engines_in_fp8(tmp_path, kind, cache):
+    path = CONFIGS / "qwen3_235b_a22b.yaml"
+    model = write_config(tmp_path / "model", QWEN3_235B_A22B)
+    for gpus in (8, 4):
+        changes = {"quantization": kind, "kv_cache_dtype": cache, "tensor_parallel_size": gpus}
+        config = load([path], {"model.path": str(model)} | {f"rollout.{key}": value for key, value in changes.items()})
+        engine = engine_memory(config, read_model_config(model), 80)
+        of_weights, of_cache = ("bfloat16" if each is None else "fp8" for each in (kind, cache))
+        row = f"| {of_weights} | {of_cache} | {gpus} | {engine.weights / GB:.1f} | {engine.tokens:,} |"
+        assert (row in PAGE) == (gpus == 8 or cache is not None)
+
+
 @pytest.mark.parametrize("name", BILLIONS)
 def test_the_shapes_have_as_many_parameters_as_published(tmp_path, name):
     from async_rl.doctor.parameters import parameters_of

@@ -89,6 +89,26 @@ def test_vllm_is_given_the_numa_nodes_of_its_gpus(monkeypatch, nodes, bind):
     assert (arguments["numa_bind"], arguments["numa_bind_nodes"]) == (bind, nodes)
 
 
+@pytest.mark.usefixtures("_stub_of_vllm")
+@pytest.mark.parametrize(
+    ("device", "layers"),
+    [
+        ("cpu", {"linear": "fp8_per_channel"}),
+        ("cuda", {"linear": "fp8_per_channel", "moe": "fp8_per_channel"}),
+    ],
+)
+def test_weights_in_fp8_are_converted_as_they_are_loaded(device, layers):
+    rollout = {"quantization": "fp8_per_channel", "kv_cache_dtype": "fp8"}
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"device": device}}
+    arguments = engine_args(validate({**tree, "rollout": rollout}), 0, DENSE)
+    assert arguments["quantization"] == "online"
+    assert arguments["quantization_config"] == {**layers, "ignore": ["*.gate"]}
+    assert arguments["kv_cache_dtype"] == "fp8"
+    plain = engine_args(validate(tree), 0, DENSE)
+    assert "quantization" not in plain
+    assert plain["kv_cache_dtype"] == "auto"
+
+
 def test_what_the_engine_has_to_do_is_what_its_scheduler_said_last():
     cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
     llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), logger_manager=None)

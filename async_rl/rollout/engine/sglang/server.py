@@ -90,7 +90,7 @@ def arguments(config: RunConfig, replica: int, model: ModelConfig, port: int) ->
         given |= {
             "device": "cpu",
             "attention-backend": "torch_native",
-            "max-total-tokens": max(rollout.kv_cache_bytes // model.kv_token_bytes(config.engine_dtype), 1),
+            "max-total-tokens": max(rollout.kv_cache_bytes // model.kv_token_bytes(config.kv_value_bytes), 1),
             "mem-fraction-static": 0.1,
             "cuda-graph-backend-decode": "disabled",
             "cuda-graph-backend-prefill": "disabled",

@@ -99,6 +99,17 @@ def _gpu_nodes(config: RunConfig) -> list[int] | None:
     return None if near is None or shutil.which("numactl") is None else list(near.nodes)
 
 
+def _quantization(config: RunConfig) -> dict[str, Any]:
+    """Return what makes vLLM convert weights while it loads them, the first time and at each push."""
+    kind = config.rollout.quantization
+    if kind is None:
+        return {}
+    # Routers are small, and an expert that is chosen otherwise costs more than what they save. On CPUs vLLM's kernel
+    # for experts in fp8 takes AMX, and which processor a host has must not decide what is sampled.
+    layers = {"linear": kind} if on_cpu(config) else {"linear": kind, "moe": kind}
+    return {"quantization": "online", "quantization_config": layers | {"ignore": ["*.gate"]}}
+
+
 def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
     """Return the arguments of the vLLM engine. Raises EngineError when another version of vLLM is installed."""
     import vllm
@@ -113,6 +124,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
     arguments: dict[str, Any] = {
         "model": str(config.model.path),
         "dtype": config.engine_dtype,
+        **_quantization(config),
+        "kv_cache_dtype": config.rollout.kv_cache_dtype or "auto",
         "trust_remote_code": config.model.trust_remote_code,
         # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
         "seed": config.seed + replica,
