@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from async_rl.errors import ConfigError, ModelError, ResourceError
+from async_rl.models.checkpoint_files import SHARD_BYTES, write_checkpoint
 from async_rl.models.config import checkpoint_shards, read_json
 from async_rl.models.headers import PLAIN, Header, check_plain, listed, read_headers
-from async_rl.models.names import SHARD_BYTES, write_checkpoint
 from async_rl.models.quantization import KEYS, Blocks, read_blocks
 
 _QUANTIZED = "F8_E4M3"

@@ -6,15 +6,13 @@ so that export writes what loading read, bit for bit.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from async_rl.models.config import ModelConfig
 
@@ -25,8 +23,6 @@ Kind = Literal["same", "qkv", "gate_up"]
 # How tensor parallelism cuts the Hugging Face tensors: by rows (dimension 0), by columns (1), or not at all.
 Cut = Literal["rows", "columns", "whole"]
 AXIS: dict[Cut, int] = {"rows": 0, "columns": 1}
-# Size of one *.safetensors file, the same that transformers writes.
-SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,34 +247,6 @@ def to_megatron(model: ModelConfig, kind: Kind, tensors: Sequence[torch.Tensor])
 def to_hf(model: ModelConfig, kind: Kind, tensor: torch.Tensor) -> list[torch.Tensor]:
     """Split a Megatron parameter into Hugging Face tensors, as views if possible; the inverse of ``to_megatron``."""
     return _SPLIT[kind](model, tensor)
-
-
-def write_checkpoint(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, *, shard_bytes: int) -> None:
-    """Write weights as *.safetensors with an index, keeping at most one shard in memory.
-
-    Shards are numbered as they fill; the index comes last, so that a folder with an index is complete.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shard: dict[str, torch.Tensor] = {}
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def flush() -> None:
-        # The usual names count all shards, but their number is not known while streaming.
-        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in weights:
-        size = tensor.numel() * tensor.element_size()
-        if shard and sum(t.numel() * t.element_size() for t in shard.values()) + size > shard_bytes:
-            flush()
-        shard[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        total += size
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
 def _merge_same(_: ModelConfig, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from async_rl.models import names
+from async_rl.models.checkpoint_files import SHARD_BYTES, CheckpointFiles, on_host, write_tensors
 from async_rl.models.config import ModelConfig, checkpoint_shards
-from async_rl.trainer.parallel import Place
 
 
 class NamedWeights(Protocol):
@@ -27,17 +27,53 @@ class NamedWeights(Protocol):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
 
 
-def write_hf(weights: NamedWeights, folder: Path, *, like: Path, model: ModelConfig, place: Place) -> None:
+class WeightsInFiles(NamedWeights, Protocol):
+    """Weights that are gathered file by file, each on a rank of its own."""
+
+    def files(self) -> list[tuple[int, list[names.Meta]]]: ...
+
+
+def write_by_ranks(weights: WeightsInFiles, folder: Path, *, like: Path, model: ModelConfig, rank: int) -> None:
+    """Write ``weights`` as ``write_folder`` does; each file is written by the rank that gathers it.
+
+    Every rank calls it, and keeps one file in memory at most. While one writes, others gather: all have the folder.
+    """
+    files, tensors = CheckpointFiles(folder), iter(weights)
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for owner, metas in weights.files():
+            path = files.add({meta.name: _nbytes(meta) for meta in metas})
+            if owner == rank and writing is not None:
+                writing.result()
+            gathered = (next(tensors) for _ in metas)
+            # One by one: a whole file might not fit beside the model on a GPU.
+            copies = {name: on_host(tensor) for name, tensor in gathered if tensor is not None}
+            if owner == rank:
+                writing = writer.submit(write_tensors, copies, path)
+            del copies
+            # A rank without a part of what follows must not wait longer than a collective may take.
+            torch.distributed.barrier()
+        if writing is not None:
+            writing.result()
+    torch.distributed.barrier()
+    if rank == 0:
+        _complete(files, folder, like, model)
+    torch.distributed.barrier()
+
+
+def write_by_one(
+    weights: NamedWeights, folder: Path, *, like: Path, model: ModelConfig, rank: int, file_bytes: int
+) -> None:
     """Write gathered ``weights`` with ``write_folder``. Every rank calls it, and rank 0 writes."""
-    if place.rank == 0:
-        write_folder(_meeting(weights), folder, like=like, model=model)
+    if rank == 0:
+        write_folder(_meeting(weights, file_bytes), folder, like=like, model=model, file_bytes=file_bytes)
     else:
-        for _ in _meeting(weights):  # gathering a parameter is a collective: take part in it
+        for _ in _meeting(weights, file_bytes):  # gathering a parameter is a collective: take part in it
             pass
     torch.distributed.barrier()
 
 
-def _meeting(weights: NamedWeights) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _meeting(weights: NamedWeights, file_bytes: int) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield the weights; all ranks meet each time that as much has passed as one file has.
 
     A rank without a part of what follows would else wait for the end of all files, and give up after the time that a
@@ -46,19 +82,36 @@ def _meeting(weights: NamedWeights) -> Iterator[tuple[str, torch.Tensor | None]]
     passed = 0
     for meta, item in zip(weights.metadata(), weights, strict=True):
         yield item
-        passed += math.prod(meta.shape) * meta.dtype.itemsize
-        if passed >= names.SHARD_BYTES:
+        passed += _nbytes(meta)
+        if passed >= file_bytes:
             torch.distributed.barrier()
             passed = 0
 
 
-def write_folder(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, *, like: Path, model: ModelConfig) -> None:
+def write_folder(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    *,
+    like: Path,
+    model: ModelConfig,
+    file_bytes: int = SHARD_BYTES,
+) -> None:
     """Write ``weights`` as a checkpoint folder like the folder ``like``, with its config and tokenizer files.
 
     Layers that predict further tokens are not trained, and are copied from ``like``.
     """
-    extra = names.extra_layers(model, checkpoint_shards(like))
-    names.write_checkpoint(chain(weights, extra), folder, shard_bytes=names.SHARD_BYTES)
+    files = CheckpointFiles(folder)
+    files.write(weights, file_bytes)
+    _complete(files, folder, like, model)
+
+
+def _complete(files: CheckpointFiles, folder: Path, like: Path, model: ModelConfig) -> None:
+    files.write(names.extra_layers(model, checkpoint_shards(like)), SHARD_BYTES)
+    files.write_index()
     for file in like.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copy2(file, folder / file.name)
+
+
+def _nbytes(meta: names.Meta) -> int:
+    return math.prod(meta.shape) * int(meta.dtype.itemsize)

@@ -1,6 +1,7 @@
 """Plans how the parts of a model's parameters come to one rank: which ranks send them, and in which exchanges.
 
-That is rank 0 for all parameters, or for those of each pipeline stage its first rank. Every rank makes the same plan.
+That is rank 0 for all parameters, for those of each pipeline stage its first rank, or for those of each file that is
+written the ranks in turns. Every rank makes the same plan.
 An exchange takes consecutive parameters, whatever layers and experts they belong to, so that there are as many
 exchanges as the model's bytes fill, not as it has tensors. In it each rank sends what it has as one message:
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +71,11 @@ class Parameter:
         return math.prod(self.shape) * size
 
     @property
+    def whole_bytes(self) -> int:
+        """Bytes of all parts."""
+        return self.nbytes * len(self.holders)
+
+    @property
     def from_others(self) -> int:
         """Bytes that the destination receives."""
         return self.nbytes * sum(1 for rank in self.holders if rank != self.destination)
@@ -98,6 +104,22 @@ class Exchange:
         for parameter, places in self.places():
             sizes |= {rank: place + parameter.nbytes for rank, place in places.items()}
         return sizes
+
+
+def in_files(parameters: Iterable[Parameter], file_bytes: int, ranks: int) -> list[list[Parameter]]:
+    """Return the parameters of each file, in their order, with the rank that writes it as their destination.
+
+    A file has at most ``file_bytes``, or a single parameter. The ranks take files in turns.
+    """
+    files: list[list[Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        if not files or size + parameter.whole_bytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(replace(parameter, destination=(len(files) - 1) % ranks))
+        size += parameter.whole_bytes
+    return files
 
 
 def exchanges(parameters: Iterable[Parameter], bucket_bytes: int) -> Iterator[Exchange]:

@@ -17,12 +17,13 @@ import torch
 
 from async_rl.config.schema import RunConfig
 from async_rl.metrics.records import StepReport
+from async_rl.models.checkpoint_files import SHARD_BYTES
 from async_rl.models.config import check_run, read_model_config
 from async_rl.trainer import losses
 from async_rl.trainer.advantages import load_advantages
 from async_rl.trainer.collectives import Collectives
 from async_rl.trainer.credit import Credited, with_credit
-from async_rl.trainer.export import write_hf
+from async_rl.trainer.export import write_by_one, write_by_ranks
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.objective import cross_entropy, policy_objective
 from async_rl.trainer.packing import Microbatch, Packer
@@ -295,13 +296,15 @@ class Trainer:
         """Return float32[layers + 1, N-1, WIDTH] of each sequence int32[N]; see ``ModelProbe.fingerprints``."""
         return self._probe.fingerprints(sequences, routed_experts)
 
-    def weights(self, *, by_stage: bool = False) -> GatheredWeights:
+    def weights(self, *, by_stage: bool = False, file_bytes: int | None = None) -> GatheredWeights:
         """Return the live weights under Hugging Face names, tensor by tensor; see ``GatheredWeights``."""
         from async_rl.trainer.megatron.gather import GatheredWeights
 
         modules, size = [chunk.module for chunk in self._chunks], self._config.sync.gather_bucket_bytes
         layout = platform.layout(self._device)
-        return GatheredWeights(modules, self._model_config, self._place, layout, size, by_stage=by_stage)
+        return GatheredWeights(
+            modules, self._model_config, self._place, layout, size, by_stage=by_stage, file_bytes=file_bytes
+        )
 
     def weight_source(self) -> WeightSource:
         """Return the live weights for vLLM's weight transfer. The first call imports part of vLLM (seconds)."""
@@ -311,12 +314,17 @@ class Trainer:
 
     # ---- files ----
 
-    def save_hf(self, folder: Path) -> None:
+    def save_hf(self, folder: Path, file_bytes: int = SHARD_BYTES) -> None:
         """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files.
 
-        Rank 0 writes; every rank calls it. Layers that predict further tokens are not trained, and are copied.
+        Every rank calls it, and all write, files of at most ``file_bytes`` in turns; rank 0 alone where other hosts do
+        not have the folder. Layers that predict further tokens are not trained, and are copied.
         """
-        write_hf(self.weights(), folder, like=self._config.model.path, model=self._model_config, place=self._place)
+        like, model, rank = self._config.model.path, self._model_config, self._place.rank
+        if self._config.cluster.shared_fs:
+            write_by_ranks(self.weights(file_bytes=file_bytes), folder, like=like, model=model, rank=rank)
+        else:
+            write_by_one(self.weights(), folder, like=like, model=model, rank=rank, file_bytes=file_bytes)
 
     def begin_save(self, folder: Path) -> Save:
         """Begin to write model, optimizer, schedule and random state into ``folder``, each rank its part.

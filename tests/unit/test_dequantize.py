@@ -14,8 +14,8 @@ from async_rl.config.loading import validate
 from async_rl.doctor import inputs
 from async_rl.driver import eval_command
 from async_rl.errors import ConfigError, ModelError, ResourceError
+from async_rl.models import checkpoint_files
 from async_rl.models import dequantize as module
-from async_rl.models import names
 from async_rl.models.config import read_model_config
 from async_rl.models.dequantize import dequantize
 from async_rl.models.headers import read_header
@@ -124,7 +124,7 @@ def test_the_folder_is_a_checkpoint_in_bfloat16(tmp_path):
 def test_no_more_than_one_written_file_is_in_memory(tmp_path, monkeypatch):
     alive: list[weakref.ref] = []
     sizes = []
-    save = names.save_file
+    save = checkpoint_files.save_file
 
     def watched(shard, *arguments, **named):
         assert not [each for each in alive if each() is not None], "tensors of an earlier file are still there"
@@ -132,7 +132,7 @@ def test_no_more_than_one_written_file_is_in_memory(tmp_path, monkeypatch):
         sizes.append(sum(tensor.nbytes for tensor in shard.values()))
         save(shard, *arguments, **named)
 
-    monkeypatch.setattr(names, "save_file", watched)
+    monkeypatch.setattr(checkpoint_files, "save_file", watched)
     largest = 2 * 256 * 384
     dequantize(folder(tmp_path / "fp8"), tmp_path / "out", shard_bytes=largest)
     assert len(sizes) > 1

@@ -1,44 +1,121 @@
-"""Ranks that have nothing to send do not wait for the end of a long export."""
+"""The files of an export: which rank writes which, and that none waits for the end of a long one."""
 
-from types import SimpleNamespace
+import json
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from async_rl.models import names
 from async_rl.models.config import read_model_config
 from async_rl.trainer import export
+from async_rl.trainer.gather_plan import Parameter, in_files
 from tests.support.model_folders import write_inputs
+
+METAS = [names.Meta(f"w{i}", torch.float32, (10, 10)) for i in range(10)]  # of 400 bytes each
+FILES = [(0, METAS[:3]), (1, METAS[3:6]), (0, METAS[6:9]), (1, METAS[9:])]
 
 
 class Weights:
-    """Ten tensors of 400 bytes each, on rank 0."""
+    """Ten tensors, which rank 0 gets, or each rank those of its files."""
 
-    def __init__(self, rank, order):
-        self._rank, self._order = rank, order
+    def __init__(self, rank, order, files):
+        self._order, self._files = order, files
+        owners = {meta.name: owner for owner, metas in FILES for meta in metas} if files else {}
+        self._mine = [meta.name for meta in METAS if owners.get(meta.name, 0) == rank]
 
     def metadata(self):
-        return [names.Meta(f"w{i}", torch.float32, (10, 10)) for i in range(10)]
+        return METAS
+
+    def files(self):
+        return FILES
 
     def __iter__(self):
-        for i in range(10):
-            self._order.append(f"w{i}")
-            yield f"w{i}", torch.full((10, 10), float(i)) if self._rank == 0 else None
+        for i, meta in enumerate(METAS):
+            self._order.append(meta.name)
+            yield meta.name, torch.full((10, 10), float(i)) if meta.name in self._mine else None
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_inputs(tmp_path) / "model"
+
+
+@pytest.fixture
+def order(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: found.append("meet"))
+    return found
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_meet_after_as_much_as_one_file_has(tmp_path, monkeypatch, rank):
-    order = []
-    monkeypatch.setattr(names, "SHARD_BYTES", 1200)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: order.append("meet"))
-    model = write_inputs(tmp_path) / "model"
-    export.write_hf(
-        Weights(rank, order),
+def test_all_ranks_meet_after_as_much_as_one_file_has(tmp_path, order, model, rank):
+    export.write_by_one(
+        Weights(rank, order, files=False),
         tmp_path / "out",
         like=model,
         model=read_model_config(model),
-        place=SimpleNamespace(rank=rank),
+        rank=rank,
+        file_bytes=1200,
     )
-    wanted = "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet"
-    assert order == wanted.split()
+    assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet"
     assert len(list(tmp_path.glob("out/*.safetensors"))) == (4 if rank == 0 else 0)
+
+
+def test_ranks_write_the_files_in_turns_and_rank_0_what_says_that_all_are_there(tmp_path, order, model):
+    out, config = tmp_path / "out", read_model_config(model)
+    export.write_by_ranks(Weights(1, order, files=True), out, like=model, model=config, rank=1)
+    assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet meet meet"
+    assert sorted(path.name for path in out.iterdir()) == ["model-00002.safetensors", "model-00004.safetensors"]
+    export.write_by_ranks(Weights(0, order, files=True), out, like=model, model=config, rank=0)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4000
+    files = {meta.name: f"model-0000{i}.safetensors" for i, (_, metas) in enumerate(FILES, 1) for meta in metas}
+    assert index["weight_map"] == files
+    for i, meta in enumerate(METAS):
+        assert (load_file(out / files[meta.name])[meta.name] == i).all()
+    assert (out / "config.json").read_text() == (model / "config.json").read_text()
+
+
+def test_a_rank_gathers_for_others_while_its_own_file_is_written(tmp_path, order, model, monkeypatch):
+    written, write = threading.Event(), export.write_tensors
+
+    def slow(tensors, path):
+        assert written.wait(60)
+        write(tensors, path)
+
+    monkeypatch.setattr(export, "write_tensors", slow)
+
+    def meet():
+        order.append("meet")
+        if len(order) == 8:
+            written.set()
+
+    monkeypatch.setattr(torch.distributed, "barrier", meet)
+    export.write_by_ranks(
+        Weights(0, order, files=True), tmp_path / "out", like=model, model=read_model_config(model), rank=0
+    )
+    assert " ".join(order[:8]) == "w0 w1 w2 meet w3 w4 w5 meet", "until here nothing was written"
+    assert len(list(tmp_path.glob("out/*.safetensors"))) == 2
+
+
+def test_what_cannot_be_written_is_raised(tmp_path, order, model, monkeypatch):
+    monkeypatch.setattr(export, "write_tensors", lambda tensors, path: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        export.write_by_ranks(
+            Weights(0, order, files=True), tmp_path / "out", like=model, model=read_model_config(model), rank=0
+        )
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "expected"), [(10_000, [0] * 5), (800, [0, 0, 1, 1, 2]), (300, [0, 1, 2, 0, 1])]
+)
+def test_a_file_is_filled_before_the_next_ranks_begins(file_bytes, expected):
+    parameters = [
+        Parameter(None, torch.float32, (5, 10), range(i, i + 2)) for i in range(5)
+    ]  # of 400 bytes in two parts
+    files = in_files(parameters, file_bytes, ranks=3)
+    assert [parameter.destination for file in files for parameter in file] == expected
+    assert all(len({parameter.destination for parameter in file}) == 1 for file in files)

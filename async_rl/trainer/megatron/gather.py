@@ -1,10 +1,11 @@
 """Gathers the model's weights under Hugging Face names on rank 0, from the ranks that hold their parts.
 
-Or those of each pipeline stage on its first rank. The parts of many parameters come in one message from each rank that
-has some (``gather_plan``), and each byte travels once: from the first of the ranks that hold it, straight to where it
-is needed. Every rank iterates in step. Memory beside the parameters: on a rank that gathers what one exchange brings,
-and the whole tensors of the parameter that is being yielded; on a rank that sends, its message. Knows ``gather_plan``,
-``model`` (which tensors a rank holds) and the tables in ``models.names``.
+Or those of each pipeline stage on its first rank, or those of each file of an export on the rank that writes it. The
+parts of many parameters come in one message from each rank that has some (``gather_plan``), and each byte travels once:
+from the first of the ranks that hold it, straight to where it is needed. Every rank iterates in step. Memory beside the
+parameters: on a rank that gathers what one exchange brings, and the whole tensors of the parameter that is being
+yielded; on a rank that sends, its message. Knows ``gather_plan``, ``model`` (which tensors a rank holds) and the tables
+in ``models.names``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from async_rl.models import names
 from async_rl.models.config import ModelConfig
-from async_rl.trainer.gather_plan import Exchange, Parameter, exchanges, holders, stage_of_entry
+from async_rl.trainer.gather_plan import Exchange, Parameter, exchanges, holders, in_files, stage_of_entry
 from async_rl.trainer.megatron.model import LocalTensor, local_tensors
 from async_rl.trainer.parallel import Place, owning_rank
 
@@ -25,7 +26,7 @@ class GatheredWeights:
     """The live weights of a model that is spread over ranks. All ranks make one together, and iterate it together.
 
     With ``by_stage`` each rank has the weights of its own pipeline stage alone, and the stages do not wait for each
-    other.
+    other. With ``file_bytes`` the ranks get the weights of one file each, in turns.
 
     Tensors that rank 0 holds whole are views of the parameters where Megatron's layout allows: a consumer must be done
     with them before the next optimizer step. Others are views of what one exchange brought: a consumer that keeps one
@@ -41,36 +42,49 @@ class GatheredWeights:
         bucket_bytes: int,
         *,
         by_stage: bool = False,
+        file_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._place = place
         self._by_stage = by_stage
         self._destination = owning_rank(place.sizes, place.pp, None) if by_stage else 0
+        self._all = file_bytes is not None  # ranks gather, each the files that it writes
         # Where the last stage has a copy of the embedding, the first stage's is exported.
         self._local: dict[str, LocalTensor] = {}
         for one in local_tensors(chunks, model, place, layout):
             self._local.setdefault(one.entry.hf[0], one)
         self._parameters = self._agree_on_parameters(layout)
+        self._files: list[list[Parameter]] = []
+        if file_bytes is not None:
+            self._files = in_files(self._parameters, file_bytes, torch.distributed.get_world_size())
+            self._parameters = [parameter for file in self._files for parameter in file]
         every = exchanges(self._parameters, bucket_bytes)
-        self._exchanges = [exchange for exchange in every if exchange.destination == self._destination]
+        self._exchanges = [each for each in every if self._all or each.destination == self._destination]
 
     def metadata(self) -> list[names.Meta]:
         """Return name, dtype and shape of every tensor that iteration yields, in the same order."""
+        if self._all:
+            return [meta for parameter in self._parameters for meta in self._metas(parameter)]
         return self.by_destination()[self._destination]
+
+    def files(self) -> list[tuple[int, list[names.Meta]]]:
+        """Return the rank that gets the tensors of each file, and these; iteration yields them file by file."""
+        return [
+            (file[0].destination, [meta for parameter in file for meta in self._metas(parameter)])
+            for file in self._files
+        ]
 
     def by_destination(self) -> dict[int, list[names.Meta]]:
         """Return the metadata of the tensors that each rank gets which gets any, in the order of ranks."""
         found: dict[int, list[names.Meta]] = {}
         for parameter in self._parameters:
-            metas = found.setdefault(parameter.destination, [])
-            for name, shape in zip(parameter.entry.hf, self._shapes(parameter), strict=True):
-                metas.append(names.Meta(name, parameter.dtype, shape))
+            found.setdefault(parameter.destination, []).extend(self._metas(parameter))
         return found
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yield (name, tensor) on the rank that gathers, (name, None) elsewhere."""
-        gathers = self._place.rank == self._destination
         for exchange in self._exchanges:
+            gathers = self._place.rank == exchange.destination
             messages = self._exchanged(exchange)
             for parameter, places in exchange.places():
                 if not gathers:
@@ -82,7 +96,7 @@ class GatheredWeights:
     def _exchanged(self, exchange: Exchange) -> dict[int, torch.Tensor]:
         """Send this rank's parts to the rank that gathers, which returns the message of each other, uint8[bytes]."""
         rank = self._place.rank
-        if rank == self._destination:
+        if rank == exchange.destination:
             messages = {source: self._message(nbytes) for source, nbytes in exchange.nbytes.items()}
             calls = [
                 torch.distributed.P2POp(torch.distributed.irecv, message, source)
@@ -90,7 +104,7 @@ class GatheredWeights:
             ]
         elif rank in exchange.nbytes:
             messages = {}
-            calls = [torch.distributed.P2POp(torch.distributed.isend, self._packed(exchange), self._destination)]
+            calls = [torch.distributed.P2POp(torch.distributed.isend, self._packed(exchange), exchange.destination)]
         else:
             return {}
         # As one batch, NCCL uses the communicator of all ranks: for calls by themselves it makes one for each pair.
@@ -110,7 +124,7 @@ class GatheredWeights:
         self, parameter: Parameter, messages: Mapping[int, torch.Tensor], places: Mapping[int, int], rank: int
     ) -> torch.Tensor:
         """Return a rank's part of a parameter, on the rank that gathers."""
-        return self._own(parameter) if rank == self._destination else _view(messages[rank], places[rank], parameter)
+        return self._own(parameter) if rank == self._place.rank else _view(messages[rank], places[rank], parameter)
 
     def _own(self, parameter: Parameter) -> torch.Tensor:
         return self._local[parameter.entry.hf[0]].tensor.detach()
@@ -125,9 +139,11 @@ class GatheredWeights:
         device = next(iter(self._local.values())).tensor.device
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def _shapes(self, parameter: Parameter) -> list[tuple[int, ...]]:
-        parts = len(parameter.holders)
-        return names.hf_shapes(self._model, parameter.entry, parameter.shape, parts)
+    def _metas(self, parameter: Parameter) -> list[names.Meta]:
+        shapes = names.hf_shapes(self._model, parameter.entry, parameter.shape, len(parameter.holders))
+        return [
+            names.Meta(name, parameter.dtype, shape) for name, shape in zip(parameter.entry.hf, shapes, strict=True)
+        ]
 
     def _agree_on_parameters(self, layout: names.Layout) -> list[Parameter]:
         """Return the model's parameters in the order of export. Each is described by the first rank that has it."""
