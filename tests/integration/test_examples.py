@@ -30,7 +30,7 @@ def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(example))
     tiny = yaml.safe_load(recipe.read_text())
     evaluated = load(example / "config.yaml", {}).data.eval is not None
-    train, own = tiny["data"]["train"], {}
+    train, own = tiny["data"]["train"], {"data__max_prompt_tokens": tiny["data"]["max_prompt_tokens"]}
     if example == FOREIGN:
         train, own = tmp_path / "train.jsonl", {"rollout__agent__python": ENVIRONMENTS_PYTHON}
         command = [ENVIRONMENTS_PYTHON, example / "words.py", train]
