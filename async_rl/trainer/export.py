@@ -24,24 +24,42 @@ class NamedWeights(Protocol):
 
     def metadata(self) -> list[names.Meta]: ...
 
+    def files(self) -> list[tuple[int, list[names.Meta]]]:
+        """Return the rank that gathers each file, and its tensors; empty where rank 0 gathers all."""
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
 
 
-class WeightsInFiles(NamedWeights, Protocol):
-    """Weights that are gathered file by file, each on a rank of its own."""
+def write_hf(
+    weights: NamedWeights, folder: Path, like: Path, model: ModelConfig, rank: int, file_bytes: int = SHARD_BYTES
+) -> None:
+    """Write gathered ``weights`` as ``write_folder`` does, each file on the rank that gathers it, else all on rank 0.
 
-    def files(self) -> list[tuple[int, list[names.Meta]]]: ...
-
-
-def write_by_ranks(weights: WeightsInFiles, folder: Path, *, like: Path, model: ModelConfig, rank: int) -> None:
-    """Write ``weights`` as ``write_folder`` does; each file is written by the rank that gathers it.
-
-    Every rank calls it, and keeps one file in memory at most. While one writes, others gather: all have the folder.
+    Every rank calls it.
     """
+    if files := weights.files():
+        _write_by_ranks(weights, files, folder, like, model, rank)
+    elif rank == 0:
+        write_folder(_meeting(weights, file_bytes), folder, like=like, model=model, file_bytes=file_bytes)
+    else:
+        for _ in _meeting(weights, file_bytes):  # gathering a parameter is a collective: take part in it
+            pass
+    torch.distributed.barrier()
+
+
+def _write_by_ranks(
+    weights: NamedWeights,
+    owned: list[tuple[int, list[names.Meta]]],
+    folder: Path,
+    like: Path,
+    model: ModelConfig,
+    rank: int,
+) -> None:
+    """Write one file while others are gathered; each rank keeps one in memory at most."""
     files, tensors = CheckpointFiles(folder), iter(weights)
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
-        for owner, metas in weights.files():
+        for owner, metas in owned:
             path = files.add({meta.name: _nbytes(meta) for meta in metas})
             if owner == rank and writing is not None:
                 writing.result()
@@ -58,19 +76,6 @@ def write_by_ranks(weights: WeightsInFiles, folder: Path, *, like: Path, model: 
     torch.distributed.barrier()
     if rank == 0:
         _complete(files, folder, like, model)
-    torch.distributed.barrier()
-
-
-def write_by_one(
-    weights: NamedWeights, folder: Path, *, like: Path, model: ModelConfig, rank: int, file_bytes: int
-) -> None:
-    """Write gathered ``weights`` with ``write_folder``. Every rank calls it, and rank 0 writes."""
-    if rank == 0:
-        write_folder(_meeting(weights, file_bytes), folder, like=like, model=model, file_bytes=file_bytes)
-    else:
-        for _ in _meeting(weights, file_bytes):  # gathering a parameter is a collective: take part in it
-            pass
-    torch.distributed.barrier()
 
 
 def _meeting(weights: NamedWeights, file_bytes: int) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from async_rl.trainer import losses
 from async_rl.trainer.advantages import load_advantages
 from async_rl.trainer.collectives import Collectives
 from async_rl.trainer.credit import Credited, with_credit
-from async_rl.trainer.export import write_by_one, write_by_ranks
+from async_rl.trainer.export import write_hf
 from async_rl.trainer.megatron import platform
 from async_rl.trainer.objective import cross_entropy, policy_objective
 from async_rl.trainer.packing import Microbatch, Packer
@@ -296,15 +296,12 @@ class Trainer:
         """Return float32[layers + 1, N-1, WIDTH] of each sequence int32[N]; see ``ModelProbe.fingerprints``."""
         return self._probe.fingerprints(sequences, routed_experts)
 
-    def weights(self, *, by_stage: bool = False, file_bytes: int | None = None) -> GatheredWeights:
-        """Return the live weights under Hugging Face names, tensor by tensor; see ``GatheredWeights``."""
+    def weights(self, **spread: Any) -> GatheredWeights:
+        """Return the live weights under Hugging Face names, tensor by tensor; ``spread`` as ``GatheredWeights``."""
         from async_rl.trainer.megatron.gather import GatheredWeights
 
         modules, size = [chunk.module for chunk in self._chunks], self._config.sync.gather_bucket_bytes
-        layout = platform.layout(self._device)
-        return GatheredWeights(
-            modules, self._model_config, self._place, layout, size, by_stage=by_stage, file_bytes=file_bytes
-        )
+        return GatheredWeights(modules, self._model_config, self._place, platform.layout(self._device), size, **spread)
 
     def weight_source(self) -> WeightSource:
         """Return the live weights for vLLM's weight transfer. The first call imports part of vLLM (seconds)."""
@@ -317,14 +314,10 @@ class Trainer:
     def save_hf(self, folder: Path, file_bytes: int = SHARD_BYTES) -> None:
         """Write a checkpoint folder like the one that was loaded: weights, config and tokenizer files.
 
-        Every rank calls it, and all write, files of at most ``file_bytes`` in turns; rank 0 alone where other hosts do
-        not have the folder. Layers that predict further tokens are not trained, and are copied.
+        Every rank calls it. All write files of ``file_bytes`` in turns; rank 0 alone where other hosts lack the folder.
         """
-        like, model, rank = self._config.model.path, self._model_config, self._place.rank
-        if self._config.cluster.shared_fs:
-            write_by_ranks(self.weights(file_bytes=file_bytes), folder, like=like, model=model, rank=rank)
-        else:
-            write_by_one(self.weights(), folder, like=like, model=model, rank=rank, file_bytes=file_bytes)
+        weights = self.weights(file_bytes=file_bytes if self._config.cluster.shared_fs else None)
+        write_hf(weights, folder, self._config.model.path, self._model_config, self._place.rank, file_bytes)
 
     def begin_save(self, folder: Path) -> Save:
         """Begin to write model, optimizer, schedule and random state into ``folder``, each rank its part.

@@ -29,7 +29,7 @@ class Weights:
         return METAS
 
     def files(self):
-        return FILES
+        return FILES if self._files else []
 
     def __iter__(self):
         for i, meta in enumerate(METAS):
@@ -51,24 +51,18 @@ def order(monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_meet_after_as_much_as_one_file_has(tmp_path, order, model, rank):
-    export.write_by_one(
-        Weights(rank, order, files=False),
-        tmp_path / "out",
-        like=model,
-        model=read_model_config(model),
-        rank=rank,
-        file_bytes=1200,
-    )
+    weights = Weights(rank, order, files=False)
+    export.write_hf(weights, tmp_path / "out", model, read_model_config(model), rank, file_bytes=1200)
     assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet"
     assert len(list(tmp_path.glob("out/*.safetensors"))) == (4 if rank == 0 else 0)
 
 
 def test_ranks_write_the_files_in_turns_and_rank_0_what_says_that_all_are_there(tmp_path, order, model):
     out, config = tmp_path / "out", read_model_config(model)
-    export.write_by_ranks(Weights(1, order, files=True), out, like=model, model=config, rank=1)
+    export.write_hf(Weights(1, order, files=True), out, model, config, 1)
     assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet meet meet"
     assert sorted(path.name for path in out.iterdir()) == ["model-00002.safetensors", "model-00004.safetensors"]
-    export.write_by_ranks(Weights(0, order, files=True), out, like=model, model=config, rank=0)
+    export.write_hf(Weights(0, order, files=True), out, model, config, 0)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4000
     files = {meta.name: f"model-0000{i}.safetensors" for i, (_, metas) in enumerate(FILES, 1) for meta in metas}
@@ -93,9 +87,7 @@ def test_a_rank_gathers_for_others_while_its_own_file_is_written(tmp_path, order
             written.set()
 
     monkeypatch.setattr(torch.distributed, "barrier", meet)
-    export.write_by_ranks(
-        Weights(0, order, files=True), tmp_path / "out", like=model, model=read_model_config(model), rank=0
-    )
+    export.write_hf(Weights(0, order, files=True), tmp_path / "out", model, read_model_config(model), 0)
     assert " ".join(order[:8]) == "w0 w1 w2 meet w3 w4 w5 meet", "until here nothing was written"
     assert len(list(tmp_path.glob("out/*.safetensors"))) == 2
 
@@ -103,9 +95,7 @@ def test_a_rank_gathers_for_others_while_its_own_file_is_written(tmp_path, order
 def test_what_cannot_be_written_is_raised(tmp_path, order, model, monkeypatch):
     monkeypatch.setattr(export, "write_tensors", lambda tensors, path: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        export.write_by_ranks(
-            Weights(0, order, files=True), tmp_path / "out", like=model, model=read_model_config(model), rank=0
-        )
+        export.write_hf(Weights(0, order, files=True), tmp_path / "out", model, read_model_config(model), 0)
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
