@@ -56,11 +56,18 @@ LINT = (
 )
 # Of each property all examples, instead of a quarter: see tests/support/examples.py.
 ALL_EXAMPLES = ("--hypothesis-profile", "all")
-# Two files at a time, in the order of tests/conftest.py, so that a long one does not begin last. One file's tests stay
-# in one process, for their module's fixtures.
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-UNIT = (*TWO_AT_A_TIME, "tests/unit")
-REAL = (*TWO_AT_A_TIME, "tests/chaos", "tests/cluster", "tests/integration", "tests/gpu")
+REAL = ("tests/chaos", "tests/cluster", "tests/integration", "tests/gpu")
+
+
+def at_a_time(files: int) -> tuple[str, ...]:
+    """Return arguments of pytest for so many files at a time, in the order of tests/conftest.py.
+
+    So a long one does not begin last. One file's tests stay in one process, for their module's fixtures.
+    """
+    return ("-n", str(files), "--dist", "loadfile", "--no-loadscope-reorder")
+
+
+UNIT = (*at_a_time(2), "tests/unit")
 
 
 def files_of_slow_tests() -> list[str]:
@@ -74,9 +81,15 @@ NOT_SLOW = ("-m", "not slow and not long", *(f"--ignore={path}" for path in file
 TIERS = {
     "lint": Tier(60, LINT),
     "check": Tier(4 * 60, (*LINT, tests("unit", *UNIT))),
-    "test": Tier(12 * 60, (*LINT, tests("unit", *UNIT), tests("integration", *NOT_SLOW, *REAL))),
+    "test": Tier(12 * 60, (*LINT, tests("unit", *UNIT), tests("integration", *NOT_SLOW, *at_a_time(2), *REAL))),
+    # Runs that are killed and started again wait for half of their time: with two files, a core was idle.
     "test-all": Tier(
-        100 * 60, (*LINT, tests("unit", *ALL_EXAMPLES, *UNIT), tests("everything else", *ALL_EXAMPLES, *REAL))
+        100 * 60,
+        (
+            *LINT,
+            tests("unit", *ALL_EXAMPLES, *UNIT),
+            tests("everything else", *ALL_EXAMPLES, *at_a_time(3), *REAL),
+        ),
     ),
 }
 
