@@ -68,10 +68,10 @@ def suitable(config: RunConfig) -> Iterator[Check]:
     gpus = found()
     if not gpus:
         return
-    smallest = min(gpus, key=lambda gpu: gpu.memory)
-    yield from _quantized(config, min(gpus, key=lambda gpu: gpu.capability))
+    smallest, oldest = min(gpus, key=lambda gpu: gpu.memory), min(gpus, key=lambda gpu: gpu.capability)
+    yield from _quantized(config, oldest)
     if has_layers:  # the other ones have torch's attention, which any GPU computes
-        yield from _kernels(min(gpus, key=lambda gpu: gpu.capability), model)
+        yield from _kernels(oldest, model)
     spec = ClusterSpec(1, len(gpus), smallest.name, smallest.memory // 10**9)
     fault = rank_fault(config, model, spec)
     if fault is None:

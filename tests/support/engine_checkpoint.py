@@ -160,10 +160,10 @@ class Scored:
     """What an engine scored, and how long it took."""
 
     scores: list[Any]
-    """Of its first weights, and after each push."""
+    """With its first weights, then with those of each push."""
     start_s: float
     push_s: float
-    """Of one push, in the mean."""
+    """The mean of the pushes."""
 
 
 def score_after_pushes(config: RunConfig, ids: Sequence[Any], pushes: Sequence[dict[str, torch.Tensor]] = ()) -> Scored:

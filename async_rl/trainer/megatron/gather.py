@@ -48,7 +48,6 @@ class GatheredWeights:
         self._place = place
         self._by_stage = by_stage
         self._destination = owning_rank(place.sizes, place.pp, None) if by_stage else 0
-        self._all = file_bytes is not None  # ranks gather, each the files that it writes
         # Where the last stage has a copy of the embedding, the first stage's is exported.
         self._local: dict[str, LocalTensor] = {}
         for one in local_tensors(chunks, model, place, layout):
@@ -59,12 +58,13 @@ class GatheredWeights:
             self._files = in_files(self._parameters, file_bytes, torch.distributed.get_world_size())
             self._parameters = [parameter for file in self._files for parameter in file]
         every = exchanges(self._parameters, bucket_bytes)
-        self._exchanges = [each for each in every if self._all or each.destination == self._destination]
+        # A file's weights come to one rank after the other; those of stages, to several at one time.
+        self._exchanges = [each for each in every if self._files or each.destination == self._destination]
 
     def metadata(self) -> list[names.Meta]:
         """Return name, dtype and shape of every tensor that iteration yields, in the same order."""
-        if self._all:
-            return [meta for parameter in self._parameters for meta in self._metas(parameter)]
+        if self._files:
+            return [meta for _, metas in self.files() for meta in metas]
         return self.by_destination()[self._destination]
 
     def files(self) -> list[tuple[int, list[names.Meta]]]:
