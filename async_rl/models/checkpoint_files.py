@@ -21,8 +21,7 @@ class CheckpointFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Write into ``folder``, which is made if it is not there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write into ``folder``, which is made with the first file if it is not there."""
         self._folder = folder
         self._files: dict[str, str] = {}
         self._bytes = 0
@@ -52,6 +51,7 @@ class CheckpointFiles:
 
     def write_index(self) -> None:
         """Write the index of all files."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._files}
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
@@ -62,7 +62,8 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write one file of a checkpoint."""
+    """Write one file of a checkpoint, whose folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
 
 

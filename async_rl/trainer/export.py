@@ -19,47 +19,24 @@ from async_rl.models.checkpoint_files import SHARD_BYTES, CheckpointFiles, on_ho
 from async_rl.models.config import ModelConfig, checkpoint_shards
 
 
-class NamedWeights(Protocol):
-    """Weights that are gathered tensor by tensor, in the order of their metadata."""
-
-    def metadata(self) -> list[names.Meta]: ...
+class WeightsInFiles(Protocol):
+    """Weights that are gathered file by file, the tensors of each in the order of their metadata."""
 
     def files(self) -> list[tuple[int, list[names.Meta]]]:
-        """Return the rank that gathers each file, and its tensors; empty where rank 0 gathers all."""
+        """Return the rank that gathers each file, and its tensors."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
 
 
-def write_hf(
-    weights: NamedWeights, folder: Path, like: Path, model: ModelConfig, rank: int, file_bytes: int = SHARD_BYTES
-) -> None:
-    """Write gathered ``weights`` as ``write_folder`` does, each file on the rank that gathers it, else all on rank 0.
+def write_hf(weights: WeightsInFiles, folder: Path, like: Path, model: ModelConfig, rank: int) -> None:
+    """Write ``weights`` as ``write_folder`` does, each file on the rank that gathers it; every rank calls it.
 
-    Every rank calls it.
+    One file is written while others are gathered, and each rank keeps one in memory at most.
     """
-    if files := weights.files():
-        _write_by_ranks(weights, files, folder, like, model, rank)
-    elif rank == 0:
-        write_folder(_meeting(weights, file_bytes), folder, like=like, model=model, file_bytes=file_bytes)
-    else:
-        for _ in _meeting(weights, file_bytes):  # gathering a parameter is a collective: take part in it
-            pass
-    torch.distributed.barrier()
-
-
-def _write_by_ranks(
-    weights: NamedWeights,
-    owned: list[tuple[int, list[names.Meta]]],
-    folder: Path,
-    like: Path,
-    model: ModelConfig,
-    rank: int,
-) -> None:
-    """Write one file while others are gathered; each rank keeps one in memory at most."""
     files, tensors = CheckpointFiles(folder), iter(weights)
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
-        for owner, metas in owned:
+        for owner, metas in weights.files():
             path = files.add({meta.name: _nbytes(meta) for meta in metas})
             if owner == rank and writing is not None:
                 writing.result()
@@ -69,28 +46,15 @@ def _write_by_ranks(
             if owner == rank:
                 writing = writer.submit(write_tensors, copies, path)
             del copies
-            # A rank without a part of what follows must not wait longer than a collective may take.
+            # A rank without a part of what follows must not wait longer than a collective may take: a checkpoint of
+            # 1.3 TB takes longer.
             torch.distributed.barrier()
         if writing is not None:
             writing.result()
     torch.distributed.barrier()
     if rank == 0:
         _complete(files, folder, like, model)
-
-
-def _meeting(weights: NamedWeights, file_bytes: int) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield the weights; all ranks meet each time that as much has passed as one file has.
-
-    A rank without a part of what follows would else wait for the end of all files, and give up after the time that a
-    collective may take: a checkpoint of 1.3 TB takes longer.
-    """
-    passed = 0
-    for meta, item in zip(weights.metadata(), weights, strict=True):
-        yield item
-        passed += _nbytes(meta)
-        if passed >= file_bytes:
-            torch.distributed.barrier()
-            passed = 0
+    torch.distributed.barrier()
 
 
 def write_folder(

@@ -316,8 +316,8 @@ class Trainer:
 
         Every rank calls it. All write files of ``file_bytes`` in turns; rank 0 alone where other hosts lack the folder.
         """
-        weights = self.weights(file_bytes=file_bytes if self._config.cluster.shared_fs else None)
-        write_hf(weights, folder, self._config.model.path, self._model_config, self._place.rank, file_bytes)
+        weights = self.weights(file_bytes=file_bytes, writers=None if self._config.cluster.shared_fs else 1)
+        write_hf(weights, folder, self._config.model.path, self._model_config, self._place.rank)
 
     def begin_save(self, folder: Path) -> Save:
         """Begin to write model, optimizer, schedule and random state into ``folder``, each rank its part.

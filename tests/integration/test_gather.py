@@ -76,12 +76,12 @@ def gather_by_stage(place, model, layout, bucket_bytes):
     return traffic, sorted(metadata), wrong
 
 
-def gather_in_files(place, model, layout, file_bytes, bucket_bytes):
+def gather_in_files(place, model, layout, file_bytes, writers, bucket_bytes):
     """Return the ranks that get each file, this rank's share of the bytes, and what was wrong with what it got."""
     from async_rl.trainer.megatron.gather import GatheredWeights
 
     part = spread_model.Rank(model, place.sizes, place.rank, layout)
-    weights = GatheredWeights(part.chunks, model, place, layout, bucket_bytes, file_bytes=file_bytes)
+    weights = GatheredWeights(part.chunks, model, place, layout, bucket_bytes, file_bytes=file_bytes, writers=writers)
     owners = {meta.name: owner for owner, metas in weights.files() for meta in metas}
     wrong, mine, got = [], 0, list(weights)
     if [name for name, _ in got] != list(owners) or list(owners) != [meta.name for meta in weights.metadata()]:
@@ -138,16 +138,18 @@ def test_each_stage_gathers_its_own_layers_on_its_first_rank(layout, firsts):
                 assert traffic.calls == 0
 
 
+@pytest.mark.parametrize("writers", [None, 1])
 @pytest.mark.parametrize("layout", ["TP2 x EP2 x PP2", "EP4"])
 @pytest.mark.slow
-def test_each_rank_gathers_the_files_that_it_writes(layout):
+def test_each_rank_gathers_the_files_that_it_writes(layout, writers):
     sizes, file_bytes = ParallelSection(**LAYOUTS[layout]), 100_000
     for bucket_bytes in BUCKETS:
-        found = spread_model.run(gather_in_files, sizes, QWEN, "local", file_bytes, bucket_bytes)
+        found = spread_model.run(gather_in_files, sizes, QWEN, "local", file_bytes, writers, bucket_bytes)
         assert all(wrong == [] for *_, wrong in found)
+        ranks = writers or len(found)
         for owners, mine, _ in found:
-            assert owners == [number % len(found) for number in range(len(owners))]
-            assert mine <= -(-len(owners) // len(found)) * file_bytes
+            assert owners == [number % ranks for number in range(len(owners))]
+            assert mine <= -(-len(owners) // ranks) * file_bytes
         assert sum(mine for _, mine, _ in found) == spread_model.total_bytes(QWEN, "local")
 
 

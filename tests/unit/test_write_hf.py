@@ -1,4 +1,4 @@
-"""The files of an export: which rank writes which, and that none waits for the end of a long one."""
+"""The files of an export: which rank writes which, and that no rank waits long for another."""
 
 import json
 import threading
@@ -18,18 +18,14 @@ FILES = [(0, METAS[:3]), (1, METAS[3:6]), (0, METAS[6:9]), (1, METAS[9:])]
 
 
 class Weights:
-    """Ten tensors, which rank 0 gets, or each rank those of its files."""
+    """Ten tensors, of which each rank gets those of its files."""
 
-    def __init__(self, rank, order, files):
+    def __init__(self, rank, order, files=FILES):
         self._order, self._files = order, files
-        owners = {meta.name: owner for owner, metas in FILES for meta in metas} if files else {}
-        self._mine = [meta.name for meta in METAS if owners.get(meta.name, 0) == rank]
-
-    def metadata(self):
-        return METAS
+        self._mine = {meta.name for owner, metas in files for meta in metas if owner == rank}
 
     def files(self):
-        return FILES if self._files else []
+        return self._files
 
     def __iter__(self):
         for i, meta in enumerate(METAS):
@@ -49,20 +45,22 @@ def order(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_meet_after_as_much_as_one_file_has(tmp_path, order, model, rank):
-    weights = Weights(rank, order, files=False)
-    export.write_hf(weights, tmp_path / "out", model, read_model_config(model), rank, file_bytes=1200)
-    assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet"
-    assert len(list(tmp_path.glob("out/*.safetensors"))) == (4 if rank == 0 else 0)
+def test_a_rank_that_writes_nothing_meets_the_others_after_each_file(tmp_path, order, model):
+    alone = [(0, metas) for _, metas in FILES]
+    for rank in (1, 0):
+        export.write_hf(Weights(rank, order, alone), tmp_path / "out", model, read_model_config(model), rank)
+        assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet meet meet"
+        order.clear()
+        assert (tmp_path / "out").exists() == (rank == 0), "what other hosts lack is not made there"
+    assert len(list(tmp_path.glob("out/*.safetensors"))) == 4
 
 
 def test_ranks_write_the_files_in_turns_and_rank_0_what_says_that_all_are_there(tmp_path, order, model):
     out, config = tmp_path / "out", read_model_config(model)
-    export.write_hf(Weights(1, order, files=True), out, model, config, 1)
+    export.write_hf(Weights(1, order), out, model, config, 1)
     assert " ".join(order) == "w0 w1 w2 meet w3 w4 w5 meet w6 w7 w8 meet w9 meet meet meet"
     assert sorted(path.name for path in out.iterdir()) == ["model-00002.safetensors", "model-00004.safetensors"]
-    export.write_hf(Weights(0, order, files=True), out, model, config, 0)
+    export.write_hf(Weights(0, order), out, model, config, 0)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4000
     files = {meta.name: f"model-0000{i}.safetensors" for i, (_, metas) in enumerate(FILES, 1) for meta in metas}
@@ -87,7 +85,7 @@ def test_a_rank_gathers_for_others_while_its_own_file_is_written(tmp_path, order
             written.set()
 
     monkeypatch.setattr(torch.distributed, "barrier", meet)
-    export.write_hf(Weights(0, order, files=True), tmp_path / "out", model, read_model_config(model), 0)
+    export.write_hf(Weights(0, order), tmp_path / "out", model, read_model_config(model), 0)
     assert " ".join(order[:8]) == "w0 w1 w2 meet w3 w4 w5 meet", "until here nothing was written"
     assert len(list(tmp_path.glob("out/*.safetensors"))) == 2
 
@@ -95,7 +93,7 @@ def test_a_rank_gathers_for_others_while_its_own_file_is_written(tmp_path, order
 def test_what_cannot_be_written_is_raised(tmp_path, order, model, monkeypatch):
     monkeypatch.setattr(export, "write_tensors", lambda tensors, path: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        export.write_hf(Weights(0, order, files=True), tmp_path / "out", model, read_model_config(model), 0)
+        export.write_hf(Weights(0, order), tmp_path / "out", model, read_model_config(model), 0)
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 

@@ -26,7 +26,7 @@ class GatheredWeights:
     """The live weights of a model that is spread over ranks. All ranks make one together, and iterate it together.
 
     With ``by_stage`` each rank has the weights of its own pipeline stage alone, and the stages do not wait for each
-    other. With ``file_bytes`` the ranks get the weights of one file each, in turns.
+    other. With ``file_bytes`` the first ``writers`` ranks, or all, get the weights of one file each, in turns.
 
     Tensors that rank 0 holds whole are views of the parameters where Megatron's layout allows: a consumer must be done
     with them before the next optimizer step. Others are views of what one exchange brought: a consumer that keeps one
@@ -43,6 +43,7 @@ class GatheredWeights:
         *,
         by_stage: bool = False,
         file_bytes: int | None = None,
+        writers: int | None = None,
     ) -> None:
         self._model = model
         self._place = place
@@ -55,7 +56,7 @@ class GatheredWeights:
         self._parameters = self._agree_on_parameters(layout)
         self._files: list[list[Parameter]] = []
         if file_bytes is not None:
-            self._files = in_files(self._parameters, file_bytes, torch.distributed.get_world_size())
+            self._files = in_files(self._parameters, file_bytes, writers or torch.distributed.get_world_size())
             self._parameters = [parameter for file in self._files for parameter in file]
         every = exchanges(self._parameters, bucket_bytes)
         # A file's weights come to one rank after the other; those of stages, to several at one time.
