@@ -86,7 +86,8 @@ class Segment:
     """The call's own rows [P+stop-1, L, K], kept by the routing policy ``exact``; None if they equal the first P+stop-1
     rows of the trajectory's array, as they always do for the last segment."""
     engine: str = ""
-    """The engine of rollout.engines that sampled them; "" in what an earlier release wrote."""
+    temperature: float | None = None
+    """Which of rollout.engines sampled them, and at which temperature; neither is in what an earlier release wrote."""
 
     def __len__(self) -> int:
         return self.stop - self.start

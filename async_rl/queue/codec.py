@@ -84,10 +84,12 @@ def build_prompt(table: dict[str, Any], token_ids: Array) -> Prompt:
     )
 
 
-def segment_engines(response: Response) -> dict[str, Any]:
-    """Return the table entry that has the engine of each segment; none where it is not known."""
+def segment_entries(response: Response) -> dict[str, Any]:
+    """Return the table entries with engine and temperature of each segment; none of what is not known."""
     engines = [segment.engine for segment in response.segments]
-    return {"engines": engines} if any(engines) else {}
+    temperatures = [segment.temperature for segment in response.segments]
+    known = {"engines": any(engines), "temperatures": any(value is not None for value in temperatures)}
+    return {key: values for key, values in (("engines", engines), ("temperatures", temperatures)) if known[key]}
 
 
 def build_segments(
@@ -95,21 +97,38 @@ def build_segments(
 ) -> tuple[Segment, ...]:
     """Build the segments of trajectory ``t``, with the routed experts of those that have their own.
 
-    ``entry`` is the trajectory's in the table, which may lack ``segment_engines``. Raises WireError when its engines or
-    the array of segments is invalid.
+    ``entry`` is the trajectory's in the table, which may lack ``segment_entries``. Raises WireError when one of these
+    or the array of segments is invalid.
     """
     rows = take(f"{t}.segments")
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype != np.int32:
         raise WireError(f"array {t}.segments is {rows.dtype}{list(rows.shape)}, expected int32[S, 3]")
-    engines = entry.get("engines", [""] * len(rows))
-    if not isinstance(engines, list) or len(engines) != len(rows) or any(type(engine) is not str for engine in engines):
-        raise WireError(
-            f"the engines of trajectory {t} are {short(engines)}, not a name for each of {len(rows)} segments"
-        )
-    return tuple(
-        Segment(start, stop, version, views.pop(f"{t}.segment_routing.{s}", None), engine)
-        for s, ((start, stop, version), engine) in enumerate(zip(rows.tolist(), engines, strict=True))
+    engines, temperatures = (
+        _of_segments(t, entry, key, len(rows), absent) for key, absent in (("engines", ""), ("temperatures", None))
     )
+    of_each = zip(rows.tolist(), engines, temperatures, strict=True)
+    return tuple(
+        Segment(start, stop, version, views.pop(f"{t}.segment_routing.{s}", None), engine, temperature)
+        for s, ((start, stop, version), engine, temperature) in enumerate(of_each)
+    )
+
+
+def _of_segments(t: int, entry: dict[str, Any], key: str, count: int, absent: str | None) -> list[Any]:
+    """Return what the table says of each of ``count`` segments: names, or temperatures where ``absent`` is None."""
+    values = entry.get(key, [absent] * count)
+    valid = _is_temperature if absent is None else _is_name
+    if not isinstance(values, list) or len(values) != count or not all(map(valid, values)):
+        what = "a temperature" if absent is None else "a name"
+        raise WireError(f"the {key} of trajectory {t} are {short(values)}, not {what} for each of {count} segments")
+    return values
+
+
+def _is_name(value: object) -> bool:
+    return type(value) is str
+
+
+def _is_temperature(value: object) -> bool:
+    return value is None or (type(value) is float and 0 < value < math.inf)
 
 
 class Response(Protocol):
@@ -173,7 +192,7 @@ def _table(group: Group) -> dict[str, Any]:
                 "trajectory_id": t.trajectory_id,
                 "finish_reason": t.finish_reason,
                 "routing": routing_entry(t.routing_spec),
-                **segment_engines(t),
+                **segment_entries(t),
                 **({"origin": t.origin} if t.origin else {}),
                 **({"tools": list(t.tools)} if t.tools else {}),
             }

@@ -70,7 +70,9 @@ class EngineCalls:
             output = await self._engine.generate(request_id, token_ids, sampling, max_tokens, first_row)
             nbytes = routing_bytes(output.routed_experts)
             nbytes += DECODED_BYTES * len(output.token_ids) if sampling.stop else 0  # it looks for strings
-            merged = asyncio.create_task(aside(nbytes, lambda: self._responses.absorb(partial, output, stops)))
+            merged = asyncio.create_task(
+                aside(nbytes, lambda: self._responses.absorb(partial, output, stops, sampling))
+            )
             self.merging[partial.trajectory_id] = merged
         finally:
             self._gate.leave()

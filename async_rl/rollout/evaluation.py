@@ -180,6 +180,6 @@ def _call(engine: RolloutEngine, sampling: Sampling, responses: Responses, terms
         output = await engine.generate(request_id, token_ids, stops.sampling(sampling, partial), max_tokens, first_row)
         if output.finish_reason == "abort":
             raise _Aborted(f"{request_id}: an evaluation was aborted")
-        return responses.absorb(partial, output, stops)
+        return responses.absorb(partial, output, stops, sampling)
 
     return call

@@ -26,7 +26,7 @@ from async_rl.queue.codec import (
     response_arrays,
     routing_entry,
     routing_spec,
-    segment_engines,
+    segment_entries,
 )
 from async_rl.queue.records import Ticket
 from async_rl.queue.wire import Array, Buffer, Kind, get, pack, short, unpack
@@ -236,7 +236,7 @@ def _entry(partial: PartialRollout | None) -> dict[str, Any] | None:
         "policy": partial.routing_policy,
         "finish_reason": partial.finish_reason,
         "routing": routing_entry(partial.routing_spec),
-        **segment_engines(partial),
+        **segment_entries(partial),
     }
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from async_rl.config.fields import RoutingPolicy
 from async_rl.data.messages import Message, checked_history, checked_tools
 from async_rl.errors import InvalidTrajectory, RowFault, WireError
-from async_rl.queue.codec import build_segments, response_arrays, routing_entry, routing_spec, segment_engines
+from async_rl.queue.codec import build_segments, response_arrays, routing_entry, routing_spec, segment_entries
 from async_rl.queue.wire import Array, Buffer, Kind, check_json_like, get, pack, short, unpack
 from async_rl.rollout.branches import How, SavedTurn
 from async_rl.rollout.conversation import as_key, canonical
@@ -176,7 +176,7 @@ def _entry(branch: SavedBranch) -> dict[str, Any]:
         "policy": partial.routing_policy,
         "finish_reason": partial.finish_reason,
         "routing": routing_entry(partial.routing_spec),
-        **segment_engines(partial),
+        **segment_entries(partial),
         "max_response_tokens": partial.max_response_tokens,
         "root_tokens": branch.root_tokens,
         "messages": len(branch.history),

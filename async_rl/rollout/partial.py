@@ -8,9 +8,9 @@ was recorded when a token was sampled never changes (3): arrays only grow, and e
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,12 +147,10 @@ class PartialRollout:
             routing_policies.first_row(self.routing_policy, known),
         )
 
-    def absorb(self, output: EngineOutput, engine: str = "") -> PartialRollout:
+    def absorb(self, output: EngineOutput, engine: str = "", temperature: float | None = None) -> PartialRollout:
         """Return the state after one more call. Raises InvalidTrajectory if the output cannot be of this trajectory."""
         request = self.next_request()
-        budget = request.max_tokens
-        name = f"trajectory {self.trajectory_id}"
-        new = len(output.token_ids)
+        name, new, budget = f"trajectory {self.trajectory_id}", len(output.token_ids), request.max_tokens
         if len(output.logprobs) != new or len(output.versions) != new:
             raise InvalidTrajectory(
                 f"{name}: a call returned {new} tokens, {len(output.logprobs)} logprobs, {len(output.versions)} stamps"
@@ -169,7 +167,7 @@ class PartialRollout:
             response_ids=np.concatenate([self.response_ids, output.token_ids]),
             logprobs=np.concatenate([self.logprobs, output.logprobs]),
             versions=np.concatenate([self.versions, output.versions]),
-            segments=segments + _segments(output.versions, len(self.response_ids), engine),
+            segments=segments + _segments(output.versions, len(self.response_ids), engine, temperature),
             routed_experts=routed_experts,
             finish_reason=self._finish_reason_after(output),
         )
@@ -249,7 +247,7 @@ class PartialRollout:
         return None
 
 
-def _segments(versions: Int32Array, start: int, engine: str) -> tuple[Segment, ...]:
+def _segments(versions: Int32Array, start: int, engine: str, temperature: float | None) -> tuple[Segment, ...]:
     """Return one segment per run of one version: several if the call was frozen during a weight sync."""
     cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-    return tuple(Segment(start + a, start + b, int(versions[a]), engine=engine) for a, b in itertools.pairwise(cuts))
+    return tuple(Segment(start + a, start + b, int(versions[a]), None, engine, temperature) for a, b in pairwise(cuts))

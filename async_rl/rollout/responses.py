@@ -135,9 +135,9 @@ class Responses:
         own = [token for token in token_ids if token not in self.stop_token_ids]
         return Stops(strings, self.stop_token_ids.union(token_ids), self._decode, own)
 
-    def absorb(self, partial: PartialRollout, output: EngineOutput, stops: Stops) -> PartialRollout:
+    def absorb(self, partial: PartialRollout, output: EngineOutput, stops: Stops, sampling: Sampling) -> PartialRollout:
         """Return the state after one more call, which ends the response where it has a stop token or stop string."""
-        return partial.absorb(stops.cut(partial, output), self._engine_name)
+        return partial.absorb(stops.cut(partial, output), self._engine_name, sampling.temperature)
 
     async def complete(
         self,

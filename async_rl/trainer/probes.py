@@ -51,11 +51,11 @@ class ModelProbe:
         self,
         sequences: Sequence[Int32Array],
         routed_experts: Sequence[ExpertIds | Int32Array] | None = None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[Float32Array | float] = 1.0,
     ) -> list[Float32Array]:
         """Return log-probs float32[N-1] of tokens 1..N-1 of each sequence int32[N].
 
-        temperature: one for all, or that of each. routed_experts: [N-1, L, K] of each sequence, to replay. Rows of
+        temperature: one for all, or those of each. routed_experts: [N-1, L, K] of each sequence, to replay. Rows of
         NO_ROUTING, or all rows without it, are routed natively. Raises ReplayError where the model cannot execute them.
         """
         batches, filler = self._batches(sequences, routed_experts, temperature)
@@ -98,7 +98,7 @@ class ModelProbe:
         self,
         sequences: Sequence[Int32Array],
         routed_experts: Sequence[ExpertIds | Int32Array] | None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[Float32Array | float] = 1.0,
     ) -> tuple[list[Microbatch], Microbatch]:
         """Pack the sequences, with ``routed_experts`` to replay where given. Returns them and a filler."""
         spec = self._model.routing_spec

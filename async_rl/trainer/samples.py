@@ -63,8 +63,8 @@ class Sample:
     """int8[N-1]: the engine that sampled each token, as an index into those of the run; their number for others."""
     routed_experts: ExpertIds | Int32Array | None = None
     """[N-1, L, K]: the experts to replay, NO_ROUTING in a row that has none; None if there is nothing to replay."""
-    temperature: float = 1.0
-    """That of the distribution from which its tokens were sampled."""
+    temperature: Float32Array | float = 1.0
+    """float32[N-1], or one for all: that of the distribution from which each token was sampled."""
     weight: float = 1.0
     """The weight of each of its tokens in the sum that is the loss."""
     proximal: Float32Array | None = None
@@ -111,13 +111,14 @@ def samples_of(
 
     That is one sample, or with ``per_segment`` (routing policy ``exact``) one for each segment: all tokens up to the
     segment's end, the routed experts of the call that sampled it, and a loss on the segment's own tokens only. A sample
-    without a token to train is left out. ``engines`` are the names of those of the run.
+    without a token to train is left out. ``engines`` are the names of those of the run, and ``temperature`` is that of
+    segments that do not say theirs.
     """
     whole = Segment(0, len(trajectory.response_ids), trajectory.segments[-1].version)
     segments = trajectory.segments if per_segment else (whole,)
     counts = trained_tokens(trajectory, oldest_version)
     return [
-        replace(_segment_sample(trajectory, segment, counts, advantage, engines), temperature=temperature)
+        _segment_sample(trajectory, segment, counts, advantage, engines, temperature)
         for segment in segments
         if bool(counts[segment.start : segment.stop].any())
     ]
@@ -151,14 +152,19 @@ def trained_tokens(trajectory: Trajectory, oldest_version: int) -> BoolArray:
 
 
 def _segment_sample(
-    trajectory: Trajectory, segment: Segment, counts: BoolArray, advantage: float, engines: Sequence[str]
+    trajectory: Trajectory,
+    segment: Segment,
+    counts: BoolArray,
+    advantage: float,
+    engines: Sequence[str],
+    temperature: float,
 ) -> Sample:
     """Return the trajectory up to the end of ``segment``, with a loss on those tokens of the segment that count."""
     prompt, stop = len(trajectory.prompt_ids), segment.stop
 
-    def over_response(values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    def over_response(values: npt.NDArray[Scalar], before: float = 0) -> npt.NDArray[Scalar]:
         # The first response token is predicted at position P - 1.
-        return np.concatenate([np.zeros(prompt - 1, dtype=values.dtype), values[:stop]])
+        return np.concatenate([np.full(prompt - 1, before, dtype=values.dtype), values[:stop]])
 
     routed_experts = trajectory.routed_experts if segment.routed_experts is None else segment.routed_experts
     return Sample(
@@ -172,10 +178,13 @@ def _segment_sample(
         resume_position=over_response(resume_positions(trajectory)),
         engine=over_response(engine_indices(trajectory, engines)),
         routed_experts=None if routed_experts is None else routed_experts[: prompt + stop - 1],
+        temperature=over_response(temperatures(trajectory, temperature), before=1),
     )
 
 
-def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None, *, temperature: float = 1.0) -> Sample:
+def plain_sample(
+    name: str, ids: Int32Array, mask: BoolArray | None = None, *, temperature: Float32Array | float = 1.0
+) -> Sample:
     """Return a sample of int32[N] ids that no policy sampled; every token counts unless a mask bool[N-1] is given."""
     positions = max(len(ids) - 1, 0)
     return Sample(
@@ -190,6 +199,15 @@ def plain_sample(name: str, ids: Int32Array, mask: BoolArray | None = None, *, t
         engine=np.zeros(positions, dtype=np.int8),
         temperature=temperature,
     )
+
+
+def temperatures(trajectory: Trajectory, otherwise: float) -> Float32Array:
+    """Return float32[G]: the temperature at which each response token was sampled, ``otherwise`` where none is said."""
+    result = np.full(len(trajectory.response_ids), otherwise, dtype=np.float32)
+    for segment in trajectory.segments:
+        if segment.temperature is not None:
+            result[segment.start : segment.stop] = segment.temperature
+    return result
 
 
 def resume_positions(trajectory: Trajectory) -> Int8Array:

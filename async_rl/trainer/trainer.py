@@ -281,7 +281,7 @@ class Trainer:
         self,
         sequences: Sequence[Int32Array],
         routed_experts: Sequence[ExpertIds | Int32Array] | None = None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[Float32Array | float] = 1.0,
     ) -> list[Float32Array]:
         """Return log-probs float32[N-1] of each sequence int32[N]; see ``ModelProbe.logprobs``."""
         return self._probe.logprobs(sequences, routed_experts, temperature)

@@ -9,6 +9,9 @@ from tests.support.invariants import conserved
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+# So few places that the engine is never idle, and each weight sync cuts responses.
+BUSY = {"rollout__max_num_seqs": 4}
+
 
 def test_engine_and_trainer_agree_at_the_temperature_of_each_source_and_row(start_run, recipe, tmp_path):
     rows = [json.loads(line) for line in (recipe.parent / "train.jsonl").read_text().splitlines()]
@@ -29,6 +32,7 @@ def test_engine_and_trainer_agree_at_the_temperature_of_each_source_and_row(star
         trainer__loss__proximal="recompute",
         debug__dump_trajectories=64,
         trainer__steps=4,
+        **BUSY,
     )
     assert run.wait() == 0, run.output
     run.assert_nothing_left()
@@ -45,3 +49,20 @@ def test_engine_and_trainer_agree_at_the_temperature_of_each_source_and_row(star
     assert asked == {("cold", None), ("mixed", None), ("mixed", 0.5)}
     short = [t for group in groups if group.prompt.fields.get("how") for t in group.trajectories]
     assert max(len(trajectory.response_ids) for trajectory in short) <= 30
+
+
+def test_what_was_sampled_before_a_resume_is_trained_at_its_own_temperature(start_run, resume_run):
+    """Weights stay as they are, so that engine and trainer agree on tokens of every version."""
+    settings = {"trainer__optimizer__lr": 1e-12, "checkpoint__every": 1, "async_training__max_staleness": 8, **BUSY}
+    first = start_run(rollout__temperature=1.5, trainer__steps=3, **settings)
+    assert first.wait() == 0, first.output
+    resumed = resume_run(rollout__temperature=0.6, trainer__steps=6, debug__dump_trajectories=64, **settings)
+    assert resumed.wait() == 0, resumed.output
+    resumed.assert_nothing_left()
+    groups = [codec.decode(path.read_bytes()) for path in sorted((resumed.folder / "trajectories").iterdir())]
+    found = [{s.temperature for s in t.segments} for group in groups for t in group.trajectories]
+    assert {1.5} in found
+    assert {0.6} in found
+    assert {1.5, 0.6} in found, "begun before, ended after"
+    # With one temperature for all it would be about 1.
+    assert max(row["rollout_logprob_abs_diff_max"] for row in resumed.rows) <= 2e-5

@@ -47,7 +47,12 @@ def make_trajectory(rng, prompt_ids, cuts, spec=None, per_segment=False, name="t
         versions=versions,
         segments=tuple(
             Segment(
-                start, stop, v, routing(p + stop - 1) if spec and per_segment else None, ENGINES[per_segment * v % 3]
+                start,
+                stop,
+                v,
+                routing(p + stop - 1) if spec and per_segment else None,
+                ENGINES[per_segment * v % 3],
+                (None, 0.7, 1.0)[per_segment * v % 3],
             )
             for v, (start, stop) in enumerate(zip(starts, cuts, strict=True))
         ),
@@ -385,6 +390,12 @@ def set_rollout(**values):
         (set_rollout(turns=[[0, 0]]), "rollout 0-1.0/0: turns "),
         (lambda table: table["trajectories"][0].update(engines=["vllm"] * 3), "engines of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines=[1, 2]), "engines of trajectory 0 are \\[1, 2\\]"),
+        (
+            lambda table: table["trajectories"][0].update(temperatures=[1.0]),
+            "temperatures of trajectory 0 are \\[1.0\\]",
+        ),
+        (lambda table: table["trajectories"][0].update(temperatures=[1.0, 0.0]), "not a temperature for each of 2 seg"),
+        (lambda table: table["trajectories"][0].update(temperatures=[1.0, "a"]), "not a temperature for each of 2 seg"),
         (lambda table: table["trajectories"][0].update(origin=3), "origin is 3"),
         (lambda table: table["trajectories"][0].update(tools=["a", 1]), "tools of trajectory 0 are"),
         (lambda table: table["trajectories"][0].update(engines="vllm"), "engines of trajectory 0 are 'vllm'"),

@@ -64,7 +64,7 @@ def group(seed, n=3, policy="replace", dense=False):
                 made_output = EngineOutput(
                     *[getattr(made_output, f) for f in ("token_ids", "logprobs", "versions")], None, end
                 )
-            partial = partial.absorb(made_output, ("", "vllm", "sglang")[call % 3])
+            partial = partial.absorb(made_output, ("", "vllm", "sglang")[call % 3], (0.7, None)[call % 2])
         if partial.finished and rng.random() < 0.5:
             shaped = {"parts": {"length": float(rng.normal())}, "raw": float(rng.normal())} if index else {}
             made.scores[index] = Score(float(rng.normal()), **shaped)

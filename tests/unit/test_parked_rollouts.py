@@ -91,7 +91,8 @@ class Calls:
                 np.full(count, at // 10, np.int32),
                 rows.astype(np.uint16)[:, None, None],
                 end,
-            )
+            ),
+            temperature=0.7 + turn_start,
         )
 
     @staticmethod

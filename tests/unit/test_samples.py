@@ -81,6 +81,17 @@ def test_each_token_counts_for_the_engine_that_sampled_it():
     assert sample.engine.tolist() == [0, 0, 1, 1, 0, 0, 2], "2 is for an engine that the run does not have"
 
 
+def test_each_token_is_trained_at_the_temperature_that_it_was_sampled_at():
+    one, _ = multi_turn()
+    said = (0.5, None, 2.0)
+    one = replace(one, segments=tuple(replace(s, temperature=t) for s, t in zip(one.segments, said, strict=True)))
+    (sample,) = samples_of(one, oldest_version=0, temperature=0.75)
+    assert sample.temperature.tolist() == [1, 1, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75, 2, 2]
+    first, *_, last = samples_of(one, oldest_version=0, temperature=0.75, per_segment=True)
+    assert first.temperature.tolist() == [1, 1, 0.5, 0.5]
+    assert last.temperature.tolist() == sample.temperature.tolist()
+
+
 def multi_turn():
     """Segments [0, 2) of version 3, [2, 4) of 4 and [6, 8) of 4, and the environment's text from 4 to 6."""
     rng = np.random.default_rng(0)
