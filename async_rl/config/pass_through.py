@@ -125,6 +125,7 @@ SGLANG: Reasons = {
         quantization_param_path kv_cache_dtype""",
     "a step under old weights may else be stamped with the new version": "disable_overlap_schedule",
     "metrics.engine decides it": "enable_metrics",
+    "the run waits for the server, as long as watchdog.abort_s says": "skip_server_warmup",
     "the routed experts of a sequence are not returned with it": """pp_size disaggregation_mode
         enable_hierarchical_cache""",
     "expert ids must be those of the checkpoint": "enable_eplb ep_num_redundant_experts init_expert_location",

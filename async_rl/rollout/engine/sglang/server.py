@@ -76,6 +76,9 @@ def arguments(config: RunConfig, replica: int, model: ModelConfig, port: int) ->
         # With it the result of a step under old weights may be taken in after an update, and stamped with the new.
         "disable-overlap-schedule",
         "sleep-on-idle",  # it would take a core of its own otherwise
+        # It would ask itself for a few tokens, and end if it does not answer within two minutes. How long a start may
+        # take is for the run to say, which asks it too.
+        "skip-server-warmup",
     }
     if model.routing_spec is not None and rollout.return_routed_experts:
         flags.add("enable-return-routed-experts")
@@ -91,7 +94,9 @@ def arguments(config: RunConfig, replica: int, model: ModelConfig, port: int) ->
             "device": "cpu",
             "attention-backend": "torch_native",
             "max-total-tokens": max(rollout.kv_cache_bytes // model.kv_token_bytes(config.kv_value_bytes), 1),
-            "mem-fraction-static": 0.1,
+            # max-total-tokens decides. With less, the server does not start where weights, or other processes
+            # meanwhile, take more than this share of what was free before.
+            "mem-fraction-static": 0.95,
             "cuda-graph-backend-decode": "disabled",
             "cuda-graph-backend-prefill": "disabled",
         }
