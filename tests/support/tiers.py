@@ -82,13 +82,14 @@ TIERS = {
     "lint": Tier(60, LINT),
     "check": Tier(4 * 60, (*LINT, tests("unit", *UNIT))),
     "test": Tier(12 * 60, (*LINT, tests("unit", *UNIT), tests("integration", *NOT_SLOW, *at_a_time(2), *REAL))),
-    # Runs that are killed and started again wait for half of their time: with two files, a core was idle.
+    # Runs that are killed and started again wait for half of their time: with two files, a core was idle. It takes
+    # long enough that each test is named as it ends (-vv takes -q back), not at the end alone where it failed.
     "test-all": Tier(
         100 * 60,
         (
             *LINT,
             tests("unit", *ALL_EXAMPLES, *UNIT),
-            tests("everything else", *ALL_EXAMPLES, *at_a_time(3), *REAL),
+            tests("everything else", "-vv", *ALL_EXAMPLES, *at_a_time(3), *REAL),
         ),
     ),
 }
