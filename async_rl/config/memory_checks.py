@@ -46,11 +46,38 @@ def check_memory(config: RunConfig) -> None:
             f"trainer.moe_dispatcher is allgather, which takes no microbatches of different lengths, but "
             f"trainer.parallel.pp is {trainer.parallel.pp}; set it to auto"
         )
+    _check_shared_gpu(config)
     if config.resources.device == "cuda" and (fault := float32_over_contexts(config)) is not None:
         raise ValueError(f"trainer.parallel.cp is {fault}; set cp to 1, or model.dtype to bfloat16")
     if config.resources.device == "cpu" and (found := first_for_gpus(config)) is not None:
         key, _, instead = found
         raise ValueError(f"{key} is {refusal_on_cpu(found)}; set it to {instead}")
+
+
+def _check_shared_gpu(config: RunConfig) -> None:
+    sizes, rollout = config.trainer.parallel, config.rollout
+    if not config.resources.share_gpu:
+        return
+    for key, value in (
+        ("trainer.parallel", max(sizes.dp, sizes.tp, sizes.cp, sizes.pp)),
+        ("rollout.replicas", rollout.replicas),
+        ("rollout.tensor_parallel_size", rollout.tensor_parallel_size),
+    ):
+        if value != 1:
+            raise ValueError(
+                f"resources.share_gpu is true, with which one rank and one engine are on a GPU, but {key} is {value}; "
+                "set share_gpu to false, or have one of each"
+            )
+    if "sglang" in rollout.engine_names:
+        raise ValueError(
+            f"resources.share_gpu is true, but {rollout.engine_setting} has sglang, which takes memory of what is free "
+            "when it starts; set it to vllm, or share_gpu to false"
+        )
+    if config.sync.backend == "nccl":
+        raise ValueError(
+            "resources.share_gpu is true, but sync.backend is nccl, which takes no two processes on one GPU; set it to "
+            "auto"
+        )
 
 
 def float32_over_contexts(config: RunConfig) -> str | None:
@@ -69,6 +96,7 @@ def first_for_gpus(config: RunConfig) -> tuple[str, object, object] | None:
         ("trainer.optimizer.second_moment_dtype", optimizer.second_moment_dtype, "float32"),
         ("trainer.optimizer.offload_fraction", optimizer.offload_fraction, 0.0),
         ("trainer.offload_activations", list(trainer.offload_activations), []),
+        ("resources.share_gpu", config.resources.share_gpu, False),
     ]
     if config.rollout.quantization not in (None, "fp8_per_channel"):
         found.append(("rollout.quantization", config.rollout.quantization, "fp8_per_channel"))

@@ -186,6 +186,10 @@ class ResourcesSection(Section):
     """Compute threads per trainer rank on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of engines and trainer; auto for cuda if there is a GPU."""
+    share_gpu: bool = False
+    """Whether the trainer and the engine compute on one GPU, in a run with one rank and one engine of vLLM. The engine
+    has rollout.gpu_memory_utilization of its memory, keys and values rollout.kv_cache_bytes of that; the trainer may
+    take what is left, and no more. Both compute at once, each slower than on a GPU of its own."""
 
 
 class ClusterSection(Section):

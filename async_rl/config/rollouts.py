@@ -312,7 +312,8 @@ class RolloutSection(Section):
     max_num_batched_tokens: Positive = 4096
     """Tokens of one engine step, including prefill."""
     kv_cache_bytes: Positive = 512 * 2**20
-    """Bytes of one engine's KV cache on CPU; on GPUs rollout.gpu_memory_utilization decides."""
+    """Bytes of one engine's KV cache on CPU, and on a GPU that it shares (resources.share_gpu); on GPUs of its own
+    rollout.gpu_memory_utilization decides."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of a GPU's memory that one engine takes."""
     tensor_parallel_size: Positive = 1

@@ -173,6 +173,21 @@ class RunConfig(Section):
         return self.rollout.dtype or self.model.dtype
 
     @property
+    def rank_gpus(self) -> float:
+        """GPUs of each trainer rank, in a run on GPUs."""
+        return 0.5 if self.resources.share_gpu else 1
+
+    @property
+    def engine_gpus(self) -> float:
+        """GPUs of each rollout engine, in a run on GPUs."""
+        return 0.5 if self.resources.share_gpu else self.rollout.tensor_parallel_size
+
+    @property
+    def engine_share(self) -> float:
+        """Share of the memory of the trainer's GPU that an engine has; 0 where none is on it."""
+        return self.rollout.gpu_memory_utilization if self.resources.share_gpu else 0.0
+
+    @property
     def kv_value_bytes(self) -> int:
         """Bytes of one value in an engine's cache of keys and values."""
         if self.rollout.kv_cache_dtype is not None:

@@ -176,7 +176,7 @@ def _weight_sync(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Check:
             f"{config.rollout.max_response_tokens} tokens later",
         )
     tokens = sizes.resumed_tokens
-    if not machine.uses_gpu(config):  # What does not fit the KV cache is not running.
+    if machine.sets_kv_cache(config):  # What does not fit the KV cache is not running.
         tokens_per_engine = config.rollout.kv_cache_bytes // model.kv_token_bytes(config.kv_value_bytes)
         tokens = min(tokens, config.rollout.replica_range.max * tokens_per_engine)
     share = tokens / sizes.window_tokens

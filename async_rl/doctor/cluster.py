@@ -314,7 +314,7 @@ def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
     fault = misfit(config, room, needs.unit)
     if fault is None:
         needed = sum(need.units for need in processes(config))
-        detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed} needed"
+        detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed:g} needed"
         if config.rollout.elastic:
             fitting = sum(load.engines for load in filled(config, room).values())
             detail += (

@@ -20,6 +20,7 @@ from async_rl.doctor.memory_plan import (
     engine_memory,
     rank_fault,
     rank_memory,
+    rank_room,
 )
 from async_rl.doctor.parameters import parameters_of
 from async_rl.doctor.placement import Load, counted, misfit, plan_on
@@ -88,7 +89,8 @@ def _memory(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> Iterato
         yield Check("trainer memory", "FAIL", fault, "see async-rl plan memory")
     else:
         total = rank_memory(config, model).total + RANK_RESERVE
-        yield Check("trainer memory", "ok", f"{total / GB:.1f} of {spec.gb} GB on a rank, by estimate")
+        room = rank_room(config, model, spec.gb)
+        yield Check("trainer memory", "ok", f"{total / GB:.1f} of {room / GB:.4g} GB on a rank, by estimate")
     engine = engine_memory(config, model, spec.gb)
     faults = list(engine_faults(config, engine, spec))
     for fault in faults:

@@ -14,7 +14,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.doctor.check import Check
 from async_rl.doctor.installation import installed_version
 from async_rl.doctor.machine import uses_gpu
-from async_rl.doctor.memory_plan import ClusterSpec, rank_fault
+from async_rl.doctor.memory_plan import ClusterSpec, engine_faults, engine_memory, rank_fault
 from async_rl.errors import ConfigError, ModelError
 from async_rl.models.config import ModelConfig, check_run, read_model_config
 
@@ -73,11 +73,15 @@ def suitable(config: RunConfig) -> Iterator[Check]:
     if has_layers:  # the other ones have torch's attention, which any GPU computes
         yield from _kernels(oldest, model)
     spec = ClusterSpec(1, len(gpus), smallest.name, smallest.memory // 10**9)
-    fault = rank_fault(config, model, spec)
-    if fault is None:
-        yield Check("GPU memory", "ok", f"a trainer rank fits into {spec.gb} GB by estimate")
-    else:
+    faults = [rank_fault(config, model, spec)]
+    if config.resources.share_gpu:
+        engine = engine_memory(config, model, spec.gb)
+        faults += [f"does not fit: {fault}" for fault in engine_faults(config, engine, spec)]
+    for fault in filter(None, faults):
         yield Check("GPU memory", "warn", f"{spec.gb} GB: {fault}", "see async-rl plan memory")
+    if not any(faults):
+        beside = " beside the engine" if config.resources.share_gpu else ""
+        yield Check("GPU memory", "ok", f"a trainer rank fits into {spec.gb} GB{beside} by estimate")
 
 
 def _quantized(config: RunConfig, gpu: Gpu) -> Iterator[Check]:

@@ -101,8 +101,8 @@ def _latent_attention(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
 
 
 def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
-    """Check that an engine on CPU has a cache of keys and values for one sequence of full length at least."""
-    if uses_gpu(config) or not device_is_known(config):
+    """Check that a cache of keys and values whose size is set has room for one sequence of full length at least."""
+    if not machine.sets_kv_cache(config) or not device_is_known(config):
         return
     needed = kv_cache_minimum(config, model)
     if config.rollout.kv_cache_bytes < needed:

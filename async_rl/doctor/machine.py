@@ -45,6 +45,11 @@ def uses_gpu(config: RunConfig) -> bool:
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpu_count() > 0)
 
 
+def sets_kv_cache(config: RunConfig) -> bool:
+    """Return whether rollout.kv_cache_bytes is the size of an engine's cache of keys and values."""
+    return config.resources.share_gpu or not uses_gpu(config)
+
+
 def device_is_known(config: RunConfig) -> bool:
     """Return whether this host can tell the device: that of a run on a cluster may depend on the other hosts' GPUs."""
     return config.resources.device != "auto" or config.cluster.joined_address is None
@@ -92,9 +97,11 @@ def devices(config: RunConfig) -> Iterator[Check]:
         yield Check("device", "ok", "CPU")
         return
     needed = sum(need.units for need in _processes(config))
-    detail = f"{count} GPUs; {needed} needed (one per engine GPU and trainer rank){_elastic(config, count)}"
+    each = "trainer and engine share it" if config.resources.share_gpu else "one per engine GPU and trainer rank"
+    detail = f"{count} GPUs; {needed:g} needed ({each}){_elastic(config, count)}"
     if count < needed:
-        yield Check("device", "FAIL", detail, "lower rollout.replicas, or set resources.device to cpu")
+        alone = "set resources.share_gpu to true on a single GPU, " * (count == 1 and needed == 2)
+        yield Check("device", "FAIL", detail, f"lower rollout.replicas, {alone}or set resources.device to cpu")
     else:
         yield Check("device", "ok", detail)
 
@@ -108,7 +115,7 @@ def _processes(config: RunConfig) -> tuple[Need, Need]:
 def _engines_with_room(config: RunConfig, units: int) -> int:
     """Return how many engines a run with rollout.replicas.min begins with on ``units`` GPUs or cores of one host."""
     (engine, rank), replicas = _processes(config), config.rollout.replica_range
-    return max(replicas.min, min(replicas.max, (units - rank.units) // engine.size))
+    return max(replicas.min, min(replicas.max, int((units - rank.units) // engine.size)))
 
 
 def _elastic(config: RunConfig, units: int) -> str:
@@ -168,7 +175,7 @@ def cores(config: RunConfig) -> Iterator[Check]:
                 f"set it to at most {count}",
             )
     needed = sum(need.units for need in _processes(config))
-    detail = f"{count} usable, {needed} wanted (replicas x engine_threads + ranks x trainer_threads)"
+    detail = f"{count} usable, {needed:g} wanted (replicas x engine_threads + ranks x trainer_threads)"
     detail += _elastic(config, count)
     if needed <= count:
         yield Check("cores", "ok", detail)

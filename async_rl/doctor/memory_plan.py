@@ -70,7 +70,7 @@ class EngineMemory:
     update: int
     """The experts of one layer, whole, while new weights are loaded, and what they are received into."""
     kv_cache: int
-    """What is left for keys and values; negative if the weights alone do not fit."""
+    """What is left for keys and values; negative if the weights alone do not fit. On a shared GPU what is set."""
     kv_token: int
     """What one token takes of it."""
 
@@ -92,12 +92,20 @@ def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemor
     if model.latent is None:  # each GPU has its heads, and one at least; latent attention is whole on each
         token = token * max(1, model.num_kv_heads // split) // model.num_kv_heads
     cache = int(rollout.gpu_memory_utilization * gb * GB) - weights - ENGINE_RESERVE
+    if config.resources.share_gpu:
+        cache = rollout.kv_cache_bytes
     return EngineMemory(weights, update, cache, token)
 
 
 def rank_memory(config: RunConfig, model: ModelConfig) -> TrainerMemory:
     """Estimate one trainer rank on a GPU."""
     return estimate.trainer_memory(config, model, gpu=True)
+
+
+def rank_room(config: RunConfig, model: ModelConfig, gb: int) -> int:
+    """Return the bytes of a GPU of ``gb`` GB that a trainer rank may take: all, or what an engine on it leaves."""
+    update = engine_memory(config, model, gb).update if config.resources.share_gpu else 0
+    return int((1 - config.engine_share) * gb * GB) - update
 
 
 def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
@@ -108,15 +116,19 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
     ranks, engines = world_size(config.trainer.parallel), config.rollout.replica_range.min
     split = config.rollout.tensor_parallel_size
     needed, present = ranks + engines * split, spec.hosts * spec.gpus
+    whose = f"needed are {needed}, {ranks} for the trainer and {engines} x {split} for engines"
+    if config.resources.share_gpu:
+        needed, whose = 1, "needed is 1, which trainer and engine share"
     rank, engine = rank_memory(config, model), engine_memory(config, model, spec.gb)
     lines = [
         f"{model.architecture}, {parameters.total / 1e9:.2f} billion parameters, {parameters.experts / 1e9:.2f} of "
         f"them in experts, {config.model.dtype}",
-        f"{spec}: {present} GPUs; needed are {needed}, {ranks} for the trainer and {engines} x {split} for engines",
+        f"{spec}: {present} GPUs; {whose}",
         "",
-        *_table(f"trainer rank ({_layout(config)})", _rank_rows(config, rank), rank.total + RANK_RESERVE, spec),
+        *_table(f"trainer rank ({_layout(config)})", _rank_rows(config, rank)),
+        f"  {'total':<56}{(rank.total + RANK_RESERVE) / GB:8.1f} of {rank_room(config, model, spec.gb) / GB:.4g}",
         "",
-        *_table(f"engine GPU (tensor_parallel_size {split})", _engine_rows(config, engine, spec), None, spec),
+        *_table(f"engine GPU (tensor_parallel_size {split})", _engine_rows(config, engine, spec)),
     ]
     faults = []
     if needed > present:
@@ -132,9 +144,10 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
 
 def rank_fault(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str | None:
     """Return that a trainer rank does not fit into a GPU, and what would make it fit; None if it fits."""
-    if rank_memory(config, model).total + RANK_RESERVE <= spec.gb * GB:
+    if rank_memory(config, model).total + RANK_RESERVE <= rank_room(config, model, spec.gb):
         return None
-    return f"a trainer rank does not fit{_instead(config, model, spec)}"
+    beside = " beside the engine" if config.resources.share_gpu else ""
+    return f"a trainer rank does not fit{beside}{_instead(config, model, spec)}"
 
 
 def _layout(config: RunConfig) -> str:
@@ -176,17 +189,18 @@ def _engine_rows(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> 
         yield f"of that, in a weight sync: one layer's experts{buffers}", engine.update
 
 
-def _table(title: str, rows: Iterator[tuple[str, int]], total: int | None, spec: ClusterSpec) -> Iterator[str]:
+def _table(title: str, rows: Iterator[tuple[str, int]]) -> Iterator[str]:
     yield f"{title:<58}{'GB':>8}"
     for name, nbytes in rows:
         yield f"  {name:<56}{nbytes / GB:8.1f}"
-    if total is not None:
-        yield f"  {'total':<56}{total / GB:8.1f} of {spec.gb}"
 
 
 def engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) -> Iterator[str]:
     """Yield what of an engine does not fit into a GPU, and what to set."""
     longest = config.data.max_prompt_tokens + config.longest_response
+    if config.resources.share_gpu:
+        yield from _shared_faults(config, engine, spec, longest)
+        return
     if engine.kv_cache <= 0:
         yield (
             "an engine's weights; raise rollout.tensor_parallel_size or rollout.gpu_memory_utilization, or set "
@@ -205,6 +219,19 @@ def engine_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec) ->
         )
 
 
+def _shared_faults(config: RunConfig, engine: EngineMemory, spec: ClusterSpec, longest: int) -> Iterator[str]:
+    share = config.engine_share * spec.gb * GB
+    if (taken := engine.weights + ENGINE_RESERVE + engine.kv_cache) > share:
+        yield (
+            f"an engine of {taken / GB:.1f} GB into its share of {share / GB:.1f} GB; lower rollout.kv_cache_bytes, or "
+            "raise rollout.gpu_memory_utilization"
+        )
+    if engine.tokens < longest:
+        yield (
+            f"one sequence of {longest} tokens into an engine's cache of {engine.tokens}; raise rollout.kv_cache_bytes"
+        )
+
+
 def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
     """Return what to set so that a rank fits.
 
@@ -216,6 +243,8 @@ def _instead(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str:
     together = [every, *(every | change for change in larger)]
     found = alone or [change for change in together if _fits(config, change, model, spec)][:1]
     if not found:
+        if config.resources.share_gpu:
+            return "; lower rollout.gpu_memory_utilization, or set resources.share_gpu to false on two GPUs"
         return "; use more GPUs for the trainer (trainer.parallel)"
     return "; it would with " + " or with ".join(
         ", ".join(f"{key} {value}" for key, value in change.items()) for change in found
@@ -263,4 +292,4 @@ def _fits(config: RunConfig, change: Change, model: ModelConfig, spec: ClusterSp
         check_run(changed, model)
     except AsyncRLError:
         return False
-    return rank_memory(changed, model).total + RANK_RESERVE <= spec.gb * GB
+    return rank_memory(changed, model).total + RANK_RESERVE <= rank_room(changed, model, spec.gb)

@@ -35,13 +35,13 @@ class Need:
     what: str
     """One of them, for example ``engine``."""
     count: int
-    size: int
-    """GPUs that each needs on one host, or on CPU its threads."""
+    size: float
+    """GPUs that each needs on one host, half a one where two share it, or on CPU its threads."""
     settings: str
     """The settings that ``count`` and ``size`` come from."""
 
     @property
-    def units(self) -> int:
+    def units(self) -> float:
         """GPUs, or on CPU threads, of all of them."""
         return self.count * self.size
 
@@ -86,7 +86,7 @@ def processes(config: RunConfig, engines: int | None = None) -> tuple[Need, Need
     ``engines`` is their number; None for that of the run, of engines that come and go for the fewest.
     """
     rollout, resources = config.rollout, config.resources
-    engine, rank = rollout.tensor_parallel_size, 1
+    engine, rank = config.engine_gpus, config.rank_gpus
     settings = "rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel"
     if kind(config) == "CPU":
         engine, rank = resources.engine_threads, resources.trainer_threads
@@ -229,16 +229,16 @@ def misfit(config: RunConfig, room: Mapping[str, float], units: str) -> str | No
         return fault
     there, needs = _listed_room(room), processes(config)
     total, needed = sum(room.values()), sum(need.units for need in needs)
-    wanted = " and ".join(counted(need.count, need.what) + (f" of {need.size}" * (need.size > 1)) for need in needs)
+    wanted = " and ".join(counted(need.count, need.what) + (f" of {need.size:g}" * (need.size > 1)) for need in needs)
     if total < needed:
         most = "" if found.fits or kind(config) == "GPU" else f", and at most {_MOST_PER_CORE} processes share one"
-        return f"{total:g} {units} in all ({there}), but {needed} are needed for {wanted}{most}"
+        return f"{total:g} {units} in all ({there}), but {needed:g} are needed for {wanted}{most}"
     loads = _unshared(config, list(room.values()))
     engines, ranks = sum(load.engines for load in loads), sum(load.ranks for load in loads)
     need, placed = (needs[0], engines) if engines < needs[0].count else (needs[1], ranks)
     return (
         f"{total:g} {units} are enough in all ({there}), but {need.count - placed} of {wanted} find no host with "
-        f"{need.size} free: each needs its {units} on one host"
+        f"{need.size:g} free: each needs its {units} on one host"
     )
 
 
@@ -246,7 +246,7 @@ def too_large(config: RunConfig, room: Mapping[str, float], units: str) -> str |
     """Say in one line which process alone fits no host with so much room; None if each does."""
     for need in processes(config):
         if need.size > max(room.values(), default=0):
-            return f"no host has {need.size} {units} for {_one(need.what)} ({_listed_room(room)})"
+            return f"no host has {need.size:g} {units} for {_one(need.what)} ({_listed_room(room)})"
     return None
 
 

@@ -439,7 +439,7 @@ def start_rollout_worker(config: RunConfig, replica: int, queue: Any, place: Pla
         ray.remote(RolloutActor)
         .options(
             num_cpus=0,
-            num_gpus=config.rollout.tensor_parallel_size if config.resources.device == "cuda" else 0,
+            num_gpus=config.engine_gpus if config.resources.device == "cuda" else 0,
             max_concurrency=_MAX_CONCURRENT_CALLS,
             runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
             **place.options,
@@ -457,7 +457,12 @@ def start_trainer(config: RunConfig, rank: int, place: Place, *, one_host: bool)
         environment |= gpu_rank_environment(config)
     return (
         ray.remote(TrainerActor)
-        .options(num_cpus=0, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": environment}, **place.options)
+        .options(
+            num_cpus=0,
+            num_gpus=config.rank_gpus if on_gpu else 0,
+            runtime_env={"env_vars": environment},
+            **place.options,
+        )
         .remote(config, rank, place.cores, one_host=one_host)
     )
 

@@ -85,6 +85,10 @@ class Places:
     def _reserve(self) -> None:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self._newcomers = Newcomers(self._config, [node["NodeID"] for node in nodes])
+        if self._config.resources.share_gpu:  # a bundle has a GPU of its own, and both have half of that one
+            both = ray.util.placement_group([{"GPU": 1.0}], strategy="STRICT_PACK")
+            self._groups = {TRAINER: both, worker_id(0): both}
+            return
         plan = placement.plan(self._config, [node["Resources"] for node in nodes])
         self._block, self._per_replica = plan.block, plan.per_replica
         trainer = {TRAINER: ([plan.per_block] * plan.blocks, "PACK")}
@@ -213,7 +217,7 @@ class Places:
 
     def release(self) -> None:
         """Give the places back, and end what is still in them."""
-        for group in self._groups.values():
+        for group in {id(group): group for group in self._groups.values()}.values():
             ray.util.remove_placement_group(group)
 
     async def free(self) -> str:

@@ -61,7 +61,7 @@ class Trainer:
         check_run(config, self._model_config)
         self._device = platform.resolve(config.resources.device)
         self._place = Place.of(config.trainer.parallel, rank)
-        platform.activate(self._device)
+        platform.activate(self._device, config.engine_share)
         self._groups = platform.init_distributed(self._device, self._place, store)
         self._ranks = Collectives(self._groups, self._device)
         try:

@@ -152,6 +152,16 @@ async def test_ranks_that_exchange_most_share_a_host_engines_are_whole_and_a_res
     assert (await where(rollouts))[1].host == engines[1].host
 
 
+async def test_a_trainer_and_an_engine_share_one_gpu_of_one_host(join):
+    config = join(resources={"device": "cuda", "share_gpu": True})
+    ranks, rollouts = await started(config)
+    ((rank, _),), (engine,) = await where(ranks), await where(rollouts)
+    assert (rank.host, rank.gpus) == (engine.host, engine.gpus)
+    assert len(rank.gpus) == 1
+    rollouts.replace(0)
+    assert (await where(rollouts))[0].gpus == rank.gpus
+
+
 @pytest.mark.parametrize(
     ("parallel", "replicas", "engine_gpus"),
     [

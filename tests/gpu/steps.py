@@ -317,10 +317,10 @@ def _joined(scores: Sequence[Any]) -> Any:
 
 
 def run(device: str, folder: Path) -> Figures:
-    """A whole run of four steps, with weights through shared memory."""
+    """A whole run of four steps, with weights through shared memory; on a single GPU trainer and engine share it."""
     needs_vllm()
-    needs_gpus(device, 2)
-    return _whole_run(device, folder, trainer__steps=4)
+    needs_gpus(device, 1)
+    return _whole_run(device, folder, trainer__steps=4, **_shared(device, 2))
 
 
 def nccl(device: str, folder: Path) -> Figures:
@@ -333,10 +333,14 @@ def nccl(device: str, folder: Path) -> Figures:
 
 
 def kill(device: str, folder: Path) -> Figures:
-    """Two replicas, one of which is killed: it is started again, and training continues with it."""
+    """Two replicas, one of which is killed: it is started again, and training continues with it.
+
+    Of too few GPUs it is one replica, which shares the trainer's and is started again beside it.
+    """
     needs_vllm()
-    needs_gpus(device, 3)
-    with _started(device, folder, trainer__steps=100_000, rollout__replicas=2) as one:
+    needs_gpus(device, 1)
+    settings = _shared(device, 3) or {"rollout__replicas": 2}
+    with _started(device, folder, trainer__steps=100_000, **settings) as one:
         one.wait_for_step(2)
         one.one("RolloutActor").kill()
         killed = time.monotonic()
@@ -349,6 +353,13 @@ def kill(device: str, folder: Path) -> Figures:
         if (code := one.wait()) != 130:
             raise AssertionError(f"the interrupted run ended with {code}:\n{one.output[-3000:]}")
         return {"restart_s": round(restart_s, 1), "steps": len(one.rows)}
+
+
+def _shared(device: str, count: int) -> dict[str, Any]:
+    """Return the settings with which trainer and engine are on one GPU, where a run on ``count`` has too few."""
+    if device != "cuda" or count_gpus() >= count:
+        return {}
+    return {"resources__share_gpu": True, "rollout__gpu_memory_utilization": 0.3}
 
 
 def _whole_run(device: str, folder: Path, **settings: Any) -> Figures:

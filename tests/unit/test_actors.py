@@ -243,10 +243,13 @@ def created(monkeypatch):
 
     monkeypatch.setattr(actors.ray, "remote", remote)
 
-    def create(device, place=NOWHERE, **trainer):
-        tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"device": device, "trainer_threads": 2}}
-        tree["trainer"] = trainer
-        actors.start_trainer(validate(tree), 0, place, one_host=False)
+    def create(device, place=NOWHERE, engine=False, share_gpu=False, **trainer):
+        resources = {"device": device, "trainer_threads": 2, "share_gpu": share_gpu}
+        tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": resources, "trainer": trainer}
+        if engine:
+            actors.start_rollout_worker(validate(tree), 0, None, place)
+        else:
+            actors.start_trainer(validate(tree), 0, place, one_host=False)
         return seen
 
     return create
@@ -277,6 +280,12 @@ def test_a_rank_has_the_threads_of_the_settings_on_a_cpu_and_more_than_one_besid
     assert on_gpu["runtime_env"]["env_vars"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     assert created("cuda")["runtime_env"]["env_vars"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_each_has_a_gpu_or_half_of_one(created, engine):
+    assert created("cuda", engine=engine)["num_gpus"] == 1
+    assert created("cuda", engine=engine, share_gpu=True)["num_gpus"] == 0.5
 
 
 def test_an_actor_is_created_at_its_place(created):

@@ -289,6 +289,11 @@ def test_gpus(machine, inputs):
     with pytest.raises(ConfigError, match=r"sync\.backend: nccl needs GPUs"):
         doctor.require(config(inputs, **nccl))
     assert the(doctor.checks(config(inputs, resources={"device": "cuda"})), "device").status == "FAIL"
+    machine.setattr(probes, "gpu_count", lambda: 1)
+    alone = the(doctor.checks(config(inputs)), "device")
+    assert (alone.status, "set resources.share_gpu to true" in alone.fix) == ("FAIL", True)
+    shared = the(doctor.checks(config(inputs, resources={"share_gpu": True})), "device")
+    assert (shared.status, shared.detail) == ("ok", "1 GPUs; 1 needed (trainer and engine share it)")
     machine.setattr(probes, "gpu_count", lambda: 2)
     assert fails(doctor.checks(config(inputs, **nccl))) == []
 

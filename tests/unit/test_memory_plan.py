@@ -1,6 +1,7 @@
 """Whether a run fits into GPUs that are not here."""
 
 import json
+import re
 
 import pytest
 
@@ -12,12 +13,14 @@ from async_rl.doctor.parameters import parameters_of, rank_parameters
 from async_rl.errors import ConfigError
 from async_rl.models.config import read_model_config
 from tests.support.model_families import configs
-from tests.support.model_folders import QWEN3_30B_A3B, write_config
+from tests.support.model_folders import QWEN3_4B, QWEN3_30B_A3B, write_config
 from tests.unit.test_model_config import DEEPSEEK_V3, MOONLIGHT
 
 SPEC = ClusterSpec(2, 8, "H100", 80)
 SHORT = {"recompute": "full", "tokens_per_microbatch": 9216}
 PARALLEL = {"dp": 4, "tp": 2, "ep": 8}
+BF16 = {"gradient_dtype": "bfloat16"}
+MOMENTS = {"first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16"}
 
 
 def settings(folder, model=QWEN3_30B_A3B, *, parallel=PARALLEL, trainer=(), **rollout):
@@ -108,14 +111,63 @@ def test_engines_that_do_not_fit(tmp_path, rollout, spec, fault):
     assert f"does not fit: {fault}" in plan_memory(settings(tmp_path, **rollout), ClusterSpec.parse(spec))[0]
 
 
+def shared(folder, utilization, cache_gb):
+    """A run of Qwen3-4B whose trainer and engine share a GPU."""
+    write_config(folder / "model", QWEN3_4B)
+    tree = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": "train.jsonl", "max_prompt_tokens": 1024},
+        "resources": {"share_gpu": True},
+        "rollout": {
+            "max_response_tokens": 8192,
+            "gpu_memory_utilization": utilization,
+            "kv_cache_bytes": cache_gb * GB,
+            "return_routed_experts": False,
+        },
+        "trainer": SHORT | {"router_replay": "off", "optimizer": BF16 | MOMENTS},
+    }
+    return validate(tree)
+
+
+def test_a_gpu_that_trainer_and_engine_share(tmp_path):
+    text, fits = plan_memory(shared(tmp_path, 0.28, 11), ClusterSpec(1, 1, "H100", 80))
+    assert "1 host with 1 x H100 of 80 GB: 1 GPUs; needed is 1, which trainer and engine share" in text
+    assert fits, text
+    assert re.search(r"total +\d+\.\d of 57\.6\n", text)
+    assert f"keys and values, {11 * GB // 147_456} tokens  " in text
+
+
+@pytest.mark.parametrize(
+    ("utilization", "cache_gb", "fault"),
+    [
+        (
+            0.28,
+            12,
+            "an engine of 23.0 GB into its share of 22.4 GB; lower rollout.kv_cache_bytes, or raise rollout.gpu",
+        ),
+        (0.28, 1, "one sequence of 9216 tokens into an engine's cache of 6781; raise rollout.kv_cache_bytes"),
+        (
+            0.5,
+            11,
+            "a trainer rank does not fit beside the engine; it would with trainer.optimizer.offload_fraction 1.0",
+        ),
+        (
+            0.9,
+            11,
+            "a trainer rank does not fit beside the engine; lower rollout.gpu_memory_utilization, or set resourc",
+        ),
+    ],
+)
+def test_what_does_not_fit_into_a_shared_gpu(tmp_path, utilization, cache_gb, fault):
+    text, fits = plan_memory(shared(tmp_path, utilization, cache_gb), ClusterSpec(1, 1, "H100", 80))
+    assert not fits
+    assert f"does not fit: {fault}" in text
+
+
 def test_a_model_that_no_setting_fits(tmp_path):
     large = {"hidden_size": 7168, "num_hidden_layers": 64, "n_routed_experts": 256, "moe_intermediate_size": 2048}
     text, _ = plan_memory(settings(tmp_path, DEEPSEEK_V3 | large | {"max_position_embeddings": 163_840}), SPEC)
     assert "a trainer rank does not fit; use more GPUs for the trainer (trainer.parallel)" in text
-
-
-BF16 = {"gradient_dtype": "bfloat16"}
-MOMENTS = {"first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,26 @@ def test_settings_for_memory_that_work(changes):
     settings(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": {"parallel": {"pp": 2}}}, "trainer.parallel is 2"),
+        ({"rollout": {"replicas": 2}}, "rollout.replicas is 2"),
+        ({"rollout": {"replicas": {"min": 1, "max": 1}}}, "rollout.replicas is min=1 max=1"),
+        ({"rollout": {"tensor_parallel_size": 2}}, "rollout.tensor_parallel_size is 2"),
+        ({"rollout": {"engine": "sglang"}}, "rollout.engine has sglang"),
+        ({"sync": {"backend": "nccl"}}, "sync.backend is nccl, which takes no two processes on one GPU"),
+        ({"resources": {"share_gpu": True, "device": "cpu"}}, "share_gpu is True, which works on GPUs alone"),
+    ],
+)
+def test_what_cannot_share_a_gpu_is_refused(changes, words):
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"share_gpu": True}}
+    validate(tree)
+    with pytest.raises(ConfigError) as caught:
+        validate(tree | changes)
+    assert words in str(caught.value)
+
+
 def test_layers_computed_again_together_must_divide_every_stage(tmp_path):
     folder = write_config(tmp_path / "model", QWEN3_30B_A3B)
     for pp, faulty in ((2, None), (5, 9)):  # 48 layers: 24 each; 9, 10, 10, 10, 9

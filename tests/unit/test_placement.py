@@ -121,6 +121,12 @@ def test_engines_are_placed_first_where_ranks_would_leave_too_few_gpus_together(
     assert found.loads == (Load(1, 2), Load(1, 2))
 
 
+def test_a_rank_and_an_engine_share_one_gpu_where_they_are_told_to():
+    found = gpu_plan([1], share_gpu=True)
+    assert (found.fits, found.per_replica, found.per_block) == (True, {"GPU": 0.5}, {"GPU": 0.5})
+    assert not gpu_plan([1]).fits
+
+
 def test_ranks_take_every_gpu_that_engines_leave_free():
     for gpus, count, replicas in product(range(2, 9), (1, 2, 3), (1, 2, 3, 4)):
         for engine_gpus in range(1, gpus + 1):

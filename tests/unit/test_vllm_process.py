@@ -91,6 +91,20 @@ def test_vllm_is_given_the_numa_nodes_of_its_gpus(monkeypatch, nodes, bind):
 
 @pytest.mark.usefixtures("_stub_of_vllm")
 @pytest.mark.parametrize(
+    ("resources", "size"),
+    [
+        ({"device": "cpu"}, 1000),
+        ({"device": "cuda"}, None),
+        ({"device": "cuda", "share_gpu": True}, 1000),
+    ],
+)
+def test_the_size_of_the_cache_is_set_where_vllm_cannot_measure_what_is_left(resources, size):
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": resources, "rollout": {"kv_cache_bytes": 1000}}
+    assert engine_args(validate(tree), 0, DENSE)["kv_cache_memory_bytes"] == size
+
+
+@pytest.mark.usefixtures("_stub_of_vllm")
+@pytest.mark.parametrize(
     ("device", "layers"),
     [
         ("cpu", {"linear": "fp8_per_channel"}),

@@ -40,6 +40,8 @@ Device = Literal["cpu", "cuda"]
 
 # The patches below follow this version's sources line by line; check each of them before changing it.
 MEGATRON_VERSION = "0.16.1"
+# CUDA's context and libraries, which torch's allocator does not count. Assumed, not measured.
+_CONTEXT_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,10 @@ def resolve(device: Literal["auto", "cpu", "cuda"]) -> Device:
     return device
 
 
-def activate(device: Device) -> None:
+def activate(device: Device, engine_share: float = 0.0) -> None:
     """Make Megatron-core usable on ``device`` in this process. Further calls have no effect.
+
+    engine_share: share of this GPU's memory that an engine has.
 
     Raises TrainerError for another version of Megatron-core than the patches are made for.
     """
@@ -95,8 +99,16 @@ def activate(device: Device) -> None:
         _patch_rng()
     else:
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU alone
+        if engine_share:
+            _leave_memory(engine_share)
     if layout(device) == "local":
         _patch_transformer_engine()
+
+
+def _leave_memory(engine_share: float) -> None:
+    """Bound this process's memory, so that an engine which is started again finds its own free."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1 - engine_share - _CONTEXT_BYTES / total)
 
 
 def init_distributed(device: Device, place: Place, store: torch.distributed.Store | None) -> Groups:

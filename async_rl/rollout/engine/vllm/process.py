@@ -135,7 +135,8 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         "tensor_parallel_size": config.rollout.tensor_parallel_size,
         # In a Ray actor that is in a placement group vLLM would choose Ray, and spread one engine over actors.
         "distributed_executor_backend": "mp" if config.rollout.tensor_parallel_size > 1 else None,
-        "kv_cache_memory_bytes": config.rollout.kv_cache_bytes if cpu else None,
+        # What vLLM would measure on a shared GPU is also what the trainer takes meanwhile.
+        "kv_cache_memory_bytes": config.rollout.kv_cache_bytes if cpu or config.resources.share_gpu else None,
         "gpu_memory_utilization": config.rollout.gpu_memory_utilization,
         "numa_bind": nodes is not None,
         "numa_bind_nodes": nodes,
