@@ -1,6 +1,7 @@
 """A whole run whose responses are sampled in several ways at once: real vLLM, Ray and Megatron."""
 
 import json
+import os
 
 import pytest
 
@@ -54,9 +55,12 @@ def test_engine_and_trainer_agree_at_the_temperature_of_each_source_and_row(star
 def test_what_was_sampled_before_a_resume_is_trained_at_its_own_temperature(start_run, resume_run):
     """Weights stay as they are, so that engine and trainer agree on tokens of every version."""
     settings = {"trainer__optimizer__lr": 1e-12, "checkpoint__every": 1, "async_training__max_staleness": 8, **BUSY}
-    first = start_run(rollout__temperature=1.5, trainer__steps=3, **settings)
-    assert first.wait() == 0, first.output
-    resumed = resume_run(rollout__temperature=0.6, trainer__steps=6, debug__dump_trajectories=64, **settings)
+    first = start_run(rollout__temperature=1.5, trainer__steps=10_000, **settings)
+    first.wait_for_step(3)
+    os.kill(first.driver, 9)
+    assert first.wait() == 137, first.output
+    steps = len(first.rows) + 3
+    resumed = resume_run(rollout__temperature=0.6, trainer__steps=steps, debug__dump_trajectories=64, **settings)
     assert resumed.wait() == 0, resumed.output
     resumed.assert_nothing_left()
     groups = [codec.decode(path.read_bytes()) for path in sorted((resumed.folder / "trajectories").iterdir())]
