@@ -144,7 +144,7 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
 
 def rank_fault(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str | None:
     """Return that a trainer rank does not fit into a GPU, and what would make it fit; None if it fits."""
-    if rank_memory(config, model).total + RANK_RESERVE <= rank_room(config, model, spec.gb):
+    if _rank_fits(config, model, spec):
         return None
     beside = " beside the engine" if config.resources.share_gpu else ""
     return f"a trainer rank does not fit{beside}{_instead(config, model, spec)}"
@@ -292,4 +292,8 @@ def _fits(config: RunConfig, change: Change, model: ModelConfig, spec: ClusterSp
         check_run(changed, model)
     except AsyncRLError:
         return False
-    return rank_memory(changed, model).total + RANK_RESERVE <= rank_room(changed, model, spec.gb)
+    return _rank_fits(changed, model, spec)
+
+
+def _rank_fits(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> bool:
+    return rank_memory(config, model).total + RANK_RESERVE <= rank_room(config, model, spec.gb)

@@ -121,7 +121,7 @@ def test_engines_are_placed_first_where_ranks_would_leave_too_few_gpus_together(
     assert found.loads == (Load(1, 2), Load(1, 2))
 
 
-def test_a_rank_and_an_engine_share_one_gpu_where_they_are_told_to():
+def test_a_rank_and_an_engine_share_one_gpu_where_the_settings_say_so():
     found = gpu_plan([1], share_gpu=True)
     assert (found.fits, found.per_replica, found.per_block) == (True, {"GPU": 0.5}, {"GPU": 0.5})
     assert not gpu_plan([1]).fits
