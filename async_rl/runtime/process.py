@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing import shared_memory
 from pathlib import Path
 from signal import Signals
 
@@ -114,6 +115,17 @@ def mark_semaphores(role: str) -> None:
         remove_semaphores(role)
         # There is no public way; Python itself names them by this entry.
         multiprocessing.current_process()._config["semprefix"] = f"/{token}-{role}"  # type: ignore[attr-defined]
+
+
+def mark_shared_memory() -> None:
+    """Name the shared memory that libraries make in this process as the semaphores that ``mark_semaphores`` marked.
+
+    A process that is killed cannot unlink it. Here, or in a process that started this one, ``mark_semaphores`` was
+    called before.
+    """
+    prefix = multiprocessing.current_process()._config["semprefix"]  # type: ignore[attr-defined]
+    if prefix != "/mp":  # Python's own
+        shared_memory._make_filename = lambda: f"/sem.{prefix[1:]}-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
 
 
 def marked_file(role: str, what: str) -> Path | None:

@@ -6,7 +6,6 @@ What every engine must do is in ``engine_conformance.py``; below is what only SG
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from unittest import mock
 
@@ -21,7 +20,7 @@ from tests.integration.engine_conformance import *  # noqa: F403
 from tests.integration.engine_conformance import GREEDY, SHORT_PROMPT
 from tests.support.engine_checkpoint import engine_config, make_checkpoint, running, until_sampled
 from tests.support.needs import NEEDS_SGLANG
-from tests.support.processes import alive
+from tests.support.processes import alive, shared_files
 
 pytestmark = [
     pytest.mark.engine,
@@ -101,15 +100,9 @@ async def watch(engine):
 
 async def test_a_server_that_is_killed_is_noticed_and_leaves_nothing(config):
     """The scheduler alone, which takes calls with it; then what is left, at the end."""
-
-    def shared():
-        """The files of this process and of servers; other tests have their own."""
-        own = f"sem.async_rl-{os.getpid()}-"
-        return {name for name in os.listdir("/dev/shm") if name.startswith((own, "sglang"))}
-
-    before = shared()
+    before = shared_files()
     async with running(config) as engine:
-        assert shared() - before, "there is something to leave behind"
+        assert shared_files() - before, "there is something to leave behind"
         call = asyncio.create_task(engine.generate("lost", SHORT_PROMPT, GREEDY, 200))
         await until_sampled(engine, 1)
         members, folder = [*engine._server._members], engine._server.folder
@@ -122,7 +115,7 @@ async def test_a_server_that_is_killed_is_noticed_and_leaves_nothing(config):
             await call
         assert [each for each in members if alive(each)] == []
         assert not folder.exists()
-    assert shared() - before == set()
+    assert shared_files() - before == set()
 
 
 def with_python(config, path, text, runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.integration.test_sglang_broadcast import init_info
 from tests.support import nccl
 from tests.support.engine_checkpoint import VOCAB, Pusher, engine_config, make_checkpoint, perturbed, running
 from tests.support.needs import NEEDS_SGLANG
+from tests.support.processes import shared_files
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio, NEEDS_SGLANG]
 
@@ -26,9 +28,13 @@ async def test_two_ranks_compute_what_the_model_computes_after_each_push(backend
     config = engine_config(folder, runs=tmp_path / "runs", engine="sglang", tensor_parallel_size=2)
     # Refused by the settings, for NCCL needs GPUs.
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"backend": backend})})
+    before = shared_files()
     async with running(config) as engine:
         with nccl.streams_on_cpu() if backend == "nccl" else contextlib.nullcontext():
             await check(engine, folder, weights, None if backend == "shm" else init_info(0, 60.0, world_size=3))
+        # Through which rank 0 sends the other what to do; a kill leaves it.
+        assert any(Path("/dev/shm", name).stat().st_size > 2**20 for name in shared_files() - before)
+    assert shared_files() - before == set()
 
 
 async def check(engine, folder, weights, info):

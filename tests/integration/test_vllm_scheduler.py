@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from multiprocessing import shared_memory
 
 import pytest
 
@@ -93,12 +94,16 @@ def test_only_engine_processes_are_changed(scheduler, monkeypatch):
 
     monkeypatch.setattr(plugin, "die_with_parent", lambda: None)
     monkeypatch.setattr(plugin, "_allow_amx", lambda: None)
+    process = plugin.multiprocessing.current_process()
+    monkeypatch.setitem(process._config, "semprefix", "/token-rollout-0")
+    monkeypatch.setattr(shared_memory, "_make_filename", names := shared_memory._make_filename)
     before = Scheduler._free_request
     plugin.register()
-    assert Scheduler._free_request is before
-    monkeypatch.setattr(plugin.multiprocessing.current_process(), "name", "EngineCore_DP0")
+    assert (Scheduler._free_request, shared_memory._make_filename) == (before, names)
+    monkeypatch.setattr(process, "name", "EngineCore_DP0")
     plugin.register()
     assert Scheduler._free_request is not before
+    assert shared_memory._make_filename().startswith("/sem.token-rollout-0-")
 
 
 def test_each_reason_by_which_vllm_ends_a_call_is_known():

@@ -1,4 +1,6 @@
-"""Questions about processes that may end while they are asked."""
+"""Questions about processes that may end while they are asked, and about what they leave."""
+
+import os
 
 import psutil
 
@@ -25,3 +27,9 @@ def words(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def shared_files() -> set[str]:
+    """The named shared memory of runs of this process and of SGLang's servers; other tests have their own."""
+    own = f"sem.async_rl-{os.getpid()}-"
+    return {name for name in os.listdir("/dev/shm") if name.startswith((own, "sgl"))}

@@ -1,7 +1,9 @@
-"""The semaphores of a run are named after it and the role of their process, and removed by that name."""
+"""Semaphores and shared memory of a run are named after it and their process's role, and removed by that name."""
 
 import multiprocessing
 import os
+import signal
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,37 @@ def test_a_run_removes_all_of_its_own_semaphores_and_none_of_another_run():
     process.remove_semaphores()
     assert (own.exists(), other.exists()) == (False, True)
     other.unlink()
+
+
+def make_memory(pipe):
+    """Make shared memory as a library does, and be killed with it."""
+    process.mark_shared_memory()
+    memory = shared_memory.SharedMemory(create=True, size=2**12)
+    resource_tracker.unregister(memory._name, "shared_memory")  # by which Python would unlink it
+    pipe.send(memory.name)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("_a_run")
+def test_shared_memory_of_a_process_that_was_killed_is_removed_with_the_semaphores():
+    process.mark_semaphores("rollout-0")
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=make_memory, args=(there,))
+    child.start()
+    path = Path("/dev/shm", here.recv())
+    child.join()
+    assert path.exists()
+    process.remove_semaphores("rollout-1")
+    assert path.exists()
+    process.remove_semaphores("rollout-0")
+    assert not path.exists()
+
+
+def test_outside_a_run_shared_memory_keeps_its_names(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", "/mp")
+    monkeypatch.setattr(shared_memory, "_make_filename", names := shared_memory._make_filename)
+    process.mark_shared_memory()
+    assert shared_memory._make_filename is names
 
 
 @pytest.mark.usefixtures("_a_run")

@@ -12,7 +12,7 @@ import os
 import signal
 
 from async_rl.runtime.logs import log_libraries
-from async_rl.runtime.process import signal_on_parent_death
+from async_rl.runtime.process import mark_shared_memory, signal_on_parent_death
 from async_rl.weights.vllm.scheduler_leak import forget_freed_requests
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def register() -> None:
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
         log_libraries(name)
         die_with_parent()
+        mark_shared_memory()  # of tensor-parallel ranks
         _allow_amx()
         forget_freed_requests()
 

@@ -27,11 +27,14 @@ if not torch.cuda.is_available():
     stand_ins.install()
     stand_ins.allocate_host_memory()
 
-# Where processes of one server tell each other their load; a server that is killed would leave it there.
+# Shared memory in which processes of one server tell each other their load, and what tensor-parallel ranks send each
+# other; a server that is killed would leave it there.
 if (path := marked_file(os.environ.get("ASYNC_RL_SGLANG_ROLE", ""), "loads")) is not None:
     from sglang.srt.managers import load_snapshot
+    from sglang.srt.utils import stale_shm_cleanup
 
     load_snapshot.shm_path_for = lambda _: str(path)
+    stale_shm_cleanup._SGL_SHM_PREFIX = path.name
 
 if __name__ == "__main__":
     from sglang.launch_server import run_server
