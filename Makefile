@@ -33,7 +33,7 @@ help:
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
 	@echo "make test    check, and the integration tests that CI runs (12 minutes)"
-	@echo "make test-all  every test there is, chaos included (an hour and a half)"
+	@echo "make test-all  every test there is, chaos included (two hours)"
 	@echo "make smoke   the real queue, driver and trainer around a scripted engine, with one kill (a minute)"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"

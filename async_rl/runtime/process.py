@@ -118,14 +118,21 @@ def mark_semaphores(role: str) -> None:
 
 
 def mark_shared_memory() -> None:
-    """Name the shared memory that libraries make in this process as the semaphores that ``mark_semaphores`` marked.
+    """Name the shared memory that libraries make in this process as its semaphores; see ``inherited_mark``.
 
-    A process that is killed cannot unlink it. Here, or in a process that started this one, ``mark_semaphores`` was
-    called before.
+    A process that is killed cannot unlink it.
+    """
+    if (mark := inherited_mark()) is not None:
+        shared_memory._make_filename = lambda: f"/{mark}-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
+
+
+def inherited_mark() -> str | None:
+    """Return what names of files in shared memory begin with that are removed as this process's semaphores are.
+
+    None if ``mark_semaphores`` was called neither here nor in a process that started this one.
     """
     prefix = multiprocessing.current_process()._config["semprefix"]  # type: ignore[attr-defined]
-    if prefix != "/mp":  # Python's own
-        shared_memory._make_filename = lambda: f"/sem.{prefix[1:]}-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
+    return None if prefix == "/mp" else f"sem.{prefix[1:]}"  # Python's own is /mp
 
 
 def marked_file(role: str, what: str) -> Path | None:

@@ -48,6 +48,12 @@ def atol():
 
 
 @pytest.fixture
+def ends_unstarted():
+    """A call that is frozen before a token has arrived is withdrawn, and ends with one that was on its way."""
+    return True
+
+
+@pytest.fixture
 def new_after_wait():
     """It waits for all calls that were begun."""
     return 4

@@ -69,9 +69,9 @@ def test_the_death_of_a_server_costs_a_restart_of_its_replica(start_run):
 @pytest.mark.slow
 def test_one_replica_of_each_engine_in_one_run(start_run):
     mixed = {"rollout__engines": "[vllm, sglang]", "rollout__replicas": 2, "recovery__max_restarts": 0}
-    # So few places that no engine is idle, and each weight sync cuts responses of both.
-    run = start_run(debug__dump_trajectories=64, trainer__steps=6, rollout__max_num_seqs=2, **mixed)
-    summary = finished(run, 6)
+    # One place each, so that engines take longer than the trainer, and weight syncs cut responses of both.
+    run = start_run(debug__dump_trajectories=64, trainer__steps=12, rollout__max_num_seqs=1, **mixed)
+    summary = finished(run, 12)
     assert summary["trajectories"]["partial"] > 0
     assert summary["on_policy_logprob_abs_diff"]["max"] <= 2e-5
     sampled = {engine for row in run.rows for engine in row["ppo_kl_by_engine"]}

@@ -1,7 +1,6 @@
 """A real environment of the library verifiers, under its own interpreter, at the real gateway."""
 
 import asyncio
-import dataclasses
 import json
 import os
 import subprocess
@@ -178,20 +177,9 @@ async def test_what_cannot_be_loaded_is_named(log):
     assert no_eval == "guess-env has no eval_dataset; set data.eval"
 
 
-class Rows(ListQueue):
-    """Hands out prompts with the fields of a row."""
-
-    async def take(self, worker, limit):
-        tickets = await super().take(worker, limit)
-        return [
-            dataclasses.replace(ticket, prompt=dataclasses.replace(ticket.prompt, fields=row(turns=3)))
-            for ticket in tickets
-        ]
-
-
 async def test_a_worker_trains_on_it_while_weights_are_pushed(log, monkeypatch):
     monkeypatch.setattr(chat, "chat_turns", lambda config: CHAT)
-    subject, queue = engine(), Rows(2)
+    subject, queue = engine(), ListQueue(2, row(turns=3))
     made = served(
         subject, queue, environment=NAME, python=str(VERIFIERS_PYTHON), arguments={"environment": "guess-env"}
     )

@@ -45,6 +45,12 @@ def atol():
 
 
 @pytest.fixture
+def ends_unstarted():
+    """It freezes calls wherever they are."""
+    return False
+
+
+@pytest.fixture
 def new_after_wait():
     """Calls that wait for a place begin after it."""
     return 8

@@ -34,6 +34,11 @@ def server():
         return a + b
 
     @subject.tool()
+    def look(n: int) -> str:
+        """Look at something, as the policy of ``tool_model`` does."""
+        return f"{n} is seen"
+
+    @subject.tool()
     def count() -> str:
         """Count its calls."""
         counted.append(1)

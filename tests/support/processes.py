@@ -30,6 +30,6 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def shared_files() -> set[str]:
-    """The named shared memory of runs of this process and of SGLang's servers; other tests have their own."""
+    """The named shared memory of runs of this process, and of engines, whose files do not say whose they are."""
     own = f"sem.async_rl-{os.getpid()}-"
-    return {name for name in os.listdir("/dev/shm") if name.startswith((own, "sgl"))}
+    return {name for name in os.listdir("/dev/shm") if name.startswith((own, "sgl", "vllm_dist"))}

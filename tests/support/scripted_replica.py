@@ -34,10 +34,10 @@ def scripted(
 
 
 class ListQueue:
-    """Hands out ``count`` tickets and keeps what is put."""
+    """Hands out ``count`` tickets, of rows with ``fields``, and keeps what is put."""
 
-    def __init__(self, count: int) -> None:
-        self.left = count
+    def __init__(self, count: int, fields=None) -> None:
+        self.left, self.fields = count, fields or {}
         self.groups = []
         self.failed = []
         self.filtered, self.rests = [], []
@@ -47,7 +47,7 @@ class ListQueue:
         tickets = []
         while self.left and len(tickets) < limit:
             self.left -= 1
-            prompt = Prompt(f"0-{self.left}", self.left + 1, "abc", np.array([5, 6, 7], dtype=np.int32))
+            prompt = Prompt(f"0-{self.left}", self.left + 1, "abc", np.array([5, 6, 7], dtype=np.int32), self.fields)
             tickets.append(Ticket(f"{prompt.prompt_id}.0", prompt, 0))
         return tickets
 

@@ -10,9 +10,10 @@ import logging
 import multiprocessing
 import os
 import signal
+from typing import Any
 
 from async_rl.runtime.logs import log_libraries
-from async_rl.runtime.process import mark_shared_memory, signal_on_parent_death
+from async_rl.runtime.process import inherited_mark, mark_shared_memory, signal_on_parent_death
 from async_rl.weights.vllm.scheduler_leak import forget_freed_requests
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,30 @@ def register() -> None:
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
         log_libraries(name)
         die_with_parent()
-        mark_shared_memory()  # of tensor-parallel ranks
+        _mark_shared_memory()
         _allow_amx()
         forget_freed_requests()
+
+
+def _mark_shared_memory() -> None:
+    """Have what tensor-parallel ranks share removed with the run; killed, they leave it."""
+    if (mark := inherited_mark()) is None:
+        return
+    mark_shared_memory()
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    name = _CPUSHMDistributed.make_group_name
+
+    def marked(communicator: Any) -> str:
+        """Return the name of what ranks on a CPU reduce in, with one mark however often this was called."""
+        found: str = name(communicator)
+        return found if found.startswith(mark) else f"{mark}-{found}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(marked)
 
 
 def _allow_amx() -> None:

@@ -1,4 +1,4 @@
-"""A real SGLang server of two tensor-parallel ranks, on a CPU: what it samples, what it scores, and three pushes."""
+"""A real engine of two tensor-parallel ranks, on a CPU: what it samples, what it scores, and three pushes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from tests.support.engine_checkpoint import VOCAB, Pusher, engine_config, make_c
 from tests.support.needs import NEEDS_SGLANG
 from tests.support.processes import shared_files
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio, NEEDS_SGLANG]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio]
 
 
-@pytest.mark.parametrize("backend", ["shm", "nccl"])
-async def test_two_ranks_compute_what_the_model_computes_after_each_push(backend, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("engine", "backend"),
+    [
+        ("vllm", "shm"),
+        pytest.param("sglang", "shm", marks=NEEDS_SGLANG),
+        pytest.param("sglang", "nccl", marks=NEEDS_SGLANG),
+    ],
+)
+async def test_two_ranks_compute_what_the_model_computes_after_each_push(engine, backend, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # for NCCL's part, see test_sglang_broadcast.py
     folder = make_checkpoint(tmp_path / "model", dense=())
     weights = load_file(folder / "model.safetensors")
-    config = engine_config(folder, runs=tmp_path / "runs", engine="sglang", tensor_parallel_size=2)
+    config = engine_config(folder, runs=tmp_path / "runs", engine=engine, tensor_parallel_size=2)
     # Refused by the settings, for NCCL needs GPUs.
     config = config.model_copy(update={"sync": config.sync.model_copy(update={"backend": backend})})
     before = shared_files()
-    async with running(config) as engine:
+    async with running(config) as subject:
         with nccl.streams_on_cpu() if backend == "nccl" else contextlib.nullcontext():
-            await check(engine, folder, weights, None if backend == "shm" else init_info(0, 60.0, world_size=3))
+            await check(subject, folder, weights, None if backend == "shm" else init_info(0, 60.0, world_size=3))
         # Through which rank 0 sends the other what to do; a kill leaves it.
         assert any(Path("/dev/shm", name).stat().st_size > 2**20 for name in shared_files() - before)
     assert shared_files() - before == set()
