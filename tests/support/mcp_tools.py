@@ -34,15 +34,15 @@ def server():
         return a + b
 
     @subject.tool()
-    def look(n: int) -> str:
-        """Look at something, as the policy of ``tool_model`` does."""
-        return f"{n} is seen"
-
-    @subject.tool()
     def count() -> str:
         """Count its calls."""
         counted.append(1)
         return str(len(counted))
+
+    @subject.tool()
+    def look(n: int) -> str:
+        """Look at something, as the policy of ``tool_model`` does."""
+        return f"{n} is seen"
 
     @subject.tool()
     def odd(function: str, name: str = "", self_: dict[str, Any] | None = None) -> str:
