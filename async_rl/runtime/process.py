@@ -117,22 +117,18 @@ def mark_semaphores(role: str) -> None:
         multiprocessing.current_process()._config["semprefix"] = f"/{token}-{role}"  # type: ignore[attr-defined]
 
 
-def mark_shared_memory() -> None:
-    """Name the shared memory that libraries make in this process as its semaphores; see ``inherited_mark``.
+def mark_shared_memory() -> str | None:
+    """Name the shared memory that Python makes in this process as its semaphores: one that is killed cannot unlink it.
 
-    A process that is killed cannot unlink it.
-    """
-    if (mark := inherited_mark()) is not None:
-        shared_memory._make_filename = lambda: f"/{mark}-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
-
-
-def inherited_mark() -> str | None:
-    """Return what names of files in shared memory begin with that are removed as this process's semaphores are.
-
-    None if ``mark_semaphores`` was called neither here nor in a process that started this one.
+    Returns what such names begin with, for files that are made otherwise. None, and nothing is changed, if
+    ``mark_semaphores`` was called neither here nor in a process that started this one.
     """
     prefix = multiprocessing.current_process()._config["semprefix"]  # type: ignore[attr-defined]
-    return None if prefix == "/mp" else f"sem.{prefix[1:]}"  # Python's own is /mp
+    if prefix == "/mp":  # Python's own
+        return None
+    mark = f"sem.{prefix[1:]}"
+    shared_memory._make_filename = lambda: f"/{mark}-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
+    return mark
 
 
 def marked_file(role: str, what: str) -> Path | None:

@@ -26,7 +26,7 @@ from async_rl.models.config import read_model_config
 from async_rl.rollout.engine.interface import RolloutEngine, Sampling
 from async_rl.rollout.partial import PartialRollout
 from async_rl.weights.canary import make_probe
-from tests.support.engine_checkpoint import EOS, MAX_RUNNING, VOCAB, Pusher, perturbed, until_sampled
+from tests.support.engine_checkpoint import EOS, MAX_RUNNING, VOCAB, perturbed, pushing, until_sampled
 
 GREEDY = Sampling(temperature=1.0, top_p=1.0, greedy=True)
 RANDOM = Sampling(temperature=1.0, top_p=1.0)
@@ -45,10 +45,8 @@ def weights(folder):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def trainer(engine, weights):
-    trainer = Pusher(engine, weights)
-    await trainer.connect()
-    yield trainer
-    trainer.sender.shutdown()
+    async with pushing(engine, weights) as trainer:
+        yield trainer
 
 
 @pytest_asyncio.fixture(autouse=True, loop_scope="module")

@@ -25,7 +25,7 @@ from async_rl.rollout.responses import Responses
 from async_rl.trainer.samples import samples_of
 from tests.support import branching_agent, trainer_process
 from tests.support.branching_agent import TURNS
-from tests.support.engine_checkpoint import Pusher, engine_config, running
+from tests.support.engine_checkpoint import engine_config, pushing, running
 from tests.support.oracle import EXACT, apart, load_versions, make_versions, say, trainer_calls, trainer_logprobs
 from tests.support.scripted_replica import Digits, ListQueue
 from tests.support.tool_model import greedy_weights, make_tool_model
@@ -71,10 +71,8 @@ async def engine(folders):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pusher(engine, weights):
-    pusher = Pusher(engine, weights[0])
-    await pusher.connect()
-    yield pusher
-    pusher.sender.shutdown()
+    async with pushing(engine, weights[0]) as pusher:
+        yield pusher
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from async_rl.data.tokenizer import load_tokenizer
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.trainer.samples import samples_of
 from tests.integration.engine_conformance import reference, token_logprobs
-from tests.support.engine_checkpoint import Pusher, engine_config, running
+from tests.support.engine_checkpoint import engine_config, pushing, running
 from tests.support.needs import NEEDS_VERIFIERS, VERIFIERS_PYTHON
 from tests.support.oracle import EXACT, load_versions, make_versions
 from tests.support.scripted_replica import Digits, ListQueue
@@ -70,10 +70,8 @@ async def engine(folders):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pusher(engine, folders):
-    pusher = Pusher(engine, load_versions(folders)[0])
-    await pusher.connect()
-    yield pusher
-    pusher.sender.shutdown()
+    async with pushing(engine, load_versions(folders)[0]) as pusher:
+        yield pusher
 
 
 async def played(folders, engine, pusher, agent, fields):

@@ -27,9 +27,9 @@ from tests.support import trainer_process
 from tests.support.alert_rules import assert_firing, scraped
 from tests.support.engine_checkpoint import (
     VOCAB,
-    Pusher,
     engine_config,
     make_checkpoint,
+    pushing,
     running,
     until_sampled,
 )
@@ -76,10 +76,8 @@ async def engine(config):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pusher(engine, weights):
-    pusher = Pusher(engine, weights[0])
-    await pusher.connect()
-    yield pusher
-    pusher.sender.shutdown()
+    async with pushing(engine, weights[0]) as pusher:
+        yield pusher
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,17 @@ def perturbed(weights, scale=0.05, seed=1):
     return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
 
 
+@contextlib.asynccontextmanager
+async def pushing(engine: Any, weights: Any, info: Any = None) -> AsyncIterator[Pusher]:
+    """A pusher that is connected to the engine, and disconnected afterwards."""
+    pusher = Pusher(engine, weights, info)
+    await pusher.connect()
+    try:
+        yield pusher
+    finally:
+        pusher.sender.shutdown()
+
+
 async def until_sampled(engine, count, calls=1, or_done=None):
     """Wait until ``calls`` running calls have sampled ``count`` tokens each."""
     deadline = time.monotonic() + 60

@@ -13,7 +13,7 @@ import signal
 from typing import Any
 
 from async_rl.runtime.logs import log_libraries
-from async_rl.runtime.process import inherited_mark, mark_shared_memory, signal_on_parent_death
+from async_rl.runtime.process import mark_shared_memory, signal_on_parent_death
 from async_rl.weights.vllm.scheduler_leak import forget_freed_requests
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,8 @@ def register() -> None:
 
 def _mark_shared_memory() -> None:
     """Have what tensor-parallel ranks share removed with the run; killed, they leave it."""
-    if (mark := inherited_mark()) is None:
+    if (mark := mark_shared_memory()) is None:
         return
-    mark_shared_memory()
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
