@@ -69,6 +69,7 @@ def _check_engines(config: RunConfig) -> None:
             f"{rollout.replica_range.min} replicas; set rollout.replicas to at least {len(rollout.engines)}"
         )
     _check_quantization(config)
+    _check_hosts_per_engine(config)
     if "sglang" not in rollout.engine_names:
         if rollout.sglang.python is not None:
             raise ValueError(
@@ -80,6 +81,26 @@ def _check_engines(config: RunConfig) -> None:
         raise ValueError(
             f"sync.backend is nccl, but rollout.engines is {rollout.engines}, and SGLang's engines meet the trainer in "
             "another kind of group than the others; set sync.backend to auto, shm or object_store, or have one engine"
+        )
+
+
+def _check_hosts_per_engine(config: RunConfig) -> None:
+    rollout = config.rollout
+    if (hosts := rollout.hosts_per_engine) == 1:
+        return
+    if rollout.tensor_parallel_size % hosts:
+        raise ValueError(
+            f"rollout.tensor_parallel_size is {rollout.tensor_parallel_size}, which {hosts} hosts "
+            "(rollout.hosts_per_engine) cannot share; an engine has as many GPUs on each of its hosts"
+        )
+    if rollout.engine_names != ("vllm",):
+        raise ValueError(
+            f"rollout.hosts_per_engine is {hosts}, but {rollout.engine_setting} has {', '.join(rollout.engine_names)}, "
+            "of which only vllm spans hosts; set it to 1, or have vllm alone"
+        )
+    if config.sync.backend == "shm":
+        raise ValueError(
+            f"rollout.hosts_per_engine is {hosts}, but sync.backend is shm, which reaches one host; set it to auto"
         )
 
 

@@ -199,8 +199,8 @@ class ClusterSection(Section):
     """Address of the Ray cluster to join, for example 10.0.0.1:6379, or auto for the one of this host; null for
     RAY_ADDRESS if it is set, else for a cluster that the run starts on this host and ends."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@:-]{1,15}$")] | None = None
-    """Network interface of the trainer's ranks on every host, for example eth0; null for the one with the route to rank
-    0."""
+    """Network interface of the trainer's ranks, and of engines over several hosts, on every host, for example eth0;
+    null for the one with the route to rank 0."""
     shared_fs: bool = True
     """Whether all hosts have the folder of the runs. false: the host on which the run is started has it alone, and what
     processes on others write reaches it through Ray."""

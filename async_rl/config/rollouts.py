@@ -318,6 +318,9 @@ class RolloutSection(Section):
     """Share of a GPU's memory that one engine takes."""
     tensor_parallel_size: Positive = 1
     """GPUs per engine."""
+    hosts_per_engine: Positive = 1
+    """Hosts that each engine spans, with as many of its GPUs on each; for models that the GPUs of one host cannot
+    hold. Their ranks then exchange activations over the network."""
     enforce_eager: bool = False
     """Whether to skip compilation, so that the engine starts sooner and decodes more slowly."""
     engine_args: Arguments = Field(default_factory=dict)

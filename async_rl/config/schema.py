@@ -179,8 +179,9 @@ class RunConfig(Section):
 
     @property
     def engine_gpus(self) -> float:
-        """GPUs of each rollout engine, in a run on GPUs."""
-        return 0.5 if self.resources.share_gpu else self.rollout.tensor_parallel_size
+        """GPUs of each rollout engine on each of its hosts, in a run on GPUs."""
+        rollout = self.rollout
+        return 0.5 if self.resources.share_gpu else rollout.tensor_parallel_size / rollout.hosts_per_engine
 
     @property
     def engine_share(self) -> float:

@@ -33,7 +33,7 @@ __all__ = [
 
 # Of the host that computes.
 _COMPUTING = (
-    machine.copies,
+    machine.one_host,
     machine.devices,
     gpus.suitable,
     machine.compiler,

@@ -316,7 +316,8 @@ def _room(config: RunConfig, needs: Needs, hosts: Sequence[HostReport]) -> Itera
         needed = sum(need.units for need in processes(config))
         detail = f"{sum(room.values())} on {counted(len(hosts), 'host')}, {needed:g} needed"
         if config.rollout.elastic:
-            fitting = sum(load.engines for load in filled(config, room).values())
+            parts = sum(load.engines for load in filled(config, room).values())
+            fitting = parts // config.rollout.hosts_per_engine
             detail += (
                 f" for {counted(replicas.min, 'engine')} (rollout.replicas.min) and the trainer; {fitting} fit of "
                 f"{replicas.max} (max), the others wait for hosts"

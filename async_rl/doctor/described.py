@@ -23,7 +23,7 @@ from async_rl.doctor.memory_plan import (
     rank_room,
 )
 from async_rl.doctor.parameters import parameters_of
-from async_rl.doctor.placement import Load, counted, misfit, plan_on
+from async_rl.doctor.placement import Load, counted, misfit, plan_on, processes
 from async_rl.errors import AsyncRLError, ConfigError
 from async_rl.models.config import ModelConfig, check_run, read_model_config
 
@@ -62,7 +62,7 @@ def _placed(config: RunConfig, spec: ClusterSpec) -> Iterator[Check]:
         yield Check("GPU", "FAIL", fault, "lower rollout.replicas or trainer.parallel, or describe a larger cluster")
         return
     loads = plan_on(config, room).loads
-    yield Check("GPU", "ok", f"{spec}: {_said(loads)}")
+    yield Check("GPU", "ok", f"{spec}: {_said(config, loads)}")
     if config.sync_backend == "shm" and sum(load.engines + load.ranks > 0 for load in loads) > 1:
         yield Check(
             "sync.backend",
@@ -73,14 +73,15 @@ def _placed(config: RunConfig, spec: ClusterSpec) -> Iterator[Check]:
         )
 
 
-def _said(loads: Sequence[Load]) -> str:
+def _said(config: RunConfig, loads: Sequence[Load]) -> str:
     """Return what the hosts have in words, for example ``8 hosts of 8 trainer ranks, 4 hosts of 1 engine``."""
     kinds = Counter(load for load in loads if load.ranks or load.engines)
-    return ", ".join(f"{counted(hosts, 'host')} of {_processes(load)}" for load, hosts in kinds.items())
+    return ", ".join(f"{counted(hosts, 'host')} of {_processes(config, load)}" for load, hosts in kinds.items())
 
 
-def _processes(load: Load) -> str:
-    parts = [(load.ranks, "trainer rank"), (load.engines, "engine")]
+def _processes(config: RunConfig, load: Load) -> str:
+    engine, rank = processes(config)
+    parts = [(load.ranks, rank.what), (load.engines, engine.what)]
     return " and ".join(counted(count, what) for count, what in parts if count)
 
 

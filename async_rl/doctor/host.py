@@ -16,7 +16,8 @@ from typing import Any
 
 import async_rl
 from async_rl.doctor import installation, machine
-from async_rl.runtime import addresses, spool
+from async_rl.runtime import spool
+from async_rl.runtime.interfaces import interfaces
 
 PACKAGES = ("ray", "torch", "vllm", "megatron-core", "msgpack")
 """Packages whose versions must be the same on every host: processes of the run exchange what these write."""
@@ -43,7 +44,7 @@ def look(paths: Mapping[str, str], modules: Sequence[str], token: str, local_dir
         "memory_bytes": machine.available_memory(),
         "shm_bytes": machine.free_bytes("/dev/shm"),
         "compiler": any(shutil.which(name) for name in machine.compilers()),
-        "interfaces": addresses.interfaces(),
+        "interfaces": interfaces(),
         "paths": {key: files(Path(path)) for key, path in paths.items()},
         "modules": {name: module(name) for name in modules},
         "shares_runs": bool(token) and _reads(Path(token)),

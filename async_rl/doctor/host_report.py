@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from async_rl.config.schema import RunConfig
-from async_rl.doctor.placement import Load, counted, filled
+from async_rl.doctor.placement import Load, counted, filled, processes
 
 GB = 10**9
 
@@ -89,14 +89,14 @@ def table(config: RunConfig, needs: Needs, hosts: Sequence[HostReport], own: Hos
     """Return a table with a line per host: what it has, and which processes of the run come there."""
     used = {host.name for host in used_hosts(needs, hosts, own) if not host.fault}
     room = room_of(needs, [host for host in hosts if host.name in used])
-    loads = filled(config, room)
+    loads, (engine, rank) = filled(config, room), processes(config)
     rows: list[tuple[str, ...]] = [("host", "GPUs", "cores", "memory", "/dev/shm", "Python", "async_rl", "room for")]
     for host in hosts:
         if host.fault:
             rows.append((host.name, str(host.gpus), *[""] * 5, host.fault))
             continue
         load = loads.get(host.name, Load(0, 0))
-        there = ", ".join(counted(n, what) for n, what in ((load.engines, "engine"), (load.ranks, "trainer rank")) if n)
+        there = ", ".join(counted(n, what) for n, what in ((load.engines, engine.what), (load.ranks, rank.what)) if n)
         rows.append(
             (
                 host.name,

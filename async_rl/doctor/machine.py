@@ -67,8 +67,16 @@ def needs(config: RunConfig) -> Needs:
     )
 
 
-def copies(config: RunConfig) -> Iterator[Check]:
-    """Check that finished groups are not to have a second host."""
+def one_host(config: RunConfig) -> Iterator[Check]:
+    """Check that nothing of the run needs a second host."""
+    if (hosts := config.rollout.hosts_per_engine) > 1:
+        yield Check(
+            "rollout.hosts_per_engine",
+            "FAIL",
+            f"{hosts}, but the run has this host alone",
+            "set it to 1, or cluster.address to a Ray cluster of several hosts",
+            ConfigError,
+        )
     if config.queue.copies > 1:
         yield Check(
             "queue.copies",

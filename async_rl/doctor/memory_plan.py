@@ -115,6 +115,7 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
     parameters = parameters_of(model)
     ranks, engines = world_size(config.trainer.parallel), config.rollout.replica_range.min
     split = config.rollout.tensor_parallel_size
+    spans = f" over {hosts} hosts" if (hosts := config.rollout.hosts_per_engine) > 1 else ""
     needed, present = ranks + engines * split, spec.hosts * spec.gpus
     whose = f"needed are {needed}, {ranks} for the trainer and {engines} x {split} for engines"
     if config.resources.share_gpu:
@@ -128,13 +129,18 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
         *_table(f"trainer rank ({_layout(config)})", _rank_rows(config, rank)),
         f"  {'total':<56}{(rank.total + RANK_RESERVE) / GB:8.1f} of {rank_room(config, model, spec.gb) / GB:.4g}",
         "",
-        *_table(f"engine GPU (tensor_parallel_size {split})", _engine_rows(config, engine, spec)),
+        *_table(f"engine GPU (tensor_parallel_size {split}{spans})", _engine_rows(config, engine, spec)),
     ]
     faults = []
     if needed > present:
         faults.append(f"{needed} GPUs are needed, and {spec} have {present}")
-    if split > spec.gpus:
-        faults.append(f"an engine of {split} GPUs needs them on one host, which has {spec.gpus}")
+    if hosts > spec.hosts:
+        faults.append(f"an engine over {hosts} hosts (rollout.hosts_per_engine), of which there are {spec.hosts}")
+    elif (each := split // hosts) > spec.gpus:
+        where = "them on one host" if hosts == 1 else f"{each} on each of {hosts} hosts"
+        faults.append(
+            f"an engine of {split} GPUs needs {where}, and one has {spec.gpus}; raise rollout.hosts_per_engine"
+        )
     if (fault := rank_fault(config, model, spec)) is not None:
         faults.append(fault)
     faults += engine_faults(config, engine, spec)

@@ -4,7 +4,8 @@ The driver reserves what ``plan`` returns. The doctor says by the same plan whet
 This module does not know Ray, which does the placing: ``_place`` predicts where.
 
 The trainer's ranks are numbered so that neighbours exchange most (Megatron's order tp-cp-ep-dp-pp). A *block* is a run
-of neighbours that must share a host, and one bundle of the trainer's placement group. An engine is never split.
+of neighbours that must share a host, and one bundle of the trainer's placement group. An engine has as many hosts as
+rollout.hosts_per_engine says, all different, and a *part* on each: one bundle of the engine's placement group.
 
 On GPUs a plan fits whenever the run can be placed at all: engines of one size leave the same number of GPUs free
 however they are distributed, and each rank takes any one of these. Blocks of more ranks are placed if they find room
@@ -16,10 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from async_rl.config.schema import RunConfig
 from async_rl.config.training import ParallelSection
 from async_rl.trainer.parallel import world_size
+
+T = TypeVar("T")
 
 Resources = Mapping[str, float]
 """Amounts by Ray's names, for example ``{"GPU": 8.0}``."""
@@ -35,10 +39,13 @@ class Need:
     what: str
     """One of them, for example ``engine``."""
     count: int
+    """Those that need room on one host: of an engine over several hosts, each part."""
     size: float
     """GPUs that each needs on one host, half a one where two share it, or on CPU its threads."""
     settings: str
     """The settings that ``count`` and ``size`` come from."""
+    apart: int = 1
+    """How many of them in turn must be on different hosts, the parts of an engine."""
 
     @property
     def units(self) -> float:
@@ -51,6 +58,7 @@ class Load:
     """The processes of a run on one host."""
 
     engines: int
+    """Engines, or parts of such as span hosts."""
     ranks: int
 
 
@@ -64,7 +72,7 @@ class Plan:
     per_block: dict[str, float]
     """What each block needs on one host."""
     per_replica: dict[str, float]
-    """What each rollout engine needs on one host."""
+    """What each rollout engine needs on each of its hosts."""
     trainer_first: bool
     """Whether the trainer is placed before the engines."""
     sharing: int
@@ -85,14 +93,15 @@ def processes(config: RunConfig, engines: int | None = None) -> tuple[Need, Need
 
     ``engines`` is their number; None for that of the run, of engines that come and go for the fewest.
     """
-    rollout, resources = config.rollout, config.resources
+    rollout, resources, hosts = config.rollout, config.resources, config.rollout.hosts_per_engine
     engine, rank = config.engine_gpus, config.rank_gpus
     settings = "rollout.replicas or rollout.tensor_parallel_size", "trainer.parallel"
     if kind(config) == "CPU":
         engine, rank = resources.engine_threads, resources.trainer_threads
         settings = "rollout.replicas or resources.engine_threads", "trainer.parallel or resources.trainer_threads"
+    count = rollout.replica_range.min if engines is None else engines
     return (
-        Need("engine", rollout.replica_range.min if engines is None else engines, engine, settings[0]),
+        Need("engine" if hosts == 1 else "engine part", count * hosts, engine, settings[0], apart=hosts),
         Need("trainer rank", world_size(config.trainer.parallel), rank, settings[1]),
     )
 
@@ -129,12 +138,17 @@ def filled(config: RunConfig, room: Mapping[str, float]) -> dict[str, Load]:
         host: room[host] - load.engines * engine - load.ranks // found.block * block for host, load in loads.items()
     }
     for _ in range(config.rollout.replica_range.max - config.rollout.replica_range.min):
-        host = max(left, key=left.__getitem__)
-        if left[host] + 1e-9 < engine:
-            break
-        left[host] -= engine
-        loads[host] = replace(loads[host], engines=loads[host].engines + 1)
+        hosts = _most_room(left, config.rollout.hosts_per_engine, engine)
+        for host in hosts:
+            left[host] -= engine
+            loads[host] = replace(loads[host], engines=loads[host].engines + 1)
     return loads
+
+
+def _most_room(left: Mapping[T, float], count: int, amount: float) -> list[T]:
+    """Return so many different hosts, those with most room first; none where one of them has less than ``amount``."""
+    hosts = sorted(left, key=left.__getitem__, reverse=True)[:count]
+    return hosts if len(hosts) == count and left[hosts[-1]] + 1e-9 >= amount else []
 
 
 def _candidates(config: RunConfig, room: Sequence[float], needs: tuple[Need, Need]) -> Iterator[Plan]:
@@ -149,7 +163,8 @@ def _candidates(config: RunConfig, room: Sequence[float], needs: tuple[Need, Nee
             blocks = rank.count // block
             trainer_first = alike or per_block >= per_replica
             for order in (trainer_first, not trainer_first):
-                loads = _place(room, (per_replica, engine.count), (per_block, blocks), trainer_first=order)
+                engines = replace(engine, size=per_replica)
+                loads = _place(room, engines, replace(rank, size=per_block, count=blocks), trainer_first=order)
                 yield Plan(
                     block=block,
                     blocks=blocks,
@@ -165,28 +180,37 @@ def _candidates(config: RunConfig, room: Sequence[float], needs: tuple[Need, Nee
 def _unshared(config: RunConfig, room: Sequence[float]) -> tuple[Load, ...]:
     """Return the processes of each host, where none share a core and ranks are apart: as many as find room."""
     engine, rank = processes(config)
-    return _place(room, (engine.size, engine.count), (rank.size, rank.count), trainer_first=rank.size > engine.size)
+    return _place(room, engine, rank, trainer_first=rank.size > engine.size)
 
 
-def _place(
-    room: Sequence[float], engines: tuple[float, int], blocks: tuple[float, int], *, trainer_first: bool
-) -> tuple[Load, ...]:
-    """Return how many engines and blocks come to each host, of so many that take so much each; ``ranks`` are blocks.
+def _place(room: Sequence[float], engines: Need, blocks: Need, *, trainer_first: bool) -> tuple[Load, ...]:
+    """Return how many engines and blocks come to each host; ``ranks`` are blocks.
 
-    Ray packs the bundles of a group on as few hosts as possible, and begins each group on the host with most room. The
-    blocks are one group, each engine is one.
+    Ray packs the blocks, which are one group, on as few hosts as possible. Each engine is a group, whose parts come to
+    different hosts. Each group begins on the host with most room.
     """
-    left, placed = list(room), {"engines": [0] * len(room), "ranks": [0] * len(room)}
-    in_order = (("engines", engines, 1), ("ranks", blocks, blocks[1]))
-    for name, (amount, count), together in reversed(in_order) if trainer_first else in_order:
+    left = dict(enumerate(room))
+    placed = {"engines": [0] * len(room), "ranks": [0] * len(room)}
+
+    def place_engines() -> None:
+        for _ in range(engines.count // engines.apart):
+            for host in _most_room(left, engines.apart, engines.size):
+                left[host] -= engines.size
+                placed["engines"][host] += 1
+
+    def place_blocks() -> None:
+        count = blocks.count
         while count and left:
-            host = max(range(len(left)), key=left.__getitem__)
-            here = min(count, together, int((left[host] + 1e-9) / amount))
+            host = max(left, key=left.__getitem__)
+            here = min(count, int((left[host] + 1e-9) / blocks.size))
             if not here:
                 break
-            left[host] -= here * amount
-            placed[name][host] += here
+            left[host] -= here * blocks.size
+            placed["ranks"][host] += here
             count -= here
+
+    for place in (place_blocks, place_engines) if trainer_first else (place_engines, place_blocks):
+        place()
     return tuple(map(Load, placed["engines"], placed["ranks"]))
 
 
@@ -236,9 +260,10 @@ def misfit(config: RunConfig, room: Mapping[str, float], units: str) -> str | No
     loads = _unshared(config, list(room.values()))
     engines, ranks = sum(load.engines for load in loads), sum(load.ranks for load in loads)
     need, placed = (needs[0], engines) if engines < needs[0].count else (needs[1], ranks)
+    apart = ", and the parts of an engine need different hosts" * (need.apart > 1)
     return (
         f"{total:g} {units} are enough in all ({there}), but {need.count - placed} of {wanted} find no host with "
-        f"{need.size:g} free: each needs its {units} on one host"
+        f"{need.size:g} free: each needs its {units} on one host{apart}"
     )
 
 

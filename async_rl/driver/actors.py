@@ -25,6 +25,7 @@ from async_rl.rollout.actor import RolloutActor
 from async_rl.rollout.engine.interface import Score
 from async_rl.rollout.evaluation import EvalProblem, EvalResult
 from async_rl.rollout.moments import SavedGroup
+from async_rl.rollout.parts import EnginePart
 from async_rl.rollout.stats import WorkerStats
 from async_rl.runtime import timeouts
 from async_rl.runtime.failures import (
@@ -246,9 +247,11 @@ class RolloutHandle:
     Each calls the method of ``RolloutActor`` that has its name. Awaiting raises what Ray raises.
     """
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, parts: Sequence[Any] = ()) -> None:
         self.actor = actor
         """The Ray actor itself, for vLLM's weight transfer, which calls it directly."""
+        self.actors = [actor, *parts]
+        """It, and those of its engine's other hosts."""
 
     def start(self) -> Awaitable[None]:
         """Start the engine."""
@@ -359,7 +362,7 @@ class RolloutWorkers:
 
     @property
     def actors(self) -> list[Any]:
-        return [worker.actor for worker in self.workers.values()]
+        return [actor for worker in self.workers.values() for actor in worker.actors]
 
     async def placed(self, replica: int) -> None:
         """Return once a replica has a place; see ``Places.placed``."""
@@ -376,8 +379,8 @@ class RolloutWorkers:
     def replace(self, replica: int) -> RolloutHandle:
         """Create a worker at the place of its replica, which is not started yet. An earlier one is ended."""
         self._end(replica)
-        place = self._places.of_replica(replica)
-        self.workers[replica] = start_rollout_worker(self._config, replica, self._queue, place)
+        places = self._places.of_replica(replica)
+        self.workers[replica] = start_rollout_worker(self._config, replica, self._queue, places)
         return self.workers[replica]
 
     def remove(self, replica: int) -> None:
@@ -394,7 +397,8 @@ class RolloutWorkers:
     def kill(self, replica: int) -> None:
         """End a worker's process, if there is one, and its engine with it. Calls of it that are under way fail."""
         if replica in self.workers:
-            ray.kill(self.workers[replica].actor)
+            for actor in self.workers[replica].actors:
+                ray.kill(actor)
 
     async def stats(self, timeout_s: float) -> list[WorkerStats]:
         """Return each replica's counters, including those of workers that are gone by now.
@@ -433,20 +437,24 @@ def _sum(stats: WorkerStats, before: WorkerStats | None) -> WorkerStats:
     return dataclasses.replace(stats, **{name: getattr(stats, name) + getattr(before, name) for name in names})
 
 
-def start_rollout_worker(config: RunConfig, replica: int, queue: Any, place: Place) -> RolloutHandle:
-    """Create the actor of one replica, whose engine is not started yet. ``queue`` is the queue's actor."""
-    actor = (
-        ray.remote(RolloutActor)
-        .options(
-            num_cpus=0,
-            num_gpus=config.engine_gpus if config.resources.device == "cuda" else 0,
-            max_concurrency=_MAX_CONCURRENT_CALLS,
-            runtime_env={"env_vars": _process_environment(config.resources.engine_threads)},
-            **place.options,
-        )
-        .remote(config, replica, queue, place.cores)
-    )
-    return RolloutHandle(actor)
+def start_rollout_worker(config: RunConfig, replica: int, queue: Any, places: Sequence[Place]) -> RolloutHandle:
+    """Create the actors of one replica, whose engine is not started yet. ``queue`` is the queue's actor.
+
+    The first of ``places`` is that of the worker, the others those of its engine's other hosts.
+    """
+    options = {
+        "num_cpus": 0,
+        "num_gpus": config.engine_gpus if config.resources.device == "cuda" else 0,
+        "max_concurrency": _MAX_CONCURRENT_CALLS,
+        "runtime_env": {"env_vars": _process_environment(config.resources.engine_threads)},
+    }
+    own, *others = places
+    parts = [
+        ray.remote(EnginePart).options(**options, **place.options).remote(config, replica, number, place.cores)
+        for number, place in enumerate(others, start=1)
+    ]
+    worker = ray.remote(RolloutActor).options(**options, **own.options)
+    return RolloutHandle(worker.remote(config, replica, queue, own.cores, parts), parts)
 
 
 def start_trainer(config: RunConfig, rank: int, place: Place, *, one_host: bool) -> Any:

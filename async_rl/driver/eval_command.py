@@ -100,7 +100,15 @@ def find_source(path: Path) -> Source:
 
 
 def alone(config: RunConfig, source: Source) -> RunConfig:
-    """Return the config of an evaluation: its folder is beside the run's, and the engine only answers."""
+    """Return the config of an evaluation: its folder is beside the run's, and the engine only answers.
+
+    Raises ConfigError for an engine that this host cannot have alone.
+    """
+    if (hosts := config.rollout.hosts_per_engine) > 1:
+        raise ConfigError(
+            f"rollout.hosts_per_engine is {hosts}, but this command's engine is on this host; set it to 1 and "
+            "rollout.tensor_parallel_size to GPUs of this host, or evaluate in the run (eval.every)"
+        )
     changed = config.model_copy(
         update={
             "name": f"{config.name}-eval",

@@ -56,11 +56,10 @@ class Newcomers:
                 return False
         return True
 
-    @property
-    def selectors(self) -> list[dict[str, str]] | None:
-        """The selector of nodes for a placement group of one bundle, by which it does not come to an unfit host."""
+    def selectors(self, bundles: int) -> list[dict[str, str]] | None:
+        """Return the selectors of nodes for a placement group, by which none of its bundles comes to an unfit host."""
         unfit = sorted(host for host, check in self._checks.items() if _is_unfit(check))
-        return [{_NODE_ID_LABEL: f"!in({','.join(unfit)})"}] if unfit else None
+        return [{_NODE_ID_LABEL: f"!in({','.join(unfit)})"}] * bundles if unfit else None
 
 
 def _is_unfit(check: asyncio.Future[bool]) -> bool:

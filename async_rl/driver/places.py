@@ -1,6 +1,7 @@
 """Where the actors of a run are created: Ray's placement groups on a cluster that was joined, nothing on one host.
 
-One group is the trainer's, with a bundle per block of ranks, and one each rollout worker's. They outlive the actors in
+One group is the trainer's, with a bundle per block of ranks, and one each rollout worker's, with a bundle per host of
+its engine. They outlive the actors in
 them, so that an actor which replaces another comes back at its place; bundles of a lost host are placed again by Ray.
 ``doctor.placement`` decides what is in them. This module reserves it and looks where it came to be.
 
@@ -66,6 +67,8 @@ class Places:
         self._ranks = world_size(config.trainer.parallel)
         self._replicas = config.rollout.replica_range
         self._elastic = config.rollout.elastic
+        self._parts = config.rollout.hosts_per_engine
+        self._strategy = "STRICT_PACK" if self._parts == 1 else "STRICT_SPREAD"
         self.one_host = config.cluster.joined_address is None
         """Whether all processes of the run are on the driver's host."""
         self._block = self._ranks
@@ -93,7 +96,7 @@ class Places:
         self._block, self._per_replica = plan.block, plan.per_replica
         trainer = {TRAINER: ([plan.per_block] * plan.blocks, "PACK")}
         first = map(worker_id, range(self._replicas.min))
-        replicas = {name: ([plan.per_replica], "STRICT_PACK") for name in first}
+        replicas = {name: ([plan.per_replica] * self._parts, self._strategy) for name in first}
         for name, (bundles, strategy) in (trainer | replicas if plan.trainer_first else replicas | trainer).items():
             self._groups[name] = ray.util.placement_group(bundles, strategy=strategy)
         log.info("places_reserved", blocks=plan.blocks, ranks_per_block=plan.block, replicas=len(replicas))
@@ -119,21 +122,28 @@ class Places:
         """
         name = worker_id(replica)
         if self._elastic:
-            if name in self._hosts and await self._watch.is_gone(self._hosts[name][0]):
+            if name in self._hosts and await self._any_is_gone(self._hosts[name]):
                 self.give_up(replica)
-            while not (await self._placed_after_trainer(name) and await self._newcomers.fits(self._hosts[name][0])):
+            while not (await self._placed_after_trainer(name) and await self._all_fit(self._hosts[name])):
                 self.give_up(replica)
         elif name in self._groups:
             await self._placed(name)
+
+    async def _all_fit(self, hosts: Sequence[str]) -> bool:
+        return all([await self._newcomers.fits(host) for host in hosts])
+
+    async def _any_is_gone(self, hosts: Sequence[str]) -> bool:
+        return any([await self._watch.is_gone(host) for host in hosts])
 
     async def _placed_after_trainer(self, name: str) -> bool:
         """Return once a group is placed, or the trainer has lost its place before: whether the group is placed."""
         await self._trainer_placed.wait()
         if name not in self._groups:
+            bundles = [self._per_replica] * self._parts
             self._groups[name] = ray.util.placement_group(
-                [self._per_replica], strategy="STRICT_PACK", bundle_label_selector=self._newcomers.selectors
+                bundles, strategy=self._strategy, bundle_label_selector=self._newcomers.selectors(self._parts)
             )
-            log.info("replica_waiting", replica=name, needs=needs([self._per_replica]))
+            log.info("replica_waiting", replica=name, needs=needs(bundles))
         placing = asyncio.ensure_future(self._placed(name))
         missing = asyncio.ensure_future(self._trainer_missing.wait())
         try:
@@ -156,24 +166,28 @@ class Places:
             ray.util.remove_placement_group(group)
 
     async def has_left(self, replica: int, error: BaseException) -> bool:
-        """Return whether the host of a replica of an elastic run is gone, whose worker died of ``error``."""
-        host = self._hosts.get(worker_id(replica))
-        if not self._elastic or host is None:
+        """Return whether a host of a replica of an elastic run is gone, whose worker died of ``error``."""
+        hosts = self._hosts.get(worker_id(replica))
+        if not self._elastic or hosts is None:
             return False
-        if await self._watch.is_gone(host[0]):
+        if await self._any_is_gone(hosts):
             return True
         if is_host_lost(error) or is_host_lost(error.__cause__):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._watch.gone(host[0]), _CONCLUDED_S)
+                await asyncio.wait_for(self.until_gone(replica), _CONCLUDED_S)
                 return True
         return False
 
     async def until_gone(self, replica: int) -> None:
-        """Return once the host of a replica of an elastic run is gone. Otherwise never return."""
-        if self._elastic:
-            await self._watch.gone(self._hosts[worker_id(replica)][0])
-        else:
+        """Return once a host of a replica of an elastic run is gone. Otherwise never return."""
+        if not self._elastic:
             await asyncio.Event().wait()
+        left = [asyncio.ensure_future(self._watch.gone(host)) for host in self._hosts[worker_id(replica)]]
+        try:
+            await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in left:
+                each.cancel()
 
     async def of_trainer(self) -> list[Place]:
         """Return the place of each rank once all of them have one, also after Ray had to find others for some."""
@@ -186,9 +200,15 @@ class Places:
         shares, bundles = self._shares().trainers, self._bundles()
         return [Place(shares.get(rank), self._options(TRAINER, bundle)) for rank, bundle in enumerate(bundles)]
 
-    def of_replica(self, replica: int) -> Place:
-        """Return the place of a replica, which it has; see ``placed``."""
-        return Place(self._shares().engines.get(replica), self._options(worker_id(replica), 0))
+    def of_replica(self, replica: int) -> list[Place]:
+        """Return the places of a replica, which it has; see ``placed``. The first is its worker's.
+
+        The others are those of the parts of an engine that spans hosts, in the order of their ranks.
+        """
+        engines = self._shares().engines
+        return [
+            Place(engines.get((replica, part)), self._options(worker_id(replica), part)) for part in range(self._parts)
+        ]
 
     def _bundles(self) -> list[int]:
         """Return the trainer's bundle of each rank."""
@@ -197,12 +217,12 @@ class Places:
 
     def _shares(self) -> Shares:
         ranks = [self._hosts[TRAINER][bundle] for bundle in self._bundles()]
-        replicas = {
-            replica: hosts[0]
+        engines = {
+            (replica, part): host
             for replica in range(self._replicas.max)
-            if (hosts := self._hosts.get(worker_id(replica))) is not None
+            for part, host in enumerate(self._hosts.get(worker_id(replica), []))
         }
-        return core_shares(self._config, replicas, ranks, self._cores)
+        return core_shares(self._config, engines, ranks, self._cores)
 
     def _options(self, name: str, bundle: int) -> dict[str, Any]:
         if name not in self._groups:

@@ -38,6 +38,7 @@ from async_rl.rollout.environments.turns import Environment, load_environments
 from async_rl.rollout.evaluation import EvalProblem, EvalResult, evaluate
 from async_rl.rollout.gate import Gate
 from async_rl.rollout.moments import Moment, SavedGroup, Source, load
+from async_rl.rollout.parts import EngineParts
 from async_rl.rollout.responses import Responses
 from async_rl.rollout.rewards.runner import RewardRunner
 from async_rl.rollout.routing_policies import check_probe
@@ -49,10 +50,10 @@ from async_rl.runtime.numa import own_cores
 from async_rl.runtime.process import mark_semaphores, remove_semaphores
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 from async_rl.weights.buckets import checksum
+from async_rl.weights.on_host import FetchesWeights, for_hosts
 
 if TYPE_CHECKING:
-    from async_rl.weights.buckets import Array, Publication
-    from async_rl.weights.object_store import HostWeights
+    from async_rl.weights.buckets import Publication
     from async_rl.weights.shm_file import Announcement
 
 log = structlog.get_logger(__name__)
@@ -278,10 +279,13 @@ class RolloutReplica:
         return await evaluate(problems, self._engine, self._responses, self._worker.agents, at_once=at_once)
 
 
-class RolloutActor(RolloutReplica):
+class RolloutActor(FetchesWeights, RolloutReplica):
     """A replica in a process of its own, with a real engine, tokenizer, reward, logs and metrics."""
 
-    def __init__(self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None) -> None:
+    def __init__(
+        self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None, parts: Sequence[Any] = ()
+    ) -> None:
+        """Make the replica. ``parts`` are the actors of its engine's other hosts; see ``rollout.parts``."""
         from async_rl.rollout.engine.loader import load_engine
 
         name = worker_id(replica)
@@ -304,26 +308,18 @@ class RolloutActor(RolloutReplica):
         self._metrics.include("vllm:")
         if isinstance(engine, HasMetrics):
             self._metrics.include_from(engine.metrics)
-        self._fetched_weights: HostWeights | None = None
+        self._parts = EngineParts(config, parts)
+        self._hosts: list[str] = []  # that the engine is on
 
     async def start(self) -> None:
         """Start the engine; see ``RolloutReplica.start``."""
         with self._paths.errors_name_the_run_folder():
+            self._parts.start(self._engine)
             await super().start()
 
     async def write_in_flight(self, step: int, folder: Path) -> dict[str, SavedGroup]:
         """Write what was kept for ``step`` to what this host has for ``folder``; see ``RolloutReplica``."""
         return await super().write_in_flight(step, self._paths.here(folder))
-
-    @property
-    def _host_weights(self) -> HostWeights:
-        """The weights of this host with sync.backend object_store; made when first needed, as it imports torch."""
-        from async_rl.weights import ray_store
-        from async_rl.weights.object_store import HostWeights
-
-        if self._fetched_weights is None:
-            self._fetched_weights = HostWeights(ray_store.get)
-        return self._fetched_weights
 
     async def groups(self) -> AsyncIterator[Any]:
         """Run the worker, and stream message and meta of each finished group to the driver, which publishes them."""
@@ -348,47 +344,25 @@ class RolloutActor(RolloutReplica):
         """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
 
-    async def weights_host(self) -> str:
-        """Return the id of this host."""
-        from async_rl.weights import ray_store
+    async def weights_hosts(self) -> list[tuple[str, Any]]:
+        """Return the ids of the hosts that the engine is on, this one first, each with the actor of its part there.
 
-        return ray_store.host_id()
-
-    async def weights_round(self) -> int:
-        """Return the round of the weights that this worker has fetched for its host; 0 for none."""
-        return self._host_weights.round
-
-    async def free_weights(self) -> None:
-        """Free the weights that an earlier sender had this worker fetch, because another one fetches for its host."""
-        if self._fetched_weights is not None:
-            self._fetched_weights.close()
+        That of this host is None: it is this actor itself.
+        """
+        self._hosts = [await self.weights_host(), *await self._parts.hosts()]
+        return list(zip(self._hosts, [None, *self._parts.actors], strict=True))
 
     async def fetch_weights(
-        self, publication: Publication, host: int, hosts: int, timeout_s: float, workers: Sequence[Any]
+        self, publication: Publication, host: int, hosts: int, timeout_s: float, others: Sequence[Any]
     ) -> Announcement:
-        """Bring weights to this host, for its engines, while they generate; see ``HostWeights.fetch``.
-
-        ``workers`` are the actors that do the same on each host, this one among them.
-        """
-        from async_rl.weights import ray_store
-
-        peers = [ray_store.peer(worker, timeout_s) for worker in workers]
         with self._waiting_for("fetch_weights"):
-            return await asyncio.to_thread(
-                self._host_weights.fetch, publication, host=host, hosts=hosts, timeout_s=timeout_s, peers=peers
-            )
-
-    async def weights_bucket(self, timeout_s: float, round_: int, start: int) -> Array:
-        """Serve a bucket to another host, once this one has it. Raises WeightSyncError when it will not have it."""
-        return await self._host_weights.serve(round_, start, timeout_s)
+            return await super().fetch_weights(publication, host, hosts, timeout_s, others)
 
     async def update_weights(self, request: Any) -> None:
-        """Receive weights, with sync.backend object_store from the file of this host."""
-        from async_rl.weights import ray_store
-
+        """Receive weights, with sync.backend object_store from the files of the engine's hosts."""
         if "by_host" in request.update_info:
-            announcement = request.update_info["by_host"][ray_store.host_id()]
-            request = dataclasses.replace(request, update_info=announcement)
+            files = request.update_info["by_host"]
+            request = dataclasses.replace(request, update_info=for_hosts(files, self._hosts))
         await super().update_weights(request)
 
     def stats(self) -> WorkerStats:
@@ -413,7 +387,7 @@ class RolloutActor(RolloutReplica):
     async def shutdown(self) -> None:
         """Stop serving metrics, then end the replica."""
         self._metrics.close()
-        if self._fetched_weights is not None:
-            self._fetched_weights.close()
+        await self.free_weights()
         await super().shutdown()
+        await self._parts.shutdown()
         remove_semaphores(worker_id(self._replica))  # the engine's; hosts that joined have no supervisor

@@ -1,4 +1,4 @@
-"""Network addresses as text, this host's interfaces, its own address in a cluster's network, and ports held there.
+"""Network addresses as text, this host's own address in a cluster's network, and ports held there.
 
 Does not know Ray.
 """
@@ -6,8 +6,6 @@ Does not know Ray.
 from __future__ import annotations
 
 import socket
-
-import psutil
 
 from async_rl.errors import ResourceError
 
@@ -26,15 +24,6 @@ def split_port(address: str) -> tuple[str, int] | None:
     if not (colon and host and port.isdecimal()):
         return None
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def interfaces() -> dict[str, list[str]]:
-    """Return the IP addresses of each network interface of this host by its name."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    return {
-        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
-        for name, entries in psutil.net_if_addrs().items()
-    }
 
 
 def hold_port(

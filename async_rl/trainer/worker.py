@@ -18,7 +18,7 @@ from async_rl.config.schema import RunConfig
 from async_rl.queue.client import Payload
 from async_rl.queue.fetcher import Fetcher
 from async_rl.runtime import logs
-from async_rl.trainer.rendezvous import interface_address
+from async_rl.runtime.interfaces import interface_address, use_interface
 from async_rl.types import ExpertIds, Float32Array, Int32Array
 
 log = structlog.get_logger(__name__)
@@ -74,7 +74,7 @@ class TrainerWorker:
 
         began = time.monotonic()
         if store is not None:
-            rendezvous.use_interface(self._config.cluster.interface, store)
+            use_interface(self._config.cluster.interface, rendezvous.host_and_port(store)[0])
             if self._rank != 0:
                 self._store = rendezvous.join_store(store)
         self._trainer = Trainer(self._config, rank=self._rank, store=self._store)

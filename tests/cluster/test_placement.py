@@ -186,7 +186,7 @@ async def test_a_layout_that_fits_is_placed_and_whole_where_the_plan_says(join, 
     assert len(set(hosts)) == 1 + sum(here != there for here, there in itertools.pairwise(hosts))
     engines = []
     for replica in range(replicas):
-        group = places.of_replica(replica).options["scheduling_strategy"].placement_group
+        group = places.of_replica(replica)[0].options["scheduling_strategy"].placement_group
         assert group.bundle_specs == [{"GPU": engine_gpus}]
         engines += ray.util.placement_group_table(group)["bundles_to_node_id"].values()
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}

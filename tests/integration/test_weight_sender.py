@@ -16,8 +16,14 @@ def sender(client, backend="object_store"):
 
 def test_each_replica_gets_the_file_of_its_own_host_alone():
     client = HostsSyncClient(["a", "b", "c"], 1.0)
-    client._hosts = {"a": "two", "b": "one", "c": "two"}
+    client._hosts = {"a": ["two"], "b": ["one"], "c": ["two"]}
     assert sender(client).stage() == [{"fd": 2}, {"fd": 1}, {"fd": 2}]
+
+
+def test_an_engine_over_hosts_gets_the_file_of_each_in_the_order_of_its_parts():
+    client = HostsSyncClient(["a"], 1.0)
+    client._hosts = {"a": ["two", "one"]}
+    assert sender(client).stage() == [{"by_part": [{"fd": 2}, {"fd": 1}]}]
 
 
 def test_on_one_host_all_get_the_same():

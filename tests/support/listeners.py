@@ -26,6 +26,7 @@ _NAMES = (
     ("autoscaler", "autoscaler"),
     ("ray.util.client.server", "ray_client_server"),
     ("RolloutActor", "RolloutActor"),
+    ("EnginePart", "EnginePart"),
     ("TrainerActor", "TrainerActor"),
     ("QueueProcess", "QueueProcess"),
     ("CourierProcess", "CourierProcess"),
@@ -113,14 +114,15 @@ def table() -> list[Row]:
     return rows
 
 
-def undocumented(found: Sequence[Listener], *, own: str, joined: bool) -> Iterator[str]:
-    """Yield each port that the table does not have, or has at another place."""
+def undocumented(found: Sequence[Listener], *, own: str, joined: bool, spanning: bool = False) -> Iterator[str]:
+    """Yield each port that the table does not have, or has at another place. ``spanning``: of engines over hosts."""
     allowed: Mapping[str, set[str]] = {}
     for row in table():
         allowed = {**allowed, row.process: allowed.get(row.process, set()) | _places(row, joined=joined)}
     for port in found:
         where = scope(port.address, own)
-        if where not in allowed.get(port.process, set()):
+        process = f"{port.process} over hosts" if spanning and port.process == "EngineCore" else port.process
+        if where not in allowed.get(process, set()):
             yield f"{port.process} (pid {port.pid}): {port.protocol} {port.address}:{port.port} is on {where}"
 
 

@@ -11,6 +11,7 @@ import ray
 
 from async_rl.config.schema import RunConfig
 from async_rl.runtime.cores import CoreShare
+from async_rl.runtime.interfaces import use_interface
 from async_rl.trainer import rendezvous
 from async_rl.trainer.actor import TrainerActor
 
@@ -70,7 +71,7 @@ class MeetingRank(TrainerActor):
         self._address = store
         if self._rank != 0:
             self._store = rendezvous.join_store(store)
-        rendezvous.use_interface(self._config.cluster.interface, store)
+        use_interface(self._config.cluster.interface, rendezvous.host_and_port(store)[0])
         torch.distributed.init_process_group("gloo", store=self._store, rank=self._rank, world_size=2)
         total = torch.tensor(self._rank + 1.0)
         torch.distributed.all_reduce(total)

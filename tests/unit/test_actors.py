@@ -91,7 +91,7 @@ async def test_every_call_of_the_trainer_fits_its_actor(name):
 
 class Stats:
     def __init__(self, replica, **counts):
-        self.actor, self._stats = replica, WorkerStats(replica, **counts)
+        self.actors, self._stats = [replica], WorkerStats(replica, **counts)
 
     async def stats(self):
         return self._stats
@@ -247,7 +247,7 @@ def created(monkeypatch):
         resources = {"device": device, "trainer_threads": 2, "share_gpu": share_gpu}
         tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": resources, "trainer": trainer}
         if engine:
-            actors.start_rollout_worker(validate(tree), 0, None, place)
+            actors.start_rollout_worker(validate(tree), 0, None, [place])
         else:
             actors.start_trainer(validate(tree), 0, place, one_host=False)
         return seen
@@ -286,6 +286,37 @@ def test_a_rank_has_the_threads_of_the_settings_on_a_cpu_and_more_than_one_besid
 def test_each_has_a_gpu_or_half_of_one(created, engine):
     assert created("cuda", engine=engine)["num_gpus"] == 1
     assert created("cuda", engine=engine, share_gpu=True)["num_gpus"] == 0.5
+
+
+def test_an_engine_over_hosts_has_an_actor_on_each_which_ends_with_its_worker(monkeypatch):
+    made, killed = [], []
+
+    def remote(kind):
+        def create(*arguments):
+            made.append((kind.__name__, given, arguments))
+            return f"actor {len(made)}"
+
+        given = {}
+        return SimpleNamespace(options=lambda **options: given.update(options) or SimpleNamespace(remote=create))
+
+    monkeypatch.setattr(actors.ray, "remote", remote)
+    monkeypatch.setattr(actors.ray, "kill", killed.append)
+    rollout = {"tensor_parallel_size": 8, "hosts_per_engine": 2}
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}, "resources": {"device": "cuda"}, "rollout": rollout}
+    places = [Place(None, {"scheduling_strategy": where}) for where in ("here", "there")]
+    subject = RolloutWorkers(validate(tree), "queue", SimpleNamespace(of_replica=lambda replica: places))
+    handle = subject.replace(3)
+    (part, worker) = made
+    assert (part[0], part[2][1:], part[1]["scheduling_strategy"]) == ("EnginePart", (3, 1, None), "there")
+    assert (worker[0], worker[2][1:], worker[1]["scheduling_strategy"]) == (
+        "RolloutActor",
+        (3, "queue", None, ["actor 1"]),
+        "here",
+    )
+    assert {each[1]["num_gpus"] for each in made} == {4}
+    assert (handle.actor, subject.actors) == ("actor 2", ["actor 2", "actor 1"])
+    subject.kill(3)
+    assert killed == ["actor 2", "actor 1"]
 
 
 def test_an_actor_is_created_at_its_place(created):

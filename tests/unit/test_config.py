@@ -226,6 +226,18 @@ def test_run_name_cannot_leave_its_folder(name):
             ["rollout.quantization is fp8_per_tensor, which works on GPUs alone", "set it to fp8_per_channel"],
         ),
         (
+            {"rollout": {"tensor_parallel_size": 6, "hosts_per_engine": 4}},
+            ["rollout.tensor_parallel_size is 6", "4 hosts (rollout.hosts_per_engine) cannot share"],
+        ),
+        (
+            {"rollout": {"engine": "sglang", "tensor_parallel_size": 2, "hosts_per_engine": 2}},
+            ["rollout.hosts_per_engine is 2", "rollout.engine has sglang", "only vllm spans hosts"],
+        ),
+        (
+            {"rollout": {"tensor_parallel_size": 2, "hosts_per_engine": 2}, "sync": {"backend": "shm"}},
+            ["rollout.hosts_per_engine is 2", "sync.backend is shm", "set it to auto"],
+        ),
+        (
             {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
             ["rollout.sglang.python is /venv/bin/python", "the engine is vllm"],
         ),

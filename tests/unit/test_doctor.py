@@ -461,6 +461,16 @@ def test_two_copies_need_a_second_host(machine, inputs, monkeypatch):
     assert "queue.copies" not in {check.name for check in doctor.checks(settings)}
 
 
+def test_an_engine_over_hosts_needs_a_second_host(machine, inputs, monkeypatch):
+    settings = config(inputs, rollout={"tensor_parallel_size": 2, "hosts_per_engine": 2})
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.hosts_per_engine: 2, but the run has this host alone; set it to 1"
+    ):
+        doctor.require(settings)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "rollout.hosts_per_engine" not in {check.name for check in doctor.checks(settings)}
+
+
 def test_a_durable_queue_that_does_not_answer(machine, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(redis_store, "_PING_S", 0.5)
     with socket.socket() as taken:  # bound, and listening to nobody

@@ -251,6 +251,16 @@ def test_too_few_gpus_on_every_host(gpus, layout, line):
     )
 
 
+def test_the_parts_of_an_engine_find_no_room_on_one_host():
+    spanning = {"rollout": {"tensor_parallel_size": 8, "hosts_per_engine": 2}}
+    assert fault([host(1, gpus=16, free_gpus=16)], config(ranks=8, **spanning)).startswith(
+        "GPUs: 16 GPUs are enough in all (10.0.0.1: 16), but 2 of 2 engine parts of 4 and 8 trainer ranks find no host "
+        "with 4 free: each needs its GPUs on one host, and the parts of an engine need different hosts; lower"
+    )
+    lines = table(config(ranks=8, **spanning), Needs("cuda"), [host(1), host(2)], host(1)).splitlines()
+    assert [line.split("  ")[-1] for line in lines[1:]] == ["1 engine part, 4 trainer ranks"] * 2
+
+
 def test_engines_and_ranks_that_fit_only_with_the_engines_first_are_accepted():
     """Four ranks packed on the first host would leave room for one engine there and one on the other."""
     hosts = [host(number, gpus=6, free_gpus=6) for number in (1, 2)]

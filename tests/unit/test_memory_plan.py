@@ -103,6 +103,16 @@ def test_each_setting_that_would_make_it_fit_alone_is_named(tmp_path):
     [
         ({"tensor_parallel_size": 1}, "2x8xL40-48", "an engine's weights; raise rollout.tensor_parallel_size"),
         ({"tensor_parallel_size": 16, "replicas": 1}, "3x8xH100-80", "an engine of 16 GPUs needs them on one host"),
+        (
+            {"tensor_parallel_size": 32, "hosts_per_engine": 2, "replicas": 1},
+            "8x8xH100-80",
+            "an engine of 32 GPUs needs 16 on each of 2 hosts, and one has 8; raise rollout.hosts_per_engine",
+        ),
+        (
+            {"tensor_parallel_size": 16, "hosts_per_engine": 4, "replicas": 1},
+            "3x8xH100-80",
+            "an engine over 4 hosts (rollout.hosts_per_engine), of which there are 3",
+        ),
         ({"gpu_memory_utilization": 0.42}, "2x8xH100-80", "one sequence of 9216 tokens into an engine's cache of"),
         ({"gpu_memory_utilization": 0.99}, "2x8xH100-80", "a weight sync, for which an engine needs 1.2 GB beside its"),
     ],

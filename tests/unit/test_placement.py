@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from async_rl.config.loading import validate
 from async_rl.config.training import ParallelSection
-from async_rl.doctor.placement import Load, block_size, plan
+from async_rl.doctor.placement import Load, block_size, filled, plan
 from async_rl.driver.core_shares import core_shares
 from async_rl.driver.places import Place as ActorPlace
 from async_rl.driver.places import Places, bundle_order, needs
@@ -27,12 +27,17 @@ LAYOUTS = [
 ]
 
 
-def config(replicas=1, parallel=None, engine_gpus=1, **resources):
+def config(replicas=1, parallel=None, engine_gpus=1, parts=1, **resources):
+    """The settings of a run whose engines have so many GPUs on each of so many hosts."""
     return validate(
         {
             "model": {"path": "m"},
             "data": {"train": "t"},
-            "rollout": {"replicas": replicas, "tensor_parallel_size": engine_gpus},
+            "rollout": {
+                "replicas": replicas,
+                "tensor_parallel_size": engine_gpus * parts,
+                "hosts_per_engine": parts,
+            },
             "trainer": {"parallel": parallel or {}},
             "resources": resources,
         }
@@ -137,14 +142,15 @@ def test_ranks_take_every_gpu_that_engines_leave_free():
                 assert [load.engines * engine_gpus + load.ranks for load in found.loads] == [gpus] * count
 
 
-def most_room(hosts, replicas, engine_gpus, block):
+def most_room(hosts, replicas, engine_gpus, block, parts=1):
     """The most blocks for which hosts have room beside the engines, of all their distributions; -1 if these have none.
 
-    Tries them all.
+    Tries them all. Parts of one engine are on different hosts, so that a host has at most one of each engine; that is
+    all it takes: dealt host by host to one engine after the other, no engine gets two of one host.
     """
     best = -1
-    for engines in product(*(range(gpus // engine_gpus + 1) for gpus in hosts)):
-        if sum(engines) == replicas:
+    for engines in product(*(range(min(gpus // engine_gpus, replicas) + 1) for gpus in hosts)):
+        if sum(engines) == replicas * parts:
             left = (gpus - here * engine_gpus for gpus, here in zip(hosts, engines, strict=True))
             best = max(best, sum(gpus // block for gpus in left))
     return best
@@ -157,20 +163,22 @@ SMALL_LAYOUTS = st.builds(dict, dp=st.integers(1, 8), tp=st.integers(1, 3), cp=s
     hosts=st.lists(st.integers(0, 9), max_size=5),
     replicas=st.integers(1, 4),
     engine_gpus=st.integers(1, 8),
+    parts=st.integers(1, 3),
     parallel=SMALL_LAYOUTS,
 )
 @hypothesis.settings(max_examples=examples(1000))
-def test_on_gpus_everything_is_placed_whenever_that_is_possible(hosts, replicas, engine_gpus, parallel):
-    found = gpu_plan(hosts, parallel=parallel, replicas=replicas, engine_gpus=engine_gpus)
+def test_on_gpus_everything_is_placed_whenever_that_is_possible(hosts, replicas, engine_gpus, parts, parallel):
+    found = gpu_plan(hosts, parallel=parallel, replicas=replicas, engine_gpus=engine_gpus, parts=parts)
     ranks = world_size(ParallelSection(**parallel))
-    assert found.fits == (most_room(hosts, replicas, engine_gpus, 1) >= ranks)
+    assert found.fits == (most_room(hosts, replicas, engine_gpus, 1, parts) >= ranks)
     for gpus, load in zip(hosts, found.loads, strict=True):
         assert load.engines * engine_gpus + load.ranks <= gpus
         assert load.ranks % found.block == 0 or not found.fits
     if found.fits:
-        assert sum(load.engines for load in found.loads) == replicas
+        assert sum(load.engines for load in found.loads) == replicas * parts
+        assert max(load.engines for load in found.loads) <= replicas
         assert sum(load.ranks for load in found.loads) == ranks
-        assert most_room(hosts, replicas, engine_gpus, found.block) >= found.blocks
+        assert most_room(hosts, replicas, engine_gpus, found.block, parts) >= found.blocks
 
 
 @pytest.mark.parametrize("hosts", [[8], [8, 8], [8, 8, 8], [4, 8], [8, 4, 4], [16, 8]])
@@ -287,11 +295,20 @@ def test_too_few_cores_leave_every_process_to_the_system():
     assert {share.of([0, 1]) for share in (*shares.engines.values(), *shares.trainers.values())} == {None}
 
 
+def test_an_engine_over_hosts_reserves_its_share_of_each():
+    found = gpu_plan([8, 8, 8, 8], parallel={"dp": 4, "tp": 4}, engine_gpus=8, parts=2)
+    assert (found.per_replica, found.loads) == ({"GPU": 8}, (Load(0, 8), Load(0, 8), Load(1, 0), Load(1, 0)))
+    assert not gpu_plan([16, 4], parallel={}, engine_gpus=8, parts=2).fits, "two parts on one host"
+    assert cpu_plan([2, 2], engine_gpus=1, parts=2).loads == (Load(1, 1), Load(1, 0))
+    elastic = config(replicas={"min": 1, "max": 9}, engine_gpus=4, parts=2, device="cuda")
+    assert filled(elastic, {"a": 9, "b": 8, "c": 4}) == {"a": Load(2, 1), "b": Load(2, 0), "c": Load(0, 0)}
+
+
 async def test_a_run_on_one_host_reserves_nothing_and_needs_no_cluster_for_it(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
     settings = config(replicas=2, parallel={"dp": 2})
     places, shares = Places(settings), core_shares(settings, {0: "", 1: ""}, ["", ""])
     assert not places.reserved()
     assert await places.of_trainer() == [ActorPlace(shares.trainers[0]), ActorPlace(shares.trainers[1])]
-    assert places.of_replica(1) == ActorPlace(shares.engines[1])
+    assert places.of_replica(1) == [ActorPlace(shares.engines[1])]
     places.release()

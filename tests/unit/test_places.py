@@ -1,6 +1,7 @@
 """What an elastic run asks Ray for, and when: against placement groups that a script places."""
 
 import asyncio
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,7 @@ class Ray:
         return {"GPU": 1.0}
 
     def ask(self, bundles, strategy, bundle_label_selector=None):
-        self.asked.append(Group(bundles))
+        self.asked.append(Group(bundles, strategy))
         self.asked[-1].selectors = bundle_label_selector
         return self.asked[-1]
 
@@ -46,15 +47,18 @@ class Ray:
 
 
 class Group:
-    def __init__(self, bundles):
+    def __init__(self, bundles, strategy):
+        self.strategy = strategy
         self.created = asyncio.Event()
         self.table = {"state": "PENDING", "bundles": dict(enumerate(bundles))}
 
     async def ready(self):
         await self.created.wait()
 
-    def place(self, host):
-        self.table |= {"state": "CREATED", "bundles_to_node_id": dict.fromkeys(self.table["bundles"], host)}
+    def place(self, *hosts):
+        """Place the bundles on these hosts in turn, or all on one."""
+        on = dict(zip(self.table["bundles"], itertools.cycle(hosts), strict=False))
+        self.table |= {"state": "CREATED", "bundles_to_node_id": on}
         self.created.set()
 
     def lose(self):
@@ -69,11 +73,11 @@ def ray(monkeypatch):
     return fake
 
 
-def make(replicas, address="10.0.0.1:6379", **resources):
+def make(replicas, address="10.0.0.1:6379", parts=1, **resources):
     tree = {
         "model": {"path": "m"},
         "data": {"train": "t"},
-        "rollout": {"replicas": replicas, "tensor_parallel_size": 8},
+        "rollout": {"replicas": replicas, "tensor_parallel_size": 8 * parts, "hosts_per_engine": parts},
         "trainer": {"parallel": {"dp": 8}},
         "resources": {"device": "cuda"} | resources,
         "cluster": {"address": address},
@@ -206,14 +210,36 @@ async def test_a_replica_on_another_host_has_cores_that_are_free_there(ray):
     await started(ray, subject, "a", "a", "b")
     places_of_ranks = await subject.of_trainer()
     assert [place.cores.first for place in places_of_ranks] == list(range(1, 9))
-    assert [subject.of_replica(replica).cores.first for replica in (0, 1)] == [0, 0]
+    assert [subject.of_replica(replica)[0].cores.first for replica in (0, 1)] == [0, 0]
     subject.give_up(1)
     (life,) = placing(subject, 1)
     await until(lambda: ray.waiting)
     ray.waiting[0].place("a")
     await life
-    assert subject.of_replica(1).cores.first == 9, "not those that a rank has"
-    assert subject.of_replica(0).cores.first == 0
+    assert subject.of_replica(1)[0].cores.first == 9, "not those that a rank has"
+    assert subject.of_replica(0)[0].cores.first == 0
+
+
+async def test_the_parts_of_an_engine_are_on_different_hosts_and_it_is_gone_with_any_of_them(ray):
+    subject = make({"min": 1, "max": 2}, parts=2)
+    (life,) = placing(subject, 1)
+    waits = asyncio.gather(*subject.reserved().values())
+    trainer, first = ray.asked
+    trainer.place("a")
+    first.place("b", "c")
+    await asyncio.wait_for(waits, 5)
+    assert (first.strategy, first.table["bundles"]) == ("STRICT_SPREAD", {0: {"GPU": 8.0}, 1: {"GPU": 8.0}})
+    bundles = [place.options["scheduling_strategy"].placement_group_bundle_index for place in subject.of_replica(0)]
+    assert bundles == [0, 1], "the worker is on the first"
+    await until(lambda: ray.waiting)
+    ray.waiting[0].place("c", "d")
+    await asyncio.wait_for(life, 5)
+    assert subject._hosts["rollout-1"] == ["c", "d"]
+    assert not await subject.has_left(1, RuntimeError())
+    subject._watch._alive = alive("a", "b", "c")
+    assert not await subject.has_left(0, RuntimeError())
+    assert await subject.has_left(1, RuntimeError())
+    await asyncio.wait_for(subject.until_gone(1), 10)
 
 
 def alive(*hosts):

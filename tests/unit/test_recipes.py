@@ -56,6 +56,26 @@ def test_it_cannot_on_a_smaller_one(recipe):
     assert "trainer memory" in {check.name for check in small if check.status == "FAIL"}
 
 
+def test_where_hosts_have_four_gpus_the_engines_of_the_largest_span_two(tmp_path):
+    shape, (name,) = RECIPES["qwen3_235b_a22b"]
+    (spec, replicas, size, hosts) = re.findall(
+        r"--cluster-spec (\S+) .*\n.*--rollout.replicas (\d) --rollout.tensor_parallel_size (\d) "
+        r"--rollout.hosts_per_engine (\d)",
+        PAGE,
+    )[0]
+    settings = {
+        "model.path": str(write_config(tmp_path / "model", shape)),
+        "rollout.replicas": int(replicas),
+        "rollout.tensor_parallel_size": int(size),
+    }
+    config = load([CONFIGS / f"{name}.yaml"], settings | {"rollout.hosts_per_engine": int(hosts)})
+    found = described.checks(config, ClusterSpec.parse(spec))
+    assert {check.status for check in found} == {"ok"}, doctor.report(found)
+    assert "4 hosts of 1 engine part" in doctor.report(found)
+    whole = described.checks(load([CONFIGS / f"{name}.yaml"], settings), ClusterSpec.parse(spec))
+    assert "no host has 8 GPUs for an engine" in doctor.report(whole)
+
+
 def test_the_page_has_the_figures_of_each(recipe):
     name, config, spec = recipe
     model = read_model_config(config.model.path)

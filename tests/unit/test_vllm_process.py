@@ -9,9 +9,10 @@ import pytest
 from async_rl.config.loading import validate
 from async_rl.errors import ModelError
 from async_rl.models.config import ModelConfig
-from async_rl.rollout.engine.interface import EngineLoad
+from async_rl.rollout.engine.interface import EngineLoad, Part
 from async_rl.rollout.engine.vllm import process
 from async_rl.rollout.engine.vllm.process import check_layout, engine_args, prepare
+from async_rl.runtime import interfaces
 
 SHAPE = {
     "architecture": "a", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 4, "num_heads": 1,
@@ -79,6 +80,26 @@ def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(g
     rollout = {"tensor_parallel_size": gpus}
     config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout})
     assert engine_args(config, 0, DENSE)["distributed_executor_backend"] == executor
+
+
+@pytest.mark.usefixtures("_stub_of_vllm")
+def test_each_part_of_an_engine_over_hosts_says_which_it_is_and_meets_the_others_on_the_network(monkeypatch):
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr(interfaces, "interface_towards", {"10.0.0.1": "eth0"}.get)
+    rollout = {"tensor_parallel_size": 16, "hosts_per_engine": 2}
+    config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout})
+    part = Part(1, "10.0.0.2", ("10.0.0.1", 4567))
+    alone, spread = engine_args(config, 0, DENSE), engine_args(config, 0, DENSE, part)
+    assert {name: value for name, value in spread.items() if name not in alone} == {
+        "nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1", "master_port": 4567,
+    }  # fmt: skip
+    assert spread["distributed_executor_backend"] == "mp"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+    prepare(config, DENSE, part)
+    assert (os.environ["VLLM_HOST_IP"], os.environ["GLOO_SOCKET_IFNAME"]) == ("10.0.0.2", "eth0")
+    prepare(config, DENSE)
+    assert (os.environ["VLLM_HOST_IP"], os.environ["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
 
 
 @pytest.mark.usefixtures("_stub_of_vllm")

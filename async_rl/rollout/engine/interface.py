@@ -85,6 +85,18 @@ class WeightUpdate:
     """What the backend of sync.backend takes, such as the announcement of a file."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one host has of an engine that spans hosts (rollout.hosts_per_engine)."""
+
+    number: int
+    """Of so many, from 0. The first has the engine itself, the others ranks that do what it says."""
+    address: str
+    """Of this host."""
+    meeting: tuple[str, int]
+    """Host and port at which the ranks of all parts meet; the first rank listens there."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """One replica of the policy that samples.
@@ -175,6 +187,17 @@ class ReportsLoad(Protocol):
 
     async def load(self) -> EngineLoad:
         """Return what it has to do, as of its last step. Raises EngineError."""
+
+
+@runtime_checkable
+class SpansHosts(Protocol):
+    """What an engine has in addition that can have ranks on other hosts; ``Part`` 0 of it is a ``RolloutEngine``."""
+
+    def span(self, part: Part) -> None:
+        """Say which part of an engine this is, before its ``start``."""
+
+    def lose_part(self, why: str) -> None:
+        """End the engine, whatever it is doing, because another part has ended. May be called from any thread."""
 
 
 @runtime_checkable

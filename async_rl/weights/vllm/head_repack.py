@@ -24,9 +24,15 @@ def packed_without_weights(model: torch.nn.Module) -> dict[str, Any]:
     unloaded = {}
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if hasattr(layer, "cpu_linear") and info.can_load() and info.load_numel == 0:
+        if hasattr(layer, "cpu_linear") and info.can_load() and info.load_numel == 0 and not _is_padding(layer):
             unloaded[name] = layer
     return unloaded
+
+
+def _is_padding(layer: torch.nn.Module) -> bool:
+    """Return whether a rank has no row of the vocabulary, which vLLM pads to 64 for each tensor-parallel rank."""
+    shard = getattr(layer, "shard_indices", None)
+    return shard is not None and shard.num_org_elements == 0
 
 
 def repack_tied(model: torch.nn.Module, unloaded: dict[str, Any]) -> int:

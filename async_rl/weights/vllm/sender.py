@@ -30,6 +30,7 @@ from async_rl.weights import ray_store
 from async_rl.weights.buckets import Publication
 from async_rl.weights.delta_publisher import DeltaPublisher
 from async_rl.weights.object_store import Publisher, Staged, Totals
+from async_rl.weights.on_host import for_hosts
 from async_rl.weights.shm_file import TensorMeta
 from async_rl.weights.vllm.name_table import Rows, name_table
 from async_rl.weights.vllm.nccl import Endpoint, TimedNCCLTrainerInitInfo
@@ -109,26 +110,28 @@ class NcclSyncClient(SyncClient):
 
 
 class HostsSyncClient(SyncClient):
-    """The client for sync.backend object_store: one rollout worker of each host fetches the weights for its engines.
+    """The client for sync.backend object_store: one actor of each host fetches the weights for the engines there.
 
-    That is the first worker of the host, among those connected. If it dies, they are connected again without it, and
-    another one is the first.
+    That is the first of the host, among the rollout workers connected and the parts of engines that span hosts. If it
+    dies, they are connected again without it, and another one is the first.
     """
 
     def __init__(self, rollout_workers: Sequence[Any], limit_s: float) -> None:
         super().__init__(rollout_workers, limit_s)
-        self._hosts: dict[Any, str] = {}  # of each of ``all_handles``
-        self._first: dict[str, Any] = {}  # worker of each host
+        self._hosts: dict[Any, list[str]] = {}  # of each of ``all_handles``
+        self._first: dict[str, Any] = {}  # actor of each host
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        hosts = self._together([handle.weights_host.remote() for handle in self.all_handles])
-        self._hosts = dict(zip(self.all_handles, hosts, strict=True))
-        self._first = {}
-        for handle, host in self._hosts.items():
-            self._first.setdefault(host, handle)
-        # Those of a first worker stay: they are what its next weights can be a delta to.
-        others = [handle for handle, host in self._hosts.items() if handle != self._first[host]]
-        self._together([handle.free_weights.remote() for handle in others])
+        found = self._together([handle.weights_hosts.remote() for handle in self.all_handles])
+        self._hosts, self._first, others = {}, {}, []
+        for handle, parts in zip(self.all_handles, found, strict=True):
+            self._hosts[handle] = [host for host, _ in parts]
+            for host, part in parts:
+                actor = part or handle
+                if self._first.setdefault(host, actor) is not actor:
+                    others.append(actor)
+        # Those of a first actor stay: they are what its next weights can be a delta to.
+        self._together([actor.free_weights.remote() for actor in others])
         super().init_weight_transfer_engine(init_info)
 
     def fetch_weights(self, offer: Callable[[int], Publication]) -> dict[str, Any]:
@@ -140,18 +143,18 @@ class HostsSyncClient(SyncClient):
         # This host has the buckets already, and sends each of them to one of the others.
         here, limit_s = ray_store.host_id(), self._limit_s + timeouts.ANSWER_S
         try:
-            rounds = self._together([handle.weights_round.remote() for handle in self._first.values()], limit_s)
+            rounds = self._together([actor.weights_round.remote() for actor in self._first.values()], limit_s)
             offered = {host: offer(round_) for host, round_ in zip(self._first, rounds, strict=True)}
             calls = []
-            for host, handle in self._first.items():
+            for host, actor in self._first.items():
                 peers = [
                     each for other, each in self._first.items() if other != here and offered[other] is offered[host]
                 ]
                 if host == here or len(peers) == 1:
                     peers = []
-                number = peers.index(handle) if peers else 0
+                number = peers.index(actor) if peers else 0
                 count = max(len(peers), 1)
-                calls.append(handle.fetch_weights.remote(offered[host], number, count, self._limit_s, peers))
+                calls.append(actor.fetch_weights.remote(offered[host], number, count, self._limit_s, peers))
             announced = self._together(calls, limit_s)
         except GetTimeoutError:
             raise WeightSyncError(
@@ -161,7 +164,7 @@ class HostsSyncClient(SyncClient):
 
     def by_worker(self, update_info: dict[str, Any]) -> list[dict[str, Any]]:
         # To each its own host's file: those of all hosts for all workers would grow with the square of the hosts.
-        return [update_info["by_host"][self._hosts[handle]] for handle in self.all_handles]
+        return [for_hosts(update_info["by_host"], self._hosts[handle]) for handle in self.all_handles]
 
 
 class WeightSender:

@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from async_rl.errors import WeightSyncError
+from async_rl.weights.on_host import BY_PART
 from async_rl.weights.shm_file import Announcement, TensorMeta, WeightFile, read
 from async_rl.weights.vllm.name_table import Rows, checked, name_table, rows
 from async_rl.weights.vllm.reload import Reload
@@ -113,6 +114,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         self._received = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        if BY_PART in update_info:
+            update_info = update_info[BY_PART][self.parallel_config.node_rank]
         # The base class also synchronizes an accelerator, which fails where there is none.
         self.receive_weights(self.parse_update_info(update_info))
 

@@ -33,7 +33,7 @@ from async_rl.data.tokenizer import load_tokenizer
 from async_rl.errors import EngineDied, EngineError
 from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.base import BuiltInEngine
-from async_rl.rollout.engine.interface import CallEnd, EngineLoad, EngineOutput, PauseMode, Sampling, Score
+from async_rl.rollout.engine.interface import CallEnd, EngineLoad, EngineOutput, Part, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.routing_policies import moe_columns
@@ -94,6 +94,8 @@ class VllmEngine(BuiltInEngine):
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
+        self._part: Part | None = None
+        self._lost: str | None = None  # why another part has ended
 
     @property
     def sampled_tokens(self) -> int:
@@ -103,8 +105,16 @@ class VllmEngine(BuiltInEngine):
 
     # -- life -----------------------------------------------------------------------------------------------------
 
+    def span(self, part: Part) -> None:
+        self._part = part
+
+    def lose_part(self, why: str) -> None:
+        # Its ranks would wait for those of the other part, on GPUs for as long as the collective's own limit.
+        self._lost = self._lost or why
+        vllm_process.kill_engine_core()
+
     async def start(self) -> None:
-        vllm_process.prepare(self._config, self._model)
+        vllm_process.prepare(self._config, self._model, self._part)
         if self._config.uses_stop_strings:
             self._decode = decoder(load_tokenizer(self._config))
         from vllm.utils.gc_utils import freeze_gc_heap
@@ -116,7 +126,7 @@ class VllmEngine(BuiltInEngine):
         try:
             with starting_on(self._cores):
                 self._llm = AsyncLLM.from_engine_args(
-                    vllm_process.engine_args(self._config, self._replica, self._model),
+                    vllm_process.engine_args(self._config, self._replica, self._model, self._part),
                     stat_loggers=vllm_process.stat_loggers(self._config),
                 )
             if self._config.metrics.engine:
@@ -127,7 +137,7 @@ class VllmEngine(BuiltInEngine):
             await self._llm.get_supported_tasks()
         except Exception as error:
             await self.shutdown()
-            why = vllm_process.why_not_started(self._config, role, error, before)
+            why = self._lost or vllm_process.why_not_started(self._config, role, error, before)
             raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {why}") from error
         vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
         self._running.set()
@@ -157,7 +167,8 @@ class VllmEngine(BuiltInEngine):
 
     def check_alive(self) -> None:
         if self._engine.errored:
-            raise EngineDied(f"replica {self._replica}: the vLLM engine died")
+            why = "" if self._lost is None else f": {self._lost}"
+            raise EngineDied(f"replica {self._replica}: the vLLM engine died{why}")
 
     async def ping(self) -> None:
         await self._engine.is_sleeping()  # the cheapest question that the engine core itself answers

@@ -6,6 +6,7 @@ Call ``prepare`` before anything imports vLLM: it reads most of this at import, 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from async_rl.config.schema import RunConfig
 from async_rl.errors import EngineError, ModelError
 from async_rl.models.config import ModelConfig
 from async_rl.rollout.engine.device import on_cpu
-from async_rl.rollout.engine.interface import EngineLoad
+from async_rl.rollout.engine.interface import EngineLoad, Part
 from async_rl.runtime import logs
+from async_rl.runtime.interfaces import use_interface
 from async_rl.runtime.numa import near_gpus
 
 if TYPE_CHECKING:
@@ -37,19 +39,28 @@ ENVIRONMENT = {
     "VLLM_CONFIGURE_LOGGING": "0",
     # The semaphores of an engine core that was killed are removed by Python's resource tracker, with a warning.
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
-    # An engine is on one host. By default its processes would wait for each other at the host's address, which others
-    # reach: those of its process groups, and whatever vLLM opens at "the host's address".
-    "GLOO_SOCKET_IFNAME": "lo",
-    "VLLM_HOST_IP": "127.0.0.1",
     # Outputs that the frontend takes in one turn of its event loop, for which vLLM copies their routed experts: when a
     # weight sync ends hundreds of calls of 16k tokens, vLLM's 128 keep the loop for a tenth of a second.
     "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "32",
 }
 
 
-def prepare(config: RunConfig, model: ModelConfig) -> None:
-    """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says."""
+# By default the processes of an engine on one host would wait for each other at the host's address, which others reach:
+# those of its process groups, and whatever vLLM opens at "the host's address".
+ON_ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+
+
+def prepare(config: RunConfig, model: ModelConfig, part: Part | None = None) -> None:
+    """Set this process up so that vLLM, imported and started from it, does what ``config.resources`` says.
+
+    ``part`` is that of this host, of an engine over several.
+    """
     os.environ.update(ENVIRONMENT)
+    if part is None:
+        os.environ.update(ON_ONE_HOST)
+    else:
+        os.environ["VLLM_HOST_IP"] = part.address
+        use_interface(config.cluster.interface, part.meeting[0], os.environ)
     if not on_cpu(config):
         return
     threads = str(config.resources.engine_threads)
@@ -71,7 +82,7 @@ def why_not_started(config: RunConfig, role: str, error: Exception, since: Mappi
 
     since: the engine processes' logs before the start, by ``logs.children_logs``.
     """
-    if "See root cause above" not in str(error):
+    if "root cause" not in str(error):
         return str(error)
     fault = logs.children_fault(config.run_dir, role, since)
     if fault is None:
@@ -81,6 +92,13 @@ def why_not_started(config: RunConfig, role: str, error: Exception, since: Mappi
         )
     cause, path = fault
     return f"{cause} (log: {path})"
+
+
+def kill_engine_core() -> None:
+    """Kill the engine core that was started from this process, if one runs: vLLM then says that its engine has died."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith("EngineCore"):
+            child.kill()
 
 
 def _eager(config: RunConfig, model: ModelConfig) -> bool:
@@ -110,8 +128,11 @@ def _quantization(config: RunConfig) -> dict[str, Any]:
     return {"quantization": "online", "quantization_config": layers | {"ignore": ["*.gate"]}}
 
 
-def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEngineArgs:
-    """Return the arguments of the vLLM engine. Raises EngineError when another version of vLLM is installed."""
+def engine_args(config: RunConfig, replica: int, model: ModelConfig, part: Part | None = None) -> AsyncEngineArgs:
+    """Return the arguments of the vLLM engine, or of its ``part`` on this host.
+
+    Raises EngineError when another version of vLLM is installed.
+    """
     import vllm
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -135,6 +156,7 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         "tensor_parallel_size": config.rollout.tensor_parallel_size,
         # In a Ray actor that is in a placement group vLLM would choose Ray, and spread one engine over actors.
         "distributed_executor_backend": "mp" if config.rollout.tensor_parallel_size > 1 else None,
+        **({} if part is None else _among(config, part)),
         # What vLLM would measure on a shared GPU is also what the trainer takes meanwhile.
         "kv_cache_memory_bytes": config.rollout.kv_cache_bytes if cpu or config.resources.share_gpu else None,
         "gpu_memory_utilization": config.rollout.gpu_memory_utilization,
@@ -155,6 +177,13 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig) -> AsyncEng
         "enable_log_requests": False,
     }
     return AsyncEngineArgs(**(arguments | config.rollout.engine_args))
+
+
+def _among(config: RunConfig, part: Part) -> dict[str, Any]:
+    """Return what tells vLLM's multiprocessing executor that its ranks are on several hosts."""
+    host, port = part.meeting
+    hosts = config.rollout.hosts_per_engine
+    return {"nnodes": hosts, "node_rank": part.number, "master_addr": host, "master_port": port}
 
 
 def stat_loggers(config: RunConfig) -> list[type] | None:
