@@ -344,6 +344,11 @@ class RolloutActor(FetchesWeights, RolloutReplica):
         """Note that the queue has a group of the stream."""
         self._outbox.accepted(group_id)
 
+    async def unanswered(self) -> str | None:
+        """Return the engine call without an answer; see ``RolloutReplica``. A part that is gone is a death, too."""
+        await self._parts.check()
+        return await super().unanswered()
+
     async def weights_hosts(self) -> list[tuple[str, Any]]:
         """Return the ids of the hosts that the engine is on, this one first, each with the actor of its part there.
 

@@ -21,7 +21,7 @@ import ray
 import structlog
 
 from async_rl.config.schema import RunConfig
-from async_rl.errors import EngineError
+from async_rl.errors import EngineDied, EngineError
 from async_rl.rollout.engine.interface import Part, SpansHosts
 from async_rl.rollout.stats import worker_id
 from async_rl.runtime import logs, spool, timeouts
@@ -88,6 +88,14 @@ class EngineParts:
         """Return the id of each part's host."""
         return list(await asyncio.gather(*(actor.weights_host.remote() for actor in self.actors)))
 
+    async def check(self) -> None:
+        """Raise EngineDied if a part is gone. A host that is silent is not known to be gone, and this waits for it."""
+        for number, actor in enumerate(self.actors, start=1):
+            try:
+                await actor.weights_host.remote()
+            except Exception as error:
+                raise EngineDied(self._of(number, brief(error))) from error
+
     async def shutdown(self) -> None:
         """End the parts."""
         self._ending = True
@@ -101,7 +109,10 @@ class EngineParts:
         error = running.exception()
         why = "one of its ranks has ended" if error is None else brief(error)
         log.error("engine_part_ended", part=number, reason=why)
-        engine.lose_part(f"its part on host {number + 1} of {self._config.rollout.hosts_per_engine}: {why}")
+        engine.lose_part(self._of(number, why))
+
+    def _of(self, number: int, why: str) -> str:
+        return f"its part on host {number + 1} of {self._config.rollout.hosts_per_engine}: {why}"
 
 
 def _own_address(config: RunConfig) -> str:

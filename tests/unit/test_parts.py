@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.errors import EngineError
+from async_rl.errors import EngineDied, EngineError
 from async_rl.rollout.parts import EngineParts
 from async_rl.runtime import timeouts
 
@@ -83,6 +83,18 @@ def test_a_part_that_ends_ends_the_engine_and_is_named(started, end, why):
     _, actors, engine = started
     end(actors[1].running)
     assert engine.lost == [f"its part on host 3 of 3: {why}"]
+
+
+async def test_a_weight_sync_that_fails_with_a_part_finds_out_whose_it_was(started):
+    parts, actors, _ = started
+    await parts.check()
+
+    async def died():
+        raise ConnectionError("the actor died")
+
+    actors[0].weights_host.remote = died
+    with pytest.raises(EngineDied, match=r"^its part on host 2 of 3: ConnectionError: the actor died"):
+        await parts.check()
 
 
 async def test_at_the_end_the_parts_end_and_nothing_is_lost(started, monkeypatch):

@@ -167,8 +167,11 @@ class VllmEngine(BuiltInEngine):
 
     def check_alive(self) -> None:
         if self._engine.errored:
-            why = "" if self._lost is None else f": {self._lost}"
-            raise EngineDied(f"replica {self._replica}: the vLLM engine died{why}")
+            raise self._death("")
+
+    def _death(self, when: str) -> EngineDied:
+        why = "" if self._lost is None else f": {self._lost}"
+        return EngineDied(f"replica {self._replica}: {when}the vLLM engine died{why}")
 
     async def ping(self) -> None:
         await self._engine.is_sleeping()  # the cheapest question that the engine core itself answers
@@ -379,7 +382,7 @@ class VllmEngine(BuiltInEngine):
         queue.put_nowait(EngineCoreOutputs())
         while not queue.empty():
             if llm.errored:
-                raise EngineDied(f"replica {self._replica}: the engine died during a pause")
+                raise self._death("pause: ")
             await asyncio.sleep(0)
 
     async def _take_back_unstarted(self) -> None:
@@ -436,7 +439,7 @@ class VllmEngine(BuiltInEngine):
         try:
             yield
         except EngineDeadError as error:
-            raise EngineDied(f"replica {self._replica}: {what}: the vLLM engine died") from error
+            raise self._death(f"{what}: ") from error
         except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise EngineError(f"replica {self._replica}: {what}: {error or type(error).__name__}") from error
 
