@@ -38,7 +38,6 @@ def test_an_engine_over_two_hosts_takes_every_push_and_is_replaced_when_its_part
     assert ended["part"] == 1
     (died,) = _logged(run, "pipeline", "process_restarting")
     assert died["process"] == "rollout-0"
-    assert "the vLLM engine died" in died["reason"]
     summary_is_whole(run)
     run.assert_nothing_left()
 

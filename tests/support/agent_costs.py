@@ -1,43 +1,80 @@
-"""A worker whose agents take turns with a tool, in virtual time, by how many rollouts it has in the making.
+"""A worker whose agents take turns with a tool, by how many rollouts it has in the making.
 
-Its engine is ``kv_engine``'s: it has places, a KV cache and prefill.
+In virtual time its engine is ``kv_engine``'s, which has places, a KV cache and prefill; else it is a real one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from async_rl.config.loading import validate
+from async_rl.config.schema import RunConfig
 from async_rl.queue.records import Ticket
 from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.outcome import Context
 from async_rl.rollout.policy import Policy
 from async_rl.types import Group, Prompt
-from tests.support.kv_engine import KvEngine, Speed, of_others
+from tests.support.kv_engine import OTHERS, KvEngine, Speed
 from tests.support.scripted_engine import Layout, Script
 from tests.support.scripted_replica import Digits, push
-from tests.support.virtual_time import VirtualLoop
 
-PLACES, N, TURNS, PROMPT, TURN, ANSWER = 16, 8, 8, 4096, 128, 1024
-CONTEXT = PROMPT + TURNS * TURN + (TURNS - 1) * ANSWER
+N, TURNS = 8, 8
 SETTINGS: dict[str, dict[str, Any]] = {
-    "one": {"max_trajectories": PLACES, "max_kv_use": None},
+    "one": {"max_kv_use": None},
     "unbounded": {"max_kv_use": None},
     "two": {},
     "forks": {},
 }
-CACHES = {"roomy": 4 * PLACES * CONTEXT, "tight": PLACES * CONTEXT * 5 // 4}
 ROWS = (("roomy", "one"), ("roomy", "two"), ("tight", "unbounded"), ("tight", "two"), ("tight", "forks"))
 WARM_UP = 0.5  # of the time: the rollouts that begin first do so all at once
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How large an agent's rollouts are, in tokens, and the engine that plays them."""
+
+    places: int
+    prompt: int
+    turn: int
+    limited: bool
+    """Whether a turn has to be ended by its limit; the scripted engine ends it by itself."""
+    answer: int
+    """Of the tool."""
+    room: int
+    """For a rollout behind its prompt, more than it needs."""
+    others: tuple[int, int]
+    """First of the tokens that are not the policy's, and how many there are."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of a rollout at its end."""
+        return self.prompt + TURNS * self.turn + (TURNS - 1) * self.answer
+
+    def cache(self, name: str) -> int:
+        """Return the tokens of the KV cache: for all rollouts of the second limit, or for one of each place and a
+        quarter more."""
+        return {"roomy": 4 * self.places * self.context, "tight": self.places * self.context * 5 // 4}[name]
+
+    def tokens(self, rng: np.random.Generator, count: int) -> list[int]:
+        """Return tokens that are not the policy's."""
+        first, kinds = self.others
+        return rng.integers(first, first + kinds, count).tolist()
+
+
+VIRTUAL = Shape(places=16, prompt=4096, turn=128, limited=False, answer=1024, room=24_576, others=(OTHERS, 999))
+REAL = Shape(places=8, prompt=256, turn=24, limited=True, answer=64, room=768, others=(2, 126))
+
+
+@dataclass(frozen=True)
 class Times:
-    """Seconds of virtual time."""
+    """Seconds, of virtual time or of this machine's."""
 
     seconds: float = 480.0
     """That are measured, a warm-up included."""
@@ -51,6 +88,7 @@ class Times:
 class Scene:
     """What agents look up, and leave behind."""
 
+    shape: Shape = VIRTUAL
     tool_s: float = 0.0
     forks: bool = False
     took: list[float] = field(default_factory=list)
@@ -66,7 +104,7 @@ async def agent(prompt: Prompt, policy: Policy, context: Context) -> float:
     began = loop.time()
     before = history
     for turn in range(TURNS):
-        reply = await policy.complete(history)
+        reply = await policy.complete(history, max_tokens=SCENE.shape.turn if SCENE.shape.limited else None)
         if turn == TURNS - 1:
             break
         await asyncio.sleep(rng.lognormal(np.log(SCENE.tool_s) - 0.125, 0.5) if SCENE.tool_s else 0.0)
@@ -75,7 +113,7 @@ async def agent(prompt: Prompt, policy: Policy, context: Context) -> float:
             said, before = before, said  # what was said behind the turn before is taken back
         else:
             before = said
-        history = [*said, *of_others(rng, ANSWER)]
+        history = [*said, *SCENE.shape.tokens(rng, SCENE.shape.answer)]
     SCENE.took.append(loop.time() - began)
     return 1.0
 
@@ -93,7 +131,7 @@ class Prompts:
 
     def _ticket(self) -> Ticket:
         self.issued += 1
-        tokens = of_others(np.random.default_rng(self.issued), PROMPT)
+        tokens = SCENE.shape.tokens(np.random.default_rng(self.issued), SCENE.shape.prompt)
         prompt = Prompt(f"0-{self.issued}", self.issued, "", np.array(tokens, dtype=np.int32))
         return Ticket(f"{prompt.prompt_id}.0", prompt, 0)
 
@@ -101,21 +139,80 @@ class Prompts:
         """Take a finished group."""
 
 
-async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) -> dict[str, float]:
-    """Run a worker for some time and return what it did after the warm-up."""
-    SCENE.tool_s, SCENE.forks, SCENE.took = times.tool_s, settings == "forks", []
-    tree = SETTINGS[settings]
-    named = {"function": f"{__name__}:agent"} | tree.get("agent", {})
-    rollout = {"n": N, "max_num_seqs": PLACES, "max_response_tokens": 2 * CONTEXT} | tree | {"agent": named}
-    config = validate({"model": {"path": "model"}, "data": {"train": "train.jsonl"}, "rollout": rollout})
-    layout = Layout(None, frozenset({0}), 10_000)
-    script = Script(layout=layout, tokens_per_turn=16, turn_s=0.32)
-    engine = KvEngine(config, script, Speed(PLACES, CACHES[cache], TURN, prefill_tokens_per_s=10_000.0))
+async def virtual(settings: str, cache: str, times: Times) -> dict[str, float]:
+    """Run a worker around the scripted engine for some time and return what it did after the warm-up."""
+    config = _config(VIRTUAL, settings, {"model": {"path": "model"}})
+    script = Script(layout=Layout(None, frozenset({0}), 10_000), tokens_per_turn=16, turn_s=0.32)
+    speed = Speed(VIRTUAL.places, VIRTUAL.cache(cache), VIRTUAL.turn, prefill_tokens_per_s=10_000.0)
+    engine = KvEngine(config, script, speed)
+
+    def place_seconds() -> float:
+        engine._count_places(0)
+        return engine.place_seconds
+
+    return await _measured(config, engine, VIRTUAL, settings, times, place_seconds)
+
+
+@contextlib.asynccontextmanager
+async def real_engine(folder: Path, cache: str) -> AsyncIterator[Any]:
+    """A vLLM engine on this machine's cores, with a tiny model that never stops by itself."""
+    from tests.support.engine_checkpoint import engine_config, make_checkpoint, running
+
+    model = make_checkpoint(folder / "model", eos=None)
+    # Two heads of 32 in each of four layers, keys and values in float32.
+    nbytes = REAL.cache(cache) * 4 * 2 * 2 * 32 * 4
+    blocks = {"engine_args": {"block_size": 32}}  # the smallest on a CPU, whose default of 128 is more than a turn
+    arguments = {"kv_cache_bytes": nbytes, "max_num_seqs": REAL.places, "max_response_tokens": REAL.room, **blocks}
+    async with running(engine_config(model, runs=folder, **arguments)) as engine:
+        yield engine
+
+
+async def real(engine: Any, settings: str, times: Times) -> dict[str, float]:
+    """Run a worker around a real engine for some time and return what it did after the warm-up."""
+    base = engine._config.model_dump(mode="json", exclude_unset=True)
+    config = _config(REAL, settings, base)
+    busy = 0.0
+
+    async def count() -> None:
+        nonlocal busy
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        while True:
+            await asyncio.sleep(0.02)
+            now = loop.time()
+            busy += min(len(engine._calls), REAL.places) * (now - before)
+            before = now
+
+    counting = asyncio.create_task(count())
+    try:
+        return await _measured(config, engine, REAL, settings, times, lambda: busy)
+    finally:
+        counting.cancel()
+
+
+def _config(shape: Shape, settings: str, base: dict[str, Any]) -> RunConfig:
+    rollout = {
+        **base.get("rollout", {}),
+        "n": N,
+        "max_num_seqs": shape.places,
+        "max_response_tokens": shape.room,
+        **({"max_trajectories": shape.places} if settings == "one" else {}),
+        **SETTINGS[settings],
+        "agent": {"function": f"{__name__}:agent"},
+    }
+    return validate({"data": {"train": "train.jsonl"}, **base, "rollout": rollout})
+
+
+async def _measured(
+    config: RunConfig, engine: Any, shape: Shape, settings: str, times: Times, place_seconds: Callable[[], float]
+) -> dict[str, float]:
+    loop = asyncio.get_running_loop()
+    SCENE.shape, SCENE.tool_s, SCENE.forks, SCENE.took = shape, times.tool_s, settings == "forks", []
     digits = Digits()
     digits.encode = None  # type: ignore[attr-defined]  # no agent here sends text
     replica = RolloutReplica(config, 0, Prompts(), engine, digits, digits)  # type: ignore[arg-type]
-    working = asyncio.create_task(replica.run())
     ends = loop.time() + times.seconds
+    working = asyncio.create_task(replica.run())
     making = replica._worker.making
     assert making is not None
     open_seconds, last, start = 0.0, loop.time(), ends - (1 - WARM_UP) * times.seconds
@@ -123,8 +220,7 @@ async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) ->
     while loop.time() < ends and not working.done():
         await asyncio.sleep(0.25)
         if begun is None and loop.time() >= start:
-            engine._count_places(0)
-            begun = (loop.time(), engine.place_seconds, dict(replica._worker.calls.context_tokens), len(SCENE.took))
+            begun = (loop.time(), place_seconds(), dict(replica._worker.calls.context_tokens), len(SCENE.took))
         elif begun is not None:
             open_seconds += making.open * (loop.time() - last)
         last = loop.time()
@@ -133,18 +229,17 @@ async def measure(loop: VirtualLoop, settings: str, cache: str, times: Times) ->
             await push(replica, engine)
     if working.done():
         working.result()
-    engine._count_places(0)
     assert begun is not None
-    seconds = loop.time() - begun[0]
+    seconds, busy = loop.time() - begun[0], place_seconds() - begun[1]
     tokens = {how: count - begun[2].get(how, 0) for how, count in replica._worker.calls.context_tokens.items()}
     computed = tokens["new"] + tokens["lost"] + tokens["weight_sync"]
     took = SCENE.took[begun[3] :]
-    await replica.shutdown()
+    await replica._worker.close()
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
     return {
         "rollouts_per_s": round(len(took) / seconds, 2),
-        "idle": round(1 - (engine.place_seconds - begun[1]) / seconds / PLACES, 3),
+        "idle": round(1 - busy / seconds / shape.places, 3),
         "again": round(tokens["lost"] / computed, 3),
         "again_sync": round(tokens["weight_sync"] / computed, 3),
         "cached": round(tokens["cached"] / (computed + tokens["cached"]), 3),
