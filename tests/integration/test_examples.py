@@ -29,8 +29,11 @@ def test_an_example_is_a_config_a_readme_and_code(example):
 def test_an_example_trains(example, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(example))
     tiny = yaml.safe_load(recipe.read_text())
-    evaluated = load(example / "config.yaml", {}).data.eval is not None
+    config = load(example / "config.yaml", {})
+    evaluated = config.data.eval is not None
     train, own = tiny["data"]["train"], {"data__max_prompt_tokens": tiny["data"]["max_prompt_tokens"]}
+    for name in config.eval.sets:
+        own |= {f"eval__sets__{name}__path": tiny["data"]["eval"], f"eval__sets__{name}__limit": 4}
     if example == FOREIGN:
         train, own = tmp_path / "train.jsonl", {"rollout__agent__python": ENVIRONMENTS_PYTHON}
         command = [ENVIRONMENTS_PYTHON, example / "words.py", train]
