@@ -169,10 +169,10 @@ def test_an_interpreter_without_verifiers_is_named(without_verifiers):
         without_verifiers.prepare("wordle")
 
 
-def test_a_verifiers_without_these_environments_is_named(without_verifiers, tmp_path, monkeypatch):
-    (tmp_path / "verifiers.py").write_text("__version__ = '0.4.0'")
+def test_a_verifiers_without_known_environments_is_named(without_verifiers, tmp_path, monkeypatch):
+    (tmp_path / "verifiers.py").write_text("__version__ = '0.9.0'")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Failed, match=r"needs verifiers below 0\.4, which has load_environment, and found 0\.4\.0"):
+    with pytest.raises(Failed, match=r"has no form for verifiers 0\.9\.0; install requirements/verifiers-v1\.txt"):
         without_verifiers.prepare("wordle")
 
 
