@@ -17,6 +17,9 @@ ENVIRONMENTS_STAMP := $(ENVIRONMENTS_VENV)/.installed
 # The libraries verifiers and OpenEnv, for their tests alone: they are large, and go together with nothing else.
 VERIFIERS_VENV := $(VENV)-verifiers
 VERIFIERS_STAMP := $(VERIFIERS_VENV)/.installed
+# verifiers 0.4, which has other environments than 0.3.
+VERIFIERS_V1_VENV := $(VENV)-verifiers-v1
+VERIFIERS_V1_STAMP := $(VERIFIERS_V1_VENV)/.installed
 ENGINE ?= vllm
 TRAIN_ARGS ?=
 
@@ -28,7 +31,7 @@ help:
 	@echo "make setup DEVICE=cuda  an environment for NVIDIA GPUs; without DEVICE, where nvidia-smi finds one"
 	@echo "make setup ENGINE=sglang  what rollout.engine sglang needs beside the rest; on GPUs in $(SGLANG_VENV)"
 	@echo "make environments  libraries of environments (reasoning-gym), in $(ENVIRONMENTS_VENV)"
-	@echo "make verifiers  the libraries verifiers and OpenEnv (600 MB), in $(VERIFIERS_VENV)"
+	@echo "make verifiers  the libraries verifiers 0.3 and OpenEnv (600 MB), in $(VERIFIERS_VENV), and verifiers 0.4, in $(VERIFIERS_V1_VENV)"
 	@echo "make train-chat  a pretrained chat model that learns to follow an instruction (half an hour on two cores)"
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
@@ -70,7 +73,12 @@ $(VERIFIERS_STAMP): requirements/verifiers.txt
 	$(VERIFIERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/verifiers.txt
 	@touch $@
 
-verifiers: $(VERIFIERS_STAMP)
+$(VERIFIERS_V1_STAMP): requirements/verifiers-v1.txt
+	$(PYTHON) -m venv $(VERIFIERS_V1_VENV)
+	$(VERIFIERS_V1_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/verifiers-v1.txt
+	@touch $@
+
+verifiers: $(VERIFIERS_STAMP) $(VERIFIERS_V1_STAMP)
 
 train: $(STAMP)
 	launch/fully_async.sh configs/tiny_moe.yaml $(TRAIN_ARGS)
@@ -99,7 +107,7 @@ test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP)) $(ENVIRONM
 	$(BIN)/python -m tests.support.tiers $@
 
 # As do those of verifiers and OpenEnv, which are large.
-test-all: $(VERIFIERS_STAMP)
+test-all: $(VERIFIERS_STAMP) $(VERIFIERS_V1_STAMP)
 
 smoke: $(STAMP)
 	$(BIN)/python -m pytest -q tests/integration/test_smoke.py
@@ -141,4 +149,4 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.run_memory
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) $(ENVIRONMENTS_VENV) $(VERIFIERS_VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(ENVIRONMENTS_VENV) $(VERIFIERS_VENV) $(VERIFIERS_V1_VENV) .cache build *.egg-info

@@ -18,7 +18,8 @@ from async_rl.rollout.actor import RolloutReplica
 from async_rl.trainer.samples import samples_of
 from tests.integration.engine_conformance import reference, token_logprobs
 from tests.support.engine_checkpoint import engine_config, pushing, running
-from tests.support.needs import NEEDS_VERIFIERS, VERIFIERS_PYTHON
+from tests.support.guesses import LIBRARIES, V0, V1
+from tests.support.needs import NEEDS_VERIFIERS, NEEDS_VERIFIERS_V1
 from tests.support.oracle import EXACT, load_versions, make_versions
 from tests.support.scripted_replica import Digits, ListQueue
 from tests.support.tool_model import make_tool_model
@@ -42,11 +43,6 @@ MCP = {
         },
         "reward": "tests.support.mcp_tools:worth",
     },
-}
-VERIFIERS = {
-    "environment": "async_rl.rollout.environments.verifiers:Verifiers",
-    "python": str(VERIFIERS_PYTHON),
-    "arguments": {"environment": "guess-env"},
 }
 
 
@@ -99,19 +95,15 @@ async def played(folders, engine, pusher, agent, fields):
     ("agent", "fields", "heard", "turns"),
     [
         pytest.param(MCP, {"prompt": [{"role": "user", "content": "Look."}]}, "is seen", 1, id="mcp"),
+        pytest.param(V0.agent(), V0.row(turns=3), "no 2", 3, id="verifiers 0.3", marks=NEEDS_VERIFIERS),
+        pytest.param(V1.agent(), V1.row(turns=3), "no 2", 3, id="verifiers 0.4", marks=NEEDS_VERIFIERS_V1),
         pytest.param(
-            VERIFIERS,
-            {
-                "prompt": [{"role": "system", "content": "Guess."}, {"role": "user", "content": "q2"}],
-                "question": "q2",
-                "answer": "42",
-                "info": {"level": 2, "turns": 3},
-                "example_id": 2,
-            },
-            "no 2",
-            3,
-            id="verifiers",
-            marks=NEEDS_VERIFIERS,
+            V1.agent(args={"taskset": {"shared_tools": True}}),
+            V1.row(turns=1),
+            "seen ",
+            1,
+            id="verifiers 0.4, tools",
+            marks=NEEDS_VERIFIERS_V1,
         ),
     ],
 )
@@ -119,7 +111,7 @@ async def test_each_token_has_the_log_prob_and_the_experts_of_the_weights_that_s
     folders, engine, pusher, monkeypatch, tmp_path, agent, fields, heard, turns
 ):
     monkeypatch.setenv("ENVIRONMENTS_LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support" / "libraries"))
+    monkeypatch.setenv("PYTHONPATH", str(LIBRARIES))
     rollouts, pushes = await played(folders, engine, pusher, agent, fields)
     assert len(rollouts) == GROUPS * ROLLOUTS
     assert "done" in (ends := {rollout.end for rollout in rollouts})

@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 # Seconds for a host to start and to import the user's class; one with a large library takes ten, a full disk a minute.
 START_S = 300.0
 
+# Seconds for a host to end by itself: what runs in it is cancelled, and puts away its files and servers.
+LEAVE_S = 5.0
+
 # Seconds for a host to answer that it is there, when a call in it has taken too long.
 PING_S = 10.0
 
@@ -122,7 +125,7 @@ class Hosts:
             self.lost["silent"] += 1
             log.warning("environment_host_killed", environments=host.open, silent_s=PING_S)
             host.fail("was ended with its environment host, which answered nothing: an async method blocks there")
-            self._end(host)
+            self._end(host, leave_s=0.0)
 
     def _retire(self, host: _Host) -> None:
         """Give a host no more environments, and end it once it has none."""
@@ -132,8 +135,8 @@ class Hosts:
         self._retired.discard(host)
         self._end(host)
 
-    def _end(self, host: _Host) -> None:
-        task = asyncio.create_task(host.end())
+    def _end(self, host: _Host, leave_s: float = LEAVE_S) -> None:
+        task = asyncio.create_task(host.end(leave_s))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
@@ -224,12 +227,16 @@ class _Host:
     def _failure(self, what: str) -> Failed:
         return Gone(what) if self._loaded else Failed(what)
 
-    async def end(self) -> None:
-        """End the process and all that it has started; returns when nothing is left."""
+    async def end(self, leave_s: float = 0.0) -> None:
+        """End the process, which may do so itself for a while, and all that it has started; then nothing is left."""
         self.fail("was ended with its environment host")
         if self._writer is not None:
             self._writer.close()
-        if self._process is not None:
+        if self._process is None:
+            return
+        try:
+            await asyncio.wait({asyncio.ensure_future(self._process.wait())}, timeout=leave_s)
+        finally:
             await end_program(self._process, self._tasks)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:

@@ -7,6 +7,8 @@ the gateway and writes down what was said; the task's rewards read it there.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -152,6 +154,9 @@ def load(environment: str, args: dict[str, Any], select: dict[str, Any]) -> Task
     if unknown := sorted(set(select) - {"train", "eval"}):
         raise Failed(f"has rollout.agent.arguments.select.{unknown[0]}; there are train and eval")
     run_chat_programs_here()
+    # Tools are modules that the library runs in processes: what a host can import, they can.
+    own = (path for path in sys.path if path and not path.startswith((sys.prefix, sys.base_prefix)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(own)
     if ":" in environment:
         made = import_class(environment)(**args)
         if not isinstance(made, vf.Env):
