@@ -195,6 +195,7 @@ print(signal.getsignal(signal.SIGTERM) is before)
 print(tried("guess-env", {"rewards": "group"}))
 print(tried("guess_env:no_environment"))
 print(tried("no-such-env"))
+print(tried("guess-env", None, {"train": {}}))
 try:
     list(Verifiers.rows("eval", "guess-env"))
 except Failed as error:
@@ -208,9 +209,10 @@ async def test_what_cannot_be_loaded_is_named(log):
     found = subprocess.run(
         [VERIFIERS_PYTHON, "-c", LOADED], env=environment, capture_output=True, text=True, check=True
     )
-    fine, kept, group, other, absent, no_eval = found.stdout.splitlines()
+    fine, kept, group, other, absent, select, no_eval = found.stdout.splitlines()
     assert (fine, kept) == ("None", "True")
     assert group.startswith("Failed: guess-env has reward functions that compare the rollouts of a group")
     assert other == "Failed: guess_env:no_environment returned a int; expected an Environment of verifiers"
     assert "Could not import 'no-such-env' environment" in absent
+    assert select == "Failed: arguments.select is for tasksets, which verifiers has from 0.4 on; leave it out"
     assert no_eval == "guess-env has no eval_dataset; set data.eval"

@@ -338,3 +338,29 @@ class Diary(Wordy):
     def set_state(self, state):
         super().set_state(state)
         note(f"state {self.name} {self.turns}")
+
+
+class Serves:
+    """Has something that runs from its host's start to its end, which puts it away, or never ends."""
+
+    def __init__(self, *, ends=True):
+        pass
+
+    @classmethod
+    async def prepare(cls, *, ends=True):
+        cls.running = asyncio.create_task(cls.serve(ends))
+        await asyncio.sleep(0)
+
+    @classmethod
+    async def serve(cls, ends):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.1 if ends else 3600)
+            note("away")
+
+    def setup(self, task, context):
+        return None
+
+    def step(self, message):
+        return Step(done=True)

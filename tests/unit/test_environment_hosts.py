@@ -216,6 +216,15 @@ async def test_hosts_end_with_their_worker(tmp_path):
     await until(lambda: not any(alive(child) for child in left))
 
 
+@pytest.mark.parametrize("ends", [True, False])
+async def test_what_runs_in_a_host_is_put_away_before_it_ends(ends, tmp_path, monkeypatch):
+    if not ends:
+        monkeypatch.setattr(hosts, "LEAVE_S", 0.2)
+    async with environments("Serves", arguments={"ends": ends}) as subject:
+        await subject.start()
+    assert (tmp_path / "log").exists() == ends
+
+
 # -- interpreters --
 
 

@@ -125,7 +125,7 @@ class Hosts:
             self.lost["silent"] += 1
             log.warning("environment_host_killed", environments=host.open, silent_s=PING_S)
             host.fail("was ended with its environment host, which answered nothing: an async method blocks there")
-            self._end(host, leave_s=0.0)
+            self._end(host, at_once=True)
 
     def _retire(self, host: _Host) -> None:
         """Give a host no more environments, and end it once it has none."""
@@ -135,8 +135,8 @@ class Hosts:
         self._retired.discard(host)
         self._end(host)
 
-    def _end(self, host: _Host, leave_s: float = LEAVE_S) -> None:
-        task = asyncio.create_task(host.end(leave_s))
+    def _end(self, host: _Host, *, at_once: bool = False) -> None:
+        task = asyncio.create_task(host.end(0.0 if at_once else LEAVE_S))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
