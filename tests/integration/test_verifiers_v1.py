@@ -19,6 +19,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import AgentFailure
 from async_rl.rollout.environments.instance import Failed
 from async_rl.rollout.environments.play import probe
+from async_rl.rollout.environments.prepare import prepare
 from tests.support.gateway_parts import Answers
 from tests.support.gateway_parts import served as behind_a_gateway
 from tests.support.guesses import LIBRARIES, V1, calling
@@ -153,10 +154,13 @@ async def test_tools_are_called_in_one_branch_and_nothing_is_left(home, shared):
 
 async def test_a_shell_of_the_policys_runs_where_one_asks_for_it(home):
     agent = {"harness": {"id": "bash", "compaction": None}, "runtime": {"type": "subprocess"}}
-    async with host(args={"agent": agent}) as subject, behind_a_gateway() as behind:
-        behind.policy._reader = calling("bash", 1)
-        played = await play(subject, behind.policy, row(turns=1))
-    assert played.metrics["num_turns"] == 2.0
+    async with host(environment="plain-taskset", args={"agent": agent}) as subject, behind_a_gateway() as behind:
+        behind.policy._reader = calling("bash", 1, command="pwd > ~/where")
+        played = await play(subject, behind.policy, row())
+        assert behind.session.ways == {"first": 1, "extended": 1}
+    where = Path((home / "where").read_text().strip())
+    assert where.parent == home / ".cache/verifiers/runtimes/subprocess", "each rollout has a folder of its own"
+    assert (played.reward, played.metrics["num_turns"]) == (3.25, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +187,14 @@ async def test_another_agent_with_a_model_of_its_own_is_left_out(home):
         assert len(behind.session.branches) == 1
 
 
-async def test_which_tasks_are_rows_is_selected(home, tmp_path):
+async def test_a_run_has_the_tasks_that_are_selected_written_as_rows(home, tmp_path):
     select = {"train": {"skip": 1}, "eval": {"include": {"idx": ["0:1"]}}}
-    async with host(select=select) as subject:
-        for split in select:
-            await subject.write_rows(split, tmp_path / f"{split}.jsonl")
-    found = {split: (tmp_path / f"{split}.jsonl").read_text().splitlines() for split in select}
-    prompts = {split: [json.loads(line)["prompt"][1]["content"] for line in lines] for split, lines in found.items()}
+    files = {split: tmp_path / f"{split}.jsonl" for split in select}
+    data = {split: str(path) for split, path in files.items()}
+    tree = {"model": {"path": "m"}, "data": data, "rollout": {"agent": V1.agent(select=select)}}
+    await asyncio.to_thread(prepare, validate(tree))
+    rows = {split: map(json.loads, path.read_text().splitlines()) for split, path in files.items()}
+    prompts = {split: [row["prompt"][1]["content"] for row in found] for split, found in rows.items()}
     assert prompts == {"train": ["q1", "q2"], "eval": ["q0"]}
 
 

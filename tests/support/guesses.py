@@ -47,8 +47,8 @@ EACH = (pytest.param(V0, id="0.3", marks=NEEDS_VERIFIERS), pytest.param(V1, id="
 """The parameters of a test of both."""
 
 
-def calling(name: str, turns: int) -> Any:
-    """Return a reader of the policy's turns with which each of the first calls a tool, with its number."""
+def calling(name: str, turns: int, **arguments: Any) -> Any:
+    """Return a reader of the policy's turns with which each of the first calls a tool, with its number if no more."""
 
     class Reader:
         made = 0
@@ -58,7 +58,7 @@ def calling(name: str, turns: int) -> Any:
             said = {"role": "assistant", "content": "well"}
             if self.made > turns:
                 return said
-            function = {"name": name, "arguments": json.dumps({"n": self.made})}
+            function = {"name": name, "arguments": json.dumps(arguments or {"n": self.made})}
             return {**said, "tool_calls": [{"id": f"c{self.made}", "type": "function", "function": function}]}
 
     return Reader()
