@@ -21,7 +21,7 @@ from async_rl.rollout.actor import RolloutReplica
 from async_rl.rollout.outcome import Context
 from async_rl.rollout.policy import Policy
 from async_rl.types import Group, Prompt
-from tests.support.kv_engine import OTHERS, KvEngine, Speed
+from tests.support.kv_engine import KvEngine, Speed, of_others
 from tests.support.scripted_engine import Layout, Script
 from tests.support.scripted_replica import Digits, push
 
@@ -49,8 +49,8 @@ class Shape:
     """Of the tool."""
     room: int
     """For a rollout behind its prompt, more than it needs."""
-    others: tuple[int, int]
-    """First of the tokens that are not the policy's, and how many there are."""
+    tokens: Callable[[np.random.Generator, int], list[int]]
+    """Returns so many tokens that are not the policy's."""
 
     @property
     def context(self) -> int:
@@ -62,14 +62,13 @@ class Shape:
         quarter more."""
         return {"roomy": 4 * self.places * self.context, "tight": self.places * self.context * 5 // 4}[name]
 
-    def tokens(self, rng: np.random.Generator, count: int) -> list[int]:
-        """Return tokens that are not the policy's."""
-        first, kinds = self.others
-        return rng.integers(first, first + kinds, count).tolist()
+
+def _any_letters(rng: np.random.Generator, count: int) -> list[int]:
+    return rng.integers(2, 128, count).tolist()
 
 
-VIRTUAL = Shape(places=16, prompt=4096, turn=128, limited=False, answer=1024, room=24_576, others=(OTHERS, 999))
-REAL = Shape(places=8, prompt=256, turn=24, limited=True, answer=64, room=768, others=(2, 126))
+VIRTUAL = Shape(places=16, prompt=4096, turn=128, limited=False, answer=1024, room=24_576, tokens=of_others)
+REAL = Shape(places=8, prompt=256, turn=24, limited=True, answer=64, room=768, tokens=_any_letters)
 
 
 @dataclass(frozen=True)

@@ -190,3 +190,8 @@ class KvEngine(ScriptedEngine):
     def last_position(self, trajectory_id: str, response: Int32Array) -> int:
         others = np.flatnonzero(response >= OTHERS)
         return (int(others[-1]) + 1 if len(others) else 0) + self._speed.turn - 1
+
+
+def of_others(rng: np.random.Generator, count: int) -> list[int]:
+    """Return tokens that are not the policy's, such as those of a tool's answer."""
+    return rng.integers(OTHERS, OTHERS + 999, count).tolist()
