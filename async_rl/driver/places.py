@@ -1,8 +1,8 @@
 """Where the actors of a run are created: Ray's placement groups on a cluster that was joined, nothing on one host.
 
 One group is the trainer's, with a bundle per block of ranks, and one each rollout worker's, with a bundle per host of
-its engine. They outlive the actors in
-them, so that an actor which replaces another comes back at its place; bundles of a lost host are placed again by Ray.
+its engine. They outlive the actors in them, so that an actor which replaces another comes back at its place; bundles of
+a lost host are placed again by Ray.
 ``doctor.placement`` decides what is in them. This module reserves it and looks where it came to be.
 
 A run whose replicas come and go (``config.rollout.elastic``) has groups on one host too. Those of its first replicas

@@ -17,6 +17,7 @@ from async_rl.config.loading import validate
 from async_rl.errors import WeightSyncError
 from async_rl.models.names import Meta
 from async_rl.rollout.actor import RolloutActor
+from async_rl.rollout.parts import EngineParts
 from async_rl.runtime.failures import unwrap_ray_error
 from async_rl.weights.shm_file import Announcement, TensorMeta, read
 from async_rl.weights.vllm.source import StreamedSource
@@ -134,7 +135,8 @@ class Receiver(RolloutActor):
         from async_rl.weights.object_store import HostWeights
 
         self._pending_engine_call = None
-        self._fetched_weights = HostWeights(self._get)
+        self._fetched = HostWeights(self._get)
+        self._parts, self._hosts = EngineParts(None, []), []
         self._really_get = ray_store.get
         self.reset_now()
 

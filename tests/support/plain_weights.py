@@ -16,6 +16,7 @@ import torch
 from async_rl.config.loading import validate
 from async_rl.models.names import Meta
 from async_rl.rollout.actor import RolloutActor
+from async_rl.rollout.parts import EngineParts
 from async_rl.weights.shm_file import Announcement, TensorMeta, read
 
 # A tensor of each layer of an 8B model's attention, in bfloat16.
@@ -108,5 +109,5 @@ class Receiver(RolloutActor):
 
     def __init__(self) -> None:
         self._pending_engine_call = None
-        self._fetched_weights = None
+        self._parts, self._hosts = EngineParts(None, []), []
         self._engine = Engine()
