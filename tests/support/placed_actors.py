@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class PlacedRank:
 class PlacedWorker:
     """Stands in for ``RolloutActor``."""
 
-    def __init__(self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None) -> None:
+    def __init__(
+        self, config: RunConfig, replica: int, queue: Any, cores: CoreShare | None, parts: Sequence[Any] = ()
+    ) -> None:
         self._cores = cores
 
     def where(self) -> Seen:

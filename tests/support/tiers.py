@@ -85,7 +85,7 @@ TIERS = {
     # Runs that are killed and started again wait for half of their time: with two files, a core was idle. It takes
     # long enough that each test is named as it ends (-vv takes -q back), not at the end alone where it failed.
     "test-all": Tier(
-        130 * 60,
+        140 * 60,
         (
             *LINT,
             tests("unit", *ALL_EXAMPLES, *UNIT),
