@@ -23,7 +23,7 @@ def for_hosts(files: Mapping[str, Any], hosts: Sequence[str]) -> dict[str, Any]:
 
 
 class FetchesWeights:
-    """The part of an actor that brings weights to its host, for every engine there, and serves them to other hosts."""
+    """Methods of an actor that fetches weights for the engines of its host, and serves them to other hosts."""
 
     _fetched: HostWeights | None = None
 

@@ -26,12 +26,7 @@ from tests.support.scripted_engine import Layout, Script
 from tests.support.scripted_replica import Digits, push
 
 N, TURNS = 8, 8
-SETTINGS: dict[str, dict[str, Any]] = {
-    "one": {"max_kv_use": None},
-    "unbounded": {"max_kv_use": None},
-    "two": {},
-    "forks": {},
-}
+UNBOUNDED = ("one", "unbounded")  # without a look at the KV cache
 ROWS = (("roomy", "one"), ("roomy", "two"), ("tight", "unbounded"), ("tight", "two"), ("tight", "forks"))
 WARM_UP = 0.5  # of the time: the rollouts that begin first do so all at once
 
@@ -46,7 +41,7 @@ class Shape:
     limited: bool
     """Whether a turn has to be ended by its limit; the scripted engine ends it by itself."""
     answer: int
-    """Of the tool."""
+    """What the tool answers."""
     room: int
     """For a rollout behind its prompt, more than it needs."""
     tokens: Callable[[np.random.Generator, int], list[int]]
@@ -196,7 +191,7 @@ def _config(shape: Shape, settings: str, base: dict[str, Any]) -> RunConfig:
         "max_num_seqs": shape.places,
         "max_response_tokens": shape.room,
         **({"max_trajectories": shape.places} if settings == "one" else {}),
-        **SETTINGS[settings],
+        **({"max_kv_use": None} if settings in UNBOUNDED else {}),
         "agent": {"function": f"{__name__}:agent"},
     }
     return validate({"data": {"train": "train.jsonl"}, **base, "rollout": rollout})

@@ -90,9 +90,9 @@ class Part:
     """What one host has of an engine that spans hosts (rollout.hosts_per_engine)."""
 
     number: int
-    """Of so many, from 0. The first has the engine itself, the others ranks that do what it says."""
+    """From 0, in the order of ranks. Part 0 has the engine core too, which calls the ranks of all parts."""
     address: str
-    """Of this host."""
+    """The address of this host."""
     meeting: tuple[str, int]
     """Host and port at which the ranks of all parts meet; the first rank listens there."""
 
