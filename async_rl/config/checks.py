@@ -69,7 +69,7 @@ def _check_engines(config: RunConfig) -> None:
             f"{rollout.replica_range.min} replicas; set rollout.replicas to at least {len(rollout.engines)}"
         )
     _check_quantization(config)
-    _check_hosts_per_engine(config)
+    _check_parallel_engines(config)
     if "sglang" not in rollout.engine_names:
         if rollout.sglang.python is not None:
             raise ValueError(
@@ -84,8 +84,20 @@ def _check_engines(config: RunConfig) -> None:
         )
 
 
-def _check_hosts_per_engine(config: RunConfig) -> None:
+def _check_parallel_engines(config: RunConfig) -> None:
     rollout = config.rollout
+    if (copies := rollout.data_parallel_size) > 1:
+        if rollout.engine_names != ("vllm",):
+            raise ValueError(
+                f"rollout.data_parallel_size is {copies}, but {rollout.engine_setting} has "
+                f"{', '.join(rollout.engine_names)}, of which only vllm has such engines; set it to 1, or have vllm "
+                "alone"
+            )
+        if rollout.hosts_per_engine > 1:
+            raise ValueError(
+                f"rollout.data_parallel_size is {copies}, but rollout.hosts_per_engine is {rollout.hosts_per_engine}; "
+                "an engine over several hosts has tensor parallelism alone: set one of them to 1"
+            )
     if (hosts := rollout.hosts_per_engine) == 1:
         return
     if rollout.tensor_parallel_size % hosts:

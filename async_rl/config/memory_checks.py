@@ -62,6 +62,7 @@ def _check_shared_gpu(config: RunConfig) -> None:
         ("trainer.parallel", max(sizes.dp, sizes.tp, sizes.cp, sizes.pp)),
         ("rollout.replicas", rollout.replicas),
         ("rollout.tensor_parallel_size", rollout.tensor_parallel_size),
+        ("rollout.data_parallel_size", rollout.data_parallel_size),
     ):
         if value != 1:
             raise ValueError(
@@ -97,6 +98,12 @@ def first_for_gpus(config: RunConfig) -> tuple[str, object, object] | None:
         ("trainer.optimizer.offload_fraction", optimizer.offload_fraction, 0.0),
         ("trainer.offload_activations", list(trainer.offload_activations), []),
         ("resources.share_gpu", config.resources.share_gpu, False),
+        # vLLM 0.30 ends in its kernel for experts on CPUs where some of them are on another rank.
+        (
+            "rollout.engine_args.enable_expert_parallel",
+            bool(config.rollout.engine_args.get("enable_expert_parallel", False)),
+            False,
+        ),
     ]
     if config.rollout.quantization not in (None, "fp8_per_channel"):
         found.append(("rollout.quantization", config.rollout.quantization, "fp8_per_channel"))

@@ -100,8 +100,8 @@ VLLM: Reasons = {
         kv_events_config kv_offloading_size kv_offloading_backend ec_transfer_config ec_manager_config
         decode_context_parallel_size prefill_context_parallel_size""",
     "expert ids must be those of the checkpoint": "enable_eplb eplb_config enable_elastic_ep expert_placement_strategy",
-    "an engine is one copy of the model, and rollout.replicas says how many there are": """data_parallel_size
-        data_parallel_rank data_parallel_start_rank data_parallel_size_local data_parallel_address
+    "rollout.data_parallel_size decides it": """data_parallel_size data_parallel_rank data_parallel_start_rank
+        data_parallel_size_local data_parallel_address
         data_parallel_rpc_port data_parallel_hybrid_lb data_parallel_external_lb data_parallel_multi_port_external_lb
         data_parallel_backend""",
     "rollout.hosts_per_engine decides it": """nnodes node_rank master_addr master_port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Annotated, Any, Literal
 
@@ -317,7 +318,13 @@ class RolloutSection(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of a GPU's memory that one engine takes."""
     tensor_parallel_size: Positive = 1
-    """GPUs per engine."""
+    """GPUs that share each layer of an engine."""
+    data_parallel_size: Annotated[int, Field(gt=0, le=8)] = 1
+    """Copies that an engine has of all but its experts, each on rollout.tensor_parallel_size GPUs of their own; the
+    experts are spread over all of them. A copy computes other sequences than the others, with its share of
+    rollout.max_num_seqs and a KV cache of its own. At most 8, as the canary has a sequence for each. For mixtures of
+    experts whose attention is not worth dividing further, as latent attention, of which every GPU of a tensor-parallel
+    engine caches the whole."""
     hosts_per_engine: Positive = 1
     """Hosts that each engine spans, with as many of its GPUs on each; for models that the GPUs of one host cannot
     hold. Their ranks then exchange activations over the network."""
@@ -353,6 +360,16 @@ class RolloutSection(Section):
         """The agents of the run by the sections of the settings that have them, for example rollout.agents.shell."""
         single = {AGENT: self.agent} if self.agent.given else {}
         return single | {agent_section(name): agent for name, agent in self.agents.items()}
+
+    @property
+    def engine_ranks(self) -> int:
+        """GPUs per engine."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def places_per_rank(self) -> int:
+        """Sequences that one data-parallel rank of an engine decodes at once."""
+        return math.ceil(self.max_num_seqs / self.data_parallel_size)
 
     @property
     def engine_names(self) -> tuple[str, ...]:

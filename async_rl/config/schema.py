@@ -181,7 +181,7 @@ class RunConfig(Section):
     def engine_gpus(self) -> float:
         """GPUs of each rollout engine on each of its hosts, in a run on GPUs."""
         rollout = self.rollout
-        return 0.5 if self.resources.share_gpu else rollout.tensor_parallel_size / rollout.hosts_per_engine
+        return 0.5 if self.resources.share_gpu else rollout.engine_ranks / rollout.hosts_per_engine
 
     @property
     def engine_share(self) -> float:

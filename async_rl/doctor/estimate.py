@@ -159,13 +159,16 @@ def _state_bytes(config: RunConfig, *, gpu: bool) -> int:
     return moments + (MASTER_BYTES // 2 if halves else MASTER_BYTES)
 
 
-def engine_weights(config: RunConfig, model: ModelConfig | None, parameters: Parameters, *, gpu: bool) -> int:
-    """Return the bytes of one engine's weights; on a CPU rollout.quantization is of linear layers alone."""
+def engine_weights(
+    config: RunConfig, model: ModelConfig | None, parameters: Parameters, *, gpu: bool
+) -> tuple[int, int]:
+    """Return the bytes of an engine's weights: of what each data-parallel rank has a copy of, and of the experts."""
     itemsize = BYTES[config.engine_dtype]
     if config.rollout.quantization is None or model is None:
-        return parameters.total * itemsize
-    kept = unquantized(model) + (0 if gpu else parameters.experts)
-    return kept * itemsize + parameters.total - kept
+        return parameters.dense * itemsize, parameters.experts * itemsize
+    kept = unquantized(model)
+    dense = kept * itemsize + parameters.dense - kept
+    return dense, parameters.experts * (1 if gpu else itemsize)  # on a CPU it is of linear layers alone
 
 
 def engine_memory(config: RunConfig, model: ModelConfig | None, parameters: Parameters) -> int:
@@ -175,8 +178,9 @@ def engine_memory(config: RunConfig, model: ModelConfig | None, parameters: Para
     # On CPU vLLM does not compile MoE models here (``rollout.engine.vllm.process``).
     compiled = not (config.rollout.enforce_eager or (model is not None and model.moe_layers))
     base = ENGINE_BYTES + (COMPILED_BYTES if compiled else 0)
-    weights = engine_weights(config, model, parameters, gpu=False) + head * BYTES[config.engine_dtype]
-    return base + config.rollout.kv_cache_bytes + weights
+    dense, experts = engine_weights(config, model, parameters, gpu=False)
+    copies = config.rollout.data_parallel_size * (dense + head * BYTES[config.engine_dtype])
+    return config.rollout.engine_ranks * base + config.rollout.kv_cache_bytes + copies + experts
 
 
 def run_memory(

@@ -104,14 +104,16 @@ def _kv_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
     """Check that a cache of keys and values whose size is set has room for one sequence of full length at least."""
     if not machine.sets_kv_cache(config) or not device_is_known(config):
         return
-    needed = kv_cache_minimum(config, model)
+    ranks = config.rollout.data_parallel_size
+    needed = ranks * kv_cache_minimum(config, model)
     if config.rollout.kv_cache_bytes < needed:
         length = config.data.max_prompt_tokens + config.longest_response
+        on_each = f" on {ranks} data-parallel ranks, any of which may get it" if ranks > 1 else ""
         yield Check(
             "rollout.kv_cache_bytes",
             "FAIL",
             f"{config.rollout.kv_cache_bytes} bytes, and one sequence of {length} tokens (data.max_prompt_tokens + "
-            f"the longest max_response_tokens) takes {needed}",
+            f"the longest max_response_tokens) takes {needed}{on_each}",
             f"set it to at least {needed}; for rollout.max_num_seqs such sequences at once, to as many times that",
             ConfigError,
         )
@@ -134,7 +136,7 @@ def _fp8_cache(config: RunConfig, model: ModelConfig) -> Iterator[Check]:
 
 
 def kv_cache_minimum(config: RunConfig, model: ModelConfig) -> int:
-    """Return the bytes per rank of an engine on CPU below which vLLM does not start.
+    """Return the bytes of each rank of an engine on CPU below which vLLM does not start.
 
     They are those of the blocks of one sequence of full length in every layer, and of one block that it never uses.
     """

@@ -84,7 +84,8 @@ def engine_memory(config: RunConfig, model: ModelConfig, gb: int) -> EngineMemor
     """Estimate what one GPU of ``gb`` GB has of an engine."""
     rollout, itemsize = config.rollout, BYTES[config.engine_dtype]
     parameters, split = parameters_of(model), rollout.tensor_parallel_size
-    weights = estimate.engine_weights(config, model, parameters, gpu=True) // split
+    dense, experts = estimate.engine_weights(config, model, parameters, gpu=True)
+    weights = dense // split + experts // rollout.engine_ranks
     update = parameters.experts // max(1, len(model.moe_layers)) * itemsize
     if config.sync.backend == "nccl":
         update += NCCL_BUFFERS
@@ -114,10 +115,9 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
     check_run(config, model)
     parameters = parameters_of(model)
     ranks, engines = world_size(config.trainer.parallel), config.rollout.replica_range.min
-    split = config.rollout.tensor_parallel_size
-    spans = f" over {hosts} hosts" if (hosts := config.rollout.hosts_per_engine) > 1 else ""
-    needed, present = ranks + engines * split, spec.hosts * spec.gpus
-    whose = f"needed are {needed}, {ranks} for the trainer and {engines} x {split} for engines"
+    size, hosts = config.rollout.engine_ranks, config.rollout.hosts_per_engine
+    needed, present = ranks + engines * size, spec.hosts * spec.gpus
+    whose = f"needed are {needed}, {ranks} for the trainer and {engines} x {size} for engines"
     if config.resources.share_gpu:
         needed, whose = 1, "needed is 1, which trainer and engine share"
     rank, engine = rank_memory(config, model), engine_memory(config, model, spec.gb)
@@ -129,18 +129,18 @@ def plan_memory(config: RunConfig, spec: ClusterSpec) -> tuple[str, bool]:
         *_table(f"trainer rank ({_layout(config)})", _rank_rows(config, rank)),
         f"  {'total':<56}{(rank.total + RANK_RESERVE) / GB:8.1f} of {rank_room(config, model, spec.gb) / GB:.4g}",
         "",
-        *_table(f"engine GPU (tensor_parallel_size {split}{spans})", _engine_rows(config, engine, spec)),
+        *_table(f"engine GPU ({_engine_layout(config)})", _engine_rows(config, engine, spec)),
     ]
     faults = []
     if needed > present:
         faults.append(f"{needed} GPUs are needed, and {spec} have {present}")
     if hosts > spec.hosts:
         faults.append(f"an engine over {hosts} hosts (rollout.hosts_per_engine), of which there are {spec.hosts}")
-    elif (each := split // hosts) > spec.gpus:
+    elif (each := size // hosts) > spec.gpus:
         where = "them on one host" if hosts == 1 else f"{each} on each of {hosts} hosts"
-        faults.append(
-            f"an engine of {split} GPUs needs {where}, and one has {spec.gpus}; raise rollout.hosts_per_engine"
-        )
+        copies = config.rollout.data_parallel_size > 1
+        change = "lower rollout.data_parallel_size" if copies else "raise rollout.hosts_per_engine"
+        faults.append(f"an engine of {size} GPUs needs {where}, and one has {spec.gpus}; {change}")
     if (fault := rank_fault(config, model, spec)) is not None:
         faults.append(fault)
     faults += engine_faults(config, engine, spec)
@@ -159,6 +159,13 @@ def rank_fault(config: RunConfig, model: ModelConfig, spec: ClusterSpec) -> str 
 def _layout(config: RunConfig) -> str:
     sizes = config.trainer.parallel
     return " ".join(f"{name}{getattr(sizes, name)}" for name in ("dp", "tp", "ep", "etp", "pp", "cp"))
+
+
+def _engine_layout(config: RunConfig) -> str:
+    rollout = config.rollout
+    copies = f", data_parallel_size {rollout.data_parallel_size}" * (rollout.data_parallel_size > 1)
+    spans = f" over {rollout.hosts_per_engine} hosts" * (rollout.hosts_per_engine > 1)
+    return f"tensor_parallel_size {rollout.tensor_parallel_size}{copies}{spans}"
 
 
 def _rank_rows(config: RunConfig, rank: TrainerMemory) -> Iterator[tuple[str, int]]:

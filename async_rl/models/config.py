@@ -172,6 +172,11 @@ def check_run(config: RunConfig, model: ModelConfig) -> None:
             f"({model.architecture}) has no MoE layer, and so no routed experts to "
             "replay; set trainer.router_replay to off"
         )
+    if config.rollout.data_parallel_size > 1 and model.routing_spec is None:
+        raise ModelError(
+            f"rollout.data_parallel_size is {config.rollout.data_parallel_size}, but {config.model.path} "
+            f"({model.architecture}) has no experts to spread; set it to 1, and rollout.replicas to more engines"
+        )
     stops = {"rollout": config.rollout.stop_token_ids}
     stops |= {f"data.sources.{name}": source.stop_token_ids for name, source in config.data.sources.items()}
     stops |= {f"eval.sets.{name}": each.stop_token_ids for name, each in config.eval.sets.items()}

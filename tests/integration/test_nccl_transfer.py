@@ -258,9 +258,10 @@ def test_after_the_death_of_a_replica_the_others_are_connected_without_it(connec
     assert received(replicas[0]) == [all_are(1.0)]
 
 
-def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects():
+@pytest.mark.parametrize("kind", ["tensor_parallel_size", "data_parallel_size"])
+def test_a_run_counts_the_ranks_of_the_replicas_that_it_connects(kind):
     """Two of the three that the settings name, then the last one alone, which is the first there."""
-    config = settings(rollout={"replicas": 3, "tensor_parallel_size": 2})
+    config = settings(rollout={"replicas": 3, kind: 2})
     replicas, source = [Replica(ranks=2) for _ in range(3)], Source()
     trainer = sender.WeightSender(config, 0, source=source, host=lambda: "127.0.0.1")
     handles = [Handle(replica) for replica in replicas]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import copy
 from unittest import mock
 
@@ -145,14 +146,14 @@ def vllm_config(recipe):
     return vllm_process.engine_args(config, 0, model).create_engine_config()
 
 
-def record(logger, processor, iterations):
-    """As AsyncLLM's output handler does."""
+def record(logger, processor, iterations, ranks=1):
+    """As AsyncLLM's output handler does, with the data-parallel ranks in turns."""
     from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
-    for now, outputs, iteration in processed(processor, iterations):
+    for number, (now, outputs, iteration) in enumerate(processed(processor, iterations)):
         cache = PrefixCacheStats(queries=len(outputs), hits=len(outputs) // 2)
         scheduler = SchedulerStats(num_running_reqs=len(outputs), kv_cache_usage=now / 1000, prefix_cache_stats=cache)
-        logger.record(scheduler, iteration if outputs else None)
+        logger.record(scheduler, iteration if outputs else None, engine_idx=number % ranks)
 
 
 def served():
@@ -181,3 +182,31 @@ async def test_a_scrape_finds_what_vllm_would_serve(iterations, vllm_config):
     counts = {name: value for (name, *_), value in expected.items() if name.endswith("_count")}
     assert len(counts) > 15
     assert all(counts.values())
+
+
+async def test_what_schedulers_say_is_of_their_data_parallel_rank_and_all_else_of_all(iterations, vllm_config):
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    from async_rl.rollout.engine.vllm.stats import RECORDED_AFTER_S, BatchedStatLogger
+
+    record(PrometheusStatLogger(vllm_config, [0, 1]), processor_with_requests(), iterations, ranks=2)
+    expected = served()
+    batched, processor = BatchedStatLogger(vllm_config, [0, 1]), processor_with_requests()
+    batched.counter.count_for(processor)
+    record(batched, processor, iterations, ranks=2)
+    assert batched.last[0].kv_cache_usage != batched.last[1].kv_cache_usage
+    await asyncio.sleep(RECORDED_AFTER_S + 0.5)
+    found = served()
+    of_schedulers = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries_total")
+    by_rank = {key: value for key, value in expected.items() if key[0] in of_schedulers}
+    assert len(by_rank) == 2 * len(of_schedulers)
+    assert {key: found[key] for key in by_rank} == pytest.approx(by_rank)
+    assert of_all(found) == pytest.approx(of_all(expected))
+
+
+def of_all(samples):
+    """The sums over ranks."""
+    sums = collections.Counter()
+    for (name, *labels), value in samples.items():
+        sums[name, *(label for label in labels if label[0] != "engine")] += value
+    return sums

@@ -238,6 +238,19 @@ def test_run_name_cannot_leave_its_folder(name):
             ["rollout.hosts_per_engine is 2", "sync.backend is shm", "set it to auto"],
         ),
         (
+            {"rollout": {"engines": ["vllm", "sglang"], "replicas": 2, "data_parallel_size": 2}},
+            ["rollout.data_parallel_size is 2", "rollout.engines has vllm, sglang", "only vllm"],
+        ),
+        (
+            {"rollout": {"tensor_parallel_size": 2, "data_parallel_size": 2, "hosts_per_engine": 2}},
+            ["rollout.data_parallel_size is 2", "rollout.hosts_per_engine is 2", "set one of them to 1"],
+        ),
+        ({"rollout": {"data_parallel_size": 9}}, ["rollout.data_parallel_size", "less than or equal to 8"]),
+        (
+            {"rollout": {"engine_args": {"enable_expert_parallel": True}}, "resources": {"device": "cpu"}},
+            ["rollout.engine_args.enable_expert_parallel is True, which works on GPUs alone"],
+        ),
+        (
             {"rollout": {"sglang": {"python": "/venv/bin/python"}}},
             ["rollout.sglang.python is /venv/bin/python", "the engine is vllm"],
         ),

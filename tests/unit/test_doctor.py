@@ -303,11 +303,13 @@ def test_runs_folder_that_cannot_be_written(machine, inputs):
     assert the(doctor.checks(config(inputs, runs=str(inputs / "file" / "runs"))), "runs").status == "FAIL"
 
 
-def test_a_cache_that_cannot_hold_one_sequence(machine, inputs):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_that_cannot_hold_one_sequence(machine, inputs, ranks):
     # 104 tokens are one block of 128, and one more is reserved: x 2 layers x (key + value of one head of 16) x 4 bytes.
-    needed = 2 * 128 * 2 * (2 * 1 * 16) * 4
+    needed = ranks * 2 * 128 * 2 * (2 * 1 * 16) * 4
     for size, status in ((4096, "FAIL"), (needed - 1, "FAIL"), (needed, None)):
-        found = [c for c in doctor.checks(config(inputs, rollout={"kv_cache_bytes": size})) if "kv_cache" in c.name]
+        settings = config(inputs, rollout={"kv_cache_bytes": size, "data_parallel_size": ranks})
+        found = [c for c in doctor.checks(settings) if "kv_cache" in c.name]
         assert [check.status for check in found] == ([] if status is None else [status])
         assert all(f"takes {needed}" in check.detail for check in found)
 

@@ -69,6 +69,20 @@ def test_an_engine_by_hand(tmp_path):
     assert engine.kv_cache == int(0.85 * 80e9) - engine.weights - 3 * GB
 
 
+def test_a_data_parallel_engine_by_hand(tmp_path):
+    config = settings(tmp_path, data_parallel_size=4)
+    model = read_model_config(tmp_path / "model")
+    engine = engine_memory(config, model, 80)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert engine.weights == (30_532_122_624 - experts) * 2 // 2 + experts * 2 // 8
+    assert engine.kv_token == 48 * 2 * 2 * 128 * 2  # of a rank: two of the four heads
+    text, _ = plan_memory(config, ClusterSpec(1, 80, "H100", 80))
+    assert "4 x 8 for engines" in text
+    assert "engine GPU (tensor_parallel_size 2, data_parallel_size 4)" in text
+    text, _ = plan_memory(config, ClusterSpec(20, 4, "H100", 80))
+    assert "an engine of 8 GPUs needs them on one host, and one has 4; lower rollout.data_parallel_size" in text
+
+
 def test_an_engine_in_fp8_by_hand(tmp_path):
     config = settings(tmp_path, quantization="fp8_per_block", kv_cache_dtype="fp8")
     engine = engine_memory(config, read_model_config(tmp_path / "model"), 80)

@@ -68,6 +68,7 @@ def test_settings_for_memory_that_work(changes):
         ({"rollout": {"replicas": 2}}, "rollout.replicas is 2"),
         ({"rollout": {"replicas": {"min": 1, "max": 1}}}, "rollout.replicas is min=1 max=1"),
         ({"rollout": {"tensor_parallel_size": 2}}, "rollout.tensor_parallel_size is 2"),
+        ({"rollout": {"data_parallel_size": 2}}, "rollout.data_parallel_size is 2"),
         ({"rollout": {"engine": "sglang"}}, "rollout.engine has sglang"),
         ({"sync": {"backend": "nccl"}}, "sync.backend is nccl, which takes no two processes on one GPU"),
         ({"resources": {"share_gpu": True, "device": "cpu"}}, "share_gpu is True, which works on GPUs alone"),

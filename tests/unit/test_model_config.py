@@ -334,6 +334,9 @@ def test_experts_cannot_be_spread_where_there_are_none(tmp_path):
     path = folder(tmp_path / "model", base=DENSE)
     with pytest.raises(ModelError, match=r"trainer\.parallel\.ep is 2 .* has no experts"):
         check_run(run_config(path, parallel={"dp": 2, "ep": 2}, router_replay="off"), read_model_config(path))
+    tree = {"model": {"path": str(path)}, "data": {"train": "x"}, "trainer": {"router_replay": "off"}}
+    with pytest.raises(ModelError, match=r"rollout\.data_parallel_size is 2, .* has no experts .* set it to 1"):
+        check_run(validate(tree | {"rollout": {"data_parallel_size": 2}}), read_model_config(path))
 
 
 def test_latent_attention_has_no_key_value_heads_to_divide(tmp_path):

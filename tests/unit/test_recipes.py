@@ -105,6 +105,19 @@ def test_the_page_has_the_figures_of_engines_in_fp8(tmp_path, kind, cache):
         assert (row in PAGE) == (gpus == 8 or cache is not None)
 
 
+def test_the_page_has_the_figures_of_data_parallel_engines(tmp_path):
+    rows = re.findall(r"^\| (\S+) \| (\d) \| (\d) \| (\d) \| ([\d.]+) \| ([\d,]+) \| ([\d,]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 6
+    for name, tensor, data, *figures in rows:
+        (recipe,) = (key for key in RECIPES if name.lower().replace("-", "_") == key)
+        model = write_config(tmp_path / f"{recipe}_{tensor}", RECIPES[recipe][0])
+        sizes = {"rollout.tensor_parallel_size": int(tensor), "rollout.data_parallel_size": int(data)}
+        config = load([CONFIGS / f"{recipe}.yaml"], {"model.path": str(model)} | sizes)
+        engine = engine_memory(config, read_model_config(model), 80)
+        tokens = engine.tokens, int(data) * engine.tokens
+        assert figures == [f"{config.engine_gpus:.0f}", f"{engine.weights / GB:.1f}", *(f"{each:,}" for each in tokens)]
+
+
 @pytest.mark.parametrize("name", BILLIONS)
 def test_the_shapes_have_as_many_parameters_as_published(tmp_path, name):
     from async_rl.doctor.parameters import parameters_of

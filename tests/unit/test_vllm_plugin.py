@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from async_rl.config.loading import validate
-from async_rl.rollout.engine.vllm.process import ENVIRONMENT, why_not_started
+from async_rl.rollout.engine.vllm.process import ENVIRONMENT, kill_engine_processes, why_not_started
 from async_rl.runtime import logs
 
 # argv: when to ask the kernel (before or after the parent is killed), and a folder for signs of life.
@@ -82,7 +82,12 @@ def engine_core() -> None:
     """
     from async_rl.weights.vllm.plugin import register
 
-    for name in ("vllm", "vllm.distributed.weight_transfer.factory", "vllm.v1.core.sched.scheduler"):
+    for name in (
+        "vllm",
+        "vllm.distributed.device_communicators.cpu_communicator",
+        "vllm.distributed.weight_transfer.factory",
+        "vllm.v1.core.sched.scheduler",
+    ):
         sys.modules[name] = mock.MagicMock(__version__="0")
     register()
     try:
@@ -109,3 +114,20 @@ def test_why_an_engine_does_not_start_is_in_the_message_and_in_the_runs_logs(tmp
     assert why == f"ValueError: 48 GiB KV cache is needed (log: {path})"
     assert "EngineCore failed to start." in path.read_text()
     assert why_not_started(config, "rollout-0", ValueError("no such model"), before) == "no such model"
+
+
+def test_the_processes_of_an_engine_are_killed_and_no_others():
+    spawn = multiprocessing.get_context("spawn")
+    names = ["EngineCore_DP1", "VllmWorker-0", "environment"]
+    children = [spawn.Process(target=time.sleep, args=(60,), name=name) for name in names]
+    for child in children:
+        child.start()
+    try:
+        kill_engine_processes()
+        for child in children[:2]:
+            child.join(30)
+        assert [child.exitcode for child in children] == [-signal.SIGKILL, -signal.SIGKILL, None]
+    finally:
+        for child in children:
+            child.kill()
+            child.join()

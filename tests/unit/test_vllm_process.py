@@ -56,7 +56,7 @@ def test_on_a_cpu_an_engine_that_does_not_compile_its_model_compiles_nothing(mon
     monkeypatch.setattr("os.environ", dict(os.environ))
     config = SimpleNamespace(
         resources=SimpleNamespace(device="cpu", engine_threads=1),
-        rollout=SimpleNamespace(tensor_parallel_size=1, enforce_eager=enforced),
+        rollout=SimpleNamespace(engine_ranks=1, enforce_eager=enforced),
     )
     prepare(config, model)
     assert ("TORCHDYNAMO_DISABLE" not in os.environ) == compiles
@@ -75,11 +75,36 @@ def _stub_of_vllm(monkeypatch):
 
 
 @pytest.mark.usefixtures("_stub_of_vllm")
-@pytest.mark.parametrize(("gpus", "executor"), [(1, None), (2, "mp")])
-def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(gpus, executor):
-    rollout = {"tensor_parallel_size": gpus}
-    config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout})
+@pytest.mark.parametrize(
+    ("sizes", "executor"),
+    [({}, None), ({"tensor_parallel_size": 2}, "mp"), ({"data_parallel_size": 2}, "mp")],
+)
+def test_the_processes_of_an_engine_are_its_children_also_in_a_placement_group(sizes, executor):
+    config = validate({"model": {"path": "m"}, "data": {"train": "t"}, "rollout": sizes})
     assert engine_args(config, 0, DENSE)["distributed_executor_backend"] == executor
+
+
+@pytest.mark.usefixtures("_stub_of_vllm")
+def test_data_parallel_ranks_divide_places_and_cache_and_have_seeds_of_their_own():
+    rollout = {"data_parallel_size": 4, "max_num_seqs": 10, "kv_cache_bytes": 2**20, "tensor_parallel_size": 2}
+    resources = {"device": "cpu"}
+    config = validate(
+        {"model": {"path": "m"}, "data": {"train": "t"}, "rollout": rollout, "resources": resources, "seed": 100}
+    )
+    first, second = (engine_args(config, replica, MOE) for replica in range(2))
+    assert (first["data_parallel_size"], first["tensor_parallel_size"]) == (4, 2)
+    assert (first["max_num_seqs"], first["kv_cache_memory_bytes"]) == (3, 2**18)
+    assert (first["seed"], second["seed"]) == (100, 104)  # each rank adds its number
+    assert config.engine_gpus == 8
+
+
+def test_vllm_binds_no_data_parallel_ranks_to_numa_nodes(monkeypatch):
+    """It numbers the GPUs of each from 0, and would bind all of them to the node of the first."""
+    monkeypatch.setattr(process, "near_gpus", lambda _: SimpleNamespace(nodes=[0, 1]))
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/numactl")
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}}
+    assert process._gpu_nodes(validate(tree)) == [0, 1]
+    assert process._gpu_nodes(validate(tree | {"rollout": {"data_parallel_size": 2}})) is None
 
 
 @pytest.mark.usefixtures("_stub_of_vllm")
@@ -146,10 +171,16 @@ def test_weights_in_fp8_are_converted_as_they_are_loaded(device, layers):
 
 def test_what_the_engine_has_to_do_is_what_its_scheduler_said_last():
     cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
-    llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), logger_manager=None)
+    parallel = SimpleNamespace(data_parallel_size=1)
+    llm = SimpleNamespace(
+        vllm_config=SimpleNamespace(cache_config=cache, parallel_config=parallel), logger_manager=None
+    )
     assert process.load(llm) == EngineLoad(kv_tokens=1600), "with metrics.engine off"
-    logger = SimpleNamespace(last=None)
+    logger = SimpleNamespace(last={})
     llm.logger_manager = SimpleNamespace(stat_loggers=[logger])
     assert process.load(llm) == EngineLoad(kv_tokens=1600), "before the first step"
-    logger.last = SimpleNamespace(num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.75)
+    logger.last = {0: SimpleNamespace(num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.75)}
     assert process.load(llm) == EngineLoad(waiting=3, kv_use=0.75, kv_tokens=1600)
+    logger.last[1] = SimpleNamespace(num_waiting_reqs=1, num_skipped_waiting_reqs=0, kv_cache_usage=0.25)
+    llm.vllm_config.parallel_config.data_parallel_size = 2
+    assert process.load(llm) == EngineLoad(waiting=4, kv_use=0.5, kv_tokens=1600), "the blocks are those of both"

@@ -11,6 +11,17 @@ from async_rl.weights.vllm.fingerprint import FingerprintExtension
 class WorkerExtension(FingerprintExtension):
     """Methods for ``AsyncLLM.collective_rpc``. Their names must differ from those of vLLM's worker class."""
 
+    def seed_by_rank(self) -> None:
+        """Give each data-parallel rank a stream of random numbers of its own; vLLM 0.30 gives all of them the same.
+
+        Ranks that sample the same prompts would then sample the same responses.
+        """
+        from vllm.utils.torch_utils import set_random_seed
+
+        worker: Any = self
+        config = worker.vllm_config
+        set_random_seed(config.model_config.seed + config.parallel_config.data_parallel_rank)
+
     def receive_weight_update(self, update_info: dict[str, Any], *, first: bool) -> None:
         """Receive weights, as ``update_weights`` does; ``first`` begins the update in the same call."""
         worker: Any = self

@@ -1,7 +1,7 @@
 """The plugin that vLLM loads in each of its processes: registers the transfer backends, ends engines with their parent.
 
-In engine processes it also installs ``scheduler_leak``. The entry point is declared in pyproject.toml under
-``vllm.general_plugins``. Knows vLLM's two factories, and the classes by name.
+In engine processes it also installs ``scheduler_leak``, ``cpu_exchange`` and ``listening``. The entry point is declared
+in pyproject.toml under ``vllm.general_plugins``. Knows vLLM's two factories, and the classes by name.
 """
 
 from __future__ import annotations
@@ -46,10 +46,15 @@ def register() -> None:
         if BACKENDS[backend] not in factory._registry:
             factory.register_engine(BACKENDS[backend], f"async_rl.weights.vllm.{module}", class_name)
     if (name := multiprocessing.current_process().name).startswith(ENGINE_PROCESSES):
+        from async_rl.weights.vllm.cpu_exchange import exchange_on_cpus
+        from async_rl.weights.vllm.listening import listen_at_own_address
+
         log_libraries(name)
         die_with_parent()
         _mark_shared_memory()
         _allow_amx()
+        listen_at_own_address()
+        exchange_on_cpus()
         forget_freed_requests()
 
 

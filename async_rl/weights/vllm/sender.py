@@ -244,7 +244,7 @@ class WeightSender:
             return SyncClient(rollout_workers, self._limit_s)
         if self._config.sync_backend == "object_store":
             return HostsSyncClient(rollout_workers, self._limit_s)
-        ranks = self._config.rollout.tensor_parallel_size
+        ranks = self._config.rollout.engine_ranks
         return NcclSyncClient(rollout_workers, self._limit_s, ranks=ranks)
 
     def _init_info(self, replicas: int) -> TrainerInitInfo:
@@ -261,7 +261,7 @@ class WeightSender:
             listening=listening,
             others=_other_senders(host, listening, tables),
             # The sender, and every GPU of every replica that is connected.
-            world_size=1 + replicas * self._config.rollout.tensor_parallel_size,
+            world_size=1 + replicas * self._config.rollout.engine_ranks,
             rank=self._rank,
             timeout_s=self._limit_s,
             torch_backend="nccl" if self._config.rollout.engine_names == ("sglang",) else None,

@@ -35,6 +35,7 @@ from async_rl.rollout.aside import aside
 from async_rl.rollout.engine.base import BuiltInEngine
 from async_rl.rollout.engine.interface import CallEnd, EngineLoad, EngineOutput, Part, PauseMode, Sampling, Score
 from async_rl.rollout.engine.vllm import process as vllm_process
+from async_rl.rollout.engine.vllm.ranks import Ranks
 from async_rl.rollout.engine.vllm.stopping import StoppingDetokenizer
 from async_rl.rollout.routing_policies import moe_columns
 from async_rl.rollout.stats import worker_id
@@ -94,6 +95,8 @@ class VllmEngine(BuiltInEngine):
         self._llm: AsyncLLM | None = None
         self._calls: dict[str, _Call] = {}
         self._ended_tokens = 0  # sampled by calls that have ended
+        rollout = config.rollout
+        self._ranks = Ranks(rollout.data_parallel_size, spread=max(1, rollout.places_per_rank // 2))
         self._part: Part | None = None
         self._lost: str | None = None  # why another part has ended
 
@@ -111,7 +114,7 @@ class VllmEngine(BuiltInEngine):
     def lose_part(self, why: str) -> None:
         # Its ranks would wait for those of the other part, on GPUs for as long as the collective's own limit.
         self._lost = self._lost or why
-        vllm_process.kill_engine_core()
+        vllm_process.kill_engine_processes()
 
     async def start(self) -> None:
         vllm_process.prepare(self._config, self._model, self._part)
@@ -120,6 +123,10 @@ class VllmEngine(BuiltInEngine):
         from vllm.utils.gc_utils import freeze_gc_heap
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if (ranks := self._config.rollout.data_parallel_size) > 1:
+            from async_rl.weights.vllm.children import prepare_children
+
+            prepare_children()
         role = worker_id(self._replica)
         logs.lend_to_children(self._config.run_dir, role)
         before = logs.children_logs(self._config.run_dir, role)
@@ -140,6 +147,8 @@ class VllmEngine(BuiltInEngine):
             why = self._lost or vllm_process.why_not_started(self._config, role, error, before)
             raise EngineError(f"replica {self._replica}: the vLLM engine did not start: {why}") from error
         vllm_process.check_layout(self._llm.model_config.hf_text_config, self._model)
+        if ranks > 1:
+            await self._engine.collective_rpc("seed_by_rank")
         self._running.set()
         await self._warm_up()
         # What is loaded by now stays. Full collections looked through all of it, on the loop that hands out tokens.
@@ -148,11 +157,12 @@ class VllmEngine(BuiltInEngine):
 
     async def _warm_up(self) -> None:
         """Make the first call of each kind: if vLLM compiles its sampler, that call takes seconds."""
-        prompt = np.zeros(2, dtype=np.int32)
+        prompt, ranks = np.zeros(2, dtype=np.int32), self._config.rollout.data_parallel_size
         for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.9), Sampling(1.0, 1.0, greedy=True)):
             for calls in (1, 3):  # compiled for one row, then for any number
+                calls *= ranks
                 await asyncio.gather(*(self.generate(f"warm-up/{i}", prompt, sampling, 2) for i in range(calls)))
-        await self.score([prompt])
+        await self.score([prompt] * ranks)
 
     async def shutdown(self) -> None:
         llm, self._llm = self._llm, None
@@ -205,8 +215,8 @@ class VllmEngine(BuiltInEngine):
         failures = 0
         while True:
             await self._running.wait()
-            with self._errors(request_id):
-                call, output = await self._run(request_id, token_ids, params, sampling)
+            with self._errors(request_id), self._ranks.one_for(request_id) as rank:
+                call, output = await self._run(request_id, token_ids, params, sampling, rank)
             completion = output.outputs[0]
             if completion.finish_reason == "error":
                 failures += 1
@@ -247,9 +257,11 @@ class VllmEngine(BuiltInEngine):
             raise EngineError(f"replica {self._replica}: {request_id}: the engine failed the call {failures} times")
         await asyncio.sleep(_BACKOFF_S * 2**failures)
 
-    async def _run(self, request_id: str, token_ids: Int32Array, params: Any, sampling: Sampling) -> tuple[_Call, Any]:
+    async def _run(
+        self, request_id: str, token_ids: Int32Array, params: Any, sampling: Sampling, rank: int
+    ) -> tuple[_Call, Any]:
         """Submit one request and wait for its final output; ``_calls`` has the call meanwhile."""
-        call, collector = await self._submit(request_id, token_ids, params)
+        call, collector = await self._submit(request_id, token_ids, params, rank)
         if self._decode is not None and sampling.stop:
             # Nothing was suspended since the request was submitted, so that no output can be here yet.
             state = self._engine.output_processor.request_states[call.internal_id]
@@ -261,14 +273,17 @@ class VllmEngine(BuiltInEngine):
         assert self._decode is not None
         return StopStrings(strings, self._decode)
 
-    async def _submit(self, request_id: str, token_ids: Int32Array, params: Any) -> tuple[_Call, Any]:
-        """Submit one request. Returns its call, which ``_calls`` has from now on, and the collector of its output."""
+    async def _submit(self, request_id: str, token_ids: Int32Array, params: Any, rank: int) -> tuple[_Call, Any]:
+        """Submit one request to a data-parallel rank.
+
+        Returns its call, which ``_calls`` has from now on, and the collector of its output.
+        """
         from vllm.inputs.engine import tokens_input
 
         # A rendered input is submitted without a suspension (the socket has no limit to block at), so no pause comes
         # between the gate in ``generate`` and the scheduler's channel, nor between that and the record.
         prompt = tokens_input(token_ids.tolist(), cache_salt=f"v{self._version}")
-        collector = await self._engine.add_request(request_id, prompt, params)
+        collector = await self._engine.add_request(request_id, prompt, params, data_parallel_rank=rank)
         call = self._calls[collector.request_id] = _Call(collector.request_id)
         return call, collector
 
@@ -306,7 +321,9 @@ class VllmEngine(BuiltInEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         with self._errors("score"):
-            submitted = [await self._submit(f"score/{i}", s, params) for i, s in enumerate(sequences)]
+            # In turns to the data-parallel ranks, each of which has weights of its own.
+            ranks = self._config.rollout.data_parallel_size
+            submitted = [await self._submit(f"score/{i}", s, params, i % ranks) for i, s in enumerate(sequences)]
             answers = asyncio.gather(*(self._answer(*each) for each in submitted))
             try:
                 if begin is not None:
@@ -332,9 +349,21 @@ class VllmEngine(BuiltInEngine):
             try:
                 await self.score(sequences)
             finally:
-                # Of the first tensor-parallel rank: the stream is the same on all.
-                seen, *_ = await self._engine.collective_rpc("end_fingerprints")
+                seen = await self._end_fingerprints()
         return [None if rows is None else np.asarray(rows, dtype=np.float32)[:, :-1] for rows in seen]
+
+    async def _end_fingerprints(self) -> list[Any]:
+        """Return each sequence's fingerprints from the data-parallel rank that scored it; see ``_scores``."""
+        core = self._engine.engine_core
+        # ``collective_rpc`` would return those of the first rank.
+        by_rank = await asyncio.gather(
+            *(
+                core._call_utility_async("collective_rpc", "end_fingerprints", None, (), None, engine=engine)
+                for engine in core.core_engines
+            )
+        )
+        # Of the first tensor-parallel rank each: the stream is the same on all.
+        return [by_rank[i % len(by_rank)][0][i] for i in range(len(by_rank[0][0]))]
 
     def _columns(self, routed: Any, rows: int | None = None) -> ExpertIds | None:
         if self.routing_spec is None:

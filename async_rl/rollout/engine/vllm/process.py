@@ -21,6 +21,7 @@ from async_rl.rollout.engine.interface import EngineLoad, Part
 from async_rl.runtime import logs
 from async_rl.runtime.interfaces import use_interface
 from async_rl.runtime.numa import near_gpus
+from async_rl.weights.vllm.plugin import ENGINE_PROCESSES
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, model: ModelConfig, part: Part | None = None) -> 
     os.environ["OMP_NUM_THREADS"] = threads
     # Placement is the affinity that the engine core inherits; vLLM's own binding would choose cores by itself.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if config.rollout.tensor_parallel_size == 1:
+    if config.rollout.engine_ranks == 1:
         # Lets the model run inside the engine core (AsyncLLM has a process for that all the same) instead of in a
         # third process, which costs a hop over shared memory each step.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -94,10 +95,13 @@ def why_not_started(config: RunConfig, role: str, error: Exception, since: Mappi
     return f"{cause} (log: {path})"
 
 
-def kill_engine_core() -> None:
-    """Kill the engine core that was started from this process, if one runs: vLLM then says that its engine has died."""
+def kill_engine_processes() -> None:
+    """Kill the engine cores, or ranks, that were started from this process: vLLM then says that its engine has died.
+
+    A rank may wait for one of another host that has ended, and does not hear anything else.
+    """
     for child in multiprocessing.active_children():
-        if child.name.startswith("EngineCore"):
+        if child.name.startswith(ENGINE_PROCESSES):
             child.kill()
 
 
@@ -110,11 +114,13 @@ def _eager(config: RunConfig, model: ModelConfig) -> bool:
 def _gpu_nodes(config: RunConfig) -> list[int] | None:
     """Return the NUMA node of each of the engine's GPUs, for vLLM to bind each of its processes and their memory.
 
-    None where that is unknown, and without the program numactl, by which vLLM does it: its processes then inherit the
-    cores near all of the engine's GPUs.
+    None where that is unknown, with data-parallel ranks, and without the program numactl, by which vLLM does it: its
+    processes then inherit the cores near all of the engine's GPUs.
     """
     near = near_gpus(config.resources)
-    return None if near is None or shutil.which("numactl") is None else list(near.nodes)
+    if near is None or shutil.which("numactl") is None or config.rollout.data_parallel_size > 1:
+        return None  # vLLM 0.30 numbers the GPUs of each data-parallel rank from 0
+    return list(near.nodes)
 
 
 def _quantization(config: RunConfig) -> dict[str, Any]:
@@ -141,24 +147,27 @@ def engine_args(config: RunConfig, replica: int, model: ModelConfig, part: Part 
 
     if not vllm.__version__.startswith(VLLM_VERSION):
         raise EngineError(f"vLLM {vllm.__version__} is installed, and this package was written for {VLLM_VERSION}x")
-    cpu, nodes = on_cpu(config), _gpu_nodes(config)
+    nodes = _gpu_nodes(config)
+    sets_cache, cache = on_cpu(config) or config.resources.share_gpu, config.rollout.kv_cache_bytes
     arguments: dict[str, Any] = {
         "model": str(config.model.path),
         "dtype": config.engine_dtype,
         **_quantization(config),
         "kv_cache_dtype": config.rollout.kv_cache_dtype or "auto",
         "trust_remote_code": config.model.trust_remote_code,
-        # One stream of random numbers per replica. Requests carry no seed: a resumed one must not replay its stream.
-        "seed": config.seed + replica,
+        # One stream of random numbers per replica and data-parallel rank (``WorkerExtension.seed_by_rank``). Requests
+        # carry no seed: a resumed one must not replay its stream.
+        "seed": config.seed + replica * config.rollout.data_parallel_size,
         "max_model_len": config.data.max_prompt_tokens + config.longest_response,
-        "max_num_seqs": config.rollout.max_num_seqs,
+        "max_num_seqs": config.rollout.places_per_rank,
         "max_num_batched_tokens": config.rollout.max_num_batched_tokens,
         "tensor_parallel_size": config.rollout.tensor_parallel_size,
         # In a Ray actor that is in a placement group vLLM would choose Ray, and spread one engine over actors.
-        "distributed_executor_backend": "mp" if config.rollout.tensor_parallel_size > 1 else None,
+        "distributed_executor_backend": "mp" if config.rollout.engine_ranks > 1 else None,
+        "data_parallel_size": config.rollout.data_parallel_size,
         **({} if part is None else _among(config, part)),
         # What vLLM would measure on a shared GPU is also what the trainer takes meanwhile.
-        "kv_cache_memory_bytes": config.rollout.kv_cache_bytes if cpu or config.resources.share_gpu else None,
+        "kv_cache_memory_bytes": cache // config.rollout.data_parallel_size if sets_cache else None,
         "gpu_memory_utilization": config.rollout.gpu_memory_utilization,
         "numa_bind": nodes is not None,
         "numa_bind_nodes": nodes,
@@ -201,10 +210,10 @@ def load(llm: AsyncLLM) -> EngineLoad:
     """Return what vLLM's engine has to do, by what its scheduler said after its last step."""
     cache = llm.vllm_config.cache_config
     logger = llm.logger_manager.stat_loggers[0] if llm.logger_manager is not None else None
-    stats = getattr(logger, "last", None)
+    ranks = getattr(logger, "last", {}).values()
     return EngineLoad(
-        waiting=0 if stats is None else stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
-        kv_use=0.0 if stats is None else stats.kv_cache_usage,
+        waiting=sum(stats.num_waiting_reqs + stats.num_skipped_waiting_reqs for stats in ranks),
+        kv_use=sum(stats.kv_cache_usage for stats in ranks) / llm.vllm_config.parallel_config.data_parallel_size,
         kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
     )
 

@@ -129,23 +129,24 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
         super().__init__(vllm_config, engine_indexes)
-        (self._engine,) = self.engine_indexes  # one scheduler: a replica is an engine of its own
+        # What is counted of iterations and requests, of all data-parallel ranks together, is shown as the first one's.
+        self._engine = self.engine_indexes[0]
         self.counter = IterationCounter()
-        self._schedulers: list[Any] = []  # of each iteration that waits, its statistics
-        self.last: Any = None
-        """The SchedulerStats of the last iteration."""
+        self._schedulers: dict[int, list[Any]] = {}  # by rank, of each iteration that waits its statistics
+        self.last: dict[int, Any] = {}
+        """The SchedulerStats of the last iteration, by data-parallel rank."""
         self._tokens = [0]  # counted by the end of each
         self._timer: asyncio.TimerHandle | None = None
         # Observed here for each iteration: of those that are added up, vLLM would observe the sum.
         self._iteration_tokens: Any = self.histogram_iteration_tokens[self._engine]
-        self.histogram_iteration_tokens: dict[int, Any] = {self._engine: _Nowhere()}
+        self.histogram_iteration_tokens: dict[int, Any] = dict.fromkeys(self.engine_indexes, _Nowhere())
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         if scheduler_stats is not None:
-            self._schedulers.append(scheduler_stats)
-            self.last = scheduler_stats
+            self._schedulers.setdefault(engine_idx, []).append(scheduler_stats)
+            self.last[engine_idx] = scheduler_stats
         if iteration_stats is not None:
             self._tokens.append(self.counter.tokens)
         if mm_cache_stats is not None:
@@ -155,15 +156,17 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
 
     def _record_waiting(self) -> None:
         self._timer = None
-        schedulers, self._schedulers = self._schedulers, []
+        schedulers, self._schedulers = self._schedulers, {}
         tokens, self._tokens = self._tokens, [0]
         self._iteration_tokens.observe_all([after - before for before, after in itertools.pairwise(tokens)])
-        usual = []
-        for stats in schedulers:
-            if stats.kv_cache_eviction_events or any(getattr(stats, name) is not None for name in _RARE):
-                super().record(stats, None, engine_idx=self._engine)
-            else:
-                usual.append(stats)
+        usual: dict[int, list[Any]] = {self._engine: []}
+        for rank, each in schedulers.items():
+            usual[rank] = []
+            for stats in each:
+                if stats.kv_cache_eviction_events or any(getattr(stats, name) is not None for name in _RARE):
+                    super().record(stats, None, engine_idx=rank)
+                else:
+                    usual[rank].append(stats)
         counted = self.counter.take()
         # vLLM would observe these one by one, and what is left in ``counted`` it does.
         for name, observations in _OF_ITERATION.items():
@@ -171,7 +174,8 @@ class BatchedStatLogger(PrometheusStatLogger):  # type: ignore[misc]  # vLLM has
             setattr(counted, observations, [])
         self._record_finished(counted.finished_requests)
         counted.finished_requests = []
-        super().record(_latest(usual), counted, engine_idx=self._engine)
+        for rank, each in usual.items():
+            super().record(_latest(each), counted if rank == self._engine else None, engine_idx=rank)
 
     def _record_finished(self, requests: Sequence[Any]) -> None:
         for name, observed in _OF_FINISHED.items():
