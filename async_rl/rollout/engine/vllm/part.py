@@ -50,5 +50,6 @@ class VllmPart:
 
     def shutdown(self) -> None:
         """End the ranks, so that ``run`` returns."""
+        process.kill_engine_processes()
         if self._executor is not None:
             self._executor.shutdown()
