@@ -29,7 +29,7 @@ def trained_steps(run) -> int:
 
 
 def wait_for_more(run, steps: int) -> None:
-    goal, deadline = trained_steps(run) + steps, time.monotonic() + 180
+    goal, deadline = trained_steps(run) + steps, time.monotonic() + 300
     while trained_steps(run) < goal:
         assert run.process.poll() is None, f"the run ended:\n{run.output}"
         assert time.monotonic() < deadline, f"training does not go on:\n{run.output[-5000:]}"
