@@ -57,6 +57,7 @@ PURE = {
     "async_rl.queue.staleness",
     "async_rl.queue.wire",
     "async_rl.rollout.engine.interface",
+    "async_rl.rollout.engine.vllm.ranks",
     "async_rl.rollout.filters",
     "async_rl.rollout.gateway.requests",
     "async_rl.rollout.in_flight",

@@ -11,6 +11,7 @@ from async_rl.errors import EngineError
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.engine.vllm import engine as vllm_engine
 from async_rl.rollout.engine.vllm.engine import VllmEngine
+from async_rl.rollout.engine.vllm.ranks import Ranks
 
 
 class Unlike(Exception):
@@ -31,11 +32,12 @@ def engine(monkeypatch):
     subject = VllmEngine.__new__(VllmEngine)
     subject._replica, subject._version, subject._ended_tokens, subject._stop_token_ids = 0, 7, 0, [2]
     subject._config = SimpleNamespace(rollout=SimpleNamespace(return_routed_experts=False))
+    subject._ranks = Ranks(1, spread=1)
     subject._running = asyncio.Event()
     subject._running.set()
     subject.ends, subject.waits, sleep = [], [], asyncio.sleep
 
-    async def run(_request_id, _token_ids, params, _sampling):
+    async def run(_request_id, _token_ids, params, _sampling, _rank):
         subject.asked = params
         completion = SimpleNamespace(
             finish_reason=subject.ends.pop(0), token_ids=[3, 4], logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]),
