@@ -36,7 +36,7 @@ help:
 	@echo "make observe Prometheus and Grafana on all runs in runs/, those to come as well"
 	@echo "make check   lint, types and unit tests (4 minutes on two cores)"
 	@echo "make test    check, and the integration tests that CI runs (12 minutes)"
-	@echo "make test-all  every test there is, chaos included (two hours)"
+	@echo "make test-all  every test there is, chaos included (two hours; PART=1/2 runs half of the files, 2/2 the rest)"
 	@echo "make smoke   the real queue, driver and trainer around a scripted engine, with one kill (a minute)"
 	@echo "make test-gpu  what only GPUs can show; skipped where there are too few"
 	@echo "make chaos   kills of every process in every phase, and a thousand replicas in virtual time (22 minutes)"
@@ -104,7 +104,7 @@ lint check: $(STAMP)
 
 # The tests of SGLang and of environments' libraries run where these are installed.
 test test-all: $(if $(filter cpu,$(DEVICE)),$(SGLANG_STAMP),$(STAMP)) $(ENVIRONMENTS_STAMP)
-	$(BIN)/python -m tests.support.tiers $@
+	$(BIN)/python -m tests.support.tiers $@ $(PART)
 
 # As do those of verifiers and OpenEnv, which are large.
 test-all: $(VERIFIERS_STAMP) $(VERIFIERS_V1_STAMP)

@@ -9,6 +9,7 @@ import pytest
 from tests.support.examples import register_profiles
 from tests.support.real_run import Run, make_model, make_recipe
 from tests.support.redis_server import RedisServer
+from tests.support.tiers import read_part
 
 register_profiles()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -17,9 +18,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    """Put the files with whole runs first: they take longest, and nothing would run beside one that begins last."""
+def pytest_addoption(parser):
+    parser.addoption("--part", type=read_part, default=(1, 1), metavar="K/N", help="every Nth file, from the Kth")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Put the files with whole runs first: they take longest, and nothing would run beside one that begins last.
+
+    With ``--part`` leave out the other parts' files.
+    """
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+    part, parts = config.getoption("part")
+    files = dict.fromkeys(item.path for item in items)
+    mine = set(list(files)[part - 1 :: parts])
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
+    items[:] = [item for item in items if item.path in mine]
 
 
 @pytest.fixture(scope="session")

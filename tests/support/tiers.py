@@ -1,9 +1,10 @@
 """The test tiers: what each runs, in which order, within which budget.
 
-    python -m tests.support.tiers lint|check|test|test-all
+    python -m tests.support.tiers lint|check|test|test-all [K/N]
 
-A tier stops at its first step that fails. At the end it prints the budget, the time of each step, and the twenty
-slowest tests. A tier over its budget says so and does not fail: times depend on what else the machine does.
+With K/N it runs the Kth of N parts of the tests, each with every Nth file. A tier stops at its first step that fails.
+At the end it prints the budget, the time of each step, and the twenty slowest tests. A tier over its budget says so and
+does not fail: times depend on what else the machine does.
 """
 
 import os
@@ -106,20 +107,30 @@ def read_timings(report: Path) -> list[Timing]:
     return [Timing(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
 
 
-def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing]) -> str:
-    """Return the report of one tier: budget, steps, slowest tests."""
-    took, budget = sum(step.seconds for step in steps), TIERS[tier].budget_s
+def read_part(text: str) -> tuple[int, int]:
+    """Return K and N of ``K/N``. Raises ValueError."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(f"{text} is no part of {parts}")
+    return part, parts
+
+
+def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing], part: str = "1/1") -> str:
+    """Return the report of one tier, or a part of it: budget, steps, slowest tests."""
+    _, parts = read_part(part)
+    took, budget = sum(step.seconds for step in steps), TIERS[tier].budget_s / parts
     slowest = sorted(timings, reverse=True)[:SLOWEST]
     verdict = "within budget" if took <= budget else "OVER BUDGET"
-    lines = [f"make {tier}: took {took:.0f} s of {budget:.0f} s ({verdict})"]
+    which = f" PART={part}" * (parts > 1)
+    lines = [f"make {tier}{which}: took {took:.0f} s of {budget:.0f} s ({verdict})"]
     lines += [f"{step.seconds:8.1f} s  {step.name}" for step in steps]
     if slowest:
         lines += [f"the {len(slowest)} slowest tests:", *(f"{test.seconds:8.1f} s  {test.name}" for test in slowest)]
     return "\n".join(lines)
 
 
-def run(tier: str) -> int:
-    """Run one tier and print its report; return the exit code of the step that failed, or 0."""
+def run(tier: str, part: str = "1/1") -> int:
+    """Run one tier, or a part of it, and print its report; return the exit code of the step that failed, or 0."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     steps: list[Timing] = []
     timings: list[Timing] = []
@@ -130,18 +141,18 @@ def run(tier: str) -> int:
         report = RESULTS / f"{tier}-{step.name.replace(' ', '-')}.xml"
         report.unlink(missing_ok=True)
         began = time.monotonic()
-        command = [*step.command, *([f"--junitxml={report}"] if step.tests else [])]
+        command = [*step.command, *([f"--junitxml={report}", f"--part={part}"] if step.tests else [])]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         steps.append(Timing(time.monotonic() - began, step.name + (f" (exit code {code})" if code else "")))
         if report.exists():
             timings += read_timings(report)
         if code:
             break
-    print(f"\n{describe(tier, steps, timings)}", flush=True)
+    print(f"\n{describe(tier, steps, timings, part)}", flush=True)
     return code
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in TIERS:
-        sys.exit(f"usage: python -m tests.support.tiers {'|'.join(TIERS)}")
-    sys.exit(run(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in TIERS:
+        sys.exit(f"usage: python -m tests.support.tiers {'|'.join(TIERS)} [K/N]")
+    sys.exit(run(*sys.argv[1:]))

@@ -67,6 +67,36 @@ def test_a_tier_over_its_budget_says_so():
     assert "OVER BUDGET" in describe("check", [Timing(241, "unit")], [])
 
 
+def test_the_parts_of_a_tier_have_each_file_once(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"test_{name}.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    (tmp_path / "conftest.py").write_text(
+        "from tests.conftest import pytest_addoption, pytest_collection_modifyitems\n"
+        "def pytest_configure(config): config.addinivalue_line('markers', 'e2e')"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", str(tmp_path)]
+    found = [
+        subprocess.run([*command, f"--part={part}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for part in ("1/1", "1/2", "2/2")
+    ]
+    whole, first, second = ([line for line in each.splitlines() if "::" in line] for each in found)
+    assert (len(whole), len(first), len(second)) == (10, 6, 4)
+    assert sorted(first + second) == sorted(whole)
+    assert "4 deselected" in found[1]
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
+def test_what_is_no_part_is_refused(part):
+    with pytest.raises(ValueError, match=r"no part|unpack|int"):
+        tiers.read_part(part)
+
+
+def test_a_part_has_its_share_of_the_budget():
+    assert describe("test-all", [Timing(70 * 60, "all")], [], "2/2").startswith(
+        "make test-all PART=2/2: took 4200 s of 4200 s (within budget)"
+    )
+
+
 @pytest.mark.parametrize(("first", "code", "ran"), [("raise SystemExit(3)", 3, 1), ("", 0, 2)])
 def test_a_tier_ends_at_the_first_step_that_fails(monkeypatch, tmp_path, capsys, first, code, ran):
     steps = (Step("first", (sys.executable, "-c", first)), Step("second", (sys.executable, "-c", "")))
