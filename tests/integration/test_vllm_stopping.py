@@ -8,6 +8,7 @@ import pytest
 
 from async_rl.rollout.engine.interface import Sampling
 from async_rl.rollout.engine.vllm.engine import VllmEngine
+from async_rl.rollout.engine.vllm.ranks import Ranks
 
 
 def letters(tokens):
@@ -24,7 +25,7 @@ class FakeCore:
 
         self.output_processor = OutputProcessor(None, log_stats=False)
 
-    async def add_request(self, request_id, prompt, params):
+    async def add_request(self, request_id, prompt, params, data_parallel_rank):
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -56,7 +57,7 @@ class FakeCore:
 async def test_a_call_ends_with_the_token_that_completes_a_stop_string_begun_in_an_earlier_call(searched):
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm, engine._replica, engine._version, engine._ended_tokens = FakeCore(), 0, 3, 0
-    engine._calls, engine._stop_token_ids = {}, [25]
+    engine._calls, engine._stop_token_ids, engine._ranks = {}, [25], Ranks(1, spread=1)
     engine._decode, engine._stop_strings = letters if searched else None, engine._new_stop_strings
     engine._config = SimpleNamespace(rollout=SimpleNamespace(return_routed_experts=False))
     engine._model = SimpleNamespace(routing_spec=None)
