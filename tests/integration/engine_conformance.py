@@ -1,10 +1,8 @@
 """What every rollout engine must do, on a tiny MoE, in float32, on a CPU.
 
 ``test_vllm_engine.py`` and ``test_sglang_engine.py`` import all of it, and bring the fixtures ``folder`` (the
-checkpoint), ``config``, ``engine``, one for their module, ``atol``: by how much a log-prob may differ because a
-token was computed beside others, ``ends_unstarted``: whether a pause that keeps calls may end one that it meets before
-its first token, and ``new_after_wait``: of 16 calls on 8 places at a pause that waits and 4 begun in it, how many are
-computed by the next version at least.
+checkpoint), ``config`` and ``engine``, one for their module. An engine that is not as ``atol``, ``ends_unstarted`` or
+``new_after_wait`` below say has fixtures of its own for them.
 """
 
 from __future__ import annotations
@@ -33,6 +31,24 @@ RANDOM = Sampling(temperature=1.0, top_p=1.0)
 # vLLM caches prefixes in blocks of 128 tokens on CPU, so a prompt shares something only when it is longer.
 LONG_PROMPT = np.random.default_rng(0).integers(2, VOCAB, 200).astype(np.int32)
 SHORT_PROMPT = LONG_PROMPT[:17]
+
+
+@pytest.fixture
+def atol():
+    """By how much a log-prob may differ because a token was computed beside others."""
+    return 0.0
+
+
+@pytest.fixture
+def ends_unstarted():
+    """Whether a pause that keeps calls may end one that it meets before its first token."""
+    return False
+
+
+@pytest.fixture
+def new_after_wait():
+    """Of 16 calls on 8 places at a pause that waits and 4 begun in it, how many the next version computes at least."""
+    return 8
 
 
 @pytest.fixture(scope="module")

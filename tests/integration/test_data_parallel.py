@@ -19,6 +19,8 @@ from tests.integration.engine_conformance import (  # noqa: F401 - pytest finds 
     GREEDY,
     RANDOM,
     SHORT_PROMPT,
+    ends_unstarted,
+    new_after_wait,
     original_weights,
     reference,
     test_a_push_follows_one_whose_sender_died_in_the_middle,
@@ -58,18 +60,6 @@ async def engine(folder):
 def atol():
     """Experts are computed for the tokens of both ranks at once."""
     return 1e-5
-
-
-@pytest.fixture
-def ends_unstarted():
-    """It freezes calls wherever they are."""
-    return False
-
-
-@pytest.fixture
-def new_after_wait():
-    """Calls that wait for a place begin after it."""
-    return 8
 
 
 async def test_no_other_host_reaches_a_rank(engine):

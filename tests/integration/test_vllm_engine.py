@@ -38,24 +38,6 @@ def config(folder):
     return engine_config(folder, max_num_batched_tokens=64)
 
 
-@pytest.fixture
-def atol():
-    """vLLM computes a token in the same way whatever it is computed beside."""
-    return 0.0
-
-
-@pytest.fixture
-def ends_unstarted():
-    """It freezes calls wherever they are."""
-    return False
-
-
-@pytest.fixture
-def new_after_wait():
-    """Calls that wait for a place begin after it."""
-    return 8
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(config):
     async with running(config) as engine:

@@ -7,6 +7,7 @@ At the end it prints the budget, the time of each step, and the twenty slowest t
 does not fail: times depend on what else the machine does.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -115,13 +116,13 @@ def read_part(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing], part: str = "1/1") -> str:
+def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing], part: tuple[int, int] = (1, 1)) -> str:
     """Return the report of one tier, or a part of it: budget, steps, slowest tests."""
-    _, parts = read_part(part)
+    number, parts = part
     took, budget = sum(step.seconds for step in steps), TIERS[tier].budget_s / parts
     slowest = sorted(timings, reverse=True)[:SLOWEST]
     verdict = "within budget" if took <= budget else "OVER BUDGET"
-    which = f" PART={part}" * (parts > 1)
+    which = f" PART={number}/{parts}" * (parts > 1)
     lines = [f"make {tier}{which}: took {took:.0f} s of {budget:.0f} s ({verdict})"]
     lines += [f"{step.seconds:8.1f} s  {step.name}" for step in steps]
     if slowest:
@@ -129,7 +130,7 @@ def describe(tier: str, steps: Sequence[Timing], timings: Sequence[Timing], part
     return "\n".join(lines)
 
 
-def run(tier: str, part: str = "1/1") -> int:
+def run(tier: str, part: tuple[int, int] = (1, 1)) -> int:
     """Run one tier, or a part of it, and print its report; return the exit code of the step that failed, or 0."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     steps: list[Timing] = []
@@ -141,7 +142,7 @@ def run(tier: str, part: str = "1/1") -> int:
         report = RESULTS / f"{tier}-{step.name.replace(' ', '-')}.xml"
         report.unlink(missing_ok=True)
         began = time.monotonic()
-        command = [*step.command, *([f"--junitxml={report}", f"--part={part}"] if step.tests else [])]
+        command = [*step.command, *([f"--junitxml={report}", "--part={}/{}".format(*part)] if step.tests else [])]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         steps.append(Timing(time.monotonic() - began, step.name + (f" (exit code {code})" if code else "")))
         if report.exists():
@@ -153,6 +154,8 @@ def run(tier: str, part: str = "1/1") -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[1] not in TIERS:
-        sys.exit(f"usage: python -m tests.support.tiers {'|'.join(TIERS)} [K/N]")
-    sys.exit(run(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m tests.support.tiers")
+    parser.add_argument("tier", choices=TIERS)
+    parser.add_argument("part", nargs="?", type=read_part, default=(1, 1), metavar="K/N")
+    arguments = parser.parse_args()
+    sys.exit(run(arguments.tier, arguments.part))

@@ -92,7 +92,7 @@ def test_what_is_no_part_is_refused(part):
 
 
 def test_a_part_has_its_share_of_the_budget():
-    assert describe("test-all", [Timing(70 * 60, "all")], [], "2/2").startswith(
+    assert describe("test-all", [Timing(70 * 60, "all")], [], (2, 2)).startswith(
         "make test-all PART=2/2: took 4200 s of 4200 s (within budget)"
     )
 

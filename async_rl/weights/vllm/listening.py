@@ -6,9 +6,14 @@ whatever the address. Who reaches such a store can write what ranks read there.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import socket
 from typing import Any
+
+from torch.distributed import DistNetworkError
+
+from async_rl.runtime.addresses import resolve
 
 # By its name, for torch.distributed has a function of the same name.
 rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
@@ -24,7 +29,13 @@ def listen_at_own_address() -> None:
 def _store(*, host_name: str, port: int, is_master: bool, **arguments: Any) -> Any:
     """Open a store, or connect to one, as ``torch.distributed.rendezvous`` asks."""
     if is_master:
-        family = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.create_server((host_name, port), family=family, backlog=1024) as listening:
-            arguments["master_listen_fd"] = listening.detach()
+        family, (address, _) = resolve(host_name)
+        try:
+            with socket.create_server((address, port), family=family, backlog=1024) as listening:
+                arguments["master_listen_fd"] = listening.detach()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # As torch says it: vLLM then tries other ports.
+            raise DistNetworkError(f"EADDRINUSE: {host_name}:{port}") from error
     return _TCPStore(host_name=host_name, port=port, is_master=is_master, **arguments)
