@@ -45,6 +45,8 @@ DAEMONS = {
 }
 WORKERS = {"rollout-0", "rollout-1"}
 PARTED_S = 30
+# What a worker sent before it was stopped has arrived by then.
+ON_THE_WAY_S = 1.0
 # Ends a test that hangs, and judges no time.
 RECOVERED_WITHIN_S = 600.0
 
@@ -95,6 +97,23 @@ class Survivor:
     def wait_until_busy(self):
         """Wait until each worker has groups in flight and finished ones, which a host that dies takes along."""
         self.wait_until(self._is_busy, "groups in flight and finished ones of each worker")
+
+    def stop_busy(self, host):
+        """Stop the workers of a host at a moment when all are busy, so that they still are when the host is killed."""
+        self.wait_until(lambda: self._is_busy_when_stopped(host), "groups in flight where workers are stopped")
+
+    def _is_busy_when_stopped(self, host):
+        if not self._is_busy():
+            return False
+        workers = self.run.on(host, "RolloutActor")
+        for worker in workers:
+            worker.suspend()
+        time.sleep(ON_THE_WAY_S)
+        if self._is_busy():
+            return True
+        for worker in workers:
+            worker.resume()
+        return False
 
     def _is_busy(self):
         copy = self.folder / "journal-now"
@@ -147,7 +166,7 @@ def test_a_rollout_host_dies_with_calls_and_finished_groups(survivor):
     """The prompts of both come again, and another host takes the replica."""
     victim = survivor.host_of("RolloutActor")
     lost = survivor.run.hosts_of("RolloutActor").count(victim)
-    survivor.wait_until_busy()
+    survivor.stop_busy(victim)
     survivor.forget_events()
     victim.kill(silently=False)
     survivor.wait_until(lambda: len(survivor.events("worker_restarted")) >= lost, "its replicas have weights")
