@@ -138,8 +138,11 @@ def _provision(data: Path, url: str) -> Path:
 
 def _until_interrupted() -> None:
     """Wait for Ctrl-C. The handlers stay, as a second Ctrl-C must not interrupt the end of the programs."""
-    # A pipe, not threading.Event: a signal during its handler would wait for a lock that the handler itself holds.
+    # The interpreter writes to the pipe where the signal comes. A handler would run only before the wait or within it,
+    # and never for a signal that comes as the wait begins.
     reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os.write(writer, b"."))
+        signal.signal(number, lambda *_: None)
     os.read(reader, 1)

@@ -33,15 +33,17 @@ def end(code):
         pass  # There are none left.
     os._exit(code)
 
+# Blocked, not handled: a handler would not run for a signal that comes as a wait begins.
+awaited = signal.SIGTERM, signal.SIGCHLD
+before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 libc = ctypes.CDLL(None)
 libc.prctl(36, 1)
-signal.signal(signal.SIGTERM, lambda *_: end(143))
 libc.prctl(1, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     end(143)
 child = os.fork()
 if child == 0:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         os.execvp(sys.argv[2], sys.argv[2:])
     except OSError as error:
@@ -49,9 +51,11 @@ if child == 0:
         os._exit(127)
 for stream in 0, 1, 2:
     os.close(stream)
-pid = None
+pid = 0
 while pid != child:
-    pid, status = os.wait()
+    if pid == 0 and signal.sigwait(awaited) == signal.SIGTERM:
+        end(143)
+    pid, status = os.waitpid(-1, os.WNOHANG)
 code = os.waitstatus_to_exitcode(status)
 end(code if code >= 0 else 128 - code)
 """
