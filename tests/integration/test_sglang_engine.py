@@ -82,6 +82,7 @@ async def test_a_call_that_is_cancelled_leaves_the_engine(engine):
 
 
 async def test_a_long_answer_comes_in_parts_and_is_the_same(engine):
+    await engine.generate("cached", SHORT_PROMPT, GREEDY, 1)  # so that both begin with the same prefix in the cache
     whole = await engine.generate("parts-1", SHORT_PROMPT, GREEDY, 100)
     with mock.patch.object(answers, "STREAM_INTERVAL", 16):
         other = await engine.generate("parts-16", SHORT_PROMPT, GREEDY, 100)
