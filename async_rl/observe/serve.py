@@ -138,8 +138,8 @@ def _provision(data: Path, url: str) -> Path:
 
 def _until_interrupted() -> None:
     """Wait for Ctrl-C. The handlers stay, as a second Ctrl-C must not interrupt the end of the programs."""
-    # The interpreter writes to the pipe where the signal comes. A handler would run only before the wait or within it,
-    # and never for a signal that comes as the wait begins.
+    # The interpreter itself writes to the pipe as soon as a signal comes. Were it a handler that writes, a signal just
+    # before the read would be handled only after it, and the read would wait for ever.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)

@@ -35,19 +35,19 @@ SHORT_PROMPT = LONG_PROMPT[:17]
 
 @pytest.fixture
 def atol():
-    """By how much a log-prob may differ because a token was computed beside others."""
+    """Return by how much a log-prob may differ because a token was computed beside others."""
     return 0.0
 
 
 @pytest.fixture
 def ends_unstarted():
-    """Whether a pause that keeps calls may end one that it meets before its first token."""
+    """Return whether a pause that keeps calls may end one that it meets before its first token."""
     return False
 
 
 @pytest.fixture
 def new_after_wait():
-    """Of 16 calls on 8 places at a pause that waits and 4 begun in it, how many the next version computes at least."""
+    """Return how many calls at least the next version computes, if 4 begin while a pause waits for 16 on 8 places."""
     return 8
 
 
